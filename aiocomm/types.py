@@ -1,0 +1,151 @@
+"""The small values of the public interface: priorities, wildcards, peers, statuses, events."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from aiocomm_native import Status
+
+__all__ = [
+    "ANY_SOURCE",
+    "ANY_TAG",
+    "MAX_TAG",
+    "Completion",
+    "Event",
+    "Fallback",
+    "LinkDown",
+    "LinkUp",
+    "Notification",
+    "Peer",
+    "PeerJoined",
+    "PeerLost",
+    "Priority",
+    "Status",
+    "Submission",
+    "Undelivered",
+]
+
+ANY_SOURCE: Final = -1
+"""Receive from whichever rank's message comes first."""
+ANY_TAG: Final = -1
+"""Receive a message with any tag."""
+MAX_TAG: Final = 2**62 - 1
+"""The largest tag."""
+
+
+class Priority(enum.IntEnum):
+    """Scheduling class of a channel. Higher classes go first; lower ones keep a guaranteed minimum share."""
+
+    LOW = 0
+    NORMAL = 1
+    HIGH = 2
+    URGENT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another process of the world, as known at the time of the call."""
+
+    rank: int
+    host: str
+    pid: int
+    devices: tuple[str, ...]
+    links: tuple[str, ...]
+    alive: bool
+    name: str | None = None
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """Told by a peer's `put(..., notify=payload)`, after its `nbytes` of data are in place."""
+
+    source: int
+    payload: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An operation that a link's executor accepted."""
+
+    op: int
+    kind: str
+    peer: int
+    channel: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An operation that ended on a link. `queued_s` and `moved_s` are seconds before and after its first byte moved."""
+
+    op: int
+    kind: str
+    peer: int
+    channel: str
+    nbytes: int
+    ok: bool
+    queued_s: float
+    moved_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerJoined:
+    """A process joined the world."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A process left the world: `reason` says whether it said goodbye, died, or fell silent."""
+
+    rank: int
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """A link to a peer is connected."""
+
+    link: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """A link to a peer was lost; others may remain."""
+
+    link: str
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A slower path than the best is used, and why."""
+
+    link: str
+    rank: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """A message that had already been handed over (a small, buffered `send`) could not be delivered.
+
+    `send(..., synchronous=True)` reports this at the await instead.
+    """
+
+    rank: int
+    channel: str
+    tag: int
+    reason: str
+
+
+Event: TypeAlias = PeerJoined | PeerLost | LinkUp | LinkDown | Fallback | Undelivered
