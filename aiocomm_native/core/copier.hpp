@@ -1,0 +1,55 @@
+// Threads that move bytes which some CPU has to move: chunks pulled from a peer's memory.
+//
+// Jobs are chosen by the scheduler, one at a time, so that at most one chunk per thread is ever committed; what is
+// urgent waits for no queue here. The threads sleep on a condition variable while there is nothing to do.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/link.hpp"
+
+namespace aiocomm {
+
+struct CopyJob {
+  OpId op = 0;
+  std::shared_ptr<LinkPeer> peer;
+  Location from;
+  std::byte* into = nullptr;
+  uint64_t nbytes = 0;
+  uint64_t offset = 0;
+  uint64_t posted_ns = 0;
+  int error = 0;
+};
+
+class Copier {
+ public:
+  // `finish` is called by the thread that ran a job, without any lock of the copier's held.
+  Copier(int threads, std::function<void(CopyJob&)> finish);
+  ~Copier();
+  void stop();  // waits for running jobs; drops none: the queue must be empty or its jobs are run
+  void submit(CopyJob job);
+  bool run_one();  // the calling thread helps; false: nothing queued
+  int threads() const { return threads_; }
+
+ private:
+  void work();
+  void run(CopyJob& job);
+
+  const int threads_;
+  const std::function<void(CopyJob&)> finish_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<CopyJob> queue_;
+  bool stopping_ = false;
+  int sleeping_ = 0;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace aiocomm

@@ -1,0 +1,56 @@
+// How one thread wakes another, in this process or in a peer on the same host.
+//
+// A sleeper owns a word in a page that its peers map, and an eventfd. Protocol, both sides sequentially consistent:
+//   sleeper:  word = asleep; fence; look once more for work; sleep on the eventfd; word = awake
+//   waker:    publish work; fence; if word == asleep and exchange(word, awake) == asleep: write the eventfd
+// One of the two always sees the other, so no wake-up is lost; and of many wakers only the first makes a system call.
+#pragma once
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace aiocomm {
+
+struct alignas(64) WakeWord {
+  static constexpr uint32_t kAwake = 0, kAsleep = 1;
+  std::atomic<uint32_t> word{kAsleep};
+};
+
+// The page that a process shares with its peers on one host.
+struct WakePage {
+  WakeWord loop;
+  WakeWord engine;
+  alignas(64) std::atomic<uint32_t> spinning{0};  // threads of this process that poll without sleeping
+};
+
+enum class Wake : uint8_t { none, loop, engine };
+
+inline void ring_fd(int fd) {
+  uint64_t one = 1;
+  [[maybe_unused]] ssize_t n = ::write(fd, &one, sizeof one);  // EAGAIN: the counter is full, so a wake is pending
+}
+
+inline void clear_fd(int fd) {
+  uint64_t n;
+  [[maybe_unused]] ssize_t r = ::read(fd, &n, sizeof n);
+}
+
+// Rings if the owner of `word` may be asleep. The fence pairs with the one in `prepare_sleep`.
+inline void ring(WakeWord& word, int fd) {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (word.word.load(std::memory_order_relaxed) == WakeWord::kAsleep &&
+      word.word.exchange(WakeWord::kAwake, std::memory_order_acq_rel) == WakeWord::kAsleep)
+    ring_fd(fd);
+}
+
+inline void prepare_sleep(WakeWord& word) {
+  word.word.store(WakeWord::kAsleep, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+inline void awake(WakeWord& word) { word.word.store(WakeWord::kAwake, std::memory_order_relaxed); }
+
+}  // namespace aiocomm

@@ -1,0 +1,62 @@
+// The wire unit of every link: one 64-byte header, then `meta_bytes` of metadata and `payload_bytes` of payload.
+//
+// Rules
+//  * Frames of one pair arrive whole and in the order in which they were posted.
+//  * A message is either `eager` (its bytes ride in the frame) or announced by `rts` and fetched by rendezvous:
+//    the receiver pulls it where the link can read the sender's memory, else answers `cts` and the sender pushes
+//    `data` frames. Either way the receiver ends it with `fin`.
+//  * `put` is a message that is matched by region instead of by tag; `get` asks the owner of a region to serve it.
+//    Memory is therefore only ever written by the process that owns it.
+//  * Nothing in a header is trusted: ids are looked up, ranges are checked, and a frame that makes no sense closes
+//    the pair that sent it.
+#pragma once
+
+#include <cstdint>
+
+namespace aiocomm {
+
+enum class FrameKind : uint8_t {
+  eager = 1,    // message with its bytes; `sop` nonzero: the sender waits for `fin` (synchronous send)
+  rts,          // announcement: `address`/`segment` say where the bytes lie at the sender
+  cts,          // the receiver has a buffer: push to `rop`
+  data,         // bytes for `rop` at offset `address`
+  fin,          // ends the peer's op `sop` (its message) with `code`; `nbytes` moved
+  cancel,       // the sender of message `sop` gives it up: answer with `fin`
+  stop,         // the receiver `rop` gives up a message that is being pushed: stop pushing `sop`
+  put,          // one-sided write with its bytes: region `rop`, offset `tag`; metadata is the notification
+  put_rts,      // one-sided write announced
+  get,          // one-sided read: region `sop`, offset `tag`, for the reader's op `rop`
+  get_ready,    // answer: the bytes lie at `address`/`segment`; end it with `fin` to `sop`
+  get_fail,     // answer: refused with `code`
+  credit,       // `nbytes` of eager payload were consumed
+  undelivered,  // an eager message could not be delivered: `code`, `channel`, `tag`
+  heartbeat,
+  goodbye,
+  link_private,  // consumed by the link itself
+};
+
+enum FrameFlags : uint8_t {
+  kHasNotify = 1,  // put: metadata is a notification's payload
+};
+
+struct FrameHeader {
+  FrameKind kind;
+  uint8_t flags;
+  uint16_t meta_bytes;
+  uint32_t payload_bytes;
+  uint64_t channel;
+  int64_t tag;
+  uint64_t nbytes;
+  uint64_t sop;
+  uint64_t rop;
+  uint64_t address;
+  uint32_t segment;
+  uint8_t cls;
+  uint8_t code;
+  uint16_t weight;  // in 1/16
+};
+static_assert(sizeof(FrameHeader) == 64);
+
+constexpr uint16_t kMaxMeta = 4096;  // metadata of a message (dtype and shape) or a notification's payload
+
+}  // namespace aiocomm

@@ -1,0 +1,160 @@
+// The contract of a link: everything that the runtime needs from shared memory, TCP, copy engines or RDMA.
+//
+// Rules
+//  * Every call but `pull` is made under the engine's token, and none of them waits: `post` either takes a frame whole
+//    or answers `again` and later calls `FrameSink::on_writable`.
+//  * Frames of a pair arrive in posting order, except that `data` frames may travel on other lanes.
+//  * `pull` is called by copy threads without the token, several at once; it may take as long as its bytes need.
+//  * Errors that end the pair are told through `FrameSink::on_lost`, once; nothing else is called after `close`.
+//  * A link chooses nothing by itself: which thread of the peer to wake is the caller's `Wake`.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/doorbell.hpp"
+#include "core/frame.hpp"
+#include "core/ids.hpp"
+#include "core/op.hpp"
+
+namespace aiocomm {
+
+enum class Post : uint8_t {
+  ok,       // taken; the payload is the caller's again
+  pending,  // taken; the payload stays in use until FrameSink::on_sent
+  again,    // no room now; on_writable follows
+  lost,     // the pair is gone; on_lost was or will be called
+};
+
+// A link or device failed; `code` is errno or the driver's.
+struct LinkFailure : std::runtime_error {
+  LinkFailure(const std::string& what, int error) : std::runtime_error(what), code(error) {}
+  int code;
+};
+
+// The peer sent something that makes no sense: its pair is closed.
+struct ProtocolViolation : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Where a message's bytes lie at their owner.
+struct Location {
+  uint64_t address = 0;  // in the owner's address space, or an offset into `segment`
+  uint32_t segment = 0;  // shared segment of the owner, 0: private memory
+};
+
+class LinkPeer;
+
+// What a link tells the runtime. Called under the token, from LinkPeer::poll or Pollable::on_ready.
+class FrameSink {
+ public:
+  virtual void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) = 0;
+  // Where the payload bytes from `done` on of a data frame go; nullptr: discard them. Ask again for every read.
+  virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
+  virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
+  virtual void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) = 0;
+  virtual void on_writable(LinkPeer& to) = 0;
+  virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
+
+ protected:
+  ~FrameSink() = default;
+};
+
+// One attached pair on one link.
+class LinkPeer {
+ public:
+  virtual ~LinkPeer() = default;
+  // Takes the frame with copies of `meta` and `payload`, whole or not at all.
+  virtual Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) = 0;
+  // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane.
+  virtual Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) = 0;
+  // Hands over what has arrived, at most about `budget` frames; returns how many.
+  virtual int poll(int budget) { return budget * 0; }
+  // How this side can read the peer's memory at `where`; Path::none: it cannot, the peer must push.
+  virtual Path pull_path(const Location& where) {
+    (void)where;
+    return Path::none;
+  }
+  // Reads `nbytes` of the peer's memory; returns 0 or errno. Any thread, no token.
+  virtual int pull(const Location& where, std::byte* into, size_t nbytes) {
+    (void)where, (void)into, (void)nbytes;
+    return 95;  // EOPNOTSUPP
+  }
+  // Describes local memory to the peer, making it reachable where the link can.
+  virtual Location locate(const std::byte* data, uint64_t nbytes) {
+    (void)nbytes;
+    return {reinterpret_cast<uint64_t>(data), 0};
+  }
+  // Called once per silent heartbeat interval; a link that sees a dead peer by other means ignores it.
+  virtual void tick(uint64_t now_ns) { (void)now_ns; }
+  virtual void close() = 0;
+
+  Rank rank = -1;
+  uint64_t generation = 0;
+};
+
+// Something with a file descriptor in one of the engine's two epoll sets.
+class Pollable {
+ public:
+  virtual ~Pollable() = default;
+  virtual void on_ready(uint32_t events) = 0;  // under the token
+};
+
+// What the engine offers to links.
+class Host {
+ public:
+  // `loop`: the user's event loop wakes for this descriptor; else the engine's thread does.
+  virtual void watch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
+  virtual void rewatch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
+  virtual void unwatch(int fd, bool loop) = 0;
+  virtual uint64_t now() const = 0;                            // monotonic, ns
+  virtual double setting(std::string_view name, double fallback) const = 0;
+  virtual std::string text_setting(std::string_view name) const = 0;
+  virtual WakePage& wake_page() = 0;
+  virtual int wake_page_fd() const = 0;
+  virtual int loop_fd() const = 0;
+  virtual int engine_fd() const = 0;
+  virtual FrameSink& sink() = 0;
+  virtual void fallback(Rank rank, const std::string& path, const std::string& reason) = 0;  // counted, evented, once
+
+ protected:
+  ~Host() = default;
+};
+
+struct StreamNeed {
+  std::string kind;  // "unix", "tcp" or "" (none)
+  int count = 0;
+};
+
+class Link {
+ public:
+  virtual ~Link() = default;
+  virtual std::string_view name() const = 0;
+  virtual StreamNeed streams() const = 0;
+  virtual std::string card() { return {}; }
+  virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
+  // Takes the descriptors over, also when it throws LinkFailure.
+  virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
+                                           std::string_view card, bool initiator) = 0;
+};
+
+using LinkFactory = std::unique_ptr<Link> (*)(Host&);
+
+// A link makes itself known by one static object in its own folder. Lower `cost` is preferred.
+struct LinkRegistration {
+  LinkRegistration(const char* name, int cost, LinkFactory factory);
+};
+struct LinkEntry {
+  std::string name;
+  int cost;
+  LinkFactory factory;
+};
+const std::vector<LinkEntry>& link_registry();  // cheapest first
+
+}  // namespace aiocomm

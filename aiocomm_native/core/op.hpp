@@ -1,0 +1,113 @@
+// One operation in flight, and the table that owns it.
+//
+// State (changes under the engine's token only; `free` and `ended` belong to the loop's thread):
+//
+//   free ─submit→ queued ─header posted→ posted ─bytes move→ moving ─→ ended
+//                   │                      │                   │
+//                   └────── cancel, deadline, lost peer ───────┴→ draining ─last chunk, peer's fin→ ended
+//
+// A receive is `posted` until it is matched. An op in `draining` has its outcome decided and waits only until nothing
+// can touch its buffer any more. Each op ends exactly once.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/ids.hpp"
+
+namespace aiocomm {
+
+enum class OpKind : uint8_t { send, recv, put, get, serve };
+enum class OpState : uint8_t { free, queued, posted, moving, draining, ended };
+
+enum class Code : uint8_t {
+  ok,
+  cancelled,       // by our own side
+  deadline,        // our own deadline
+  peer_cancelled,  // the peer gave it up
+  peer_lost,
+  truncated,
+  stale,         // region closed, out of its bounds, or of another incarnation
+  out_of_range,  // one-sided access outside the region
+  link_failed,
+  closed,
+  would_block,
+  read_only,
+};
+
+// Which way a message's bytes went, for statistics.
+enum class Path : uint8_t { none, eager, mapped, cma, stream, count };
+
+constexpr size_t kMaxDims = 8;
+
+struct Op {
+  OpId id = 0;
+  OpKind kind = OpKind::send;
+  OpState state = OpState::free;
+  Code code = Code::ok;
+  Path path = Path::none;
+  bool live = false;              // known to the engine: set and cleared under the token
+  bool allocate = false;          // receive: the engine allocates the buffer once the size is known
+  bool synchronous = false;       // send: ends only when matched, whatever its size
+  bool no_wait = false;           // send: fail with would_block rather than queue
+  bool cancel_requested = false;  // the caller was promised a cancelled end
+  bool matched = false;
+  bool in_sched = false;
+  bool awaits_fin = false;        // the peer holds a reference to our buffer until its `fin`
+  uint8_t link = 0;
+  Rank peer = -1;                 // as asked for; kAnySource until matched
+  uint32_t channel = 0;           // index into the engine's channels
+  int32_t error = 0;              // errno or driver code behind link_failed
+  Tag tag = 0;
+  std::byte* data = nullptr;
+  uint64_t nbytes = 0;            // of the message; for a receive its capacity until matched
+  uint64_t capacity = 0;
+  uint64_t moved = 0;
+  uint32_t inflight = 0;          // chunks that some thread or device is working on
+  uint64_t remote_op = 0;         // the peer's op of the same message
+  uint64_t region = 0;            // one-sided: the region at the peer; serve: ours
+  uint64_t offset = 0;            // one-sided: bytes into the region
+  uint64_t source_address = 0;    // pull: where the bytes lie at the peer
+  uint32_t source_segment = 0;
+  uint64_t deadline_ns = 0;
+  uint64_t submitted_ns = 0, started_ns = 0, ended_ns = 0;
+  uint16_t meta_bytes = 0;
+  std::array<std::byte, 16 + 8 * kMaxDims> meta;  // dtype and shape of a message
+  std::string notify;
+  bool has_notify = false;
+  void* cookie = nullptr;  // the binding's object; the core never looks at it
+};
+
+// Ops have stable addresses and generation-checked ids. Slots are taken and given back by one thread; any thread that
+// holds the token may look an id up.
+class OpTable {
+ public:
+  explicit OpTable(uint64_t id_bit = 0) : id_bit_(id_bit) {}
+  Op* take();
+  void give_back(Op* op);
+  Op* find(OpId id) const;
+  size_t in_use() const { return in_use_; }
+  template <typename F>
+  void for_each_live(F&& f) {
+    size_t n = chunk_count_.load(std::memory_order_acquire);
+    for (size_t c = 0; c < n; ++c)
+      for (size_t i = 0; i < kChunk; ++i)
+        if (Op& op = chunks_[c].load(std::memory_order_relaxed)[i]; op.live) f(op);
+  }
+  ~OpTable();
+
+ private:
+  static constexpr size_t kChunk = 512, kChunks = 8192;
+  const uint64_t id_bit_;
+  std::unique_ptr<std::atomic<Op*>[]> chunks_ = std::make_unique<std::atomic<Op*>[]>(kChunks);
+  std::atomic<size_t> chunk_count_{0};
+  std::vector<uint32_t> free_;
+  size_t in_use_ = 0;
+};
+
+}  // namespace aiocomm
