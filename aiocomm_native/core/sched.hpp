@@ -1,0 +1,164 @@
+// Chunk scheduling of one link executor, pure: no I/O, threads or clock. Not thread-safe: the owner
+// serialises calls.
+//
+// Rules
+//   - A flow is (channel, peer). Its items leave in order, headers before data; data items leave in chunks.
+//   - Between classes: strict priority, 3 most urgent. While a class and lower ones are both backlogged, the
+//   lower
+//     ones together get at least `min_share` of the bytes; credit does not outlive the backlog.
+//   - Between the groups (channels) of a class: start-time fair queueing by bytes / weight. Between the flows
+//   of a
+//     group: the same with equal weights. An item of no bytes is charged as one byte.
+//   - A flow that is not ready, or has nothing queued, is not backlogged: it keeps its items and earns no
+//   credit.
+//   - Window: an urgent chunk waits for the less urgent bytes posted before it. Therefore, where flows of
+//   class u
+//     are registered (backlogged or not), the classes below u keep at most rate * preempt_ns(u) bytes in
+//     flight together, and their chunks are half of that. Where none is, chunks are max_chunk and the window
+//     max_window.
+//   - In flight are at most max_window bytes; but a class with nothing in flight in it or above it may always
+//   post
+//     one chunk. So neither a small window nor less urgent bytes can lock anybody out.
+//   - An illegal call throws std::invalid_argument and changes nothing.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "core/fair_queue.hpp"
+#include "core/flat_map.hpp"
+
+namespace aiocomm {
+
+using FlowId = uint32_t;
+
+// Sizes in bytes, rate in bytes per ns.
+struct SchedConfig {
+  uint64_t min_chunk = 64 << 10;
+  uint64_t max_chunk = 4 << 20;
+  uint64_t min_window = 256 << 10;
+  uint64_t max_window = 8 << 20;
+  double initial_rate = 8.0;
+  double min_share = 0.05;  // 0 to 0.5
+};
+
+class Scheduler {
+ public:
+  static constexpr unsigned kClasses = 4;
+  static constexpr double kMinWeight = 1.0 / 1024, kMaxWeight = 1024;
+
+  // Bytes [offset, offset + nbytes) of an item; `last` if nothing of the item remains.
+  struct Chunk {
+    uint64_t item = 0;
+    uint64_t offset = 0;
+    uint64_t nbytes = 0;
+    bool last = false;
+    bool header = false;  // as it was pushed
+    uint8_t cls = 0;      // for complete()
+    FlowId flow = 0;
+    uint64_t serial = 0;  // for unget()
+  };
+
+  explicit Scheduler(const SchedConfig& config = {});
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  // Flows of one group share its class and weight; the weight given last holds. A new flow is ready.
+  // Illegal: a known flow, a class other than the group's, a class > 3, a weight outside [kMinWeight,
+  // kMaxWeight].
+  void add_flow(FlowId flow, uint8_t cls, double weight, uint64_t group);
+  // Returns the items dropped, in the order in which they would have left. Chunks in flight are still
+  // completed.
+  std::vector<uint64_t> remove_flow(FlowId flow);
+  void set_weight(uint64_t group, double weight);
+  // A flow whose peer can take no more now is passed over until it is ready again.
+  void set_ready(FlowId flow, bool ready);
+  void set_preempt(uint8_t cls, uint64_t ns);
+
+  // A header is indivisible. Illegal: unknown flow, an item that is queued, a header beyond max_chunk.
+  void push(FlowId flow, uint64_t item, uint64_t nbytes, bool header);
+  // The chunk to post now, which counts as in flight; nullopt: nothing is ready, or the window is full.
+  std::optional<Chunk> next();
+  // Gives back a chunk that could not be posted. For the latest next(), then the one before it, up to 16,
+  // this restores the state exactly; for an older chunk, its bytes and its fair share. Illegal: a chunk that
+  // is not the newest of its item, a removed flow, an item cancelled meanwhile (complete() such a chunk
+  // instead).
+  void unget(const Chunk& chunk);
+  // Bytes of class `cls` are no longer in flight. `elapsed_ns`: how long the link worked on them, that is,
+  // since their posting or the completion before, whichever was later; 0: unknown. Only pieces of min_chunk
+  // and more feed the rate: smaller ones tell the latency. Illegal: more than is in flight.
+  void complete(uint64_t nbytes, uint64_t elapsed_ns, uint8_t cls);
+  // Removes what is queued of an item and returns its bytes; nullopt: unknown, or handed out entirely.
+  std::optional<uint64_t> cancel(uint64_t item);
+
+  size_t items() const noexcept { return items_.size(); }  // queued, ready or not
+  bool runnable() const noexcept;                          // a ready flow has something queued, window or not
+  uint64_t backlog(FlowId flow) const;                     // bytes queued
+  uint64_t served(uint64_t group) const;                   // bytes handed out since the group has had flows
+  uint64_t in_flight() const noexcept;                     // bytes
+  uint64_t in_flight(uint8_t cls) const;
+  uint64_t window(uint8_t cls) const;      // bytes that this and the less urgent classes may have in flight
+  uint64_t chunk_size(uint8_t cls) const;  // bytes
+  double rate() const noexcept { return rate_bytes_ / rate_ns_; }
+
+ private:
+  struct Group;
+  struct Flow;
+  static constexpr uint32_t kNil = UINT32_MAX;
+  struct Item {
+    uint64_t id;
+    uint64_t offset;
+    uint64_t nbytes;
+    Flow* flow;
+    uint32_t prev, next;
+    bool header;
+  };
+  struct Fifo {
+    uint32_t head = kNil, tail = kNil;
+  };
+  enum class Admission : uint8_t { kYes, kLinkFull, kOwnWindowFull };
+  using Owed = std::array<int64_t, kClasses>;
+
+  Flow& flow_at(FlowId flow) const;
+  Group& group_at(uint64_t group) const;
+  Item& front_item(unsigned cls) noexcept;
+  uint64_t front_bytes(unsigned cls) noexcept;
+  Admission admit(unsigned cls, uint64_t nbytes) const noexcept;
+  unsigned backlogged() const noexcept;
+  unsigned choose_class(unsigned backlogged) noexcept;
+  void account_share(unsigned cls, uint64_t nbytes, unsigned backlogged) noexcept;
+  void refresh(Flow& flow, bool refund);
+  uint32_t allocate_item(const Item& item);
+  void link_item(uint32_t index, bool at_front);
+  void remove_item(uint32_t index);
+
+  static constexpr unsigned kUndoDepth = 16;
+
+  const SchedConfig config_;
+  const int64_t share_;  // min_share in units of 1 / kShareOne
+  std::array<FairQueue, kClasses> classes_;
+  std::array<size_t, kClasses> registered_{};  // flows
+  std::array<uint64_t, kClasses> preempt_ns_;
+  std::array<uint64_t, kClasses> in_flight_{};
+  // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.
+  Owed owed_{};
+  std::array<Owed, kUndoDepth> undo_{};  // owed_ before the latest calls of next()
+  uint64_t serial_ = 0;
+  double rate_bytes_, rate_ns_;  // decayed sums
+
+  std::vector<Item> item_pool_;
+  uint32_t free_item_ = kNil;
+  IdMap<uint32_t> items_;
+  IdMap<uint32_t> flow_slots_;
+  IdMap<uint32_t> group_slots_;
+  std::vector<std::unique_ptr<Flow>> flows_;
+  std::vector<std::unique_ptr<Group>> groups_;
+  uint64_t groups_made_ = 0;
+};
+
+}  // namespace aiocomm
