@@ -1,0 +1,121 @@
+"""`aiocomm doctor`: what this machine can do per link, why not, and what to install.
+
+Exit status 0 if the links asked for work (`--require shm,tcp`; by default either of these is enough), else 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import sysconfig
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aiocomm import links
+from aiocomm.links import Report, State
+from aiocomm.links._report import package_version
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_arguments", "main"]
+
+_MARKS = {
+    State.OK: "[green]ok[/]",
+    State.LIMITED: "[yellow]limited[/]",
+    State.FAILED: "[red]no[/]",
+    State.INFO: "",
+}
+_ENOUGH = ("shm", "tcp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `aiocomm doctor`."""
+    parser.add_argument(
+        "--require",
+        metavar="LINKS",
+        type=_link_names,
+        help="comma-separated links that must work for exit status 0 (default: either of shm and tcp)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Look, print, and return the exit status."""
+    reports = sorted((links.discover(name) for name in links.names()), key=lambda r: (not r.built, r.link))
+    usable = {report.link for report in reports if report.usable}
+    ok = usable.issuperset(args.require) if args.require else bool(usable.intersection(_ENOUGH))
+    if args.json:
+        found = {
+            "ok": ok,
+            "required": list(args.require or ()),
+            "python": _python(),
+            "links": [{**dataclasses.asdict(report), "usable": report.usable} for report in reports],
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        _show(reports, args.require, ok)
+    return 0 if ok else 1
+
+
+def _link_names(text: str) -> tuple[str, ...]:
+    wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = set(wanted) - set(links.names())
+    if unknown or not wanted:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(
+            f"{', '.join(sorted(unknown)) or 'nothing'}: not among {', '.join(links.names())}"
+        )
+    return wanted
+
+
+def _python() -> dict[str, Any]:
+    """The interpreter and what is installed beside it."""
+    threading = "off"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        threading = "built, but the GIL is enabled" if getattr(sys, "_is_gil_enabled", bool)() else "on"
+    return {
+        "aiocomm": package_version("aiocomm"),
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "free_threading": threading,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "numpy": package_version("numpy"),
+        "uvloop": package_version("uvloop"),
+        "trio": package_version("trio"),
+    }
+
+
+def _show(reports: list[Report], required: tuple[str, ...] | None, ok: bool) -> None:
+    console = Console(highlight=False)
+    facts = _python()
+    versions = [f"{name} {facts[name] or 'missing'}" for name in ("aiocomm", "numpy", "uvloop", "trio")]
+    console.print(f"{facts['implementation']} {facts['python']}, {facts['system']}, {facts['cores']} cores")
+    console.print(f"{', '.join(versions)}, free threading {facts['free_threading']}")
+    for report in reports:
+        console.print(f"\n[bold]{report.link}[/] {_state(report)}: {escape(report.summary)}")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for check in report.checks:
+            advice = f"\n[cyan]{escape(check.advice)}[/]" if check.advice else ""
+            table.add_row(f"  {escape(check.name)}", _MARKS[check.state], escape(check.detail) + advice)
+        console.print(table)
+    if not ok:
+        needed = " and ".join(required) if required else " or ".join(_ENOUGH)
+        console.print(f"\n[red]not enough:[/] {needed} must work")
+
+
+def _state(report: Report) -> str:
+    if not report.built:
+        return "[dim]link not built in this version[/]"
+    return "[green]works[/]" if report.usable else "[red]does not work[/]"

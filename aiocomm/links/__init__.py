@@ -1,0 +1,34 @@
+"""Discovery: what this machine can do per link. One module per link, each with `discover() -> Report`.
+
+A new link is a new module here; nothing else is edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from aiocomm.links._report import Check, Report, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Check", "Report", "State", "discover", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all known links, built or not, in alphabetical order."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def discover(link: str) -> Report:
+    """Look at this machine for one link. Starts short-lived child processes; takes a fraction of a second.
+
+    Raises:
+        ValueError: there is no such link.
+    """
+    if link not in names():
+        raise ValueError(f"no link called {link!r}: there are {', '.join(names())}")
+    look: Callable[[], Report] = importlib.import_module(f"{__name__}.{link}").discover
+    return look()

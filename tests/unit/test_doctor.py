@@ -1,0 +1,220 @@
+"""Discovery per link, what is said when something is refused, and the doctor's exit status."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import json
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aiocomm import links
+from aiocomm.cli import doctor
+from aiocomm.links import Check, Report, State, cuda, rdma, shm, tcp
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def run(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    return doctor.main(parser.parse_args(argv))
+
+
+def checks(report: Report) -> dict[str, Check]:
+    assert len({check.name for check in report.checks}) == len(report.checks)
+    return {check.name: check for check in report.checks}
+
+
+def refuse(code: int) -> Any:
+    def call(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def test_every_module_is_a_link_and_reports() -> None:
+    assert set(links.names()) >= {"cuda", "rdma", "shm", "tcp"}
+    for name in links.names():
+        report = links.discover(name)
+        assert report.link == name
+        assert report.summary
+        assert report.checks
+    with pytest.raises(ValueError, match="no link called 'pigeon'"):
+        links.discover("pigeon")
+
+
+def test_usable_needs_a_built_link_and_no_failed_check() -> None:
+    good, bad = Check("a", State.LIMITED, ""), Check("b", State.FAILED, "")
+    assert Report("x", True, "", (good,)).usable
+    assert not Report("x", True, "", (good, bad)).usable
+    assert not Report("x", False, "", (good,)).usable
+
+
+def test_shm_tries_the_real_thing() -> None:
+    found = checks(shm.discover())
+    for name in ("memfd", "descriptor passing", "eventfd"):
+        assert found[name].state is State.OK, found[name]
+    assert found["cross-memory attach"].state in (State.OK, State.LIMITED)
+
+
+def test_shm_leaves_no_descriptor_behind() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    shm.discover()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("call", "name"), [("memfd_create", "memfd"), ("eventfd", "eventfd")])
+def test_shm_without_a_system_call_does_not_work(
+    monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
+    monkeypatch.setattr(os, call, refuse(errno.ENOSYS))
+    report = shm.discover()
+    check = checks(report)[name]
+    assert check.state is State.FAILED
+    assert "not implemented" in check.detail
+    assert check.advice
+    assert not report.usable
+
+
+def test_shm_without_pidfd_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pidfd_open", refuse(errno.EPERM))
+    report = shm.discover()
+    assert checks(report)["pidfd"].state is State.LIMITED
+    assert report.usable
+
+
+@pytest.mark.parametrize(
+    ("scope", "seccomp", "advice"),
+    [("2", "0", "ptrace_scope is 2"), ("0", "2", "SYS_PTRACE"), ("0", "0", "security modules")],
+)
+def test_refused_cross_memory_attach_is_explained(
+    monkeypatch: pytest.MonkeyPatch, scope: str, seccomp: str, advice: str
+) -> None:
+    monkeypatch.setattr(shm, "_read_sibling", lambda pid, address: errno.EPERM)
+    answers = {"/proc/sys/kernel/yama/ptrace_scope": scope, "/proc/self/status": f"Seccomp:\t{seccomp}\n"}
+    monkeypatch.setattr(shm, "read_text", answers.get)
+    report = shm.discover()
+    check = checks(report)["cross-memory attach"]
+    assert check.state is State.LIMITED
+    assert advice in check.advice
+    assert "bounce ring" in check.detail
+    assert report.usable
+    assert "copied twice" in report.summary
+
+
+def test_ptrace_scope_one_is_passed_with_the_owner_s_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [errno.EPERM, 0]
+    monkeypatch.setattr(shm, "_read_sibling", lambda pid, address: results.pop(0))
+    monkeypatch.setattr(shm, "read_text", lambda path: "1" if "yama" in str(path) else None)
+    check = checks(shm.discover())["cross-memory attach"]
+    assert check.state is State.OK
+    assert "owner allows" in check.detail
+
+
+def test_tcp_connects_to_itself() -> None:
+    report = tcp.discover()
+    assert report.usable
+    assert checks(report)["loopback"].state is State.OK
+
+
+def test_tcp_without_loopback_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_connection", refuse(errno.ENETUNREACH))
+    report = tcp.discover()
+    assert not report.usable
+    assert "ip link set lo up" in checks(report)["loopback"].advice
+
+
+def test_tcp_small_buffers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str) -> str | None:
+        return "4096 131072 212992" if "/ipv4/tcp_" in path else "212992" if "/core/" in path else None
+
+    monkeypatch.setattr(tcp, "read_text", read)
+    check = checks(tcp.discover())["socket buffers"]
+    assert check.state is State.LIMITED
+    assert "sysctl" in check.advice
+
+
+@pytest.mark.parametrize(("module", "package"), [(cuda, "cuda13"), (rdma, "rdma")])
+def test_later_links_are_honest(module: Any, package: str) -> None:
+    report = module.discover()
+    assert not report.built
+    assert not report.usable
+    assert f"aiocomm[{package}]" in checks(report)["packages"].advice or not checks(report)["packages"].advice
+
+
+def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", refuse(errno.ENOENT))
+    monkeypatch.setattr(cuda, "_on_bus", lambda: ["0000:01:00.0"])
+    check = checks(cuda.discover())["driver library"]
+    assert check.state is State.FAILED
+    assert "install the NVIDIA driver" in check.advice
+
+
+def test_rdma_reads_ports_and_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for device, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        port = tmp_path / device / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(state + "\n")
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+        (port / "link_layer").write_text("InfiniBand\n")
+    monkeypatch.setattr(rdma, "_DEVICES", tmp_path)
+    monkeypatch.setattr(rdma, "_NODES", tmp_path / "nothing")
+    report = rdma.discover()
+    found = checks(report)
+    assert found["device mlx5_0 port 1"].detail == "ACTIVE, InfiniBand, 400 Gb/sec (4X NDR)"
+    assert found["device mlx5_1 port 1"].state is State.FAILED
+    assert report.summary == "the machine has 1 active port(s)"
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, working: Sequence[str]) -> None:
+    def look(name: str) -> Report:
+        state = State.OK if name in working else State.FAILED
+        return Report(
+            name, name in ("shm", "tcp"), "summary", (Check("thing", state, "detail", "use [this]"),)
+        )
+
+    monkeypatch.setattr(links, "discover", look)
+
+
+@pytest.mark.parametrize(
+    ("working", "argv", "status"),
+    [
+        (["shm", "tcp"], [], 0),
+        (["tcp"], [], 0),
+        ([], [], 1),
+        (["tcp"], ["--require", "tcp"], 0),
+        (["tcp"], ["--require", "shm,tcp"], 1),
+        (["shm", "tcp", "cuda"], ["--require", "cuda"], 1),
+    ],
+)
+def test_exit_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    working: list[str],
+    argv: list[str],
+    status: int,
+) -> None:
+    fake(monkeypatch, working)
+    assert run(*argv) == status
+    text = capsys.readouterr().out
+    assert "use [this]" in text
+    assert ("not enough" in text) == bool(status)
+    assert run("--json", *argv) == status
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is (status == 0)
+    assert {link["link"]: link["usable"] for link in found["links"]}["cuda"] is False
+
+
+@pytest.mark.parametrize("asked", ["pigeon", "shm,pigeon", ","])
+def test_unknown_links_are_a_usage_error(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--require", asked)
+    assert ended.value.code == 2
+    assert "not among cuda, rdma, shm, tcp" in capsys.readouterr().err
