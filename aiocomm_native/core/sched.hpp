@@ -25,12 +25,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "core/fair_queue.hpp"
 #include "core/flat_map.hpp"
+#include "core/registry.hpp"
 
 namespace aiocomm {
 
@@ -110,12 +110,14 @@ class Scheduler {
   struct Group;
   struct Flow;
   static constexpr uint32_t kNil = UINT32_MAX;
+  static constexpr uint64_t kNeverHanded = UINT64_MAX;
   struct Item {
     uint64_t id;
-    uint64_t offset;
+    uint64_t offset = 0;
     uint64_t nbytes;
+    uint64_t serial = kNeverHanded;  // of the chunk given back: keeps such items in order
     Flow* flow;
-    uint32_t prev, next;
+    uint32_t prev = kNil, next = kNil;
     bool header;
   };
   struct Fifo {
@@ -132,12 +134,17 @@ class Scheduler {
   unsigned backlogged() const noexcept;
   unsigned choose_class(unsigned backlogged) noexcept;
   void account_share(unsigned cls, uint64_t nbytes, unsigned backlogged) noexcept;
+  uint64_t preempt_window(unsigned cls) const noexcept;
   void refresh(Flow& flow, bool refund);
-  uint32_t allocate_item(const Item& item);
-  void link_item(uint32_t index, bool at_front);
+  void insert_item(const Item& item);
   void remove_item(uint32_t index);
 
   static constexpr unsigned kUndoDepth = 16;
+  static constexpr int64_t kShareOne = 1 << 16;
+  // The rate is that of about the last MiB: one odd chunk must not move it much.
+  static constexpr double kRateMemory = 1 << 20;
+  // Nothing is free: else a flood of empty items would hold the turn for ever.
+  static constexpr uint64_t charged(uint64_t nbytes) { return nbytes == 0 ? 1 : nbytes; }
 
   const SchedConfig config_;
   const int64_t share_;  // min_share in units of 1 / kShareOne
@@ -148,16 +155,15 @@ class Scheduler {
   // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.
   Owed owed_{};
   std::array<Owed, kUndoDepth> undo_{};  // owed_ before the latest calls of next()
+  unsigned undo_depth_ = 0;
   uint64_t serial_ = 0;
   double rate_bytes_, rate_ns_;  // decayed sums
 
   std::vector<Item> item_pool_;
   uint32_t free_item_ = kNil;
   IdMap<uint32_t> items_;
-  IdMap<uint32_t> flow_slots_;
-  IdMap<uint32_t> group_slots_;
-  std::vector<std::unique_ptr<Flow>> flows_;
-  std::vector<std::unique_ptr<Group>> groups_;
+  Registry<Flow> flows_;
+  Registry<Group> groups_;
   uint64_t groups_made_ = 0;
 };
 
