@@ -1,0 +1,89 @@
+"""aiocomm, in each mode that a user can choose."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .base import Array, Loop, Peer, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..control import Control
+
+TOKEN = "aiocomm-bench"
+
+
+async def connect(role: int, control: Control, link: str) -> Any:
+    """Return an open communicator of two ranks over `link` alone."""
+    import aiocomm
+
+    name = f"unix://@aiocomm-bench-{os.getpid()}"
+    address = control.swap(name) if role else (control.swap(name), name)[1]
+    return await aiocomm.connect(address, rank=role, size=2, token=TOKEN, links=(link,), warmup=True)
+
+
+class _Ours(Transport):
+    def __init__(self, comm: Any, empty: bool = False) -> None:
+        self._comm = comm
+        self._other = 1 - comm.rank
+        self._empty = empty
+
+    async def allocate(self, nbytes: int) -> tuple[Array, Array]:
+        if not self._empty:
+            return await super().allocate(nbytes)
+        import aiocomm
+
+        data, into = aiocomm.empty(nbytes, np.uint8), aiocomm.empty(nbytes, np.uint8)
+        data[:], into[:] = 1, 2
+        return data, into
+
+    async def send(self, data: Array) -> None:
+        await self._comm.send(data, dst=self._other)
+
+    async def recv(self, out: Array) -> None:
+        await self._comm.recv(out, src=self._other)
+
+    async def send_many(self, messages: Sequence[Array]) -> None:
+        for transfer in [self._comm.send(m, dst=self._other) for m in messages]:
+            await transfer
+
+    async def recv_many(self, outs: Sequence[Array]) -> None:
+        for transfer in [self._comm.recv(o, src=self._other) for o in outs]:
+            await transfer
+
+    async def finish(self, control: Control | None) -> None:
+        await super().finish(control)
+        await self._comm.aclose()
+
+
+async def _open(link: str, empty: bool, role: int, control: Control) -> Transport:
+    return _Ours(await connect(role, control, link), empty)
+
+
+def _peer(
+    name: str,
+    link: str = "shm",
+    loop: Loop = "asyncio",
+    empty: bool = False,
+    note: str = "",
+    **environment: str,
+) -> Peer:
+    return Peer(
+        name, partial(_open, link, empty), "ours", "tcp" if link == "tcp" else "memory", loop,
+        ("aiocomm",), "pip install .", environment, note=note,
+    )  # fmt: skip
+
+
+PEERS = [
+    _peer("aiocomm-shm"),
+    _peer("aiocomm-shm-spin", loop="aiocomm", note="aiocomm.run(spin=50e-6)"),
+    _peer("aiocomm-shm-uvloop", loop="uvloop"),
+    _peer("aiocomm-shm-empty", empty=True, note="arrays of aiocomm.empty()"),
+    _peer("aiocomm-shm-bounce", note="cross-memory attach off", AIOCOMM_SHM_CMA="0"),
+    _peer("aiocomm-tcp", link="tcp"),
+]

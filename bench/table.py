@@ -1,0 +1,107 @@
+"""Tables of samples for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from . import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .checks import Verdict
+    from .model import Column, Options, Sample, Subject, Suite
+
+_STYLES = {"ours": "bold", "peer": "", "handmade": "", "floor": "dim"}
+
+
+def show(figure: figures.Figure | None, digits: int, scale: float = 1.0) -> str:
+    """Return a median, and beneath it the range over rounds."""
+    if figure is None:
+        return "-"
+    median, low, high = (f"{value * scale:.{digits}f}" for value in (figure.median, figure.low, figure.high))
+    return median if figure.rounds == 1 else f"{median}\n[dim]{low}..{high}[/dim]"
+
+
+def of_suite(suite: Suite, options: Options, samples: Sequence[Sample]) -> Table:
+    """Return a suite's figures: a row per subject, with what is missing or failed said in its place."""
+    columns = suite.columns(options)
+    rounds = max((s.round for s in samples), default=-1) + 1
+    table = Table(
+        title=f"{suite.name}: {suite.title}", caption=f"median of {rounds} rounds, lowest..highest",
+        title_justify="left", caption_justify="left",
+    )  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for subject in suite.subjects(options):
+        taken = [s for s in samples if s.subject == subject.name]
+        failed = [s for s in taken if s.error]
+        name = subject.name + (f"\n[red]failed {len(failed)} of {len(taken)}[/red]" if failed else "")
+        if subject.missing:
+            table.add_row(subject.name, "[yellow]absent[/yellow]", *["-"] * (len(columns) - 1))
+        elif taken:
+            cells = [show(figures.of(taken, subject.name, c.metric), c.digits, c.scale) for c in columns]
+            table.add_row(name, *cells, style=_STYLES[subject.kind])
+    return table
+
+
+def footnotes(suite: Suite, options: Options, samples: Sequence[Sample]) -> list[str]:
+    """Return what a row cannot hold: notes on subjects and the reasons of failures."""
+    lines = [f"{s.name}: {s.note}" for s in suite.subjects(options) if s.note and not s.missing]
+    lines += [f"{s.name}: {s.missing}" for s in suite.subjects(options) if s.missing]
+    lines += [f"{s.subject}, round {s.round}, failed: {s.error}" for s in samples if s.error]
+    return lines
+
+
+def of_ratios(suite: Suite, options: Options, samples: Sequence[Sample]) -> Table | None:
+    """Return ours divided by the best peer, taken within each round; tcp is compared with tcp alone."""
+    subjects = suite.subjects(options)
+    ours = [s for s in subjects if s.kind == "ours" and any(x.subject == s.name for x in samples)]
+    columns = [c for c in suite.columns(options) if c.better != "neither"]
+    rivals = [s for s in subjects if s.kind == "peer"]
+    if not ours or not rivals:
+        return None
+    table = Table(
+        title="ours ÷ the best peer of the same round", title_justify="left", caption_justify="left",
+        caption="median of the rounds, lowest..highest, who was best; times: below 1 is better, rates: above",
+    )  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for subject in ours:
+        cells = [_ratio_cell(subject, rivals, column, samples) for column in columns]
+        table.add_row(subject.name, *cells)
+    return table
+
+
+def _ratio_cell(
+    subject: Subject, rivals: Sequence[Subject], column: Column, samples: Sequence[Sample]
+) -> str:
+    against = [r.name for r in rivals if subject.wire != "tcp" or r.wire == "tcp"]
+    figure = figures.ratio(samples, subject.name, against, column.metric, column.better)
+    if figure is None:
+        return "-"
+    ahead = figure.median >= 1 if column.better == "higher" else figure.median <= 1
+    colour = "green" if ahead else "red"
+    spread = f"\n[dim]{figure.low:.2f}..{figure.high:.2f}[/dim]" if figure.rounds > 1 else ""
+    return f"[{colour}]{figure.median:.2f}[/{colour}]{spread}\n[dim]{figure.against}[/dim]"
+
+
+def of_verdicts(verdicts: Sequence[Verdict]) -> Table:
+    """Return what must hold, and whether it does."""
+    table = Table(title="what must hold", title_justify="left")
+    for title in ("what", "of", "figure", "must", "against", ""):
+        table.add_column(title, justify="right" if title == "figure" else "left")
+    colours = {"pass": "green", "FAIL": "red", "not measured": "yellow"}
+    for verdict in verdicts:
+        rule, figure = verdict.rule, verdict.figure
+        times = "x " if rule.against else ""
+        sign = "≤" if rule.relation == "<=" else "≥"
+        value = f"{figure.median:.3g} [dim]{figure.low:.3g}..{figure.high:.3g}[/dim]" if figure else "-"
+        rival = figure.against if figure and figure.against else ", ".join(rule.against)
+        word = f"[{colours[verdict.word]}]{verdict.word}[/]"
+        table.add_row(rule.what, rule.subject, value, f"{sign} {times}{rule.bound:g}", rival, word)
+    return table
