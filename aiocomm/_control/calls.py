@@ -1,0 +1,214 @@
+"""The part of a call after it is accepted: trying the links that both sides have, in order. See `pairing` for
+the exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from aiocomm._control import wire
+from aiocomm._control.wire import ProtocolError
+from aiocomm.errors import AiocommError, LinkError
+
+if TYPE_CHECKING:
+    from aiocomm._control.engine import Engine
+    from aiocomm._control.stream import Stream
+
+__all__ = ["Dial", "YieldedError", "answer_links", "call_links", "common_links"]
+
+Dial: TypeAlias = Callable[[wire.PeerCard, str | None], Awaitable["Stream"]]
+"""Opens an authenticated pair connection to a peer by "unix", by "tcp", or (None) by whichever is best."""
+Fallback: TypeAlias = Callable[[str, int, str, str], None]
+
+
+class YieldedError(Exception):
+    """The peer has a call to us under way, and its rank is lower."""
+
+
+def common_links(me: wire.PeerCard, peer: wire.PeerCard, engine: Engine) -> list[str]:
+    """Links that can join the two, this side's cheapest first."""
+    same_host = me.host_id == peer.host_id
+    return [
+        link
+        for link in engine.link_names()
+        if link in peer.links and (engine.link_streams(link)[0] != "unix" or same_host)
+    ]
+
+
+async def call_links(
+    stream: Stream,
+    attempt: bytes,
+    me: wire.PeerCard,
+    peer: wire.PeerCard,
+    engine: Engine,
+    dial: Dial,
+    commit: Callable[[], None],
+    on_fallback: Fallback,
+) -> str:
+    """Try links as the caller. Returns the one that both engines took.
+
+    Raises:
+        LinkError: none works; the message says why for each.
+        OSError, ProtocolError: the peer broke off.
+    """
+    links = common_links(me, peer, engine)
+    if not links:
+        ours, theirs = ", ".join(me.links) or "none", ", ".join(peer.links) or "none"
+        where = "one host" if me.host_id == peer.host_id else "different hosts"
+        raise LinkError(f"the two have no link in common (here: {ours}; there: {theirs}; on {where})")
+    reasons: list[str] = []
+    for link, following in zip(links, [*links[1:], ""], strict=True):
+        reason = await _call_link(stream, attempt, link, peer, engine, dial, commit)
+        if reason is None:
+            return link
+        reasons.append(f"{link}: {reason}")
+        if following:
+            on_fallback(link, peer.rank, following, reason)
+    raise LinkError("; ".join(reasons))
+
+
+async def _call_link(
+    stream: Stream,
+    attempt: bytes,
+    link: str,
+    peer: wire.PeerCard,
+    engine: Engine,
+    dial: Dial,
+    commit: Callable[[], None],
+) -> str | None:
+    """Try one link. None if it works, else why not."""
+    kind, count = engine.link_streams(link)
+    try:
+        card = engine.link_card(link)
+    except (AiocommError, OSError) as error:
+        return str(error)
+    await stream.send(wire.LinkTry(link, count, card))
+    streams: list[Stream] = []
+    try:
+        try:
+            for index in range(count):
+                streams.append(await dial(peer, kind))
+                await streams[-1].send(wire.StreamHello(attempt, link, index))
+        except (OSError, AiocommError) as error:
+            await stream.send(wire.Unattached(link, _brief(error)))
+            return str(error)
+        answer = await stream.receive()
+        if isinstance(answer, wire.Unattached) and answer.link == link:
+            return answer.reason
+        if not isinstance(answer, wire.LinkReady) or answer.link != link:
+            raise ProtocolError(f"expected {link} to be ready, not {type(answer).__name__}")
+        commit()
+        try:
+            engine.attach(
+                peer.rank, peer.generation, link, [opened.detach() for opened in streams], answer.card, True
+            )
+        except (AiocommError, OSError) as error:
+            await stream.send(wire.Unattached(link, _brief(error)))
+            return str(error)
+    finally:
+        for opened in streams:
+            opened.close()
+    await stream.send(wire.Attached(link))
+    answer = await stream.receive()
+    if isinstance(answer, wire.Unattached) and answer.link == link:
+        return answer.reason
+    if not isinstance(answer, wire.Attached) or answer.link != link:
+        raise ProtocolError(f"expected {link} to be attached, not {type(answer).__name__}")
+    return None
+
+
+async def answer_links(
+    stream: Stream,
+    arrive: Callable[[str, int], Awaitable[list[Stream]]],
+    me: wire.PeerCard,
+    peer: wire.PeerCard,
+    engine: Engine,
+    commit: Callable[[], None],
+    on_fallback: Fallback,
+) -> str | None:
+    """Answer the caller's tries. Returns the link that both engines took, or None if the caller has run out
+    of links.
+
+    Raises:
+        OSError, ProtocolError: the caller broke off or broke the protocol.
+    """
+    links = common_links(me, peer, engine)
+    failed: tuple[str, str] | None = None
+    while True:
+        try:
+            request = await stream.receive()
+        except ConnectionError:
+            if failed is not None:
+                return None
+            raise
+        if not isinstance(request, wire.LinkTry):
+            raise ProtocolError(f"expected a link to try, not {type(request).__name__}")
+        link = request.link
+        if failed is not None:
+            on_fallback(failed[0], peer.rank, link, failed[1])
+        reason = await _answer_link(stream, arrive, request, link in links, peer, engine, commit)
+        if reason is None:
+            return link
+        failed = (link, reason)
+
+
+async def _answer_link(
+    stream: Stream,
+    arrive: Callable[[str, int], Awaitable[list[Stream]]],
+    request: wire.LinkTry,
+    usable: bool,
+    peer: wire.PeerCard,
+    engine: Engine,
+    commit: Callable[[], None],
+) -> str | None:
+    link = request.link
+    if not usable or request.streams != engine.link_streams(link)[1]:
+        reason = "the peer does not use it with this process"
+        await stream.send(wire.Unattached(link, reason))
+        return reason
+    # The caller may give up while streams are still due, so its word is awaited beside them.
+    word = asyncio.ensure_future(stream.receive())
+    arriving = asyncio.ensure_future(arrive(link, request.streams))
+    streams: list[Stream] = []
+    try:
+        await asyncio.wait((word, arriving), return_when=asyncio.FIRST_COMPLETED)
+        if not arriving.done():
+            return _given_up(await word, link)
+        streams = arriving.result()
+        try:
+            card = engine.link_card(link)
+        except (AiocommError, OSError) as error:
+            await stream.send(wire.Unattached(link, _brief(error)))
+            return str(error)
+        commit()
+        await stream.send(wire.LinkReady(link, card))
+        said = await word
+        if not isinstance(said, wire.Attached) or said.link != link:
+            return _given_up(said, link)
+        try:
+            engine.attach(
+                peer.rank, peer.generation, link, [opened.detach() for opened in streams], request.card, False
+            )
+        except (AiocommError, OSError) as error:
+            await stream.send(wire.Unattached(link, _brief(error)))
+            return str(error)
+    finally:
+        for pending in (word, arriving):
+            pending.cancel()
+        await asyncio.gather(word, arriving, return_exceptions=True)
+        for opened in streams:
+            opened.close()
+    await stream.send(wire.Attached(link))
+    return None
+
+
+def _given_up(said: wire.Message, link: str) -> str:
+    if isinstance(said, wire.Unattached) and said.link == link:
+        return said.reason
+    raise ProtocolError(f"expected word of {link}, not {type(said).__name__}")
+
+
+def _brief(error: Exception) -> str:
+    return str(error)[: wire.MAX_TEXT // 4]

@@ -1,0 +1,270 @@
+"""A member's side of the control connection: join, follow what the rendezvous tells, say goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from aiocomm._control import wire
+from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
+from aiocomm._control.auth import Purpose
+from aiocomm._control.stream import Stream, connect
+from aiocomm._control.wire import ProtocolError
+from aiocomm.errors import AuthenticationError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiocomm.config import Settings, World
+
+__all__ = ["Client", "Follower", "read_address_file", "remove_address_file", "write_address_file"]
+
+_FIRST_PAUSE_S: Final = 0.005
+_LONGEST_PAUSE_S: Final = 0.1
+_GOODBYE_S: Final = 1.0
+
+_left: Final[deque[str]] = deque(maxlen=16)
+"""Worlds of fixed size that this process has left; a new world at the same address is not one of them."""
+
+
+class Follower(Protocol):
+    """Who is told what the rendezvous says."""
+
+    def on_joined(self, card: wire.PeerCard) -> None:
+        """A peer is in the world."""
+
+    def on_gone(self, rank: int, generation: int, graceful: bool, reason: str) -> None:
+        """A peer is out of the world."""
+
+    def on_rendezvous_lost(self, graceful: bool, reason: str) -> None:
+        """Nothing more will be told."""
+
+
+class Client:
+    """The control connection of one process.
+
+    Args:
+        world: what to join.
+        address: where; a `FileAddress` is looked up before each try.
+        key: of the group, or None.
+        settings: limits and intervals.
+        follower: is told of peers, on the control thread's loop.
+    """
+
+    def __init__(
+        self, world: World, address: Address, key: bytes | None, settings: Settings, follower: Follower
+    ) -> None:
+        self._world = world
+        self._address = address
+        self.key = key
+        self._settings = settings
+        self._follower = follower
+        self._stream: Stream | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._farewell = asyncio.Event()
+        self._leaving = False
+        self.welcome: wire.Welcome | None = None
+
+    async def join(self, make_card: Callable[[Stream], wire.PeerCard]) -> wire.Welcome:
+        """Find the rendezvous and be admitted, trying again while nobody listens.
+
+        The caller bounds the time. Cancelling leaves no connection behind.
+
+        Args:
+            make_card: this process's card, given the connection, which tells the address that others reach.
+
+        Raises:
+            AuthenticationError: the rendezvous belongs to another group.
+            UsageError: the rendezvous refused, or the address cannot be used.
+        """
+        pause = _FIRST_PAUSE_S
+        self.trouble = "nobody listens there"
+        while True:
+            try:
+                stream = await self._reach()
+            except AuthenticationError as error:
+                if not isinstance(self._address, FileAddress):
+                    raise
+                self.trouble = str(error)  # the file may still be the one of an earlier run
+            except (OSError, ProtocolError) as error:
+                self.trouble = str(error)
+            else:
+                welcome = await self._ask(stream, make_card)
+                if welcome is not None:
+                    return welcome
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def collect(self) -> None:
+        """Follow until the world is ready, then go on in the background.
+
+        Raises:
+            ConnectionError: the rendezvous is gone.
+            ProtocolError: it broke the protocol.
+        """
+        assert self._stream is not None
+        while True:
+            message = await self._stream.receive()
+            if isinstance(message, wire.Ready):
+                break
+            if isinstance(message, wire.Farewell):
+                raise ConnectionError("the rendezvous closed before all had come")
+            self._take(message)
+        self._following = asyncio.create_task(self._follow(), name="aiocomm membership")
+        if not self._stream.is_unix:
+            self._beating = asyncio.create_task(self._beat(), name="aiocomm heartbeat")
+
+    async def aclose(self) -> None:
+        """Say goodbye and close. Does not wait long for an answer."""
+        self._leaving = True
+        if self.welcome is not None and self.welcome.size is not None:
+            _left.append(self.welcome.world)
+        if self._stream is None:
+            return
+        await _cancel(self._beating)  # before the goodbye: a stream has one writer at a time
+        if self._following is not None and not self._following.done():
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_GOODBYE_S):
+                    await self._stream.send(wire.Goodbye())
+                    await self._farewell.wait()
+        await _cancel(self._following)
+        self._stream.close()
+
+    async def _reach(self) -> Stream:
+        address = self._address
+        if isinstance(address, FileAddress):
+            address, token = read_address_file(address.path)
+            self.key = self.key if token is None or self._world.token is not None else token
+        assert isinstance(address, (TcpAddress, UnixAddress))
+        stream = await connect(address)
+        try:
+            async with asyncio.timeout(self._settings.handshake_timeout_s):
+                await stream.authenticate_caller(self.key, Purpose.CONTROL)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def _ask(self, stream: Stream, make_card: Callable[[Stream], wire.PeerCard]) -> wire.Welcome | None:
+        """Ask to be let in. None if it is worth another try."""
+        try:
+            join = wire.Join(self._world.rank, self._world.size, tuple(_left), make_card(stream))
+            async with asyncio.timeout(self._settings.handshake_timeout_s):
+                await stream.send(join)
+                answer = await stream.receive()
+        except (OSError, ProtocolError) as error:
+            stream.close()
+            self.trouble = str(error) or "it does not answer"
+            return None
+        except BaseException:
+            stream.close()
+            raise
+        if isinstance(answer, wire.Welcome):
+            stream.watch_silence(self._settings.heartbeat_s)
+            self._stream = stream
+            self.welcome = answer
+            return answer
+        stream.close()
+        if isinstance(answer, wire.Refused) and not answer.retry:
+            raise UsageError(answer.reason)
+        self.trouble = answer.reason if isinstance(answer, wire.Refused) else "it broke the protocol"
+        return None
+
+    async def _follow(self) -> None:
+        assert self._stream is not None
+        graceful, reason = False, "the rendezvous died: its control connection broke"
+        try:
+            while True:
+                message = await self._stream.receive()
+                if isinstance(message, wire.Farewell):
+                    graceful, reason = True, "the rendezvous closed"
+                    break
+                self._take(message)
+        except ProtocolError as error:
+            reason = f"the rendezvous broke the control protocol ({error})"
+        except TimeoutError:
+            reason = f"the rendezvous did not answer for {3 * self._settings.heartbeat_s:g} s"
+        except OSError:
+            pass
+        self._farewell.set()
+        if not self._leaving:
+            self._follower.on_rendezvous_lost(graceful, reason)
+
+    async def _beat(self) -> None:
+        assert self._stream is not None
+        with contextlib.suppress(OSError):
+            while True:
+                await asyncio.sleep(self._settings.heartbeat_s)
+                await self._stream.send(wire.Heartbeat())
+
+    def _take(self, message: wire.Message) -> None:
+        match message:
+            case wire.Joined(card):
+                self._follower.on_joined(card)
+            case wire.Gone(rank, generation, graceful, reason):
+                self._follower.on_gone(rank, generation, graceful, reason)
+            case wire.Heartbeat() | wire.Ready():
+                pass
+            case _:
+                raise ProtocolError(f"unexpected {type(message).__name__}")
+
+
+async def _cancel(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def write_address_file(path: str, address: TcpAddress | UnixAddress, token: bytes | None) -> None:
+    """Publish an address, and the token that was made for it, to this user's processes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = f"{address}\n{token.decode() if token is not None else ''}\n"
+    temporary = f"{path}.{os.getpid()}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)  # readers see the old file or the new one, never a part
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_address_file(path: str) -> tuple[TcpAddress | UnixAddress, bytes | None]:
+    """The address in a file, and the token if it holds one.
+
+    Raises:
+        OSError: there is no file (yet).
+        AuthenticationError: it is another user's, or open to others.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with open(descriptor, errors="replace") as file:
+        facts = os.fstat(descriptor)
+        if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise AuthenticationError(f"{path} is not this user's alone; it would not be safe to trust")
+        lines = file.read(4096).splitlines()
+    try:
+        address = parse(lines[0]) if lines else None
+    except UsageError as error:
+        raise ConnectionError(f"{path} holds no address") from error
+    if not isinstance(address, (TcpAddress, UnixAddress)):
+        raise ConnectionError(f"{path} holds no address")
+    token = lines[1].encode() if len(lines) > 1 and lines[1] else None
+    return address, token
+
+
+def remove_address_file(path: str, address: TcpAddress | UnixAddress) -> None:
+    """Remove the file if it still holds this address."""
+    with contextlib.suppress(OSError, AuthenticationError):
+        if read_address_file(path)[0] == address:
+            Path(path).unlink()

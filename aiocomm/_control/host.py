@@ -1,0 +1,80 @@
+"""Facts about this host and the processes on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from pathlib import Path
+
+__all__ = ["host_id", "hostname", "open_pidfd", "outward_address", "pid_namespace", "start_time"]
+
+
+@functools.cache
+def hostname() -> str:
+    """The host's name, for people."""
+    return socket.gethostname()
+
+
+def host_id() -> str:
+    """Equal for two processes that share a kernel and a network namespace, and so can reach abstract Unix
+    sockets.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = hostname()
+    return f"{boot}/{_namespace('net')}"
+
+
+def pid_namespace() -> int:
+    """Equal for two processes whose process ids mean the same."""
+    return _namespace("pid")
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its id, this names a process for good. 0 if
+    there is none.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    # The second field is the command in parentheses and may hold anything, parentheses too.
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def open_pidfd(pid: int, started: int) -> int | None:
+    """A descriptor that becomes readable when the process ends, or None if that process is no more.
+
+    Raises:
+        OSError: the kernel does not offer it (or is out of descriptors).
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # Read after the open: the descriptor keeps naming this process, so an id that was used again shows here.
+    if start_time(pid) != started:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def outward_address() -> str:
+    """The numeric address by which other hosts most likely reach this one; else loopback."""
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))  # sends nothing: only asks the routing table
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+def _namespace(kind: str) -> int:
+    try:
+        return os.stat(f"/proc/self/ns/{kind}").st_ino
+    except OSError:
+        return 0

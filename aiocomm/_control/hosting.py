@@ -1,0 +1,79 @@
+"""Being the one that listens: a rendezvous at an address of any kind."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aiocomm._control import host
+from aiocomm._control.address import Address, EnvAddress, FileAddress, TcpAddress, UnixAddress
+from aiocomm._control.client import remove_address_file, write_address_file
+from aiocomm._control.rendezvous import Rendezvous
+from aiocomm.errors import LinkError, UsageError
+
+if TYPE_CHECKING:
+    from aiocomm.config import Settings
+
+__all__ = ["Host"]
+
+
+class Host:
+    """A rendezvous and how it is found.
+
+    Args:
+        size: ranks of a fixed world, None for an elastic one.
+        address: where to listen; a file gets a TCP address and, if the group has no token, a fresh one.
+        key: the group's token, or None.
+        settings: limits and intervals.
+        host_rank: rank of the member in this process, None if there is none.
+    """
+
+    def __init__(
+        self, size: int | None, address: Address, key: bytes | None, settings: Settings, host_rank: int | None
+    ) -> None:
+        self._address = address
+        self._settings = settings
+        self._outward = settings.host or host.outward_address()
+        self._fresh = (
+            secrets.token_hex(32).encode() if key is None and isinstance(address, FileAddress) else None
+        )
+        self._key = key if key is not None else self._fresh
+        self._published: tuple[str, TcpAddress | UnixAddress] | None = None
+        self.rendezvous = Rendezvous(size, self._key, settings, host_rank)
+
+    async def start(self, timeout_s: float) -> tuple[TcpAddress | UnixAddress, bytes | None]:
+        """Listen, and publish where. Returns the address that members can reach, and the key.
+
+        Args:
+            timeout_s: seconds to wait for an address that is still taken.
+
+        Raises:
+            UsageError: the address would need a token.
+            LinkError: it cannot be had.
+        """
+        address = self._address
+        if isinstance(address, EnvAddress):
+            raise UsageError("env:// says where others listen, not where to listen")
+        wanted = TcpAddress(self._outward, 0) if isinstance(address, FileAddress) else address
+        bound = await self.rendezvous.listen(wanted, timeout_s)
+        if (
+            isinstance(bound, TcpAddress)
+            and (bound.is_wildcard or not bound.is_literal)
+            and bound.host != "localhost"
+        ):
+            bound = replace(bound, host=self._outward)
+        if isinstance(address, FileAddress):
+            try:
+                write_address_file(address.path, bound, self._fresh)
+            except OSError as error:
+                raise LinkError(f"rank 0 cannot write {address}: {error}", error.errno) from error
+            self._published = (address.path, bound)
+        return bound, self._key
+
+    async def aclose(self) -> None:
+        """Take the address back, tell the members, close."""
+        if self._published is not None:
+            remove_address_file(*self._published)
+            self._published = None
+        await self.rendezvous.aclose()

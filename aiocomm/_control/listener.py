@@ -1,0 +1,174 @@
+"""A listening socket whose connections authenticate before they reach anyone.
+
+Each connection has a task and a time limit of its own, so that none can hold up another. Connections that
+have not yet authenticated are bounded in number: past the bound the oldest is dropped, since an honest one
+takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import socket
+from typing import TYPE_CHECKING, Final
+
+from aiocomm._control.address import TcpAddress, UnixAddress
+from aiocomm._control.stream import Stream
+from aiocomm._control.wire import ProtocolError
+from aiocomm.errors import AuthenticationError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiocomm._control.auth import Purpose
+
+__all__ = ["Listener", "bind", "private_unix_address"]
+
+_BACKLOG: Final = 256
+_RETRY_S: Final = 0.05
+_EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+
+def private_unix_address() -> UnixAddress:
+    """An abstract name that no other process has, and that vanishes with this one."""
+    return UnixAddress(f"@aiocomm-{os.getuid()}-{os.getpid()}-{secrets.token_hex(8)}")
+
+
+def bind(address: TcpAddress | UnixAddress) -> tuple[socket.socket, TcpAddress | UnixAddress]:
+    """A listening socket, and the address with the port that it got.
+
+    A host *name* listens on all interfaces: the name may stand for an address that this host does not have
+    itself (a load balancer's), or for a loopback one (Debian's 127.0.1.1).
+
+    Raises:
+        OSError: the address is taken or not this host's.
+    """
+    if isinstance(address, UnixAddress):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            if not address.is_abstract:
+                _remove_stale(address.path)
+            sock.bind(address.sockaddr)
+            if not address.is_abstract:
+                os.chmod(address.path, 0o600)
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, address
+    if address.is_literal and not address.is_wildcard:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        sock = socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+    elif address.host == "localhost":
+        sock = socket.create_server(("127.0.0.1", address.port), backlog=_BACKLOG)
+    elif address.host != "0.0.0.0" and socket.has_dualstack_ipv6():
+        sock = socket.create_server(
+            ("", address.port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+        )
+    else:
+        sock = socket.create_server(("", address.port), backlog=_BACKLOG)
+    return sock, TcpAddress(address.host, sock.getsockname()[1])
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens at any more."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            return  # absent, or not ours to judge: bind says so
+
+
+class Listener:
+    """Accepts, authenticates, and hands over.
+
+    Args:
+        sock: listening.
+        key: of the group, or None to accept only this user's processes by Unix socket.
+        purpose: the only kind of connection that is wanted here.
+        timeout_s: seconds within which a connection must have authenticated.
+        max_pending: connections that may be authenticating at a time.
+        serve: what to do with an authenticated connection; its stream is closed when this returns, unless
+            detached.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: bytes | None,
+        purpose: Purpose,
+        timeout_s: float,
+        max_pending: int,
+        serve: Callable[[Stream], Awaitable[None]],
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._key = key
+        self._purpose = purpose
+        self._timeout_s = timeout_s
+        self._max_pending = max_pending
+        self._serve = serve
+        self._pending: dict[asyncio.Task[None], None] = {}  # by age
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting = asyncio.create_task(self._accept(), name="aiocomm accept")
+        self.refused = 0
+
+    async def aclose(self) -> None:
+        """Stop accepting and drop every connection that is still served."""
+        self._accepting.cancel()
+        self._sock.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._tasks, return_exceptions=True)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self._sock)
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    await asyncio.sleep(_RETRY_S)  # no descriptor: connections wait in the backlog meanwhile
+                    continue
+                if self._sock.fileno() < 0:
+                    return
+                continue  # that connection failed before it was accepted
+            while len(self._pending) >= self._max_pending:
+                oldest = next(iter(self._pending))
+                del self._pending[oldest]
+                oldest.cancel()
+                self.refused += 1
+            task = asyncio.create_task(self._handle(sock), name="aiocomm connection")
+            self._pending[task] = None
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._pending.pop(task, None)
+        self._tasks.discard(task)
+
+    async def _handle(self, sock: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        stream: Stream | None = None
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = Stream(sock)
+            async with asyncio.timeout(self._timeout_s):
+                await stream.authenticate_called(self._key, self._purpose)
+            self._pending.pop(task, None)
+            await self._serve(stream)
+        except (OSError, ProtocolError, AuthenticationError, UsageError):
+            self.refused += 1  # whoever it was, it has been told what it may know; nobody here waits for it
+        finally:
+            with contextlib.suppress(OSError):
+                sock.close()
+            if stream is not None:
+                stream.close()

@@ -1,0 +1,69 @@
+"""Notices at once when a process on this host ends, by a descriptor of the process itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Final
+
+from aiocomm._control.host import open_pidfd, pid_namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiocomm._control.wire import PeerCard
+
+__all__ = ["ProcessWatch"]
+
+_GRACE_S: Final = 0.005
+"""Between a process's end and its report: its goodbye may be in a socket that this loop reads in the same
+turn.
+"""
+
+
+class ProcessWatch:
+    """Holds a pidfd for each watched peer. Lives on the control thread's loop.
+
+    Args:
+        host_id: of this process.
+        on_dead: told of (rank, generation, reason), once per peer.
+    """
+
+    def __init__(self, host_id: str, on_dead: Callable[[int, int, str], None]) -> None:
+        self._host_id = host_id
+        self._on_dead = on_dead
+        self._descriptors: dict[tuple[int, int], int] = {}
+
+    def add(self, card: PeerCard) -> None:
+        """Watch a peer, if its process id means something here."""
+        if card.host_id != self._host_id or card.pid_namespace != pid_namespace() or card.pid == os.getpid():
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            descriptor = open_pidfd(card.pid, card.start_time)
+        except OSError:
+            return  # an old kernel, or no descriptor left: the control and pair connections still hang up
+        if descriptor is None:
+            loop.call_later(_GRACE_S, self._report, card)
+            return
+        self._descriptors[card.rank, card.generation] = descriptor
+        loop.add_reader(descriptor, self._ended, card)
+
+    def remove(self, rank: int, generation: int) -> None:
+        """Watch it no longer; idempotent."""
+        descriptor = self._descriptors.pop((rank, generation), None)
+        if descriptor is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Watch nobody any more."""
+        for rank, generation in list(self._descriptors):
+            self.remove(rank, generation)
+
+    def _ended(self, card: PeerCard) -> None:
+        self.remove(card.rank, card.generation)
+        asyncio.get_running_loop().call_later(_GRACE_S, self._report, card)
+
+    def _report(self, card: PeerCard) -> None:
+        self._on_dead(card.rank, card.generation, f"process {card.pid} on {card.host} died")

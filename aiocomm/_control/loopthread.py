@@ -1,0 +1,83 @@
+"""A daemon thread with a private asyncio loop.
+
+The control plane runs here, so that it works alike under asyncio, uvloop and trio, and while the user's loop
+is blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable, Coroutine
+
+__all__ = ["LoopThread"]
+
+_T = TypeVar("_T")
+
+
+class LoopThread:
+    """Runs coroutines on a thread of its own. Started by the first one, ended by `stop`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
+        """Run a coroutine; the future has its outcome, and cancels it.
+
+        Raises:
+            RuntimeError: the thread was stopped.
+        """
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise RuntimeError(f"{self._name} is stopped")
+            if self._loop is None:
+                # Never the policy's loop: that may be uvloop, whose add_reader and sock_* differ in detail.
+                self._loop = asyncio.SelectorEventLoop()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._loop,), name=self._name, daemon=True
+                )
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on the thread, soon; nothing happens once it is stopped."""
+        with self._lock:
+            if self._loop is not None and not self._stopped:
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def stop(self) -> None:
+        """End the loop after what is ready now has run. Any thread; idempotent."""
+        with self._lock:
+            if not self._stopped and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._stopped = True
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread to end. Not from the thread itself."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+        finally:
+            try:
+                left = asyncio.all_tasks(loop)
+                for task in left:
+                    task.cancel()
+                if left:
+                    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+                loop.run_until_complete(loop.shutdown_default_executor())
+            finally:
+                asyncio.set_event_loop(None)
+                loop.close()

@@ -1,0 +1,352 @@
+"""Connections between two processes: who calls whom, over which link, with which sockets.
+
+A call uses one connection to talk about the pair, and one more for each stream that the link in question
+needs. A stream connection authenticates, says which call it belongs to, and is never read again here: from
+then on it is the link's.
+
+    caller                                      called
+    Offer(attempt)                      ───►
+                                        ◄───    OfferAnswer(accept | yield | done | refuse)
+    for each link that both have, cheapest first:
+      LinkTry(link, card)               ───►
+      StreamHello(attempt, link, i)     ═══►    on connections of their own
+                                        ◄───    LinkReady(link, card)
+      attaches; Attached                ───►    attaches
+                                        ◄───    Attached
+      (either side: Unattached(reason): go on to the next link)
+
+Rules:
+1. A pair is attached at most once per generation of the peer.
+2. When both call at once, the lower rank's call wins: the called side yields to nobody with a higher rank
+   while its own call is under way, and gives its own up for one with a lower rank.
+3. Each call has a time limit and a task of its own; a pair that cannot be made is reported, never left
+   pending. The limit ends with the first attach: from then on a slow peer is waited for, and a dead one
+   closes the connection, so that the two never disagree about what is attached for longer than one of them
+   lives.
+4. A newer offer of a peer replaces its older one: a caller has one call at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from aiocomm._control import wire
+from aiocomm._control.calls import YieldedError, answer_links, call_links
+from aiocomm._control.wire import ProtocolError
+from aiocomm.errors import AiocommError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiocomm._control.calls import Dial
+    from aiocomm._control.engine import Engine
+    from aiocomm._control.stream import Stream
+
+__all__ = ["Pairing"]
+
+_TRIES: Final = 3
+_PAUSE_S: Final = 0.05
+
+
+@dataclass(eq=False)
+class _Pair:
+    """One peer's incarnation, and how far the connection with it is."""
+
+    card: wire.PeerCard
+    connected: asyncio.Future[str]
+    wanted: bool = False
+    calling: asyncio.Task[None] | None = None
+    answering: asyncio.Task[None] | None = None
+    committed: bool = False  # an attach has been handed to the engine
+
+
+@dataclass
+class _Attempt:
+    """Streams that arrived for a call that is being answered."""
+
+    streams: dict[tuple[str, int], Stream] = field(default_factory=dict)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Pairing:
+    """Makes the pair connections of this process. Lives on the control thread's loop.
+
+    Args:
+        card: this process's.
+        engine: gets the links.
+        dial: opens an authenticated connection to a peer, over "unix" or "tcp".
+        timeout_s: of one call.
+        on_fallback: told of (failed link, rank, link tried next, reason).
+        on_connected: told of (link, rank).
+    """
+
+    def __init__(
+        self,
+        card: wire.PeerCard,
+        engine: Engine,
+        dial: Dial,
+        timeout_s: float,
+        on_fallback: Callable[[str, int, str, str], None],
+        on_connected: Callable[[str, int], None],
+    ) -> None:
+        self._card = card
+        self._engine = engine
+        self._dial = dial
+        self._timeout_s = timeout_s
+        self._on_fallback = on_fallback
+        self._on_connected = on_connected
+        self._pairs: dict[int, _Pair] = {}
+        self._wanted: set[int] = set()  # asked for before the peer was known
+        self._attempts: dict[bytes, _Attempt] = {}
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self._card.rank
+
+    def add(self, card: wire.PeerCard) -> None:
+        """A peer is in the world."""
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_retrieve)
+        self._pairs[card.rank] = _Pair(card, future)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if card.rank in self._wanted:
+            self._wanted.discard(card.rank)
+            self.want(card.rank)
+
+    def drop(self, rank: int, generation: int, reason: str) -> None:
+        """A peer is out of the world."""
+        pair = self._pairs.get(rank)
+        if pair is None or pair.card.generation != generation:
+            return
+        del self._pairs[rank]
+        for task in (pair.calling, pair.answering):
+            if task is not None:
+                task.cancel()
+        if not pair.connected.done():
+            pair.connected.set_exception(ConnectionError(reason))
+
+    def want(self, rank: int) -> None:
+        """Connect with a peer, in the background. Idempotent."""
+        pair = self._pairs.get(rank)
+        if pair is None:
+            self._wanted.add(rank)
+            return
+        pair.wanted = True
+        self._call_if_needed(pair)
+
+    async def warm_up(self) -> None:
+        """Wait until all peers that are known now are connected.
+
+        Raises:
+            ConnectionError: a pair could not be made.
+        """
+        pairs = list(self._pairs.values())
+        for pair in pairs:
+            self.want(pair.card.rank)
+        await asyncio.gather(*(asyncio.shield(pair.connected) for pair in pairs))
+
+    async def aclose(self) -> None:
+        """Give up every call."""
+        for pair in self._pairs.values():
+            if not pair.connected.done():
+                pair.connected.set_exception(ConnectionError("the communicator was closed"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def serve(self, stream: Stream) -> None:
+        """Take a connection that has authenticated: a call, or a stream of one.
+
+        Raises:
+            ProtocolError: it is neither.
+        """
+        async with asyncio.timeout(self._timeout_s) as limit:
+            first = await stream.receive()
+            match first:
+                case wire.StreamHello(attempt, link, index):
+                    self._take_stream(stream, attempt, link, index)
+                case wire.Offer():
+                    await self._answer(stream, first, limit)
+                case _:
+                    raise ProtocolError(f"expected an offer, not {type(first).__name__}")
+
+    # Calling
+
+    def _call_if_needed(self, pair: _Pair) -> None:
+        busy = pair.calling or pair.answering or pair.committed or pair.connected.done()
+        if pair.wanted and not busy and self._pairs.get(pair.card.rank) is pair:
+            task = asyncio.create_task(self._call(pair), name=f"aiocomm call to {pair.card.rank}")
+            pair.calling = task
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _call(self, pair: _Pair) -> None:
+        reason = ""
+        try:
+            for last in [False] * (_TRIES - 1) + [True]:
+                try:
+                    async with asyncio.timeout(self._timeout_s) as limit:
+                        link = await self._call_once(pair, limit)
+                    self._connect(pair, link)
+                    return
+                except YieldedError:
+                    reason = "it preferred its own call, which did not come through"
+                    await asyncio.wait([pair.connected], timeout=self._timeout_s)
+                except TimeoutError:
+                    reason = f"no answer within {self._timeout_s:g} s"
+                except (OSError, ProtocolError) as error:
+                    reason = str(error) or type(error).__name__
+                except AiocommError as error:
+                    reason = str(error)
+                    break
+                if pair.connected.done():
+                    return
+                if pair.committed:
+                    break
+                if not last:
+                    await asyncio.sleep(_PAUSE_S)
+            self._fail(pair, reason)
+        finally:
+            if pair.calling is asyncio.current_task():
+                pair.calling = None
+
+    async def _call_once(self, pair: _Pair, limit: asyncio.Timeout) -> str:
+        card = pair.card
+        attempt = secrets.token_bytes(16)
+        stream = await self._dial(card, None)
+        with contextlib.closing(stream):
+            me = self._card
+            await stream.send(wire.Offer(attempt, me.rank, me.generation, card.rank, card.generation))
+            answer = await stream.receive()
+            if not isinstance(answer, wire.OfferAnswer):
+                raise ProtocolError(f"expected an answer to the offer, not {type(answer).__name__}")
+            if answer.verdict == "yield":
+                raise YieldedError
+            if answer.verdict != "accept":
+                raise ProtocolError(f"the peer refused: {answer.reason or answer.verdict}")
+            return await call_links(
+                stream,
+                attempt,
+                me,
+                card,
+                self._engine,
+                self._dial,
+                lambda: self._commit(pair, limit),
+                self._on_fallback,
+            )
+
+    # Answering
+
+    async def _answer(self, stream: Stream, offer: wire.Offer, limit: asyncio.Timeout) -> None:
+        if (offer.to_rank, offer.to_generation) != (self._card.rank, self._card.generation):
+            await stream.send(wire.OfferAnswer("refuse", "this process is not the one that was called"))
+            return
+        pair = await self._known(offer.rank, offer.generation)
+        if pair is None:
+            await stream.send(wire.OfferAnswer("refuse", "this process does not know the caller (any more)"))
+            return
+        if pair.committed or pair.connected.done():
+            await stream.send(wire.OfferAnswer("done", "the pair is connected already"))
+            return
+        if pair.calling is not None:
+            if self._card.rank < offer.rank:
+                await stream.send(wire.OfferAnswer("yield", ""))
+                return
+            pair.calling.cancel()
+            pair.calling = None
+        if pair.answering is not None:
+            pair.answering.cancel()
+        pair.answering = asyncio.current_task()
+        attempt = _Attempt()
+        self._attempts[offer.attempt] = attempt
+        try:
+            await stream.send(wire.OfferAnswer("accept", ""))
+            link = await answer_links(
+                stream,
+                lambda link, count: self._streams(attempt, link, count),
+                self._card,
+                pair.card,
+                self._engine,
+                lambda: self._commit(pair, limit),
+                self._on_fallback,
+            )
+            if link is None:
+                self._fail(pair, "no link works between the two")
+            else:
+                self._connect(pair, link)
+        finally:
+            if pair.answering is asyncio.current_task():
+                pair.answering = None
+            del self._attempts[offer.attempt]
+            for waiting in attempt.streams.values():
+                waiting.close()
+            self._call_if_needed(pair)
+
+    async def _known(self, rank: int, generation: int) -> _Pair | None:
+        """The pair of a caller, of whom the rendezvous may not have told yet."""
+        while True:
+            pair = self._pairs.get(rank)
+            if pair is not None and pair.card.generation >= generation:
+                return pair if pair.card.generation == generation else None
+            if rank == self._card.rank:
+                return None
+            try:
+                async with asyncio.timeout(self._timeout_s / 2):
+                    await self._changed.wait()
+            except TimeoutError:
+                return None
+
+    def _take_stream(self, stream: Stream, attempt_id: bytes, link: str, index: int) -> None:
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or (link, index) in attempt.streams or len(attempt.streams) >= wire.MAX_ITEMS:
+            raise ProtocolError("a stream that belongs to no call")
+        attempt.streams[link, index] = stream.take_over()
+        attempt.arrived.set()
+
+    async def _streams(self, attempt: _Attempt, link: str, count: int) -> list[Stream]:
+        """The streams of a link, once all have arrived."""
+        while not all((link, index) in attempt.streams for index in range(count)):
+            attempt.arrived.clear()
+            await attempt.arrived.wait()
+        return [attempt.streams.pop((link, index)) for index in range(count)]
+
+    # Outcomes
+
+    def _commit(self, pair: _Pair, limit: asyncio.Timeout) -> None:
+        """Called when the next thing may be an attach. Raises if the pair may not be attached any more."""
+        if self._pairs.get(pair.card.rank) is not pair or pair.connected.done():
+            raise ConnectionError("the peer is gone")
+        pair.committed = True
+        limit.reschedule(None)
+
+    def _connect(self, pair: _Pair, link: str) -> None:
+        if not pair.connected.done():
+            pair.connected.set_result(link)
+            self._on_connected(link, pair.card.rank)
+
+    def _fail(self, pair: _Pair, reason: str) -> None:
+        """No connection. A later wish tries again."""
+        if pair.connected.done() or self._pairs.get(pair.card.rank) is not pair:
+            return
+        message = (
+            f"no connection with rank {pair.card.rank} ({pair.card.host}, process {pair.card.pid}): {reason}"
+        )
+        pair.connected.set_exception(ConnectionError(message))
+        pair.connected = asyncio.get_running_loop().create_future()
+        pair.connected.add_done_callback(_retrieve)
+        pair.wanted = False
+        pair.committed = False
+        self._engine.fail_connect(pair.card.rank, message)
+
+
+def _retrieve(future: asyncio.Future[str]) -> None:
+    if not future.cancelled():
+        future.exception()  # whoever waits gets it; with nobody waiting it is no news

@@ -1,0 +1,290 @@
+"""The control plane of one communicator: joins the world, keeps track of peers, makes pair connections.
+
+Everything runs on one thread with a private loop; methods may be called from any thread, events are told on
+that thread.
+
+    start ─► [rendezvous, at rank 0] ─► client.join ─► identity, peers ─► ready
+    request_pair ─► pairing ─► engine.attach
+    control connection, pidfds ─► engine.lose_peer / leave_peer, events
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from aiocomm._control import host
+from aiocomm._control.address import TcpAddress, parse
+from aiocomm._control.auth import derive_key
+from aiocomm._control.client import Client
+from aiocomm._control.endpoints import Endpoints
+from aiocomm._control.hosting import Host
+from aiocomm._control.liveness import ProcessWatch
+from aiocomm._control.loopthread import LoopThread
+from aiocomm._control.pairing import Pairing
+from aiocomm._control.wire import PeerCard, ProtocolError
+from aiocomm._world import World
+from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, UsageError
+from aiocomm.types import Event, Fallback, LinkDown, LinkUp, Peer, PeerJoined, PeerLost
+
+if TYPE_CHECKING:
+    import concurrent.futures
+
+    from aiocomm._control.engine import Engine
+    from aiocomm.config import Settings
+
+__all__ = ["ControlPlane", "PeerCard", "Welcome", "World", "peer_of"]
+
+OnEvent: TypeAlias = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """This process's place in the world, and everyone else who is known so far."""
+
+    rank: int
+    size: int | None
+    generation: int
+    peers: tuple[PeerCard, ...]
+    card: PeerCard
+
+
+class ControlPlane:
+    """Membership and connections of one communicator.
+
+    Args:
+        world: what to join.
+        engine: is told of peers and gets the pair connections.
+        settings: limits and intervals.
+        on_event: is told of events, on the control thread; must not block.
+    """
+
+    def __init__(self, world: World, engine: Engine, settings: Settings, on_event: OnEvent) -> None:
+        self._world = world
+        self._engine = engine
+        self._settings = settings
+        self._on_event = on_event
+        self._thread = LoopThread("aiocomm-control")
+        self._closing: concurrent.futures.Future[None] | None = None
+        # The rest belongs to the control thread.
+        self._stack = contextlib.AsyncExitStack()  # what was opened, to be closed in reverse
+        self._starting: asyncio.Task[Welcome] | None = None
+        self._client: Client | None = None
+        self._pairing: Pairing | None = None
+        self._peers: dict[int, PeerCard] = {}
+        self._early: set[int] = set()  # pairs asked for before this process was admitted
+        self._host_rank: int | None = None
+        self._ready = False
+        self._closed = False
+        self._watch = ProcessWatch(host.host_id(), self._lost)
+
+    def start(self) -> concurrent.futures.Future[Welcome]:
+        """Join the world, in the background. A world of fixed size is joined once all its processes have
+        come.
+
+        Cancelling the future gives up; `close` is needed all the same.
+
+        Raises (from the future):
+            UsageError: the world differs from what this process expects, or cannot be had like this.
+            AuthenticationError: the rendezvous belongs to another group.
+            DeadlineExceeded: it was not complete within `timeout_s`.
+            LinkError: the address cannot be listened at.
+        """
+        return self._thread.submit(self._start())
+
+    def request_pair(self, rank: int) -> None:
+        """Connect with a peer, in the background. Any thread; idempotent."""
+        self._thread.call(self._want, rank)
+
+    def warm_up(self) -> concurrent.futures.Future[None]:
+        """Connect with all peers.
+
+        Raises (from the future):
+            PeerLostError: a pair could not be made; the message says which and why.
+        """
+        if self._closing is not None:
+            raise ClosedError("the communicator was closed")
+        return self._thread.submit(self._warm_up())
+
+    def close(self) -> concurrent.futures.Future[None]:
+        """Say goodbye, close everything, end the thread. Idempotent."""
+        if self._closing is None:
+            self._closing = self._thread.submit(self._close())
+            self._closing.add_done_callback(lambda _: self._thread.stop())
+        return self._closing
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait, blocking, until the thread has ended; after `close` that takes microseconds."""
+        self._thread.join(timeout_s)
+
+    # Joining, on the control thread
+
+    async def _start(self) -> Welcome:
+        self._starting = asyncio.current_task()
+        self._stack.callback(self._watch.close)
+        world = self._world
+        if world.address is None:
+            self._engine.set_identity(0, 1)
+            return Welcome(0, 1, 1, (), self._card(0, 1))
+        try:
+            async with asyncio.timeout(world.timeout_s):
+                return await self._join(world.address)
+        except TimeoutError:
+            raise DeadlineExceeded(self._waited_for()) from None
+        except (ConnectionError, ProtocolError) as error:
+            raise PeerLostError(
+                f"the world at {world.address} broke up while it was joined: {error}"
+            ) from error
+
+    async def _join(self, text: str) -> Welcome:
+        world = self._world
+        address = parse(text)
+        key = world.token.encode() if world.token is not None else None
+        if world.rank == 0:
+            hosting = Host(world.size, address, key, self._settings, host_rank=0)
+            self._stack.push_async_callback(hosting.aclose)
+            address, key = await hosting.start(world.timeout_s)
+        if key is None and isinstance(address, TcpAddress):
+            raise UsageError(
+                f"{address} needs a token: set AIOCOMM_TOKEN (or token=) to the same secret everywhere"
+            )
+        self._client = Client(world, address, key, self._settings, self)
+        self._stack.push_async_callback(self._client.aclose)
+        endpoints = Endpoints(self._engine, self._settings)
+        self._stack.push_async_callback(endpoints.aclose)
+        welcome = await self._client.join(lambda stream: self._card(0, 0, endpoints.bind(stream.local_host)))
+        self._host_rank = welcome.host_rank
+        secret = self._client.key if self._client.key is not None else welcome.session_key
+        pair_key = derive_key(secret, f"pair {welcome.world}")
+        card = self._card(welcome.rank, welcome.generation, endpoints.addresses)
+        self._engine.set_identity(welcome.rank, welcome.generation)
+        self._pairing = Pairing(
+            card,
+            self._engine,
+            endpoints.dial,
+            self._settings.handshake_timeout_s,
+            self._fell_back,
+            self._linked,
+        )
+        self._stack.push_async_callback(self._pairing.aclose)
+        for rank in self._early:
+            self._pairing.want(rank)
+        endpoints.open(pair_key, card.host_id, self._pairing.serve)
+        await self._client.collect()
+        self._ready = True
+        peers = tuple(sorted(self._peers.values(), key=lambda peer: peer.rank))
+        return Welcome(welcome.rank, welcome.size, welcome.generation, peers, card)
+
+    def _card(self, rank: int, generation: int, addresses: tuple[str, ...] = ()) -> PeerCard:
+        return PeerCard(
+            rank=rank,
+            generation=generation,
+            name=self._world.name,
+            host=host.hostname(),
+            host_id=host.host_id(),
+            pid=os.getpid(),
+            pid_namespace=host.pid_namespace(),
+            start_time=host.start_time(os.getpid()),
+            devices=(),
+            links=tuple(self._engine.link_names()),
+            addresses=addresses,
+        )
+
+    def _waited_for(self) -> str:
+        world = self._world
+        if self._client is None or self._client.welcome is None:
+            trouble = self._client.trouble if self._client is not None else "its address is taken"
+            who = "rank 0" if world.size is not None else "the rendezvous (rank 0 or `aiocomm rendezvous`)"
+            return (
+                f"could not join {world.address} within {world.timeout_s:g} s: {trouble}; is {who} running?"
+            )
+        missing = sorted(set(range(world.size or 0)) - set(self._peers) - {self._client.welcome.rank})
+        ranks = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        count = f"{len(missing)} of {world.size} processes"
+        return f"{count} did not come within {world.timeout_s:g} s: rank {ranks}"
+
+    async def _close(self) -> None:
+        self._closed = True
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        await self._stack.aclose()
+
+    # What the rendezvous and the kernel tell, on the control thread
+
+    def on_joined(self, card: PeerCard) -> None:
+        """A peer is in the world."""
+        assert self._pairing is not None
+        before = self._peers.get(card.rank)
+        if card.rank == self._pairing.rank or (before is not None and before.generation >= card.generation):
+            return
+        if before is not None:
+            self.on_gone(before.rank, before.generation, False, "a new process has taken its rank")
+        self._peers[card.rank] = card
+        self._engine.add_peer(card.rank, card.generation)
+        self._pairing.add(card)
+        self._watch.add(card)
+        if self._ready:
+            self._tell(PeerJoined(peer_of(card)))
+
+    def on_gone(self, rank: int, generation: int, graceful: bool, reason: str) -> None:
+        """A peer is out of the world. Only the first to say so is heard."""
+        card = self._peers.get(rank)
+        if card is None or card.generation != generation:
+            return
+        del self._peers[rank]
+        self._watch.remove(rank, generation)
+        if graceful:
+            self._engine.leave_peer(rank, generation)
+        else:
+            self._engine.lose_peer(rank, generation, reason)
+        if self._pairing is not None:
+            self._pairing.drop(rank, generation, f"rank {rank} is gone: {reason}")
+        if self._ready:
+            self._tell(PeerLost(rank, generation, "left" if graceful else reason))
+
+    def on_rendezvous_lost(self, graceful: bool, reason: str) -> None:
+        """Nothing more will be told: peers go on with what they have."""
+        if self._closed:
+            return
+        host_card = self._peers.get(self._host_rank) if self._host_rank is not None else None
+        if host_card is not None:
+            self.on_gone(host_card.rank, host_card.generation, graceful, reason)
+        elif not (graceful and self._host_rank is not None):
+            self._tell(LinkDown("rendezvous", -1, reason))
+
+    def _want(self, rank: int) -> None:
+        if self._pairing is None:
+            self._early.add(rank)
+        elif not self._closed:
+            self._pairing.want(rank)
+
+    async def _warm_up(self) -> None:
+        if self._pairing is None:
+            return
+        try:
+            await self._pairing.warm_up()
+        except ConnectionError as error:
+            raise PeerLostError(str(error)) from error
+
+    def _lost(self, rank: int, generation: int, reason: str) -> None:
+        self.on_gone(rank, generation, False, reason)
+
+    def _fell_back(self, link: str, rank: int, following: str, reason: str) -> None:
+        self._tell(Fallback(link, rank, following, reason))
+
+    def _linked(self, link: str, rank: int) -> None:
+        self._tell(LinkUp(link, rank))
+
+    def _tell(self, event: Event) -> None:
+        if not self._closed:
+            self._on_event(event)
+
+
+def peer_of(card: PeerCard, alive: bool = True) -> Peer:
+    """A card as the public interface shows it."""
+    return Peer(card.rank, card.host, card.pid, card.devices, card.links, alive, card.name, card.generation)

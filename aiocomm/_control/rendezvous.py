@@ -1,0 +1,263 @@
+"""The rendezvous: where processes of a world meet, and which tells each of them about the others.
+
+It runs beside rank 0 or alone. Decisions are `membership`'s; this module carries them over connections. A
+member that does not read what it is told is dropped once `_OUTBOX_BYTES` wait for it, so that it can cost no
+more than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+from typing import TYPE_CHECKING, Final
+
+from aiocomm._control import wire
+from aiocomm._control.address import UnixAddress
+from aiocomm._control.auth import Purpose
+from aiocomm._control.listener import Listener, bind
+from aiocomm._control.membership import Announcement, Became, Came, JoinRefusedError, Membership, Went
+from aiocomm._control.wire import ProtocolError
+from aiocomm.errors import LinkError, UsageError
+
+if TYPE_CHECKING:
+    from aiocomm._control.address import TcpAddress
+    from aiocomm._control.stream import Stream
+    from aiocomm.config import Settings
+
+__all__ = ["Rendezvous"]
+
+_OUTBOX_BYTES: Final = 4 << 20
+_FLUSH_S: Final = 1.0
+_BIND_RETRY_S: Final = 0.1
+_GENERATION_SPACE: Final = (
+    1 << 30
+)  # generations of a world start below; they fit 32 bits with room for restarts
+
+
+class _Seat:
+    """A member's connection."""
+
+    def __init__(self, card: wire.PeerCard, stream: Stream) -> None:
+        self.card = card
+        self.stream = stream
+        self._outbox: list[bytes] = []
+        self._waiting = 0
+        self._more = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self.overrun = False
+
+    def post(self, message: wire.Message) -> None:
+        """Queue a message; drop the member if too much waits."""
+        frame = wire.encode(message)
+        self._waiting += len(frame)
+        if self._waiting > _OUTBOX_BYTES:
+            self.overrun = True
+            self._task.cancel()
+            return
+        self._outbox.append(frame)
+        self._empty.clear()
+        self._more.set()
+
+    async def write(self) -> None:
+        """Send what is queued, for ever."""
+        with contextlib.suppress(OSError):  # the reader sees the same failure and reports it
+            while True:
+                await self._more.wait()
+                self._more.clear()
+                frames, self._outbox = self._outbox, []
+                await self.stream.send_frames(b"".join(frames))
+                self._waiting -= sum(map(len, frames))
+                if not self._outbox:
+                    self._empty.set()
+
+    async def flushed(self) -> None:
+        """Wait, not for long, until all is handed to the kernel."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                await self._empty.wait()
+
+
+class Rendezvous:
+    """One world's meeting point.
+
+    Args:
+        size: ranks of a fixed world, None for an elastic one.
+        key: of the group, or None to accept only this user's processes by Unix socket.
+        settings: limits and intervals.
+        host_rank: rank of the member in whose process this runs, None if it stands alone.
+    """
+
+    def __init__(
+        self, size: int | None, key: bytes | None, settings: Settings, host_rank: int | None
+    ) -> None:
+        first_generation = 1 + secrets.randbelow(_GENERATION_SPACE)
+        self.world = secrets.token_hex(8)
+        self.members = Membership(size, first_generation, reserve_zero=host_rank == 0)
+        self._key = key
+        self._session_key = secrets.token_bytes(32) if key is None else b""
+        self._settings = settings
+        self._host_rank = host_rank
+        self._seats: dict[int, _Seat] = {}
+        self._listener: Listener | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._closing = False
+        self._socket_file: str | None = None
+
+    async def listen(
+        self, address: TcpAddress | UnixAddress, timeout_s: float = 0.0
+    ) -> TcpAddress | UnixAddress:
+        """Start to listen; returns the address with the port that was got.
+
+        Args:
+            address: where.
+            timeout_s: seconds to wait for an address that is taken, as by a world that is just closing.
+
+        Raises:
+            UsageError: it would have to trust anyone who connects.
+            LinkError: the address cannot be had.
+        """
+        if self._key is None and not isinstance(address, UnixAddress):
+            raise UsageError(
+                f"listening at {address} needs a token: set AIOCOMM_TOKEN (or token=) to one secret everywhere"
+            )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            try:
+                sock, bound = bind(address)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
+                    code = errno.errorcode.get(error.errno or 0)
+                    message = f"rank 0 cannot listen at {address}: {error.strerror or error}"
+                    raise LinkError(message, error.errno, code) from error
+            await asyncio.sleep(_BIND_RETRY_S)
+        if isinstance(bound, UnixAddress) and not bound.is_abstract:
+            self._socket_file = bound.path
+        limits = self._settings
+        self._listener = Listener(
+            sock, self._key, Purpose.CONTROL, limits.handshake_timeout_s, limits.max_pending, self._serve
+        )
+        self._beating = asyncio.create_task(self._beat(), name="aiocomm heartbeats")
+        return bound
+
+    async def aclose(self) -> None:
+        """Tell the members that this rendezvous ends, and end it."""
+        self._closing = True
+        seats = list(self._seats.values())
+        for seat in seats:
+            seat.post(wire.Farewell())
+        await asyncio.gather(*(seat.flushed() for seat in seats))
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+        if self._listener is not None:
+            await self._listener.aclose()
+        if self._socket_file is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._socket_file)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s)
+            for seat in list(self._seats.values()):
+                if not seat.stream.is_unix:
+                    seat.post(wire.Heartbeat())
+
+    async def _serve(self, stream: Stream) -> None:
+        async with asyncio.timeout(self._settings.handshake_timeout_s):
+            join = await stream.receive()
+        if not isinstance(join, wire.Join):
+            raise ProtocolError(f"expected a request to join, not {type(join).__name__}")
+        try:
+            if self._closing:
+                raise JoinRefusedError("this world is closing", retry=True)
+            if self.members.size is not None and self.world in join.left:
+                raise JoinRefusedError("this process has already left this world", retry=True)
+            card, announcements = self.members.admit(join.rank, join.size, join.card)
+        except JoinRefusedError as refusal:
+            await stream.send(wire.Refused(str(refusal)[: wire.MAX_TEXT // 4], refusal.retry))
+            return
+        stream.watch_silence(self._settings.heartbeat_s)
+        seat = _Seat(card, stream)
+        writing = asyncio.create_task(seat.write(), name="aiocomm member")
+        reason = "the rendezvous closed"
+        try:
+            self._admit(seat, announcements)
+            reason = await self._listen_to(seat)
+        except asyncio.CancelledError:
+            if not seat.overrun:
+                raise
+            reason = "did not read what it was told"
+        finally:
+            self._seats.pop(card.rank, None)
+            writing.cancel()
+            self._announce(self.members.lose(card.rank, card.generation, reason))
+
+    def _admit(self, seat: _Seat, announcements: list[Announcement]) -> None:
+        card = seat.card
+        was_ready = (
+            not any(isinstance(announcement, Became) for announcement in announcements) and self.members.ready
+        )
+        seat.post(
+            wire.Welcome(
+                rank=card.rank,
+                size=self.members.size,
+                generation=card.generation,
+                host_rank=self._host_rank,
+                world=self.world,
+                session_key=self._session_key,
+            )
+        )
+        for other in self.members:
+            if other.rank != card.rank:
+                seat.post(wire.Joined(other))
+        if was_ready:
+            seat.post(wire.Ready())
+        self._announce([announcement for announcement in announcements if isinstance(announcement, Came)])
+        self._seats[card.rank] = seat  # after its own arrival was announced: it knows
+        self._announce([announcement for announcement in announcements if isinstance(announcement, Became)])
+
+    async def _listen_to(self, seat: _Seat) -> str:
+        """Serve a member until it is gone; returns how it went."""
+        card = seat.card
+        try:
+            while True:
+                message = await seat.stream.receive()
+                match message:
+                    case wire.Heartbeat():
+                        pass
+                    case wire.Goodbye():
+                        del self._seats[card.rank]
+                        self._announce(self.members.leave(card.rank, card.generation))
+                        seat.post(wire.Farewell())
+                        await seat.flushed()
+                        return "left"
+                    case _:
+                        return f"broke the control protocol ({type(message).__name__})"
+        except ProtocolError as error:
+            return f"broke the control protocol ({error})"
+        except TimeoutError:
+            return f"did not answer for {3 * self._settings.heartbeat_s:g} s"
+        except OSError:
+            return f"process {card.pid} on {card.host} died: its control connection broke"
+
+    def _announce(self, announcements: list[Announcement]) -> None:
+        for announcement in announcements:
+            message: wire.Message
+            match announcement:
+                case Came(card):
+                    message = wire.Joined(card)
+                case Went(card, graceful, reason):
+                    message = wire.Gone(card.rank, card.generation, graceful, reason[: wire.MAX_TEXT // 4])
+                case Became():
+                    message = wire.Ready()
+            for seat in list(self._seats.values()):
+                seat.post(message)

@@ -1,0 +1,209 @@
+"""A connection of the control plane: a plain non-blocking socket, read no further than asked.
+
+asyncio's own streams read ahead; here the socket may go to a link afterwards, with whatever the peer's link
+has already sent still in it. So reads take exactly the bytes of the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from aiocomm._control.address import TcpAddress, UnixAddress
+from aiocomm._control.auth import HELLO_SIZE, PROOF_SIZE, VERDICT_SIZE, Called, Caller
+from aiocomm._control.wire import FrameParser, Message, ProtocolError, encode
+from aiocomm.errors import AuthenticationError
+
+if TYPE_CHECKING:
+    from aiocomm._control.auth import Purpose
+
+__all__ = ["ConnectionClosedError", "Stream", "connect"]
+
+_CREDENTIALS: Final = struct.Struct("iII")
+
+
+class ConnectionClosedError(ConnectionError):
+    """The other end closed the connection, between two frames."""
+
+
+class Stream:
+    """One connection. Not for concurrent readers, nor for concurrent writers."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._parser = FrameParser()
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether both ends are on one host by construction."""
+        return self._sock.family == socket.AF_UNIX
+
+    @property
+    def local_host(self) -> str:
+        """This side's numeric address; empty for a Unix socket."""
+        return "" if self.is_unix else str(self._sock.getsockname()[0])
+
+    def check_user(self) -> None:
+        """Let only this process's own user be at the other end.
+
+        Raises:
+            AuthenticationError: it is another user, or the connection cannot tell.
+        """
+        if not self.is_unix:
+            raise AuthenticationError(
+                "without a token only this host's processes are accepted, by Unix socket; set AIOCOMM_TOKEN"
+            )
+        raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(raw)
+        if uid != os.getuid():
+            raise AuthenticationError(f"the other end belongs to user {uid}, this process to {os.getuid()}")
+
+    def watch_silence(self, heartbeat_s: float) -> None:
+        """Let the connection fail once what was sent stays unacknowledged for three heartbeats (TCP only).
+
+        The other kernel acknowledges, so a peer that computes for long, or holds its GIL, is not taken for
+        dead.
+        """
+        if not self.is_unix:
+            milliseconds = max(1, int(3000 * heartbeat_s))
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    async def authenticate_called(self, key: bytes | None, purpose: Purpose) -> None:
+        """Take the accepting side of the handshake.
+
+        Raises:
+            AuthenticationError: the other end is not of this group.
+            OSError: the connection failed.
+        """
+        if key is None:
+            self.check_user()
+        side = Called(key, purpose)
+        hello = await self._read(HELLO_SIZE)
+        try:
+            side.challenge(hello)
+        except AuthenticationError:
+            await self._write(side.hello())
+            raise
+        await self._write(side.hello())
+        accepted, verdict = side.verdict(await self._read(PROOF_SIZE))
+        await self._write(verdict)
+        if not accepted:
+            raise AuthenticationError("the other end does not know this group's token")
+
+    async def authenticate_caller(self, key: bytes | None, purpose: Purpose) -> None:
+        """Take the connecting side of the handshake.
+
+        Raises:
+            AuthenticationError: the other end is not of this group.
+            OSError: the connection failed.
+        """
+        if key is None:
+            self.check_user()
+        side = Caller(key, purpose)
+        await self._write(side.hello())
+        await self._write(side.answer(await self._read(HELLO_SIZE)))
+        side.finish(await self._read(VERDICT_SIZE))
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Cancelling loses the bytes of a message that was partly read: close the stream then.
+
+        Raises:
+            ProtocolError: the other end broke the protocol, or closed within a frame.
+            ConnectionClosedError: it closed between two frames.
+            OSError: the connection failed.
+        """
+        while True:
+            data = await self._loop.sock_recv(self._sock, self._parser.wanted)
+            if not data:
+                if self._parser.idle:
+                    raise ConnectionClosedError("the other end closed the connection")
+                raise ProtocolError("the connection ended within a frame")
+            messages = self._parser.feed(data)
+            if messages:
+                return messages[0]
+
+    async def send(self, message: Message) -> None:
+        """Write one message.
+
+        Raises:
+            OSError: the connection failed.
+        """
+        await self._write(encode(message))
+
+    async def send_frames(self, frames: bytes) -> None:
+        """Write frames that are encoded already.
+
+        Raises:
+            OSError: the connection failed.
+        """
+        await self._write(frames)
+
+    def take_over(self) -> Stream:
+        """The same connection in a new stream, which its holder has to close; this one counts as closed."""
+        return Stream(socket.socket(fileno=self._sock.detach()))
+
+    def detach(self) -> int:
+        """Give the descriptor away. Only between operations."""
+        return self._sock.detach()
+
+    def close(self) -> None:
+        """Close; idempotent, also after `detach`."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    async def _read(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            portion = await self._loop.sock_recv(self._sock, nbytes - len(data))
+            if not portion:
+                raise ConnectionClosedError("the other end closed the connection during the handshake")
+            data += portion
+        return data
+
+    async def _write(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self._sock, data)
+
+
+async def connect(address: TcpAddress | UnixAddress) -> Stream:
+    """A connection to a listening address, not yet authenticated.
+
+    Raises:
+        OSError: nobody listens, or the name is unknown.
+    """
+    loop = asyncio.get_running_loop()
+    if isinstance(address, UnixAddress):
+        return await _connect(socket.AF_UNIX, address.sockaddr)
+    host = address.host if not address.is_wildcard else "localhost"
+    flags = socket.AI_NUMERICHOST if address.is_literal and not address.is_wildcard else 0
+    if flags:
+        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=flags)
+    else:
+        found = await loop.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+    failure: OSError | None = None
+    for family, _, _, _, sockaddr in found:
+        try:
+            return await _connect(family, sockaddr)
+        except OSError as error:
+            failure = error
+    raise failure or OSError(f"{address} has no address")
+
+
+async def _connect(family: int, sockaddr: object) -> Stream:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(sock, sockaddr)  # type: ignore[arg-type]
+    except BaseException:
+        sock.close()
+        raise
+    return Stream(sock)

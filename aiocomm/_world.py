@@ -1,0 +1,199 @@
+"""Which world a process belongs to, and where that meets. Pure: every function maps an environment to an
+answer.
+
+| launcher | recognised by | rank 0 listens at |
+|---|---|---|
+| `aiocomm run`, by hand | `AIOCOMM_RANK`, `AIOCOMM_SIZE`, `AIOCOMM_ADDRESS` | that address |
+| torchrun | `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` | `MASTER_ADDR`, port `MASTER_PORT` + 1 |
+| Open MPI | `OMPI_COMM_WORLD_RANK`, `OMPI_COMM_WORLD_SIZE` | `AIOCOMM_ADDRESS`, unless on one host |
+| Hydra (MPICH, Intel MPI) | `PMI_RANK`, `PMI_SIZE` | `AIOCOMM_ADDRESS`, unless on one host |
+| Slurm | `SLURM_PROCID`, `SLURM_STEP_ID` | first host of the step, a port from job and step id |
+
+The first that matches counts. (torchrun's own store holds `MASTER_PORT`.) Where all processes are on one host
+they meet at an abstract Unix socket named after the job, which needs no token. `AIOCOMM_ADDRESS` and
+`AIOCOMM_PORT` override the address and the port in each case. Under no launcher, `AIOCOMM_ADDRESS` names an
+elastic world, and without it the process is a world of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["World", "detect", "first_host"]
+
+_SLURM_PORTS: Final = range(20000, 32000)  # below Linux's ephemeral ports
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What `connect` joins.
+
+    `address` None is a world of this process alone. `size` None is an elastic world, whose rendezvous deals
+    out the ranks (`rank` 0 hosts it). `token` None accepts only processes of the same user on the same host.
+    `timeout_s` bounds joining.
+    """
+
+    address: str | None = None
+    rank: int | None = None
+    size: int | None = None
+    name: str | None = None
+    token: str | None = None
+    links: tuple[str, ...] | None = None
+    warmup: bool = False
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            if self.size < 1:
+                raise UsageError(f"a world of size {self.size} has no member")
+            if self.address is None and self.size > 1:
+                raise UsageError(f"a world of {self.size} processes needs an address (AIOCOMM_ADDRESS)")
+            if self.rank is None and self.address is not None:
+                raise UsageError(
+                    "a world of fixed size needs rank= too; leave out size= for an elastic world"
+                )
+            if self.rank is not None and not 0 <= self.rank < self.size:
+                raise UsageError(
+                    f"rank {self.rank} is not within a world of {self.size} (0 to {self.size - 1})"
+                )
+        elif self.rank not in (None, 0):
+            raise UsageError(
+                "in an elastic world the rendezvous deals out the ranks; give rank=0 only to host it"
+            )
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s must be positive, not {self.timeout_s}")
+
+
+def detect(env: Mapping[str, str], *, uid: int, parent: int) -> World:
+    """The world that the launcher of this process describes.
+
+    Args:
+        env: the environment.
+        uid: of this process; keeps two users' names apart.
+        parent: process id of the parent, which Hydra's processes on one host have in common.
+
+    Raises:
+        UsageError: the environment contradicts itself or leaves out what cannot be derived.
+    """
+    for launcher in (_own, _torchrun, _open_mpi, _hydra, _slurm):
+        world = launcher(env, uid, parent)
+        if world is not None:
+            return world
+    address = env.get("AIOCOMM_ADDRESS")
+    return World(address=address) if address else World(rank=0, size=1)
+
+
+def _own(env: Mapping[str, str], uid: int, parent: int) -> World | None:
+    if "AIOCOMM_RANK" not in env or not env.get("AIOCOMM_ADDRESS"):
+        return None
+    size = _integer(env, "AIOCOMM_SIZE") if "AIOCOMM_SIZE" in env else None
+    return World(address=env["AIOCOMM_ADDRESS"], rank=_integer(env, "AIOCOMM_RANK"), size=size)
+
+
+def _torchrun(env: Mapping[str, str], uid: int, parent: int) -> World | None:
+    if not all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    rank, size, port = _integer(env, "RANK"), _integer(env, "WORLD_SIZE"), _integer(env, "MASTER_PORT")
+    host = env["MASTER_ADDR"]
+    job = (env.get("TORCHELASTIC_RUN_ID", ""), host, str(port), env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    next_port = port + 1 if port < 65535 else port - 1
+    if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        return _place(env, rank, size, _local_name(uid, "torchrun", *job))
+    return _place(env, rank, size, _tcp(env, host, next_port))
+
+
+def _open_mpi(env: Mapping[str, str], uid: int, parent: int) -> World | None:
+    if "OMPI_COMM_WORLD_RANK" not in env or "OMPI_COMM_WORLD_SIZE" not in env:
+        return None
+    rank, size = _integer(env, "OMPI_COMM_WORLD_RANK"), _integer(env, "OMPI_COMM_WORLD_SIZE")
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid")
+    local = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]
+    address = _local_name(uid, "ompi", job) if local and job else None
+    return _place(env, rank, size, address, launcher="Open MPI")
+
+
+def _hydra(env: Mapping[str, str], uid: int, parent: int) -> World | None:
+    if "PMI_RANK" not in env or "PMI_SIZE" not in env:
+        return None
+    local = env.get("MPI_LOCALNRANKS") == env["PMI_SIZE"]
+    address = _local_name(uid, "hydra", str(parent)) if local else None
+    return _place(env, _integer(env, "PMI_RANK"), _integer(env, "PMI_SIZE"), address, launcher="Hydra")
+
+
+def _slurm(env: Mapping[str, str], uid: int, parent: int) -> World | None:
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
+    if (
+        step is None or "SLURM_PROCID" not in env
+    ):  # a batch script has a SLURM_PROCID, but no step: it runs alone
+        return None
+    count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    rank, size = _integer(env, "SLURM_PROCID"), _integer(env, count)
+    job = env.get("SLURM_JOB_ID", env.get("SLURM_JOBID", ""))
+    if env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1":
+        return _place(env, rank, size, _local_name(uid, "slurm", job, step))
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+    if not nodes:
+        return _place(env, rank, size, None, launcher="Slurm")
+    port = _SLURM_PORTS[_digest(job, step) % len(_SLURM_PORTS)]
+    return _place(env, rank, size, _tcp(env, first_host(nodes), port))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list, as in `gpu[03-05,9],login1` → `gpu03`.
+
+    Raises:
+        UsageError: the list's brackets do not match.
+    """
+    host, rest = "", nodes
+    while rest:
+        opened, comma = rest.find("["), rest.find(",")
+        if opened < 0 or -1 < comma < opened:
+            return host + rest.partition(",")[0]
+        closed = rest.find("]", opened)
+        first = rest[opened + 1 : closed].partition(",")[0].partition("-")[0]
+        if closed < 0 or not first:
+            raise UsageError(f"cannot read the node list {nodes!r}; set AIOCOMM_ADDRESS")
+        host += rest[:opened] + first
+        rest = rest[closed + 1 :]
+    return host
+
+
+def _place(env: Mapping[str, str], rank: int, size: int, address: str | None, launcher: str = "") -> World:
+    """A world of fixed size at the address that was found, or that the user gives."""
+    address = env.get("AIOCOMM_ADDRESS") or address
+    if size == 1:
+        return replace(World(rank=0, size=1), rank=rank)
+    if address is None:
+        raise UsageError(
+            f"{launcher} does not say where rank 0 is; set AIOCOMM_ADDRESS=tcp://host:port for all processes"
+        )
+    return World(address=address, rank=rank, size=size)
+
+
+def _tcp(env: Mapping[str, str], host: str, port: int) -> str:
+    port = _integer(env, "AIOCOMM_PORT") if "AIOCOMM_PORT" in env else port
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _local_name(uid: int, launcher: str, *job: str) -> str:
+    return f"unix://@aiocomm-{uid}-{launcher}-{_digest(*job):016x}"
+
+
+def _digest(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except KeyError:
+        raise UsageError(f"{name} is not set, though its launcher's other variables are") from None
+    except ValueError:
+        raise UsageError(f"{name} must be a whole number, not {env[name]!r}") from None

@@ -1,0 +1,295 @@
+"""Settings. The only module that reads the environment.
+
+Every setting is a field of `Settings`; `AIOCOMM_` and its name in capitals is the variable that sets it.
+Sizes take suffixes (`64KiB`, `4M`, both binary), times too (`20us`, `1.5ms`, `2s`); without one they are
+bytes and seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aiocomm._world import World, detect
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Settings", "World", "environment_world", "resolve_world"]
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+_SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(us|µs|ms|s|)", re.IGNORECASE)
+_TIME_UNITS: Final = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
+_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def _setting(default: Any, unit: str, doc: str, **checks: Any) -> Any:
+    return field(default=default, metadata={"unit": unit, "doc": doc, **checks})
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _copy_threads() -> int:
+    return min(2, _cores())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set at run time, with its default."""
+
+    eager_max: int = _setting(
+        64 * KIB, "bytes", "Larger messages are sent by rendezvous.", low=0, high=1 << 30
+    )
+    ring_bytes: int = _setting(MIB, "bytes", "Ring of each direction of a pair.", low=64 * KIB, high=1 << 30)
+    unexpected_bytes: int = _setting(
+        16 * MIB,
+        "bytes",
+        "Payload held for messages of one peer that nobody has asked for.",
+        low=0,
+        high=1 << 40,
+    )
+    queue_depth: int = _setting(
+        65536, "operations", "Submission queue of a link executor.", low=16, high=1 << 24
+    )
+    copy_threads: int = field(
+        default_factory=_copy_threads,
+        metadata={
+            "unit": "threads",
+            "doc": "Threads that copy host memory; at most the cores.",
+            "low": 1,
+            "high": 64,
+        },
+    )
+    preempt_s: float = _setting(
+        100e-6,
+        "seconds",
+        "The longest that the most urgent channel waits behind posted chunks.",
+        low=1e-6,
+        high=10.0,
+    )
+    drain_timeout_s: float = _setting(
+        2.0,
+        "seconds",
+        "How long a cancelled transfer may hold its buffer before the link is torn down.",
+        low=0.0,
+    )
+    min_share: float = _setting(
+        0.05, "fraction", "Share of a link kept for lower classes.", low=0.0, high=0.5
+    )
+    engine_spin_s: float = _setting(
+        20e-6, "seconds", "How long the engine's thread polls before it sleeps.", low=0.0, high=1.0
+    )
+    chunk_max: int = _setting(4 * MIB, "bytes", "Largest piece of a transfer.", low=4 * KIB, high=1 << 30)
+    tcp_streams: int = _setting(
+        2, "connections", "Bulk connections per peer, besides the control one.", low=1, high=16
+    )
+    heartbeat_s: float = _setting(
+        1.0,
+        "seconds",
+        "Between signs of life across hosts; three missing ones are a death.",
+        low=0.01,
+        high=3600.0,
+    )
+    cma: str = _setting("auto", "", "Cross-memory attach: auto or off.", choices=("auto", "off"))
+    links: tuple[str, ...] | None = _setting(None, "names", "Links that may be used, best first, by comma.")
+    handshake_timeout_s: float = _setting(
+        5.0,
+        "seconds",
+        "How long a connection may take to authenticate and to be put to use.",
+        low=0.01,
+        high=600.0,
+    )
+    max_pending: int = _setting(
+        128, "connections", "Connections not yet authenticated, per listening socket.", low=1, high=65536
+    )
+    timeout_s: float = _setting(60.0, "seconds", "How long joining the world may take.", low=0.001)
+    host: str | None = _setting(None, "", "Address of this host to tell the others; else the outward one.")
+    tls_cert: str | None = _setting(
+        None, "path", "Certificate chain (PEM); turns on TLS for TCP connections."
+    )
+    tls_key: str | None = _setting(None, "path", "Key of `tls_cert` (PEM); else it is in the same file.")
+    tls_ca: str | None = _setting(
+        None, "path", "Authorities (PEM) whose peers are accepted; needed with TLS."
+    )
+    log_level: str = _setting("WARNING", "", "Least severe message that is logged.", choices=_LEVELS)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+        object.__setattr__(self, "copy_threads", min(self.copy_threads, _cores()))
+        if (self.tls_cert is None) != (self.tls_ca is None):
+            raise UsageError(
+                "TLS needs both AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA: both ends show a certificate"
+            )
+        if self.tls_key is not None and self.tls_cert is None:
+            raise UsageError("AIOCOMM_TLS_KEY is set without AIOCOMM_TLS_CERT")
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """The settings of `AIOCOMM_*` variables, defaults elsewhere.
+
+        Raises:
+            UsageError: a variable does not hold what its setting needs.
+        """
+        env = os.environ if env is None else env
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            text = env.get(variable(item.name))
+            if text:
+                values[item.name] = _read(item.name, str(item.type), item.metadata["unit"], text)
+        return cls(**values)
+
+    def native(self) -> dict[str, int | float | str]:
+        """What the native engine takes."""
+        names = (
+            "eager_max",
+            "ring_bytes",
+            "unexpected_bytes",
+            "queue_depth",
+            "copy_threads",
+            "preempt_s",
+            "drain_timeout_s",
+            "min_share",
+            "engine_spin_s",
+            "tcp_streams",
+            "heartbeat_s",
+            "chunk_max",
+            "cma",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def reference(cls) -> list[tuple[str, str, str, str]]:
+        """One row per setting: variable, default, unit, meaning."""
+        default = cls()
+        return [
+            (
+                variable(item.name),
+                str(getattr(default, item.name)),
+                item.metadata["unit"],
+                item.metadata["doc"],
+            )
+            for item in dataclasses.fields(cls)
+        ]
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"AIOCOMM_{name.upper()}"
+
+
+def environment_world(env: Mapping[str, str] | None = None) -> World:
+    """The world that this process was launched into; of one process if it was not.
+
+    Raises:
+        UsageError: the environment contradicts itself or leaves out what cannot be derived.
+    """
+    return resolve_world(env=env)
+
+
+def resolve_world(
+    address: str | None = None,
+    *,
+    rank: int | None = None,
+    size: int | None = None,
+    name: str | None = None,
+    token: str | None = None,
+    links: tuple[str, ...] | None = None,
+    warmup: bool = False,
+    timeout_s: float | None = None,
+    env: Mapping[str, str] | None = None,
+) -> World:
+    """The world that `connect`'s arguments and the environment describe together.
+
+    Without an address (or with `env://`) rank, size and address come from the launcher; with one they do not.
+
+    Raises:
+        UsageError: arguments or environment contradict themselves.
+    """
+    env = os.environ if env is None else env
+    settings = Settings.from_environment(env)
+    if address is None or address == "env://":
+        if address is None and size == 1:
+            found = World(rank=0, size=1)
+        else:
+            found = detect(env, uid=os.getuid(), parent=os.getppid())
+    else:
+        found = World(address=address, rank=rank, size=size)
+    return World(
+        address=found.address,
+        rank=found.rank if rank is None else rank,
+        size=found.size if size is None else size,
+        name=name if name is not None else env.get("AIOCOMM_NAME"),
+        token=token if token is not None else _token(env),
+        links=links if links is not None else settings.links,
+        warmup=warmup,
+        timeout_s=settings.timeout_s if timeout_s is None else timeout_s,
+    )
+
+
+def _token(env: Mapping[str, str]) -> str | None:
+    """`AIOCOMM_TOKEN`, or the content of the file named by `AIOCOMM_TOKEN_FILE`."""
+    if env.get("AIOCOMM_TOKEN"):
+        return env["AIOCOMM_TOKEN"]
+    path = env.get("AIOCOMM_TOKEN_FILE")
+    if not path:
+        return None
+    try:
+        mode = os.stat(path).st_mode
+        token = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read AIOCOMM_TOKEN_FILE: {error}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(f"AIOCOMM_TOKEN_FILE {path} is open to other users; chmod 600 it")
+    if not token:
+        raise UsageError(f"AIOCOMM_TOKEN_FILE {path} is empty")
+    return token
+
+
+def _read(name: str, kind: str, unit: str, text: str) -> Any:
+    try:
+        if kind == "int":
+            return _size(text) if unit == "bytes" else int(text)
+        if kind == "float":
+            return _seconds(text) if unit == "seconds" else float(text)
+    except ValueError:
+        raise UsageError(f"{variable(name)} must be a number of {unit}, not {text!r}") from None
+    if kind.startswith("tuple"):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "log_level":
+        return text.upper()
+    return text
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+
+
+def _seconds(text: str) -> float:
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    return float(match[1]) * _TIME_UNITS[match[2].lower()]
+
+
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if "choices" in limits and value not in limits["choices"]:
+        raise UsageError(f"{variable(name)} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if "low" in limits and not value >= limits["low"]:  # also catches NaN
+        raise UsageError(f"{variable(name)} must be at least {limits['low']} {limits['unit']}, not {value}")
+    if "high" in limits and value > limits["high"]:
+        raise UsageError(f"{variable(name)} must be at most {limits['high']} {limits['unit']}, not {value}")
