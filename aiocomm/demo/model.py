@@ -50,10 +50,10 @@ class ModelConfig:
     """Shape of the model. `dim` is split over `heads`; `kv_heads` must divide `heads`."""
 
     layers: int = 8
-    dim: int = 384
-    heads: int = 6
-    kv_heads: int = 3
-    ffn: int = 1024
+    dim: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 704
     seed: int = 0
     rope_base: float = 10_000.0
     epsilon: float = 1e-5
