@@ -104,8 +104,8 @@ class Pair:
         lines: list[str] = []
         for log in sorted(self._folder.glob("*.log")):
             text = log.read_text(errors="replace")
-            lines += [line.strip() for line in text.splitlines() if line.strip()][-2:]
-        return " | ".join(lines)[-500:] or "no output"
+            lines += [line.strip()[:300] for line in text.splitlines() if line.strip(" \t~^")][-1:]
+        return " | ".join(dict.fromkeys(lines)) or "no output"
 
     def close(self) -> None:
         """End the processes and forget their files."""

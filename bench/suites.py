@@ -1,6 +1,8 @@
 """The suites that the tool runs; a new one (GPU, RDMA, collectives) is a module and a line here."""
 
-from . import pairs
+from . import idle, overhead, oversubscribe, pairs, progress, qos
 from .model import Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (pairs.SUITE,)}
+SUITES: dict[str, Suite] = {
+    module.SUITE.name: module.SUITE for module in (pairs, qos, progress, overhead, oversubscribe, idle)
+}

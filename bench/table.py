@@ -29,10 +29,9 @@ def of_suite(suite: Suite, options: Options, samples: Sequence[Sample]) -> Table
     """Return a suite's figures: a row per subject, with what is missing or failed said in its place."""
     columns = suite.columns(options)
     rounds = max((s.round for s in samples), default=-1) + 1
-    table = Table(
-        title=f"{suite.name}: {suite.title}", caption=f"median of {rounds} rounds, lowest..highest",
-        title_justify="left", caption_justify="left",
-    )  # fmt: skip
+    table = Table(title=f"{suite.name}: {suite.title}", title_justify="left", caption_justify="left")
+    if rounds > 1:
+        table.caption = f"median of {rounds} rounds, lowest..highest"
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column.title, justify="right")
@@ -59,7 +58,9 @@ def footnotes(suite: Suite, options: Options, samples: Sequence[Sample]) -> list
 def of_ratios(suite: Suite, options: Options, samples: Sequence[Sample]) -> Table | None:
     """Return ours divided by the best peer, taken within each round; tcp is compared with tcp alone."""
     subjects = suite.subjects(options)
-    ours = [s for s in subjects if s.kind == "ours" and any(x.subject == s.name for x in samples)]
+    ours = [
+        s for s in subjects if s.kind == "ours" and any(x.subject == s.name and x.metrics for x in samples)
+    ]
     columns = [c for c in suite.columns(options) if c.better != "neither"]
     rivals = [s for s in subjects if s.kind == "peer"]
     if not ours or not rivals:

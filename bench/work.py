@@ -7,7 +7,7 @@ Metrics:
     cpu_s_per_gb/SIZE: User and system seconds of both processes per 1e9 bytes.
     messages_s: Messages of 8 bytes per second, `window` outstanding, all awaited.
     messages_s_serial: The same, each awaited before the next.
-    idle_cores: Processor seconds per second that the receiver burns while a receive is pending and nothing comes.
+    idle_cores: Processor seconds per second that the receiver burns while it awaits what does not come.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ async def connect(role: int, control: Control, link: str) -> Any:
     return await aiocomm.connect(address, rank=role, size=2, token=TOKEN, links=(link,), warmup=True)
 
 
-class _Ours(Transport):
+class Ours(Transport):
     def __init__(self, comm: Any, empty: bool = False) -> None:
         self._comm = comm
         self._other = 1 - comm.rank
@@ -62,7 +62,7 @@ class _Ours(Transport):
 
 
 async def _open(link: str, empty: bool, role: int, control: Control) -> Transport:
-    return _Ours(await connect(role, control, link), empty)
+    return Ours(await connect(role, control, link), empty)
 
 
 def _peer(
