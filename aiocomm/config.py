@@ -21,7 +21,7 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Settings", "World", "environment_world", "resolve_world"]
+__all__ = ["Settings", "World", "child_environment", "environment_world", "resolve_world", "variable"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -236,6 +236,13 @@ def resolve_world(
         warmup=warmup,
         timeout_s=settings.timeout_s if timeout_s is None else timeout_s,
     )
+
+
+def child_environment(
+    variables: Mapping[str, str], defaults: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a child process: this one's, with `variables`, and `defaults` where nothing is set."""
+    return {**(defaults or {}), **os.environ, **variables}
 
 
 def _token(env: Mapping[str, str]) -> str | None:

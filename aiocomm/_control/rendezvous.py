@@ -125,7 +125,7 @@ class Rendezvous:
         """
         if self._key is None and not isinstance(address, UnixAddress):
             raise UsageError(
-                f"listening at {address} needs a token: set AIOCOMM_TOKEN (or token=) to one secret everywhere"
+                f"listening at {address} needs a token: set AIOCOMM_TOKEN (or token=), the same everywhere"
             )
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s

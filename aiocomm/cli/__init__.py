@@ -1,0 +1,48 @@
+"""The `aiocomm` command. Each subcommand is a module with `add_arguments(parser)` and `main(args) -> int`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# name: (module, help). Modules are imported when their command is used.
+_COMMANDS: Final = {
+    "run": ("aiocomm.cli.run", "start processes of one world on this host"),
+    "demo": ("aiocomm.cli.demo", "prefill and decode in two processes, with real tensors between them"),
+    "doctor": ("aiocomm.cli.doctor", "what this machine can do per link, why not, and what to install"),
+    "bench": ("aiocomm_bench.cli", "measure, beside the peers that are installed"),
+    "rendezvous": ("aiocomm.cli.rendezvous", "the meeting point of an elastic world"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="aiocomm", description="Awaitable communication between processes, for LLM serving."
+    )
+    parser.add_argument("--version", action="version", version=f"aiocomm {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, text) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == chosen:
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(arguments)
+    status = importlib.import_module(_COMMANDS[args.command][0]).main(args)
+    return int(status or 0)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("aiocomm")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
