@@ -21,7 +21,15 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Settings", "World", "child_environment", "environment_world", "resolve_world", "variable"]
+__all__ = [
+    "Settings",
+    "World",
+    "child_environment",
+    "environment_world",
+    "resolve_world",
+    "take_worker",
+    "variable",
+]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -241,8 +249,22 @@ def resolve_world(
 def child_environment(
     variables: Mapping[str, str], defaults: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The environment of a child process: this one's, with `variables`, and `defaults` where nothing is set."""
+    """This environment for a child process, with `variables`, and `defaults` where nothing is set."""
     return {**(defaults or {}), **os.environ, **variables}
+
+
+def take_worker() -> tuple[int, int, int]:
+    """What `spawn` tells a worker: descriptors of payload and outcome, and its process id. Not passed on to
+    children.
+
+    Raises:
+        UsageError: this process was not started by `spawn`.
+    """
+    try:
+        payload, outcome, parent = map(int, os.environ.pop("AIOCOMM_WORKER").split())
+    except (KeyError, ValueError):
+        raise UsageError("aiocomm._worker is started by aiocomm.spawn only") from None
+    return payload, outcome, parent
 
 
 def _token(env: Mapping[str, str]) -> str | None:

@@ -1,0 +1,74 @@
+"""The process that `aiocomm.spawn` starts: `python -m aiocomm._worker`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from aiocomm._process import die_with_parent
+from aiocomm.config import take_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Load the worker function, run it, report how it failed; returns the exit status."""
+    payload, outcome, parent = take_worker()
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the whole group; the parent decides
+    try:
+        sys.path[:], worker, arguments, library = cloudpickle.loads(_read(payload))
+        os.close(payload)
+        _run(worker, arguments, library)
+    except BaseException as error:
+        os.pwrite(outcome, _report(error), 0)
+        return 1
+    return 0
+
+
+def _run(worker: Callable[..., Any], arguments: tuple[Any, ...], library: str) -> None:
+    import aiocomm
+
+    async def work() -> None:
+        async with aiocomm.connect() as comm:
+            result = worker(comm, *arguments)
+            if inspect.isawaitable(result):
+                await result
+
+    if library == "trio":
+        import trio
+
+        trio.run(work)
+    else:
+        aiocomm.run(work())
+
+
+def _read(descriptor: int) -> bytes:
+    # By offset: the position of the descriptor is shared with the other workers.
+    size = os.fstat(descriptor).st_size
+    content = bytearray()
+    while len(content) < size:
+        content += os.pread(descriptor, size - len(content), len(content))
+    return bytes(content)
+
+
+def _report(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickled = cloudpickle.dumps(error)
+    except Exception:
+        pickled = None
+    return bytes(cloudpickle.dumps((text, pickled)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

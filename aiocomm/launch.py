@@ -1,0 +1,314 @@
+"""`spawn`: a world of this process and a few workers, for notebooks, tests and scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import cloudpickle
+
+from aiocomm._process import fresh_address, fresh_token
+from aiocomm.config import child_environment
+from aiocomm.errors import AiocommError, PeerError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from aiocomm.communicator import Communicator
+
+__all__ = ["Spawn", "WorkerError", "spawn"]
+
+_READY_S: Final = 60.0
+
+
+class WorkerError(AiocommError):
+    """A worker of `spawn` failed. The message ends with its traceback; its exception is the cause, if it
+    could travel.
+
+    `rank` is the worker's, `exit_code` its process's (negative: the signal that ended it).
+    """
+
+    def __init__(self, message: str, rank: int, exit_code: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exit_code = exit_code
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One started process. `outcome` is shared memory into which it writes why it failed."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    outcome: int
+    stopped: bool = False
+
+    def error(self) -> WorkerError | None:
+        """What went wrong in it, unless it was stopped from here."""
+        code = self.process.returncode
+        if code == 0 or (self.stopped and code is not None and code < 0):
+            return None
+        report = os.pread(self.outcome, os.fstat(self.outcome).st_size, 0)
+        if not report:
+            how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
+            return WorkerError(f"the worker with rank {self.rank} {how}", self.rank, code)
+        text, pickled = cloudpickle.loads(report)
+        error = WorkerError(f"the worker with rank {self.rank} failed:\n\n{text}", self.rank, code)
+        if pickled is not None:
+            with contextlib.suppress(Exception):  # its class may not exist here; the text says enough
+                error.__cause__ = cloudpickle.loads(pickled)
+        return error
+
+    def close(self) -> None:
+        """Release what is held for it."""
+        os.close(self.pidfd)
+        os.close(self.outcome)
+
+
+class Spawn:
+    """The world that `spawn` describes; entering it starts the workers and connects."""
+
+    def __init__(
+        self,
+        worker: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        n: int,
+        options: dict[str, Any],
+        deadline: float,
+        grace_s: float,
+    ) -> None:
+        self._worker = worker
+        self._arguments = arguments
+        self._n = n
+        self._options = options
+        self._deadline = deadline
+        self._grace_s = grace_s
+        self._workers: list[_Worker] = []
+        self._communicator: Communicator | None = None
+
+    async def __aenter__(self) -> Communicator:
+        from aiocomm.communicator import connect
+
+        address, token = fresh_address(), fresh_token()
+        try:
+            self._start(address, token)
+            trouble: Exception | None = None
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._watch_start, group.cancel_scope)
+                try:
+                    opened = connect(
+                        address,
+                        rank=0,
+                        size=self._n + 1,
+                        token=token,
+                        deadline=self._deadline,
+                        **self._options,
+                    )
+                    self._communicator = await opened
+                except Exception as error:  # kept, since a task group would wrap it
+                    trouble = error
+                group.cancel_scope.cancel()
+            if self._communicator is None:
+                self._raise(self._failures(), trouble)
+                raise trouble or WorkerError("a worker ended before it had joined", -1, 0)
+        except BaseException:
+            await self._stop()
+            raise
+        return self._communicator
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                await self._wait_all_or_failure()
+            elif isinstance(error, PeerError):
+                with anyio.move_on_after(self._grace_s):
+                    await self._wait_any()  # it was lost because it ends, and is about to say why
+            failures = self._failures()
+        finally:
+            await self._stop()
+        if error is None:
+            self._raise(failures)
+        elif failures and isinstance(error, PeerError):
+            self._raise(failures, error)  # the peer's own report says why it was lost
+        elif isinstance(error, Exception):
+            for failure in failures:
+                error.add_note(str(failure))
+
+    def _start(self, address: str, token: str) -> None:
+        payload = os.memfd_create("aiocomm-payload", os.MFD_CLOEXEC)
+        try:
+            content = cloudpickle.dumps((sys.path, self._worker, self._arguments, _library()))
+            _write_all(payload, content)
+            for rank in range(1, self._n + 1):
+                self._start_one(rank, payload, address, token)
+        finally:
+            os.close(payload)
+
+    def _start_one(self, rank: int, payload: int, address: str, token: str) -> None:
+        outcome = os.memfd_create("aiocomm-outcome", os.MFD_CLOEXEC)
+        try:
+            variables = {
+                "AIOCOMM_RANK": str(rank),
+                "AIOCOMM_SIZE": str(self._n + 1),
+                "AIOCOMM_ADDRESS": address,
+                "AIOCOMM_TOKEN": token,
+                "AIOCOMM_TIMEOUT_S": str(self._deadline),
+                "AIOCOMM_WORKER": f"{payload} {outcome} {os.getpid()}",
+            }
+            links = self._options.get("links")
+            if links is not None:
+                variables["AIOCOMM_LINKS"] = ",".join([links] if isinstance(links, str) else links)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "aiocomm._worker"],
+                env=child_environment(variables),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(payload, outcome),
+            )
+            self._workers.append(_Worker(rank, process, os.pidfd_open(process.pid), outcome))
+        except BaseException:
+            os.close(outcome)
+            raise
+
+    async def _watch_start(self, scope: anyio.CancelScope) -> None:
+        """Give up connecting once a worker has ended: the world would never be complete."""
+        await self._wait_any()
+        scope.cancel()
+
+    async def _wait_any(self) -> None:
+        async with anyio.create_task_group() as group:
+
+            async def wait(worker: _Worker) -> None:
+                await _readable(worker.pidfd)
+                group.cancel_scope.cancel()
+
+            for worker in self._workers:
+                group.start_soon(wait, worker)
+
+    async def _wait_all(self) -> None:
+        for worker in self._workers:
+            await _readable(worker.pidfd)
+
+    async def _wait_all_or_failure(self) -> None:
+        """Wait for the workers; once one has failed, not much longer for the others, which may need it."""
+        async with anyio.create_task_group() as group:
+
+            async def wait(worker: _Worker) -> None:
+                await _readable(worker.pidfd)
+                if worker.process.poll():
+                    group.cancel_scope.deadline = min(
+                        group.cancel_scope.deadline, anyio.current_time() + self._grace_s
+                    )
+
+            for worker in self._workers:
+                group.start_soon(wait, worker)
+
+    def _failures(self) -> list[WorkerError]:
+        """What went wrong in the workers that have ended."""
+        ended = [worker for worker in self._workers if worker.process.poll() is not None]
+        return [error for worker in ended if (error := worker.error()) is not None]
+
+    def _raise(self, failures: list[WorkerError], cause: BaseException | None = None) -> None:
+        if len(failures) == 1:
+            raise failures[0] from (failures[0].__cause__ or cause)
+        if failures:
+            raise ExceptionGroup("several workers failed", failures) from cause
+
+    async def _stop(self) -> None:
+        """End the workers that still run, and close the communicator, whatever happens meanwhile."""
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.stopped = True
+                worker.process.terminate()
+        with anyio.CancelScope(shield=True):
+            try:
+                if self._communicator is not None:
+                    await self._communicator.aclose()
+            finally:
+                self._communicator = None
+                with anyio.move_on_after(self._grace_s):
+                    await self._wait_all()
+                for worker in self._workers:
+                    if worker.process.poll() is None:
+                        worker.process.kill()
+                    worker.process.wait()
+                    worker.close()
+                self._workers.clear()
+
+
+def spawn(
+    worker: Callable[..., Any],
+    n: int = 1,
+    *args: Any,
+    links: str | Sequence[str] | None = None,
+    warmup: bool = False,
+    deadline: float = _READY_S,
+    grace_s: float = 5.0,
+) -> Spawn:
+    """A world of this process (rank 0) and `n` others that run `worker(comm, *args)`.
+
+    `async with spawn(worker, n=3) as comm:` gives this process's communicator. The end of the block waits for
+    the workers; if the block fails they are terminated. A failed worker is raised there as `WorkerError`,
+    several as an `ExceptionGroup`. Works under asyncio and trio; the workers run on the same kind of loop.
+
+    Args:
+        worker: coroutine function, also one defined in a notebook; takes the worker's communicator.
+        n: number of other processes.
+        args: further arguments of `worker`; sent by cloudpickle.
+        links: links that may be used, best first.
+        warmup: connect all pairs at the start.
+        deadline: seconds within which all must have joined.
+        grace_s: seconds that a worker which is asked to end may take before it is killed.
+
+    Raises:
+        UsageError: `n` is less than 1, or `worker` cannot be called.
+
+    Cancellation while entering or leaving terminates the workers and leaves no process behind.
+    """
+    if n < 1:
+        raise UsageError(f"cannot spawn {n} workers")
+    if not callable(worker):
+        raise UsageError(f"the worker must be a coroutine function, not {type(worker).__name__}")
+    return Spawn(worker, args, n, {"links": links, "warmup": warmup}, deadline, grace_s)
+
+
+def _library() -> str:
+    """The loop that runs here: "trio" or "asyncio"."""
+    trio = sys.modules.get("trio")
+    return "trio" if trio is not None and trio.lowlevel.in_trio_run() else "asyncio"
+
+
+async def _readable(descriptor: int) -> None:
+    """Wait until a descriptor is readable, on whichever loop runs."""
+    if _library() == "trio":
+        import trio
+
+        await trio.lowlevel.wait_readable(descriptor)
+        return
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def note() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(descriptor, note)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
