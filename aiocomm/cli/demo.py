@@ -108,7 +108,7 @@ async def _demo(
         refresh_per_second=4,  # more would show in the times
         disable=not errors.is_terminal,
     )
-    async with aiocomm.spawn(functools.partial(split.decode_worker, job=job), n=1, links=[link]) as comm:
+    async with aiocomm.spawn(split.decode_worker, 1, job, links=[link]) as comm:
         model, cache = Transformer(config), KVCache(config, job.capacity, aiocomm.empty)
         warm = prompt[-min(len(prompt), 64) :]
         split.run_single(model, cache, warm, 2)
