@@ -216,7 +216,7 @@ def _rules(name: str) -> tuple[Rule, ...]:
     orders = ("posted", "unexpected")
     submits = [Rule(f"µs to submit {k}", name, f"submit_us/{k}", "<=", 3.0) for k in calls]
     awaits = [
-        Rule(f"µs to await a finished {k}", name, f"await_us/{k}", "<=", 1.0) for k in ("sent", "received")
+        Rule(f"µs to await what was {k}", name, f"await_us/{k}", "<=", 1.0) for k in ("sent", "received")
     ]
     scaling = [Rule(f"µs each, 10 k ÷ 1 k {k}", name, f"in_flight_growth/{k}", "<=", 2.0) for k in orders]
     return (*submits, *awaits, *scaling, Rule("MiB more after 1 M messages", name, "growth_mib", "<=", 1.0))

@@ -101,7 +101,9 @@ def of_verdicts(verdicts: Sequence[Verdict]) -> Table:
         rule, figure = verdict.rule, verdict.figure
         times = "x " if rule.against else ""
         sign = "≤" if rule.relation == "<=" else "≥"
-        value = f"{figure.median:.3g} [dim]{figure.low:.3g}..{figure.high:.3g}[/dim]" if figure else "-"
+        value = f"{figure.median:.3g}" if figure else "-"
+        if figure and figure.rounds > 1:
+            value += f" [dim]{figure.low:.3g}..{figure.high:.3g}[/dim]"
         rival = figure.against if figure and figure.against else ", ".join(rule.against)
         word = f"[{colours[verdict.word]}]{verdict.word}[/]"
         table.add_row(rule.what, rule.subject, value, f"{sign} {times}{rule.bound:g}", rival, word)
