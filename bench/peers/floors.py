@@ -65,9 +65,9 @@ async def _memcpy(transport: Transport, role: int, plan: Plan, control: Control)
 async def _vm_readv(transport: Transport, role: int, plan: Plan, control: Control) -> Metrics:
     """Copy from another process's private memory."""
     cma.allow()
-    memory = _segment(plan.largest, 1)
-    pid, remote = control.swap((os.getpid(), memory.ctypes.data))
-    found = _rates(plan, lambda n: cma.read(pid, remote, memory.ctypes.data, n)) if role == 0 else {}
+    data, into = await transport.allocate(plan.largest)  # private, on huge pages where the kernel grants them
+    pid, remote = control.swap((os.getpid(), data.ctypes.data))
+    found = _rates(plan, lambda n: cma.read(pid, remote, into.ctypes.data, n)) if role == 0 else {}
     control.swap("done")
     return found
 
