@@ -41,11 +41,12 @@ struct Scheduler::Group : FairNode {
 };
 
 struct Scheduler::Flow : FairNode {
-  Flow(FlowId flow, Group& group_) : FairNode(flow), id(flow), group(group_) {}
+  Flow(FlowId flow, Group& group_, uint64_t serial) : FairNode(flow), id(flow), born(serial), group(group_) {}
   bool empty() const { return headers.head == kNil && data.head == kNil; }
   uint32_t front() const { return headers.head != kNil ? headers.head : data.head; }
 
   FlowId id;
+  uint64_t born;  // chunks with a smaller serial are of an earlier flow of this id
   Group& group;
   bool ready = true;
   uint64_t backlog = 0;
@@ -69,7 +70,7 @@ void Scheduler::add_flow(FlowId flow, uint8_t cls, double weight, uint64_t group
   Group* owner = groups_.find(group);
   require(owner == nullptr || owner->cls == cls, "the group is of another class");
   if (owner == nullptr) owner = &groups_.add(std::make_unique<Group>(group, groups_made_++, cls));
-  flows_.add(std::make_unique<Flow>(flow, *owner));
+  flows_.add(std::make_unique<Flow>(flow, *owner, serial_));
   ++owner->members;
   ++registered_[cls];
   set_weight(group, weight);
@@ -110,7 +111,7 @@ void Scheduler::push(FlowId id, uint64_t item, uint64_t nbytes, bool header) {
   Flow& flow = flow_at(id);
   require(items_.find(item) == nullptr, "this item is queued already");
   require(!header || nbytes <= config_.max_chunk, "a header is at most max_chunk long");
-  insert_item({.id = item, .nbytes = nbytes, .flow = &flow, .header = header});
+  insert_item({.id = item, .nbytes = nbytes, .order = order_++, .flow = &flow, .header = header});
   refresh(flow, false);
 }
 
@@ -122,7 +123,7 @@ std::optional<Scheduler::Chunk> Scheduler::next() {
   const uint64_t nbytes = front_bytes(cls);
   if (admit(cls, nbytes) != Admission::kYes) return std::nullopt;
 
-  undo_[serial_ % kUndoDepth] = owed_before;
+  undo_[undo_top_++ % kUndoDepth] = {serial_, owed_before};
   undo_depth_ = std::min(undo_depth_ + 1, kUndoDepth);
   account_share(cls, nbytes, classes);
   Item& item = front_item(cls);
@@ -135,7 +136,8 @@ std::optional<Scheduler::Chunk> Scheduler::next() {
                     .header = item.header,
                     .cls = static_cast<uint8_t>(cls),
                     .flow = flow.id,
-                    .serial = serial_++};
+                    .serial = serial_++,
+                    .order = item.order};
   in_flight_[cls] += nbytes;
   group.served += nbytes;
   group.flows.charge(flow, charged(nbytes));
@@ -155,12 +157,13 @@ void Scheduler::unget(const Chunk& chunk) {
   uint32_t* const index = items_.find(chunk.item);
   require(group.cls == chunk.cls && in_flight_[group.cls] >= chunk.nbytes && chunk.serial < serial_,
           "this chunk is not in flight");
+  require(chunk.serial >= flow.born, "the chunk's flow was removed");
   if (chunk.last) {
     require(index == nullptr, "the item is queued again");
     insert_item({.id = chunk.item,
                  .offset = chunk.offset,
                  .nbytes = chunk.offset + chunk.nbytes,
-                 .serial = chunk.serial,
+                 .order = chunk.order,
                  .flow = &flow,
                  .header = chunk.header});
   } else {
@@ -176,12 +179,9 @@ void Scheduler::unget(const Chunk& chunk) {
   group.flows.refund(flow, charged(chunk.nbytes));
   classes_[group.cls].refund(group, group.cost(chunk.nbytes));
   refresh(flow, true);
-  if (chunk.serial + 1 == serial_) {
-    --serial_;
-    if (undo_depth_ > 0) {
-      --undo_depth_;
-      owed_ = undo_[serial_ % kUndoDepth];
-    }
+  if (undo_depth_ > 0 && undo_[(undo_top_ - 1) % kUndoDepth].serial == chunk.serial) {
+    --undo_depth_;
+    owed_ = undo_[--undo_top_ % kUndoDepth].owed;
   }
 }
 
@@ -265,8 +265,8 @@ void Scheduler::insert_item(const Item& item) {
   Fifo& fifo = item.header ? flow.headers : flow.data;
   flow.backlog += item.nbytes - item.offset;
   uint32_t prev = fifo.tail, next = kNil;
-  if (item.serial != kNeverHanded) {  // given back: before all but those handed out earlier
-    for (prev = kNil, next = fifo.head; next != kNil && item_pool_[next].serial < item.serial;) {
+  if (prev != kNil && item.order < item_pool_[prev].order) {  // given back: before all that came after it
+    for (prev = kNil, next = fifo.head; item_pool_[next].order < item.order;) {
       prev = next;
       next = item_pool_[next].next;
     }

@@ -60,7 +60,8 @@ class Scheduler {
     bool header = false;  // as it was pushed
     uint8_t cls = 0;      // for complete()
     FlowId flow = 0;
-    uint64_t serial = 0;  // for unget()
+    uint64_t serial = 0;  // this and the next for unget()
+    uint64_t order = 0;
   };
 
   explicit Scheduler(const SchedConfig& config = {});
@@ -110,12 +111,11 @@ class Scheduler {
   struct Group;
   struct Flow;
   static constexpr uint32_t kNil = UINT32_MAX;
-  static constexpr uint64_t kNeverHanded = UINT64_MAX;
   struct Item {
     uint64_t id;
     uint64_t offset = 0;
     uint64_t nbytes;
-    uint64_t serial = kNeverHanded;  // of the chunk given back: keeps such items in order
+    uint64_t order;  // of pushing: a queue is sorted by it
     Flow* flow;
     uint32_t prev = kNil, next = kNil;
     bool header;
@@ -154,9 +154,15 @@ class Scheduler {
   std::array<uint64_t, kClasses> in_flight_{};
   // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.
   Owed owed_{};
-  std::array<Owed, kUndoDepth> undo_{};  // owed_ before the latest calls of next()
+  struct Undo {
+    uint64_t serial;
+    Owed owed;
+  };
+  std::array<Undo, kUndoDepth> undo_{};  // owed_ before the latest chunks: a stack that forgets its bottom
+  unsigned undo_top_ = 0;
   unsigned undo_depth_ = 0;
-  uint64_t serial_ = 0;
+  uint64_t serial_ = 0;          // chunks handed out
+  uint64_t order_ = 0;           // items pushed
   double rate_bytes_, rate_ns_;  // decayed sums
 
   std::vector<Item> item_pool_;

@@ -104,8 +104,8 @@ unsigned Scheduler::choose_class(unsigned classes) noexcept {
 
 void Scheduler::account_share(unsigned cls, uint64_t nbytes, unsigned classes) noexcept {
   const auto cost = static_cast<int64_t>(charged(nbytes));
-  // One chunk at most: what could not be posted in time is not saved up.
-  const int64_t cap = (kShareOne - share_) * static_cast<int64_t>(config_.max_chunk);
+  // Below the cap fit what is owed but not due yet, and this chunk. What could not be posted in time is lost.
+  const int64_t cap = kShareOne * static_cast<int64_t>(config_.max_chunk);
   if (contended(cls, classes)) owed_[cls] = std::min(owed_[cls] + share_ * cost, cap);
   for (unsigned urgent = cls + 1; urgent < kClasses; ++urgent) {
     if (contended(urgent, classes)) owed_[urgent] -= (kShareOne - share_) * cost;
