@@ -82,7 +82,7 @@ async def _call_link(
     kind, count = engine.link_streams(link)
     try:
         card = engine.link_card(link)
-    except (AiocommError, OSError) as error:
+    except Exception as error:  # whatever it is, this link is out and the next one has its chance
         return str(error)
     await stream.send(wire.LinkTry(link, count, card))
     streams: list[Stream] = []
@@ -104,7 +104,7 @@ async def _call_link(
             engine.attach(
                 peer.rank, peer.generation, link, [opened.detach() for opened in streams], answer.card, True
             )
-        except (AiocommError, OSError) as error:
+        except Exception as error:
             await stream.send(wire.Unattached(link, _brief(error)))
             return str(error)
     finally:
@@ -179,7 +179,7 @@ async def _answer_link(
         streams = arriving.result()
         try:
             card = engine.link_card(link)
-        except (AiocommError, OSError) as error:
+        except Exception as error:  # as above
             await stream.send(wire.Unattached(link, _brief(error)))
             return str(error)
         commit()
@@ -191,7 +191,7 @@ async def _answer_link(
             engine.attach(
                 peer.rank, peer.generation, link, [opened.detach() for opened in streams], request.card, False
             )
-        except (AiocommError, OSError) as error:
+        except Exception as error:
             await stream.send(wire.Unattached(link, _brief(error)))
             return str(error)
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import socket
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "bind", "private_unix_address"]
 
+_log: Final = logging.getLogger("aiocomm.control")
 _BACKLOG: Final = 256
 _RETRY_S: Final = 0.05
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -167,6 +169,8 @@ class Listener:
             await self._serve(stream)
         except (OSError, ProtocolError, AuthenticationError, UsageError):
             self.refused += 1  # whoever it was, it has been told what it may know; nobody here waits for it
+        except Exception:
+            _log.exception("a connection failed unexpectedly")
         finally:
             with contextlib.suppress(OSError):
                 sock.close()

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pairing"]
 
+_log: Final = logging.getLogger("aiocomm.control")
 _TRIES: Final = 3
 _PAUSE_S: Final = 0.05
 
@@ -81,7 +83,6 @@ class Pairing:
         dial: opens an authenticated connection to a peer, over "unix" or "tcp".
         timeout_s: of one call.
         on_fallback: told of (failed link, rank, link tried next, reason).
-        on_connected: told of (link, rank).
     """
 
     def __init__(
@@ -91,14 +92,12 @@ class Pairing:
         dial: Dial,
         timeout_s: float,
         on_fallback: Callable[[str, int, str, str], None],
-        on_connected: Callable[[str, int], None],
     ) -> None:
         self._card = card
         self._engine = engine
         self._dial = dial
         self._timeout_s = timeout_s
         self._on_fallback = on_fallback
-        self._on_connected = on_connected
         self._pairs: dict[int, _Pair] = {}
         self._wanted: set[int] = set()  # asked for before the peer was known
         self._attempts: dict[bytes, _Attempt] = {}
@@ -206,6 +205,10 @@ class Pairing:
                     reason = str(error) or type(error).__name__
                 except AiocommError as error:
                     reason = str(error)
+                    break
+                except Exception as error:
+                    _log.exception("a call to rank %d failed unexpectedly", pair.card.rank)
+                    reason = repr(error)
                     break
                 if pair.connected.done():
                     return
@@ -330,7 +333,6 @@ class Pairing:
     def _connect(self, pair: _Pair, link: str) -> None:
         if not pair.connected.done():
             pair.connected.set_result(link)
-            self._on_connected(link, pair.card.rank)
 
     def _fail(self, pair: _Pair, reason: str) -> None:
         """No connection. A later wish tries again."""

@@ -5,7 +5,10 @@ that thread.
 
     start ─► [rendezvous, at rank 0] ─► client.join ─► identity, peers ─► ready
     request_pair ─► pairing ─► engine.attach
-    control connection, pidfds ─► engine.lose_peer / leave_peer, events
+    control connection, pidfds ─► engine.lose_peer / leave_peer
+
+Events told here are `PeerJoined`, `Fallback`, and `LinkDown` of the link "rendezvous". The engine tells of
+links that are up or down and of lost peers, since it may be the first to see them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from aiocomm._control.pairing import Pairing
 from aiocomm._control.wire import PeerCard, ProtocolError
 from aiocomm._world import World
 from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, UsageError
-from aiocomm.types import Event, Fallback, LinkDown, LinkUp, Peer, PeerJoined, PeerLost
+from aiocomm.types import Event, Fallback, LinkDown, Peer, PeerJoined
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -163,12 +166,7 @@ class ControlPlane:
         card = self._card(welcome.rank, welcome.generation, endpoints.addresses)
         self._engine.set_identity(welcome.rank, welcome.generation)
         self._pairing = Pairing(
-            card,
-            self._engine,
-            endpoints.dial,
-            self._settings.handshake_timeout_s,
-            self._fell_back,
-            self._linked,
+            card, self._engine, endpoints.dial, self._settings.handshake_timeout_s, self._fell_back
         )
         self._stack.push_async_callback(self._pairing.aclose)
         for rank in self._early:
@@ -244,8 +242,6 @@ class ControlPlane:
             self._engine.lose_peer(rank, generation, reason)
         if self._pairing is not None:
             self._pairing.drop(rank, generation, f"rank {rank} is gone: {reason}")
-        if self._ready:
-            self._tell(PeerLost(rank, generation, "left" if graceful else reason))
 
     def on_rendezvous_lost(self, graceful: bool, reason: str) -> None:
         """Nothing more will be told: peers go on with what they have."""
@@ -276,9 +272,6 @@ class ControlPlane:
 
     def _fell_back(self, link: str, rank: int, following: str, reason: str) -> None:
         self._tell(Fallback(link, rank, following, reason))
-
-    def _linked(self, link: str, rank: int) -> None:
-        self._tell(LinkUp(link, rank))
 
     def _tell(self, event: Event) -> None:
         if not self._closed:
