@@ -23,8 +23,8 @@ struct CopyJob {
   Location from;
   std::byte* into = nullptr;
   uint64_t nbytes = 0;
-  uint64_t offset = 0;
   uint64_t posted_ns = 0;
+  uint8_t cls = 0;
   int error = 0;
 };
 

@@ -37,6 +37,7 @@ Op* OpTable::take() {
   op->data = nullptr;
   op->nbytes = op->capacity = op->moved = 0;
   op->inflight = 0;
+  op->inflight_bytes = 0;
   op->remote_op = op->region = op->offset = op->source_address = 0;
   op->source_segment = 0;
   op->deadline_ns = op->submitted_ns = op->started_ns = op->ended_ns = 0;

@@ -1,0 +1,96 @@
+"""Asyncio-native communication between processes: awaitable send, recv, put and get.
+
+    import aiocomm
+
+    async with aiocomm.connect() as comm:
+        await comm.send(array, dst=1)
+"""
+
+from aiocomm._version import __version__
+from aiocomm.arrays import empty
+from aiocomm.channel import Channel
+from aiocomm.communicator import Communicator, connect
+from aiocomm.errors import (
+    AiocommError,
+    AuthenticationError,
+    ClosedError,
+    DeadlineExceeded,
+    LinkError,
+    PeerError,
+    PeerLostError,
+    StaleHandleError,
+    TransferCancelled,
+    TruncationError,
+    UsageError,
+    WouldBlock,
+)
+from aiocomm.launch import spawn
+from aiocomm.link import LinkHandle
+from aiocomm.region import Region, RemoteRegion
+from aiocomm.runner import run
+from aiocomm.statistics import LinkStatistics, Statistics
+from aiocomm.threads import ThreadedCommunicator
+from aiocomm.types import (
+    ANY_SOURCE,
+    ANY_TAG,
+    MAX_TAG,
+    Completion,
+    Event,
+    Fallback,
+    LinkDown,
+    LinkUp,
+    Notification,
+    Peer,
+    PeerJoined,
+    PeerLost,
+    Priority,
+    Status,
+    Submission,
+    Undelivered,
+)
+from aiocomm_native import Transfer
+
+__all__ = [
+    "ANY_SOURCE",
+    "ANY_TAG",
+    "MAX_TAG",
+    "AiocommError",
+    "AuthenticationError",
+    "Channel",
+    "ClosedError",
+    "Communicator",
+    "Completion",
+    "DeadlineExceeded",
+    "Event",
+    "Fallback",
+    "LinkDown",
+    "LinkError",
+    "LinkHandle",
+    "LinkStatistics",
+    "LinkUp",
+    "Notification",
+    "Peer",
+    "PeerError",
+    "PeerJoined",
+    "PeerLost",
+    "PeerLostError",
+    "Priority",
+    "Region",
+    "RemoteRegion",
+    "StaleHandleError",
+    "Statistics",
+    "Status",
+    "Submission",
+    "ThreadedCommunicator",
+    "Transfer",
+    "TransferCancelled",
+    "TruncationError",
+    "Undelivered",
+    "UsageError",
+    "WouldBlock",
+    "__version__",
+    "connect",
+    "empty",
+    "run",
+    "spawn",
+]

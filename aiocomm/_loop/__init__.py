@@ -1,0 +1,1 @@
+"""Event loops: how the native engine's completions reach asyncio, uvloop and trio."""

@@ -1,0 +1,58 @@
+"""asyncio and uvloop: the engine's doorbell is a reader of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiocomm._loop.spin import SpinSelector
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable
+
+    from aiocomm_native._core import Engine
+
+__all__ = ["AsyncioBackend"]
+
+
+class AsyncioBackend:
+    """The loop that was running when the communicator was opened."""
+
+    name = "asyncio"
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        selector = getattr(loop, "_selector", None)
+        self._spin = selector if isinstance(selector, SpinSelector) else None
+
+    def attach(self, engine: Engine) -> None:
+        ready = getattr(self._loop, "_ready", None) if self._spin is not None else None
+        engine.bind_asyncio(self._loop, ready, self._spin.spin_s if self._spin is not None else 0.0)
+        self._loop.add_reader(engine.loop_fd, engine.drain)
+        self._loop.add_reader(engine.express_fd, engine.drain)
+        if self._spin is not None:
+            self._spin.add(engine)
+
+    def detach(self, engine: Engine) -> None:
+        if self._spin is not None:
+            self._spin.discard(engine)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(engine.loop_fd)
+            self._loop.remove_reader(engine.express_fd)
+
+    def running_here(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
+    async def wait(self, future: concurrent.futures.Future[Any]) -> Any:
+        return await asyncio.wrap_future(future)
+
+    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise

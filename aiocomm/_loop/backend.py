@@ -1,0 +1,64 @@
+"""One interface to the running event loop, whichever it is."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable
+
+    from aiocomm_native._core import Engine
+
+__all__ = ["Backend", "current_backend"]
+
+
+class Backend(Protocol):
+    """What a communicator needs of its loop."""
+
+    name: str
+
+    def attach(self, engine: Engine) -> None:
+        """Wake for the engine's descriptors from now on."""
+
+    def detach(self, engine: Engine) -> None:
+        """Undo `attach`. Idempotent."""
+
+    def running_here(self) -> bool:
+        """Whether the calling code runs on this loop."""
+
+    async def wait(self, future: concurrent.futures.Future[Any]) -> Any:
+        """Await a thread's future; a cancelled wait cancels it."""
+
+    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+        """Run on the loop's thread, soon. Any thread; does nothing once the loop is closed."""
+
+
+def current_backend() -> Backend:
+    """The backend of the running loop.
+
+    Raises:
+        UsageError: no event loop is running here.
+    """
+    if "trio" in sys.modules:
+        import trio
+
+        if trio.lowlevel.in_trio_run():
+            from aiocomm._loop.trio_backend import TrioBackend
+
+            return TrioBackend()
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise UsageError(
+            "no event loop is running in this thread: call from a coroutine (aiocomm.run(main())), or use "
+            f"comm.from_thread (thread {threading.current_thread().name})"
+        ) from None
+    from aiocomm._loop.asyncio_backend import AsyncioBackend
+
+    return AsyncioBackend(loop)

@@ -1,0 +1,56 @@
+"""A selector that polls the engines for a moment before it sleeps.
+
+A wake-up through the kernel costs more than moving 64 KiB. Spinning saves it where answers come fast, and costs a core
+for at most `spin_s` after the last of them. It stops by itself where cores are short: the native side gives up once its
+core was taken from it, and skips spins for a while.
+"""
+
+from __future__ import annotations
+
+import selectors
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiocomm_native._core import Engine
+
+__all__ = ["SpinSelector"]
+
+
+class SpinSelector(selectors.EpollSelector):
+    """An epoll selector for `asyncio.SelectorEventLoop` with engines that are polled first."""
+
+    def __init__(self, spin_s: float) -> None:
+        super().__init__()
+        self.spin_s = spin_s
+        self._engines: list[Engine] = []
+
+    def add(self, engine: Engine) -> None:
+        """Poll this engine, too."""
+        self._engines.append(engine)
+
+    def discard(self, engine: Engine) -> None:
+        """Poll it no more."""
+        if engine in self._engines:
+            self._engines.remove(engine)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As for any selector; completions found by polling are handed to the loop as ready callbacks."""
+        engines = self._engines
+        if not engines:
+            return super().select(timeout)
+        found = False
+        if timeout is None or timeout > 0:
+            share = self.spin_s / len(engines)
+            for engine in engines:
+                found = engine.spin(share) or found
+            if not found:
+                for engine in engines:
+                    found = engine.prepare_to_sleep() or found
+        else:
+            for engine in engines:
+                found = engine.spin(0.0) or found
+        try:
+            return super().select(0 if found else timeout)
+        finally:
+            for engine in engines:
+                engine.woken()

@@ -1,0 +1,69 @@
+"""trio: a system task waits for the engine's doorbell."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable
+
+    from aiocomm_native._core import Engine
+
+__all__ = ["TrioBackend"]
+
+
+class TrioBackend:
+    """The trio run in which the communicator was opened."""
+
+    name = "trio"
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
+        self._scopes: list[trio.CancelScope] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.bind_trio()
+        for fd in (engine.loop_fd, engine.express_fd):
+            scope = trio.CancelScope()
+            self._scopes.append(scope)
+            trio.lowlevel.spawn_system_task(self._watch, engine, fd, scope)
+
+    @staticmethod
+    async def _watch(engine: Engine, fd: int, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                engine.drain()
+
+    def detach(self, engine: Engine) -> None:
+        for scope in self._scopes:
+            scope.cancel()
+        self._scopes.clear()
+
+    def running_here(self) -> bool:
+        return threading.get_ident() == self._thread and trio.lowlevel.in_trio_run()
+
+    async def wait(self, future: concurrent.futures.Future[Any]) -> Any:
+        done = trio.Event()
+
+        def ended(_: object) -> None:
+            self.call_threadsafe(done.set)
+
+        future.add_done_callback(ended)
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            future.cancel()
+            raise
+        return future.result()
+
+    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+        try:
+            self._token.run_sync_soon(callback)
+        except trio.RunFinishedError:
+            return

@@ -1,0 +1,131 @@
+"""What the native side needs of Python: errors for failed transfers, arrays for received memory, waiting on trio."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm import errors
+from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    from aiocomm_native import Transfer
+
+__all__ = ["install"]
+
+
+class _Code(enum.IntEnum):
+    """The order of `enum class Code` in core/op.hpp."""
+
+    OK = 0
+    CANCELLED = 1
+    DEADLINE = 2
+    PEER_CANCELLED = 3
+    PEER_LOST = 4
+    TRUNCATED = 5
+    STALE = 6
+    OUT_OF_RANGE = 7
+    LINK_FAILED = 8
+    CLOSED = 9
+    WOULD_BLOCK = 10
+    READ_ONLY = 11
+
+
+
+
+def make_error(transfer: Transfer[Any], code: int, number: int, link: str, capacity: int) -> errors.AiocommError:
+    """Say what happened, to which operation, with which peer, on which link, and what to do next."""
+    direction = "from" if transfer.kind in ("recv", "get") else "to"
+    peer: int | None = transfer.peer if transfer.peer >= 0 else None
+    whom = f"rank {peer}" if peer is not None else "any rank"
+    what = f"{transfer.kind} of {transfer.nbytes} bytes {direction} {whom} on channel {transfer.channel!r}"
+    if transfer.kind in ("send", "recv") and transfer.tag >= 0:
+        what += f", tag {transfer.tag}"
+    over = f" (link {link})" if link != "self" else ""
+    match code:
+        case _Code.DEADLINE:
+            return errors.DeadlineExceeded(
+                f"{what}{over}: the deadline passed; the buffer is yours again. Is the other side still working, and "
+                "does it post the matching operation?"
+            )
+        case _Code.CANCELLED:
+            return errors.TransferCancelled(f"{what}{over}: cancelled by this side", peer)
+        case _Code.PEER_CANCELLED:
+            return errors.TransferCancelled(
+                f"{what}{over}: the peer cancelled its side, or its deadline passed; the buffer's content is undefined",
+                peer,
+            )
+        case _Code.PEER_LOST:
+            return errors.PeerLostError(
+                f"{what}{over}: the peer is gone; if it comes back it is a new peer: exchange regions anew", peer
+            )
+        case _Code.TRUNCATED:
+            return errors.TruncationError(
+                f"{what}{over}: the message has {transfer.nbytes} bytes"
+                + (f", the buffer {capacity}: receive into a larger one" if transfer.kind == "recv" else "")
+                + ("" if transfer.kind == "recv" else ", the receiver's buffer is smaller"),
+                peer,
+            )
+        case _Code.STALE:
+            return errors.StaleHandleError(
+                f"{what}{over}: the region was closed by its owner, or belongs to an earlier incarnation: "
+                "exchange it anew",
+                peer,
+            )
+        case _Code.OUT_OF_RANGE:
+            return errors.UsageError(f"{what}{over}: outside the remote region; narrow it with remote[start:stop]")
+        case _Code.READ_ONLY:
+            return errors.UsageError(f"{what}{over}: the remote region is read-only; register a writable array")
+        case _Code.CLOSED:
+            return errors.ClosedError(f"{what}{over}: the communicator or the channel was closed")
+        case _Code.WOULD_BLOCK:
+            return errors.WouldBlock(f"{what}{over}: cannot be handed over at once; await send() instead")
+        case _:
+            name = os.strerror(number) if number else "unknown"
+            return errors.LinkError(
+                f"{what}{over}: the link failed: {name} (errno {number}); see `aiocomm doctor`", number, name
+            )
+
+
+_COMPLEX = {"Zf": "F", "Zd": "D", "Zg": "G"}
+
+
+def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Shape received memory as the sender's array was shaped; unknown formats stay bytes."""
+    try:
+        dtype = np.dtype(_COMPLEX.get(format, format))
+        return np.ndarray(shape, dtype, memory)
+    except (TypeError, ValueError):
+        return np.frombuffer(memory, np.uint8)
+
+
+async def trio_wait(transfer: Transfer[Any]) -> Any:
+    """Await on trio: a cancelled task resumes only when nothing touches the buffer any more."""
+    import trio
+
+    task = trio.lowlevel.current_task()
+    cancelled: Any = None
+
+    def ended(_: object) -> None:
+        trio.lowlevel.reschedule(task)
+
+    def abort(raise_cancel: Any) -> trio.lowlevel.Abort:
+        nonlocal cancelled
+        cancelled = raise_cancel
+        transfer.cancel()  # `ended` reschedules, now or when the transfer has drained
+        return trio.lowlevel.Abort.FAILED
+
+    transfer.add_done_callback(ended)
+    await trio.lowlevel.wait_task_rescheduled(abort)
+    if transfer.cancelled() and cancelled is not None:
+        cancelled()
+    return transfer.result()
+
+
+def install() -> None:
+    """Give the hooks to the native module. Idempotent."""
+    _core.install_hooks(make_error, make_array, trio_wait, asyncio.CancelledError, errors.LinkError)

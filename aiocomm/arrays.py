@@ -1,0 +1,105 @@
+"""Arrays as buffers: what can be sent and received, and memory that moves with a single copy."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["as_buffer", "empty"]
+
+
+def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Make an uninitialised array in shared memory, which peers on this host read with a single copy.
+
+    Args:
+        shape: as for `numpy.empty`.
+        dtype: as for `numpy.empty`.
+
+    Raises:
+        LinkError: the system refuses the memory.
+    """
+    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(dim < 0 for dim in dims):
+        raise UsageError(f"negative dimension in shape {dims}")
+    kind = np.dtype(dtype)
+    memory = _core.allocate_shared(max(1, math.prod(dims) * kind.itemsize))
+    return np.ndarray(dims, kind, memory)
+
+
+def as_buffer(array: Any, writable: bool) -> Any:
+    """Make a host array of any library a buffer over the same memory.
+
+    Takes the buffer protocol, `__array_interface__`, `__array__`-less DLPack producers (torch, JAX), in C order.
+
+    Raises:
+        UsageError: it is not contiguous, is read-only but must be written, or lies on a device.
+        UsageTypeError: it is not an array.
+    """
+    try:
+        view = memoryview(array)
+    except TypeError:
+        view = memoryview(_foreign(array))
+    except (BufferError, ValueError) as error:
+        # NumPy has no buffer format for some dtypes (datetime64, bfloat16 of ml_dtypes): their bytes still travel.
+        if not isinstance(array, np.ndarray):
+            raise UsageTypeError(f"{type(array).__name__} cannot be sent: {error}") from error
+        view = memoryview(_bytes_of(array))
+    if not view.c_contiguous:
+        raise UsageError(
+            f"the array ({type(array).__name__}, shape {view.shape}, strides {view.strides}) is not contiguous in C "
+            "order: pass numpy.ascontiguousarray(x) to send it, or a contiguous buffer to receive into"
+        )
+    if writable and view.readonly:
+        raise UsageError(f"the buffer ({type(array).__name__}) is read-only: receive into a writable array")
+    return view
+
+
+def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if not array.flags.c_contiguous:
+        raise UsageError("the array is not contiguous in C order: pass numpy.ascontiguousarray(x)")
+    return array.reshape(-1).view(np.uint8)
+
+
+def _foreign(array: Any) -> NDArray[Any]:
+    if hasattr(array, "__cuda_array_interface__") or _dlpack_device(array) not in (None, 1, 3):
+        raise UsageError(
+            f"{type(array).__name__} lies on a device, and this version moves host memory only: copy it to the host "
+            "first (`.cpu()`, `.get()`)"
+        )
+    if _dlpack_device(array) is not None:
+        try:
+            return np.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError) as error:
+            foreign = _torch_bytes(array)
+            if foreign is None:
+                raise UsageError(f"{type(array).__name__} cannot be exported: {error}") from error
+            return foreign
+    if hasattr(array, "__array_interface__"):
+        return np.asarray(array)
+    raise UsageTypeError(
+        f"{type(array).__name__} is not an array: pass bytes, a NumPy array, or anything with the buffer protocol, "
+        "__array_interface__ or DLPack"
+    )
+
+
+def _dlpack_device(array: Any) -> int | None:
+    probe = getattr(array, "__dlpack_device__", None)
+    return int(probe()[0]) if probe is not None else None
+
+
+def _torch_bytes(array: Any) -> NDArray[Any] | None:
+    # torch exports neither tensors that need gradients nor dtypes that NumPy lacks (bfloat16, float8).
+    if type(array).__module__.partition(".")[0] != "torch":
+        return None
+    import torch
+
+    return np.from_dlpack(array.detach().view(torch.uint8))
+

@@ -1,0 +1,81 @@
+"""Channels: matching scope and scheduling class in one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aiocomm.errors import ClosedError
+from aiocomm.types import ANY_SOURCE, ANY_TAG, Priority, Status
+
+if TYPE_CHECKING:
+    from aiocomm.communicator import Communicator
+    from aiocomm.region import RemoteRegion
+    from aiocomm_native import Transfer
+
+__all__ = ["Channel"]
+
+
+class Channel:
+    """A scope of its own for tags and order, with a priority and a weight. Made by `comm.channel`.
+
+    Its operations are the communicator's, with this channel. Channels do not order or block each other.
+    """
+
+    def __init__(self, comm: Communicator, name: str, index: int, priority: Priority, weight: float) -> None:
+        self._comm = comm
+        self._index = index
+        self._closed = False
+        self.name = name
+        self.priority = priority
+        self.weight = weight
+
+    def send(
+        self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None, synchronous: bool = False
+    ) -> Transfer[None]:
+        """`Communicator.send` on this channel."""
+        return self._comm.send(array, dst, tag=tag, channel=self, deadline=deadline, synchronous=synchronous)
+
+    def send_nowait(self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None) -> Transfer[None]:
+        """`Communicator.send_nowait` on this channel."""
+        return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline)
+
+    def recv(
+        self, out: Any, src: int = ANY_SOURCE, *, tag: int = ANY_TAG, deadline: float | None = None
+    ) -> Transfer[Status]:
+        """`Communicator.recv` on this channel."""
+        return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline)
+
+    def recv_array(
+        self, src: int = ANY_SOURCE, *, tag: int = ANY_TAG, deadline: float | None = None
+    ) -> Transfer[Any]:
+        """`Communicator.recv_array` on this channel."""
+        return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline)
+
+    def put(
+        self, array: Any, remote: RemoteRegion, *, notify: bytes | None = None, deadline: float | None = None
+    ) -> Transfer[None]:
+        """`Communicator.put` on this channel."""
+        return self._comm.put(array, remote, notify=notify, channel=self, deadline=deadline)
+
+    def get(self, remote: RemoteRegion, into: Any, *, deadline: float | None = None) -> Transfer[None]:
+        """`Communicator.get` on this channel."""
+        return self._comm.get(remote, into, channel=self, deadline=deadline)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the channel was closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """End this side's operations on the channel with `ClosedError`. Idempotent."""
+        if self._closed:
+            return
+        if self._index == 0:
+            raise ClosedError("the default channel closes with its communicator")
+        self._closed = True
+        if not self._comm.closed:
+            self._comm._engine.close_channel(self._index)
+            self._comm._engine.drain()
+
+    def __repr__(self) -> str:
+        return f"<aiocomm.Channel {self.name!r} {self.priority.name} weight={self.weight:g}>"

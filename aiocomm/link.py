@@ -1,0 +1,58 @@
+"""Link executors as users see them: what is submitted, what completes, and counters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aiocomm._queues import Broadcast
+from aiocomm.statistics import LinkStatistics
+from aiocomm.types import Completion, Submission
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aiocomm_native._core import Engine
+
+__all__ = ["LinkHandle"]
+
+
+class LinkHandle:
+    """One link's executor. `comm.links["shm"]`.
+
+    Observing costs a little per operation, and only while somebody iterates; close an iterator with `aclose()`.
+    """
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self._engine = engine
+        self._submissions: Broadcast[Submission] = Broadcast()
+        self._completions: Broadcast[Completion] = Broadcast()
+
+    def submissions(self) -> AsyncIterator[Submission]:
+        """Operations that this process submits from now on, as they are submitted."""
+        box = self._submissions.subscribe(lambda: self._engine.on_submit(self.name, None))
+        self._engine.on_submit(self.name, self._submitted)
+        return box
+
+    def completions(self) -> AsyncIterator[Completion]:
+        """Operations that end on this link from now on, as they end, in whichever way."""
+        box = self._completions.subscribe(lambda: self._engine.on_complete(self.name, None))
+        self._engine.on_complete(self.name, self._completed)
+        return box
+
+    def statistics(self) -> LinkStatistics:
+        """Counters of this link, as of now."""
+        return LinkStatistics.collect(self._engine, self.name)
+
+    def _submitted(self, *fields: Any) -> None:
+        self._submissions.publish(Submission(*fields))
+
+    def _completed(self, op: int, kind: str, peer: int, channel: str, nbytes: int, ok: int, queued: float, moved: float) -> None:
+        self._completions.publish(Completion(op, kind, peer, channel, nbytes, bool(ok), queued, moved))
+
+    def _close(self) -> None:
+        self._submissions.close()
+        self._completions.close()
+
+    def __repr__(self) -> str:
+        return f"<aiocomm link {self.name}>"

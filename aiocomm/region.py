@@ -1,0 +1,152 @@
+"""Registered memory: regions of one's own, and handles to those of peers."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import anyio
+
+from aiocomm.errors import ClosedError, StaleHandleError, UsageError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiocomm.communicator import Communicator
+
+__all__ = ["Region", "RemoteRegion", "exchange"]
+
+# Version, owner's rank and generation, region, first byte, bytes, writable.
+_HANDLE: Final = struct.Struct("<4sHIQQQQ?")
+_MAGIC: Final = b"aioR"
+_VERSION: Final = 1
+
+
+class Region:
+    """Memory of this process that peers may read and, if it is writable, write. Made by `comm.register`.
+
+    `async with`, or `aclose()`: afterwards its handles are stale and the memory is the caller's again.
+    """
+
+    def __init__(self, comm: Communicator, number: int, nbytes: int, writable: bool, keep: Any) -> None:
+        self._comm = comm
+        self._number = number
+        self._keep = keep
+        self._closed = False
+        self._free = anyio.Event()
+        self.nbytes = nbytes
+        self.writable = writable
+
+    @property
+    def handle(self) -> bytes:
+        """What a peer needs for `comm.remote`: owner, generation, bounds. Send it however you like."""
+        if self._closed:
+            raise ClosedError("the region was closed")
+        comm = self._comm
+        return _HANDLE.pack(
+            _MAGIC, _VERSION, comm.rank, comm._generation, self._number, 0, self.nbytes, self.writable
+        )
+
+    async def aclose(self) -> None:
+        """Refuse new accesses and wait for those under way. Idempotent.
+
+        If it is cancelled, the region is closed all the same, but accesses may still be under way.
+        """
+        if not self._closed:
+            self._closed = True
+            comm = self._comm
+            if comm.closed or comm._engine.close_region(self._number):
+                comm._regions.pop(self._number, None)
+                self._freed()
+        await self._free.wait()
+
+    def _freed(self) -> None:
+        self._keep = None
+        self._free.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "writable" if self.writable else "read-only"
+        return f"<aiocomm.Region {self.nbytes} bytes {state}>"
+
+
+class RemoteRegion:
+    """A peer's region, or part of it: the target of `put` and the source of `get`. `remote[start:stop]` narrows it."""
+
+    __slots__ = ("_comm", "_generation", "_number", "_start", "nbytes", "rank", "writable")
+
+    def __init__(
+        self, comm: Communicator, rank: int, generation: int, number: int, start: int, nbytes: int, writable: bool
+    ) -> None:
+        self._comm = comm
+        self._generation = generation
+        self._number = number
+        self._start = start
+        self.rank = rank
+        self.nbytes = nbytes
+        self.writable = writable
+
+    @classmethod
+    def from_handle(cls, comm: Communicator, handle: bytes) -> Self:
+        """Parse and check a handle."""
+        if len(handle) != _HANDLE.size or not bytes(handle).startswith(_MAGIC):
+            raise UsageError("these bytes are not a region's handle: pass region.handle of the owner")
+        _, version, rank, generation, number, start, nbytes, writable = _HANDLE.unpack(handle)
+        if version != _VERSION:
+            raise UsageError(f"the handle has version {version}, this library {_VERSION}: use one release everywhere")
+        remote = cls(comm, rank, generation, number, start, nbytes, writable)
+        remote._check_fresh(comm)
+        return remote
+
+    def _check_fresh(self, comm: Communicator) -> None:
+        if comm is not self._comm:
+            raise UsageError("the remote region belongs to another communicator")
+        if self.rank == comm.rank:
+            current = comm._generation
+        else:
+            peer = comm._peers.get(self.rank)
+            if peer is None:
+                raise UsageError(f"the handle's owner, rank {self.rank}, is not known in this world")
+            current = peer.generation
+        if current != self._generation:
+            raise StaleHandleError(
+                f"the handle belongs to an earlier incarnation of rank {self.rank}: exchange regions anew", self.rank
+            )
+
+    def __getitem__(self, key: slice) -> RemoteRegion:
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            raise UsageError("a remote region is narrowed by a slice of bytes, remote[start:stop]")
+        start = 0 if key.start is None else key.start
+        stop = self.nbytes if key.stop is None else key.stop
+        if not 0 <= start <= stop <= self.nbytes:
+            raise UsageError(f"bytes {start}:{stop} are outside the remote region of {self.nbytes}")
+        return RemoteRegion(
+            self._comm, self.rank, self._generation, self._number, self._start + start, stop - start, self.writable
+        )
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __repr__(self) -> str:
+        return f"<aiocomm.RemoteRegion rank={self.rank} {self.nbytes} bytes at {self._start}>"
+
+
+async def exchange(comm: Communicator, region: Region, with_: int, deadline: float | None) -> RemoteRegion:
+    """Swap handles with a peer on the runtime's own channel."""
+    if comm.closed or not comm._here():
+        comm._refuse()
+    if not 0 <= with_ < comm._ranks:
+        comm._refuse(dst=with_)
+    limit = -1.0 if deadline is None else deadline
+    theirs = bytearray(_HANDLE.size)
+    receive = comm._recv(theirs, with_, comm._internal, 0, limit)
+    await comm._send(region.handle, with_, comm._internal, 0, limit, 0)
+    await receive
+    return RemoteRegion.from_handle(comm, bytes(theirs))

@@ -1,0 +1,83 @@
+"""Counters, as frozen snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from aiocomm_native._core import Engine
+
+__all__ = ["LinkStatistics", "Statistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """Counters of one link since the communicator was opened.
+
+    `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or socket),
+    `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream` (through the ring or
+    the sockets, chunk by chunk). A message is counted at both ends.
+    """
+
+    link: str
+    submitted: int
+    completed: int
+    failed: int
+    cancelled: int
+    would_block: int
+    fallbacks: int
+    frames_sent: int
+    frames_received: int
+    bytes_sent: int
+    bytes_received: int
+    messages_by_path: Mapping[str, int]
+    bytes_by_path: Mapping[str, int]
+    scheduled_bytes_by_channel: Mapping[str, int]
+    peers: int
+    queued: int
+    in_flight_bytes: int
+    window_bytes: int
+    chunk_bytes: int
+    rate_bytes_per_s: float
+
+    @classmethod
+    def collect(cls, engine: Engine, link: str) -> Self:
+        """Read the native counters."""
+        gauges = engine.gauges(link)
+        return cls(
+            link=link,
+            **engine.counters(link),
+            scheduled_bytes_by_channel=dict(engine.served_by_channel(link)),
+            peers=int(gauges["peers"]),
+            queued=int(gauges["queued"]),
+            in_flight_bytes=int(gauges["in_flight_bytes"]),
+            window_bytes=int(gauges["window_bytes"]),
+            chunk_bytes=int(gauges["chunk_bytes"]),
+            rate_bytes_per_s=gauges["rate_bytes_per_s"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counters of a communicator: matching, and every link."""
+
+    in_flight: int
+    posted_receives: int
+    unexpected_messages: int
+    unexpected_bytes: int
+    links: Mapping[str, LinkStatistics]
+
+    @classmethod
+    def collect(cls, engine: Engine, links: Iterable[str]) -> Self:
+        """Read the native counters."""
+        gauges = engine.gauges("self")
+        return cls(
+            in_flight=int(gauges["in_flight"]),
+            posted_receives=int(gauges["posted_receives"]),
+            unexpected_messages=int(gauges["unexpected_messages"]),
+            unexpected_bytes=int(gauges["unexpected_bytes"]),
+            links={name: LinkStatistics.collect(engine, name) for name in links},
+        )

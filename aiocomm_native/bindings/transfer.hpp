@@ -1,0 +1,95 @@
+// The awaitable handle of one operation, and the Python side of an engine.
+//
+// `Transfer` is a plain CPython type: it is made for every message, and speaks asyncio's Future protocol so that
+// `gather`, `wait` and `wait_for` take it as it is. All of it runs on the loop's thread with the GIL held.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "core/engine.hpp"
+
+namespace aiocomm::py {
+
+// Python callables that the package installs once (aiocomm/_native_hooks.py).
+struct Hooks {
+  PyObject* make_error = nullptr;       // (transfer, code, error, link, capacity) -> exception
+  PyObject* make_array = nullptr;       // (memory, format, shape) -> array
+  PyObject* trio_wait = nullptr;        // (transfer) -> coroutine
+  PyObject* cancelled_error = nullptr;  // asyncio.CancelledError
+  PyObject* link_error = nullptr;       // aiocomm.LinkError
+};
+extern Hooks hooks;
+
+class PyEngine {
+ public:
+  explicit PyEngine(EngineConfig config) : engine(std::make_unique<Engine>(std::move(config))) {}
+  ~PyEngine();
+
+  int drain(int budget);  // -1: a Python error is set
+  bool deliver_events();
+  bool after_submit();
+  int traverse(visitproc visit, void* arg);
+  void clear();
+
+  std::unique_ptr<Engine> engine;
+  PyObject* loop = nullptr;           // asyncio: the event loop
+  PyObject* call_soon = nullptr;      // loop.call_soon
+  PyObject* ready = nullptr;          // the loop's queue of ready callbacks, where it shows one
+  PyObject* on_connect = nullptr;     // (rank)
+  PyObject* on_events = nullptr;      // (list of tuples)
+  PyObject* on_unretrieved = nullptr;  // (exception): a failure that nobody looked at
+  // By link, while somebody iterates its submissions() or completions().
+  std::map<uint8_t, PyObject*> on_submit, on_complete;
+  bool trio = false;
+  uint64_t spin_ns = 0;
+  uint64_t slept_ns = 0;                           // when the loop last looked at its descriptors
+  std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
+};
+
+enum class Outcome : uint8_t { pending, done, failed, cancelled };
+
+struct Transfer {
+  PyObject_HEAD
+  PyObject* owner;  // the Python object of `engine`
+  PyEngine* engine;
+  Op* op;  // null once ended
+  PyObject* callback;
+  PyObject* context;
+  PyObject* more;  // list of (callback, context)
+  PyObject* result;
+  PyObject* exception;
+  PyObject* cancel_message;
+  PyObject* keep;  // what must live as long as the operation
+  PyObject* weakrefs;
+  Py_buffer view;
+  uint64_t nbytes;
+  int64_t tag;
+  uint32_t channel;
+  int32_t peer;
+  Outcome outcome;
+  OpKind kind;
+  bool has_view, blocking, retrieved, tracked;
+};
+
+extern PyTypeObject* TransferType;
+extern PyTypeObject* StatusType;
+
+Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind);
+void end_transfer(Transfer* transfer);  // its op has ended: takes the outcome over and calls back
+int init_transfer(PyObject* module);    // adds Transfer and Status
+
+// Describes a buffer's format and shape in an op's metadata, and back.
+void encode_meta(Op& op, const Py_buffer& view);
+PyObject* decode_meta(const Op& op, PyObject* memory);
+
+// A buffer that the engine allocated; frees it when the last array over it is gone.
+PyObject* new_memory(std::byte* data, uint64_t nbytes);
+PyObject* new_segment_memory(std::byte* base, uint64_t nbytes);
+int init_memory(PyObject* module);
+
+}  // namespace aiocomm::py

@@ -1,0 +1,488 @@
+#include "core/engine.hpp"
+
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+namespace {
+constexpr uint64_t kNever = ~0ull;
+constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
+
+double number(const EngineConfig& config, const std::string& name, double fallback) {
+  auto it = config.numbers.find(name);
+  return it == config.numbers.end() ? fallback : it->second;
+}
+
+int open_or_throw(int fd, const char* what) {
+  if (fd < 0) throw LinkFailure(std::string("cannot make ") + what, errno);
+  return fd;
+}
+}  // namespace
+
+Engine::Engine(EngineConfig config)
+    : config_(std::move(config)),
+      eager_max_(static_cast<uint64_t>(number(config_, "eager_max", 64 << 10))),
+      unexpected_max_(static_cast<uint64_t>(number(config_, "unexpected_bytes", 16 << 20))),
+      drain_ns_(static_cast<uint64_t>(number(config_, "drain_timeout_s", 2.0) * 1e9)),
+      spin_ns_(static_cast<uint64_t>(number(config_, "engine_spin_s", 0) * 1e9)),
+      queue_depth_(static_cast<size_t>(number(config_, "queue_depth", 65536))),
+      submissions_(queue_depth_),
+      completed_(16384) {
+  page_fd_ = open_or_throw(memfd_create("aiocomm-wake", MFD_CLOEXEC), "a shared page (memfd_create)");
+  if (ftruncate(page_fd_, 4096) != 0) throw LinkFailure("cannot size a shared page", errno);
+  void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, page_fd_, 0);
+  if (page == MAP_FAILED) throw LinkFailure("cannot map a shared page", errno);
+  page_ = new (page) WakePage;
+  loop_fd_ = open_or_throw(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "an eventfd");
+  engine_fd_ = open_or_throw(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "an eventfd");
+  engine_epoll_ = open_or_throw(epoll_create1(EPOLL_CLOEXEC), "an epoll set");
+  express_epoll_ = open_or_throw(epoll_create1(EPOLL_CLOEXEC), "an epoll set");
+  epoll_event event{EPOLLIN, {nullptr}};
+  epoll_ctl(engine_epoll_, EPOLL_CTL_ADD, engine_fd_, &event);
+
+  int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
+  copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
+
+  SchedConfig sched;
+  sched.max_chunk = static_cast<uint64_t>(number(config_, "chunk_max", 4 << 20));
+  sched.min_share = number(config_, "min_share", 0.05);
+  auto wanted = [this](const std::string& name) {
+    return config_.links.empty() || name == "self" ||
+           std::find(config_.links.begin(), config_.links.end(), name) != config_.links.end();
+  };
+  for (const LinkEntry& entry : link_registry()) {
+    if (!wanted(entry.name)) continue;
+    link_names_.push_back(entry.name);
+    links_.push_back(entry.factory(*this));
+    schedulers_.push_back(std::make_unique<Scheduler>(sched));
+    auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
+    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
+  }
+  counters_.resize(links_.size());
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() {
+  close();
+  // close() has waited for the copy threads; what is freed here is seen by no other thread.
+  peers_.clear();
+  retired_.clear();
+  links_.clear();
+  for (int fd : {loop_fd_, engine_fd_, engine_epoll_, express_epoll_, page_fd_})
+    if (fd >= 0) ::close(fd);
+  munmap(page_, 4096);
+}
+
+void Engine::close() {
+  {
+    Token token(*this);
+    if (closed_) return;
+    closed_ = true;
+    for (auto& peer : peers_)
+      if (peer && peer->state == Peer::State::up && peer->rank != rank_) {
+        FrameHeader bye{};
+        bye.kind = FrameKind::goodbye;
+        send_control(*peer, bye, Wake::engine);
+      }
+    std::vector<Op*> live;
+    ops_.for_each_live([&](Op& op) { live.push_back(&op); });
+    served_.for_each_live([&](Op& op) { live.push_back(&op); });
+    for (Op* op : live)
+      if (op->live) {
+        op->awaits_fin = false;
+        end_early(*op, Code::closed);
+      }
+  }
+  stopping_ = true;
+  ring_fd(engine_fd_);
+  if (thread_.joinable()) thread_.join();
+  copier_->stop();  // running chunks end; nothing touches a buffer after this
+  Token token(*this);
+  for (auto& peer : peers_)
+    if (peer && peer->link) {
+      peer->link->close();
+      peer->state = Peer::State::lost;
+    }
+  polled_.clear();
+}
+
+void Engine::set_identity(Rank rank, uint64_t generation) {
+  Token token(*this);
+  rank_ = rank;
+  generation_ = generation;
+}
+
+std::vector<std::string> Engine::link_names() const {
+  std::vector<std::string> names;
+  for (const auto& name : link_names_)
+    if (name != "self") names.push_back(name);
+  return names;
+}
+
+Link& Engine::link(const std::string& name) {
+  for (size_t i = 0; i < links_.size(); ++i)
+    if (link_names_[i] == name) return *links_[i];
+  throw std::invalid_argument("no link named '" + name + "' is enabled");
+}
+
+void Engine::add_peer(Rank rank, uint64_t generation) {
+  Token token(*this);
+  if (rank < 0 || rank >= (1 << 20)) throw std::invalid_argument("rank out of range");
+  if (peers_.size() <= static_cast<size_t>(rank)) peers_.resize(rank + 1);
+  auto& slot = peers_[rank];
+  if (slot && slot->generation == generation) return;
+  if (slot && slot->state != Peer::State::lost) end_peer(*slot, "replaced by a new incarnation");
+  slot = std::make_unique<Peer>();
+  slot->rank = rank;
+  slot->generation = generation;
+  if (rank >= known_ranks_.load()) known_ranks_.store(rank + 1, std::memory_order_release);
+}
+
+void Engine::attach(Rank rank, uint64_t generation, const std::string& name, const std::vector<int>& fds,
+                    const std::string& card, bool initiator) {
+  Token token(*this);
+  auto refuse = [&](const std::string& why, int error) {
+    for (int fd : fds) ::close(fd);
+    throw LinkFailure(why, error);
+  };
+  Peer* peer = find_peer(rank);
+  if (closed_) refuse("the communicator is closed", ESHUTDOWN);
+  if (!peer || peer->generation != generation || peer->state == Peer::State::lost)
+    refuse("rank " + std::to_string(rank) + " is not (or no longer) known", ESTALE);
+  if (peer->state == Peer::State::up) refuse("rank " + std::to_string(rank) + " is connected already", EISCONN);
+  auto it = std::find(link_names_.begin(), link_names_.end(), name);
+  if (it == link_names_.end()) refuse("link '" + name + "' is not enabled", ENODEV);
+  auto index = static_cast<uint8_t>(it - link_names_.begin());
+  peer->link = links_[index]->attach(rank, generation, fds, card, initiator);
+  peer->link->rank = rank;
+  peer->link->generation = generation;
+  peer->link_index = index;
+  peer->state = Peer::State::up;
+  if (links_[index]->polled()) polled_.push_back(peer->link.get());
+  if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, name, {}});
+  std::vector<OpId> waiting;
+  waiting.swap(peer->waiting);
+  for (OpId id : waiting)
+    if (Op* op = find(id); op && op->state == OpState::queued) start_on(*op, *peer);
+  ring_engine();  // heartbeats and whatever came with the first bytes
+}
+
+void Engine::lose_peer(Rank rank, uint64_t generation, const std::string& reason) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  if (peer && peer->generation == generation) end_peer(*peer, reason);
+}
+
+void Engine::fail_connect(Rank rank, const std::string& reason) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  if (!peer || peer->state == Peer::State::up || peer->state == Peer::State::lost) return;
+  peer->state = Peer::State::known;  // the next operation tries again
+  emit({EngineEvent::Kind::link_down, rank, 0, "none", reason});
+  std::vector<Op*> waiting;
+  ops_.for_each_live([&](Op& op) {
+    if (op.peer == rank) waiting.push_back(&op);
+  });
+  peer->waiting.clear();
+  for (Op* op : waiting)
+    if (op->live) end_early(*op, Code::peer_lost);
+}
+
+uint64_t Engine::now() const {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
+
+double Engine::setting(std::string_view name, double fallback) const {
+  return number(config_, std::string(name), fallback);
+}
+
+std::string Engine::text_setting(std::string_view name) const {
+  auto it = config_.texts.find(std::string(name));
+  return it == config_.texts.end() ? std::string() : it->second;
+}
+
+// ---------------------------------------------------------------- the loop's thread
+
+bool Engine::submit(Op* op) {
+  op->submitted_ns = now();
+  if (token_.try_lock()) {
+    in_loop_thread_ = true;
+    drain_submissions();
+    inline_op_ = op;
+    op->live = true;
+    start(*op);
+    bool ended = op->state == OpState::ended;
+    inline_op_ = nullptr;
+    in_loop_thread_ = false;
+    token_.unlock();
+    after_unlock();
+    return ended;
+  }
+  while (!submissions_.push(op)) {
+    Token token(*this);  // emptied by the token
+  }
+  after_unlock();
+  return false;
+}
+
+bool Engine::cancel(Op* op, Code why) {
+  Token token(*this, true);
+  if (!op->live) return false;
+  if (why == Code::cancelled) op->cancel_requested = true;
+  end_early(*op, why);
+  return true;
+}
+
+void Engine::progress() {
+  clear_fd(loop_fd_);
+  awake(page_->loop);
+  for (int round = 0; round < 4; ++round) {
+    Token token(*this, true);
+    int did = poll_links();
+    if (has_express()) dispatch_fds(express_epoll_, 0, true);
+    if (round > 0 && did == 0) return;
+    prepare_sleep(page_->loop);  // the next round is the last look
+  }
+}
+
+bool Engine::anything_to_poll() {
+  Token token(*this, true);
+  return poll_links() > 0 || has_completed();
+}
+
+bool Engine::spin(uint64_t until_ns) {
+  awake(page_->loop);
+  page_->spinning.fetch_add(1, std::memory_order_relaxed);
+  uint64_t last = now();
+  bool found = false;
+  while (!(found = has_completed() || has_events())) {
+    if (token_.try_lock()) {
+      in_loop_thread_ = true;
+      drain_submissions();
+      poll_links();
+      if (has_express()) dispatch_fds(express_epoll_, 0, true);
+      in_loop_thread_ = false;
+      token_.unlock();
+      after_unlock();
+    }
+    uint64_t t = now();
+    if (t >= until_ns) break;
+    if (t - last > 300000) break;  // the core was taken from us: someone else needs it more
+    last = t;
+    __builtin_ia32_pause();
+  }
+  page_->spinning.fetch_sub(1, std::memory_order_relaxed);
+  return found || has_completed();
+}
+
+bool Engine::take_completed(Op*& op) {
+  if (completed_.pop(op)) return true;
+  if (!overflowed_.load(std::memory_order_acquire)) return false;
+  Token token(*this, true);
+  while (!overflow_.empty() && completed_.push(overflow_.front())) overflow_.pop_front();
+  if (overflow_.empty()) overflowed_.store(false, std::memory_order_release);
+  return completed_.pop(op);
+}
+
+std::vector<EngineEvent> Engine::take_events() {
+  Token token(*this, true);
+  has_events_.store(false, std::memory_order_release);
+  return std::exchange(events_, {});
+}
+
+std::vector<Rank> Engine::take_connect_wanted() {
+  Token token(*this, true);
+  has_wanted_.store(false, std::memory_order_release);
+  return std::exchange(wanted_, {});
+}
+
+uint32_t Engine::open_channel(const std::string& name, uint8_t cls, double weight) {
+  Token token(*this, true);
+  uint64_t id = 1469598103934665603ull;  // FNV-1a: both ends derive the same id from the name
+  for (unsigned char c : name) id = (id ^ c) * 1099511628211ull;
+  if (auto it = channel_by_name_.find(name); it != channel_by_name_.end()) {
+    ChannelInfo& info = channels_[it->second];
+    if (info.open && (info.cls != cls || info.weight != weight))
+      throw std::invalid_argument("channel '" + name + "' is open with another priority or weight");
+    info.open = true;
+    info.cls = cls;
+    info.weight = weight;
+    return it->second;
+  }
+  if (channel_by_id_.count(id)) throw std::invalid_argument("channel '" + name + "': choose another name");
+  auto index = static_cast<uint32_t>(channels_.size());
+  channels_.push_back({id, name, cls, weight, true});
+  channel_by_name_[name] = index;
+  channel_by_id_[id] = index;
+  return index;
+}
+
+void Engine::close_channel(uint32_t index) {
+  Token token(*this, true);
+  ChannelInfo& info = channels_[index];
+  info.open = false;
+  std::vector<Op*> live;
+  ops_.for_each_live([&](Op& op) {
+    if (op.channel == index) live.push_back(&op);
+  });
+  for (Op* op : live)
+    if (op->live) end_early(*op, Code::closed);
+}
+
+// ---------------------------------------------------------------- progress
+
+void Engine::drain_submissions() {
+  Op* op;
+  while (submissions_.pop(op)) {
+    op->live = true;
+    if (closed_)
+      finish(*op, Code::closed);
+    else
+      start(*op);
+  }
+}
+
+void Engine::after_unlock() {
+  // Pairs with submit(): either its try_lock saw the token free, or this look sees its op.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  while (!submissions_.empty() && token_.try_lock()) {
+    drain_submissions();
+    token_.unlock();
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+  }
+}
+
+int Engine::poll_links() {
+  int did = 0;
+  for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll(kPollBudget);
+  return did;
+}
+
+void Engine::wake_loop() {
+  if (!in_loop_thread_) ring(page_->loop, loop_fd_);
+}
+
+void Engine::emit(EngineEvent event) {
+  events_.push_back(std::move(event));
+  has_events_.store(true, std::memory_order_release);
+  wake_loop();
+}
+
+void Engine::start_deadline(Op& op) {
+  timers_.add(op.id, op.deadline_ns);
+  if (engine_sleeps_until_ == 0 || op.deadline_ns < engine_sleeps_until_) ring_engine();
+}
+
+void Engine::expire(uint64_t now) {
+  std::vector<uint64_t> due;
+  timers_.expire(now, due);
+  for (uint64_t id : due) {
+    Op* op = find(id);
+    if (!op) continue;
+    if (op->state == OpState::draining) {
+      if (Peer* peer = find_peer(op->peer))
+        tear_down(*peer, "a cancelled transfer was not let go of within drain_timeout");
+    } else {
+      end_early(*op, Code::deadline);
+    }
+  }
+}
+
+void Engine::watch(int fd, uint32_t events, Pollable* target, bool loop) {
+  epoll_event event{events, {target}};
+  if (epoll_ctl(loop ? express_epoll_ : engine_epoll_, EPOLL_CTL_ADD, fd, &event) != 0)
+    throw LinkFailure("cannot watch a descriptor", errno);
+  if (loop) express_watched_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Engine::rewatch(int fd, uint32_t events, Pollable* target, bool loop) {
+  epoll_event event{events, {target}};
+  epoll_ctl(loop ? express_epoll_ : engine_epoll_, EPOLL_CTL_MOD, fd, &event);
+}
+
+void Engine::unwatch(int fd, bool loop) {
+  if (epoll_ctl(loop ? express_epoll_ : engine_epoll_, EPOLL_CTL_DEL, fd, nullptr) == 0 && loop)
+    express_watched_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Engine::dispatch_fds(int epoll, int timeout_ms, bool locked) {
+  epoll_event events[32];
+  int n = epoll_wait(epoll, events, 32, timeout_ms);
+  if (n <= 0) return;
+  auto dispatch = [&] {
+    for (int i = 0; i < n; ++i) {
+      if (events[i].data.ptr)
+        static_cast<Pollable*>(events[i].data.ptr)->on_ready(events[i].events);
+      else
+        clear_fd(engine_fd_);
+    }
+  };
+  if (locked) return dispatch();
+  Token token(*this);
+  dispatch();
+}
+
+void Engine::fallback(Rank rank, const std::string& path, const std::string& reason) {
+  if (Peer* peer = find_peer(rank)) ++counters_[peer->link_index].fallbacks;
+  emit({EngineEvent::Kind::fallback, rank, 0, path, reason});
+}
+
+void Engine::run() {
+  pthread_setname_np(pthread_self(), "aiocomm-engine");
+  const auto heartbeat_ns = static_cast<uint64_t>(setting("heartbeat_s", 1.0) * 1e9);
+  uint64_t next_tick = kNever, spin_until = 0;
+  while (!stopping_.load(std::memory_order_acquire)) {
+    awake(page_->engine);
+    int did;
+    {
+      Token token(*this);
+      retired_.clear();  // no event of theirs is in this thread's hands here
+      did = poll_links();
+      uint64_t t = now();
+      expire(t);
+      bool descriptors = false;
+      for (auto& peer : peers_)
+        if (peer && peer->state == Peer::State::up && !links_[peer->link_index]->polled()) {
+          descriptors = true;
+          if (t >= next_tick) peer->link->tick(t);
+        }
+      if (!descriptors)
+        next_tick = kNever;
+      else if (next_tick == kNever || t >= next_tick)
+        next_tick = t + heartbeat_ns;
+      for (size_t i = 0; i < schedulers_.size(); ++i) pump(static_cast<uint8_t>(i));
+      if (did) spin_until = t + spin_ns_;
+      else if (t < spin_until) did = 1;
+    }
+    while (copier_->run_one()) did = 1;
+    if (did) continue;
+    prepare_sleep(page_->engine);
+    uint64_t next;
+    {
+      Token token(*this);
+      did = poll_links();
+      next = std::min(timers_.next().value_or(kNever), next_tick);
+      engine_sleeps_until_ = next == kNever ? 0 : next;
+    }
+    if (did || stopping_.load(std::memory_order_acquire)) continue;
+    int timeout = -1;
+    if (next != kNever) {
+      uint64_t t = now();
+      timeout = next <= t ? 0 : static_cast<int>(std::min<uint64_t>((next - t) / 1000000 + 1, 1 << 30));
+    }
+    dispatch_fds(engine_epoll_, timeout, false);
+  }
+}
+
+}  // namespace aiocomm

@@ -1,0 +1,284 @@
+// The engine: all protocol state of one communicator, and the thread that drives it when nobody else does.
+//
+// Theory of operation
+//  * One lock, the *token*, guards everything here. It is held for microseconds: frames are handled and chunks are
+//    chosen under it, bytes are copied without it (Copier).
+//  * Whoever is awake makes progress. The loop's thread submits with try_lock; if another thread holds the token, the
+//    op goes through a lock-free queue which every holder empties before and after it lets go, so nothing is stranded.
+//  * The sender of a frame chooses which thread of the receiver wakes: the loop's for small messages (one wake-up and
+//    the awaiting task runs), the engine's for what must move while the loop is busy.
+//  * An op that ends inside its own submission is returned ended; every other end goes through the completion queue,
+//    which the loop's thread drains, and one eventfd.
+//  * Native threads never touch Python. An op's buffer is kept alive by its cookie's owner until the op has ended.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "core/copier.hpp"
+#include "core/link.hpp"
+#include "core/match.hpp"
+#include "core/mpsc.hpp"
+#include "core/op.hpp"
+#include "core/peer.hpp"
+#include "core/sched.hpp"
+#include "core/timers.hpp"
+
+namespace aiocomm {
+
+struct EngineConfig {
+  std::vector<std::string> links;              // empty: all, cheapest first
+  std::map<std::string, double> numbers;       // Settings.native()
+  std::map<std::string, std::string> texts;
+};
+
+struct ChannelInfo {
+  ChannelId id = 0;
+  std::string name;
+  uint8_t cls = 1;
+  double weight = 1.0;
+  bool open = true;
+};
+
+// Something that the loop should hear of, beside ends of ops.
+struct EngineEvent {
+  enum class Kind : uint8_t { notification, peer_lost, link_up, link_down, fallback, undelivered, region_free };
+  Kind kind;
+  Rank rank = -1;
+  uint64_t number = 0;  // notification: bytes; region_free: its id; peer_lost: generation; undelivered: tag
+  std::string text;     // payload, reason or path
+  std::string more;
+};
+
+struct LinkCounters {
+  uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
+  uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
+  uint64_t fallbacks = 0, would_block = 0;
+  std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
+};
+
+struct RegionInfo {
+  std::byte* base = nullptr;
+  uint64_t nbytes = 0;
+  bool writable = false;
+  bool closing = false;
+  uint32_t active = 0;  // transfers of peers that use it now
+};
+
+class Engine final : public Host, public FrameSink {
+ public:
+  explicit Engine(EngineConfig config);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // --- control plane; any thread
+  void set_identity(Rank rank, uint64_t generation);
+  std::vector<std::string> link_names() const;
+  Link& link(const std::string& name);
+  void add_peer(Rank rank, uint64_t generation);
+  void attach(Rank rank, uint64_t generation, const std::string& link, const std::vector<int>& fds,
+              const std::string& card, bool initiator);
+  void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
+  void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
+  void close();
+
+  // --- the loop's thread
+  Op* new_op() { return ops_.take(); }
+  void release(Op* op) { ops_.give_back(op); }
+  // Starts the op; true: it has ended already, inside the call. Afterwards take_connect_wanted() may name peers.
+  bool submit(Op* op);
+  bool cancel(Op* op, Code why);  // false: too late, the op has ended
+  // Makes progress as far as it goes without waiting, and clears the doorbell.
+  void progress();
+  // Polls until something completed or `until_ns`; for loops that spin before they sleep.
+  bool spin(uint64_t until_ns);
+  bool take_completed(Op*& op);
+  bool has_completed() const { return !completed_.empty() || overflowed_.load(std::memory_order_acquire); }
+  std::vector<EngineEvent> take_events();
+  bool has_events() const { return has_events_.load(std::memory_order_acquire); }
+  std::vector<Rank> take_connect_wanted();
+  bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
+  void loop_sleeps() { prepare_sleep(page_->loop); }
+  void loop_wakes() { awake(page_->loop); }
+  bool anything_to_poll();
+
+  uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
+  void close_channel(uint32_t index);
+  uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable);
+  bool close_region(uint64_t id);  // true: free at once; else region_free follows
+  bool rank_known(Rank rank) const { return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire); }
+
+  LinkCounters counters(const std::string& link);
+  std::map<std::string, double> gauges(const std::string& link);
+  std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
+  std::vector<Op*> outgoing();        // sends and puts that have not ended
+  std::string link_of(Rank rank);     // of a connected peer, else empty
+  uint8_t likely_link(Rank rank);     // the link that an operation with this rank will use
+  uint8_t link_index(const std::string& link) const;
+  const std::string& link_name(uint8_t index) const { return link_names_[index]; }
+  const ChannelInfo& channel(uint32_t index) const { return channels_[index]; }
+
+  int loop_fd() const override { return loop_fd_; }
+  int express_fd() const { return express_epoll_; }
+  bool has_express() const { return express_watched_.load(std::memory_order_relaxed) > 0; }
+
+  // --- Host
+  void watch(int fd, uint32_t events, Pollable* target, bool loop) override;
+  void rewatch(int fd, uint32_t events, Pollable* target, bool loop) override;
+  void unwatch(int fd, bool loop) override;
+  uint64_t now() const override;
+  double setting(std::string_view name, double fallback) const override;
+  std::string text_setting(std::string_view name) const override;
+  WakePage& wake_page() override { return *page_; }
+  int wake_page_fd() const override { return page_fd_; }
+  int engine_fd() const override { return engine_fd_; }
+  FrameSink& sink() override { return *this; }
+  void fallback(Rank rank, const std::string& path, const std::string& reason) override;
+
+  // --- FrameSink (protocol_receive.cpp)
+  void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) override;
+  std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
+  void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
+  void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
+  void on_writable(LinkPeer& to) override;
+  void on_lost(LinkPeer& peer, const std::string& reason) override;
+
+ private:
+  class Token;  // scoped lock that empties the submission queue before and after
+  friend class Token;
+
+  // engine.cpp: threads, queues, time
+  void run();
+  int poll_links();
+  void drain_submissions();
+  void after_unlock();
+  void ring_engine() { ring(page_->engine, engine_fd_); }
+  void wake_loop();
+  void expire(uint64_t now);
+  void dispatch_fds(int epoll, int timeout_ms, bool locked);
+  void emit(EngineEvent event);
+  void start_deadline(Op& op);
+
+  // protocol_send.cpp: from a submission to frames on a link
+  void start(Op& op);
+  void start_on(Op& op, Peer& peer);
+  Post send_header(Op& op, Peer& peer);
+  Post send_message(Op& op, Peer& peer);
+  Post send_put(Op& op, Peer& peer);
+  Post send_get(Op& op, Peer& peer);
+  void queue_header(Op& op, Peer& peer);
+  void send_control(Peer& peer, FrameHeader header, Wake wake, const void* meta = nullptr, size_t meta_bytes = 0);
+  bool flush_control(Peer& peer);
+  void send_fin(Peer& peer, OpId sop, Code code, uint64_t nbytes, Wake wake = Wake::loop);
+  void pump(uint8_t link_index);
+  bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
+  uint32_t flow_of(Peer& peer, uint32_t channel);
+  void queue_data(Op& op, Peer& peer);
+
+  // protocol_receive.cpp: from frames to matched receives
+  void start_recv(Op& op);
+  void arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
+  void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
+  void deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const std::byte* payload);
+  void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
+  bool make_room(Op& op, const FrameHeader& header);
+  void owe_credit(Peer& peer, uint64_t nbytes);
+  void received(Op& op);
+  void on_fin(Peer& peer, const FrameHeader& header);
+  void on_cancel(Peer& peer, const FrameHeader& header);
+  void on_stop(Peer& peer, const FrameHeader& header);
+  void on_cts(Peer& peer, const FrameHeader& header);
+  void job_done(CopyJob& job);
+
+  // protocol_onesided.cpp
+  void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
+  void on_get(Peer& peer, const FrameHeader& header);
+  void on_get_ready(Peer& peer, const FrameHeader& header);
+  void on_get_fail(Peer& peer, const FrameHeader& header);
+  Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
+  void region_idle(uint64_t id);
+  void notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes);
+
+  // protocol_end.cpp: every way an op ends
+  void finish(Op& op, Code code);      // nothing touches its buffer any more
+  void end_early(Op& op, Code code);   // decides the outcome; finishes once nothing can touch the buffer
+  void drop_inflight(Op& op);
+  bool settle(Op& op);                 // finishes a draining op if it can; true: finished
+  void end_peer(Peer& peer, const std::string& reason);
+  void tear_down(Peer& peer, const std::string& reason);
+  void fail_hopeless_receives();
+  Op* find(OpId id);
+  Peer* find_peer(Rank rank);
+  Peer* peer_of(LinkPeer& link_peer);
+
+  // configuration
+  const EngineConfig config_;
+  uint64_t eager_max_, unexpected_max_, drain_ns_, spin_ns_;
+  size_t queue_depth_;
+
+  // wake-up
+  int page_fd_ = -1, loop_fd_ = -1, engine_fd_ = -1, engine_epoll_ = -1, express_epoll_ = -1;
+  std::atomic<int> express_watched_{0};
+  WakePage* page_ = nullptr;
+  std::atomic<bool> stopping_{false};
+  bool closed_ = false;
+  std::thread thread_;
+
+  // under the token
+  std::mutex token_;
+  bool in_loop_thread_ = false;
+  Op* inline_op_ = nullptr;
+  Rank rank_ = 0;
+  uint64_t generation_ = 0;
+  std::vector<std::string> link_names_;
+  std::vector<std::unique_ptr<Link>> links_;
+  std::vector<std::unique_ptr<Scheduler>> schedulers_;
+  std::vector<LinkCounters> counters_;
+  std::vector<std::unique_ptr<Peer>> peers_;  // by rank
+  std::vector<LinkPeer*> polled_;
+  std::vector<std::shared_ptr<LinkPeer>> retired_;  // closed; freed when no call into them can be on the stack
+  std::atomic<Rank> known_ranks_{1};
+  struct Flow {
+    Rank rank;
+    uint32_t channel;
+    uint8_t link;
+    uint32_t headers = 0;  // queued headers: later ones must queue behind them
+  };
+  std::vector<Flow> flows_;
+  uint32_t next_flow_ = 0;
+  std::deque<ChannelInfo> channels_;
+  std::unordered_map<std::string, uint32_t> channel_by_name_;
+  std::unordered_map<ChannelId, uint32_t> channel_by_id_;
+  Matcher matcher_;
+  std::vector<std::unique_ptr<Unexpected>> unexpected_;  // by arrival id
+  std::vector<uint32_t> unexpected_free_;
+  std::unordered_map<uint64_t, RegionInfo> regions_;
+  uint64_t next_region_ = 1;
+  TimerHeap timers_;
+  uint64_t engine_sleeps_until_ = 0;  // 0: no timer armed
+  uint32_t jobs_ = 0;                 // chunks with the copier
+  OpTable ops_;                       // taken and given back by the loop's thread
+  OpTable served_{1ull << 62};        // ops on behalf of peers; under the token
+  std::vector<EngineEvent> events_;
+  std::atomic<bool> has_events_{false};
+  std::vector<Rank> wanted_;
+  std::atomic<bool> has_wanted_{false};
+  std::deque<Op*> overflow_;
+  std::atomic<bool> overflowed_{false};
+
+  BoundedQueue<Op*> submissions_;
+  BoundedQueue<Op*> completed_;
+  std::unique_ptr<Copier> copier_;
+};
+
+}  // namespace aiocomm

@@ -1,0 +1,48 @@
+// What the engine knows of one other process (or of itself, for messages to one's own rank).
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/ids.hpp"
+#include "core/link.hpp"
+
+namespace aiocomm {
+
+struct ControlFrame {
+  FrameHeader header;
+  std::vector<std::byte> meta;
+  Wake wake;
+};
+
+struct Peer {
+  enum class State : uint8_t { known, connecting, up, lost };
+
+  Rank rank = -1;
+  uint64_t generation = 0;
+  State state = State::known;
+  bool blocked = false;  // the link answered `again`; on_writable clears it
+  uint8_t link_index = 0;
+  std::shared_ptr<LinkPeer> link;
+  std::string lost_reason;
+  std::vector<OpId> waiting;         // submitted before the pair was connected, in order
+  std::deque<ControlFrame> control;  // frames that must go out, before any message
+  uint64_t eager_unconsumed = 0;     // eager bytes sent for which no credit has come back
+  uint64_t credit_owed = 0;          // eager bytes consumed here and not yet told
+  std::vector<std::pair<uint32_t, uint32_t>> flows;  // channel index -> flow of its link's scheduler
+};
+
+// A message's header that found no receive; `payload` is owned where the message was eager.
+struct Unexpected {
+  FrameHeader header;
+  Rank source = -1;
+  uint64_t generation = 0;
+  std::vector<std::byte> meta;
+  std::vector<std::byte> payload;
+};
+
+}  // namespace aiocomm

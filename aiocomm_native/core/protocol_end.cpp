@@ -1,0 +1,180 @@
+// Every way an operation ends.
+//
+// `finish` is the only place where an op leaves the engine, and it is called only when nothing can touch the op's
+// buffer any more. `end_early` decides an outcome before that is so; `settle` finishes what it left draining.
+
+#include <algorithm>
+
+#include "core/engine.hpp"
+
+namespace aiocomm {
+
+void Engine::finish(Op& op, Code code) {
+  if (op.deadline_ns || op.state == OpState::draining) timers_.cancel(op.id);
+  if (op.cancel_requested) code = Code::cancelled;  // whoever cancelled was promised this end
+  op.code = code;
+  op.state = OpState::ended;
+  op.live = false;
+  op.ended_ns = now();
+  LinkCounters& counters = counters_[op.link];
+  if (code == Code::ok) {
+    ++counters.completed;
+    auto path = static_cast<size_t>(op.path);
+    ++counters.path_messages[path];
+    counters.path_bytes[path] += op.moved;
+    if (op.path == Path::eager) {
+      bool out = op.kind == OpKind::send || op.kind == OpKind::put;
+      (out ? counters.bytes_sent : counters.bytes_received) += op.moved;
+    }
+  } else if (code == Code::cancelled) {
+    ++counters.cancelled;
+  } else {
+    ++counters.failed;
+  }
+  if (served_.find(op.id) != nullptr || (op.id >> 62) != 0) {
+    uint64_t region = op.region;
+    served_.give_back(&op);
+    return region_idle(region);
+  }
+  if (&op == inline_op_) return;
+  if (!overflow_.empty() || !completed_.push(&op)) {
+    overflow_.push_back(&op);
+    overflowed_.store(true, std::memory_order_release);
+  }
+  wake_loop();
+}
+
+// The link has closed and dropped what it held of this op.
+void Engine::drop_inflight(Op& op) {
+  if (op.inflight_bytes) schedulers_[op.link]->complete(op.inflight_bytes, 0, channels_[op.channel].cls);
+  op.inflight = 0;
+  op.inflight_bytes = 0;
+}
+
+bool Engine::settle(Op& op) {
+  if (op.inflight || op.awaits_fin) return false;
+  finish(op, op.code);
+  return true;
+}
+
+void Engine::end_early(Op& op, Code code) {
+  if (op.state == OpState::draining) return;  // decided already; cancel_requested still turns it into `cancelled`
+  Peer* peer = find_peer(op.peer);
+  bool reachable = peer && peer->state == Peer::State::up;
+  if (op.kind == OpKind::recv && !op.matched) {
+    matcher_.cancel_recv(op.id);
+    return finish(op, code);
+  }
+  if (op.in_sched) {
+    schedulers_[op.link]->cancel(op.id);
+    op.in_sched = false;
+    if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
+  }
+  if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it
+
+  bool from_peer = code == Code::peer_cancelled || code == Code::peer_lost;
+  op.code = code;
+  op.state = OpState::draining;
+  if (!reachable) op.awaits_fin = false;
+  if (op.kind == OpKind::recv || op.kind == OpKind::get) {
+    // Tell the source to let go; our own buffer is safe once no chunk is in flight.
+    if (reachable && op.remote_op) {
+      FrameHeader h{};
+      h.kind = FrameKind::stop;
+      h.sop = op.remote_op;
+      if (code == Code::link_failed)
+        ;  // job_done has sent the outcome
+      else if (from_peer)
+        send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
+      else
+        send_control(*peer, h, Wake::engine);
+    }
+    op.awaits_fin = false;
+  } else if (op.awaits_fin && reachable && !from_peer && op.kind != OpKind::serve) {
+    FrameHeader h{};
+    h.kind = FrameKind::cancel;
+    h.sop = op.id;
+    h.rop = op.remote_op;
+    send_control(*peer, h, Wake::engine);
+  }
+  if (settle(op)) return;
+  if (op.deadline_ns) timers_.cancel(op.id);
+  op.deadline_ns = now() + drain_ns_;
+  start_deadline(op);
+}
+
+// ---------------------------------------------------------------- peers
+
+void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
+  if (Peer* peer = peer_of(link_peer)) end_peer(*peer, reason);
+}
+
+// The pair is closed by us: the other side sees a lost peer, too.
+void Engine::tear_down(Peer& peer, const std::string& reason) { end_peer(peer, reason); }
+
+void Engine::end_peer(Peer& peer, const std::string& reason) {
+  if (peer.state == Peer::State::lost) return;
+  // What the peer has sent before its end is still delivered.
+  if (peer.link && peer.state == Peer::State::up && peer.link->poll(1 << 20) < 0) return;
+  if (peer.state == Peer::State::lost) return;
+  peer.state = Peer::State::lost;
+  peer.lost_reason = reason;
+  if (peer.link) {
+    polled_.erase(std::remove(polled_.begin(), polled_.end(), peer.link.get()), polled_.end());
+    peer.link->close();
+    Scheduler& sched = *schedulers_[peer.link_index];
+    retired_.push_back(peer.link);
+    std::vector<Op*> live;
+    auto collect = [&](Op& op) {
+      if (op.peer == peer.rank) live.push_back(&op);
+    };
+    ops_.for_each_live(collect);
+    served_.for_each_live(collect);
+    for (Op* op : live) {
+      if (!op->live) continue;
+      op->awaits_fin = false;
+      if (op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
+        drop_inflight(*op);
+      if (op->state == OpState::draining)
+        settle(*op);
+      else
+        end_early(*op, Code::peer_lost);
+    }
+    for (auto [channel, flow] : peer.flows) sched.remove_flow(flow);
+    peer.flows.clear();
+    peer.control.clear();
+  } else {
+    std::vector<Op*> live;
+    ops_.for_each_live([&](Op& op) {
+      if (op.peer == peer.rank) live.push_back(&op);
+    });
+    for (Op* op : live)
+      if (op->live) end_early(*op, Code::peer_lost);
+  }
+  peer.waiting.clear();
+  // Announcements whose bytes stayed at the peer are void; eager messages have arrived and stay.
+  for (size_t slot = 0; slot < unexpected_.size(); ++slot) {
+    Unexpected* kept = unexpected_[slot].get();
+    if (!kept || kept->source != peer.rank || kept->header.kind == FrameKind::eager) continue;
+    matcher_.drop_arrival(slot);
+    unexpected_[slot].reset();
+    unexpected_free_.push_back(static_cast<uint32_t>(slot));
+  }
+  if (peer.rank != rank_) emit({EngineEvent::Kind::peer_lost, peer.rank, peer.generation, reason, {}});
+  fail_hopeless_receives();
+}
+
+// A wildcard receive can still be served while anybody is left; with nobody left it would wait for ever.
+void Engine::fail_hopeless_receives() {
+  bool lost = false;
+  for (auto& peer : peers_) {
+    if (!peer || peer->rank == rank_) continue;
+    if (peer->state != Peer::State::lost) return;
+    lost = true;
+  }
+  if (!lost) return;
+  for (OpId id : matcher_.any_source_recvs())
+    if (Op* op = ops_.find(id)) end_early(*op, Code::peer_lost);
+}
+
+}  // namespace aiocomm

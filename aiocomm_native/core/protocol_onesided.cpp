@@ -1,0 +1,148 @@
+// Regions, put and get. Memory is written only by the process that owns it: a put is pulled (or received) by the
+// owner of the region, a get by the reader, so that closing a region is a local decision.
+
+#include <cstring>
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+uint64_t Engine::add_region(std::byte* base, uint64_t nbytes, bool writable) {
+  Token token(*this, true);
+  uint64_t id = next_region_++;
+  regions_[id] = {base, nbytes, writable, false, 0};
+  return id;
+}
+
+bool Engine::close_region(uint64_t id) {
+  Token token(*this, true);
+  auto it = regions_.find(id);
+  if (it == regions_.end()) return true;
+  it->second.closing = true;
+  if (it->second.active) return false;
+  regions_.erase(it);
+  return true;
+}
+
+void Engine::region_idle(uint64_t id) {
+  auto it = regions_.find(id);
+  if (it == regions_.end() || --it->second.active || !it->second.closing) return;
+  regions_.erase(it);
+  emit({EngineEvent::Kind::region_free, rank_, id, {}, {}});
+}
+
+Code Engine::check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out) {
+  auto it = regions_.find(id);
+  if (it == regions_.end() || it->second.closing) return Code::stale;
+  RegionInfo& region = it->second;
+  if (offset > region.nbytes || nbytes > region.nbytes - offset) return Code::out_of_range;
+  if (write && !region.writable) return Code::read_only;
+  *out = &region;
+  return Code::ok;
+}
+
+void Engine::notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes) {
+  emit({EngineEvent::Kind::notification, source, nbytes,
+        std::string(reinterpret_cast<const char*>(payload), payload_bytes), {}});
+}
+
+void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+  RegionInfo* region = nullptr;
+  auto offset = static_cast<uint64_t>(header.tag);
+  if (header.kind == FrameKind::put && header.payload_bytes != header.nbytes)
+    throw ProtocolViolation("put without all of its bytes");
+  Code code = check_region(header.rop, offset, header.nbytes, true, &region);
+  if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
+  if (header.kind == FrameKind::put) {
+    if (header.payload_bytes) std::memcpy(region->base + offset, payload, header.payload_bytes);
+    counters_[peer.link_index].bytes_received += header.payload_bytes;
+    if (header.flags & kHasNotify) notify(peer.rank, meta, header.meta_bytes, header.nbytes);
+    return send_fin(peer, header.sop, Code::ok, header.nbytes);
+  }
+  Op* op = served_.take();
+  op->live = true;
+  op->kind = OpKind::recv;
+  op->matched = true;
+  op->peer = peer.rank;
+  op->link = peer.link_index;
+  op->channel = 0;
+  if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
+  op->data = region->base + offset;
+  op->nbytes = op->capacity = header.nbytes;
+  op->remote_op = header.sop;
+  op->region = header.rop;
+  op->has_notify = header.flags & kHasNotify;
+  op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
+  ++region->active;
+  start_rendezvous(*op, peer, header, true);
+}
+
+void Engine::on_get(Peer& peer, const FrameHeader& header) {
+  RegionInfo* region = nullptr;
+  auto offset = static_cast<uint64_t>(header.tag);
+  Code code = check_region(header.sop, offset, header.nbytes, false, &region);
+  FrameHeader reply{};
+  reply.rop = header.rop;
+  if (code != Code::ok) {
+    reply.kind = FrameKind::get_fail;
+    reply.code = static_cast<uint8_t>(code);
+    return send_control(peer, reply, Wake::loop);
+  }
+  Op* op = served_.take();
+  op->live = true;
+  op->kind = OpKind::serve;
+  op->state = OpState::posted;
+  op->matched = true;
+  op->peer = peer.rank;
+  op->link = peer.link_index;
+  op->channel = 0;
+  if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
+  op->data = region->base + offset;
+  op->nbytes = op->capacity = header.nbytes;
+  op->remote_op = header.rop;
+  op->region = header.sop;
+  op->awaits_fin = true;
+  ++region->active;
+  Location at = peer.link->locate(op->data, op->nbytes);
+  reply.kind = FrameKind::get_ready;
+  reply.sop = op->id;
+  reply.nbytes = op->nbytes;
+  reply.address = at.address;
+  reply.segment = at.segment;
+  bool reader_pulls = header.code != static_cast<uint8_t>(Path::none) || at.segment != 0;
+  reply.code = reader_pulls;
+  send_control(peer, reply, Wake::engine);
+  if (!reader_pulls && op->live && op->nbytes) {
+    op->path = Path::stream;
+    queue_data(*op, peer);
+  }
+}
+
+void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
+  Op* op = ops_.find(header.rop);
+  if (!op || op->kind != OpKind::get || op->peer != peer.rank || op->state != OpState::posted) {
+    FrameHeader h{};  // we gave up meanwhile: let the owner's memory go
+    h.kind = FrameKind::stop;
+    h.sop = header.sop;
+    return send_control(peer, h, Wake::engine);
+  }
+  if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
+  op->remote_op = header.sop;
+  if (header.code)
+    return start_rendezvous(*op, peer, header, false);
+  op->path = Path::stream;
+  op->started_ns = now();
+  op->state = OpState::moving;
+  if (op->nbytes == 0) received(*op);
+}
+
+void Engine::on_get_fail(Peer& peer, const FrameHeader& header) {
+  Op* op = ops_.find(header.rop);
+  if (!op || op->kind != OpKind::get || op->peer != peer.rank) return;
+  auto code = static_cast<Code>(header.code);
+  if (code == Code::ok || code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  finish(*op, code);
+}
+
+}  // namespace aiocomm

@@ -1,0 +1,344 @@
+// From frames to matched receives, and the rendezvous that moves what did not fit into a frame.
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+  Peer* peer = peer_of(from);
+  if (!peer) return;
+  ++counters_[peer->link_index].frames_received;
+  try {
+    switch (header.kind) {
+      case FrameKind::eager:
+      case FrameKind::rts:
+        return arrived(*peer, header, meta, payload);
+      case FrameKind::fin:
+        return on_fin(*peer, header);
+      case FrameKind::cts:
+        return on_cts(*peer, header);
+      case FrameKind::cancel:
+        return on_cancel(*peer, header);
+      case FrameKind::stop:
+        return on_stop(*peer, header);
+      case FrameKind::put:
+      case FrameKind::put_rts:
+        return on_put(*peer, header, meta, payload);
+      case FrameKind::get:
+        return on_get(*peer, header);
+      case FrameKind::get_ready:
+        return on_get_ready(*peer, header);
+      case FrameKind::get_fail:
+        return on_get_fail(*peer, header);
+      case FrameKind::credit:
+        if (header.nbytes > peer->eager_unconsumed) throw ProtocolViolation("credit for bytes that were never sent");
+        peer->eager_unconsumed -= header.nbytes;
+        return;
+      case FrameKind::undelivered: {
+        auto it = channel_by_id_.find(header.channel);
+        emit({EngineEvent::Kind::undelivered, peer->rank, static_cast<uint64_t>(header.tag),
+              it == channel_by_id_.end() ? std::string("?") : channels_[it->second].name,
+              header.code == static_cast<uint8_t>(Code::truncated) ? "truncated" : "refused"});
+        return;
+      }
+      case FrameKind::goodbye:
+        return end_peer(*peer, "left");
+      case FrameKind::heartbeat:
+        return;
+      default:
+        throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));
+    }
+  } catch (const ProtocolViolation& violation) {
+    tear_down(*peer, std::string("protocol violation: ") + violation.what());
+  }
+}
+
+// ---------------------------------------------------------------- matching
+
+void Engine::start_recv(Op& op) {
+  op.state = OpState::posted;
+  Peer* peer = nullptr;
+  if (op.peer != kAnySource) {
+    peer = find_peer(op.peer);
+    if (!peer) return finish(op, Code::peer_lost);
+  }
+  ChannelId channel = channels_[op.channel].id;
+  auto try_match = [&]() -> bool {
+    auto arrival = matcher_.post_recv(op.id, channel, op.peer, op.tag);
+    if (!arrival) return false;
+    std::unique_ptr<Unexpected> found = std::move(unexpected_[*arrival]);
+    unexpected_free_.push_back(static_cast<uint32_t>(*arrival));
+    op.matched = true;
+    op.peer = found->source;
+    Peer* source = find_peer(found->source);
+    bool same = source && source->generation == found->generation;
+    if (!same && found->header.kind == FrameKind::rts) {
+      finish(op, Code::peer_lost);
+      return true;
+    }
+    // An eager message outlives its sender: its bytes are here.
+    Peer ghost;
+    deliver(op, same ? *source : ghost, found->header, found->meta.data(), found->payload.data());
+    return true;
+  };
+  if (try_match()) return;
+  if (peer && peer->state == Peer::State::lost) {
+    matcher_.cancel_recv(op.id);
+    return finish(op, Code::peer_lost);
+  }
+  if (peer && peer->state == Peer::State::known) {
+    // A dead peer is noticed only over a connection.
+    peer->state = Peer::State::connecting;
+    wanted_.push_back(peer->rank);
+    has_wanted_.store(true, std::memory_order_release);
+  }
+  if (!peer) fail_hopeless_receives();
+  if (in_loop_thread_ && op.live) {
+    if (peer && peer->link)
+      peer->link->poll(16);
+    else
+      poll_links();
+  }
+}
+
+void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+  if (header.tag < 0) throw ProtocolViolation("negative tag");
+  if (header.meta_bytes > sizeof(Op::meta)) throw ProtocolViolation("oversized metadata");
+  if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
+    throw ProtocolViolation("eager message without all of its bytes");
+  uint64_t slot;
+  if (unexpected_free_.empty()) {
+    slot = unexpected_.size();
+    unexpected_.emplace_back();
+    unexpected_free_.push_back(static_cast<uint32_t>(slot));
+  }
+  slot = unexpected_free_.back();
+  auto op_id = matcher_.arrive({slot, header.channel, peer.rank, header.tag, header.payload_bytes});
+  if (op_id) {
+    Op* op = ops_.find(*op_id);
+    if (!op) throw ProtocolViolation("matched receive has ended");  // the matcher is told of every end
+    op->matched = true;
+    op->peer = peer.rank;
+    return deliver(*op, peer, header, meta, payload);
+  }
+  unexpected_free_.pop_back();
+  auto kept = std::make_unique<Unexpected>();
+  kept->header = header;
+  kept->source = peer.rank;
+  kept->generation = peer.generation;
+  kept->meta.assign(meta, meta + header.meta_bytes);
+  if (payload) kept->payload.assign(payload, payload + header.payload_bytes);
+  unexpected_[slot] = std::move(kept);
+}
+
+void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+  op.tag = header.tag;
+  op.capacity = op.nbytes;
+  op.remote_op = header.sop;
+  op.link = peer.link_index;
+  op.meta_bytes = header.meta_bytes;
+  std::memcpy(op.meta.data(), meta, header.meta_bytes);
+  if (!op.allocate && header.nbytes > op.capacity) {
+    op.nbytes = header.nbytes;
+    if (header.kind == FrameKind::eager) owe_credit(peer, header.payload_bytes);
+    if (header.sop) {
+      send_fin(peer, header.sop, Code::truncated, 0);
+    } else {
+      FrameHeader h{};
+      h.kind = FrameKind::undelivered;
+      h.channel = header.channel;
+      h.tag = header.tag;
+      h.code = static_cast<uint8_t>(Code::truncated);
+      send_control(peer, h, Wake::loop);
+    }
+    return finish(op, Code::truncated);
+  }
+  op.nbytes = header.nbytes;
+  if (op.allocate && !make_room(op, header)) {
+    send_fin(peer, header.sop, Code::peer_cancelled, 0);
+    return finish(op, Code::link_failed);
+  }
+  if (header.kind == FrameKind::eager) return deliver_eager(op, peer, header, payload);
+  start_rendezvous(op, peer, header, true);
+}
+
+void Engine::deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const std::byte* payload) {
+  if (header.payload_bytes) std::memcpy(op.data, payload, header.payload_bytes);
+  op.moved = header.payload_bytes;
+  op.path = Path::eager;
+  op.started_ns = op.submitted_ns;
+  owe_credit(peer, header.payload_bytes);
+  send_fin(peer, header.sop, Code::ok, op.moved);
+  finish(op, Code::ok);
+}
+
+bool Engine::make_room(Op& op, const FrameHeader& header) {
+  size_t room = (header.nbytes + 63) / 64 * 64;
+  op.data = static_cast<std::byte*>(std::aligned_alloc(room >= (4u << 20) ? 4096 : 64, room ? room : 64));
+  if (!op.data) {
+    op.error = ENOMEM;
+    return false;
+  }
+  if (room >= (4u << 20)) madvise(op.data, room & ~size_t{4095}, MADV_HUGEPAGE);
+  return true;
+}
+
+void Engine::owe_credit(Peer& peer, uint64_t nbytes) {
+  peer.credit_owed += nbytes + 64;
+  if (peer.credit_owed < unexpected_max_ / 4) return;
+  FrameHeader h{};
+  h.kind = FrameKind::credit;
+  h.nbytes = peer.credit_owed;
+  peer.credit_owed = 0;
+  send_control(peer, h, Wake::none);
+}
+
+// ---------------------------------------------------------------- rendezvous
+
+// The op has a buffer and its message waits at the peer: fetch it, or (`ask`) have it pushed.
+void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask) {
+  Location from{header.address, header.segment};
+  op.source_address = header.address;
+  op.source_segment = header.segment;
+  Path path = peer.link->pull_path(from);
+  if (!op.live || peer.state != Peer::State::up) return;  // looking for the segment found the peer dead
+  op.path = path;
+  op.started_ns = now();
+  op.state = OpState::moving;
+  if (op.nbytes == 0) {
+    op.path = Path::eager;
+    return received(op);
+  }
+  if (op.path != Path::none) return queue_data(op, peer);
+  op.path = Path::stream;
+  if (!ask) return;
+  FrameHeader h{};
+  h.kind = FrameKind::cts;
+  h.sop = header.sop;
+  h.rop = op.id;
+  send_control(peer, h, Wake::engine);
+}
+
+void Engine::on_cts(Peer& peer, const FrameHeader& header) {
+  Op* op = ops_.find(header.sop);
+  if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) return;  // cancelled meanwhile
+  op->remote_op = header.rop;
+  op->path = Path::stream;
+  queue_data(*op, peer);
+}
+
+std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) {
+  Op* op = find(header.rop);
+  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream) return nullptr;
+  if (op->kind != OpKind::recv && op->kind != OpKind::get) return nullptr;
+  if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
+  return op->data + header.address + done;
+}
+
+void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) {
+  Peer* peer = peer_of(from);
+  if (!peer) return;
+  counters_[peer->link_index].bytes_received += nbytes;
+  Op* op = find(header.rop);
+  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream) return;
+  op->moved += nbytes;
+  op->remote_op = header.sop;
+  if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");
+  if (op->moved == op->nbytes) received(*op);
+}
+
+void Engine::job_done(CopyJob& job) {
+  Token token(*this);
+  --jobs_;
+  Op* op = find(job.op);  // its chunk in flight has kept it from ending
+  Peer* peer = find_peer(op->peer);
+  uint8_t link_index = op->link;
+  schedulers_[link_index]->complete(job.nbytes, now() - job.posted_ns, job.cls);
+  --op->inflight;
+  if (job.error && op->state != OpState::draining) {
+    op->error = job.error;
+    if (peer) send_fin(*peer, op->remote_op, Code::link_failed, op->moved);
+    end_early(*op, job.error == ESRCH ? Code::peer_lost : Code::link_failed);
+  } else {
+    op->moved += job.nbytes;
+    counters_[link_index].bytes_received += job.nbytes;
+    if (op->state == OpState::draining)
+      settle(*op);
+    else if (op->moved == op->nbytes)
+      received(*op);
+  }
+  pump(link_index);
+}
+
+void Engine::received(Op& op) {
+  Peer* peer = find_peer(op.peer);
+  if (peer) send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
+  if (op.region && op.has_notify && op.kind == OpKind::recv)
+    notify(op.peer, reinterpret_cast<const std::byte*>(op.notify.data()), op.notify.size(), op.moved);
+  finish(op, Code::ok);
+}
+
+// ---------------------------------------------------------------- ends told by the peer
+
+void Engine::on_fin(Peer& peer, const FrameHeader& header) {
+  Op* op = find(header.sop);
+  if (!op || op->peer != peer.rank || !op->awaits_fin) return;
+  op->awaits_fin = false;
+  auto code = static_cast<Code>(header.code);
+  if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (op->path == Path::none) op->path = op->nbytes <= eager_max_ ? Path::eager : Path::cma;
+  if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
+  if (op->state == OpState::draining) {
+    settle(*op);
+    return;
+  }
+  if (code == Code::ok) {
+    op->moved = op->nbytes;
+    if (op->inflight == 0 && !op->in_sched) return finish(*op, Code::ok);
+  }
+  end_early(*op, code);
+}
+
+// The sender of message `sop` gives it up.
+void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
+  OpId sop = header.sop;
+  for (size_t slot = 0; slot < unexpected_.size(); ++slot) {
+    Unexpected* kept = unexpected_[slot].get();
+    if (!kept || kept->source != peer.rank || kept->header.sop != sop || kept->generation != peer.generation) continue;
+    matcher_.drop_arrival(slot);
+    if (kept->header.kind == FrameKind::eager) owe_credit(peer, kept->header.payload_bytes);
+    unexpected_[slot].reset();
+    unexpected_free_.push_back(static_cast<uint32_t>(slot));
+    return send_fin(peer, sop, Code::cancelled, 0);
+  }
+  auto ours = [&](Op& op) { return op.peer == peer.rank && op.matched && op.remote_op == sop; };
+  Op* found = nullptr;
+  ops_.for_each_live([&](Op& op) {
+    if (op.kind == OpKind::recv && ours(op)) found = &op;
+  });
+  if (!found)
+    served_.for_each_live([&](Op& op) {
+      if (op.kind == OpKind::recv && ours(op)) found = &op;
+    });
+  if (!found) return;  // ended here already: its `fin` is on the way
+  end_early(*found, Code::peer_cancelled);
+}
+
+// The receiver of our message `sop` gives it up.
+void Engine::on_stop(Peer& peer, const FrameHeader& header) {
+  Op* op = find(header.sop);
+  if (!op || op->peer != peer.rank) return;
+  op->awaits_fin = false;
+  if (op->state == OpState::draining)
+    settle(*op);
+  else
+    end_early(*op, Code::peer_cancelled);
+}
+
+}  // namespace aiocomm

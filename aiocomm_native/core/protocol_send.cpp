@@ -1,0 +1,331 @@
+// From a submission to frames on a link: headers, control frames, chunks.
+
+#include <cstring>
+
+#include "core/engine.hpp"
+
+namespace aiocomm {
+
+namespace {
+constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
+
+uint16_t packed_weight(double weight) {
+  double w = weight * 16;
+  return static_cast<uint16_t>(w < 1 ? 1 : w > 65535 ? 65535 : w);
+}
+}  // namespace
+
+Peer* Engine::find_peer(Rank rank) {
+  return rank >= 0 && static_cast<size_t>(rank) < peers_.size() ? peers_[rank].get() : nullptr;
+}
+
+Peer* Engine::peer_of(LinkPeer& link_peer) {
+  Peer* peer = find_peer(link_peer.rank);
+  return peer && peer->link.get() == &link_peer && peer->state == Peer::State::up ? peer : nullptr;
+}
+
+Op* Engine::find(OpId id) {
+  if (Op* op = ops_.find(id)) return op;
+  return served_.find(id);
+}
+
+void Engine::start(Op& op) {
+  if (closed_) return finish(op, Code::closed);
+  if (!channels_[op.channel].open) return finish(op, Code::closed);
+  if (op.deadline_ns) start_deadline(op);
+  if (op.kind == OpKind::recv) return start_recv(op);
+  Peer* peer = find_peer(op.peer);
+  if (!peer || peer->state == Peer::State::lost) return finish(op, Code::peer_lost);
+  if (peer->state == Peer::State::up) return start_on(op, *peer);
+  if (peer->state == Peer::State::known) {
+    peer->state = Peer::State::connecting;
+    wanted_.push_back(peer->rank);
+    has_wanted_.store(true, std::memory_order_release);
+  }
+  if (op.no_wait) return finish(op, Code::would_block);
+  peer->waiting.push_back(op.id);
+}
+
+void Engine::start_on(Op& op, Peer& peer) {
+  op.link = peer.link_index;
+  ++counters_[op.link].submitted;
+  // A header may not overtake an earlier one of its flow, nor control frames that wait.
+  if (peer.blocked || !peer.control.empty() || !peer.flows.empty()) {
+    uint32_t flow = flow_of(peer, op.channel);
+    if (peer.blocked || !peer.control.empty() || flows_[flow].headers) return queue_header(op, peer);
+  }
+  if (send_header(op, peer) == Post::again) {
+    peer.blocked = true;
+    queue_header(op, peer);
+  }
+}
+
+void Engine::queue_header(Op& op, Peer& peer) {
+  if (op.no_wait) {
+    ++counters_[op.link].would_block;
+    return finish(op, Code::would_block);
+  }
+  uint32_t flow = flow_of(peer, op.channel);
+  ++flows_[flow].headers;
+  op.in_sched = true;
+  uint64_t cost = op.nbytes <= eager_max_ ? op.nbytes : 0;
+  schedulers_[peer.link_index]->push(flow, op.id, cost, true);
+  if (peer.blocked) schedulers_[peer.link_index]->set_ready(flow, false);
+}
+
+Post Engine::send_header(Op& op, Peer& peer) {
+  switch (op.kind) {
+    case OpKind::put:
+      return send_put(op, peer);
+    case OpKind::get:
+      return send_get(op, peer);
+    default:
+      return send_message(op, peer);
+  }
+}
+
+Post Engine::send_message(Op& op, Peer& peer) {
+  const ChannelInfo& channel = channels_[op.channel];
+  FrameHeader h{};
+  h.channel = channel.id;
+  h.tag = op.tag;
+  h.nbytes = op.nbytes;
+  h.meta_bytes = op.meta_bytes;
+  h.cls = channel.cls;
+  h.weight = packed_weight(channel.weight);
+  bool eager = op.nbytes <= eager_max_ && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
+  Post posted;
+  if (eager) {
+    h.kind = FrameKind::eager;
+    h.payload_bytes = static_cast<uint32_t>(op.nbytes);
+    h.sop = op.synchronous ? op.id : 0;
+    posted = peer.link->post(h, op.meta.data(), op.data, Wake::loop);
+    if (posted != Post::ok) return posted;
+    peer.eager_unconsumed += op.nbytes + kHeaderCost;
+    op.path = Path::eager;
+    op.moved = op.nbytes;
+  } else {
+    Location at = peer.link->locate(op.data, op.nbytes);
+    h.kind = FrameKind::rts;
+    h.sop = op.id;
+    h.address = at.address;
+    h.segment = at.segment;
+    posted = peer.link->post(h, op.meta.data(), nullptr, Wake::engine);
+    if (posted != Post::ok) return posted;
+  }
+  ++counters_[op.link].frames_sent;
+  op.started_ns = op.submitted_ns;
+  op.state = OpState::posted;
+  op.awaits_fin = h.sop != 0;
+  if (!op.awaits_fin) finish(op, Code::ok);
+  return Post::ok;
+}
+
+Post Engine::send_put(Op& op, Peer& peer) {
+  const ChannelInfo& channel = channels_[op.channel];
+  FrameHeader h{};
+  h.channel = channel.id;
+  h.cls = channel.cls;
+  h.weight = packed_weight(channel.weight);
+  h.flags = op.has_notify ? kHasNotify : 0;
+  h.meta_bytes = static_cast<uint16_t>(op.notify.size());
+  h.tag = static_cast<int64_t>(op.offset);
+  h.nbytes = op.nbytes;
+  h.sop = op.id;
+  h.rop = op.region;
+  auto meta = reinterpret_cast<const std::byte*>(op.notify.data());
+  bool inline_bytes = op.nbytes <= eager_max_;
+  if (inline_bytes) {
+    h.kind = FrameKind::put;
+    h.payload_bytes = static_cast<uint32_t>(op.nbytes);
+  } else {
+    Location at = peer.link->locate(op.data, op.nbytes);
+    h.kind = FrameKind::put_rts;
+    h.address = at.address;
+    h.segment = at.segment;
+  }
+  Post posted = peer.link->post(h, meta, inline_bytes ? op.data : nullptr, Wake::engine);
+  if (posted != Post::ok) return posted;
+  ++counters_[op.link].frames_sent;
+  op.started_ns = now();
+  op.state = OpState::posted;
+  op.awaits_fin = true;
+  if (inline_bytes) op.path = Path::eager;
+  return Post::ok;
+}
+
+Post Engine::send_get(Op& op, Peer& peer) {
+  FrameHeader h{};
+  h.kind = FrameKind::get;
+  h.channel = channels_[op.channel].id;
+  h.cls = channels_[op.channel].cls;
+  h.weight = packed_weight(channels_[op.channel].weight);
+  h.tag = static_cast<int64_t>(op.offset);
+  h.nbytes = op.nbytes;
+  h.sop = op.region;
+  h.rop = op.id;
+  h.code = static_cast<uint8_t>(peer.link->pull_path({0, 0}));  // tells the owner whether we can read for ourselves
+  Post posted = peer.link->post(h, nullptr, nullptr, Wake::engine);
+  if (posted != Post::ok) return posted;
+  ++counters_[op.link].frames_sent;
+  op.started_ns = now();
+  op.state = OpState::posted;
+  return Post::ok;
+}
+
+void Engine::send_control(Peer& peer, FrameHeader header, Wake wake, const void* meta, size_t meta_bytes) {
+  if (peer.state != Peer::State::up) return;
+  auto bytes = static_cast<const std::byte*>(meta);
+  header.meta_bytes = static_cast<uint16_t>(meta_bytes);
+  if (peer.control.empty() && peer.link->post(header, bytes, nullptr, wake) != Post::again) {
+    ++counters_[peer.link_index].frames_sent;
+    return;
+  }
+  peer.control.push_back({header, std::vector<std::byte>(bytes, bytes + meta_bytes), wake});
+}
+
+bool Engine::flush_control(Peer& peer) {
+  while (!peer.control.empty()) {
+    ControlFrame& frame = peer.control.front();
+    if (peer.link->post(frame.header, frame.meta.data(), nullptr, frame.wake) == Post::again) return false;
+    ++counters_[peer.link_index].frames_sent;
+    peer.control.pop_front();
+  }
+  return true;
+}
+
+void Engine::send_fin(Peer& peer, OpId sop, Code code, uint64_t nbytes, Wake wake) {
+  if (!sop) return;
+  FrameHeader h{};
+  h.kind = FrameKind::fin;
+  h.sop = sop;
+  h.code = static_cast<uint8_t>(code);
+  h.nbytes = nbytes;
+  send_control(peer, h, wake);
+}
+
+void Engine::on_writable(LinkPeer& to) {
+  Peer* peer = peer_of(to);
+  if (!peer || !flush_control(*peer)) return;
+  peer->blocked = false;
+  Scheduler& sched = *schedulers_[peer->link_index];
+  for (auto [channel, flow] : peer->flows) sched.set_ready(flow, true);
+  pump(peer->link_index);
+}
+
+uint32_t Engine::flow_of(Peer& peer, uint32_t channel) {
+  for (auto [c, flow] : peer.flows)
+    if (c == channel) return flow;
+  uint32_t flow = next_flow_++;
+  flows_.push_back({peer.rank, channel, peer.link_index, 0});
+  const ChannelInfo& info = channels_[channel];
+  schedulers_[peer.link_index]->add_flow(flow, info.cls, info.weight, channel);
+  peer.flows.emplace_back(channel, flow);
+  return flow;
+}
+
+void Engine::queue_data(Op& op, Peer& peer) {
+  op.in_sched = true;
+  op.state = OpState::moving;
+  if (!op.started_ns) op.started_ns = now();
+  // More urgent channels bound what may be posted, whether or not they have anything to send now.
+  for (uint32_t c = 0; c < channels_.size(); ++c)
+    if (channels_[c].open && channels_[c].cls > channels_[op.channel].cls) flow_of(peer, c);
+  schedulers_[peer.link_index]->push(flow_of(peer, op.channel), op.id, op.nbytes, false);
+  pump(peer.link_index);
+}
+
+void Engine::pump(uint8_t link_index) {
+  Scheduler& sched = *schedulers_[link_index];
+  while (auto chunk = sched.next())
+    if (!post_chunk(link_index, *chunk)) break;
+}
+
+// False: nothing more can be posted on this link now.
+bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
+  Scheduler& sched = *schedulers_[link_index];
+  Op* op = find(chunk.item);
+  Peer* peer = op ? find_peer(op->peer) : nullptr;
+  if (!op || !peer || peer->state != Peer::State::up) {
+    sched.complete(chunk.nbytes, 0, chunk.cls);
+    return true;
+  }
+  if (op->state == OpState::queued) {
+    op->in_sched = false;
+    Post posted = send_header(*op, *peer);
+    if (posted == Post::again) {
+      op->in_sched = true;
+      peer->blocked = true;
+      sched.unget(chunk);
+      sched.set_ready(chunk.flow, false);
+      return true;
+    }
+    --flows_[chunk.flow].headers;
+    sched.complete(chunk.nbytes, 0, chunk.cls);
+    return true;
+  }
+  bool pulls = op->path == Path::cma || op->path == Path::mapped;
+  if (pulls) {
+    if (jobs_ >= static_cast<uint32_t>(copier_->threads())) {
+      sched.unget(chunk);
+      return false;
+    }
+    CopyJob job;
+    job.op = op->id;
+    job.peer = peer->link;
+    job.from = {op->source_address + chunk.offset, op->source_segment};
+    job.into = op->data + chunk.offset;
+    job.nbytes = chunk.nbytes;
+    job.posted_ns = now();
+    job.cls = chunk.cls;
+    ++op->inflight;
+    ++jobs_;
+    if (chunk.last) op->in_sched = false;
+    copier_->submit(std::move(job));
+    return true;
+  }
+  FrameHeader h{};
+  h.kind = FrameKind::data;
+  h.sop = op->id;
+  h.rop = op->remote_op;
+  h.address = chunk.offset;
+  h.nbytes = op->nbytes;
+  h.payload_bytes = static_cast<uint32_t>(chunk.nbytes);
+  switch (peer->link->post_data(h, op->data + chunk.offset, Wake::engine)) {
+    case Post::again:
+      sched.unget(chunk);
+      sched.set_ready(chunk.flow, false);
+      return true;
+    case Post::pending:
+      ++op->inflight;
+      op->inflight_bytes += chunk.nbytes;
+      break;
+    case Post::ok:
+      sched.complete(chunk.nbytes, 0, chunk.cls);
+      op->moved += chunk.nbytes;
+      counters_[link_index].bytes_sent += chunk.nbytes;
+      break;
+    case Post::lost:
+      sched.complete(chunk.nbytes, 0, chunk.cls);
+      return true;
+  }
+  ++counters_[link_index].frames_sent;
+  if (chunk.last) op->in_sched = false;
+  return true;
+}
+
+void Engine::on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) {
+  Peer* peer = peer_of(to);
+  if (!peer) return;
+  counters_[peer->link_index].bytes_sent += nbytes;
+  Op* op = find(sop);  // a chunk with the link keeps it from ending
+  if (!op || op->inflight == 0) return;
+  schedulers_[peer->link_index]->complete(nbytes, 0, channels_[op->channel].cls);
+  --op->inflight;
+  op->inflight_bytes -= nbytes;
+  op->moved += nbytes;
+  if (op->state == OpState::draining) settle(*op);
+  pump(peer->link_index);
+}
+
+}  // namespace aiocomm

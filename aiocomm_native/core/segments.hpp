@@ -1,0 +1,37 @@
+// Shared segments of this process: memory made by `aiocomm.empty()`, which peers on the host can map.
+//
+// A segment is an anonymous memfd, so nothing is left behind by a crash. Ids are never reused, hence a peer's mapping
+// of a freed segment is stale but never wrong.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace aiocomm {
+
+struct Segment {
+  uint32_t id = 0;
+  int fd = -1;
+  std::byte* base = nullptr;
+  uint64_t nbytes = 0;
+  ~Segment();
+};
+
+class Segments {
+ public:
+  static Segments& of_process();
+  std::shared_ptr<Segment> allocate(uint64_t nbytes);  // throws LinkFailure
+  void release(const std::byte* base);
+  // The segment that holds all of [data, data + nbytes), or null. Cheap while no segment exists.
+  std::shared_ptr<Segment> find(const std::byte* data, uint64_t nbytes) const;
+
+ private:
+  struct Impl;
+  Segments();
+  Impl* impl_;  // never freed: segments may outlive static destruction
+  std::atomic<uint32_t> count_{0};
+};
+
+}  // namespace aiocomm

@@ -1,0 +1,71 @@
+// Reading the engine's counters.
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+uint8_t Engine::link_index(const std::string& link) const {
+  for (size_t i = 0; i < link_names_.size(); ++i)
+    if (link_names_[i] == link) return static_cast<uint8_t>(i);
+  throw std::invalid_argument("no link named '" + link + "' is enabled");
+}
+
+uint8_t Engine::likely_link(Rank rank) {
+  Token token(*this, true);
+  Peer* peer = find_peer(rank);
+  if (peer && peer->state == Peer::State::up) return peer->link_index;
+  return links_.size() > 1 && rank != rank_ ? 1 : 0;  // "self" comes first
+}
+
+std::string Engine::link_of(Rank rank) {
+  Token token(*this, true);
+  Peer* peer = find_peer(rank);
+  return peer && peer->state == Peer::State::up ? link_names_[peer->link_index] : std::string();
+}
+
+std::vector<Op*> Engine::outgoing() {
+  Token token(*this, true);
+  std::vector<Op*> out;
+  ops_.for_each_live([&](Op& op) {
+    if (op.kind == OpKind::send || op.kind == OpKind::put) out.push_back(&op);
+  });
+  return out;
+}
+
+LinkCounters Engine::counters(const std::string& link) {
+  Token token(*this, true);
+  return counters_[link_index(link)];
+}
+
+std::map<std::string, double> Engine::gauges(const std::string& link) {
+  Token token(*this, true);
+  size_t i = link_index(link);
+  const Scheduler& sched = *schedulers_[i];
+  size_t peers = 0;
+  for (auto& peer : peers_) peers += peer && peer->state == Peer::State::up && peer->link_index == i;
+  return {{"queued", static_cast<double>(sched.items())},
+          {"in_flight_bytes", static_cast<double>(sched.in_flight())},
+          {"rate_bytes_per_s", sched.rate() * 1e9},
+          {"window_bytes", static_cast<double>(sched.window(1))},
+          {"chunk_bytes", static_cast<double>(sched.chunk_size(1))},
+          {"peers", static_cast<double>(peers)},
+          {"posted_receives", static_cast<double>(matcher_.posted())},
+          {"unexpected_messages", static_cast<double>(matcher_.unexpected())},
+          {"unexpected_bytes", static_cast<double>(matcher_.unexpected_bytes())},
+          {"in_flight", static_cast<double>(ops_.in_use())}};
+}
+
+std::vector<std::pair<std::string, uint64_t>> Engine::served_by_channel(const std::string& link) {
+  Token token(*this, true);
+  size_t i = link_index(link);
+  std::vector<std::pair<std::string, uint64_t>> out;
+  for (uint32_t c = 0; c < channels_.size(); ++c) {
+    bool used = false;
+    for (const Flow& flow : flows_) used |= flow.channel == c && flow.link == i && flow.rank >= 0;
+    if (used) out.emplace_back(channels_[c].name, schedulers_[i]->served(c));
+  }
+  return out;
+}
+
+}  // namespace aiocomm

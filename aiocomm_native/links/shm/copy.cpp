@@ -1,0 +1,48 @@
+#include "links/shm/copy.hpp"
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace aiocomm::shm {
+
+#if defined(__x86_64__)
+namespace {
+constexpr size_t kStreamFrom = 1 << 20;  // below this the receiver is likely to find the bytes in its caches
+
+// Non-temporal stores: the destination is not read before it is overwritten, which saves a third of the traffic.
+__attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from, size_t nbytes) {
+  size_t head = (32 - reinterpret_cast<uintptr_t>(to) % 32) % 32;
+  std::memcpy(to, from, head);
+  to += head, from += head, nbytes -= head;
+  size_t blocks = nbytes / 128;
+  for (size_t i = 0; i < blocks; ++i, to += 128, from += 128) {
+    _mm_prefetch(reinterpret_cast<const char*>(from) + 1024, _MM_HINT_NTA);
+    _mm_prefetch(reinterpret_cast<const char*>(from) + 1088, _MM_HINT_NTA);
+    __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + 1);
+    __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + 2);
+    __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + 3);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, b);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 2, c);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 3, d);
+  }
+  _mm_sfence();
+  std::memcpy(to, from, nbytes - blocks * 128);
+}
+}  // namespace
+#endif
+
+void copy_large(std::byte* to, const std::byte* from, size_t nbytes) {
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx2 && nbytes >= kStreamFrom) return stream_avx2(to, from, nbytes);
+#endif
+  std::memcpy(to, from, nbytes);
+}
+
+}  // namespace aiocomm::shm
