@@ -8,8 +8,8 @@ takes milliseconds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import functools
 import logging
 import os
 import secrets
@@ -30,6 +30,7 @@ __all__ = ["Listener", "bind", "private_unix_address"]
 
 _log: Final = logging.getLogger("aiocomm.control")
 _BACKLOG: Final = 256
+_BATCH: Final = 64
 _RETRY_S: Final = 0.05
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
@@ -118,27 +119,34 @@ class Listener:
         self._serve = serve
         self._pending: dict[asyncio.Task[None], None] = {}  # by age
         self._tasks: set[asyncio.Task[None]] = set()
-        self._accepting = asyncio.create_task(self._accept(), name="aiocomm accept")
+        self._loop = asyncio.get_running_loop()
+        self._pausing: asyncio.TimerHandle | None = None
         self.refused = 0
+        self._loop.add_reader(sock, self._accept)
 
     async def aclose(self) -> None:
-        """Stop accepting and drop every connection that is still served."""
-        self._accepting.cancel()
-        self._sock.close()
-        for task in list(self._tasks):
+        """Stop accepting and drop every connection that is still served. Idempotent."""
+        if self._pausing is not None:
+            self._pausing.cancel()
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(self._accepting, *self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
+    def _accept(self) -> None:
+        """Take what waits in the backlog. Each accepted socket has an owner before this returns."""
+        for _ in range(_BATCH):
             try:
-                sock, _ = await loop.sock_accept(self._sock)
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                return
             except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    await asyncio.sleep(_RETRY_S)  # no descriptor: connections wait in the backlog meanwhile
-                    continue
-                if self._sock.fileno() < 0:
+                if error.errno in _EXHAUSTED:  # connections wait in the backlog meanwhile
+                    self._loop.remove_reader(self._sock)
+                    self._pausing = self._loop.call_later(_RETRY_S, self._resume)
                     return
                 continue  # that connection failed before it was accepted
             while len(self._pending) >= self._max_pending:
@@ -146,19 +154,23 @@ class Listener:
                 del self._pending[oldest]
                 oldest.cancel()
                 self.refused += 1
-            task = asyncio.create_task(self._handle(sock), name="aiocomm connection")
+            task = self._loop.create_task(self._handle(sock), name="aiocomm connection")
             self._pending[task] = None
             self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(functools.partial(self._ended, sock))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _resume(self) -> None:
+        self._pausing = None
+        self._loop.add_reader(self._sock, self._accept)
+
+    def _ended(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        sock.close()  # here, since a task that is cancelled before it starts runs no code of its own
         self._pending.pop(task, None)
         self._tasks.discard(task)
 
     async def _handle(self, sock: socket.socket) -> None:
         task = asyncio.current_task()
         assert task is not None
-        stream: Stream | None = None
         try:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,8 +183,3 @@ class Listener:
             self.refused += 1  # whoever it was, it has been told what it may know; nobody here waits for it
         except Exception:
             _log.exception("a connection failed unexpectedly")
-        finally:
-            with contextlib.suppress(OSError):
-                sock.close()
-            if stream is not None:
-                stream.close()

@@ -52,9 +52,12 @@ class _Seat:
         assert task is not None
         self._task = task
         self.overrun = False
+        self._broken = False
 
     def post(self, message: wire.Message) -> None:
         """Queue a message; drop the member if too much waits."""
+        if self._broken:
+            return
         frame = wire.encode(message)
         self._waiting += len(frame)
         if self._waiting > _OUTBOX_BYTES:
@@ -66,8 +69,8 @@ class _Seat:
         self._more.set()
 
     async def write(self) -> None:
-        """Send what is queued, for ever."""
-        with contextlib.suppress(OSError):  # the reader sees the same failure and reports it
+        """Send what is queued, until the connection fails; the reader sees that too and reports it."""
+        try:
             while True:
                 await self._more.wait()
                 self._more.clear()
@@ -76,6 +79,9 @@ class _Seat:
                 self._waiting -= sum(map(len, frames))
                 if not self._outbox:
                     self._empty.set()
+        except OSError:
+            self._broken = True
+            self._empty.set()
 
     async def flushed(self) -> None:
         """Wait, not for long, until all is handed to the kernel."""

@@ -1,18 +1,30 @@
-"""An engine that only records, for tests of the control plane without native code."""
+"""Control planes without native code, for tests: an engine that only records, and a member that runs on it.
+
+`python -m aiocomm._control.testing ADDRESS RANK SIZE` is such a member in a process of its own (rank or size
+`-` for none): it says `ready RANK GENERATION` once it has joined, and leaves at the end of its input.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from aiocomm._control.plane import ControlPlane, Welcome
+from aiocomm.config import Settings, resolve_world
 from aiocomm.errors import LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Attachment", "RecordingEngine"]
+    from aiocomm.types import Event
+
+__all__ = ["Attachment", "Member", "RecordingEngine"]
+
+_T = TypeVar("_T")
+_PATIENCE_S: Final = 30.0
 
 
 @dataclass
@@ -34,6 +46,7 @@ class RecordingEngine:
     Args:
         links: name to (kind, streams), cheapest first.
         broken: links whose attach fails.
+        label: goes into the link cards, and is written to each descriptor as soon as it is attached.
     """
 
     links: dict[str, tuple[str, int]] = field(default_factory=lambda: {"shm": ("unix", 1), "tcp": ("tcp", 3)})
@@ -45,19 +58,22 @@ class RecordingEngine:
     failed: dict[int, str] = field(default_factory=dict)
     lost: dict[tuple[int, int], str] = field(default_factory=dict)
     left: list[tuple[int, int]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
 
-    def wait(self, condition: Callable[[RecordingEngine], object], timeout_s: float = 20.0) -> None:
-        """Block until the condition holds.
+    def wait(self, condition: Callable[[RecordingEngine], _T], timeout_s: float = _PATIENCE_S) -> _T:
+        """Block until the condition gives something true, and return that.
 
         Raises:
             TimeoutError: it did not within `timeout_s`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: condition(self), timeout_s):
+            found = self._changed.wait_for(lambda: condition(self), timeout_s)
+            if not found:
                 raise TimeoutError(f"not within {timeout_s} s: {self}")
+            return found
 
     def close(self) -> None:
         """Close all descriptors that were handed over."""
@@ -95,8 +111,13 @@ class RecordingEngine:
             for descriptor in fds:
                 os.close(descriptor)
             raise LinkError(f"{link} is broken here")
-        if rank in self.attached:
+        before = self.attached.get(rank)
+        if before is not None and before.generation == generation and before.link == link:
             raise AssertionError(f"rank {rank} attached twice")
+        for descriptor in before.fds if before is not None else ():
+            os.close(descriptor)
+        for descriptor in fds:
+            os.write(descriptor, self.label)
         attachment = Attachment(rank, generation, link, fds, peer_card, initiator)
         self._note(lambda: self.attached.__setitem__(rank, attachment))
 
@@ -112,7 +133,64 @@ class RecordingEngine:
         """Record it."""
         self._note(lambda: self.left.append((rank, generation)))
 
+    def on_event(self, event: Event) -> None:
+        """Record it."""
+        self._note(lambda: self.events.append(event))
+
     def _note(self, change: Callable[[], object]) -> None:
         with self._changed:
             change()
             self._changed.notify_all()
+
+
+class Member:
+    """A control plane over a recording engine.
+
+    Args:
+        address: of the world, None for a world of one.
+        rank: as for `connect`.
+        size: as for `connect`.
+        engine: a fresh one if None.
+        settings: defaults if None.
+        options: further fields of the world: token, name, timeout_s.
+    """
+
+    def __init__(
+        self,
+        address: str | None,
+        rank: int | None = None,
+        size: int | None = None,
+        *,
+        engine: RecordingEngine | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> None:
+        self.engine = engine or RecordingEngine(label=b"%d:" % (rank if rank is not None else -1))
+        world = resolve_world(address, rank=rank, size=size, env={}, **{"timeout_s": _PATIENCE_S, **options})
+        self.plane = ControlPlane(world, self.engine, settings or Settings(), self.engine.on_event)
+        self.joining = self.plane.start()
+
+    def joined(self) -> Welcome:
+        """Wait until the world is complete."""
+        return self.joining.result(_PATIENCE_S)
+
+    def close(self) -> None:
+        """Leave, wait until that is done, and close what the engine was given."""
+        self.plane.close().result(_PATIENCE_S)
+        self.plane.join(_PATIENCE_S)
+        self.engine.close()
+
+
+def _main(address: str, rank: str, size: str) -> None:
+    token = resolve_world(address).token
+    member = Member(
+        address, int(rank) if rank != "-" else None, int(size) if size != "-" else None, token=token
+    )
+    welcome = member.joined()
+    print("ready", welcome.rank, welcome.generation, flush=True)
+    sys.stdin.read()
+    member.close()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,492 @@
+"""Control planes over an engine that only records: worlds, pairs, deaths, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aiocomm._control.address import parse
+from aiocomm._control.hosting import Host
+from aiocomm._control.loopthread import LoopThread
+from aiocomm._control.testing import Member, RecordingEngine
+from aiocomm._process import fresh_address
+from aiocomm.config import Settings
+from aiocomm.errors import AuthenticationError, DeadlineExceeded, LinkError, UsageError
+from aiocomm.types import Fallback, LinkDown, PeerJoined
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+PATIENCE_S = 30.0
+TCP_ONLY = {"tcp": ("tcp", 3)}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(threading.enumerate()) <= threads
+    assert set(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.fixture
+def members() -> Iterator[Callable[..., Member]]:
+    """Makes members, and closes them in the reverse order."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments: Any, **options: Any) -> Member:
+            member = Member(*arguments, **options)
+            stack.callback(member.close)
+            return member
+
+        yield make
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int, int]]]:
+    """Starts members in processes of their own; gives process, rank and generation once they have joined."""
+    with contextlib.ExitStack() as stack:
+
+        def start(address: str, rank: object = "-", size: object = "-", wait: bool = True) -> Any:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "aiocomm._control.testing", address, str(rank), str(size)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return (process, *ready(process)) if wait else process
+
+        yield start
+
+
+def ready(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    assert process.stdout is not None
+    word, rank, generation = process.stdout.readline().split()
+    assert word == b"ready"
+    return int(rank), int(generation)
+
+
+def free_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> int:
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def connected(one: Member, other: Member) -> str:
+    """Wait until two members are connected, check it, and return the link."""
+    here, there = one.joined().rank, other.joined().rank
+    ours = one.engine.wait(lambda engine: engine.attached.get(there))
+    theirs = other.engine.wait(lambda engine: engine.attached.get(here))
+    assert ours.link == theirs.link
+    assert ours.initiator != theirs.initiator
+    assert (ours.generation, theirs.generation) == (other.joined().generation, one.joined().generation)
+    assert ours.peer_card == other.engine.label + ours.link.encode()
+    assert len(ours.fds) == len(theirs.fds) == one.engine.links[ours.link][1]
+    for left, right in zip(ours.fds, theirs.fds, strict=True):
+        # The first bytes are the other engine's own: the handshake has left nothing and taken nothing.
+        assert receive(left, len(other.engine.label)) == other.engine.label
+        assert receive(right, len(one.engine.label)) == one.engine.label
+    return ours.link
+
+
+def receive(descriptor: int, nbytes: int) -> bytes:
+    os.set_blocking(descriptor, True)
+    return os.read(descriptor, nbytes)
+
+
+# Worlds
+
+
+@pytest.mark.parametrize("kind", ["abstract", "path", "file", "file with token", "tcp", "tcp name", "tcp6"])
+def test_four_members_and_all_their_pairs(kind: str, tmp_path: Path, members: Callable[..., Member]) -> None:
+    token = "secret" if kind.startswith("tcp") or "token" in kind else None
+    address = {
+        "abstract": fresh_address(),
+        "path": f"unix://{tmp_path}/socket",
+        "file": f"file://{tmp_path}/address",
+        "file with token": f"file://{tmp_path}/address",
+        "tcp": f"tcp://127.0.0.1:{free_port()}",
+        "tcp name": f"tcp://localhost:{free_port()}",
+        "tcp6": f"tcp://[::1]:{free_port(socket.AF_INET6, '::1')}",
+    }[kind]
+    world = [members(address, rank, 4, token=token) for rank in (2, 0, 3, 1)]
+    for member in world:
+        welcome = member.joined()
+        assert welcome.size == 4
+        assert [peer.rank for peer in welcome.peers] == [rank for rank in range(4) if rank != welcome.rank]
+        assert set(member.engine.peers) == {peer.rank for peer in welcome.peers}
+        assert member.engine.identity == (welcome.rank, welcome.generation)
+    for warm in [member.plane.warm_up() for member in world]:
+        warm.result(PATIENCE_S)
+    for one, other in itertools.combinations(world, 2):
+        assert connected(one, other) == "shm"
+    for member in world:
+        member.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_world_of_one(members: Callable[..., Member]) -> None:
+    member = members(None)
+    welcome = member.joined()
+    assert (welcome.rank, welcome.size, welcome.peers) == (0, 1, ())
+    member.plane.warm_up().result(PATIENCE_S)
+
+
+def test_worlds_follow_each_other_at_one_address() -> None:
+    address = fresh_address()
+    for _ in range(5):
+        # Each leaves and at once asks for the next world, while rank 0 may still be closing the old one.
+        barrier = threading.Barrier(3)
+
+        def live(rank: int, barrier: threading.Barrier = barrier) -> None:
+            for _ in range(3):
+                member = Member(address, rank, 3)
+                assert len(member.joined().peers) == 2
+                member.close()
+            barrier.wait(PATIENCE_S)
+
+        threads = [threading.Thread(target=live, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert not barrier.broken
+
+
+def test_an_incomplete_world_names_who_is_missing(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    world = [members(address, rank, 4, timeout_s=1.0) for rank in (0, 2)]
+    for member in world:
+        with pytest.raises(DeadlineExceeded, match=r"2 of 4 processes did not come within 1 s: rank 1, 3"):
+            member.joined()
+
+
+def test_nobody_listens(members: Callable[..., Member]) -> None:
+    with pytest.raises(DeadlineExceeded, match="is rank 0 running"):
+        members(fresh_address(), 1, 2, timeout_s=0.2).joined()
+    with pytest.raises(DeadlineExceeded, match="aiocomm rendezvous"):
+        members(fresh_address(), timeout_s=0.2).joined()
+
+
+def test_joining_can_be_given_up(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    host, other = members(address, 0, 2), members(fresh_address(), 1, 2)
+    other.joining.cancel()
+    host.plane.close().result(PATIENCE_S)
+    for member in (host, other):
+        with pytest.raises(CancelledError):
+            member.joined()
+
+
+def test_a_taken_address(members: Callable[..., Member]) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    members(address, 0, 1 + 1, token="t")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises((LinkError, DeadlineExceeded), match=r"cannot listen|is taken"):
+            members(f"tcp://127.0.0.1:{port}", 0, 2, token="t", timeout_s=0.3).joined()
+
+
+# Who may join
+
+
+def test_a_taken_rank_is_refused(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    world = [members(address, rank, 2) for rank in range(2)]
+    world[1].joined()
+    with pytest.raises(UsageError, match=f"rank 1 is taken by process {os.getpid()}"):
+        members(address, 1, 2).joined()
+    with pytest.raises(UsageError, match="expects 3 processes, but this world has 2"):
+        members(address, 1, 3).joined()
+    with pytest.raises(UsageError, match="fixed size of 2"):
+        members(address).joined()
+
+
+@pytest.mark.parametrize(("host", "guest"), [("one", "two"), ("one", None), (None, "two")])
+def test_another_token_is_refused(
+    host: str | None, guest: str | None, members: Callable[..., Member]
+) -> None:
+    address = fresh_address()
+    world = [members(address, rank, 2, token=host) for rank in range(2)]
+    world[0].joined()
+    with pytest.raises(AuthenticationError, match="AIOCOMM_TOKEN"):
+        members(address, 1, 2, token=guest).joined()
+    world[0].plane.warm_up().result(PATIENCE_S)
+    connected(*world)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tcp_needs_a_token(rank: int, members: Callable[..., Member]) -> None:
+    with pytest.raises(UsageError, match="needs a token"):
+        members(f"tcp://127.0.0.1:{free_port()}", rank, 2).joined()
+
+
+def test_an_address_file_of_others_is_not_trusted(tmp_path: Path, members: Callable[..., Member]) -> None:
+    path = tmp_path / "address"
+    path.write_text("tcp://127.0.0.1:1\n\n")
+    path.chmod(0o644)
+    with pytest.raises(DeadlineExceeded, match="not be safe to trust"):
+        members(f"file://{path}", 1, 2, timeout_s=0.2).joined()
+
+
+def test_a_stale_address_file_does_not_matter(tmp_path: Path, members: Callable[..., Member]) -> None:
+    path = tmp_path / "address"
+    path.write_text(f"tcp://127.0.0.1:{free_port()}\nold\n")
+    path.chmod(0o600)
+    guest = members(f"file://{path}", 1, 2)
+    host = members(f"file://{path}", 0, 2)
+    assert guest.joined().size == host.joined().size == 2
+
+
+# Pairs
+
+
+def test_both_ends_ask_at_once() -> None:
+    for _ in range(15):
+        address = fresh_address()
+        world = [Member(address, rank, 3) for rank in range(3)]
+        for member in world:
+            member.joined()
+        barrier = threading.Barrier(3)
+
+        def ask(member: Member, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait(PATIENCE_S)
+            for rank in range(3):
+                if rank != member.joined().rank:
+                    member.plane.request_pair(rank)
+                    member.plane.request_pair(rank)
+
+        threads = [threading.Thread(target=ask, args=(member,)) for member in world]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        for one, other in itertools.combinations(world, 2):
+            connected(one, other)
+        for member in world:
+            assert not member.engine.failed
+            member.close()
+
+
+def test_one_end_asks(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    low, high = members(address, 0, 2), members(address, 1, 2)
+    high.plane.request_pair(0)  # before it has joined
+    assert connected(low, high) == "shm"
+    assert high.engine.attached[0].initiator
+
+
+def test_tcp_on_one_host_works_without_a_token(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    world = [
+        members(address, rank, 2, engine=RecordingEngine(TCP_ONLY, label=b"%d" % rank)) for rank in range(2)
+    ]
+    world[0].plane.request_pair(1)
+    assert connected(*world) == "tcp"
+
+
+@pytest.mark.parametrize("where", ["caller", "called"])
+def test_a_broken_link_falls_back_to_the_next(where: str, members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    broken = frozenset({"shm"})
+    engines = [RecordingEngine(label=b"%d" % rank) for rank in range(2)]
+    engines[0 if where == "caller" else 1].broken = broken
+    world = [members(address, rank, 2, engine=engine) for rank, engine in enumerate(engines)]
+    world[0].plane.request_pair(1)
+    for rank, engine in enumerate(engines):
+        engine.wait(
+            lambda engine, other=1 - rank: (
+                engine.attached.get(other, None) and engine.attached[other].link == "tcp"
+            )
+        )
+        fallbacks = engine.wait(
+            lambda engine: [event for event in engine.events if isinstance(event, Fallback)]
+        )
+        assert fallbacks == [Fallback("shm", 1 - rank, "tcp", "shm is broken here")]
+
+
+def test_no_common_link_is_reported_and_can_be_tried_again(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    engines = [RecordingEngine({"shm": ("unix", 1)}), RecordingEngine(TCP_ONLY)]
+    world = [members(address, rank, 2, engine=engine) for rank, engine in enumerate(engines)]
+    world[0].joined()
+    for _ in range(2):
+        world[0].plane.request_pair(1)
+        reason = engines[0].wait(lambda engine: engine.failed.pop(1, None))
+        assert "no link in common (here: shm; there: tcp; on one host)" in reason
+
+
+def test_a_peer_that_does_not_answer_holds_up_nobody(
+    members: Callable[..., Member], processes: Callable[..., Any]
+) -> None:
+    address = fresh_address()
+    settings = Settings(handshake_timeout_s=0.2)
+    here = members(address, 0, 3, settings=settings)
+    silent = processes(address, 1, 3, wait=False)
+    prompt = members(address, 2, 3, settings=settings)
+    here.joined()
+    silent.send_signal(signal.SIGSTOP)
+    here.plane.request_pair(1)
+    here.plane.request_pair(2)
+    connected(here, prompt)
+    assert "no answer within 0.2 s" in here.engine.wait(lambda engine: engine.failed.get(1))
+    silent.send_signal(signal.SIGCONT)
+    here.plane.request_pair(1)
+    here.engine.wait(lambda engine: 1 in engine.attached)
+
+
+# Leaving, dying, coming back
+
+
+def test_a_member_that_leaves_has_left(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    world = [members(address, rank, 3) for rank in range(3)]
+    for member in world:
+        member.joined()
+    generation = world[1].joined().generation
+    world[1].close()
+    for member in (world[0], world[2]):
+        member.engine.wait(lambda engine: (1, generation) in engine.left)
+        assert not member.engine.lost
+
+
+def test_rank_zero_leaves_and_the_others_go_on(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    world = [members(address, rank, 3) for rank in range(3)]
+    generation = world[0].joined().generation
+    world[0].close()
+    for member in world[1:]:
+        member.engine.wait(lambda engine: (0, generation) in engine.left)
+    world[1].plane.request_pair(2)
+    connected(world[1], world[2])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_lost(
+    victim: int, members: Callable[..., Member], processes: Callable[..., Any]
+) -> None:
+    address = fresh_address()
+    process = processes(address, victim, 3, wait=False)
+    others = [members(address, rank, 3) for rank in range(3) if rank != victim]
+    _, generation = ready(process)
+    for member in others:
+        member.joined()
+        member.plane.request_pair(victim)
+        member.engine.wait(lambda engine: victim in engine.attached)
+    process.kill()
+    for member in others:
+        assert "died" in member.engine.wait(lambda engine: engine.lost.get((victim, generation)))
+    others[0].plane.request_pair(others[1].joined().rank)
+    connected(*others)
+
+
+def test_a_restarted_rank_is_another_peer(
+    members: Callable[..., Member], processes: Callable[..., Any]
+) -> None:
+    address = fresh_address()
+    first = processes(address, 1, 2, wait=False)
+    here = members(address, 0, 2)
+    _, old = ready(first)
+    here.joined()
+    here.plane.request_pair(1)
+    here.engine.wait(lambda engine: 1 in engine.attached)
+    first.kill()
+    here.engine.wait(lambda engine: (1, old) in engine.lost)
+    second = members(address, 1, 2)
+    new = second.joined().generation
+    assert new > old
+    here.engine.wait(lambda engine: engine.peers[1] == new)
+    joined = here.engine.wait(
+        lambda engine: [event for event in engine.events if isinstance(event, PeerJoined)]
+    )
+    assert (joined[0].peer.rank, joined[0].peer.generation, joined[0].peer.pid) == (1, new, os.getpid())
+    second.plane.request_pair(0)
+    here.engine.wait(lambda engine: engine.attached[1].generation == new)
+
+
+# Elastic worlds
+
+
+@pytest.fixture
+def rendezvous() -> Iterator[str]:
+    """A rendezvous without a rank."""
+    thread = LoopThread("rendezvous")
+    address = fresh_address()
+    host = Host(None, parse(address), None, Settings(), host_rank=None)
+    thread.submit(host.start(0.0)).result(PATIENCE_S)
+    yield address
+    thread.submit(host.aclose()).result(PATIENCE_S)
+    thread.stop()
+    thread.join(PATIENCE_S)
+
+
+def test_an_elastic_world_grows_and_shrinks(rendezvous: str, members: Callable[..., Member]) -> None:
+    first = members(rendezvous, name="prefill")
+    assert first.joined().peers == ()
+    second = members(rendezvous, name="decode")
+    assert [peer.name for peer in second.joined().peers] == ["prefill"]
+    event = first.engine.wait(lambda engine: engine.events and engine.events[0])
+    assert isinstance(event, PeerJoined)
+    assert (event.peer.rank, event.peer.name) == (1, "decode")
+    second.plane.request_pair(0)
+    connected(first, second)
+    second.close()
+    first.engine.wait(lambda engine: [rank for rank, _ in engine.left] == [1])
+    third = members(rendezvous)
+    assert (third.joined().rank, third.joined().size) == (2, None)
+    third.plane.warm_up().result(PATIENCE_S)
+    connected(first, third)
+
+
+def test_rank_zero_can_host_an_elastic_world(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    guest = members(address)
+    host = members(address, 0)
+    assert host.joined().rank == 0
+    assert guest.joined().rank == 1
+    guest.plane.request_pair(0)
+    connected(host, guest)
+
+
+def test_a_lost_rendezvous_leaves_the_peers_alone() -> None:
+    address = fresh_address()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aiocomm", "rendezvous", "--listen", address], stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"listening at {address}\n".encode()
+        world = [Member(address) for _ in range(2)]
+        for member in world:
+            member.joined()
+        process.kill()
+    for member in world:
+        events = member.engine.wait(
+            lambda engine: [event for event in engine.events if isinstance(event, LinkDown)]
+        )
+        assert (events[0].link, events[0].rank) == ("rendezvous", -1)
+        assert "died" in events[0].reason
+    world[0].plane.request_pair(world[1].joined().rank)
+    world[0].engine.wait(lambda engine: engine.attached)
+    for member in world:
+        assert not member.engine.lost
+        member.close()
+
+
+def test_closing_twice_and_before_starting_is_fine() -> None:
+    member = Member(None)
+    member.joined()
+    assert member.plane.close() is member.plane.close()
+    member.close()
