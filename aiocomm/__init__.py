@@ -1,9 +1,11 @@
 """Asyncio-native communication between processes: awaitable send, recv, put and get.
 
-    import aiocomm
+```python
+import aiocomm
 
-    async with aiocomm.connect() as comm:
-        await comm.send(array, dst=1)
+async with aiocomm.connect() as comm:
+    await comm.send(array, dst=1)
+```
 """
 
 from aiocomm._version import __version__

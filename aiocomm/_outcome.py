@@ -1,4 +1,4 @@
-"""What the native side needs of Python: errors for failed transfers, arrays for received memory, waiting on trio."""
+"""What the native side needs of Python: errors of transfers, arrays over received memory, waiting on trio."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class _Code(enum.IntEnum):
     READ_ONLY = 11
 
 
-
-
-def make_error(transfer: Transfer[Any], code: int, number: int, link: str, capacity: int) -> errors.AiocommError:
+def make_error(
+    transfer: Transfer[Any], code: int, number: int, link: str, capacity: int
+) -> errors.AiocommError:
     """Say what happened, to which operation, with which peer, on which link, and what to do next."""
     direction = "from" if transfer.kind in ("recv", "get") else "to"
     peer: int | None = transfer.peer if transfer.peer >= 0 else None
@@ -49,19 +49,21 @@ def make_error(transfer: Transfer[Any], code: int, number: int, link: str, capac
     match code:
         case _Code.DEADLINE:
             return errors.DeadlineExceeded(
-                f"{what}{over}: the deadline passed; the buffer is yours again. Is the other side still working, and "
-                "does it post the matching operation?"
+                f"{what}{over}: the deadline passed; the buffer is yours again. Is the other side still "
+                "working, and does it post the matching operation?"
             )
         case _Code.CANCELLED:
             return errors.TransferCancelled(f"{what}{over}: cancelled by this side", peer)
         case _Code.PEER_CANCELLED:
             return errors.TransferCancelled(
-                f"{what}{over}: the peer cancelled its side, or its deadline passed; the buffer's content is undefined",
+                f"{what}{over}: the peer cancelled its side, or its deadline passed; the buffer's content is "
+                "undefined",
                 peer,
             )
         case _Code.PEER_LOST:
             return errors.PeerLostError(
-                f"{what}{over}: the peer is gone; if it comes back it is a new peer: exchange regions anew", peer
+                f"{what}{over}: the peer is gone; if it comes back it is a new peer: exchange regions anew",
+                peer,
             )
         case _Code.TRUNCATED:
             return errors.TruncationError(
@@ -77,9 +79,13 @@ def make_error(transfer: Transfer[Any], code: int, number: int, link: str, capac
                 peer,
             )
         case _Code.OUT_OF_RANGE:
-            return errors.UsageError(f"{what}{over}: outside the remote region; narrow it with remote[start:stop]")
+            return errors.UsageError(
+                f"{what}{over}: outside the remote region; narrow it with remote[start:stop]"
+            )
         case _Code.READ_ONLY:
-            return errors.UsageError(f"{what}{over}: the remote region is read-only; register a writable array")
+            return errors.UsageError(
+                f"{what}{over}: the remote region is read-only; register a writable array"
+            )
         case _Code.CLOSED:
             return errors.ClosedError(f"{what}{over}: the communicator or the channel was closed")
         case _Code.WOULD_BLOCK:

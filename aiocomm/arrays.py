@@ -31,13 +31,14 @@ def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArra
         raise UsageError(f"negative dimension in shape {dims}")
     kind = np.dtype(dtype)
     memory = _core.allocate_shared(max(1, math.prod(dims) * kind.itemsize))
-    return np.ndarray(dims, kind, memory)
+    return np.ndarray(dims, kind, memoryview(memory))
 
 
 def as_buffer(array: Any, writable: bool) -> Any:
     """Make a host array of any library a buffer over the same memory.
 
-    Takes the buffer protocol, `__array_interface__`, `__array__`-less DLPack producers (torch, JAX), in C order.
+    Takes, in C order, the buffer protocol, `__array_interface__`, and DLPack producers without `__array__`
+    (torch, JAX).
 
     Raises:
         UsageError: it is not contiguous, is read-only but must be written, or lies on a device.
@@ -46,16 +47,17 @@ def as_buffer(array: Any, writable: bool) -> Any:
     try:
         view = memoryview(array)
     except TypeError:
-        view = memoryview(_foreign(array))
+        view = _foreign(array).data
     except (BufferError, ValueError) as error:
-        # NumPy has no buffer format for some dtypes (datetime64, bfloat16 of ml_dtypes): their bytes still travel.
+        # NumPy has no buffer format for some dtypes (datetime64, bfloat16 of ml_dtypes): their bytes travel.
         if not isinstance(array, np.ndarray):
             raise UsageTypeError(f"{type(array).__name__} cannot be sent: {error}") from error
-        view = memoryview(_bytes_of(array))
+        view = _bytes_of(array).data
     if not view.c_contiguous:
         raise UsageError(
-            f"the array ({type(array).__name__}, shape {view.shape}, strides {view.strides}) is not contiguous in C "
-            "order: pass numpy.ascontiguousarray(x) to send it, or a contiguous buffer to receive into"
+            f"the array ({type(array).__name__}, shape {view.shape}, strides {view.strides}) is not "
+            "contiguous in C order: pass numpy.ascontiguousarray(x) to send it, or a contiguous buffer to "
+            "receive into"
         )
     if writable and view.readonly:
         raise UsageError(f"the buffer ({type(array).__name__}) is read-only: receive into a writable array")
@@ -71,8 +73,8 @@ def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
 def _foreign(array: Any) -> NDArray[Any]:
     if hasattr(array, "__cuda_array_interface__") or _dlpack_device(array) not in (None, 1, 3):
         raise UsageError(
-            f"{type(array).__name__} lies on a device, and this version moves host memory only: copy it to the host "
-            "first (`.cpu()`, `.get()`)"
+            f"{type(array).__name__} lies on a device, and this version moves host memory only: copy it to "
+            "the host first (`.cpu()`, `.get()`)"
         )
     if _dlpack_device(array) is not None:
         try:
@@ -85,8 +87,8 @@ def _foreign(array: Any) -> NDArray[Any]:
     if hasattr(array, "__array_interface__"):
         return np.asarray(array)
     raise UsageTypeError(
-        f"{type(array).__name__} is not an array: pass bytes, a NumPy array, or anything with the buffer protocol, "
-        "__array_interface__ or DLPack"
+        f"{type(array).__name__} is not an array: pass bytes, a NumPy array, or anything with the buffer "
+        "protocol, __array_interface__ or DLPack"
     )
 
 
@@ -102,4 +104,3 @@ def _torch_bytes(array: Any) -> NDArray[Any] | None:
     import torch
 
     return np.from_dlpack(array.detach().view(torch.uint8))
-

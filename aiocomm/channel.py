@@ -35,7 +35,9 @@ class Channel:
         """`Communicator.send` on this channel."""
         return self._comm.send(array, dst, tag=tag, channel=self, deadline=deadline, synchronous=synchronous)
 
-    def send_nowait(self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None) -> Transfer[None]:
+    def send_nowait(
+        self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None
+    ) -> Transfer[None]:
         """`Communicator.send_nowait` on this channel."""
         return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any, Self
+
+import anyio
 
 from aiocomm import _outcome
 from aiocomm._control.plane import ControlPlane, peer_of
@@ -13,7 +14,7 @@ from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.config import Settings, resolve_world
-from aiocomm.errors import ClosedError, LinkError, PeerLostError, UsageError, UsageTypeError, WouldBlock
+from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
 from aiocomm.link import LinkHandle
 from aiocomm.region import Region, RemoteRegion, exchange
 from aiocomm.statistics import Statistics
@@ -63,8 +64,8 @@ def connect(
 ) -> Connecting:
     """Join a world: `comm = await connect(...)`, or `async with connect(...) as comm`.
 
-    Without arguments rank, size and rendezvous come from the environment (`aiocomm run`, torchrun, Slurm, Open MPI); a
-    process that nobody launched is a world of its own.
+    Without arguments rank, size and rendezvous come from the environment (`aiocomm run`, torchrun, Slurm,
+    Open MPI); a process that nobody launched is a world of its own.
 
     Args:
         address: where rank 0 listens: `tcp://host:port`, `unix://path`, `unix://@name`, `file://path`, `env://`.
@@ -128,14 +129,15 @@ class Connecting:
 
 
 class Communicator:
-    """Every operation with the other processes of a world. Made by `connect`; belongs to the loop that opened it.
+    """Every operation with the other processes of a world. Made by `connect`.
 
-    Operations are submitted when called and return a `Transfer`, which is awaitable any number of times. Common to
-    all of them:
+    Belongs to the loop that opened it. Operations are submitted when called and return a `Transfer`, which is
+    awaitable any number of times. Common to all of them:
 
     - `channel=`: the channel whose order and priority apply, default `comm.default`.
     - `deadline=`: seconds from now; then the operation ends with `DeadlineExceeded`.
-    - Cancelling the awaiting task cancels the transfer; the await ends once nothing touches the buffer any more.
+    - Cancelling the awaiting task cancels the transfer; the await ends once nothing touches the buffer any
+      more.
     - Errors: `UsageError` at the call; at the await `PeerLostError`, `TransferCancelled`, `TruncationError`,
       `StaleHandleError`, `LinkError`, `DeadlineExceeded`, `ClosedError`.
     """
@@ -178,7 +180,9 @@ class Communicator:
         self._send = engine.send
         self._recv = engine.recv
         self._here = self._backend.running_here
-        self._default = Channel(self, "", engine.open_channel("", int(Priority.NORMAL), 1.0), Priority.NORMAL, 1.0)
+        self._default = Channel(
+            self, "", engine.open_channel("", int(Priority.NORMAL), 1.0), Priority.NORMAL, 1.0
+        )
         # Operations of the runtime itself; users cannot open it.
         self._internal = engine.open_channel("\0internal", int(Priority.NORMAL), 1.0)
 
@@ -216,9 +220,10 @@ class Communicator:
             raise ExceptionGroup("transfers failed and nobody awaited them", failures)  # type: ignore[type-var]
 
     async def aclose(self) -> None:
-        """Leave the world: outgoing transfers get `drain_timeout_s` to end, everything else ends with `ClosedError`.
+        """Leave the world.
 
-        Idempotent; releases everything even if it is cancelled or fails.
+        Outgoing transfers get `drain_timeout_s` to end, everything else ends with `ClosedError`. Idempotent;
+        releases everything even if it is cancelled or fails.
         """
         await self._close(drain=True)
 
@@ -237,7 +242,11 @@ class Communicator:
                 self._engine.close()
                 self._engine.drain()
                 self._backend.detach(self._engine)
-                for hook in (self._engine.on_connect_wanted, self._engine.on_events, self._engine.on_unretrieved):
+                for hook in (
+                    self._engine.on_connect_wanted,
+                    self._engine.on_events,
+                    self._engine.on_unretrieved,
+                ):
                     hook(None)
                 self._notes.close()
                 self._events.close()
@@ -248,14 +257,9 @@ class Communicator:
         """Wait until what was sent has been fetched: it may still lie in this process's memory."""
         if not (pending := self._engine.outgoing()):
             return
-        import anyio
-
         with anyio.move_on_after(self._settings.drain_timeout_s):
             for transfer in pending:
-                done = anyio.Event()
-                transfer.add_done_callback(lambda _, done=done: done.set())
-                if not transfer.done():
-                    await done.wait()
+                await _ended(transfer)
 
     # ------------------------------------------------------------ who is there
 
@@ -323,7 +327,13 @@ class Communicator:
         return self._submit_send(array, dst, tag, channel, deadline, _SYNCHRONOUS if synchronous else 0)
 
     def send_nowait(
-        self, array: Any, dst: int, *, tag: int = 0, channel: Channel | None = None, deadline: float | None = None
+        self,
+        array: Any,
+        dst: int,
+        *,
+        tag: int = 0,
+        channel: Channel | None = None,
+        deadline: float | None = None,
     ) -> Transfer[None]:
         """Send, but only if the link takes it at once.
 
@@ -362,8 +372,8 @@ class Communicator:
         """Receive into an array; returns `Status(source, tag, nbytes)`.
 
         Args:
-            out: writable host array or buffer, contiguous in C order, at least as large as the message. Only bytes
-                are matched: the message's dtype and shape are not compared with it.
+            out: writable host array or buffer, contiguous in C order, at least as large as the message. Only
+                bytes are matched: the message's dtype and shape are not compared with it.
             src: rank of the sender, or ANY_SOURCE.
             tag: the message's tag, or ANY_TAG.
         """
@@ -433,7 +443,9 @@ class Communicator:
     # ------------------------------------------------------------ one-sided
 
     def register(self, array: Any, *, writable: bool | None = None) -> Region:
-        """Register an array for puts and gets of peers. Close the region before the memory is used for anything else.
+        """Register an array for puts and gets of peers.
+
+        Close the region before the memory is used for anything else.
 
         Args:
             array: host array or buffer, contiguous in C order.
@@ -489,17 +501,26 @@ class Communicator:
         return self._engine.put(view, remote.rank, index, remote._number, remote._start, notify, limit)
 
     def get(
-        self, remote: RemoteRegion, into: Any, *, channel: Channel | None = None, deadline: float | None = None
+        self,
+        remote: RemoteRegion,
+        into: Any,
+        *,
+        channel: Channel | None = None,
+        deadline: float | None = None,
     ) -> Transfer[None]:
         """Read a peer's region into an array of the same number of bytes or more."""
         index = self._check_remote(remote, channel)
         view = as_buffer(into, True)
         if view.nbytes < remote.nbytes:
-            raise UsageError(f"a remote region of {remote.nbytes} bytes does not fit into {view.nbytes}: narrow it")
+            raise UsageError(
+                f"a remote region of {remote.nbytes} bytes does not fit into {view.nbytes}: narrow it"
+            )
         limit = _NO_DEADLINE if deadline is None else _seconds(deadline)
         flat = view.cast("B") if view.nbytes else view
         try:
-            return self._engine.get(flat[: remote.nbytes], remote.rank, index, remote._number, remote._start, limit)
+            return self._engine.get(
+                flat[: remote.nbytes], remote.rank, index, remote._number, remote._start, limit
+            )
         except ValueError as error:
             _overlapping(error)
             raise
@@ -521,7 +542,7 @@ class Communicator:
     # ------------------------------------------------------------ events and statistics
 
     def events(self) -> AsyncIterator[Event]:
-        """What happens in the world from now on: `PeerJoined`, `PeerLost`, `LinkUp`, `LinkDown`, `Fallback`, …"""
+        """What happens in the world from now on: peers that come and go, links, fallbacks. See `Event`."""
         return self._events.subscribe()
 
     def statistics(self) -> Statistics:
@@ -559,7 +580,14 @@ class Communicator:
             peer = self._peers.get(event.rank)
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = Peer(
-                    peer.rank, peer.host, peer.pid, peer.devices, peer.links, False, peer.name, peer.generation
+                    peer.rank,
+                    peer.host,
+                    peer.pid,
+                    peer.devices,
+                    peer.links,
+                    False,
+                    peer.name,
+                    peer.generation,
                 )
         self._events.publish(event)
 
@@ -589,8 +617,8 @@ class Communicator:
             raise ClosedError("the communicator was closed: connect() again")
         if not self._here():
             raise UsageError(
-                "this communicator belongs to another event loop or thread: use comm.from_thread there, or open one "
-                "communicator per loop"
+                "this communicator belongs to another event loop or thread: use comm.from_thread there, or "
+                "open one communicator per loop"
             )
         rank = dst if dst is not None else src
         if rank is not None:
@@ -602,7 +630,16 @@ class Communicator:
                 raise UsageError(f"no rank {rank} in this world: ranks are {known}{hint}")
         if tag is not None:
             _integers(tag=tag)
-            raise UsageError(f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}" + ("" if dst is not None else " and ANY_TAG"))
+            raise UsageError(
+                f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}" + ("" if dst is not None else " and ANY_TAG")
+            )
+
+
+async def _ended(transfer: Transfer[Any]) -> None:
+    done = anyio.Event()
+    transfer.add_done_callback(lambda _: done.set())
+    if not transfer.done():
+        await done.wait()
 
 
 def _seconds(deadline: float) -> float:
@@ -624,5 +661,6 @@ def _integers(**values: Any) -> None:
 def _overlapping(error: Exception) -> None:
     if isinstance(error, ValueError) and str(error) == "overlap":
         raise UsageError(
-            "another receive or get that has not ended writes into this memory: await it, or use another buffer"
+            "another receive or get that has not ended writes into this memory: await it, or use another "
+            "buffer"
         ) from None

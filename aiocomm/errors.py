@@ -1,7 +1,8 @@
 """Every error that aiocomm raises.
 
-The tree says who has to act: `UsageError` is the caller's, `PeerError` the other process's, `LinkError` the device's.
-Each message says what happened, to which operation, with which peer, on which link, and what to do next.
+The tree says who has to act: `UsageError` is the caller's, `PeerError` the other process's, `LinkError` the
+device's. Each message says what happened, to which operation, with which peer, on which link, and what to do
+next.
 """
 
 from __future__ import annotations
@@ -44,19 +45,31 @@ class PeerError(AiocommError):
 
 
 class PeerLostError(PeerError):
-    """The peer died, left, or cannot be reached. Its later incarnation is another peer: exchange regions anew."""
+    """The peer died, left, or cannot be reached.
+
+    Its later incarnation is another peer: exchange regions anew.
+    """
 
 
 class TransferCancelled(PeerError):
-    """The peer cancelled its side of the matched operation, or its deadline ran out. The buffer's content is undefined."""
+    """The peer cancelled its side of the matched operation, or its deadline ran out.
+
+    The buffer's content is undefined.
+    """
 
 
 class TruncationError(PeerError):
-    """The message was larger than the receive buffer. Only this transfer failed; receive with a larger buffer."""
+    """The message was larger than the receive buffer.
+
+    Only this transfer failed; receive with a larger buffer.
+    """
 
 
 class StaleHandleError(PeerError):
-    """The remote region was closed, or belongs to an earlier incarnation of the peer. Exchange regions anew."""
+    """The remote region was closed, or belongs to an earlier incarnation of the peer.
+
+    Exchange regions anew.
+    """
 
 
 class AuthenticationError(PeerError):

@@ -19,7 +19,8 @@ __all__ = ["LinkHandle"]
 class LinkHandle:
     """One link's executor. `comm.links["shm"]`.
 
-    Observing costs a little per operation, and only while somebody iterates; close an iterator with `aclose()`.
+    Observing costs a little per operation, and only while somebody iterates; close an iterator with
+    `aclose()`.
     """
 
     def __init__(self, name: str, engine: Engine) -> None:
@@ -47,7 +48,9 @@ class LinkHandle:
     def _submitted(self, *fields: Any) -> None:
         self._submissions.publish(Submission(*fields))
 
-    def _completed(self, op: int, kind: str, peer: int, channel: str, nbytes: int, ok: int, queued: float, moved: float) -> None:
+    def _completed(
+        self, op: int, kind: str, peer: int, channel: str, nbytes: int, ok: int, queued: float, moved: float
+    ) -> None:
         self._completions.publish(Completion(op, kind, peer, channel, nbytes, bool(ok), queued, moved))
 
     def _close(self) -> None:

@@ -78,12 +78,22 @@ class Region:
 
 
 class RemoteRegion:
-    """A peer's region, or part of it: the target of `put` and the source of `get`. `remote[start:stop]` narrows it."""
+    """A peer's region, or part of it: the target of `put` and the source of `get`.
+
+    `remote[start:stop]` narrows it, in bytes.
+    """
 
     __slots__ = ("_comm", "_generation", "_number", "_start", "nbytes", "rank", "writable")
 
     def __init__(
-        self, comm: Communicator, rank: int, generation: int, number: int, start: int, nbytes: int, writable: bool
+        self,
+        comm: Communicator,
+        rank: int,
+        generation: int,
+        number: int,
+        start: int,
+        nbytes: int,
+        writable: bool,
     ) -> None:
         self._comm = comm
         self._generation = generation
@@ -100,7 +110,9 @@ class RemoteRegion:
             raise UsageError("these bytes are not a region's handle: pass region.handle of the owner")
         _, version, rank, generation, number, start, nbytes, writable = _HANDLE.unpack(handle)
         if version != _VERSION:
-            raise UsageError(f"the handle has version {version}, this library {_VERSION}: use one release everywhere")
+            raise UsageError(
+                f"the handle has version {version}, this library {_VERSION}: use one release everywhere"
+            )
         remote = cls(comm, rank, generation, number, start, nbytes, writable)
         remote._check_fresh(comm)
         return remote
@@ -117,7 +129,8 @@ class RemoteRegion:
             current = peer.generation
         if current != self._generation:
             raise StaleHandleError(
-                f"the handle belongs to an earlier incarnation of rank {self.rank}: exchange regions anew", self.rank
+                f"the handle belongs to an earlier incarnation of rank {self.rank}: exchange regions anew",
+                self.rank,
             )
 
     def __getitem__(self, key: slice) -> RemoteRegion:
@@ -128,7 +141,13 @@ class RemoteRegion:
         if not 0 <= start <= stop <= self.nbytes:
             raise UsageError(f"bytes {start}:{stop} are outside the remote region of {self.nbytes}")
         return RemoteRegion(
-            self._comm, self.rank, self._generation, self._number, self._start + start, stop - start, self.writable
+            self._comm,
+            self.rank,
+            self._generation,
+            self._number,
+            self._start + start,
+            stop - start,
+            self.writable,
         )
 
     def __len__(self) -> int:

@@ -17,9 +17,9 @@ __all__ = ["LinkStatistics", "Statistics"]
 class LinkStatistics:
     """Counters of one link since the communicator was opened.
 
-    `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or socket),
-    `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream` (through the ring or
-    the sockets, chunk by chunk). A message is counted at both ends.
+    `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
+    socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
+    (through the ring or the sockets, chunk by chunk). A message is counted at both ends.
     """
 
     link: str

@@ -21,7 +21,8 @@ __all__ = ["ThreadedCommunicator"]
 class ThreadedCommunicator:
     """`comm.from_thread`: each call blocks its thread until the operation has ended, and returns its result.
 
-    The loop must be running: it submits the operation. Arguments and errors are those of the communicator's method.
+    The loop must be running: it submits the operation. Arguments and errors are those of the communicator's
+    method.
     """
 
     def __init__(self, comm: Communicator, backend: Backend) -> None:
@@ -51,7 +52,9 @@ class ThreadedCommunicator:
 
     def _run(self, submit: Callable[[], Any]) -> Any:
         if self._backend.running_here():
-            raise UsageError("from_thread would block its own event loop: await the communicator's method instead")
+            raise UsageError(
+                "from_thread would block its own event loop: await the communicator's method instead"
+            )
         if self._comm.closed:
             raise ClosedError("the communicator was closed")
         outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()

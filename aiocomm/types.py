@@ -80,7 +80,10 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An operation that ended on a link. `queued_s` and `moved_s` are seconds before and after its first byte moved."""
+    """An operation that ended on a link.
+
+    `queued_s` and `moved_s` are the seconds before and after its first byte moved.
+    """
 
     op: int
     kind: str

@@ -1,8 +1,8 @@
 """A selector that polls the engines for a moment before it sleeps.
 
-A wake-up through the kernel costs more than moving 64 KiB. Spinning saves it where answers come fast, and costs a core
-for at most `spin_s` after the last of them. It stops by itself where cores are short: the native side gives up once its
-core was taken from it, and skips spins for a while.
+A wake-up through the kernel costs more than moving 64 KiB. Spinning saves it where answers come fast, and
+costs a core for at most `spin_s` after the last of them. It stops by itself where cores are short: the native
+side gives up once its core was taken from it, and skips spins for a while.
 """
 
 from __future__ import annotations
