@@ -238,6 +238,12 @@ class Transformer:
             gate, up = gate_up[:, : c.ffn], gate_up[:, c.ffn :]
             up *= gate / (1.0 + np.exp(-gate))
             x += up @ layer.down
+            del (
+                gate_up,
+                gate,
+                up,
+                q,
+            )  # tens of MB: freed within the layer, not between prefill and first token
         return x
 
     def prefill(self, tokens: NDArray[np.uint8], cache: KVCache) -> Iterator[LayerKV]:

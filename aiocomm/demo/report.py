@@ -45,7 +45,7 @@ def hidden(submitted: Sequence[float], arrived: Sequence[float], prefilled: floa
     A layer is in transfer from its submission at the prefill worker until the decode worker resumes with its
     keys and values. The share is the time in which any layer was in transfer before prefill ended, over all
     such time. The last layer's keys and values are ready only when prefill ends, so with n layers of equal
-    times it is (n - 1) / n at best.
+    times it is (n - 1) / n at best, and never 1.
     """
     intervals = list(zip(submitted, arrived, strict=True))
     total = busy(intervals)
@@ -105,6 +105,7 @@ class Report:
             "hidden_share": self.hidden,
             "latency": [
                 {
+                    "nbytes": latency.nbytes,
                     "case": latency.case,
                     "rounds": len(latency.half_trips_s),
                     "p50_s": latency.percentile(50),
@@ -125,6 +126,7 @@ class Report:
         console.print(self._runs())
         console.print(self._transfer())
         console.print(self._latency())
+        console.print("one run of each on this machine: differences of some percent between them are noise\n")
         text = bytes(self.split.tokens)
         console.print(f"text (random weights): {escape(repr(text[:_PREVIEW]))}", soft_wrap=True)
         tokens = _verdict(self.single.tokens == self.split.tokens)
@@ -149,11 +151,12 @@ class Report:
         return table
 
     def _latency(self) -> Table:
-        table = _table("urgent 1 KiB, half round trip", "median", "p99", "bulk")
+        table = _table("half round trip", "median", "p99", "pings", "bulk")
         for latency in self.latencies:
             bulk = f"{latency.bulk_bytes_per_s / 1e9:.2f} GB/s" if latency.case != "idle" else ""
             times = (_time(latency.percentile(percent)) for percent in (50, 99))
-            table.add_row(_CASES[latency.case], *times, bulk)
+            name = f"{latency.nbytes >> 10} KiB {_CASES[latency.case]}"
+            table.add_row(name, *times, f"{len(latency.half_trips_s):,}", bulk)
         return table
 
 
@@ -161,7 +164,7 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, min_width=28)
     for name in others:
-        table.add_column(name, justify="right", min_width=9)
+        table.add_column(name, justify="right", min_width=7)
     return table
 
 

@@ -62,7 +62,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Times of one request, in seconds after it was made, and what it produced."""
+    """Times of one request, in seconds after it was made, and what it produced.
+
+    `prefilled_s` is when the last layer's keys and values existed, before they were submitted: a stamp after
+    the loop would count freeing the model's temporaries, and the last layer's transfer, as prefill.
+    """
 
     prefilled_s: float
     token_s: tuple[float, ...]
@@ -109,9 +113,10 @@ def run_single(
     """Prefill and decode in this process; `progress` is called after every layer and token."""
     cache.length = 0
     start = perf_counter()
+    prefilled = 0.0
     for _ in model.prefill(prompt[:-1], cache):
+        prefilled = perf_counter() - start
         progress()
-    prefilled = perf_counter() - start
     token, tokens, times = int(prompt[-1]), [], []
     for _ in range(count):
         token = finish(model.decode(token, cache))
@@ -147,7 +152,6 @@ async def run_split(
             channels.kv.send(part.values, dst=DECODE, tag=2 * part.layer + 1, deadline=DEADLINE_S),
         ]
         progress()
-    prefilled = perf_counter() - start
     times = []
     for reply in replies:
         await reply
@@ -156,7 +160,7 @@ async def run_split(
     await asyncio.gather(*sends)
     result = await receive(channels.tokens, DECODE, RESULT)
     return SplitRun(
-        prefilled,
+        submitted[-1],
         tuple(times),
         tuple(tokens.tolist()),
         result["checksum"],

@@ -7,7 +7,9 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Check", "Report", "State", "package_version", "read_text"]
+from aiocomm_native import _core
+
+__all__ = ["Check", "Report", "State", "is_built", "package_version", "read_text"]
 
 
 class State(enum.StrEnum):
@@ -48,6 +50,11 @@ class Report:
     def usable(self) -> bool:
         """Whether the link can carry data here and now."""
         return self.built and all(check.state is not State.FAILED for check in self.checks)
+
+
+def is_built(link: str) -> bool:
+    """Whether the installed native module carries a link; asked of it, not assumed."""
+    return link in _core.available_links()
 
 
 def package_version(name: str) -> str | None:

@@ -1,11 +1,11 @@
-"""CUDA: what this machine has for the GPU link. The link itself is not built in this version."""
+"""CUDA: what this machine has for the GPU link. Whether this build carries the link is asked of it."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
 
-from aiocomm.links._report import Check, Report, State, package_version, read_text
+from aiocomm.links._report import Check, Report, State, is_built, package_version, read_text
 
 __all__ = ["discover"]
 
@@ -20,7 +20,7 @@ def discover() -> Report:
     checks = (seen, *_driver(bool(on_bus)), _packages())
     devices = sum(check.name.startswith("device ") for check in checks)
     machine = f"the machine has {devices} usable GPU(s)" if devices else "the machine has no usable GPU"
-    return Report("cuda", built=False, summary=machine, checks=checks)
+    return Report("cuda", built=is_built("cuda"), summary=machine, checks=checks)
 
 
 def _on_bus() -> list[str]:

@@ -1,4 +1,4 @@
-"""RDMA: what this machine has for the verbs link. The link itself is not built in this version."""
+"""RDMA: what this machine has for the verbs link. Whether this build carries the link is asked of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import resource
 from pathlib import Path
 
-from aiocomm.links._report import Check, Report, State, package_version, read_text
+from aiocomm.links._report import Check, Report, State, is_built, package_version, read_text
 
 __all__ = ["discover"]
 
@@ -20,7 +20,7 @@ def discover() -> Report:
     checks = (_library(), *ports, _access(), _memlock(), _packages())
     active = sum(check.state is State.OK for check in ports)
     machine = f"the machine has {active} active port(s)" if active else "the machine has no active port"
-    return Report("rdma", built=False, summary=machine, checks=checks)
+    return Report("rdma", built=is_built("rdma"), summary=machine, checks=checks)
 
 
 def _library() -> Check:

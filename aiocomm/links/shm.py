@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 
-from aiocomm.links._report import Check, Report, State, read_text
+from aiocomm.links._report import Check, Report, State, is_built, read_text
 
 __all__ = ["discover"]
 
@@ -58,7 +58,7 @@ def discover() -> Report:
         summary = "shared segments, and single copies between ordinary arrays"
     else:
         summary = "shared segments; large ordinary arrays are copied twice"
-    return Report("shm", built=True, summary=summary, checks=tuple(checks))
+    return Report("shm", built=is_built("shm"), summary=summary, checks=tuple(checks))
 
 
 def _try_sharing() -> list[Check]:

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import struct
 
-from aiocomm.links._report import Check, Report, State, read_text
+from aiocomm.links._report import Check, Report, State, is_built, read_text
 
 __all__ = ["discover"]
 
@@ -28,7 +28,7 @@ def discover() -> Report:
     )
     if checks[0].state is State.FAILED:
         summary = "sockets do not connect"
-    return Report("tcp", built=True, summary=summary, checks=checks)
+    return Report("tcp", built=is_built("tcp"), summary=summary, checks=checks)
 
 
 def _loopback() -> Check:

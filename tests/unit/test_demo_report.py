@@ -33,7 +33,7 @@ REPORT = Report(
     prompt_bytes=100,
     single=SINGLE,
     split=SPLIT,
-    latencies=(Latency("idle", (20e-6,), 0.0), Latency("urgent", (30e-6, 2e-3), 5e9)),
+    latencies=(Latency(1024, "idle", (20e-6,), 0.0), Latency(131072, "urgent", (30e-6, 2e-3), 5e9)),
 )
 
 

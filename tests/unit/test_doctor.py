@@ -15,6 +15,7 @@ import pytest
 from aiocomm import links
 from aiocomm.cli import doctor
 from aiocomm.links import Check, Report, State, cuda, rdma, shm, tcp
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,7 +110,17 @@ def test_refused_cross_memory_attach_is_explained(
     assert "copied twice" in report.summary
 
 
-def test_tcp_connects_to_itself() -> None:
+@pytest.mark.parametrize("link", ["shm", "tcp", "cuda", "rdma"])
+def test_built_is_what_the_native_module_says(monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    assert links.discover(link).built == (link in _core.available_links())
+    monkeypatch.setattr(_core, "available_links", list)
+    report = links.discover(link)
+    assert not report.built
+    assert not report.usable
+
+
+def test_tcp_connects_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "available_links", lambda: ["tcp"])
     report = tcp.discover()
     assert report.usable
     assert checks(report)["loopback"].state is State.OK
