@@ -1,8 +1,6 @@
 // The engine as Python sees it. The calls made per message take positional arguments only; aiocomm/communicator.py
 // gives them their public form.
 
-#include "bindings/transfer.hpp"
-
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
@@ -11,6 +9,7 @@
 
 #include <cmath>
 
+#include "bindings/transfer.hpp"
 #include "core/segments.hpp"
 
 namespace nb = nanobind;
@@ -42,9 +41,10 @@ bool PyEngine::deliver_events() {
   if (!list) return false;
   for (auto& event : events) {
     bool binary = event.kind == EngineEvent::Kind::notification;
-    PyObject* tuple = Py_BuildValue(binary ? "(iiKy#s)" : "(iiKs#s)", static_cast<int>(event.kind), event.rank,
-                                    static_cast<unsigned long long>(event.number), event.text.data(),
-                                    static_cast<Py_ssize_t>(event.text.size()), event.more.c_str());
+    PyObject* tuple =
+        Py_BuildValue(binary ? "(iiKy#s)" : "(iiKs#s)", static_cast<int>(event.kind), event.rank,
+                      static_cast<unsigned long long>(event.number), event.text.data(),
+                      static_cast<Py_ssize_t>(event.text.size()), event.more.c_str());
     if (!tuple || PyList_Append(list, tuple) < 0) {
       Py_XDECREF(tuple);
       Py_DECREF(list);
@@ -65,7 +65,8 @@ int PyEngine::drain(int budget) {
     end_transfer(static_cast<Transfer*>(op->cookie));
     ++done;
   }
-  if (done == budget && engine->has_completed()) ring_fd(engine->loop_fd());  // let the loop breathe, then go on
+  if (done == budget && engine->has_completed())
+    ring_fd(engine->loop_fd());  // let the loop breathe, then go on
   return deliver_events() ? done : -1;
 }
 
@@ -162,10 +163,9 @@ struct Start {
     static const char* names[] = {"send", "recv", "put", "get"};
     auto observer = e.on_submit.find(e.engine->likely_link(op->peer));
     if (observer == e.on_submit.end()) return;
-    PyObject* r = PyObject_CallFunction(observer->second, "KsisK", static_cast<unsigned long long>(op->id),
-                                        names[static_cast<int>(op->kind)], op->peer,
-                                        e.engine->channel(op->channel).name.c_str(),
-                                        static_cast<unsigned long long>(op->nbytes));
+    PyObject* r = PyObject_CallFunction(
+        observer->second, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
+        op->peer, e.engine->channel(op->channel).name.c_str(), static_cast<unsigned long long>(op->nbytes));
     if (!r) PyErr_WriteUnraisable(observer->second);
     Py_XDECREF(r);
   }
@@ -173,7 +173,8 @@ struct Start {
 
 using Self = nb::pointer_and_handle<PyEngine>;
 
-nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline, int flags) {
+nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline,
+                int flags) {
   Start start(self, OpKind::send, dst, channel, deadline);
   start.buffer(object.ptr(), false);
   start.op->tag = tag;
@@ -264,7 +265,8 @@ void set_hook(PyEngine& e, nb::object value) {
   Py_XSETREF(e.*Member, value.is_none() ? nullptr : value.release().ptr());
 }
 
-void observe(PyEngine& e, std::map<uint8_t, PyObject*>& observers, const std::string& link, nb::object callback) {
+void observe(PyEngine& e, std::map<uint8_t, PyObject*>& observers, const std::string& link,
+             nb::object callback) {
   uint8_t index = e.engine->link_index(link);
   PyObject* old = nullptr;
   if (auto it = observers.find(index); it != observers.end()) {
@@ -331,32 +333,44 @@ void bind_engine(nb::module_& m) {
     }
   });
 
-  m.def("install_hooks", [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object cancelled,
-                            nb::object link_error) {
-    hooks.make_error = make_error.release().ptr();
-    hooks.make_array = make_array.release().ptr();
-    hooks.trio_wait = trio_wait.release().ptr();
-    hooks.cancelled_error = cancelled.release().ptr();
-    hooks.link_error = link_error.release().ptr();
-  }, "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a);
-  m.def("available_links", [] {
-    std::vector<std::string> names;
-    for (const auto& entry : link_registry()) names.push_back(entry.name);
-    return names;
-  }, "Names of the links that were built in, cheapest first.");
-  m.def("allocate_shared", [](uint64_t nbytes) {
-    auto segment = Segments::of_process().allocate(nbytes);
-    PyObject* memory = new_segment_memory(segment->base, segment->nbytes);
-    if (!memory) throw nb::python_error();
-    return nb::steal(memory);
-  }, "nbytes"_a, "Memory in a shared segment that peers on this host can map.");
+  m.def(
+      "install_hooks",
+      [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object cancelled,
+         nb::object link_error) {
+        hooks.make_error = make_error.release().ptr();
+        hooks.make_array = make_array.release().ptr();
+        hooks.trio_wait = trio_wait.release().ptr();
+        hooks.cancelled_error = cancelled.release().ptr();
+        hooks.link_error = link_error.release().ptr();
+      },
+      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a);
+  m.def(
+      "available_links",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& entry : link_registry()) names.push_back(entry.name);
+        return names;
+      },
+      "Names of the links that were built in, cheapest first.");
+  m.def(
+      "allocate_shared",
+      [](uint64_t nbytes) {
+        auto segment = Segments::of_process().allocate(nbytes);
+        PyObject* memory = new_segment_memory(segment->base, segment->nbytes);
+        if (!memory) throw nb::python_error();
+        return nb::steal(memory);
+      },
+      "nbytes"_a, "Memory in a shared segment that peers on this host can map.");
 
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PyEngine>(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.")
-      .def("__init__", [](PyEngine* self, std::vector<std::string> links, std::map<std::string, double> numbers,
-                          std::map<std::string, std::string> texts) {
-        new (self) PyEngine(EngineConfig{std::move(links), std::move(numbers), std::move(texts)});
-      }, "links"_a, "numbers"_a, "texts"_a)
+      .def(
+          "__init__",
+          [](PyEngine* self, std::vector<std::string> links, std::map<std::string, double> numbers,
+             std::map<std::string, std::string> texts) {
+            new (self) PyEngine(EngineConfig{std::move(links), std::move(numbers), std::move(texts)});
+          },
+          "links"_a, "numbers"_a, "texts"_a)
       .def("send", send)
       .def("recv", recv, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
       .def("put", put)
@@ -365,76 +379,107 @@ void bind_engine(nb::module_& m) {
       .def("spin", spin, "seconds"_a)
       .def("prepare_to_sleep", prepare_to_sleep)
       .def("woken", woken)
-      .def("bind_asyncio", [](PyEngine& e, nb::object loop, nb::object ready, double spin_s) {
-        Py_XSETREF(e.call_soon, nb::object(loop.attr("call_soon")).release().ptr());
-        Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
-        Py_XSETREF(e.loop, loop.release().ptr());
-        e.spin_ns = static_cast<uint64_t>(spin_s * 1e9);
-      }, "loop"_a, "ready"_a.none(), "spin_s"_a)
+      .def(
+          "bind_asyncio",
+          [](PyEngine& e, nb::object loop, nb::object ready, double spin_s) {
+            Py_XSETREF(e.call_soon, nb::object(loop.attr("call_soon")).release().ptr());
+            Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
+            Py_XSETREF(e.loop, loop.release().ptr());
+            e.spin_ns = static_cast<uint64_t>(spin_s * 1e9);
+          },
+          "loop"_a, "ready"_a.none(), "spin_s"_a)
       .def("bind_trio", [](PyEngine& e) { e.trio = true; })
       .def("on_connect_wanted", set_hook<&PyEngine::on_connect>, "callback"_a.none())
       .def("on_events", set_hook<&PyEngine::on_events>, "callback"_a.none())
       .def("on_unretrieved", set_hook<&PyEngine::on_unretrieved>, "callback"_a.none())
-      .def("on_submit", [](PyEngine& e, const std::string& link, nb::object callback) {
-        observe(e, e.on_submit, link, std::move(callback));
-      }, "link"_a, "callback"_a.none())
-      .def("on_complete", [](PyEngine& e, const std::string& link, nb::object callback) {
-        observe(e, e.on_complete, link, std::move(callback));
-      }, "link"_a, "callback"_a.none())
+      .def(
+          "on_submit",
+          [](PyEngine& e, const std::string& link, nb::object callback) {
+            observe(e, e.on_submit, link, std::move(callback));
+          },
+          "link"_a, "callback"_a.none())
+      .def(
+          "on_complete",
+          [](PyEngine& e, const std::string& link, nb::object callback) {
+            observe(e, e.on_complete, link, std::move(callback));
+          },
+          "link"_a, "callback"_a.none())
       .def("outgoing", outgoing)
       .def("link_of", [](PyEngine& e, int rank) { return e.engine->link_of(rank); })
       .def("rank_known", [](PyEngine& e, int rank) { return e.engine->rank_known(rank); })
-      .def("open_channel", [](PyEngine& e, const std::string& name, int cls, double weight) {
-        return e.engine->open_channel(name, static_cast<uint8_t>(cls), weight);
-      }, "name"_a, "cls"_a, "weight"_a, release_gil())
-      .def("close_channel", [](PyEngine& e, uint32_t index) { e.engine->close_channel(index); }, release_gil())
-      .def("add_region", [](PyEngine& e, nb::handle object, bool writable) {
-        Py_buffer view;
-        if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) != 0)
-          throw nb::python_error();
-        auto base = static_cast<std::byte*>(view.buf);
-        auto nbytes = static_cast<uint64_t>(view.len);
-        PyBuffer_Release(&view);  // the caller keeps the object until close_region says it is free
-        return std::pair(e.engine->add_region(base, nbytes, writable), nbytes);
-      }, "buffer"_a, "writable"_a)
-      .def("close_region", [](PyEngine& e, uint64_t id) { return e.engine->close_region(id); }, release_gil())
-      .def("set_identity", [](PyEngine& e, int rank, uint64_t generation) {
-        e.engine->set_identity(rank, generation);
-        e.engine->add_peer(rank, generation);
-        e.engine->attach(rank, generation, "self", {}, "", true);
-      }, release_gil())
+      .def(
+          "open_channel",
+          [](PyEngine& e, const std::string& name, int cls, double weight) {
+            return e.engine->open_channel(name, static_cast<uint8_t>(cls), weight);
+          },
+          "name"_a, "cls"_a, "weight"_a, release_gil())
+      .def(
+          "close_channel", [](PyEngine& e, uint32_t index) { e.engine->close_channel(index); }, release_gil())
+      .def(
+          "add_region",
+          [](PyEngine& e, nb::handle object, bool writable) {
+            Py_buffer view;
+            if (PyObject_GetBuffer(object.ptr(), &view,
+                                   PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) != 0)
+              throw nb::python_error();
+            auto base = static_cast<std::byte*>(view.buf);
+            auto nbytes = static_cast<uint64_t>(view.len);
+            PyBuffer_Release(&view);  // the caller keeps the object until close_region says it is free
+            return std::pair(e.engine->add_region(base, nbytes, writable), nbytes);
+          },
+          "buffer"_a, "writable"_a)
+      .def(
+          "close_region", [](PyEngine& e, uint64_t id) { return e.engine->close_region(id); }, release_gil())
+      .def(
+          "set_identity",
+          [](PyEngine& e, int rank, uint64_t generation) {
+            e.engine->set_identity(rank, generation);
+            e.engine->add_peer(rank, generation);
+            e.engine->attach(rank, generation, "self", {}, "", true);
+          },
+          release_gil())
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
-      .def("link_streams", [](PyEngine& e, const std::string& link) {
-        StreamNeed need = e.engine->link(link).streams();
-        return std::pair(need.kind, need.count);
-      })
-      .def("link_card", [](PyEngine& e, const std::string& link) {
-        std::string card = e.engine->link(link).card();
-        return nb::bytes(card.data(), card.size());
-      })
-      .def("add_peer", [](PyEngine& e, int rank, uint64_t generation) { e.engine->add_peer(rank, generation); },
-           release_gil())
-      .def("attach", [](PyEngine& e, int rank, uint64_t generation, const std::string& link, std::vector<int> fds,
-                        nb::bytes card, bool initiator) {
-        std::string bytes(card.c_str(), card.size());
-        nb::gil_scoped_release release;
-        e.engine->attach(rank, generation, link, fds, bytes, initiator);
-      })
-      .def("fail_connect", [](PyEngine& e, int rank, const std::string& reason) {
-        e.engine->fail_connect(rank, reason);
-      }, release_gil())
-      .def("lose_peer", [](PyEngine& e, int rank, uint64_t generation, const std::string& reason) {
-        e.engine->lose_peer(rank, generation, reason);
-      }, release_gil())
-      .def("leave_peer", [](PyEngine& e, int rank, uint64_t generation) {
-        e.engine->lose_peer(rank, generation, "left");
-      }, release_gil())
-      .def("close", [](PyEngine& e) { e.engine->close(); }, release_gil())
+      .def("link_streams",
+           [](PyEngine& e, const std::string& link) {
+             StreamNeed need = e.engine->link(link).streams();
+             return std::pair(need.kind, need.count);
+           })
+      .def("link_card",
+           [](PyEngine& e, const std::string& link) {
+             std::string card = e.engine->link(link).card();
+             return nb::bytes(card.data(), card.size());
+           })
+      .def(
+          "add_peer",
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->add_peer(rank, generation); },
+          release_gil())
+      .def("attach",
+           [](PyEngine& e, int rank, uint64_t generation, const std::string& link, std::vector<int> fds,
+              nb::bytes card, bool initiator) {
+             std::string bytes(card.c_str(), card.size());
+             nb::gil_scoped_release release;
+             e.engine->attach(rank, generation, link, fds, bytes, initiator);
+           })
+      .def(
+          "fail_connect",
+          [](PyEngine& e, int rank, const std::string& reason) { e.engine->fail_connect(rank, reason); },
+          release_gil())
+      .def(
+          "lose_peer",
+          [](PyEngine& e, int rank, uint64_t generation, const std::string& reason) {
+            e.engine->lose_peer(rank, generation, reason);
+          },
+          release_gil())
+      .def(
+          "leave_peer",
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->lose_peer(rank, generation, "left"); },
+          release_gil())
+      .def(
+          "close", [](PyEngine& e) { e.engine->close(); }, release_gil())
       .def("counters", counters)
       .def("gauges", [](PyEngine& e, const std::string& link) { return e.engine->gauges(link); })
-      .def("served_by_channel", [](PyEngine& e, const std::string& link) {
-        return e.engine->served_by_channel(link);
-      })
+      .def("served_by_channel",
+           [](PyEngine& e, const std::string& link) { return e.engine->served_by_channel(link); })
       .def_prop_ro("loop_fd", [](PyEngine& e) { return e.engine->loop_fd(); })
       .def_prop_ro("express_fd", [](PyEngine& e) { return e.engine->express_fd(); });
 }

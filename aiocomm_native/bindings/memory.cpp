@@ -11,8 +11,7 @@ namespace aiocomm::py {
 namespace {
 
 struct Memory {
-  PyObject_HEAD
-  std::byte* data;
+  PyObject_HEAD std::byte* data;
   uint64_t nbytes;
   bool segment;
 };
@@ -71,7 +70,8 @@ void encode_meta(Op& op, const Py_buffer& view) {
   size_t length = std::strlen(format);
   auto meta = op.meta.data();
   std::memset(meta, 0, 16);
-  if (length == 0 || length > kFormatBytes || view.ndim > static_cast<int>(kMaxDims) || (view.ndim && !view.shape)) {
+  if (length == 0 || length > kFormatBytes || view.ndim > static_cast<int>(kMaxDims) ||
+      (view.ndim && !view.shape)) {
     uint64_t nbytes = op.nbytes;
     meta[0] = std::byte{1};
     meta[1] = std::byte{1};
@@ -102,7 +102,8 @@ PyObject* decode_meta(const Op& op, PyObject* memory) {
     format = PyUnicode_FromString("B");
     shape = Py_BuildValue("(K)", static_cast<unsigned long long>(op.nbytes));
   } else {
-    format = PyUnicode_DecodeLatin1(reinterpret_cast<const char*>(meta + 8), static_cast<Py_ssize_t>(length), nullptr);
+    format = PyUnicode_DecodeLatin1(reinterpret_cast<const char*>(meta + 8), static_cast<Py_ssize_t>(length),
+                                    nullptr);
     shape = PyTuple_New(static_cast<Py_ssize_t>(dims));
     for (size_t i = 0; shape && i < dims; ++i) {
       uint64_t dim;
@@ -110,8 +111,9 @@ PyObject* decode_meta(const Op& op, PyObject* memory) {
       PyTuple_SET_ITEM(shape, static_cast<Py_ssize_t>(i), PyLong_FromUnsignedLongLong(dim));
     }
   }
-  PyObject* array =
-      format && shape ? PyObject_CallFunctionObjArgs(hooks.make_array, memory, format, shape, nullptr) : nullptr;
+  PyObject* array = format && shape
+                        ? PyObject_CallFunctionObjArgs(hooks.make_array, memory, format, shape, nullptr)
+                        : nullptr;
   Py_XDECREF(format);
   Py_XDECREF(shape);
   return array;

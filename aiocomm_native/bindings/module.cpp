@@ -1,6 +1,6 @@
-#include "bindings/transfer.hpp"
-
 #include <nanobind/nanobind.h>
+
+#include "bindings/transfer.hpp"
 
 namespace nb = nanobind;
 
@@ -13,7 +13,8 @@ void bind_sched(nb::module_& m);
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // interpreters may end without collecting cycles
   m.doc() = "Native core of aiocomm.";
-  if (aiocomm::py::init_memory(m.ptr()) < 0 || aiocomm::py::init_transfer(m.ptr()) < 0) throw nb::python_error();
+  if (aiocomm::py::init_memory(m.ptr()) < 0 || aiocomm::py::init_transfer(m.ptr()) < 0)
+    throw nb::python_error();
   aiocomm::py::bind_engine(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);

@@ -80,8 +80,8 @@ void fail_with_current_error(Transfer* t) {
 
 void take_failure(Transfer* t, const Op& op) {
   const std::string& link = t->engine->engine->link_name(op.link);
-  t->exception = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(op.code), op.error, link.c_str(),
-                                       static_cast<unsigned long long>(op.capacity));
+  t->exception = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(op.code), op.error,
+                                       link.c_str(), static_cast<unsigned long long>(op.capacity));
   t->outcome = Outcome::failed;
   if (!t->exception) fail_with_current_error(t);
 }
@@ -125,8 +125,8 @@ void report_completion(Transfer* t, const Op& op) {
 PyObject* raise_outcome(Transfer* t) {
   if (t->outcome == Outcome::cancelled && t->engine->trio) {
     // asyncio's error means nothing to trio, and trio's own can only come from a cancelled scope.
-    PyObject* error = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(Code::cancelled), 0, "self",
-                                            static_cast<unsigned long long>(0));
+    PyObject* error = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(Code::cancelled),
+                                            0, "self", static_cast<unsigned long long>(0));
     if (error) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
     Py_XDECREF(error);
     return nullptr;
@@ -181,7 +181,9 @@ PyObject* transfer_exception(PyObject* self, PyObject*) {
   }
 }
 
-PyObject* transfer_done(PyObject* self, PyObject*) { return PyBool_FromLong(cast(self)->outcome != Outcome::pending); }
+PyObject* transfer_done(PyObject* self, PyObject*) {
+  return PyBool_FromLong(cast(self)->outcome != Outcome::pending);
+}
 
 PyObject* transfer_cancelled(PyObject* self, PyObject*) {
   return PyBool_FromLong(cast(self)->outcome == Outcome::cancelled);
@@ -190,17 +192,17 @@ PyObject* transfer_cancelled(PyObject* self, PyObject*) {
 PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"msg", nullptr};
   PyObject* message = Py_None;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", const_cast<char**>(names), &message)) return nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", const_cast<char**>(names), &message))
+    return nullptr;
   Transfer* t = cast(self);
   if (t->outcome != Outcome::pending || !t->op) Py_RETURN_FALSE;
   Op* op = t->op;
   PyEngine* engine = t->engine;
   bool going;
-  Py_BEGIN_ALLOW_THREADS
-  going = engine->engine->cancel(op, Code::cancelled);
+  Py_BEGIN_ALLOW_THREADS going = engine->engine->cancel(op, Code::cancelled);
   Py_END_ALLOW_THREADS
-  // It may have ended meanwhile on another thread; then its outcome waits in the completion queue and stands.
-  if (message != Py_None) Py_XSETREF(t->cancel_message, Py_NewRef(message));
+      // It may have ended meanwhile on another thread; then its outcome waits in the completion queue and stands.
+      if (message != Py_None) Py_XSETREF(t->cancel_message, Py_NewRef(message));
   if (engine->drain(64) < 0) return nullptr;
   if (t->outcome == Outcome::done || t->outcome == Outcome::failed) Py_RETURN_FALSE;
   (void)going;
@@ -210,8 +212,8 @@ PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
 PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"", "context", nullptr};
   PyObject *callback, *context = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:add_done_callback", const_cast<char**>(names), &callback,
-                                   &context))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:add_done_callback", const_cast<char**>(names),
+                                   &callback, &context))
     return nullptr;
   Transfer* t = cast(self);
   PyObject* own_context = context && context != Py_None ? Py_NewRef(context) : PyContext_CopyCurrent();
@@ -276,10 +278,8 @@ void spin_for(Transfer* t) {
   uint64_t until = now + engine->spin_ns;
   while (t->outcome == Outcome::pending) {
     bool found;
-    Py_BEGIN_ALLOW_THREADS
-    found = engine->engine->spin(until);
-    Py_END_ALLOW_THREADS
-    if (engine->drain(64) < 0) PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(t));
+    Py_BEGIN_ALLOW_THREADS found = engine->engine->spin(until);
+    Py_END_ALLOW_THREADS if (engine->drain(64) < 0) PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(t));
     if (!found || !loop_has_nothing_else(engine)) return;
   }
 }
@@ -327,8 +327,9 @@ PyObject* transfer_repr(PyObject* self) {
   Transfer* t = cast(self);
   static const char* outcomes[] = {"pending", "done", "failed", "cancelled"};
   const char* role = t->kind == OpKind::recv ? "src" : "peer";
-  return PyUnicode_FromFormat("<aiocomm.Transfer %s %s=%d tag=%lld nbytes=%llu %s>", kind_name(t->kind), role, t->peer,
-                              static_cast<long long>(t->tag), static_cast<unsigned long long>(t->nbytes),
+  return PyUnicode_FromFormat("<aiocomm.Transfer %s %s=%d tag=%lld nbytes=%llu %s>", kind_name(t->kind), role,
+                              t->peer, static_cast<long long>(t->tag),
+                              static_cast<unsigned long long>(t->nbytes),
                               outcomes[static_cast<int>(t->outcome)]);
 }
 
@@ -409,14 +410,18 @@ void dealloc(PyObject* self) {
 }
 
 PyMethodDef methods[] = {
-    {"result", transfer_result, METH_NOARGS, "Returns what awaiting returns; raises its error or InvalidStateError."},
-    {"exception", transfer_exception, METH_NOARGS, "Returns the error that the transfer ended with, or None."},
+    {"result", transfer_result, METH_NOARGS,
+     "Returns what awaiting returns; raises its error or InvalidStateError."},
+    {"exception", transfer_exception, METH_NOARGS,
+     "Returns the error that the transfer ended with, or None."},
     {"done", transfer_done, METH_NOARGS, "Whether the transfer has ended in any way."},
     {"cancelled", transfer_cancelled, METH_NOARGS, "Whether the transfer was cancelled by this side."},
     {"cancel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_cancel)),
      METH_VARARGS | METH_KEYWORDS,
-     "Cancels; returns False if the transfer has ended. It ends, as cancelled, once nothing touches its buffer."},
-    {"add_done_callback", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_add_done_callback)),
+     "Cancels; returns False if the transfer has ended. It ends, as cancelled, once nothing touches its "
+     "buffer."},
+    {"add_done_callback",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_add_done_callback)),
      METH_VARARGS | METH_KEYWORDS, "Calls back with the transfer, on its loop, when it has ended."},
     {"remove_done_callback", transfer_remove_done_callback, METH_O, "Removes callbacks; returns how many."},
     {"get_loop", transfer_get_loop, METH_NOARGS, "The event loop that the transfer belongs to."},
@@ -435,26 +440,28 @@ PyGetSetDef getset[] = {
     {"status", get_source, nullptr, "Status of a receive that is done, else None.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
-PyMemberDef members[] = {
-    {"__weaklistoffset__", T_PYSSIZET, offsetof(Transfer, weakrefs), READONLY, nullptr}, {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef members[] = {{"__weaklistoffset__", T_PYSSIZET, offsetof(Transfer, weakrefs), READONLY, nullptr},
+                         {nullptr, 0, 0, 0, nullptr}};
 
-PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
-                       {Py_tp_finalize, reinterpret_cast<void*>(finalize)},
-                       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
-                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
-                       {Py_tp_repr, reinterpret_cast<void*>(transfer_repr)},
-                       {Py_tp_methods, methods},
-                       {Py_tp_getset, getset},
-                       {Py_tp_members, members},
-                       {Py_tp_iter, reinterpret_cast<void*>(PyObject_SelfIter)},
-                       {Py_tp_iternext, reinterpret_cast<void*>(transfer_next)},
-                       {Py_am_await, reinterpret_cast<void*>(transfer_await)},
-                       {Py_am_send, reinterpret_cast<void*>(transfer_send)},
-                       {Py_tp_doc, const_cast<char*>(
-                           "An operation under way: submitted at the call, awaitable any number of times.\n\n"
-                           "Ends exactly once: done, failed or cancelled. Cancelling a task that awaits it cancels it;\n"
-                           "the await ends only when nothing touches the buffer any more.")},
-                       {0, nullptr}};
+PyType_Slot slots[] = {
+    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
+    {Py_tp_finalize, reinterpret_cast<void*>(finalize)},
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(clear)},
+    {Py_tp_repr, reinterpret_cast<void*>(transfer_repr)},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {Py_tp_members, members},
+    {Py_tp_iter, reinterpret_cast<void*>(PyObject_SelfIter)},
+    {Py_tp_iternext, reinterpret_cast<void*>(transfer_next)},
+    {Py_am_await, reinterpret_cast<void*>(transfer_await)},
+    {Py_am_send, reinterpret_cast<void*>(transfer_send)},
+    {Py_tp_doc,
+     const_cast<char*>(
+         "An operation under way: submitted at the call, awaitable any number of times.\n\n"
+         "Ends exactly once: done, failed or cancelled. Cancelling a task that awaits it cancels it;\n"
+         "the await ends only when nothing touches the buffer any more.")},
+    {0, nullptr}};
 
 PyType_Spec spec = {"aiocomm_native.Transfer", sizeof(Transfer), 0,
                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};

@@ -37,11 +37,11 @@ class PyEngine {
   void clear();
 
   std::unique_ptr<Engine> engine;
-  PyObject* loop = nullptr;           // asyncio: the event loop
-  PyObject* call_soon = nullptr;      // loop.call_soon
-  PyObject* ready = nullptr;          // the loop's queue of ready callbacks, where it shows one
-  PyObject* on_connect = nullptr;     // (rank)
-  PyObject* on_events = nullptr;      // (list of tuples)
+  PyObject* loop = nullptr;            // asyncio: the event loop
+  PyObject* call_soon = nullptr;       // loop.call_soon
+  PyObject* ready = nullptr;           // the loop's queue of ready callbacks, where it shows one
+  PyObject* on_connect = nullptr;      // (rank)
+  PyObject* on_events = nullptr;       // (list of tuples)
   PyObject* on_unretrieved = nullptr;  // (exception): a failure that nobody looked at
   // By link, while somebody iterates its submissions() or completions().
   std::map<uint8_t, PyObject*> on_submit, on_complete;
@@ -54,8 +54,7 @@ class PyEngine {
 enum class Outcome : uint8_t { pending, done, failed, cancelled };
 
 struct Transfer {
-  PyObject_HEAD
-  PyObject* owner;  // the Python object of `engine`
+  PyObject_HEAD PyObject* owner;  // the Python object of `engine`
   PyEngine* engine;
   Op* op;  // null once ended
   PyObject* callback;

@@ -6,7 +6,8 @@
 
 namespace aiocomm {
 
-Copier::Copier(int threads, std::function<void(CopyJob&)> finish) : threads_(threads), finish_(std::move(finish)) {}
+Copier::Copier(int threads, std::function<void(CopyJob&)> finish)
+    : threads_(threads), finish_(std::move(finish)) {}
 
 Copier::~Copier() { stop(); }
 

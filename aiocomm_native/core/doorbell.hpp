@@ -30,7 +30,8 @@ enum class Wake : uint8_t { none, loop, engine };
 
 inline void ring_fd(int fd) {
   uint64_t one = 1;
-  [[maybe_unused]] ssize_t n = ::write(fd, &one, sizeof one);  // EAGAIN: the counter is full, so a wake is pending
+  [[maybe_unused]] ssize_t n =
+      ::write(fd, &one, sizeof one);  // EAGAIN: the counter is full, so a wake is pending
 }
 
 inline void clear_fd(int fd) {

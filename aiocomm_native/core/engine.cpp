@@ -158,7 +158,8 @@ void Engine::attach(Rank rank, uint64_t generation, const std::string& name, con
   if (closed_) refuse("the communicator is closed", ESHUTDOWN);
   if (!peer || peer->generation != generation || peer->state == Peer::State::lost)
     refuse("rank " + std::to_string(rank) + " is not (or no longer) known", ESTALE);
-  if (peer->state == Peer::State::up) refuse("rank " + std::to_string(rank) + " is connected already", EISCONN);
+  if (peer->state == Peer::State::up)
+    refuse("rank " + std::to_string(rank) + " is connected already", EISCONN);
   auto it = std::find(link_names_.begin(), link_names_.end(), name);
   if (it == link_names_.end()) refuse("link '" + name + "' is not enabled", ENODEV);
   auto index = static_cast<uint8_t>(it - link_names_.begin());
@@ -462,8 +463,10 @@ void Engine::run() {
       else if (next_tick == kNever || t >= next_tick)
         next_tick = t + heartbeat_ns;
       for (size_t i = 0; i < schedulers_.size(); ++i) pump(static_cast<uint8_t>(i));
-      if (did) spin_until = t + spin_ns_;
-      else if (t < spin_until) did = 1;
+      if (did)
+        spin_until = t + spin_ns_;
+      else if (t < spin_until)
+        did = 1;
     }
     while (copier_->run_one()) did = 1;
     if (did) continue;

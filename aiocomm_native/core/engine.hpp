@@ -36,8 +36,8 @@
 namespace aiocomm {
 
 struct EngineConfig {
-  std::vector<std::string> links;              // empty: all, cheapest first
-  std::map<std::string, double> numbers;       // Settings.native()
+  std::vector<std::string> links;         // empty: all, cheapest first
+  std::map<std::string, double> numbers;  // Settings.native()
   std::map<std::string, std::string> texts;
 };
 
@@ -51,7 +51,15 @@ struct ChannelInfo {
 
 // Something that the loop should hear of, beside ends of ops.
 struct EngineEvent {
-  enum class Kind : uint8_t { notification, peer_lost, link_up, link_down, fallback, undelivered, region_free };
+  enum class Kind : uint8_t {
+    notification,
+    peer_lost,
+    link_up,
+    link_down,
+    fallback,
+    undelivered,
+    region_free
+  };
   Kind kind;
   Rank rank = -1;
   uint64_t number = 0;  // notification: bytes; region_free: its id; peer_lost: generation; undelivered: tag
@@ -116,14 +124,16 @@ class Engine final : public Host, public FrameSink {
   void close_channel(uint32_t index);
   uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable);
   bool close_region(uint64_t id);  // true: free at once; else region_free follows
-  bool rank_known(Rank rank) const { return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire); }
+  bool rank_known(Rank rank) const {
+    return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire);
+  }
 
   LinkCounters counters(const std::string& link);
   std::map<std::string, double> gauges(const std::string& link);
   std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
-  std::vector<Op*> outgoing();        // sends and puts that have not ended
-  std::string link_of(Rank rank);     // of a connected peer, else empty
-  uint8_t likely_link(Rank rank);     // the link that an operation with this rank will use
+  std::vector<Op*> outgoing();     // sends and puts that have not ended
+  std::string link_of(Rank rank);  // of a connected peer, else empty
+  uint8_t likely_link(Rank rank);  // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;
   const std::string& link_name(uint8_t index) const { return link_names_[index]; }
   const ChannelInfo& channel(uint32_t index) const { return channels_[index]; }
@@ -146,7 +156,8 @@ class Engine final : public Host, public FrameSink {
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
 
   // --- FrameSink (protocol_receive.cpp)
-  void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) override;
+  void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
+                const std::byte* payload) override;
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
   void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
@@ -177,7 +188,8 @@ class Engine final : public Host, public FrameSink {
   Post send_put(Op& op, Peer& peer);
   Post send_get(Op& op, Peer& peer);
   void queue_header(Op& op, Peer& peer);
-  void send_control(Peer& peer, FrameHeader header, Wake wake, const void* meta = nullptr, size_t meta_bytes = 0);
+  void send_control(Peer& peer, FrameHeader header, Wake wake, const void* meta = nullptr,
+                    size_t meta_bytes = 0);
   bool flush_control(Peer& peer);
   void send_fin(Peer& peer, OpId sop, Code code, uint64_t nbytes, Wake wake = Wake::loop);
   void pump(uint8_t link_index);
@@ -188,7 +200,8 @@ class Engine final : public Host, public FrameSink {
   // protocol_receive.cpp: from frames to matched receives
   void start_recv(Op& op);
   void arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
-  void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
+  void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta,
+               const std::byte* payload);
   void deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const std::byte* payload);
   void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
   bool make_room(Op& op, const FrameHeader& header);
@@ -210,10 +223,10 @@ class Engine final : public Host, public FrameSink {
   void notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes);
 
   // protocol_end.cpp: every way an op ends
-  void finish(Op& op, Code code);      // nothing touches its buffer any more
-  void end_early(Op& op, Code code);   // decides the outcome; finishes once nothing can touch the buffer
+  void finish(Op& op, Code code);     // nothing touches its buffer any more
+  void end_early(Op& op, Code code);  // decides the outcome; finishes once nothing can touch the buffer
   void drop_inflight(Op& op);
-  bool settle(Op& op);                 // finishes a draining op if it can; true: finished
+  bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
   void fail_hopeless_receives();
@@ -246,7 +259,8 @@ class Engine final : public Host, public FrameSink {
   std::vector<LinkCounters> counters_;
   std::vector<std::unique_ptr<Peer>> peers_;  // by rank
   std::vector<LinkPeer*> polled_;
-  std::vector<std::shared_ptr<LinkPeer>> retired_;  // closed; freed when no call into them can be on the stack
+  // Closed; freed when no call into them can be on the stack.
+  std::vector<std::shared_ptr<LinkPeer>> retired_;
   std::atomic<Rank> known_ranks_{1};
   struct Flow {
     Rank rank;

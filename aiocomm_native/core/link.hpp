@@ -54,7 +54,8 @@ class LinkPeer;
 // What a link tells the runtime. Called under the token, from LinkPeer::poll or Pollable::on_ready.
 class FrameSink {
  public:
-  virtual void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) = 0;
+  virtual void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
+                        const std::byte* payload) = 0;
   // Where the payload bytes from `done` on of a data frame go; nullptr: discard them. Ask again for every read.
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
   virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
@@ -71,7 +72,8 @@ class LinkPeer {
  public:
   virtual ~LinkPeer() = default;
   // Takes the frame with copies of `meta` and `payload`, whole or not at all.
-  virtual Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) = 0;
+  virtual Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload,
+                    Wake wake) = 0;
   // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane.
   virtual Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) = 0;
   // Hands over what has arrived, at most about `budget` frames; returns how many.
@@ -113,7 +115,7 @@ class Host {
   virtual void watch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void rewatch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void unwatch(int fd, bool loop) = 0;
-  virtual uint64_t now() const = 0;                            // monotonic, ns
+  virtual uint64_t now() const = 0;  // monotonic, ns
   virtual double setting(std::string_view name, double fallback) const = 0;
   virtual std::string text_setting(std::string_view name) const = 0;
   virtual WakePage& wake_page() = 0;
@@ -121,7 +123,8 @@ class Host {
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
   virtual FrameSink& sink() = 0;
-  virtual void fallback(Rank rank, const std::string& path, const std::string& reason) = 0;  // counted, evented, once
+  virtual void fallback(Rank rank, const std::string& path,
+                        const std::string& reason) = 0;  // counted, evented, once
 
  protected:
   ~Host() = default;

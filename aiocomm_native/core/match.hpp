@@ -3,7 +3,7 @@
 // Rules
 //   - MPI's non-overtaking rule: per (channel, source, tag), arrivals match receives in the order both came.
 //   - A receive takes the oldest arrival that fits it; an arrival goes to the earliest posted receive that
-//   fits.
+//     fits.
 //   - Channels are independent. Wildcards range over one channel.
 //   - An illegal call throws std::invalid_argument and changes nothing.
 //

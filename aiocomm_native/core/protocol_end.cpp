@@ -58,7 +58,8 @@ bool Engine::settle(Op& op) {
 }
 
 void Engine::end_early(Op& op, Code code) {
-  if (op.state == OpState::draining) return;  // decided already; cancel_requested still turns it into `cancelled`
+  if (op.state == OpState::draining)
+    return;  // decided already; cancel_requested still turns it into `cancelled`
   Peer* peer = find_peer(op.peer);
   bool reachable = peer && peer->state == Peer::State::up;
   if (op.kind == OpKind::recv && !op.matched) {

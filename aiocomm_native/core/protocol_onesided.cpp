@@ -43,8 +43,11 @@ Code Engine::check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool wr
 }
 
 void Engine::notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes) {
-  emit({EngineEvent::Kind::notification, source, nbytes,
-        std::string(reinterpret_cast<const char*>(payload), payload_bytes), {}});
+  emit({EngineEvent::Kind::notification,
+        source,
+        nbytes,
+        std::string(reinterpret_cast<const char*>(payload), payload_bytes),
+        {}});
 }
 
 void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
@@ -129,8 +132,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
   }
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
-  if (header.code)
-    return start_rendezvous(*op, peer, header, false);
+  if (header.code) return start_rendezvous(*op, peer, header, false);
   op->path = Path::stream;
   op->started_ns = now();
   op->state = OpState::moving;

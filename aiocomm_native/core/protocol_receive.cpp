@@ -10,7 +10,8 @@
 
 namespace aiocomm {
 
-void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
+                      const std::byte* payload) {
   Peer* peer = peer_of(from);
   if (!peer) return;
   ++counters_[peer->link_index].frames_received;
@@ -37,7 +38,8 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::get_fail:
         return on_get_fail(*peer, header);
       case FrameKind::credit:
-        if (header.nbytes > peer->eager_unconsumed) throw ProtocolViolation("credit for bytes that were never sent");
+        if (header.nbytes > peer->eager_unconsumed)
+          throw ProtocolViolation("credit for bytes that were never sent");
         peer->eager_unconsumed -= header.nbytes;
         return;
       case FrameKind::undelivered: {
@@ -137,7 +139,8 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
   unexpected_[slot] = std::move(kept);
 }
 
-void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
+void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta,
+                     const std::byte* payload) {
   op.tag = header.tag;
   op.capacity = op.nbytes;
   op.remote_op = header.sop;
@@ -227,7 +230,8 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
 
 void Engine::on_cts(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.sop);
-  if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) return;  // cancelled meanwhile
+  if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin)
+    return;  // cancelled meanwhile
   op->remote_op = header.rop;
   op->path = Path::stream;
   queue_data(*op, peer);
@@ -235,7 +239,8 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header) {
 
 std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) {
   Op* op = find(header.rop);
-  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream) return nullptr;
+  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream)
+    return nullptr;
   if (op->kind != OpKind::recv && op->kind != OpKind::get) return nullptr;
   if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
   return op->data + header.address + done;
@@ -278,7 +283,8 @@ void Engine::job_done(CopyJob& job) {
 
 void Engine::received(Op& op) {
   Peer* peer = find_peer(op.peer);
-  if (peer) send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
+  if (peer)
+    send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
   if (op.region && op.has_notify && op.kind == OpKind::recv)
     notify(op.peer, reinterpret_cast<const std::byte*>(op.notify.data()), op.notify.size(), op.moved);
   finish(op, Code::ok);
@@ -310,7 +316,8 @@ void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
   OpId sop = header.sop;
   for (size_t slot = 0; slot < unexpected_.size(); ++slot) {
     Unexpected* kept = unexpected_[slot].get();
-    if (!kept || kept->source != peer.rank || kept->header.sop != sop || kept->generation != peer.generation) continue;
+    if (!kept || kept->source != peer.rank || kept->header.sop != sop || kept->generation != peer.generation)
+      continue;
     matcher_.drop_arrival(slot);
     if (kept->header.kind == FrameKind::eager) owe_credit(peer, kept->header.payload_bytes);
     unexpected_[slot].reset();

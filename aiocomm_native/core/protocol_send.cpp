@@ -164,7 +164,8 @@ Post Engine::send_get(Op& op, Peer& peer) {
   h.nbytes = op.nbytes;
   h.sop = op.region;
   h.rop = op.id;
-  h.code = static_cast<uint8_t>(peer.link->pull_path({0, 0}));  // tells the owner whether we can read for ourselves
+  h.code = static_cast<uint8_t>(
+      peer.link->pull_path({0, 0}));  // tells the owner whether we can read for ourselves
   Post posted = peer.link->post(h, nullptr, nullptr, Wake::engine);
   if (posted != Post::ok) return posted;
   ++counters_[op.link].frames_sent;

@@ -4,21 +4,17 @@
 // Rules
 //   - A flow is (channel, peer). Its items leave in order, headers before data; data items leave in chunks.
 //   - Between classes: strict priority, 3 most urgent. While a class and lower ones are both backlogged, the
-//   lower
-//     ones together get at least `min_share` of the bytes; credit does not outlive the backlog.
+//     lower ones together get at least `min_share` of the bytes; credit does not outlive the backlog.
 //   - Between the groups (channels) of a class: start-time fair queueing by bytes / weight. Between the flows
-//   of a
-//     group: the same with equal weights. An item of no bytes is charged as one byte.
+//     of a group: the same with equal weights. An item of no bytes is charged as one byte.
 //   - A flow that is not ready, or has nothing queued, is not backlogged: it keeps its items and earns no
-//   credit.
+//     credit.
 //   - Window: an urgent chunk waits for the less urgent bytes posted before it. Therefore, where flows of
-//   class u
-//     are registered (backlogged or not), the classes below u keep at most rate * preempt_ns(u) bytes in
-//     flight together, and their chunks are half of that. Where none is, chunks are max_chunk and the window
+//     class u are registered (backlogged or not), the classes below u keep at most rate * preempt_ns(u) bytes
+//     in flight together, and their chunks are half of that. Where none is, chunks are max_chunk and the window
 //     max_window.
 //   - In flight are at most max_window bytes; but a class with nothing in flight in it or above it may always
-//   post
-//     one chunk. So neither a small window nor less urgent bytes can lock anybody out.
+//     post one chunk. So neither a small window nor less urgent bytes can lock anybody out.
 //   - An illegal call throws std::invalid_argument and changes nothing.
 #pragma once
 

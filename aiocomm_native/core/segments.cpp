@@ -41,7 +41,8 @@ std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
   // Sealed: a peer cannot shrink it under our feet.
   fcntl(segment->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
   void* base = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_SHARED, segment->fd, 0);
-  if (base == MAP_FAILED) throw LinkFailure("cannot map a shared segment of " + std::to_string(room) + " bytes", errno);
+  if (base == MAP_FAILED)
+    throw LinkFailure("cannot map a shared segment of " + std::to_string(room) + " bytes", errno);
   segment->base = static_cast<std::byte*>(base);
   segment->nbytes = room;
   madvise(base, room, MADV_HUGEPAGE);

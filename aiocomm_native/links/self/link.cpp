@@ -1,11 +1,11 @@
 // The link to one's own rank: messages to oneself are queued here and copied once.
 
+#include "core/link.hpp"
+
 #include <cstring>
 #include <deque>
 #include <utility>
 #include <vector>
-
-#include "core/link.hpp"
 
 namespace aiocomm {
 namespace {

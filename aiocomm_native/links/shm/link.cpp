@@ -13,8 +13,8 @@ class ShmLink final : public Link {
   std::string_view name() const override { return "shm"; }
   StreamNeed streams() const override { return {"unix", 1}; }
   bool polled() const override { return true; }
-  std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds, std::string_view,
-                                   bool initiator) override {
+  std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
+                                   std::string_view, bool initiator) override {
     if (fds.size() != 1) {
       for (int fd : fds) ::close(fd);
       throw LinkFailure("shm takes one Unix socket per pair", 0);

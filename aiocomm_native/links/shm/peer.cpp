@@ -21,11 +21,14 @@ namespace aiocomm::shm {
 namespace {
 constexpr uint32_t kMagic = 0x61696f63, kVersion = 1;
 constexpr uint64_t kControlBytes = 4096;
-constexpr uint64_t kPollBytes = 512 << 10;  // per turn: the token is not held for longer than this takes to copy
-constexpr uint64_t kDataRecord = 64 << 10;  // streamed chunks are cut so that both sides copy at the same time
+constexpr uint64_t kPollBytes =
+    512 << 10;  // per turn: the token is not held for longer than this takes to copy
+constexpr uint64_t kDataRecord =
+    64 << 10;  // streamed chunks are cut so that both sides copy at the same time
 constexpr uint64_t kMinRing = 64 << 10, kMaxRing = 1 << 30;
 
-uint64_t probe_word = 0x9e3779b97f4a7c15ull;  // what the peer reads to find out whether it may read our memory
+uint64_t probe_word =
+    0x9e3779b97f4a7c15ull;  // what the peer reads to find out whether it may read our memory
 
 void close_all(std::vector<int>& fds) {
   for (int fd : fds) ::close(fd);
@@ -52,7 +55,8 @@ bool send_with_fds(int socket, const void* data, size_t nbytes, const int* fds, 
 }
 }  // namespace
 
-ShmPeer::ShmPeer(Host& host, int socket, bool initiator) : host_(host), socket_(socket), initiator_(initiator) {
+ShmPeer::ShmPeer(Host& host, int socket, bool initiator)
+    : host_(host), socket_(socket), initiator_(initiator) {
   fcntl(socket_, F_SETFL, fcntl(socket_, F_GETFL) | O_NONBLOCK);
   ucred credentials{};
   socklen_t length = sizeof credentials;
@@ -112,7 +116,8 @@ void ShmPeer::greet() {
 void ShmPeer::on_ready(uint32_t events) {
   if (closed_) return;
   read_socket();
-  if (!closed_ && (events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR))) lost("its process ended (connection hung up)");
+  if (!closed_ && (events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR)))
+    lost("its process ended (connection hung up)");
 }
 
 void ShmPeer::read_socket() {
@@ -160,7 +165,8 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
   size_t expected = initiator_ ? 3 : 4;
   bool sane = hello.magic == kMagic && hello.version == kVersion && fds.size() == expected;
   if (sane && !initiator_)
-    sane = std::has_single_bit(hello.ring_bytes) && hello.ring_bytes >= kMinRing && hello.ring_bytes <= kMaxRing;
+    sane =
+        std::has_single_bit(hello.ring_bytes) && hello.ring_bytes >= kMinRing && hello.ring_bytes <= kMaxRing;
   if (!sane) {
     close_all(fds);
     return lost("protocol violation: not a greeting");
@@ -173,7 +179,8 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
       fds.pop_back();
     }
     struct stat info;
-    if (fstat(fds[0], &info) != 0 || info.st_size < 4096) throw LinkFailure("the peer's wake page is too small", EPROTO);
+    if (fstat(fds[0], &info) != 0 || info.st_size < 4096)
+      throw LinkFailure("the peer's wake page is too small", EPROTO);
     void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
     if (page == MAP_FAILED) throw LinkFailure("cannot map the peer's wake page", errno);
     peer_page_ = static_cast<WakePage*>(page);
@@ -198,8 +205,9 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
   }
   if (!cma_)
     host_.fallback(rank, "stream",
-                   error == ECANCELED ? "cross-memory attach is switched off"
-                                      : std::string("cross-memory attach is refused: ") + std::strerror(error));
+                   error == ECANCELED
+                       ? "cross-memory attach is switched off"
+                       : std::string("cross-memory attach is refused: ") + std::strerror(error));
   blocked_ = false;
   host_.sink().on_writable(*this);
 }
@@ -210,12 +218,14 @@ void ShmPeer::on_segment(const SegmentNote& note, std::vector<int>& fds) {
     return lost("protocol violation: a segment without its descriptor");
   }
   struct stat info;
-  bool sane = fstat(fds[0], &info) == 0 && static_cast<uint64_t>(info.st_size) >= note.nbytes && note.nbytes > 0;
+  bool sane =
+      fstat(fds[0], &info) == 0 && static_cast<uint64_t>(info.st_size) >= note.nbytes && note.nbytes > 0;
   void* base = sane ? mmap(nullptr, note.nbytes, PROT_READ, MAP_SHARED, fds[0], 0) : MAP_FAILED;
   close_all(fds);
   if (base == MAP_FAILED) return;  // its bytes are reached by cross-memory attach, or streamed
   std::lock_guard lock(mappings_mutex_);
-  auto [it, fresh] = mappings_.try_emplace(note.id, Mapping{static_cast<std::byte*>(base), note.nbytes, note.base});
+  auto [it, fresh] =
+      mappings_.try_emplace(note.id, Mapping{static_cast<std::byte*>(base), note.nbytes, note.base});
   if (!fresh) munmap(base, note.nbytes);
 }
 
@@ -275,7 +285,8 @@ void ShmPeer::wake_peer(Wake wake) {
     ring(peer_page_->engine, peer_engine_fd_);
 }
 
-bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
+bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, const std::byte* payload,
+                          Wake wake) {
   uint64_t extent = sizeof header + header.meta_bytes + uint64_t{header.payload_bytes};
   std::byte* at = out_.reserve(extent);
   if (!at) {
@@ -286,7 +297,8 @@ bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, cons
   }
   std::memcpy(at, &header, sizeof header);
   if (header.meta_bytes) std::memcpy(at + sizeof header, meta, header.meta_bytes);
-  if (header.payload_bytes) std::memcpy(at + sizeof header + header.meta_bytes, payload, header.payload_bytes);
+  if (header.payload_bytes)
+    std::memcpy(at + sizeof header + header.meta_bytes, payload, header.payload_bytes);
   out_.commit();
   wake_peer(wake);
   return true;
@@ -314,7 +326,7 @@ void ShmPeer::continue_data() {
     FrameHeader piece = *data_;
     piece.address += data_done_;
     piece.payload_bytes = static_cast<uint32_t>(std::min(kDataRecord, data_->payload_bytes - data_done_));
-    if (!copy_record(piece, nullptr, data_payload_ + data_done_, Wake::engine)) return;
+    if (!copy_record(piece, data_payload_, data_payload_ + data_done_, Wake::engine)) return;
     data_done_ += piece.payload_bytes;
   }
   data_.reset();
@@ -338,7 +350,8 @@ int ShmPeer::poll(int budget) {
     nbytes += header.payload_bytes;
     const std::byte* payload = body + header.meta_bytes;
     if (header.kind == FrameKind::data) {
-      if (std::byte* target = sink.data_target(*this, header, 0)) std::memcpy(target, payload, header.payload_bytes);
+      if (std::byte* target = sink.data_target(*this, header, 0))
+        std::memcpy(target, payload, header.payload_bytes);
       sink.on_data(*this, header, header.payload_bytes);
     } else {
       sink.on_frame(*this, header, body, header.payload_bytes ? payload : nullptr);

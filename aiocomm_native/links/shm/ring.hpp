@@ -17,8 +17,8 @@
 namespace aiocomm::shm {
 
 struct RingControl {
-  alignas(64) std::atomic<uint64_t> tail{0};         // written by the producer (release), read by the consumer (acquire)
-  alignas(64) std::atomic<uint64_t> head{0};         // written by the consumer (release), read by the producer (acquire)
+  alignas(64) std::atomic<uint64_t> tail{0};         // the producer releases, the consumer acquires
+  alignas(64) std::atomic<uint64_t> head{0};         // the consumer releases, the producer acquires
   alignas(64) std::atomic<uint32_t> wants_space{0};  // the producer waits for room and is to be woken
 };
 
