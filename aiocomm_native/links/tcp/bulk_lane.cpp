@@ -1,0 +1,155 @@
+#include "links/tcp/bulk_lane.hpp"
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "links/tcp/peer.hpp"
+
+namespace aiocomm::tcp {
+
+BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, bool splice)
+    : Lane(peer, std::move(stream), false) {
+  if (!splice || !stream_->plain()) splice_.refuse();
+}
+
+// ---------------------------------------------------------------- out
+
+Post BulkLane::post(const FrameHeader& header, const std::byte* payload) {
+  if (full()) return Post::again;
+  out_[count_++] = {header, payload, 0};
+  queued_ += sizeof header + header.payload_bytes;
+  if (count_ == 1 && open() && write_front(kWriteTurn)) {
+    pop();
+    return Post::ok;
+  }
+  if (open()) want_write(true);
+  return Post::pending;
+}
+
+bool BulkLane::write_front(uint64_t turn) {
+  Outgoing& frame = out_[0];
+  while (turn > 0 && frame.left() > 0) {
+    Io io;
+    uint64_t paid =
+        frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
+    const std::byte* rest = frame.payload + paid;
+    size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
+    bool splices = !splice_.refused() && (splice_.holding() || want >= SpliceSender::kLeast);
+    if (frame.done >= sizeof frame.header && splices) {
+      spliced_ = true;
+      io = splice_.send(stream_->fd(), rest, want);
+    } else {
+      iovec parts[2];
+      int count = 0;
+      if (frame.done < sizeof frame.header)
+        parts[count++] = {reinterpret_cast<std::byte*>(&frame.header) + frame.done,
+                          sizeof frame.header - frame.done};
+      if (want && !splices) parts[count++] = {const_cast<std::byte*>(rest), want};
+      io = stream_->write(parts, count, splices);
+    }
+    frame.done += io.n;
+    queued_ -= io.n;
+    turn -= std::min<uint64_t>(turn, io.n);
+    if (io.n) peer_.said();
+    if (io.error) {
+      fail_soon(io.error);
+      return false;
+    }
+    if (io.wait) return false;
+  }
+  return frame.left() == 0;
+}
+
+BulkLane::Outgoing BulkLane::pop() {
+  Outgoing front = out_[0];
+  out_[0] = out_[1];
+  --count_;
+  return front;
+}
+
+void BulkLane::writable() {
+  uint64_t turn = kWriteTurn;
+  while (count_ > 0 && turn > 0) {
+    uint64_t left = out_[0].left();
+    if (!write_front(turn)) return want_write(true);
+    turn -= std::min(turn, left);
+    Outgoing sent = pop();
+    peer_.sink().on_sent(peer_, sent.header.sop, sent.header.payload_bytes);
+    if (peer_.dead()) return;
+  }
+  want_write(count_ > 0);
+  if (!full()) peer_.bulk_room();
+}
+
+// ---------------------------------------------------------------- in
+
+void BulkLane::readable() {
+  size_t turn = kReadTurn;
+  for (bool more = true; more || stream_->buffered();) {
+    iovec parts[2];
+    int count = 0;
+    uint64_t left = 0, want = 0;
+    if (head_ == sizeof in_) {
+      left = in_.payload_bytes - done_;
+      want = std::min<uint64_t>(left, std::max<size_t>(turn, 16 << 10));
+      std::byte* target = peer_.sink().data_target(peer_, in_, done_);
+      if (peer_.dead()) return;
+      if (!target) {
+        target = scrap();
+        want = std::min<uint64_t>(want, kReadTurn);
+      }
+      parts[count++] = {target, want};
+    }
+    if (want == left) {  // the next frame's header comes along
+      size_t at = count ? 0 : head_;
+      parts[count++] = {reinterpret_cast<std::byte*>(&next_) + at, sizeof next_ - at};
+    }
+    Io io = stream_->read(parts, count);
+    if (io.error) return peer_.ended(*this, io.error, true);
+    if (io.n == 0) {
+      if (io.wait & EPOLLOUT) want_write(true);  // TLS has something to answer first
+      break;
+    }
+    peer_.heard();
+    turn -= std::min(turn, io.n);
+    size_t asked = parts[0].iov_len + (count > 1 ? parts[1].iov_len : 0);
+    more = io.n == asked && turn > 0;
+    uint64_t payload = std::min<uint64_t>(io.n, want);
+    if (payload) {
+      FrameHeader header = in_;
+      done_ += payload;
+      bool whole = done_ == in_.payload_bytes;
+      if (whole) head_ = done_ = 0;
+      peer_.sink().on_data(peer_, header, payload);
+      if (peer_.dead()) return;
+      if (!whole) continue;
+    }
+    head_ += io.n - payload;
+    if (head_ < sizeof next_) continue;
+    in_ = next_;
+    if (const char* wrong = peer_.check_data(in_)) throw ProtocolViolation(wrong);
+    if (in_.payload_bytes == 0) head_ = 0;
+  }
+  wait_for_more();
+}
+
+// A wake-up per segment costs more than copying it: sleep until a turn's worth has come, or the rest of the
+// frame.
+void BulkLane::wait_for_more() {
+  if (!stream_->plain()) return;
+  uint64_t left = head_ == sizeof in_ ? in_.payload_bytes - done_ : 1;
+  int low_water = static_cast<int>(std::min<uint64_t>(left, kReadTurn));
+  if (low_water == low_water_) return;
+  low_water_ = low_water;
+  ::setsockopt(stream_->fd(), SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water);
+}
+
+std::byte* BulkLane::scrap() {
+  if (!scrap_) scrap_ = std::make_unique_for_overwrite<std::byte[]>(kReadTurn);
+  return scrap_.get();
+}
+
+}  // namespace aiocomm::tcp

@@ -1,0 +1,88 @@
+// The tcp link: any host, host memory, over sockets that the control plane has connected and authenticated.
+
+#include "core/link.hpp"
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <fstream>
+
+#include "links/tcp/peer.hpp"
+
+namespace aiocomm::tcp {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "frames travel in little-endian order");
+
+constexpr int kBulkBuffer = 4 << 20;
+
+void set(int fd, int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); }
+
+// A fixed buffer ends the kernel's own tuning, so it is set only where it can be as large as wanted.
+bool allowed(const char* limit) {
+  std::ifstream file(limit);
+  long bytes = 0;
+  return file >> bytes && bytes >= kBulkBuffer;
+}
+
+class TcpLink final : public Link {
+ public:
+  explicit TcpLink(Host& host)
+      : host_(host), streams_(std::clamp(static_cast<int>(host.setting("tcp_streams", 2)), 1, 16)) {}
+
+  std::string_view name() const override { return "tcp"; }
+  StreamNeed streams() const override { return {"tcp", 2 + streams_}; }
+
+  std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
+                                   std::string_view, bool) override {
+    std::vector<UniqueFd> owned;
+    for (int fd : fds) owned.emplace_back(fd);
+    if (owned.size() < 3 || owned.size() > 18)
+      throw LinkFailure(
+          "tcp needs an express, an engine and 1 to 16 bulk connections, got " + std::to_string(owned.size()),
+          EINVAL);
+    std::vector<std::unique_ptr<Stream>> streams;
+    for (size_t i = 0; i < owned.size(); ++i) {
+      prepare(owned[i].get(), i);
+      streams.push_back(make_plain_stream(std::move(owned[i])));
+    }
+    auto peer = std::make_shared<TcpPeer>(host_, rank, generation, std::move(streams));
+    peer->start();
+    return peer;
+  }
+
+ private:
+  void prepare(int fd, size_t lane) {
+    int type = 0;
+    socklen_t size = sizeof type;
+    if (::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0 || type != SOCK_STREAM)
+      throw LinkFailure("not a connected stream socket", ENOTSOCK);
+    ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK);
+    set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    if (lane >= 2) {
+      if (allowed("/proc/sys/net/core/wmem_max")) set(fd, SOL_SOCKET, SO_SNDBUF, kBulkBuffer);
+      if (allowed("/proc/sys/net/core/rmem_max")) set(fd, SOL_SOCKET, SO_RCVBUF, kBulkBuffer);
+    }
+    double heartbeat_s = host_.setting("heartbeat_s", 1.0);
+    if (lane != 1) return;
+    // Only the engine's lane is read whatever happens: on another, a busy reader would look like a dead one.
+    if (heartbeat_s > 0)
+      set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::max(3000.0, 3e3 * heartbeat_s)));
+    else
+      set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+  }
+
+  Host& host_;
+  const int streams_;
+};
+
+const LinkRegistration registration{
+    "tcp", 20, [](Host& host) -> std::unique_ptr<Link> { return std::make_unique<TcpLink>(host); }};
+
+}  // namespace
+}  // namespace aiocomm::tcp

@@ -1,0 +1,170 @@
+#include "links/tcp/peer.hpp"
+
+#include <cerrno>
+#include <cstdio>
+
+namespace aiocomm::tcp {
+
+namespace {
+constexpr uint32_t kMaxPayload = 1 << 20, kMaxData = 1 << 30;
+constexpr uint64_t kLinger = 1000000000;  // ns
+}  // namespace
+
+TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams)
+    : host_(host),
+      heartbeat_ns_(static_cast<uint64_t>(host.setting("heartbeat_s", 1.0) * 1e9)),
+      heard_ns_(host.now()),
+      said_ns_(heard_ns_),
+      ticked_ns_(heard_ns_),
+      express_(*this, std::move(streams[0]), true),
+      engine_(*this, std::move(streams[1]), false) {
+  this->rank = rank;
+  this->generation = generation;
+  bool splice = host.setting("tcp_splice", 1.0) != 0;
+  for (size_t i = 2; i < streams.size(); ++i)
+    bulk_.push_back(std::make_unique<BulkLane>(*this, std::move(streams[i]), splice));
+}
+
+void TcpPeer::start() {
+  express_.start();
+  engine_.start();
+  for (auto& lane : bulk_) lane->start();
+}
+
+// ---------------------------------------------------------------- out
+
+Post TcpPeer::post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
+  if (dead_ || ending_) return Post::lost;
+  if (!express_.idle()) {
+    express_blocked_ = true;
+    return Post::again;
+  }
+  if (!express_.send(header, meta, payload)) return Post::lost;
+  if (wake == Wake::engine) poke();
+  return Post::ok;
+}
+
+Post TcpPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+  if (dead_ || ending_) return Post::lost;
+  BulkLane* best = nullptr;
+  for (auto& lane : bulk_)
+    if (!lane->full() && (!best || lane->queued() < best->queued())) best = lane.get();
+  if (!best) {
+    bulk_blocked_ = true;
+    return Post::again;
+  }
+  return best->post(header, payload);
+}
+
+void TcpPeer::poke() {
+  poke_owed_ = !engine_.idle();  // one poke tells of everything before it
+  if (poke_owed_) return;
+  FrameHeader header{};
+  header.kind = FrameKind::link_private;
+  header.address = express_.sent();
+  if (engine_.send(header, nullptr, nullptr)) said();
+}
+
+void TcpPeer::drained(FrameLane& lane) {
+  if (&lane == &engine_) {
+    if (poke_owed_) poke();
+  } else if (express_blocked_) {
+    express_blocked_ = false;
+    sink().on_writable(*this);
+  }
+}
+
+void TcpPeer::bulk_room() {
+  if (!bulk_blocked_) return;
+  bulk_blocked_ = false;
+  sink().on_writable(*this);
+}
+
+// ---------------------------------------------------------------- in
+
+const char* TcpPeer::check(const FrameLane& lane, const FrameHeader& header) const {
+  bool ours = header.kind == FrameKind::link_private || header.kind == FrameKind::heartbeat;
+  if (header.kind < FrameKind::eager || header.kind > FrameKind::link_private) return "unknown frame kind";
+  if (header.kind == FrameKind::data) return "payload off its lane";
+  if (ours != (&lane == &engine_)) return "frame on the wrong lane";
+  if (header.meta_bytes > kMaxMeta) return "metadata too long";
+  if (header.payload_bytes > (ours ? 0 : kMaxPayload)) return "frame too long";
+  return nullptr;
+}
+
+const char* TcpPeer::check_data(const FrameHeader& header) const {
+  if (header.kind != FrameKind::data) return "not a payload on a payload's lane";
+  if (header.meta_bytes != 0) return "metadata with a payload";
+  if (header.payload_bytes > kMaxData) return "payload too long";
+  return nullptr;
+}
+
+void TcpPeer::frame(FrameLane& lane, const FrameHeader& header, const std::byte* meta,
+                    const std::byte* payload) {
+  if (&lane == &express_) return sink().on_frame(*this, header, meta, payload);
+  if (header.kind == FrameKind::link_private) express_.chase(header.address);
+}
+
+// ---------------------------------------------------------------- signs of life
+
+void TcpPeer::tick(uint64_t now_ns) {
+  if (dead_) return;
+  if (ending_) {
+    if (now_ns - ending_ns_ >= kLinger) lose(ending_reason_);
+    return;
+  }
+  if (!heartbeat_ns_) return;
+  // Whoever was away himself (suspended, stopped) has not listened: the peer gets its full time again.
+  if (now_ns > ticked_ns_ + 2 * heartbeat_ns_) heard_ns_ = now_ns;
+  ticked_ns_ = now_ns;
+  if (now_ns > heard_ns_ + 3 * heartbeat_ns_) {
+    engine_.read();
+    if (dead_ || ending_) return;
+  }
+  if (now_ns > heard_ns_ + 3 * heartbeat_ns_) {
+    char text[64];
+    std::snprintf(text, sizeof text, "no sign of life for %.3g s",
+                  static_cast<double>(now_ns - heard_ns_) / 1e9);
+    return lose(text);
+  }
+  if (now_ns - said_ns_ >= heartbeat_ns_ / 2 && engine_.idle()) {
+    FrameHeader header{};
+    header.kind = FrameKind::heartbeat;
+    if (engine_.send(header, nullptr, nullptr)) said_ns_ = now_ns;
+  }
+}
+
+// ---------------------------------------------------------------- the end
+
+void TcpPeer::ended(Lane& lane, int error, bool reading) {
+  if (dead_) return;
+  std::string reason = lane.reason(error);
+  if (&lane == &express_ && (reading || !lane.open())) return lose(ending_ ? ending_reason_ : reason);
+  bool closed = error == kEndOfStream || error == ECONNRESET || error == EPIPE;
+  if (&lane != &express_) lane.stop();
+  if (!ending_) {
+    ending_ = true;
+    ending_ns_ = host_.now();
+    ending_reason_ = reason;
+  }
+  express_.chase_end();
+  if (!closed && !dead_) lose(reason);
+}
+
+void TcpPeer::lose(const std::string& reason) {
+  if (dead_) return;
+  shut();
+  sink().on_lost(*this, reason);
+}
+
+void TcpPeer::shut() {
+  if (dead_) return;
+  dead_ = true;
+  express_.close(false);
+  engine_.close(false);
+  // Spliced pages may wait unread at the peer while their owner uses them again: a reset keeps it from
+  // reading them.
+  for (auto& lane : bulk_) lane->close(lane->spliced());
+}
+
+}  // namespace aiocomm::tcp

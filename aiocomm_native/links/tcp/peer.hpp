@@ -1,0 +1,67 @@
+// One pair over TCP: an express lane for frames in order, an engine lane that wakes the other side's engine,
+// and bulk lanes for payloads.
+//
+// Rules
+//  * Every frame but `data` goes over the express lane, which the receiver's event loop watches: a small
+//  message wakes
+//    one thread. For `Wake::engine` a poke follows on the engine lane; it carries the express lane's
+//    position, and the receiver's engine reads the express lane up to there, so that a busy event loop holds
+//    nothing up.
+//  * A lane that ends says only that the peer is gone. What it had said before is on the express lane, so
+//  that one is
+//    read to its end first; after kLinger without an end the pair is lost all the same.
+//  * Heartbeats travel on the engine lane, which is read whatever the peer's event loop does.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/link.hpp"
+#include "links/tcp/bulk_lane.hpp"
+#include "links/tcp/frame_lane.hpp"
+
+namespace aiocomm::tcp {
+
+class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPeer> {
+ public:
+  // The first stream is the express lane, the second the engine's, the others carry payloads.
+  TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams);
+  ~TcpPeer() override { close(); }
+  void start();
+
+  Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
+  Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
+  void tick(uint64_t now_ns) override;
+  void close() override { shut(); }
+
+  // For the lanes.
+  Host& host() { return host_; }
+  FrameSink& sink() { return host_.sink(); }
+  bool dead() const { return dead_; }
+  void heard() { heard_ns_ = host_.now(); }
+  void said() { said_ns_ = host_.now(); }
+  const char* check(const FrameLane& lane,
+                    const FrameHeader& header) const;  // what is wrong with it, or nullptr
+  const char* check_data(const FrameHeader& header) const;
+  void frame(FrameLane& lane, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
+  void drained(FrameLane& lane);
+  void bulk_room();
+  void ended(Lane& lane, int error, bool reading);
+  void lose(const std::string& reason);
+
+ private:
+  void shut();
+  void poke();
+
+  Host& host_;
+  const uint64_t heartbeat_ns_;
+  bool dead_ = false, ending_ = false;
+  bool express_blocked_ = false, bulk_blocked_ = false, poke_owed_ = false;
+  uint64_t heard_ns_, said_ns_, ticked_ns_, ending_ns_ = 0;
+  std::string ending_reason_;
+  FrameLane express_, engine_;
+  std::vector<std::unique_ptr<BulkLane>> bulk_;
+};
+
+}  // namespace aiocomm::tcp
