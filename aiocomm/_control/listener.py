@@ -30,7 +30,7 @@ __all__ = ["Listener", "bind", "private_unix_address"]
 
 _log: Final = logging.getLogger("aiocomm.control")
 _BACKLOG: Final = 256
-_BATCH: Final = 64
+_BATCH: Final = 16
 _RETRY_S: Final = 0.05
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 

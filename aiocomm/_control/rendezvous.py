@@ -112,6 +112,7 @@ class Rendezvous:
         self._host_rank = host_rank
         self._seats: dict[int, _Seat] = {}
         self._listener: Listener | None = None
+        self._distant = asyncio.Event()  # a member on another host is, or was lately, here
         self._beating: asyncio.Task[None] | None = None
         self._closing = False
         self._socket_file: str | None = None
@@ -171,11 +172,15 @@ class Rendezvous:
                 os.unlink(self._socket_file)
 
     async def _beat(self) -> None:
+        # On one host the kernel tells of deaths: a world without members elsewhere never wakes for this.
         while True:
+            await self._distant.wait()
             await asyncio.sleep(self._settings.heartbeat_s)
-            for seat in list(self._seats.values()):
-                if not seat.stream.is_unix:
-                    seat.post(wire.Heartbeat())
+            distant = [seat for seat in self._seats.values() if not seat.stream.is_unix]
+            for seat in distant:
+                seat.post(wire.Heartbeat())
+            if not distant:
+                self._distant.clear()
 
     async def _serve(self, stream: Stream) -> None:
         async with asyncio.timeout(self._settings.handshake_timeout_s):
@@ -193,6 +198,8 @@ class Rendezvous:
             return
         stream.watch_silence(self._settings.heartbeat_s)
         seat = _Seat(card, stream)
+        if not stream.is_unix:
+            self._distant.set()
         writing = asyncio.create_task(seat.write(), name="aiocomm member")
         reason = "the rendezvous closed"
         try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConnectionClosedError", "Stream", "connect"]
 
+_BACKLOG_PAUSE_S: Final = 0.01
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
@@ -196,13 +197,24 @@ async def connect(address: TcpAddress | UnixAddress) -> Stream:
     raise failure or OSError(f"{address} has no address")
 
 
+async def _connect_unix(sock: socket.socket, sockaddr: object) -> None:
+    """Connect at once, or wait for room in a full backlog, which nothing but another try can tell of."""
+    while True:
+        try:
+            return sock.connect(sockaddr)  # type: ignore[arg-type]
+        except BlockingIOError:
+            await asyncio.sleep(_BACKLOG_PAUSE_S)
+
+
 async def _connect(family: int, sockaddr: object) -> Stream:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setblocking(False)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, sockaddr)  # type: ignore[arg-type]
+            await asyncio.get_running_loop().sock_connect(sock, sockaddr)  # type: ignore[arg-type]
+        else:
+            await _connect_unix(sock, sockaddr)
     except BaseException:
         sock.close()
         raise
