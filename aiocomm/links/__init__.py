@@ -1,20 +1,27 @@
-"""Discovery: what this machine can do per link. One module per link, each with `discover() -> Report`.
+"""Discovery: what this machine can do per link.
+
+One module per link, each with `discover() -> Report` and its `CAPABILITIES`.
 
 A new link is a new module here; nothing else is edited.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Check", "Report", "State", "discover", "names"]
+__all__ = ["CAPABILITY_ROWS", "Capabilities", "Check", "Report", "State", "capabilities", "discover", "names"]
+
+CAPABILITY_ROWS: Final = tuple(item.metadata["title"] for item in dataclasses.fields(Capabilities))
+"""Titles of what `Capabilities.rows` tells, in order."""
 
 
 def names() -> tuple[str, ...]:
@@ -32,3 +39,15 @@ def discover(link: str) -> Report:
         raise ValueError(f"no link called {link!r}: there are {', '.join(names())}")
     look: Callable[[], Report] = importlib.import_module(f"{__name__}.{link}").discover
     return look()
+
+
+def capabilities(link: str) -> Capabilities:
+    """What a link can do where it works.
+
+    Raises:
+        ValueError: there is no such link.
+    """
+    if link not in names():
+        raise ValueError(f"no link called {link!r}: there are {', '.join(names())}")
+    found: Capabilities = importlib.import_module(f"{__name__}.{link}").CAPABILITIES
+    return found

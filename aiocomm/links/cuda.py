@@ -5,9 +5,15 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State, is_built, package_version, read_text
 
-__all__ = ["discover"]
+__all__ = ["CAPABILITIES", "discover"]
+
+CAPABILITIES = Capabilities(
+    reach="GPUs of one host",
+    memory="GPU",
+)
 
 _NVIDIA, _DISPLAY = "0x10de", ("0x0300", "0x0302")  # PCI vendor; classes VGA and 3D controller
 _NAME_BYTES = 100

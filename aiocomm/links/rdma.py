@@ -7,9 +7,15 @@ import os
 import resource
 from pathlib import Path
 
+from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State, is_built, package_version, read_text
 
-__all__ = ["discover"]
+__all__ = ["CAPABILITIES", "discover"]
+
+CAPABILITIES = Capabilities(
+    reach="hosts on InfiniBand or RoCE",
+    memory="host, GPU",
+)
 
 _DEVICES, _NODES = Path("/sys/class/infiniband"), Path("/dev/infiniband")
 

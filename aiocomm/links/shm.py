@@ -15,9 +15,19 @@ import socket
 import subprocess
 import sys
 
+from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State, is_built, read_text
 
-__all__ = ["discover"]
+__all__ = ["CAPABILITIES", "discover"]
+
+CAPABILITIES = Capabilities(
+    reach="processes of one host",
+    memory="host",
+    paths="eager, mapped, cma, stream",
+    wake="one eventfd write, only if the peer sleeps",
+    loss="hang-up of the pair's Unix socket, or its pidfd",
+    encryption="not needed: nothing leaves the host",
+)
 
 _TIMEOUT_S = 10.0
 _HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"

@@ -10,9 +10,19 @@ import ipaddress
 import socket
 import struct
 
+from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State, is_built, read_text
 
-__all__ = ["discover"]
+__all__ = ["CAPABILITIES", "discover"]
+
+CAPABILITIES = Capabilities(
+    reach="any two hosts",
+    memory="host",
+    paths="eager, stream",
+    wake="the socket",
+    loss="the connection's end, or three missing heartbeats",
+    encryption="TLS, by certificates of both ends",
+)
 
 _SIOCGIFADDR = 0x8915
 _TIMEOUT_S = 5.0
