@@ -203,8 +203,8 @@ void payloads_land_in_place(Settings numbers, Texts texts, size_t chunk) {
 }
 
 // Engine and loop threads on both sides at once, under the token.
-void two_threads_per_side() {
-  Pair p;
+void two_threads_per_side(Texts texts) {
+  Pair p({}, texts);
   constexpr int kCount = 3000;
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
@@ -243,9 +243,12 @@ void two_threads_per_side() {
   CHECK(from == into);
 }
 
-void what_was_said_before_the_end_arrives() {
+void what_was_said_before_the_end_arrives(Texts texts) {
   for (bool reply : {false, true}) {
-    Pair p;
+    Pair p({}, texts);
+    CHECK(p.until([&] { return post(*p.a, FrameKind::credit, 0) == Post::ok; }));
+    CHECK(p.until([&] { return post(*p.b, FrameKind::credit, 0) == Post::ok; }));  // stays unread
+    CHECK(p.until([&] { return p.hb.frames.size() == 1; }));
     for (int i = 0; i < 100; ++i)
       CHECK(post(*p.a, FrameKind::eager, i, {}, std::string(20000, 'z')) == Post::ok);
     p.a->close();
@@ -256,7 +259,7 @@ void what_was_said_before_the_end_arrives() {
       };
     }
     CHECK(p.until([&] { return !p.hb.lost.empty(); }));
-    CHECK(p.hb.frames.size() == 100);
+    CHECK(p.hb.frames.size() == 101);
     CHECK(p.ha.lost.empty());
   }
 }
@@ -381,6 +384,60 @@ void bad_attachments() {
   close(b);
 }
 
+// Certificates of two authorities in the working folder; none where there is no openssl command.
+Texts make_certificates() {
+  const char* commands =
+      "set -e; n='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2'; "
+      "for ca in ca other; do "
+      "openssl req -x509 $n -subj /CN=$ca -keyout $ca.key -out $ca.pem; "
+      "openssl req $n -subj /CN=peer -keyout $ca.peer.key -out $ca.csr; "
+      "openssl x509 -req -in $ca.csr -CA $ca.pem -CAkey $ca.key -CAcreateserial -days 2 -out $ca.peer.pem; "
+      "done";
+  if (std::system(("exec 2>/dev/null >/dev/null; " + std::string(commands)).c_str()) != 0) return {};
+  return {{"tls_cert", "ca.peer.pem"}, {"tls_key", "ca.peer.key"}, {"tls_ca", "ca.pem"}};
+}
+
+void tls_refuses(const Texts& texts) {
+  auto reason = [&](const char* name, const char* file) {
+    FakeHost host;
+    host.texts = texts;
+    host.texts[name] = file;
+    auto link = make_link("tcp", host);
+    Sockets sockets(3);
+    for (int fd : sockets.b) close(fd);
+    try {
+      link->attach(1, 1, sockets.a, {}, true);
+    } catch (const LinkFailure& failure) {
+      return std::string(failure.what());
+    }
+    return std::string();
+  };
+  CHECK(reason("tls_cert", "missing.pem").find("tls_cert: no certificate can be read from 'missing.pem'") ==
+        0);
+  CHECK(reason("tls_key", "missing.key").find("tls_key: ") == 0);
+  CHECK(reason("tls_key", "other.peer.key").find("tls_key: ") == 0);
+  CHECK(reason("tls_ca", "ca.key").find("tls_ca: ") == 0);
+  CHECK(reason("tls_ca", "").find("TLS needs") == 0);
+
+  auto lost = [&](Texts a, Texts b) {
+    FakeHost ha, hb;
+    ha.texts = a;
+    hb.texts = b;
+    auto la = make_link("tcp", ha), lb = make_link("tcp", hb);
+    Sockets sockets(3);
+    auto pa = la->attach(1, 1, sockets.a, {}, true), pb = lb->attach(0, 1, sockets.b, {}, false);
+    post(*pa, FrameKind::eager, 1, {}, "secret");
+    post(*pb, FrameKind::eager, 1, {}, "secret");
+    CHECK(until({&ha, &hb}, [&] { return !ha.lost.empty() && !hb.lost.empty(); }));
+    CHECK(ha.frames.empty() && hb.frames.empty());
+    return ha.lost + " / " + hb.lost;
+  };
+  Texts stranger{{"tls_cert", "other.peer.pem"}, {"tls_key", "other.peer.key"}, {"tls_ca", "ca.pem"}};
+  CHECK(lost(texts, stranger).find("certificate") != std::string::npos);
+  CHECK(lost(stranger, texts).find("certificate") != std::string::npos);
+  CHECK(lost({}, texts).find("TLS failed") != std::string::npos);
+}
+
 #define RUN(call)               \
   do {                          \
     std::printf("%s\n", #call); \
@@ -399,13 +456,24 @@ int main() {
   RUN(payloads_land_in_place({}, {}, 40000));
   RUN(payloads_land_in_place(copy, {}, 1 << 20));
   RUN(payloads_land_in_place(copy, {}, 3 << 20));
-  RUN(two_threads_per_side());
-  RUN(what_was_said_before_the_end_arrives());
+  RUN(two_threads_per_side({}));
+  RUN(what_was_said_before_the_end_arrives({}));
   RUN(one_dead_lane_ends_the_pair());
   RUN(silence_ends_the_pair_and_a_heartbeat_does_not());
   RUN(hostile_bytes());
   RUN(a_violation_that_the_runtime_finds());
   RUN(closing_from_within_a_callback());
   RUN(bad_attachments());
+  Texts tls = make_certificates();
+  if (tls.empty()) {
+    std::printf("no openssl command: TLS is not tested\n");
+  } else {
+    RUN(frames_arrive_in_order({}, tls));
+    RUN(payloads_land_in_place({}, tls, 1 << 20));
+    RUN(payloads_land_in_place({}, tls, 40000));
+    RUN(two_threads_per_side(tls));
+    RUN(what_was_said_before_the_end_arrives(tls));
+    RUN(tls_refuses(tls));
+  }
   std::printf("ok\n");
 }

@@ -1,6 +1,7 @@
 #include "links/tcp/frame_lane.hpp"
 
 #include <sys/epoll.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <cstring>
@@ -53,6 +54,20 @@ void FrameLane::chase(uint64_t position) {
   if (position <= chase_until_) return;
   chase_until_ = position;
   if (chasing()) read();
+}
+
+void FrameLane::part() {
+  if (!open()) return;
+  if (backlog_at_ < backlog_.size()) {
+    int room = static_cast<int>(2 * (backlog_.size() - backlog_at_)) + (1 << 20);
+    ::setsockopt(stream_->fd(), SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    iovec rest{backlog_.data() + backlog_at_, backlog_.size() - backlog_at_};
+    stream_->write(&rest, 1, false);
+  }
+  // Closed with input unread, the kernel would reset the connection and drop what it has not sent yet.
+  std::byte unread[4096];
+  iovec space{unread, sizeof unread};
+  for (int turns = 256; turns > 0 && stream_->read(&space, 1).n > 0;) --turns;
 }
 
 void FrameLane::chase_end() { chase(UINT64_MAX); }

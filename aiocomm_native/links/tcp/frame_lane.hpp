@@ -20,6 +20,8 @@ class FrameLane final : public Lane {
   // The peer wants the engine to have read up to here.
   void chase(uint64_t position);
   void chase_end();
+  // Before the pair is closed from here: hands the kernel what it would not take before, so that the peer still gets it.
+  void part();
 
  private:
   void readable() override;

@@ -13,6 +13,7 @@
 #include <fstream>
 
 #include "links/tcp/peer.hpp"
+#include "links/tcp/tls.hpp"
 
 namespace aiocomm::tcp {
 namespace {
@@ -39,17 +40,19 @@ class TcpLink final : public Link {
   StreamNeed streams() const override { return {"tcp", 2 + streams_}; }
 
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
-                                   std::string_view, bool) override {
+                                   std::string_view, bool initiator) override {
     std::vector<UniqueFd> owned;
     for (int fd : fds) owned.emplace_back(fd);
     if (owned.size() < 3 || owned.size() > 18)
       throw LinkFailure(
           "tcp needs an express, an engine and 1 to 16 bulk connections, got " + std::to_string(owned.size()),
           EINVAL);
+    TlsContext* tls = secure();
     std::vector<std::unique_ptr<Stream>> streams;
     for (size_t i = 0; i < owned.size(); ++i) {
       prepare(owned[i].get(), i);
-      streams.push_back(make_plain_stream(std::move(owned[i])));
+      streams.push_back(tls ? tls->wrap(std::move(owned[i]), initiator)
+                            : make_plain_stream(std::move(owned[i])));
     }
     auto peer = std::make_shared<TcpPeer>(host_, rank, generation, std::move(streams));
     peer->start();
@@ -57,6 +60,15 @@ class TcpLink final : public Link {
   }
 
  private:
+  // Files are read when the first pair needs them: whoever never uses tcp may have none.
+  TlsContext* secure() {
+    TlsFiles files{host_.text_setting("tls_cert"), host_.text_setting("tls_key"),
+                   host_.text_setting("tls_ca")};
+    if (files.certificate.empty() && files.key.empty() && files.authorities.empty()) return nullptr;
+    if (!tls_) tls_ = TlsContext::load(files);
+    return tls_.get();
+  }
+
   void prepare(int fd, size_t lane) {
     int type = 0;
     socklen_t size = sizeof type;
@@ -79,6 +91,7 @@ class TcpLink final : public Link {
 
   Host& host_;
   const int streams_;
+  std::shared_ptr<TlsContext> tls_;
 };
 
 const LinkRegistration registration{

@@ -157,6 +157,11 @@ void TcpPeer::lose(const std::string& reason) {
   sink().on_lost(*this, reason);
 }
 
+void TcpPeer::close() {
+  if (!dead_ && !ending_) express_.part();
+  shut();
+}
+
 void TcpPeer::shut() {
   if (dead_) return;
   dead_ = true;

@@ -27,13 +27,13 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
  public:
   // The first stream is the express lane, the second the engine's, the others carry payloads.
   TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams);
-  ~TcpPeer() override { close(); }
+  ~TcpPeer() override { shut(); }
   void start();
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   void tick(uint64_t now_ns) override;
-  void close() override { shut(); }
+  void close() override;
 
   // For the lanes.
   Host& host() { return host_; }
