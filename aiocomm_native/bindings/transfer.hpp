@@ -4,7 +4,6 @@
 // `gather`, `wait` and `wait_for` take it as it is. All of it runs on the loop's thread with the GIL held.
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <map>
