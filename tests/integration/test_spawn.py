@@ -1,0 +1,231 @@
+"""`aiocomm.spawn`: worlds made in a `with` block, and everything that can go wrong in their workers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import trio
+
+import aiocomm
+from aiocomm.launch import WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+
+def on_uvloop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+LOOPS = {
+    "asyncio": lambda main: asyncio.run(main()),
+    "uvloop": on_uvloop,
+    "trio": trio.run,
+}
+
+
+@pytest.fixture(params=LOOPS)
+def on_loop(request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], None]:
+    """Runs a coroutine function on the loop in question."""
+    return LOOPS[request.param]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uvloop_has_its_own_pipe() -> None:
+    """uvloop opens a pipe for signals once per process, and keeps it."""
+
+    async def main() -> None:
+        pass
+
+    on_uvloop(main)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "aiocomm-control":  # a connect that failed closes in the background
+            thread.join(30.0)
+    gc.collect()  # tracebacks of the expected errors hold communicators
+    left = {thread for thread in threading.enumerate() if not thread.name.startswith(("Trio", "asyncio"))}
+    assert left <= threads
+    assert set(os.listdir("/proc/self/fd")) <= descriptors
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_workers_talk_with_this_process(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any, factor: float) -> None:
+        x = await comm.recv_array(src=0, tag=1)
+        await comm.send(x * factor, dst=0, tag=2)
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 2, 3.0) as comm:
+            assert (comm.rank, comm.size) == (0, 3)
+            for rank in (1, 2):
+                await comm.send(np.arange(4.0), dst=rank, tag=1)
+                assert (await comm.recv_array(src=rank, tag=2)).tolist() == [0.0, 3.0, 6.0, 9.0]
+
+    on_loop(main)
+
+
+def test_a_failed_worker_is_raised_with_its_traceback(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any) -> None:
+        if comm.rank == 2:
+            raise KeyError("what was missing")
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 2):
+            pass
+
+    with pytest.raises(WorkerError, match="rank 2 failed") as caught:
+        on_loop(main)
+    assert "what was missing" in str(caught.value)
+    assert "in worker" in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert (caught.value.rank, caught.value.exit_code) == (2, 1)
+
+
+def test_several_failed_workers_are_a_group() -> None:
+    async def worker(comm: Any) -> None:
+        raise ValueError(comm.rank)
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 3):
+            pass
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(main())
+    assert sorted(error.__cause__.args for error in caught.value.exceptions) == [(1,), (2,), (3,)]  # type: ignore[union-attr]
+
+
+def test_an_exception_that_cannot_travel_is_told_as_text() -> None:
+    async def worker(comm: Any) -> None:
+        class Odd(Exception):
+            def __reduce__(self) -> Any:
+                raise TypeError("not picklable")
+
+        raise Odd("odd thing")
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1):
+            pass
+
+    with pytest.raises(WorkerError, match="odd thing") as caught:
+        asyncio.run(main())
+    assert caught.value.__cause__ is None
+
+
+def test_an_error_here_ends_the_workers(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any) -> None:
+        signal.pause()  # does not even run its loop
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 2):
+            raise LookupError("here")
+
+    with pytest.raises(LookupError, match="here"):
+        on_loop(main)
+
+
+def test_workers_that_ignore_the_request_are_killed() -> None:
+    async def worker(comm: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        await comm.send(np.zeros(1), dst=0)
+        while True:
+            signal.pause()
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1, grace_s=0.2) as comm:
+            await comm.recv(np.zeros(1), src=1)
+            raise LookupError("here")
+
+    with pytest.raises(LookupError):
+        asyncio.run(main())
+
+
+def test_a_worker_that_dies_explains_the_loss(on_loop: Callable[[Any], None]) -> None:
+    """Waiting for a worker that fails ends in that worker's error, not just in the loss of a peer."""
+
+    async def worker(comm: Any) -> None:
+        raise ArithmeticError("the reason")
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1) as comm:
+            await comm.recv(np.zeros(1), src=1)
+
+    with pytest.raises(WorkerError, match="the reason"):
+        on_loop(main)
+
+
+def test_a_killed_worker_is_reported_with_its_signal() -> None:
+    async def worker(comm: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1):
+            pass
+
+    with pytest.raises(WorkerError, match="ended by signal 9") as caught:
+        asyncio.run(main())
+    assert caught.value.exit_code == -9
+
+
+class DiesOnArrival:
+    """Ends the process that unpickles it, before that has joined the world."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_a_worker_that_never_joins_does_not_hold_up_the_rest(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any, _: Any) -> None:
+        pass
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 2, DiesOnArrival()):
+            raise AssertionError("unreachable")
+
+    with pytest.raises((WorkerError, ExceptionGroup)) as caught:
+        on_loop(main)
+    errors = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else [caught.value]
+    assert {error.exit_code for error in errors if isinstance(error, WorkerError)} == {3}
+
+
+def test_cancelling_ends_the_workers() -> None:
+    async def worker(comm: Any) -> None:
+        signal.pause()
+
+    async def main() -> None:
+        entered = asyncio.Event()
+
+        async def body() -> None:
+            async with aiocomm.spawn(worker, 2):
+                entered.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(body())
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+def test_mistakes() -> None:
+    with pytest.raises(aiocomm.UsageError, match="cannot spawn 0 workers"):
+        aiocomm.spawn(lambda comm: None, 0)
+    with pytest.raises(aiocomm.UsageError, match="must be a coroutine function"):
+        aiocomm.spawn(3, 1)  # type: ignore[arg-type]
