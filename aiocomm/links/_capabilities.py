@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 __all__ = ["Capabilities"]
 
 
-def _row(title: str, default: str = "–") -> str:
+def _row(title: str, default: str = "-") -> str:
     value: str = field(default=default, metadata={"title": title})
     return value
 

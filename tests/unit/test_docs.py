@@ -1,0 +1,64 @@
+"""The documentation knows every public name, error, page and example; its fragments of code are code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import aiocomm
+from aiocomm import errors, links
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "docs" / "pages"
+TEXTS = [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))]
+PYTHON = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(page.read_text() for page in (PAGES / "reference").glob("*.md"))
+    documented = set(re.findall(r"^::: aiocomm\.(\w+)$", text, re.MULTILINE))
+    assert set(aiocomm.__all__) == documented
+
+
+def test_every_error_says_what_must_be_rebuilt() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|(?: [^|]+ \|){3}$", (PAGES / "reference/errors.md").read_text(), re.MULTILINE
+    )
+    branches = {"AiocommError", "PeerError", "UsageTypeError"}  # never raised themselves, or as their base
+    assert set(rows) == set(errors.__all__) - branches | {"WorkerError"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = set(re.findall(r": (\S+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(), re.MULTILINE))
+    assert nav == {str(page.relative_to(PAGES)) for page in PAGES.rglob("*.md")}
+
+
+def test_every_link_declares_what_it_can_do() -> None:
+    for name in links.names():
+        assert tuple(title for title, _ in links.capabilities(name).rows()) == links.CAPABILITY_ROWS
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_code_compiles(path: Path) -> None:
+    for indent, block in PYTHON.findall(path.read_text()):
+        code = re.sub(f"^{indent}", "", block, flags=re.MULTILINE)
+        if not code.startswith("--8<--"):
+            compile(code, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_included_files_exist(path: Path) -> None:
+    for name in re.findall(r'^--8<-- "([^":]+)', path.read_text(), re.MULTILINE):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_readme_shows_a_tested_example() -> None:
+    shown = PYTHON.findall((ROOT / "README.md").read_text())[0][1]
+    assert shown == (ROOT / "examples" / "send_recv.py").read_text()
+
+
+def test_the_readme_has_a_block_of_results() -> None:
+    assert re.search(r"<!-- results -->\n.+<!-- /results -->", (ROOT / "README.md").read_text(), re.DOTALL)
