@@ -169,7 +169,8 @@ class Spawn:
             if links is not None:
                 variables["AIOCOMM_LINKS"] = ",".join([links] if isinstance(links, str) else links)
             process = subprocess.Popen(
-                [sys.executable, "-m", "aiocomm._worker"],
+                # -P: what lies in the working folder is not the worker's to import before it knows our path.
+                [sys.executable, "-P", "-m", "aiocomm._worker"],
                 env=child_environment(variables),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(payload, outcome),

@@ -51,6 +51,7 @@ class Pair:
         self._folder = Path(tempfile.mkdtemp(prefix="aiocomm-bench-"))
         child = [
             sys.executable,
+            "-P",  # a checkout's own package, if that is the working folder, has no extension module
             "-m",
             f"{__package__}.child",
             program,
