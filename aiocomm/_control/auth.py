@@ -14,6 +14,10 @@ fixed size.
 
 Mode `UID` is for groups without a token. Its proofs prove nothing: the caller of this module must have
 compared the credentials that the kernel gives for a Unix socket. A side has one mode and refuses the other.
+
+What follows on the connection carries tags under keys of this very handshake (`Seal`), numbered by frame and
+apart for the two directions, so that frames cannot be forged, replayed, dropped or reordered by someone on
+the way. They can be read: for that there is TLS.
 """
 
 from __future__ import annotations
@@ -26,7 +30,18 @@ from typing import Final
 
 from aiocomm.errors import AuthenticationError, UsageError
 
-__all__ = ["HELLO_SIZE", "PROOF_SIZE", "VERDICT_SIZE", "Called", "Caller", "Mode", "Purpose", "derive_key"]
+__all__ = [
+    "HELLO_SIZE",
+    "PROOF_SIZE",
+    "TAG_SIZE",
+    "VERDICT_SIZE",
+    "Called",
+    "Caller",
+    "Mode",
+    "Purpose",
+    "Seal",
+    "derive_key",
+]
 
 _MAGIC: Final = b"AIOC"
 _VERSION: Final = 1
@@ -40,6 +55,9 @@ PROOF_SIZE: Final = 32
 """Bytes of the caller's proof."""
 VERDICT_SIZE: Final = 1 + PROOF_SIZE
 """Bytes of the called side's verdict and proof."""
+
+TAG_SIZE: Final = 16
+"""Bytes of the tag behind a frame."""
 
 
 class Mode(enum.IntEnum):
@@ -59,6 +77,29 @@ class Purpose(enum.IntEnum):
 def derive_key(secret: bytes, label: str) -> bytes:
     """A key for one use, from the group's secret."""
     return hmac.digest(secret, b"aiocomm key\0" + label.encode(), hashlib.sha256)
+
+
+class Seal:
+    """Tags for the frames of one direction, in order."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._count = 0
+
+    def tag(self, frame: bytes) -> bytes:
+        """The tag of the next frame."""
+        number = self._count.to_bytes(8, "big")
+        self._count += 1
+        return hmac.digest(self._key, number + frame, hashlib.sha256)[:TAG_SIZE]
+
+    def check(self, frame: bytes, tag: bytes) -> None:
+        """Take the next frame.
+
+        Raises:
+            AuthenticationError: the tag is not that frame's.
+        """
+        if not hmac.compare_digest(self.tag(frame), tag):
+            raise AuthenticationError("a control frame was changed on its way, or is not the other end's")
 
 
 class _Side:
@@ -95,6 +136,10 @@ class _Side:
         context = b"aiocomm proof\0" + role + bytes((0, _VERSION, self._mode, self._purpose))
         return hmac.digest(self._key, context + caller_nonce + called_nonce, hashlib.sha256)
 
+    def _seal(self, role: bytes, caller_nonce: bytes, called_nonce: bytes) -> Seal:
+        context = b"aiocomm session\0" + role + bytes((0, _VERSION, self._mode, self._purpose))
+        return Seal(hmac.digest(self._key, context + caller_nonce + called_nonce, hashlib.sha256))
+
 
 class Caller(_Side):
     """The side that made the connection."""
@@ -126,6 +171,11 @@ class Caller(_Side):
         if len(verdict) != VERDICT_SIZE or not hmac.compare_digest(verdict[1:], expected):
             raise AuthenticationError("the other end does not know this group's token")
 
+    def seals(self) -> tuple[Seal, Seal]:
+        """For what this side sends, and for what it receives; after `finish`."""
+        nonces = (self._nonce, self._other)
+        return self._seal(b"caller", *nonces), self._seal(b"called", *nonces)
+
 
 class Called(_Side):
     """The side that accepted the connection."""
@@ -148,3 +198,8 @@ class Called(_Side):
         if not hmac.compare_digest(proof, expected):
             return False, _REFUSED + bytes(PROOF_SIZE)
         return True, _OK + self._proof(b"called", self._other, self._nonce)
+
+    def seals(self) -> tuple[Seal, Seal]:
+        """For what this side sends, and for what it receives; after a good `verdict`."""
+        nonces = (self._other, self._nonce)
+        return self._seal(b"called", *nonces), self._seal(b"caller", *nonces)

@@ -8,17 +8,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from aiocomm._control import wire
-from aiocomm._control.wire import ProtocolError
+from aiocomm._control import messages, wire
+from aiocomm._control.wire import MAX_ITEMS, ProtocolError
 from aiocomm.errors import AiocommError, LinkError
 
 if TYPE_CHECKING:
     from aiocomm._control.engine import Engine
     from aiocomm._control.stream import Stream
 
-__all__ = ["Dial", "YieldedError", "answer_links", "call_links", "common_links"]
+__all__ = ["Arrivals", "Dial", "YieldedError", "answer_links", "call_links", "common_links"]
 
-Dial: TypeAlias = Callable[[wire.PeerCard, str | None], Awaitable["Stream"]]
+Dial: TypeAlias = Callable[[messages.PeerCard, str | None], Awaitable["Stream"]]
 """Opens an authenticated pair connection to a peer by "unix", by "tcp", or (None) by whichever is best."""
 Fallback: TypeAlias = Callable[[str, int, str, str], None]
 
@@ -27,7 +27,39 @@ class YieldedError(Exception):
     """The peer has a call to us under way, and its rank is lower."""
 
 
-def common_links(me: wire.PeerCard, peer: wire.PeerCard, engine: Engine) -> list[str]:
+class Arrivals:
+    """Streams that have come for a call which is being answered."""
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[str, int], Stream] = {}
+        self._changed = asyncio.Event()
+
+    def put(self, stream: Stream, link: str, index: int) -> None:
+        """Take a stream over.
+
+        Raises:
+            ProtocolError: there is one already, or there are too many.
+        """
+        if (link, index) in self._streams or len(self._streams) >= MAX_ITEMS:
+            raise ProtocolError("a stream that no call needs")
+        self._streams[link, index] = stream.take_over()
+        self._changed.set()
+
+    async def collect(self, link: str, count: int) -> list[Stream]:
+        """The streams of a link, once all have come; they are the caller's to close."""
+        wanted = [(link, index) for index in range(count)]
+        while not all(key in self._streams for key in wanted):
+            self._changed.clear()
+            await self._changed.wait()
+        return [self._streams.pop(key) for key in wanted]
+
+    def close(self) -> None:
+        """Close what nobody has collected."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+def common_links(me: messages.PeerCard, peer: messages.PeerCard, engine: Engine) -> list[str]:
     """Links that can join the two, this side's cheapest first."""
     same_host = me.host_id == peer.host_id
     return [
@@ -40,8 +72,8 @@ def common_links(me: wire.PeerCard, peer: wire.PeerCard, engine: Engine) -> list
 async def call_links(
     stream: Stream,
     attempt: bytes,
-    me: wire.PeerCard,
-    peer: wire.PeerCard,
+    me: messages.PeerCard,
+    peer: messages.PeerCard,
     engine: Engine,
     dial: Dial,
     commit: Callable[[], None],
@@ -73,7 +105,7 @@ async def _call_link(
     stream: Stream,
     attempt: bytes,
     link: str,
-    peer: wire.PeerCard,
+    peer: messages.PeerCard,
     engine: Engine,
     dial: Dial,
     commit: Callable[[], None],
@@ -84,20 +116,20 @@ async def _call_link(
         card = engine.link_card(link)
     except Exception as error:  # whatever it is, this link is out and the next one has its chance
         return str(error)
-    await stream.send(wire.LinkTry(link, count, card))
+    await stream.send(messages.LinkTry(link, count, card))
     streams: list[Stream] = []
     try:
         try:
             for index in range(count):
                 streams.append(await dial(peer, kind))
-                await streams[-1].send(wire.StreamHello(attempt, link, index))
+                await streams[-1].send(messages.StreamHello(attempt, link, index))
         except (OSError, AiocommError) as error:
-            await stream.send(wire.Unattached(link, _brief(error)))
+            await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
         answer = await stream.receive()
-        if isinstance(answer, wire.Unattached) and answer.link == link:
+        if isinstance(answer, messages.Unattached) and answer.link == link:
             return answer.reason
-        if not isinstance(answer, wire.LinkReady) or answer.link != link:
+        if not isinstance(answer, messages.LinkReady) or answer.link != link:
             raise ProtocolError(f"expected {link} to be ready, not {type(answer).__name__}")
         commit()
         try:
@@ -105,16 +137,16 @@ async def _call_link(
                 peer.rank, peer.generation, link, [opened.detach() for opened in streams], answer.card, True
             )
         except Exception as error:
-            await stream.send(wire.Unattached(link, _brief(error)))
+            await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
     finally:
         for opened in streams:
             opened.close()
-    await stream.send(wire.Attached(link))
+    await stream.send(messages.Attached(link))
     answer = await stream.receive()
-    if isinstance(answer, wire.Unattached) and answer.link == link:
+    if isinstance(answer, messages.Unattached) and answer.link == link:
         return answer.reason
-    if not isinstance(answer, wire.Attached) or answer.link != link:
+    if not isinstance(answer, messages.Attached) or answer.link != link:
         raise ProtocolError(f"expected {link} to be attached, not {type(answer).__name__}")
     return None
 
@@ -122,8 +154,8 @@ async def _call_link(
 async def answer_links(
     stream: Stream,
     arrive: Callable[[str, int], Awaitable[list[Stream]]],
-    me: wire.PeerCard,
-    peer: wire.PeerCard,
+    me: messages.PeerCard,
+    peer: messages.PeerCard,
     engine: Engine,
     commit: Callable[[], None],
     on_fallback: Fallback,
@@ -143,7 +175,7 @@ async def answer_links(
             if failed is not None:
                 return None
             raise
-        if not isinstance(request, wire.LinkTry):
+        if not isinstance(request, messages.LinkTry):
             raise ProtocolError(f"expected a link to try, not {type(request).__name__}")
         link = request.link
         if failed is not None:
@@ -157,16 +189,16 @@ async def answer_links(
 async def _answer_link(
     stream: Stream,
     arrive: Callable[[str, int], Awaitable[list[Stream]]],
-    request: wire.LinkTry,
+    request: messages.LinkTry,
     usable: bool,
-    peer: wire.PeerCard,
+    peer: messages.PeerCard,
     engine: Engine,
     commit: Callable[[], None],
 ) -> str | None:
     link = request.link
     if not usable or request.streams != engine.link_streams(link)[1]:
         reason = "the peer does not use it with this process"
-        await stream.send(wire.Unattached(link, reason))
+        await stream.send(messages.Unattached(link, reason))
         return reason
     # The caller may give up while streams are still due, so its word is awaited beside them.
     word = asyncio.ensure_future(stream.receive())
@@ -180,19 +212,19 @@ async def _answer_link(
         try:
             card = engine.link_card(link)
         except Exception as error:  # as above
-            await stream.send(wire.Unattached(link, _brief(error)))
+            await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
         commit()
-        await stream.send(wire.LinkReady(link, card))
+        await stream.send(messages.LinkReady(link, card))
         said = await word
-        if not isinstance(said, wire.Attached) or said.link != link:
+        if not isinstance(said, messages.Attached) or said.link != link:
             return _given_up(said, link)
         try:
             engine.attach(
                 peer.rank, peer.generation, link, [opened.detach() for opened in streams], request.card, False
             )
         except Exception as error:
-            await stream.send(wire.Unattached(link, _brief(error)))
+            await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
     finally:
         for pending in (word, arriving):
@@ -200,12 +232,12 @@ async def _answer_link(
         await asyncio.gather(word, arriving, return_exceptions=True)
         for opened in streams:
             opened.close()
-    await stream.send(wire.Attached(link))
+    await stream.send(messages.Attached(link))
     return None
 
 
-def _given_up(said: wire.Message, link: str) -> str:
-    if isinstance(said, wire.Unattached) and said.link == link:
+def _given_up(said: messages.Message, link: str) -> str:
+    if isinstance(said, messages.Unattached) and said.link == link:
         return said.reason
     raise ProtocolError(f"expected word of {link}, not {type(said).__name__}")
 

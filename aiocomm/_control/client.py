@@ -10,7 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from aiocomm._control import wire
+from aiocomm._control import messages
 from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
 from aiocomm._control.stream import Stream, connect
@@ -35,7 +35,7 @@ _left: Final[deque[str]] = deque(maxlen=16)
 class Follower(Protocol):
     """Who is told what the rendezvous says."""
 
-    def on_joined(self, card: wire.PeerCard) -> None:
+    def on_joined(self, card: messages.PeerCard) -> None:
         """A peer is in the world."""
 
     def on_gone(self, rank: int, generation: int, graceful: bool, reason: str) -> None:
@@ -69,9 +69,9 @@ class Client:
         self._beating: asyncio.Task[None] | None = None
         self._farewell = asyncio.Event()
         self._leaving = False
-        self.welcome: wire.Welcome | None = None
+        self.welcome: messages.Welcome | None = None
 
-    async def join(self, make_card: Callable[[Stream], wire.PeerCard]) -> wire.Welcome:
+    async def join(self, make_card: Callable[[Stream], messages.PeerCard]) -> messages.Welcome:
         """Find the rendezvous and be admitted, trying again while nobody listens.
 
         The caller bounds the time. Cancelling leaves no connection behind.
@@ -111,9 +111,9 @@ class Client:
         assert self._stream is not None
         while True:
             message = await self._stream.receive()
-            if isinstance(message, wire.Ready):
+            if isinstance(message, messages.Ready):
                 break
-            if isinstance(message, wire.Farewell):
+            if isinstance(message, messages.Farewell):
                 raise ConnectionError("the rendezvous closed before all had come")
             self._take(message)
         self._following = asyncio.create_task(self._follow(), name="aiocomm membership")
@@ -131,7 +131,7 @@ class Client:
         if self._following is not None and not self._following.done():
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(_GOODBYE_S):
-                    await self._stream.send(wire.Goodbye())
+                    await self._stream.send(messages.Goodbye())
                     await self._farewell.wait()
         await _cancel(self._following)
         self._stream.close()
@@ -151,10 +151,12 @@ class Client:
             raise
         return stream
 
-    async def _ask(self, stream: Stream, make_card: Callable[[Stream], wire.PeerCard]) -> wire.Welcome | None:
+    async def _ask(
+        self, stream: Stream, make_card: Callable[[Stream], messages.PeerCard]
+    ) -> messages.Welcome | None:
         """Ask to be let in. None if it is worth another try."""
         try:
-            join = wire.Join(self._world.rank, self._world.size, tuple(_left), make_card(stream))
+            join = messages.Join(self._world.rank, self._world.size, tuple(_left), make_card(stream))
             async with asyncio.timeout(self._settings.handshake_timeout_s):
                 await stream.send(join)
                 answer = await stream.receive()
@@ -165,15 +167,15 @@ class Client:
         except BaseException:
             stream.close()
             raise
-        if isinstance(answer, wire.Welcome):
+        if isinstance(answer, messages.Welcome):
             stream.watch_silence(self._settings.heartbeat_s)
             self._stream = stream
             self.welcome = answer
             return answer
         stream.close()
-        if isinstance(answer, wire.Refused) and not answer.retry:
+        if isinstance(answer, messages.Refused) and not answer.retry:
             raise UsageError(answer.reason)
-        self.trouble = answer.reason if isinstance(answer, wire.Refused) else "it broke the protocol"
+        self.trouble = answer.reason if isinstance(answer, messages.Refused) else "it broke the protocol"
         return None
 
     async def _follow(self) -> None:
@@ -182,7 +184,7 @@ class Client:
         try:
             while True:
                 message = await self._stream.receive()
-                if isinstance(message, wire.Farewell):
+                if isinstance(message, messages.Farewell):
                     graceful, reason = True, "the rendezvous closed"
                     break
                 self._take(message)
@@ -201,15 +203,15 @@ class Client:
         with contextlib.suppress(OSError):
             while True:
                 await asyncio.sleep(self._settings.heartbeat_s)
-                await self._stream.send(wire.Heartbeat())
+                await self._stream.send(messages.Heartbeat())
 
-    def _take(self, message: wire.Message) -> None:
+    def _take(self, message: messages.Message) -> None:
         match message:
-            case wire.Joined(card):
+            case messages.Joined(card):
                 self._follower.on_joined(card)
-            case wire.Gone(rank, generation, graceful, reason):
+            case messages.Gone(rank, generation, graceful, reason):
                 self._follower.on_gone(rank, generation, graceful, reason)
-            case wire.Heartbeat() | wire.Ready():
+            case messages.Heartbeat() | messages.Ready():
                 pass
             case _:
                 raise ProtocolError(f"unexpected {type(message).__name__}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiocomm._control.engine import Engine
-    from aiocomm._control.wire import PeerCard
+    from aiocomm._control.messages import PeerCard
     from aiocomm.config import Settings
 
 __all__ = ["Endpoints"]

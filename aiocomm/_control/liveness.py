@@ -11,7 +11,7 @@ from aiocomm._control.host import open_pidfd, pid_namespace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiocomm._control.wire import PeerCard
+    from aiocomm._control.messages import PeerCard
 
 __all__ = ["ProcessWatch"]
 

@@ -20,11 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from aiocomm._control.wire import MAX_ITEMS, PeerCard
+from aiocomm._control.wire import MAX_ITEMS
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from aiocomm._control.messages import PeerCard
 
 __all__ = ["Announcement", "Became", "Came", "JoinRefusedError", "Membership", "Went"]
 

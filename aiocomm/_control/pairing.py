@@ -32,11 +32,11 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from aiocomm._control import wire
-from aiocomm._control.calls import YieldedError, answer_links, call_links
+from aiocomm._control import messages
+from aiocomm._control.calls import Arrivals, YieldedError, answer_links, call_links
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AiocommError
 
@@ -58,20 +58,12 @@ _PAUSE_S: Final = 0.05
 class _Pair:
     """One peer's incarnation, and how far the connection with it is."""
 
-    card: wire.PeerCard
+    card: messages.PeerCard
     connected: asyncio.Future[str]
     wanted: bool = False
     calling: asyncio.Task[None] | None = None
     answering: asyncio.Task[None] | None = None
     committed: bool = False  # an attach has been handed to the engine
-
-
-@dataclass
-class _Attempt:
-    """Streams that arrived for a call that is being answered."""
-
-    streams: dict[tuple[str, int], Stream] = field(default_factory=dict)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Pairing:
@@ -87,7 +79,7 @@ class Pairing:
 
     def __init__(
         self,
-        card: wire.PeerCard,
+        card: messages.PeerCard,
         engine: Engine,
         dial: Dial,
         timeout_s: float,
@@ -100,7 +92,7 @@ class Pairing:
         self._on_fallback = on_fallback
         self._pairs: dict[int, _Pair] = {}
         self._wanted: set[int] = set()  # asked for before the peer was known
-        self._attempts: dict[bytes, _Attempt] = {}
+        self._attempts: dict[bytes, Arrivals] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -109,7 +101,7 @@ class Pairing:
         """This process's rank."""
         return self._card.rank
 
-    def add(self, card: wire.PeerCard) -> None:
+    def add(self, card: messages.PeerCard) -> None:
         """A peer is in the world."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         future.add_done_callback(_retrieve)
@@ -170,9 +162,9 @@ class Pairing:
         async with asyncio.timeout(self._timeout_s) as limit:
             first = await stream.receive()
             match first:
-                case wire.StreamHello(attempt, link, index):
+                case messages.StreamHello(attempt, link, index):
                     self._take_stream(stream, attempt, link, index)
-                case wire.Offer():
+                case messages.Offer():
                     await self._answer(stream, first, limit)
                 case _:
                     raise ProtocolError(f"expected an offer, not {type(first).__name__}")
@@ -227,9 +219,9 @@ class Pairing:
         stream = await self._dial(card, None)
         with contextlib.closing(stream):
             me = self._card
-            await stream.send(wire.Offer(attempt, me.rank, me.generation, card.rank, card.generation))
+            await stream.send(messages.Offer(attempt, me.rank, me.generation, card.rank, card.generation))
             answer = await stream.receive()
-            if not isinstance(answer, wire.OfferAnswer):
+            if not isinstance(answer, messages.OfferAnswer):
                 raise ProtocolError(f"expected an answer to the offer, not {type(answer).__name__}")
             if answer.verdict == "yield":
                 raise YieldedError
@@ -248,33 +240,32 @@ class Pairing:
 
     # Answering
 
-    async def _answer(self, stream: Stream, offer: wire.Offer, limit: asyncio.Timeout) -> None:
+    async def _answer(self, stream: Stream, offer: messages.Offer, limit: asyncio.Timeout) -> None:
         if (offer.to_rank, offer.to_generation) != (self._card.rank, self._card.generation):
-            await stream.send(wire.OfferAnswer("refuse", "this process is not the one that was called"))
+            await stream.send(messages.OfferAnswer("refuse", "this process is not the one that was called"))
             return
         pair = await self._known(offer.rank, offer.generation)
         if pair is None:
-            await stream.send(wire.OfferAnswer("refuse", "this process does not know the caller (any more)"))
+            await stream.send(messages.OfferAnswer("refuse", "this process does not know the caller"))
             return
         if pair.committed or pair.connected.done():
-            await stream.send(wire.OfferAnswer("done", "the pair is connected already"))
+            await stream.send(messages.OfferAnswer("done", "the pair is connected already"))
             return
         if pair.calling is not None:
             if self._card.rank < offer.rank:
-                await stream.send(wire.OfferAnswer("yield", ""))
+                await stream.send(messages.OfferAnswer("yield", ""))
                 return
             pair.calling.cancel()
             pair.calling = None
         if pair.answering is not None:
             pair.answering.cancel()
         pair.answering = asyncio.current_task()
-        attempt = _Attempt()
-        self._attempts[offer.attempt] = attempt
+        arrivals = self._attempts[offer.attempt] = Arrivals()
         try:
-            await stream.send(wire.OfferAnswer("accept", ""))
+            await stream.send(messages.OfferAnswer("accept", ""))
             link = await answer_links(
                 stream,
-                lambda link, count: self._streams(attempt, link, count),
+                arrivals.collect,
                 self._card,
                 pair.card,
                 self._engine,
@@ -289,8 +280,7 @@ class Pairing:
             if pair.answering is asyncio.current_task():
                 pair.answering = None
             del self._attempts[offer.attempt]
-            for waiting in attempt.streams.values():
-                waiting.close()
+            arrivals.close()
             self._call_if_needed(pair)
 
     async def _known(self, rank: int, generation: int) -> _Pair | None:
@@ -308,18 +298,10 @@ class Pairing:
                 return None
 
     def _take_stream(self, stream: Stream, attempt_id: bytes, link: str, index: int) -> None:
-        attempt = self._attempts.get(attempt_id)
-        if attempt is None or (link, index) in attempt.streams or len(attempt.streams) >= wire.MAX_ITEMS:
+        arrivals = self._attempts.get(attempt_id)
+        if arrivals is None:
             raise ProtocolError("a stream that belongs to no call")
-        attempt.streams[link, index] = stream.take_over()
-        attempt.arrived.set()
-
-    async def _streams(self, attempt: _Attempt, link: str, count: int) -> list[Stream]:
-        """The streams of a link, once all have arrived."""
-        while not all((link, index) in attempt.streams for index in range(count)):
-            attempt.arrived.clear()
-            await attempt.arrived.wait()
-        return [attempt.streams.pop((link, index)) for index in range(count)]
+        arrivals.put(stream, link, index)
 
     # Outcomes
 

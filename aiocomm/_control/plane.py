@@ -28,8 +28,9 @@ from aiocomm._control.endpoints import Endpoints
 from aiocomm._control.hosting import Host
 from aiocomm._control.liveness import ProcessWatch
 from aiocomm._control.loopthread import LoopThread
+from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
-from aiocomm._control.wire import PeerCard, ProtocolError
+from aiocomm._control.wire import ProtocolError
 from aiocomm._world import World
 from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, UsageError
 from aiocomm.types import Event, Fallback, LinkDown, Peer, PeerJoined

@@ -14,7 +14,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Final
 
-from aiocomm._control import wire
+from aiocomm._control import messages, wire
 from aiocomm._control.address import UnixAddress
 from aiocomm._control.auth import Purpose
 from aiocomm._control.listener import Listener, bind
@@ -40,7 +40,7 @@ _GENERATION_SPACE: Final = (
 class _Seat:
     """A member's connection."""
 
-    def __init__(self, card: wire.PeerCard, stream: Stream) -> None:
+    def __init__(self, card: messages.PeerCard, stream: Stream) -> None:
         self.card = card
         self.stream = stream
         self._outbox: list[bytes] = []
@@ -54,7 +54,7 @@ class _Seat:
         self.overrun = False
         self._broken = False
 
-    def post(self, message: wire.Message) -> None:
+    def post(self, message: messages.Message) -> None:
         """Queue a message; drop the member if too much waits."""
         if self._broken:
             return
@@ -75,7 +75,7 @@ class _Seat:
                 await self._more.wait()
                 self._more.clear()
                 frames, self._outbox = self._outbox, []
-                await self.stream.send_frames(b"".join(frames))
+                await self.stream.send_frames(frames)
                 self._waiting -= sum(map(len, frames))
                 if not self._outbox:
                     self._empty.set()
@@ -160,7 +160,7 @@ class Rendezvous:
         self._closing = True
         seats = list(self._seats.values())
         for seat in seats:
-            seat.post(wire.Farewell())
+            seat.post(messages.Farewell())
         await asyncio.gather(*(seat.flushed() for seat in seats))
         if self._beating is not None:
             self._beating.cancel()
@@ -178,14 +178,14 @@ class Rendezvous:
             await asyncio.sleep(self._settings.heartbeat_s)
             distant = [seat for seat in self._seats.values() if not seat.stream.is_unix]
             for seat in distant:
-                seat.post(wire.Heartbeat())
+                seat.post(messages.Heartbeat())
             if not distant:
                 self._distant.clear()
 
     async def _serve(self, stream: Stream) -> None:
         async with asyncio.timeout(self._settings.handshake_timeout_s):
             join = await stream.receive()
-        if not isinstance(join, wire.Join):
+        if not isinstance(join, messages.Join):
             raise ProtocolError(f"expected a request to join, not {type(join).__name__}")
         try:
             if self._closing:
@@ -194,7 +194,7 @@ class Rendezvous:
                 raise JoinRefusedError("this process has already left this world", retry=True)
             card, announcements = self.members.admit(join.rank, join.size, join.card)
         except JoinRefusedError as refusal:
-            await stream.send(wire.Refused(str(refusal)[: wire.MAX_TEXT // 4], refusal.retry))
+            await stream.send(messages.Refused(str(refusal)[: wire.MAX_TEXT // 4], refusal.retry))
             return
         stream.watch_silence(self._settings.heartbeat_s)
         seat = _Seat(card, stream)
@@ -220,7 +220,7 @@ class Rendezvous:
             not any(isinstance(announcement, Became) for announcement in announcements) and self.members.ready
         )
         seat.post(
-            wire.Welcome(
+            messages.Welcome(
                 rank=card.rank,
                 size=self.members.size,
                 generation=card.generation,
@@ -231,9 +231,9 @@ class Rendezvous:
         )
         for other in self.members:
             if other.rank != card.rank:
-                seat.post(wire.Joined(other))
+                seat.post(messages.Joined(other))
         if was_ready:
-            seat.post(wire.Ready())
+            seat.post(messages.Ready())
         self._announce([announcement for announcement in announcements if isinstance(announcement, Came)])
         self._seats[card.rank] = seat  # after its own arrival was announced: it knows
         self._announce([announcement for announcement in announcements if isinstance(announcement, Became)])
@@ -245,12 +245,12 @@ class Rendezvous:
             while True:
                 message = await seat.stream.receive()
                 match message:
-                    case wire.Heartbeat():
+                    case messages.Heartbeat():
                         pass
-                    case wire.Goodbye():
+                    case messages.Goodbye():
                         del self._seats[card.rank]
                         self._announce(self.members.leave(card.rank, card.generation))
-                        seat.post(wire.Farewell())
+                        seat.post(messages.Farewell())
                         await seat.flushed()
                         return "left"
                     case _:
@@ -264,13 +264,15 @@ class Rendezvous:
 
     def _announce(self, announcements: list[Announcement]) -> None:
         for announcement in announcements:
-            message: wire.Message
+            message: messages.Message
             match announcement:
                 case Came(card):
-                    message = wire.Joined(card)
+                    message = messages.Joined(card)
                 case Went(card, graceful, reason):
-                    message = wire.Gone(card.rank, card.generation, graceful, reason[: wire.MAX_TEXT // 4])
+                    message = messages.Gone(
+                        card.rank, card.generation, graceful, reason[: wire.MAX_TEXT // 4]
+                    )
                 case Became():
-                    message = wire.Ready()
+                    message = messages.Ready()
             for seat in list(self._seats.values()):
                 seat.post(message)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
 from aiocomm._control.auth import HELLO_SIZE, PROOF_SIZE, VERDICT_SIZE, Called, Caller
-from aiocomm._control.wire import FrameParser, Message, ProtocolError, encode
+from aiocomm._control.wire import FrameParser, ProtocolError, encode
 from aiocomm.errors import AuthenticationError
 
 if TYPE_CHECKING:
-    from aiocomm._control.auth import Purpose
+    from aiocomm._control.auth import Purpose, Seal
+    from aiocomm._control.messages import Message
 
 __all__ = ["ConnectionClosedError", "Stream", "connect"]
 
@@ -38,7 +39,9 @@ class Stream:
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._parser = FrameParser()
+        # Both exist once the connection is authenticated: there is no talk before.
+        self._seal: Seal | None = None
+        self._parser: FrameParser | None = None
 
     @property
     def is_unix(self) -> bool:
@@ -96,6 +99,7 @@ class Stream:
         await self._write(verdict)
         if not accepted:
             raise AuthenticationError("the other end does not know this group's token")
+        self._agree(side.seals())
 
     async def authenticate_caller(self, key: bytes | None, purpose: Purpose) -> None:
         """Take the connecting side of the handshake.
@@ -110,17 +114,24 @@ class Stream:
         await self._write(side.hello())
         await self._write(side.answer(await self._read(HELLO_SIZE)))
         side.finish(await self._read(VERDICT_SIZE))
+        self._agree(side.seals())
+
+    def _agree(self, seals: tuple[Seal, Seal]) -> None:
+        self._seal = seals[0]
+        self._parser = FrameParser(seals[1])
 
     async def receive(self) -> Message:
-        """The next message.
+        """The next message. Only after authentication.
 
         Cancelling loses the bytes of a message that was partly read: close the stream then.
 
         Raises:
             ProtocolError: the other end broke the protocol, or closed within a frame.
             ConnectionClosedError: it closed between two frames.
+            AuthenticationError: the frame is not the other end's.
             OSError: the connection failed.
         """
+        assert self._parser is not None
         while True:
             data = await self._loop.sock_recv(self._sock, self._parser.wanted)
             if not data:
@@ -137,15 +148,16 @@ class Stream:
         Raises:
             OSError: the connection failed.
         """
-        await self._write(encode(message))
+        await self.send_frames([encode(message)])
 
-    async def send_frames(self, frames: bytes) -> None:
+    async def send_frames(self, frames: list[bytes]) -> None:
         """Write frames that are encoded already.
 
         Raises:
             OSError: the connection failed.
         """
-        await self._write(frames)
+        assert self._seal is not None
+        await self._write(b"".join(part for frame in frames for part in (frame, self._seal.tag(frame))))
 
     def take_over(self) -> Stream:
         """The same connection in a new stream, which its holder has to close; this one counts as closed."""

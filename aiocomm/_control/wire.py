@@ -1,7 +1,7 @@
 """Control frames: a bounded, versioned, typed codec, and a parser that is fed bytes.
 
 A frame is a header of 8 bytes (magic, version, type, body length, big endian) and a body. The body is the
-fields of one of the message classes below, in order, by their annotated types: there are no tags, no nesting
+fields of one of a class of `messages`, in order, by their annotated types: there are no tags, no nesting
 beyond a peer card and no optional trailing data, so every body has exactly one meaning or is refused.
 
 Rules:
@@ -19,10 +19,14 @@ import dataclasses
 import struct
 import types
 import typing
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
+from aiocomm._control.auth import TAG_SIZE
+from aiocomm._control.messages import Message, PeerCard
 from aiocomm.errors import PeerError
+
+if TYPE_CHECKING:
+    from aiocomm._control.auth import Seal
 
 __all__ = [
     "MAX_BYTES",
@@ -30,26 +34,8 @@ __all__ = [
     "MAX_ITEMS",
     "MAX_TEXT",
     "VERSION",
-    "Attached",
-    "Farewell",
     "FrameParser",
-    "Gone",
-    "Goodbye",
-    "Heartbeat",
-    "Join",
-    "Joined",
-    "LinkReady",
-    "LinkTry",
-    "Message",
-    "Offer",
-    "OfferAnswer",
-    "PeerCard",
     "ProtocolError",
-    "Ready",
-    "Refused",
-    "StreamHello",
-    "Unattached",
-    "Welcome",
     "decode",
     "encode",
 ]
@@ -71,201 +57,6 @@ _HEADER: Final = struct.Struct("!2sBBI")
 class ProtocolError(PeerError):
     """The other end sent something that this protocol does not allow."""
 
-
-@dataclass(frozen=True, slots=True)
-class PeerCard:
-    """A process as the others need to know it. `addresses` are where it accepts pair connections."""
-
-    rank: int
-    generation: int
-    name: str | None
-    host: str
-    host_id: str
-    pid: int
-    pid_namespace: int
-    start_time: int
-    devices: tuple[str, ...]
-    links: tuple[str, ...]
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """Member to rendezvous: let me in. `rank` and `size` are None in an elastic world.
-
-    `left` names the worlds that this process has left for good, so that a second world at the same address is
-    not mistaken for the first one, which may still be closing.
-    """
-
-    CODE: ClassVar[int] = 1
-    rank: int | None
-    size: int | None
-    left: tuple[str, ...]
-    card: PeerCard
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    """Rendezvous to member: you are in. `host_rank` lives in the process of the rendezvous; None if it stands
-    alone.
-
-    `session_key` is empty where the group has a token.
-    """
-
-    CODE: ClassVar[int] = 2
-    rank: int
-    size: int | None
-    generation: int
-    host_rank: int | None
-    world: str
-    session_key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Rendezvous to member: you are not in. With `retry`, another try may succeed."""
-
-    CODE: ClassVar[int] = 3
-    reason: str
-    retry: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Rendezvous to member: this peer is in the world."""
-
-    CODE: ClassVar[int] = 4
-    card: PeerCard
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Rendezvous to member: everyone that belongs to the world from the start has been told of."""
-
-    CODE: ClassVar[int] = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """Rendezvous to member: this peer left (`graceful`) or was lost."""
-
-    CODE: ClassVar[int] = 6
-    rank: int
-    generation: int
-    graceful: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """Both ways, across hosts: the kernel of the other end must acknowledge it in time."""
-
-    CODE: ClassVar[int] = 7
-
-
-@dataclass(frozen=True, slots=True)
-class Goodbye:
-    """Member to rendezvous: I leave."""
-
-    CODE: ClassVar[int] = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Farewell:
-    """Rendezvous to member: your goodbye is known to all, or this rendezvous closes. Nothing follows."""
-
-    CODE: ClassVar[int] = 9
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """Caller to called: let us connect. `attempt` names this try and is secret enough to be claimed by its
-    maker only.
-    """
-
-    CODE: ClassVar[int] = 16
-    attempt: bytes
-    rank: int
-    generation: int
-    to_rank: int
-    to_generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class OfferAnswer:
-    """Called to caller. `verdict` is "accept", "yield" (my own call to you takes precedence), "done" or
-    "refuse".
-    """
-
-    CODE: ClassVar[int] = 17
-    verdict: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LinkTry:
-    """Caller to called: use this link; its `streams` connections follow as connections of their own."""
-
-    CODE: ClassVar[int] = 18
-    link: str
-    streams: int
-    card: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StreamHello:
-    """First and only frame of a connection that then belongs to the link."""
-
-    CODE: ClassVar[int] = 19
-    attempt: bytes
-    link: str
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinkReady:
-    """Called to caller: all streams are here; attach."""
-
-    CODE: ClassVar[int] = 20
-    link: str
-    card: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """Both ways: my engine has taken the link."""
-
-    CODE: ClassVar[int] = 21
-    link: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unattached:
-    """Both ways: this link cannot be used between us; try the next."""
-
-    CODE: ClassVar[int] = 22
-    link: str
-    reason: str
-
-
-Message: TypeAlias = (
-    Join
-    | Welcome
-    | Refused
-    | Joined
-    | Ready
-    | Gone
-    | Heartbeat
-    | Goodbye
-    | Farewell
-    | Offer
-    | OfferAnswer
-    | LinkTry
-    | StreamHello
-    | LinkReady
-    | Attached
-    | Unattached
-)
 
 _TYPES: Final[dict[int, type[Any]]] = {cls.CODE: cls for cls in typing.get_args(Message)}
 _FIELDS: Final[dict[type[Any], tuple[tuple[str, Any], ...]]] = {
@@ -304,29 +95,36 @@ def decode(code: int, body: bytes) -> Message:
 
 
 class FrameParser:
-    """Turns bytes into messages. Fed at most `wanted` bytes, it leaves later ones in the socket."""
+    """Turns bytes into messages. Fed at most `wanted` bytes, it leaves later ones in the socket.
 
-    def __init__(self) -> None:
+    Args:
+        seal: of the direction: each frame is then followed by its tag, and is not decoded before that is
+            checked.
+    """
+
+    def __init__(self, seal: Seal | None = None) -> None:
+        self._seal = seal
+        self._tag_size = TAG_SIZE if seal is not None else 0
         self._buffer = bytearray()
-        self._body: tuple[int, int] | None = None  # (type, length) once the header is judged
+        self._length: int | None = None  # of the frame and its tag, once the header is judged
         self._dead = False
 
     @property
     def wanted(self) -> int:
-        """Bytes that are missing from the current header or body."""
-        length = _HEADER.size if self._body is None else self._body[1]
-        return length - len(self._buffer)
+        """Bytes that are missing from the current header, or from the frame and its tag."""
+        return (_HEADER.size if self._length is None else self._length) - len(self._buffer)
 
     @property
     def idle(self) -> bool:
         """True between frames: an end of file here cuts nothing off."""
-        return self._body is None and not self._buffer
+        return not self._buffer
 
     def feed(self, data: bytes) -> list[Message]:
         """Take bytes, in any portions; return the messages that they complete.
 
         Raises:
             ProtocolError: the bytes are not frames of this protocol; the parser accepts nothing more.
+            AuthenticationError: a tag is wrong; the same.
         """
         if self._dead:
             raise ProtocolError("the connection already broke the protocol")
@@ -337,36 +135,38 @@ class FrameParser:
                 portion = view[: self.wanted]
                 self._buffer += portion
                 view = view[len(portion) :]
+                if self._length is None and not self.wanted:
+                    self._length = self._judge_header()
                 if self.wanted:
-                    return messages
-                message = self._step()
-                if message is not None:
-                    messages.append(message)
-        except ProtocolError:
+                    if not view:
+                        return messages
+                    continue
+                messages.append(self._take_frame())
+        except PeerError:
             self._dead = True
             self._buffer.clear()
             raise
 
-    def _step(self) -> Message | None:
-        if self._body is None:
-            magic, version, code, length = _HEADER.unpack(self._buffer)
-            if magic != _MAGIC:
-                raise ProtocolError("not an aiocomm control frame")
-            if version != VERSION:
-                raise ProtocolError(f"the peer speaks control protocol {version}, this side {VERSION}")
-            if code not in _TYPES:
-                raise ProtocolError(f"unknown control message type {code}")
-            if _HEADER.size + length > MAX_FRAME:
-                raise ProtocolError(f"a control frame of {length} bytes is over the limit of {MAX_FRAME}")
-            self._buffer.clear()
-            self._body = (code, length)
-            if length:
-                return None
-        code, _ = self._body
-        body = bytes(self._buffer)
+    def _judge_header(self) -> int:
+        magic, version, code, length = _HEADER.unpack(self._buffer)
+        if magic != _MAGIC:
+            raise ProtocolError("not an aiocomm control frame")
+        if version != VERSION:
+            raise ProtocolError(f"the peer speaks control protocol {version}, this side {VERSION}")
+        if code not in _TYPES:
+            raise ProtocolError(f"unknown control message type {code}")
+        if _HEADER.size + length > MAX_FRAME:
+            raise ProtocolError(f"a control frame of {length} bytes is over the limit of {MAX_FRAME}")
+        return int(_HEADER.size + length + self._tag_size)
+
+    def _take_frame(self) -> Message:
+        end = len(self._buffer) - self._tag_size
+        frame, tag = bytes(self._buffer[:end]), bytes(self._buffer[end:])
         self._buffer.clear()
-        self._body = None
-        return decode(code, body)
+        self._length = None
+        if self._seal is not None:
+            self._seal.check(frame, tag)
+        return decode(frame[3], frame[_HEADER.size :])
 
 
 class _Reader:

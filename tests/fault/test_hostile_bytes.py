@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiocomm._control import wire
+from aiocomm._control import messages, wire
 from aiocomm._control.address import TcpAddress, UnixAddress, parse
-from aiocomm._control.auth import HELLO_SIZE, VERDICT_SIZE, Caller, Purpose
+from aiocomm._control.auth import HELLO_SIZE, VERDICT_SIZE, Caller, Purpose, Seal
 from aiocomm._control.testing import Member, RecordingEngine
 from aiocomm._process import fresh_address
 from aiocomm.config import Settings
@@ -106,11 +106,21 @@ def dial(address: object) -> socket.socket:
     return sock
 
 
-def authenticate(sock: socket.socket, key: bytes | None, purpose: Purpose) -> None:
+def authenticate(sock: socket.socket, key: bytes | None, purpose: Purpose) -> Seal:
     side = Caller(key, purpose)
     sock.sendall(side.hello())
     sock.sendall(side.answer(read(sock, HELLO_SIZE)))
     side.finish(read(sock, VERDICT_SIZE))
+    return side.seals()[0]
+
+
+def sealed(data: bytes, seal: Seal) -> bytes:
+    """Data with a right tag behind everything that has the length of a frame."""
+    out = b""
+    while len(data) >= 8 and len(data) >= (end := 8 + int.from_bytes(data[4:8], "big")):
+        out += data[:end] + seal.tag(data[:end])
+        data = data[end:]
+    return out + data
 
 
 def read(sock: socket.socket, nbytes: int) -> bytes:
@@ -183,7 +193,8 @@ def test_corpus_and_mutations(world: World, insider: bool) -> None:
             for number, data in enumerate(mutations(path.read_bytes(), rng)):
                 sock = dial(getattr(world, name))
                 if insider:
-                    authenticate(sock, world.key(purpose), purpose)
+                    seal = authenticate(sock, world.key(purpose), purpose)
+                    data = sealed(data, seal) if rng.randrange(8) else data
                 send(sock, data)
                 (changed if number else seeds).append(sock)
             for (
@@ -253,20 +264,22 @@ sys.stdin.read()
 def test_insiders_that_call_and_hang_up(world: World) -> None:
     """A pair call that is broken off at each of its steps leaves the pair free for the real one."""
     me, other = (member.joined() for member in world.members)
-    offer = wire.Offer(b"a" * 16, other.rank, other.generation, me.rank, me.generation)
+    offer = messages.Offer(b"a" * 16, other.rank, other.generation, me.rank, me.generation)
     steps = [
         wire.encode(offer),
         wire.encode(offer)[:-1],
-        wire.encode(offer) + wire.encode(wire.LinkTry("shm", 1, b"card")),
-        wire.encode(offer) + wire.encode(wire.LinkTry("shm", 2**60, b"card")),
-        wire.encode(offer) + wire.encode(wire.LinkTry("nonsense", 1, b"")),
-        wire.encode(offer) + wire.encode(wire.LinkTry("shm", 1, b"")) + wire.encode(wire.Attached("shm")),
-        wire.encode(offer) + wire.encode(wire.Unattached("shm", "no")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 1, b"card")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 2**60, b"card")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("nonsense", 1, b"")),
+        wire.encode(offer)
+        + wire.encode(messages.LinkTry("shm", 1, b""))
+        + wire.encode(messages.Attached("shm")),
+        wire.encode(offer) + wire.encode(messages.Unattached("shm", "no")),
     ]
     for step in steps:
         sock = dial(world.pair_unix)
-        authenticate(sock, world.key(Purpose.PAIR), Purpose.PAIR)
-        sock.sendall(step)
+        seal = authenticate(sock, world.key(Purpose.PAIR), Purpose.PAIR)
+        send(sock, sealed(step, seal))
         sock.shutdown(socket.SHUT_WR)
         closed_by_peer([sock])
     world.members[0].engine.failed.clear()

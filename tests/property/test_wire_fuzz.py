@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiocomm._control import wire
+from aiocomm._control import messages, wire
 from aiocomm._control.wire import FrameParser, ProtocolError, encode
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -34,11 +34,11 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     return st.builds(kind, **{field.name: values(hints[field.name]) for field in dataclasses.fields(kind)})
 
 
-messages = st.one_of([values(cls) for cls in wire.Message.__args__])
+MESSAGES = st.one_of([values(cls) for cls in messages.Message.__args__])
 
 
-@given(st.lists(messages, max_size=4), st.data())
-def test_any_messages_in_any_portions(sent: list[wire.Message], data: st.DataObject) -> None:
+@given(st.lists(MESSAGES, max_size=4), st.data())
+def test_any_messages_in_any_portions(sent: list[messages.Message], data: st.DataObject) -> None:
     stream = b"".join(map(encode, sent))
     parser, got, at = FrameParser(), [], 0
     while at < len(stream):
@@ -62,9 +62,9 @@ def test_arbitrary_bytes_are_messages_or_a_protocol_error(portions: list[bytes])
         assert 0 < parser.wanted <= wire.MAX_FRAME
 
 
-@given(messages, st.data())
+@given(MESSAGES, st.data())
 def test_a_changed_byte_gives_another_message_or_a_protocol_error(
-    message: wire.Message, data: st.DataObject
+    message: messages.Message, data: st.DataObject
 ) -> None:
     frame = bytearray(encode(message))
     position = data.draw(st.integers(0, len(frame) - 1))
@@ -80,7 +80,7 @@ def test_a_changed_byte_gives_another_message_or_a_protocol_error(
     assert message not in found
 
 
-@given(st.sampled_from([cls.CODE for cls in wire.Message.__args__]), st.binary(max_size=2000))
+@given(st.sampled_from([cls.CODE for cls in messages.Message.__args__]), st.binary(max_size=2000))
 def test_a_body_has_one_meaning_at_most(code: int, body: bytes) -> None:
     try:
         message = wire.decode(code, body)

@@ -130,3 +130,21 @@ def test_derived_keys_differ_by_label_and_secret() -> None:
     keys = {derive_key(secret, label) for secret in (b"a", b"b") for label in ("x", "y")}
     assert len(keys) == 4
     assert Mode.UID != Mode.TOKEN
+
+
+def test_seals_agree_by_direction_and_handshake() -> None:
+    caller, called = Caller(b"key", Purpose.PAIR), Called(b"key", Purpose.PAIR)
+    assert shake(caller, called)
+    (caller_sends, caller_receives), (called_sends, called_receives) = caller.seals(), called.seals()
+    frames = [b"one", b"two", b"two"]
+    tags = [caller_sends.tag(frame) for frame in frames]
+    assert len(set(tags)) == 3
+    for frame, tag in zip(frames, tags, strict=True):
+        called_receives.check(frame, tag)
+    # The other direction, and another handshake, have other keys.
+    with pytest.raises(AuthenticationError):
+        caller_receives.check(b"one", tags[0])
+    caller_again, called_again = Caller(b"key", Purpose.PAIR), Called(b"key", Purpose.PAIR)
+    assert shake(caller_again, called_again)
+    assert caller_again.seals()[0].tag(b"one") != tags[0]
+    assert called_sends.tag(b"one") != tags[0]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiocomm._control.membership import Became, Came, JoinRefusedError, Membership, Went
-from aiocomm._control.wire import PeerCard
+from aiocomm._control.messages import PeerCard
 from aiocomm.errors import UsageError
 
 
