@@ -23,7 +23,7 @@ async def worker(comm: aiocomm.Communicator) -> None:
     async with asyncio.TaskGroup() as group:
         while True:
             prompt = np.zeros(64, np.int64)
-            status = await requests.recv(prompt, src=0)  # any tag
+            status = await requests.recv(prompt, src=0, tag=aiocomm.ANY_TAG)
             if status.tag == STOP:
                 break
             group.create_task(serve(comm, status.tag, prompt))
