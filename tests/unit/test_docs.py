@@ -62,3 +62,9 @@ def test_the_readme_shows_a_tested_example() -> None:
 
 def test_the_readme_has_a_block_of_results() -> None:
     assert re.search(r"<!-- results -->\n.+<!-- /results -->", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_ci_runs_the_readme_s_second_command() -> None:
+    commands = re.findall(r"^```sh\n(.+?) *(?:#.*)?\n```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands[0] == "pip install . && aiocomm demo"
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == commands[1]
