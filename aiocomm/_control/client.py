@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from aiocomm._control import messages
 from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
-from aiocomm._control.stream import Stream, connect
+from aiocomm._control.stream import Stream, connect, how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AuthenticationError, UsageError
 
@@ -180,7 +180,7 @@ class Client:
 
     async def _follow(self) -> None:
         assert self._stream is not None
-        graceful, reason = False, "the rendezvous died: its control connection broke"
+        graceful = False
         try:
             while True:
                 message = await self._stream.receive()
@@ -190,10 +190,8 @@ class Client:
                 self._take(message)
         except ProtocolError as error:
             reason = f"the rendezvous broke the control protocol ({error})"
-        except TimeoutError:
-            reason = f"the rendezvous did not answer for {3 * self._settings.heartbeat_s:g} s"
-        except OSError:
-            pass
+        except OSError as error:
+            reason = f"the rendezvous {how_it_broke(error, self._settings.heartbeat_s)}"
         self._farewell.set()
         if not self._leaving:
             self._follower.on_rendezvous_lost(graceful, reason)

@@ -19,6 +19,7 @@ from aiocomm._control.address import UnixAddress
 from aiocomm._control.auth import Purpose
 from aiocomm._control.listener import Listener, bind
 from aiocomm._control.membership import Announcement, Became, Came, JoinRefusedError, Membership, Went
+from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import LinkError, UsageError
 
@@ -257,10 +258,9 @@ class Rendezvous:
                         return f"broke the control protocol ({type(message).__name__})"
         except ProtocolError as error:
             return f"broke the control protocol ({error})"
-        except TimeoutError:
-            return f"did not answer for {3 * self._settings.heartbeat_s:g} s"
-        except OSError:
-            return f"process {card.pid} on {card.host} died: its control connection broke"
+        except OSError as error:
+            how = how_it_broke(error, self._settings.heartbeat_s)
+            return f"process {card.pid} on {card.host} {how}"
 
     def _announce(self, announcements: list[Announcement]) -> None:
         for announcement in announcements:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from aiocomm._control.auth import Purpose, Seal
     from aiocomm._control.messages import Message
 
-__all__ = ["ConnectionClosedError", "Stream", "connect"]
+__all__ = ["ConnectionClosedError", "Stream", "connect", "how_it_broke"]
 
+_UNREACHABLE: Final = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN))
 _BACKLOG_PAUSE_S: Final = 0.01
 _CREDENTIALS: Final = struct.Struct("iII")
 
@@ -183,6 +185,15 @@ class Stream:
 
     async def _write(self, data: bytes) -> None:
         await self._loop.sock_sendall(self._sock, data)
+
+
+def how_it_broke(error: OSError, heartbeat_s: float) -> str:
+    """What a broken control connection says about the other end, to follow its name."""
+    if isinstance(error, TimeoutError):
+        return f"did not answer for {3 * heartbeat_s:g} s"
+    if error.errno in _UNREACHABLE:
+        return f"cannot be reached any more ({error.strerror})"
+    return "died: its control connection broke"
 
 
 async def connect(address: TcpAddress | UnixAddress) -> Stream:

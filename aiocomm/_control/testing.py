@@ -1,7 +1,8 @@
 """Control planes without native code, for tests: an engine that only records, and a member that runs on it.
 
 `python -m aiocomm._control.testing ADDRESS RANK SIZE` is such a member in a process of its own (rank or size
-`-` for none): it says `ready RANK GENERATION` once it has joined, and leaves at the end of its input.
+`-` for none): it says `ready RANK GENERATION` once it has joined, `lost RANK REASON` of each lost peer, and
+leaves at the end of its input.
 """
 
 from __future__ import annotations
@@ -181,10 +182,24 @@ class Member:
         self.engine.close()
 
 
+class _TellingEngine(RecordingEngine):
+    """Says which peers are lost."""
+
+    def lose_peer(self, rank: int, generation: int, reason: str) -> None:
+        """Record it, and say so."""
+        print("lost", rank, reason, flush=True)
+        super().lose_peer(rank, generation, reason)
+
+
 def _main(address: str, rank: str, size: str) -> None:
     token = resolve_world(address).token
     member = Member(
-        address, int(rank) if rank != "-" else None, int(size) if size != "-" else None, token=token
+        address,
+        int(rank) if rank != "-" else None,
+        int(size) if size != "-" else None,
+        engine=_TellingEngine(),
+        settings=Settings.from_environment(),
+        token=token,
     )
     welcome = member.joined()
     print("ready", welcome.rank, welcome.generation, flush=True)

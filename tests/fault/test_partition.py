@@ -1,0 +1,95 @@
+"""Two hosts, made of network namespaces, and what happens when the cable between them is cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEARTBEAT_S = 0.3
+NAMES = [f"aiocomm-{os.getpid()}-{side}" for side in "ab"]
+DEVICES = [f"ac{os.getpid() % 10**6}{side}" for side in "ab"]
+ADDRESSES = ["10.213.7.1", "10.213.7.2"]
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[None]:
+    if os.getuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and ip to make network namespaces")
+    try:
+        for name in NAMES:
+            ip("netns", "add", name)
+        ip(
+            "link",
+            "add",
+            DEVICES[0],
+            "netns",
+            NAMES[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            DEVICES[1],
+            "netns",
+            NAMES[1],
+        )
+        for name, device, address in zip(NAMES, DEVICES, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"cannot make network namespaces: {error.stderr.decode().strip()}")
+    else:
+        yield
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def member(rank: int) -> subprocess.Popen[str]:
+    address = f"tcp://{ADDRESSES[0]}:7000"
+    command = [sys.executable, "-m", "aiocomm._control.testing", address, str(rank), "2"]
+    env = {**os.environ, "AIOCOMM_TOKEN": "secret", "AIOCOMM_HEARTBEAT_S": str(HEARTBEAT_S)}
+    return subprocess.Popen(
+        ["ip", "netns", "exec", NAMES[rank], *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize("cut", NAMES)
+def test_a_cut_cable_is_noticed_on_both_sides(cut: str) -> None:
+    processes = [member(rank) for rank in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("ready")
+        # Taking down either end of the pair takes the carrier from both.
+        ip("-n", cut, "link", "set", DEVICES[NAMES.index(cut)], "down")
+        started = time.monotonic()
+        for rank, process in enumerate(processes):
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said.startswith(f"lost {1 - rank} "), said
+            assert "did not answer for 0.9 s" in said or "cannot be reached any more" in said
+        # Three heartbeats, one until the first unanswered one, and slack for a busy machine.
+        assert time.monotonic() - started < 4 * HEARTBEAT_S + 10.0
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
