@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiocomm.errors import ClosedError
-from aiocomm.types import ANY_SOURCE, ANY_TAG, Priority, Status
+from aiocomm.types import ANY_SOURCE, Priority, Status
 
 if TYPE_CHECKING:
     from aiocomm.communicator import Communicator
@@ -42,13 +42,13 @@ class Channel:
         return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline)
 
     def recv(
-        self, out: Any, src: int = ANY_SOURCE, *, tag: int = ANY_TAG, deadline: float | None = None
+        self, out: Any, src: int = ANY_SOURCE, *, tag: int = 0, deadline: float | None = None
     ) -> Transfer[Status]:
         """`Communicator.recv` on this channel."""
         return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline)
 
     def recv_array(
-        self, src: int = ANY_SOURCE, *, tag: int = ANY_TAG, deadline: float | None = None
+        self, src: int = ANY_SOURCE, *, tag: int = 0, deadline: float | None = None
     ) -> Transfer[Any]:
         """`Communicator.recv_array` on this channel."""
         return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline)

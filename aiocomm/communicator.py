@@ -365,7 +365,7 @@ class Communicator:
         out: Any,
         src: int = ANY_SOURCE,
         *,
-        tag: int = ANY_TAG,
+        tag: int = 0,
         channel: Channel | None = None,
         deadline: float | None = None,
     ) -> Transfer[Status]:
@@ -375,7 +375,7 @@ class Communicator:
             out: writable host array or buffer, contiguous in C order, at least as large as the message. Only
                 bytes are matched: the message's dtype and shape are not compared with it.
             src: rank of the sender, or ANY_SOURCE.
-            tag: the message's tag, or ANY_TAG.
+            tag: the message's tag, by default 0 as for `send`, or ANY_TAG.
         """
         index = 0 if channel is None else channel._index
         if self._closed or not self._here() or not -1 <= tag <= MAX_TAG or not -1 <= src < self._ranks:
@@ -400,7 +400,7 @@ class Communicator:
         self,
         src: int = ANY_SOURCE,
         *,
-        tag: int = ANY_TAG,
+        tag: int = 0,
         channel: Channel | None = None,
         deadline: float | None = None,
     ) -> Transfer[Any]:

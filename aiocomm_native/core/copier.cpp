@@ -1,6 +1,7 @@
 #include "core/copier.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <utility>
 
@@ -53,6 +54,9 @@ void Copier::run(CopyJob& job) {
 
 void Copier::work() {
   pthread_setname_np(pthread_self(), "aiocomm-copy");
+  // Throughput work: waking it must not take the core from an event loop in the middle of its turn.
+  sched_param plain{};
+  pthread_setschedparam(pthread_self(), SCHED_BATCH, &plain);
   for (;;) {
     CopyJob job;
     {

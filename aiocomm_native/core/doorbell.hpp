@@ -23,7 +23,6 @@ struct alignas(64) WakeWord {
 struct WakePage {
   WakeWord loop;
   WakeWord engine;
-  alignas(64) std::atomic<uint32_t> spinning{0};  // threads of this process that poll without sleeping
 };
 
 enum class Wake : uint8_t { none, loop, engine };

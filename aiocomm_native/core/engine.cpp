@@ -15,11 +15,20 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kNever = ~0ull;
+constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
 constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
 
 double number(const EngineConfig& config, const std::string& name, double fallback) {
   auto it = config.numbers.find(name);
   return it == config.numbers.end() ? fallback : it->second;
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 int open_or_throw(int fd, const char* what) {
@@ -255,6 +264,7 @@ void Engine::progress() {
     if (round > 0 && did == 0) return;
     prepare_sleep(page_->loop);  // the next round is the last look
   }
+  ring(page_->loop, loop_fd_);  // more has come than one turn takes
 }
 
 bool Engine::anything_to_poll() {
@@ -264,9 +274,9 @@ bool Engine::anything_to_poll() {
 
 bool Engine::spin(uint64_t until_ns) {
   awake(page_->loop);
-  page_->spinning.fetch_add(1, std::memory_order_relaxed);
-  uint64_t last = now();
-  bool found = false;
+  uint64_t began = now(), last = began;
+  bool patient = patience_.may_spin(began);
+  bool found = false, taken = false;
   while (!(found = has_completed() || has_events())) {
     if (token_.try_lock()) {
       in_loop_thread_ = true;
@@ -278,13 +288,14 @@ bool Engine::spin(uint64_t until_ns) {
       after_unlock();
     }
     uint64_t t = now();
-    if (t >= until_ns) break;
-    if (t - last > 300000) break;  // the core was taken from us: someone else needs it more
+    taken = t - last > kTakenNs;
+    if (t >= until_ns || taken || !patient) break;
     last = t;
-    __builtin_ia32_pause();
+    relax();
   }
-  page_->spinning.fetch_sub(1, std::memory_order_relaxed);
-  return found || has_completed();
+  found = found || has_completed();
+  if (patient && until_ns > began) patience_.spun(found, taken, last);
+  return found;
 }
 
 bool Engine::take_completed(Op*& op) {

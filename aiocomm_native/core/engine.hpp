@@ -29,6 +29,7 @@
 #include "core/match.hpp"
 #include "core/mpsc.hpp"
 #include "core/op.hpp"
+#include "core/patience.hpp"
 #include "core/peer.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
@@ -183,6 +184,7 @@ class Engine final : public Host, public FrameSink {
   // protocol_send.cpp: from a submission to frames on a link
   void start(Op& op);
   void start_on(Op& op, Peer& peer);
+  bool fits_frame(const Op& op, const Peer& peer) const;
   Post send_header(Op& op, Peer& peer);
   Post send_message(Op& op, Peer& peer);
   Post send_put(Op& op, Peer& peer);
@@ -246,6 +248,8 @@ class Engine final : public Host, public FrameSink {
   std::atomic<bool> stopping_{false};
   bool closed_ = false;
   std::thread thread_;
+
+  Patience patience_;  // the loop's thread only
 
   // under the token
   std::mutex token_;

@@ -74,6 +74,8 @@ class LinkPeer {
   // Takes the frame with copies of `meta` and `payload`, whole or not at all.
   virtual Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload,
                     Wake wake) = 0;
+  // The most bytes that `post` takes in one frame, all in.
+  virtual uint64_t frame_limit() const { return ~0ull; }
   // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane.
   virtual Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) = 0;
   // Hands over what has arrived, at most about `budget` frames; returns how many.

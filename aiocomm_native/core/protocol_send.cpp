@@ -68,7 +68,7 @@ void Engine::queue_header(Op& op, Peer& peer) {
   uint32_t flow = flow_of(peer, op.channel);
   ++flows_[flow].headers;
   op.in_sched = true;
-  uint64_t cost = op.nbytes <= eager_max_ ? op.nbytes : 0;
+  uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
   schedulers_[peer.link_index]->push(flow, op.id, cost, true);
   if (peer.blocked) schedulers_[peer.link_index]->set_ready(flow, false);
 }
@@ -84,6 +84,10 @@ Post Engine::send_header(Op& op, Peer& peer) {
   }
 }
 
+bool Engine::fits_frame(const Op& op, const Peer& peer) const {
+  return op.nbytes <= eager_max_ && op.nbytes + sizeof(FrameHeader) + kMaxMeta <= peer.link->frame_limit();
+}
+
 Post Engine::send_message(Op& op, Peer& peer) {
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
@@ -93,7 +97,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
   h.meta_bytes = op.meta_bytes;
   h.cls = channel.cls;
   h.weight = packed_weight(channel.weight);
-  bool eager = op.nbytes <= eager_max_ && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
+  bool eager = fits_frame(op, peer) && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
   Post posted;
   if (eager) {
     h.kind = FrameKind::eager;
@@ -134,7 +138,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   h.sop = op.id;
   h.rop = op.region;
   auto meta = reinterpret_cast<const std::byte*>(op.notify.data());
-  bool inline_bytes = op.nbytes <= eager_max_;
+  bool inline_bytes = fits_frame(op, peer);
   if (inline_bytes) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);

@@ -292,7 +292,7 @@ bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, cons
   if (!at) {
     blocked_ = true;
     wake_peer(Wake::engine);  // a full ring must drain even while the peer's loop is busy
-    if (!out_.wait_for_room(extent) || !(at = out_.reserve(extent))) return false;
+    if (!out_.wait_for_room() || !(at = out_.reserve(extent))) return false;
     blocked_ = false;
   }
   std::memcpy(at, &header, sizeof header);
@@ -359,7 +359,7 @@ int ShmPeer::poll(int budget) {
     in_.pop();
   }
   if (!closed_ && in_.release()) wake_peer(Wake::engine);
-  if (!closed_ && blocked_ && out_.room() >= out_.capacity() / 2) {
+  if (!closed_ && blocked_ && out_.roomy()) {
     ++did;
     blocked_ = false;
     if (data_) {

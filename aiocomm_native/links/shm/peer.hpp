@@ -44,6 +44,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
+  uint64_t frame_limit() const override { return ring_bytes_ / 4; }
   int poll(int budget) override;
   Path pull_path(const Location& where) override;
   int pull(const Location& where, std::byte* into, size_t nbytes) override;
@@ -68,7 +69,6 @@ class ShmPeer final : public LinkPeer, public Pollable {
   void continue_data();
   void wake_peer(Wake wake);
   void lost(const std::string& reason);
-  uint64_t ring_limit() const { return out_.capacity() / 4; }
 
   Host& host_;
   int socket_;

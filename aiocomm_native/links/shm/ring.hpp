@@ -65,11 +65,13 @@ class Producer {
   }
   uint64_t capacity() const { return capacity_; }
 
-  // Asks to be woken when there is room; true: there is room by now.
-  bool wait_for_room(uint64_t record_bytes) {
+  bool roomy() { return room() >= capacity_ / 2; }
+
+  // Asks to be woken when half of the ring is free; true: it is by now.
+  bool wait_for_room() {
     control_->wants_space.store(1, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with Consumer::release
-    return room() >= 2 * align_up(record_bytes);
+    return roomy();
   }
 
  private:
@@ -113,8 +115,10 @@ class Consumer {
     released_ = head_;
     control_->head.store(head_, std::memory_order_release);  // pairs with Producer::reserve
     std::atomic_thread_fence(std::memory_order_seq_cst);     // pairs with Producer::wait_for_room
-    return control_->wants_space.load(std::memory_order_relaxed) &&
-           control_->wants_space.exchange(0, std::memory_order_relaxed);
+    if (!control_->wants_space.load(std::memory_order_relaxed)) return false;
+    // Waking for less would hand the producer one record's room at a time.
+    if (control_->tail.load(std::memory_order_relaxed) - head_ > capacity_ / 2) return false;
+    return control_->wants_space.exchange(0, std::memory_order_relaxed) != 0;
   }
 
  private:
