@@ -26,6 +26,7 @@ from aiocomm.types import (
     Event,
     Fallback,
     LinkDown,
+    LinkUp,
     Notification,
     Peer,
     PeerJoined,
@@ -598,6 +599,8 @@ class Communicator:
                     self._notes.put(Notification(rank, text, number))
                 case 1:
                     self._on_event(PeerLost(rank, number, text))
+                case 2:
+                    self._on_event(LinkUp(text, rank))
                 case 3:
                     self._on_event(LinkDown(text, rank, more))
                 case 4:

@@ -33,6 +33,7 @@
 #include "core/peer.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
+#include "core/unexpected.hpp"
 
 namespace aiocomm {
 
@@ -208,6 +209,7 @@ class Engine final : public Host, public FrameSink {
   void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
   bool make_room(Op& op, const FrameHeader& header);
   void owe_credit(Peer& peer, uint64_t nbytes);
+  std::unique_ptr<Unexpected> take_unexpected(uint64_t id);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);
@@ -278,8 +280,7 @@ class Engine final : public Host, public FrameSink {
   std::unordered_map<std::string, uint32_t> channel_by_name_;
   std::unordered_map<ChannelId, uint32_t> channel_by_id_;
   Matcher matcher_;
-  std::vector<std::unique_ptr<Unexpected>> unexpected_;  // by arrival id
-  std::vector<uint32_t> unexpected_free_;
+  UnexpectedStore unexpected_;  // by arrival id
   std::unordered_map<uint64_t, RegionInfo> regions_;
   uint64_t next_region_ = 1;
   TimerHeap timers_;

@@ -154,12 +154,12 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   }
   peer.waiting.clear();
   // Announcements whose bytes stayed at the peer are void; eager messages have arrived and stay.
-  for (size_t slot = 0; slot < unexpected_.size(); ++slot) {
-    Unexpected* kept = unexpected_[slot].get();
-    if (!kept || kept->source != peer.rank || kept->header.kind == FrameKind::eager) continue;
-    matcher_.drop_arrival(slot);
-    unexpected_[slot].reset();
-    unexpected_free_.push_back(static_cast<uint32_t>(slot));
+  auto void_now = [&](const Unexpected& kept) {
+    return kept.source == peer.rank && kept.header.kind != FrameKind::eager;
+  };
+  for (uint64_t id : unexpected_.select(void_now)) {
+    matcher_.drop_arrival(id);
+    take_unexpected(id);
   }
   if (peer.rank != rank_) emit({EngineEvent::Kind::peer_lost, peer.rank, peer.generation, reason, {}});
   fail_hopeless_receives();

@@ -10,6 +10,11 @@
 
 namespace aiocomm {
 
+namespace {
+constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
+constexpr uint64_t kHeldFactor = 4;
+}  // namespace
+
 void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                       const std::byte* payload) {
   Peer* peer = peer_of(from);
@@ -74,8 +79,7 @@ void Engine::start_recv(Op& op) {
   auto try_match = [&]() -> bool {
     auto arrival = matcher_.post_recv(op.id, channel, op.peer, op.tag);
     if (!arrival) return false;
-    std::unique_ptr<Unexpected> found = std::move(unexpected_[*arrival]);
-    unexpected_free_.push_back(static_cast<uint32_t>(*arrival));
+    std::unique_ptr<Unexpected> found = take_unexpected(*arrival);
     op.matched = true;
     op.peer = found->source;
     Peer* source = find_peer(found->source);
@@ -114,29 +118,32 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
   if (header.meta_bytes > sizeof(Op::meta)) throw ProtocolViolation("oversized metadata");
   if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("eager message without all of its bytes");
-  uint64_t slot;
-  if (unexpected_free_.empty()) {
-    slot = unexpected_.size();
-    unexpected_.emplace_back();
-    unexpected_free_.push_back(static_cast<uint32_t>(slot));
-  }
-  slot = unexpected_free_.back();
-  auto op_id = matcher_.arrive({slot, header.channel, peer.rank, header.tag, header.payload_bytes});
+  auto op_id =
+      matcher_.arrive({unexpected_.next_id(), header.channel, peer.rank, header.tag, header.payload_bytes});
   if (op_id) {
-    Op* op = ops_.find(*op_id);
-    if (!op) throw ProtocolViolation("matched receive has ended");  // the matcher is told of every end
+    Op* op = ops_.find(*op_id);  // the matcher is told of every end
     op->matched = true;
     op->peer = peer.rank;
     return deliver(*op, peer, header, meta, payload);
   }
-  unexpected_free_.pop_back();
   auto kept = std::make_unique<Unexpected>();
   kept->header = header;
   kept->source = peer.rank;
   kept->generation = peer.generation;
   kept->meta.assign(meta, meta + header.meta_bytes);
   if (payload) kept->payload.assign(payload, payload + header.payload_bytes);
-  unexpected_[slot] = std::move(kept);
+  unexpected_.put(std::move(kept));
+  // The sender's bound may differ from ours; this one only stops a peer that keeps none.
+  peer.held += kHeaderCost + header.payload_bytes;
+  if (peer.held > kHeldFactor * (unexpected_max_ + (64 << 20)))
+    throw ProtocolViolation("more unexpected messages than any bound allows");
+}
+
+std::unique_ptr<Unexpected> Engine::take_unexpected(uint64_t id) {
+  std::unique_ptr<Unexpected> message = unexpected_.take(id);
+  if (Peer* peer = find_peer(message->source); peer && peer->generation == message->generation)
+    peer->held -= kHeaderCost + message->header.payload_bytes;
+  return message;
 }
 
 void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta,
@@ -314,14 +321,10 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
 // The sender of message `sop` gives it up.
 void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
   OpId sop = header.sop;
-  for (size_t slot = 0; slot < unexpected_.size(); ++slot) {
-    Unexpected* kept = unexpected_[slot].get();
-    if (!kept || kept->source != peer.rank || kept->header.sop != sop || kept->generation != peer.generation)
-      continue;
-    matcher_.drop_arrival(slot);
+  if (auto id = sop ? unexpected_.find(peer.rank, sop) : std::nullopt) {
+    matcher_.drop_arrival(*id);
+    auto kept = take_unexpected(*id);
     if (kept->header.kind == FrameKind::eager) owe_credit(peer, kept->header.payload_bytes);
-    unexpected_[slot].reset();
-    unexpected_free_.push_back(static_cast<uint32_t>(slot));
     return send_fin(peer, sop, Code::cancelled, 0);
   }
   auto ours = [&](Op& op) { return op.peer == peer.rank && op.matched && op.remote_op == sop; };
