@@ -373,7 +373,7 @@ void bind_engine(nb::module_& m) {
           "links"_a, "numbers"_a, "texts"_a)
       .def("send", send)
       .def("recv", recv, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
-      .def("put", put)
+      .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("get", get)
       .def("drain", drain, "budget"_a = 256)
       .def("spin", spin, "seconds"_a)

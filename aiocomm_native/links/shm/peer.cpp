@@ -290,10 +290,11 @@ bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, cons
   uint64_t extent = sizeof header + header.meta_bytes + uint64_t{header.payload_bytes};
   std::byte* at = out_.reserve(extent);
   if (!at) {
-    blocked_ = true;
     wake_peer(Wake::engine);  // a full ring must drain even while the peer's loop is busy
-    if (!out_.wait_for_room() || !(at = out_.reserve(extent))) return false;
-    blocked_ = false;
+    if (!out_.wait_for_room() || !(at = out_.reserve(extent))) {
+      blocked_ = true;  // only poll() clears it: an unfinished chunk may wait, too
+      return false;
+    }
   }
   std::memcpy(at, &header, sizeof header);
   if (header.meta_bytes) std::memcpy(at + sizeof header, meta, header.meta_bytes);
@@ -359,7 +360,8 @@ int ShmPeer::poll(int budget) {
     in_.pop();
   }
   if (!closed_ && in_.release()) wake_peer(Wake::engine);
-  if (!closed_ && blocked_ && out_.roomy()) {
+  // Asking again: frames posted since the last time may have taken the room that the wake-up was for.
+  if (!closed_ && blocked_ && (out_.roomy() || out_.wait_for_room())) {
     ++did;
     blocked_ = false;
     if (data_) {
