@@ -1,0 +1,76 @@
+"""Fixtures that the tests of the runtime share.
+
+Coroutine tests run on asyncio, uvloop and trio by anyio's pytest plugin: `pytestmark = pytest.mark.anyio` in the
+module, and the fixture `anyio_backend` below names the loops. (pytest-asyncio stays in strict mode, unused by them.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import pytest
+from harness import Child, world
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    import aiocomm
+
+    Pair = tuple[aiocomm.Communicator, aiocomm.Communicator]
+
+BACKENDS = {
+    "asyncio": ("asyncio", {}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+
+LIMIT_S: Final = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Bound coroutine tests on their own loop, so that one that hangs says where, and its fixtures still close."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test) or pyfuncitem.get_closest_marker("anyio") is None:
+        return
+
+    @functools.wraps(test)
+    async def bounded(**arguments: Any) -> None:
+        with anyio.fail_after(LIMIT_S):
+            await test(**arguments)
+
+    pyfuncitem.obj = bounded
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """The loops on which coroutine tests run."""
+    return request.param
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    """Ranks 0 and 1 of a world, on this loop, over the default links, connected."""
+    async with world(2, warmup=True) as (a, b):
+        yield a, b
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., Child]]:
+    """Makes `Child` processes; ends those that are left."""
+    children: list[Child] = []
+
+    def start(source: str, *arguments: str, **environment: str) -> Child:
+        children.append(Child(source, *arguments, **environment))
+        return children[-1]
+
+    yield start
+    for one in children:
+        if one.process.poll() is None:
+            one.process.kill()
+        if not one.process.stdout.closed:  # type: ignore[union-attr]
+            one.close()

@@ -1,0 +1,115 @@
+"""Worlds inside one process, child processes, and a look at what a process holds: for the runtime's tests.
+
+Two communicators of one world may live in one process, on one loop: `world()` makes them in milliseconds, over the
+links' real sockets and segments. Tests that need a second process use `aiocomm.spawn`, or `Child` where the process is
+to be stopped, killed or looked into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+
+@contextlib.asynccontextmanager
+async def world(size: int = 2, **options: Any) -> AsyncIterator[list[aiocomm.Communicator]]:
+    """A world whose members all live on this loop. Closes the members that the test has not closed."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    members: list[aiocomm.Communicator | None] = [None] * size
+
+    async def join(rank: int) -> None:
+        members[rank] = await aiocomm.connect(address, rank=rank, size=size, **options)
+
+    async with anyio.create_task_group() as group:
+        for rank in range(size):
+            group.start_soon(join, rank)
+    joined = [member for member in members if member is not None]
+    try:
+        yield joined
+    finally:
+        for member in reversed(joined):  # rank 0 is where the others are registered
+            await member.aclose()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until something is so. Events are better where there are any."""
+    while not condition():
+        await anyio.lowlevel.checkpoint()
+
+
+class Child:
+    """A process that runs Python source, joins `address` if the source says so, and can be stopped and killed."""
+
+    def __init__(self, source: str, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", source, *arguments],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    async def line(self) -> str:
+        """The next line that it prints."""
+        assert self.process.stdout is not None
+        text = await anyio.to_thread.run_sync(self.process.stdout.readline, abandon_on_cancel=True)
+        return text.decode().strip()
+
+    def tell(self, text: str) -> None:
+        """Write a line to its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        """Stop it where it is; returns once it stands still."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
+    def kill(self) -> None:
+        """End it without a chance to say anything."""
+        self.process.kill()
+
+    def close(self) -> tuple[int, str]:
+        """Wait for its end; returns its exit status and what it wrote to standard error."""
+        assert self.process.stderr is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        errors = self.process.stderr.read().decode()
+        self.process.stdout.close()  # type: ignore[union-attr]
+        self.process.stderr.close()
+        return self.process.wait(), errors
+
+
+def held() -> dict[str, int]:
+    """What this process and this machine hold now, to be compared before and after."""
+
+    def count(folder: str, prefix: str = "") -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return sum(name.startswith(prefix) for name in os.listdir(folder))
+        return 0
+
+    return {
+        "descriptors": count("/proc/self/fd"),
+        "threads": count("/proc/self/task"),
+        "segments": count("/dev/shm"),
+        "files": count("/tmp", "aiocomm"),
+    }

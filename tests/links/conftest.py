@@ -1,0 +1,77 @@
+"""The links under test: all that this build has, and the shm link once for each way in which it moves bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from harness import world
+
+import aiocomm
+from aiocomm_native import _core
+
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import Pair
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A link, settings under which it takes one of its paths, and where arrays lie."""
+
+    link: str
+    name: str
+    settings: dict[str, str] = field(default_factory=dict)
+    shared: bool = False
+
+    def array(self, shape: int | tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray[Any, Any]:
+        """An array of zeros where this variant has them."""
+        array = aiocomm.empty(shape, dtype) if self.shared else np.empty(shape, dtype)
+        array.fill(0)
+        return array
+
+    def ones(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """An array of bytes that are 1, so that one look at it shows what has come."""
+        array = self.array(nbytes)
+        array.fill(1)
+        return array
+
+    def random(self, nbytes: int, seed: int = 0) -> np.ndarray[Any, Any]:
+        """An array of bytes that no other seed gives."""
+        array = self.array(nbytes)
+        array[:] = np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+        return array
+
+
+_EXTRA = {
+    "shm": [
+        Variant("shm", "shm-stream", {"AIOCOMM_CMA": "off"}),
+        Variant("shm", "shm-mapped", shared=True),
+    ]
+}
+VARIANTS = [
+    variant
+    for link in _core.available_links()
+    if link != "self"
+    for variant in [Variant(link, link), *_EXTRA.get(link, [])]
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Variant:
+    """One way in which bytes move."""
+    chosen: Variant = request.param
+    for key, value in chosen.settings.items():
+        monkeypatch.setenv(key, value)
+    return chosen
+
+
+@pytest.fixture
+async def pair(variant: Variant) -> AsyncIterator[Pair]:
+    """Ranks 0 and 1 on this loop, connected over the link under test."""
+    async with world(2, links=(variant.link,), warmup=True) as (a, b):
+        yield a, b

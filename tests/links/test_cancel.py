@@ -1,0 +1,315 @@
+"""Conformance of links: cancels and deadlines, in every state of a transfer, with buffers poisoned afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+from harness import until
+
+import aiocomm
+from aiocomm.errors import TransferCancelled
+
+if TYPE_CHECKING:
+    from conftest import Pair
+    from links.conftest import Variant
+
+pytestmark = pytest.mark.anyio
+
+LARGE = 24 << 20
+POISON = 0xAB
+OWN_CANCEL = (asyncio.CancelledError, TransferCancelled)  # asyncio's; trio has an error of its own for scopes only
+
+
+async def settle(pair: Pair) -> None:
+    """Returns once everything that was on its way between the two has been handled."""
+    token = bytearray(1)
+    for one, other in [(0, 1), (1, 0)]:
+        for nbytes in (1, 1 << 20):
+            sending = pair[one].send(bytes(nbytes), other, tag=991)
+            receiving = pair[other].recv(token if nbytes == 1 else bytearray(nbytes), one, tag=991)
+            await receiving
+            await sending
+
+
+async def assert_works(pair: Pair, variant: Variant, nbytes: int = 1 << 20) -> None:
+    a, b = pair
+    sent, got = variant.random(nbytes, 77), variant.array(nbytes)
+    sending = a.send(sent, 1, tag=992)
+    await b.recv(got, 0, tag=992)
+    await sending
+    np.testing.assert_array_equal(got, sent)
+    for comm in pair:
+        assert comm.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("nbytes", [100, LARGE])
+async def test_a_posted_receive(pair: Pair, variant: Variant, nbytes: int) -> None:
+    a, b = pair
+    buffer = variant.array(nbytes)
+    receiving = b.recv(buffer, 0)
+    assert receiving.cancel()
+    with pytest.raises(OWN_CANCEL):
+        await receiving
+    assert receiving.cancelled()
+    buffer.fill(POISON)
+    sent, got = variant.random(nbytes), variant.array(nbytes)
+    sending = a.send(sent, 1)
+    await b.recv(got, 0)  # the message is not lost to the cancelled one
+    await sending
+    np.testing.assert_array_equal(got, sent)
+    assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_a_receive_under_way(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    buffer = variant.array(LARGE)
+    sending = a.send(variant.random(LARGE), 1)
+    receiving = b.recv(buffer, 0)
+    cancelling = receiving.cancel()
+    if not cancelling:
+        await receiving
+        await sending
+        return
+    with pytest.raises(OWN_CANCEL):
+        await receiving
+    buffer.fill(POISON)
+    with pytest.raises(TransferCancelled) as caught:
+        await sending
+    assert caught.value.peer == 1
+    await settle(pair)
+    assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_a_receive_that_has_moved_some_bytes(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    buffer = variant.array(LARGE * 4)
+    sending = a.send(variant.ones(LARGE * 4), 1)
+    receiving = b.recv(buffer, 0)
+    await until(lambda: buffer[0] or receiving.done())
+    if receiving.cancel():
+        with pytest.raises(OWN_CANCEL):
+            await receiving
+        buffer.fill(POISON)
+        with pytest.raises(TransferCancelled):
+            await sending
+        await settle(pair)
+        assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_a_send_that_nobody_receives(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    first, second = variant.random(LARGE, 1), variant.random(LARGE, 2)
+    sending = a.send(first, 1, tag=1)
+    assert sending.cancel()
+    with pytest.raises(OWN_CANCEL):
+        await sending
+    first.fill(POISON)
+    again, got = a.send(second, 1, tag=1), variant.array(LARGE)
+    await b.recv(got, 0, tag=1)
+    await again
+    np.testing.assert_array_equal(got, second)
+    assert b.statistics().unexpected_messages == 0
+    await assert_works(pair, variant)
+
+
+async def test_a_send_under_way(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    source, buffer = variant.ones(LARGE), variant.array(LARGE)
+    receiving = b.recv(buffer, 0)
+    sending = a.send(source, 1)
+    await until(lambda: buffer[0] or sending.done())
+    if sending.cancel():
+        with pytest.raises(OWN_CANCEL):
+            await sending
+        source.fill(POISON)
+        try:
+            await receiving
+        except TransferCancelled as error:
+            assert error.peer == 0
+        else:  # the last byte had come before the cancel did
+            assert (buffer == 1).all()
+        buffer.fill(POISON)
+        await settle(pair)
+        assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_a_synchronous_small_send(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    sending = a.send(b"never mind", 1, tag=1, synchronous=True)
+    assert sending.cancel()
+    with pytest.raises(OWN_CANCEL):
+        await sending
+    await settle(pair)
+    assert b.statistics().unexpected_messages == 0
+    await assert_works(pair, variant)
+
+
+async def test_sends_that_wait_behind_a_full_ring(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    payload = variant.random(60_000)
+    sending = [a.send(payload, 1, tag=tag) for tag in range(500)]
+    queued = [tag for tag, transfer in enumerate(sending) if not transfer.done()]
+    cancelled = [tag for tag in queued if tag % 2 and sending[tag].cancel()]
+    assert cancelled
+    for tag in cancelled:
+        with pytest.raises(OWN_CANCEL):
+            await sending[tag]
+    for tag in range(500):
+        if tag in cancelled:
+            continue
+        got = variant.array(60_000)
+        await b.recv(got, 0, tag=tag)
+        await sending[tag]
+        np.testing.assert_array_equal(got, payload)
+    await settle(pair)
+    assert b.statistics().unexpected_messages == 0
+    await assert_works(pair, variant)
+
+
+async def test_both_sides_at_once(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    source, buffer = variant.random(LARGE), variant.array(LARGE)
+    sending, receiving = a.send(source, 1), b.recv(buffer, 0)
+    ended = [transfer.cancel() for transfer in (sending, receiving)]
+    for transfer, own in zip((sending, receiving), ended, strict=True):
+        if own:
+            with pytest.raises(OWN_CANCEL):
+                await transfer
+    buffer.fill(POISON)
+    await settle(pair)
+    assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_one_sided(pair: Pair, variant: Variant, kind: str) -> None:
+    a, b = pair
+    memory, local = variant.random(LARGE, 1), variant.random(LARGE, 2)
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        transfer = a.put(local, remote) if kind == "put" else a.get(remote, local)
+        if transfer.cancel():
+            with pytest.raises(OWN_CANCEL):
+                await transfer
+        local.fill(POISON)
+        await settle(pair)
+        assert (local == POISON).all()
+    memory.fill(POISON)
+    await settle(pair)
+    assert (memory == POISON).all()
+    await assert_works(pair, variant)
+
+
+@pytest.mark.parametrize("state", ["posted receive", "moving receive", "waiting send", "moving send"])
+async def test_cancelling_the_task(pair: Pair, variant: Variant, state: str) -> None:
+    """The await ends only when the buffer is free; the other side learns of it."""
+    a, b = pair
+    source, buffer = variant.ones(LARGE), variant.array(LARGE)
+    receives, moves = "receive" in state, "moving" in state
+    ours: Any = None
+    other: Any = None
+    if receives:
+        other = a.send(source, 1, tag=3) if moves else None
+        ours = b.recv(buffer, 0, tag=3)
+    else:
+        other = b.recv(buffer, 0, tag=3) if moves else None
+        ours = a.send(source, 1, tag=3)
+    seen = []
+
+    async def wait() -> None:
+        try:
+            await ours
+        except anyio.get_cancelled_exc_class():
+            seen.append(ours.cancelled())
+            (buffer if receives else source).fill(POISON)
+            raise
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.lowlevel.checkpoint()
+        if moves:
+            await until(lambda: buffer[0] or ours.done())
+        group.cancel_scope.cancel()
+    assert ours.done()
+    if other is not None and seen == [True]:
+        try:
+            await other
+        except TransferCancelled as error:
+            assert error.peer == (1 if receives else 0)
+        else:
+            assert not receives, "a receive that was given up cannot have been fetched"
+            assert (buffer == 1).all()
+    elif other is not None:
+        await other
+    await settle(pair)
+    if receives and seen:
+        assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+@pytest.mark.parametrize("nbytes", [100, LARGE])
+async def test_a_receives_deadline(pair: Pair, variant: Variant, nbytes: int) -> None:
+    _, b = pair
+    buffer = variant.array(nbytes)
+    with pytest.raises(aiocomm.DeadlineExceeded, match=r"recv of .* from rank 0"):
+        await b.recv(buffer, 0, deadline=0.01)
+    with pytest.raises(TimeoutError):
+        await b.recv(buffer, 0, deadline=0)
+    buffer.fill(POISON)
+    await settle(pair)
+    assert (buffer == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_a_sends_deadline(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    with pytest.raises(aiocomm.DeadlineExceeded, match=r"send of .* to rank 1"):
+        await a.send(variant.random(LARGE), 1, deadline=0.01)
+    await settle(pair)
+    assert b.statistics().unexpected_messages == 0
+    await assert_works(pair, variant)
+
+
+async def test_a_deadline_under_way_is_the_peers_cancel(pair: Pair, variant: Variant) -> None:
+    a, b = pair
+    source, buffer = variant.random(LARGE), variant.array(LARGE)
+    sending = a.send(source, 1)
+    receiving = b.recv(buffer, 0, deadline=0)
+    try:
+        await receiving
+    except aiocomm.DeadlineExceeded:
+        buffer.fill(POISON)
+        try:
+            await sending
+        except TransferCancelled:
+            pass
+        else:
+            pytest.fail("a send whose receiver gave up must not succeed")
+        await settle(pair)
+        assert (buffer == POISON).all()
+    else:
+        await sending
+    await assert_works(pair, variant)
+
+
+async def test_deadlines_of_many_end_in_time_order(pair: Pair, variant: Variant) -> None:
+    _, b = pair
+    order: list[int] = []
+    transfers = [b.recv(bytearray(1), 0, tag=tag, deadline=(50 - tag) * 1e-3) for tag in range(50)]
+
+    for tag, transfer in enumerate(transfers):
+        transfer.add_done_callback(lambda _, tag=tag: order.append(tag))
+    for transfer in transfers:
+        with pytest.raises(aiocomm.DeadlineExceeded):
+            await transfer
+    await until(lambda: len(order) == 50)
+    assert order == list(reversed(range(50)))
