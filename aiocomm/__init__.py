@@ -11,7 +11,8 @@ async with aiocomm.connect() as comm:
 from aiocomm._version import __version__
 from aiocomm.arrays import empty
 from aiocomm.channel import Channel
-from aiocomm.communicator import Communicator, connect
+from aiocomm.communicator import Communicator
+from aiocomm.connecting import connect
 from aiocomm.errors import (
     AiocommError,
     AuthenticationError,

@@ -8,7 +8,7 @@ from aiocomm.errors import ClosedError
 from aiocomm.types import ANY_SOURCE, Priority, Status
 
 if TYPE_CHECKING:
-    from aiocomm.communicator import Communicator
+    from aiocomm._operations import Operations
     from aiocomm.region import RemoteRegion
     from aiocomm_native import Transfer
 
@@ -21,7 +21,7 @@ class Channel:
     Its operations are the communicator's, with this channel. Channels do not order or block each other.
     """
 
-    def __init__(self, comm: Communicator, name: str, index: int, priority: Priority, weight: float) -> None:
+    def __init__(self, comm: Operations, name: str, index: int, priority: Priority, weight: float) -> None:
         self._comm = comm
         self._index = index
         self._closed = False

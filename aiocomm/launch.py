@@ -95,7 +95,7 @@ class Spawn:
         self._communicator: Communicator | None = None
 
     async def __aenter__(self) -> Communicator:
-        from aiocomm.communicator import connect
+        from aiocomm.connecting import connect
 
         address, token = fresh_address(), fresh_token()
         try:

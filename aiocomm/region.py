@@ -12,7 +12,7 @@ from aiocomm.errors import ClosedError, StaleHandleError, UsageError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiocomm.communicator import Communicator
+    from aiocomm._operations import Operations
 
 __all__ = ["Region", "RemoteRegion", "exchange"]
 
@@ -28,7 +28,7 @@ class Region:
     `async with`, or `aclose()`: afterwards its handles are stale and the memory is the caller's again.
     """
 
-    def __init__(self, comm: Communicator, number: int, nbytes: int, writable: bool, keep: Any) -> None:
+    def __init__(self, comm: Operations, number: int, nbytes: int, writable: bool, keep: Any) -> None:
         self._comm = comm
         self._number = number
         self._keep = keep
@@ -87,7 +87,7 @@ class RemoteRegion:
 
     def __init__(
         self,
-        comm: Communicator,
+        comm: Operations,
         rank: int,
         generation: int,
         number: int,
@@ -104,7 +104,7 @@ class RemoteRegion:
         self.writable = writable
 
     @classmethod
-    def from_handle(cls, comm: Communicator, handle: bytes) -> Self:
+    def from_handle(cls, comm: Operations, handle: bytes) -> Self:
         """Parse and check a handle."""
         if len(handle) != _HANDLE.size or not bytes(handle).startswith(_MAGIC):
             raise UsageError("these bytes are not a region's handle: pass region.handle of the owner")
@@ -117,7 +117,7 @@ class RemoteRegion:
         remote._check_fresh(comm)
         return remote
 
-    def _check_fresh(self, comm: Communicator) -> None:
+    def _check_fresh(self, comm: Operations) -> None:
         if comm is not self._comm:
             raise UsageError("the remote region belongs to another communicator")
         if self.rank == comm.rank:
@@ -157,7 +157,7 @@ class RemoteRegion:
         return f"<aiocomm.RemoteRegion rank={self.rank} {self.nbytes} bytes at {self._start}>"
 
 
-async def exchange(comm: Communicator, region: Region, with_: int, deadline: float | None) -> RemoteRegion:
+async def exchange(comm: Operations, region: Region, with_: int, deadline: float | None) -> RemoteRegion:
     """Swap handles with a peer on the runtime's own channel."""
     if comm.closed or not comm._here():
         comm._refuse()

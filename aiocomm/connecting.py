@@ -1,0 +1,93 @@
+"""Joining a world."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aiocomm.communicator import Communicator
+from aiocomm.config import Settings, resolve_world
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import TracebackType
+
+    from aiocomm._world import World
+
+__all__ = ["Connecting", "connect"]
+
+
+def connect(
+    address: str | None = None,
+    *,
+    rank: int | None = None,
+    size: int | None = None,
+    name: str | None = None,
+    token: str | None = None,
+    links: tuple[str, ...] | list[str] | None = None,
+    warmup: bool = False,
+    deadline: float | None = None,
+) -> Connecting:
+    """Join a world: `comm = await connect(...)`, or `async with connect(...) as comm`.
+
+    Without arguments rank, size and rendezvous come from the environment (`aiocomm run`, torchrun, Slurm,
+    Open MPI); a process that nobody launched is a world of its own.
+
+    Args:
+        address: where rank 0 listens: `tcp://host:port`, `unix://path`, `unix://@name`, `file://path`, `env://`.
+        rank: this process's rank in a world of fixed size; 0 hosts an elastic world.
+        size: processes in the world; None: elastic, ranks grow and are never reused.
+        name: shown to the peers.
+        token: the group's secret. Without one only processes of the same user on the same host are accepted.
+        links: links that may be used, e.g. `("tcp",)`; default: all that work, the cheapest first.
+        warmup: connect with all peers now instead of on first use.
+        deadline: seconds that joining may take, by default AIOCOMM_TIMEOUT_S.
+
+    Raises:
+        UsageError: arguments and environment contradict themselves or the world.
+        AuthenticationError: the other side does not know the token.
+        DeadlineExceeded: not all came in time.
+
+    Cancelling the await leaves the world again and releases everything.
+    """
+    world = resolve_world(
+        address,
+        rank=rank,
+        size=size,
+        name=name,
+        token=token,
+        links=tuple(links) if links is not None else None,
+        warmup=warmup,
+        timeout_s=deadline,
+    )
+    return Connecting(world, Settings.from_environment())
+
+
+class Connecting:
+    """What `connect` returns: await it, or enter it."""
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        self._world = world
+        self._settings = settings
+        self._comm: Communicator | None = None
+
+    def __await__(self) -> Generator[Any, Any, Communicator]:
+        return self._open().__await__()
+
+    async def _open(self) -> Communicator:
+        comm = Communicator(self._world, self._settings)
+        try:
+            await comm._start()
+        except BaseException:
+            await comm._abandon()
+            raise
+        return comm
+
+    async def __aenter__(self) -> Communicator:
+        self._comm = await self._open()
+        return await self._comm.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._comm is not None
+        await self._comm.__aexit__(kind, error, trace)
