@@ -1,13 +1,15 @@
 """Fixtures that the tests of the runtime share.
 
-Coroutine tests run on asyncio, uvloop and trio by anyio's pytest plugin: `pytestmark = pytest.mark.anyio` in the
-module, and the fixture `anyio_backend` below names the loops. (pytest-asyncio stays in strict mode, unused by them.)
+Coroutine tests run on asyncio, uvloop and trio by anyio's pytest plugin: `pytestmark = pytest.mark.anyio` in
+the module, and the fixture `anyio_backend` below names the loops. (pytest-asyncio stays in strict mode,
+unused by them.)
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     Pair = tuple[aiocomm.Communicator, aiocomm.Communicator]
 
+# Children of tests import what is installed: a checkout as working folder is not looked into.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 BACKENDS = {
     "asyncio": ("asyncio", {}),
     "uvloop": ("asyncio", {"use_uvloop": True}),
@@ -33,7 +38,7 @@ LIMIT_S: Final = 8
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Bound coroutine tests on their own loop, so that one that hangs says where, and its fixtures still close."""
+    """Bound coroutine tests on their own loop: one that hangs says where, and its fixtures still close."""
     test = pyfuncitem.obj
     if not inspect.iscoroutinefunction(test) or pyfuncitem.get_closest_marker("anyio") is None:
         return

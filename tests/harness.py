@@ -1,8 +1,8 @@
 """Worlds inside one process, child processes, and a look at what a process holds: for the runtime's tests.
 
-Two communicators of one world may live in one process, on one loop: `world()` makes them in milliseconds, over the
-links' real sockets and segments. Tests that need a second process use `aiocomm.spawn`, or `Child` where the process is
-to be stopped, killed or looked into.
+Two communicators of one world may live in one process, on one loop: `world()` makes them in milliseconds,
+over the links' real sockets and segments. Tests that need a second process use `aiocomm.spawn`, or `Child`
+where the process is to be stopped, killed or looked into.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class Child:
-    """A process that runs Python source, joins `address` if the source says so, and can be stopped and killed."""
+    """A process that runs Python source; it can be spoken to, stopped, and killed."""
 
     def __init__(self, source: str, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(

@@ -164,7 +164,7 @@ def test_modules_and_other_programs(tmp_path: Path) -> None:
         "some_module",
         "a",
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": ""},
     )
     assert done.stdout == b"[0] module a\n"
     done = run("-n", "2", "--no-python", "sh", "-c", "echo $AIOCOMM_RANK")

@@ -1,4 +1,4 @@
-"""The links under test: all that this build has, and the shm link once for each way in which it moves bytes."""
+"""The links under test: all that this build has, and shm once for each way in which it moves bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from harness import world
 
 import aiocomm
 from aiocomm_native import _core
-
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
