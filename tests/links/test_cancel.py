@@ -1,4 +1,4 @@
-"""Conformance of links: cancels and deadlines, in every state of a transfer, with buffers poisoned afterwards."""
+"""Conformance of links: cancels and deadlines, in every state of a transfer; buffers are poisoned afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.anyio
 
 LARGE = 24 << 20
 POISON = 0xAB
-OWN_CANCEL = (asyncio.CancelledError, TransferCancelled)  # asyncio's; trio has an error of its own for scopes only
+# asyncio's own; trio's can only come from a scope
+OWN_CANCEL = (asyncio.CancelledError, TransferCancelled)
 
 
 async def settle(pair: Pair) -> None:
@@ -133,7 +134,7 @@ async def test_a_send_under_way(pair: Pair, variant: Variant) -> None:
         try:
             await receiving
         except TransferCancelled as error:
-            assert error.peer == 0
+            assert error.peer == 0  # noqa: PT017  (either end is right)
         else:  # the last byte had come before the cancel did
             assert (buffer == 1).all()
         buffer.fill(POISON)
@@ -244,7 +245,7 @@ async def test_cancelling_the_task(pair: Pair, variant: Variant, state: str) -> 
         try:
             await other
         except TransferCancelled as error:
-            assert error.peer == (1 if receives else 0)
+            assert error.peer == (1 if receives else 0)  # noqa: PT017  (either end is right)
         else:
             assert not receives, "a receive that was given up cannot have been fetched"
             assert (buffer == 1).all()
