@@ -18,108 +18,6 @@ constexpr uint64_t kSpinBudgetNs = 500000;  // a task may go on without its loop
 
 Transfer* cast(PyObject* self) { return reinterpret_cast<Transfer*>(self); }
 
-PyObject* make_status(const Transfer* t) {
-  PyObject* status = PyStructSequence_New(StatusType);
-  if (!status) return nullptr;
-  PyStructSequence_SET_ITEM(status, 0, PyLong_FromLong(t->peer));
-  PyStructSequence_SET_ITEM(status, 1, PyLong_FromLongLong(t->tag));
-  PyStructSequence_SET_ITEM(status, 2, PyLong_FromUnsignedLongLong(t->nbytes));
-  return status;
-}
-
-void let_go(Transfer* t) {
-  if (t->has_view) {
-    PyBuffer_Release(&t->view);
-    t->has_view = false;
-  }
-  Py_CLEAR(t->keep);
-}
-
-bool schedule(Transfer* t, PyObject* callback, PyObject* context) {
-  PyObject* argv[3] = {callback, reinterpret_cast<PyObject*>(t), context};
-  static PyObject* names = Py_BuildValue("(s)", "context");
-  PyObject* handle = context && context != Py_None
-                         ? PyObject_Vectorcall(t->engine->call_soon, argv, 2, names)
-                         : PyObject_Vectorcall(t->engine->call_soon, argv, 2, nullptr);
-  Py_XDECREF(handle);
-  return handle != nullptr;
-}
-
-// Under trio a callback is called at once, on the loop's thread.
-bool call(Transfer* t, PyObject* callback, PyObject* context) {
-  if (t->engine->call_soon) return schedule(t, callback, context);
-  PyObject* r = PyObject_CallOneArg(callback, reinterpret_cast<PyObject*>(t));
-  Py_XDECREF(r);
-  return r != nullptr;
-}
-
-void run_callbacks(Transfer* t) {
-  PyObject* callback = t->callback;
-  PyObject* context = t->context;
-  PyObject* more = t->more;
-  t->callback = t->context = t->more = nullptr;
-  if (callback && !call(t, callback, context)) PyErr_WriteUnraisable(callback);
-  for (Py_ssize_t i = 0; more && i < PyList_GET_SIZE(more); ++i) {
-    PyObject* pair = PyList_GET_ITEM(more, i);
-    if (!call(t, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1))) PyErr_WriteUnraisable(pair);
-  }
-  Py_XDECREF(callback);
-  Py_XDECREF(context);
-  Py_XDECREF(more);
-}
-
-void fail_with_current_error(Transfer* t) {
-  PyObject *type, *value, *trace;
-  PyErr_Fetch(&type, &value, &trace);
-  PyErr_NormalizeException(&type, &value, &trace);
-  t->exception = value;
-  t->outcome = Outcome::failed;
-  Py_XDECREF(type);
-  Py_XDECREF(trace);
-}
-
-void take_failure(Transfer* t, const Op& op) {
-  const std::string& link = t->engine->engine->link_name(op.link);
-  t->exception = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(op.code), op.error,
-                                       link.c_str(), static_cast<unsigned long long>(op.capacity));
-  t->outcome = Outcome::failed;
-  if (!t->exception) fail_with_current_error(t);
-}
-
-void take_success(Transfer* t, Op& op) {
-  t->outcome = Outcome::done;
-  if (op.kind == OpKind::recv && op.allocate) {
-    PyObject* memory = new_memory(op.data, op.nbytes);
-    op.data = nullptr;
-    t->result = memory ? decode_meta(op, memory) : nullptr;
-    Py_XDECREF(memory);
-  } else if (op.kind == OpKind::recv) {
-    t->result = make_status(t);
-  } else {
-    t->result = Py_NewRef(Py_None);
-  }
-  if (!t->result) fail_with_current_error(t);
-}
-
-const char* kind_name(OpKind kind) {
-  static const char* names[] = {"send", "recv", "put", "get", "serve"};
-  return names[static_cast<int>(kind)];
-}
-
-void report_completion(Transfer* t, const Op& op) {
-  PyEngine* engine = t->engine;
-  auto observer = engine->on_complete.find(op.link);
-  if (observer == engine->on_complete.end()) return;
-  uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
-  PyObject* r = PyObject_CallFunction(
-      observer->second, "KsisKidd", static_cast<unsigned long long>(op.id), kind_name(op.kind), op.peer,
-      engine->engine->channel(op.channel).name.c_str(), static_cast<unsigned long long>(op.moved),
-      static_cast<int>(op.code == Code::ok), static_cast<double>(began - op.submitted_ns) * 1e-9,
-      static_cast<double>(op.ended_ns - began) * 1e-9);
-  if (!r) PyErr_WriteUnraisable(observer->second);
-  Py_XDECREF(r);
-}
-
 // ---------------------------------------------------------------- methods
 
 PyObject* raise_outcome(Transfer* t) {
@@ -203,9 +101,11 @@ PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
   Py_END_ALLOW_THREADS
       // It may have ended meanwhile on another thread; then its outcome waits in the completion queue and stands.
       if (message != Py_None) Py_XSETREF(t->cancel_message, Py_NewRef(message));
-  if (engine->drain(64) < 0) return nullptr;
+  int drained;
+  do {
+    if ((drained = engine->drain(256)) < 0) return nullptr;
+  } while (!going && drained && t->outcome == Outcome::pending);
   if (t->outcome == Outcome::done || t->outcome == Outcome::failed) Py_RETURN_FALSE;
-  (void)going;
   Py_RETURN_TRUE;
 }
 
@@ -219,7 +119,7 @@ PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* k
   PyObject* own_context = context && context != Py_None ? Py_NewRef(context) : PyContext_CopyCurrent();
   if (!own_context) return nullptr;
   if (t->outcome != Outcome::pending) {
-    bool ok = call(t, callback, own_context);
+    bool ok = call_back(t, callback, own_context);
     Py_DECREF(own_context);
     if (!ok) return nullptr;
   } else if (!t->callback) {
@@ -481,27 +381,6 @@ Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind) {
   t->engine = engine;
   t->kind = kind;
   return t;
-}
-
-void end_transfer(Transfer* t) {
-  Op* op = t->op;
-  t->op = nullptr;
-  t->peer = op->peer;
-  t->tag = op->tag;
-  t->nbytes = op->code == Code::ok ? op->moved : op->nbytes;
-  if (t->tracked) t->engine->receiving.erase(op->data);
-  if (!t->engine->on_complete.empty()) report_completion(t, *op);
-  if (op->code == Code::ok)
-    take_success(t, *op);
-  else if (op->code == Code::cancelled)
-    t->outcome = Outcome::cancelled;
-  else
-    take_failure(t, *op);
-  if (op->allocate && op->data) std::free(op->data);
-  t->engine->engine->release(op);
-  let_go(t);
-  run_callbacks(t);
-  Py_DECREF(t);  // the engine's reference
 }
 
 int init_transfer(PyObject* module) {

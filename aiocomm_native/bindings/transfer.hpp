@@ -79,7 +79,11 @@ extern PyTypeObject* StatusType;
 
 Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind);
 void end_transfer(Transfer* transfer);  // its op has ended: takes the outcome over and calls back
-int init_transfer(PyObject* module);    // adds Transfer and Status
+PyObject* make_status(const Transfer* transfer);
+const char* kind_name(OpKind kind);
+bool call_back(Transfer* transfer, PyObject* callback, PyObject* context);  // false: a Python error is set
+void let_go(Transfer* transfer);                                            // of its buffer
+int init_transfer(PyObject* module);                                        // adds Transfer and Status
 
 // Describes a buffer's format and shape in an op's metadata, and back.
 void encode_meta(Op& op, const Py_buffer& view);
