@@ -1,4 +1,4 @@
-"""Conformance of links: cancels and deadlines, in every state of a transfer; buffers are poisoned afterwards."""
+"""Conformance of links: cancels and deadlines in every state; buffers are poisoned afterwards."""
 
 from __future__ import annotations
 
