@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import aiocomm
 from aiocomm import cli
 from aiocomm import links as known
 from aiocomm.config import Settings
@@ -16,6 +17,8 @@ from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _PLACE: Final = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
@@ -26,6 +29,14 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill in a page's places."""
     makers = {maker.__name__: maker for maker in (settings, commands, links, changelog, results)}
     return _PLACE.sub(lambda place: makers[place[1]](), markdown)
+
+
+def on_page_content(html: str, page: Page, **_: object) -> None:
+    """Refuse a reference that lost methods, as when a class comes to inherit them."""
+    if page.file.src_uri == "reference/communicator.md":
+        public = [name for name in dir(aiocomm.Communicator) if not name.startswith("_")]
+        if missing := [name for name in public if f'id="aiocomm.Communicator.{name}"' not in html]:
+            raise ValueError(f"the reference lacks {', '.join(missing)} of Communicator")
 
 
 def settings() -> str:
