@@ -40,6 +40,7 @@ class Operations:
     _notes: Mailbox[Notification]
     _regions: dict[int, Region]
     _channels: dict[str, Channel]
+    _exchanges: dict[tuple[int, int | None], int]  # calls so far, by rank and generation
 
     @property
     def rank(self) -> int:
@@ -212,7 +213,7 @@ class Operations:
 
     async def exchange(self, region: Region, with_: int, *, deadline: float | None = None) -> RemoteRegion:
         """Swap regions with a peer, who calls it, too: each gets the other's."""
-        return await exchange(self, region, with_, deadline)
+        return await exchange(self, region, with_, limit_of(deadline))
 
     def remote(self, handle: bytes) -> RemoteRegion:
         """Make a remote region of another process's `region.handle`.
@@ -271,6 +272,13 @@ class Operations:
         except ValueError as error:
             _overlapping(error)
             raise
+
+    def _generation_of(self, rank: int) -> int | None:
+        """The incarnation of a rank that is known now."""
+        if rank == self._rank:
+            return self._generation
+        peer = self._peers.get(rank)
+        return None if peer is None else peer.generation
 
     def _check_remote(self, remote: RemoteRegion, channel: Channel | None) -> int:
         if self._closed or not self._here():

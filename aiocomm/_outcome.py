@@ -101,12 +101,17 @@ _COMPLEX = {"Zf": "F", "Zd": "D", "Zg": "G"}
 
 
 def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Shape received memory as the sender's array was shaped; unknown formats stay bytes."""
+    """Shape received memory as the sender's array was shaped; unknown formats stay bytes.
+
+    The peer is not trusted: its bytes never become references to Python objects.
+    """
     try:
         dtype = np.dtype(_COMPLEX.get(format, format))
-        return np.ndarray(shape, dtype, memory)
+        if not dtype.hasobject:
+            return np.ndarray(shape, dtype, memory)
     except (TypeError, ValueError):
-        return np.frombuffer(memory, np.uint8)
+        pass
+    return np.frombuffer(memory, np.uint8)
 
 
 async def trio_wait(transfer: Transfer[Any]) -> Any:

@@ -53,6 +53,8 @@ def as_buffer(array: Any, writable: bool) -> Any:
         if not isinstance(array, np.ndarray):
             raise UsageTypeError(f"{type(array).__name__} cannot be sent: {error}") from error
         view = _bytes_of(array).data
+    if "O" in view.format:
+        view = _without_objects(array).data
     if not view.c_contiguous:
         raise UsageError(
             f"the array ({type(array).__name__}, shape {view.shape}, strides {view.strides}) is not "
@@ -62,6 +64,16 @@ def as_buffer(array: Any, writable: bool) -> Any:
     if writable and view.readonly:
         raise UsageError(f"the buffer ({type(array).__name__}) is read-only: receive into a writable array")
     return view
+
+
+def _without_objects(array: Any) -> NDArray[np.uint8]:
+    """Let pass what has an O in a field's name only."""
+    if isinstance(array, np.ndarray) and not array.dtype.hasobject:
+        return _bytes_of(array)
+    raise UsageTypeError(
+        f"{type(array).__name__} holds Python objects, which are addresses in this process: send "
+        "pickle.dumps(x)"
+    )
 
 
 def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:

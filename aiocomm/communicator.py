@@ -14,6 +14,7 @@ from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError
 from aiocomm.link import LinkHandle
+from aiocomm.region import withdraw
 from aiocomm.statistics import Statistics
 from aiocomm.threads import ThreadedCommunicator
 from aiocomm.types import (
@@ -87,6 +88,7 @@ class Communicator(Operations):
         self._events: Broadcast[Event] = Broadcast()
         self._regions: dict[int, Region] = {}
         self._channels: dict[str, Channel] = {}
+        self._exchanges: dict[tuple[int, int | None], int] = {}
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
         engine.on_connect_wanted(self._plane.request_pair)
@@ -156,7 +158,8 @@ class Communicator(Operations):
                 await self._backend.wait(closing)
             finally:
                 self._engine.close()
-                self._engine.drain()
+                while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
+                    pass
                 self._backend.detach(self._engine)
                 for hook in (
                     self._engine.on_connect_wanted,
@@ -227,8 +230,14 @@ class Communicator(Operations):
         token, answer = b"\0", bytearray(1)
         while step < size:
             receive = self._recv(answer, (self._rank - step) % size, self._internal, step, limit_of(deadline))
-            await self._send(token, (self._rank + step) % size, self._internal, step, limit_of(deadline), 0)
-            await receive
+            try:
+                await self._send(
+                    token, (self._rank + step) % size, self._internal, step, limit_of(deadline), 0
+                )
+                await receive
+            except BaseException:
+                withdraw(receive)
+                raise
             step *= 2
 
     def _meet(self, peer: Peer) -> None:

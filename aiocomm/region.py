@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiocomm._operations import Operations
+    from aiocomm_native import Transfer
 
-__all__ = ["Region", "RemoteRegion", "exchange"]
+__all__ = ["Region", "RemoteRegion", "exchange", "withdraw"]
 
 # Version, owner's rank and generation, region, first byte, bytes, writable.
 _HANDLE: Final = struct.Struct("<4sHIQQQQ?")
+_TAG: Final = 1 << 40  # of exchanges on the runtime's own channel
 _MAGIC: Final = b"aioR"
 _VERSION: Final = 1
 
@@ -120,13 +122,9 @@ class RemoteRegion:
     def _check_fresh(self, comm: Operations) -> None:
         if comm is not self._comm:
             raise UsageError("the remote region belongs to another communicator")
-        if self.rank == comm.rank:
-            current = comm._generation
-        else:
-            peer = comm._peers.get(self.rank)
-            if peer is None:
-                raise UsageError(f"the handle's owner, rank {self.rank}, is not known in this world")
-            current = peer.generation
+        current = comm._generation_of(self.rank)
+        if current is None:
+            raise UsageError(f"the handle's owner, rank {self.rank}, is not known in this world")
         if current != self._generation:
             raise StaleHandleError(
                 f"the handle belongs to an earlier incarnation of rank {self.rank}: exchange regions anew",
@@ -157,15 +155,29 @@ class RemoteRegion:
         return f"<aiocomm.RemoteRegion rank={self.rank} {self.nbytes} bytes at {self._start}>"
 
 
-async def exchange(comm: Operations, region: Region, with_: int, deadline: float | None) -> RemoteRegion:
-    """Swap handles with a peer on the runtime's own channel."""
+def withdraw(receive: Transfer[Any]) -> None:
+    """Give up a receive of the runtime's own; a failure of its own is no news."""
+    if not receive.cancel() and not receive.cancelled():
+        receive.exception()
+
+
+async def exchange(comm: Operations, region: Region, with_: int, limit: float) -> RemoteRegion:
+    """Swap handles with a peer on the runtime's own channel.
+
+    Calls are numbered per peer, so that one that was cancelled on one side does not answer the next.
+    """
     if comm.closed or not comm._here():
         comm._refuse()
     if not 0 <= with_ < comm._ranks:
         comm._refuse(dst=with_)
-    limit = -1.0 if deadline is None else deadline
-    theirs = bytearray(_HANDLE.size)
-    receive = comm._recv(theirs, with_, comm._internal, 0, limit)
-    await comm._send(region.handle, with_, comm._internal, 0, limit, 0)
-    await receive
+    peer = (with_, comm._generation_of(with_))
+    number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1
+    handle, theirs = region.handle, bytearray(_HANDLE.size)
+    receive = comm._recv(theirs, with_, comm._internal, _TAG + number, limit)
+    try:
+        await comm._send(handle, with_, comm._internal, _TAG + number, limit, 0)
+        await receive
+    except BaseException:
+        withdraw(receive)
+        raise
     return RemoteRegion.from_handle(comm, bytes(theirs))

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
@@ -36,7 +37,14 @@ void PyEngine::clear() {
 
 bool PyEngine::deliver_events() {
   if (!engine->has_events() || !on_events) return true;
+  if (engine->connect_wanted())
+    for (Rank rank : engine->take_connect_wanted()) {
+      PyObject* r = on_connect ? PyObject_CallFunction(on_connect, "i", rank) : Py_NewRef(Py_None);
+      if (!r) return false;
+      Py_DECREF(r);
+    }
   auto events = engine->take_events();
+  if (events.empty()) return true;
   PyObject* list = PyList_New(0);
   if (!list) return false;
   for (auto& event : events) {
@@ -72,12 +80,6 @@ int PyEngine::drain(int budget) {
 
 // What a submission may have caused beside its own op.
 bool PyEngine::after_submit() {
-  if (engine->connect_wanted() && on_connect)
-    for (Rank rank : engine->take_connect_wanted()) {
-      PyObject* r = PyObject_CallFunction(on_connect, "i", rank);
-      if (!r) return false;
-      Py_DECREF(r);
-    }
   if (engine->has_completed() || engine->has_events()) return drain(256) >= 0;
   return true;
 }
@@ -120,6 +122,11 @@ struct Start {
     int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
     if (PyObject_GetBuffer(object, &t->view, flags) != 0) give_up();
     t->has_view = true;
+    if (t->view.format && std::strchr(t->view.format, 'O')) {
+      PyErr_SetString(PyExc_TypeError,
+                      "Python objects");  // as_buffer() says more, or finds that it is only a name
+      give_up();
+    }
     op->data = static_cast<std::byte*>(t->view.buf);
     op->nbytes = op->capacity = static_cast<uint64_t>(t->view.len);
     t->nbytes = op->nbytes;

@@ -115,7 +115,7 @@ class Engine final : public Host, public FrameSink {
   bool take_completed(Op*& op);
   bool has_completed() const { return !completed_.empty() || overflowed_.load(std::memory_order_acquire); }
   std::vector<EngineEvent> take_events();
-  bool has_events() const { return has_events_.load(std::memory_order_acquire); }
+  bool has_events() const { return has_events_.load(std::memory_order_acquire) || connect_wanted(); }
   std::vector<Rank> take_connect_wanted();
   bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
   void loop_sleeps() { prepare_sleep(page_->loop); }
@@ -202,6 +202,7 @@ class Engine final : public Host, public FrameSink {
 
   // protocol_receive.cpp: from frames to matched receives
   void start_recv(Op& op);
+  void want_connection(Peer& peer);
   void arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
   void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta,
                const std::byte* payload);
@@ -216,6 +217,7 @@ class Engine final : public Host, public FrameSink {
   void on_stop(Peer& peer, const FrameHeader& header);
   void on_cts(Peer& peer, const FrameHeader& header);
   void job_done(CopyJob& job);
+  Op* streaming_to(Rank source, OpId rop);
 
   // protocol_onesided.cpp
   void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);

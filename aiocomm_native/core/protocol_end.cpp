@@ -9,6 +9,10 @@
 
 namespace aiocomm {
 
+namespace {
+constexpr int kLastTurns = 1024;  // a peer that still writes must not keep us
+}
+
 void Engine::finish(Op& op, Code code) {
   if (op.deadline_ns || op.state == OpState::draining) timers_.cancel(op.id);
   if (op.cancel_requested) code = Code::cancelled;  // whoever cancelled was promised this end
@@ -116,7 +120,8 @@ void Engine::tear_down(Peer& peer, const std::string& reason) { end_peer(peer, r
 void Engine::end_peer(Peer& peer, const std::string& reason) {
   if (peer.state == Peer::State::lost) return;
   // What the peer has sent before its end is still delivered.
-  if (peer.link && peer.state == Peer::State::up && peer.link->poll(1 << 20) < 0) return;
+  for (int turn = 0; turn < kLastTurns && peer.link && peer.state == Peer::State::up; ++turn)
+    if (peer.link->poll(1 << 20) <= 0) break;
   if (peer.state == Peer::State::lost) return;
   peer.state = Peer::State::lost;
   peer.lost_reason = reason;

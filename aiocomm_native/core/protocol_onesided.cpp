@@ -124,7 +124,9 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
 
 void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.rop);
-  if (!op || op->kind != OpKind::get || op->peer != peer.rank || op->state != OpState::posted) {
+  bool overtaken = op && op->state == OpState::moving && op->path == Path::stream;
+  if (!op || op->kind != OpKind::get || op->peer != peer.rank ||
+      (op->state != OpState::posted && !overtaken)) {
     FrameHeader h{};  // we gave up meanwhile: let the owner's memory go
     h.kind = FrameKind::stop;
     h.sop = header.sop;
@@ -132,6 +134,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
   }
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
+  if (overtaken) return;  // by its first bytes
   if (header.code) return start_rendezvous(*op, peer, header, false);
   op->path = Path::stream;
   op->started_ns = now();

@@ -13,6 +13,7 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
 constexpr uint64_t kHeldFactor = 4;
+constexpr uint64_t kMaxMessage = 1ull << 56;  // sizes are rounded up and added to: no sum may overflow
 }  // namespace
 
 void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
@@ -98,12 +99,8 @@ void Engine::start_recv(Op& op) {
     matcher_.cancel_recv(op.id);
     return finish(op, Code::peer_lost);
   }
-  if (peer && peer->state == Peer::State::known) {
-    // A dead peer is noticed only over a connection.
-    peer->state = Peer::State::connecting;
-    wanted_.push_back(peer->rank);
-    has_wanted_.store(true, std::memory_order_release);
-  }
+  // A dead peer is noticed only over a connection.
+  if (peer && peer->state == Peer::State::known) want_connection(*peer);
   if (!peer) fail_hopeless_receives();
   if (in_loop_thread_ && op.live) {
     if (peer && peer->link)
@@ -115,6 +112,7 @@ void Engine::start_recv(Op& op) {
 
 void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
   if (header.tag < 0) throw ProtocolViolation("negative tag");
+  if (header.nbytes > kMaxMessage) throw ProtocolViolation("a message larger than any memory");
   if (header.meta_bytes > sizeof(Op::meta)) throw ProtocolViolation("oversized metadata");
   if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("eager message without all of its bytes");
@@ -244,11 +242,21 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header) {
   queue_data(*op, peer);
 }
 
+Op* Engine::streaming_to(Rank source, OpId rop) {
+  Op* op = find(rop);
+  if (!op || op->peer != source || (op->kind != OpKind::recv && op->kind != OpKind::get)) return nullptr;
+  if (op->kind == OpKind::get && op->state == OpState::posted) {
+    // Its first bytes have overtaken the answer, on a lane of their own.
+    op->path = Path::stream;
+    op->started_ns = now();
+    op->state = OpState::moving;
+  }
+  return op->state == OpState::moving && op->path == Path::stream ? op : nullptr;
+}
+
 std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) {
-  Op* op = find(header.rop);
-  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream)
-    return nullptr;
-  if (op->kind != OpKind::recv && op->kind != OpKind::get) return nullptr;
+  Op* op = streaming_to(from.rank, header.rop);
+  if (!op) return nullptr;
   if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
   return op->data + header.address + done;
 }
@@ -257,8 +265,8 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes)
   Peer* peer = peer_of(from);
   if (!peer) return;
   counters_[peer->link_index].bytes_received += nbytes;
-  Op* op = find(header.rop);
-  if (!op || op->peer != from.rank || op->state != OpState::moving || op->path != Path::stream) return;
+  Op* op = streaming_to(from.rank, header.rop);
+  if (!op) return;
   op->moved += nbytes;
   op->remote_op = header.sop;
   if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");

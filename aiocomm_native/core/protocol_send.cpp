@@ -37,13 +37,17 @@ void Engine::start(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state == Peer::State::lost) return finish(op, Code::peer_lost);
   if (peer->state == Peer::State::up) return start_on(op, *peer);
-  if (peer->state == Peer::State::known) {
-    peer->state = Peer::State::connecting;
-    wanted_.push_back(peer->rank);
-    has_wanted_.store(true, std::memory_order_release);
-  }
+  if (peer->state == Peer::State::known) want_connection(*peer);
   if (op.no_wait) return finish(op, Code::would_block);
   peer->waiting.push_back(op.id);
+}
+
+// The loop's thread passes it on; it has to be woken where the op was queued and is started by another thread.
+void Engine::want_connection(Peer& peer) {
+  peer.state = Peer::State::connecting;
+  wanted_.push_back(peer.rank);
+  has_wanted_.store(true, std::memory_order_release);
+  wake_loop();
 }
 
 void Engine::start_on(Op& op, Peer& peer) {
