@@ -16,7 +16,7 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kNever = ~0ull;
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
-constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
+constexpr int kPollBudget = 64;        // frames per peer and turn: the loop breathes between turns
 
 double number(const EngineConfig& config, const std::string& name, double fallback) {
   auto it = config.numbers.find(name);
