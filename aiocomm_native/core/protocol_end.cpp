@@ -146,7 +146,10 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
       else
         end_early(*op, Code::peer_lost);
     }
-    for (auto [channel, flow] : peer.flows) sched.remove_flow(flow);
+    for (auto [channel, flow] : peer.flows) {
+      sched.remove_flow(flow);
+      flows_[flow].rank = kAnySource;  // nobody's
+    }
     peer.flows.clear();
     peer.control.clear();
   } else {
