@@ -109,7 +109,13 @@ class Settings:
         low=0.01,
         high=3600.0,
     )
-    cma: str = _setting("auto", "", "Cross-memory attach: auto or off.", choices=("auto", "off"))
+    cma: str = _setting(
+        "auto",
+        "",
+        "Cross-memory attach: auto, where the kernel allows it; allow, which also lets processes of the same "
+        "user trace this one where ptrace_scope is 1; off.",
+        choices=("auto", "allow", "off"),
+    )
     links: tuple[str, ...] | None = _setting(None, "names", "Links that may be used, best first, by comma.")
     handshake_timeout_s: float = _setting(
         5.0,

@@ -149,7 +149,9 @@ def _try_attach(pid: int, address: int) -> Check:
     detail = f"process_vm_readv: {os.strerror(code) if code < 255 else 'wrong data'}"
     cost = "; large ordinary arrays go through a bounce ring: two copies instead of one"
     if code == errno.EPERM and scope not in (None, "0"):
-        advice = f"kernel.yama.ptrace_scope is {scope}: sysctl kernel.yama.ptrace_scope=0 allows it"
+        # At 1 a process may open itself; above, only root and the administrator can.
+        ways = "AIOCOMM_CMA=allow, or " if scope == "1" else ""
+        advice = f"kernel.yama.ptrace_scope is {scope}: {ways}sysctl kernel.yama.ptrace_scope=0 allows it"
     else:
         advice = _filter_advice("process_vm_readv", "SYS_PTRACE")
     return Check(name, State.LIMITED, detail + cost, advice + ", or use arrays of aiocomm.empty()")

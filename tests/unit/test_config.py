@@ -280,7 +280,7 @@ def test_settings_from_the_environment(name: str, text: str, value: object) -> N
         ("heartbeat_s", "5000", "at most 3600"),
         ("min_share", "nan", "at least 0"),
         ("min_share", "0.9", "at most 0.5"),
-        ("cma", "maybe", "one of auto, off, not 'maybe'"),
+        ("cma", "maybe", "one of auto, allow, off, not 'maybe'"),
         ("log_level", "loud", "one of DEBUG"),
         ("tls_cert", "/c.pem", "both AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA"),
         ("tls_key", "/k.pem", "without AIOCOMM_TLS_CERT"),
