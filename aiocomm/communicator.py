@@ -8,6 +8,7 @@ import anyio
 
 from aiocomm import _outcome
 from aiocomm._control.plane import ControlPlane, peer_of
+from aiocomm._log import EventLog
 from aiocomm._loop.backend import current_backend
 from aiocomm._operations import Operations, limit_of
 from aiocomm._queues import Broadcast, Mailbox
@@ -63,6 +64,7 @@ class Communicator(Operations):
         _outcome.install()
         self._backend: Backend = current_backend()
         self._settings = settings
+        self._log = EventLog(settings.log_level)
         self._world = world
         native = settings.native()
         numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
@@ -267,6 +269,7 @@ class Communicator(Operations):
                     peer.name,
                     peer.generation,
                 )
+        self._log(self._rank, event)
         self._events.publish(event)
 
     def _on_native_events(self, events: list[tuple[int, int, int, Any, str]]) -> None:

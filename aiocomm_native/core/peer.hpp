@@ -13,6 +13,8 @@
 
 namespace aiocomm {
 
+inline constexpr char kLeft[] = "left";  // why a peer that said goodbye is gone
+
 struct ControlFrame {
   FrameHeader header;
   std::vector<std::byte> meta;

@@ -123,6 +123,11 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   for (int turn = 0; turn < kLastTurns && peer.link && peer.state == Peer::State::up; ++turn)
     if (peer.link->poll(1 << 20) <= 0) break;
   if (peer.state == Peer::State::lost) return;
+  if (peer.link && peer.state == Peer::State::up && reason == kLeft) {
+    FrameHeader answer{};  // closing without a word would look like a death
+    answer.kind = FrameKind::goodbye;
+    peer.link->post(answer, nullptr, nullptr, Wake::engine);
+  }
   peer.state = Peer::State::lost;
   peer.lost_reason = reason;
   if (peer.link) {

@@ -56,7 +56,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return;
       }
       case FrameKind::goodbye:
-        return end_peer(*peer, "left");
+        return end_peer(*peer, kLeft);
       case FrameKind::heartbeat:
         return;
       default:

@@ -1,0 +1,63 @@
+"""What is logged: through structlog onto the standard library's logger `aiocomm`, which applications configure."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from aiocomm.types import Fallback, LinkDown, PeerLost, Undelivered
+
+if TYPE_CHECKING:
+    from aiocomm.types import Event
+
+__all__ = ["EventLog"]
+
+_LOGGER = logging.getLogger("aiocomm")
+
+
+class EventLog:
+    """Logs the events that somebody may have to act on; each fallback once.
+
+    Args:
+        level: least severe level that is logged, while the application has set none for the logger `aiocomm`.
+    """
+
+    def __init__(self, level: str) -> None:
+        if _LOGGER.level == logging.NOTSET:
+            _LOGGER.setLevel(level)
+        self._log: Any = structlog.wrap_logger(
+            _LOGGER,
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.stdlib.add_log_level,
+                structlog.processors.format_exc_info,
+                structlog.processors.KeyValueRenderer(key_order=["event"]),
+            ],
+            wrapper_class=structlog.stdlib.BoundLogger,
+        )
+        self._fallbacks: set[tuple[str, str, str]] = set()
+
+    def __call__(self, rank: int, event: Event) -> None:
+        """Log an event as seen by `rank`."""
+        match event:
+            case PeerLost(peer, _, "left"):
+                self._log.info("peer left", rank=rank, peer=peer)
+            case PeerLost(peer, _, reason):
+                self._log.warning("peer lost", rank=rank, peer=peer, reason=reason)
+            case LinkDown(link, peer, reason):
+                self._log.warning("link down", rank=rank, peer=peer, link=link, reason=reason)
+            case Undelivered(peer, channel, tag, reason):
+                self._log.warning(
+                    "message undelivered", rank=rank, peer=peer, channel=channel, tag=tag, reason=reason
+                )
+            case Fallback(link, peer, path, reason):
+                key = (link, path, reason)
+                if key not in self._fallbacks:
+                    self._fallbacks.add(key)
+                    self._log.warning(
+                        "slower path in use", rank=rank, peer=peer, link=link, path=path, reason=reason
+                    )
+            case _:
+                self._log.debug(type(event).__name__, rank=rank)
