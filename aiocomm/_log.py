@@ -1,4 +1,4 @@
-"""What is logged: through structlog onto the standard library's logger `aiocomm`, which applications configure."""
+"""What is logged: through structlog onto the logger `aiocomm`, which applications configure."""
 
 from __future__ import annotations
 
