@@ -8,6 +8,7 @@ where the process is to be stopped, killed or looked into.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -101,6 +102,7 @@ class Child:
 
 def held() -> dict[str, int]:
     """What this process and this machine hold now, to be compared before and after."""
+    gc.collect()
 
     def count(folder: str, prefix: str = "") -> int:
         with contextlib.suppress(FileNotFoundError):

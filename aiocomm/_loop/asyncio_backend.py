@@ -37,9 +37,10 @@ class AsyncioBackend:
     def detach(self, engine: Engine) -> None:
         if self._spin is not None:
             self._spin.discard(engine)
-        if not self._loop.is_closed():
+        if engine.loop_fd >= 0 and not self._loop.is_closed():
             self._loop.remove_reader(engine.loop_fd)
             self._loop.remove_reader(engine.express_fd)
+        engine.release_descriptors()
 
     def running_here(self) -> bool:
         try:

@@ -27,7 +27,7 @@ class Backend(Protocol):
         """Wake for the engine's descriptors from now on."""
 
     def detach(self, engine: Engine) -> None:
-        """Undo `attach`. Idempotent."""
+        """Undo `attach`, and let go of the engine's descriptors if it is closed. Idempotent."""
 
     def running_here(self) -> bool:
         """Whether the calling code runs on this loop."""

@@ -25,6 +25,7 @@ class TrioBackend:
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
         self._scopes: list[trio.CancelScope] = []
+        self._watching = 0
 
     def attach(self, engine: Engine) -> None:
         engine.bind_trio()
@@ -32,13 +33,18 @@ class TrioBackend:
             scope = trio.CancelScope()
             self._scopes.append(scope)
             trio.lowlevel.spawn_system_task(self._watch, engine, fd, scope)
+            self._watching += 1
 
-    @staticmethod
-    async def _watch(engine: Engine, fd: int, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                await trio.lowlevel.wait_readable(fd)
-                engine.drain()
+    async def _watch(self, engine: Engine, fd: int, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                while True:
+                    await trio.lowlevel.wait_readable(fd)
+                    engine.drain()
+        finally:
+            self._watching -= 1
+            if not self._watching:
+                engine.release_descriptors()
 
     def detach(self, engine: Engine) -> None:
         for scope in self._scopes:

@@ -479,10 +479,11 @@ void bind_engine(nb::module_& m) {
           release_gil())
       .def(
           "leave_peer",
-          [](PyEngine& e, int rank, uint64_t generation) { e.engine->lose_peer(rank, generation, "left"); },
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->lose_peer(rank, generation, kLeft); },
           release_gil())
       .def(
           "close", [](PyEngine& e) { e.engine->close(); }, release_gil())
+      .def("release_descriptors", [](PyEngine& e) { e.engine->release_descriptors(); })
       .def("counters", counters)
       .def("gauges", [](PyEngine& e, const std::string& link) { return e.engine->gauges(link); })
       .def("served_by_channel",

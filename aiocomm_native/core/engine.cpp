@@ -86,9 +86,15 @@ Engine::~Engine() {
   peers_.clear();
   retired_.clear();
   links_.clear();
-  for (int fd : {loop_fd_, engine_fd_, engine_epoll_, express_epoll_, page_fd_})
-    if (fd >= 0) ::close(fd);
+  release_descriptors();
   munmap(page_, 4096);
+}
+
+void Engine::release_descriptors() {
+  Token token(*this);
+  if (!closed_) return;
+  for (int* fd : {&loop_fd_, &engine_fd_, &engine_epoll_, &express_epoll_, &page_fd_})
+    if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
 }
 
 void Engine::close() {

@@ -101,6 +101,7 @@ class Engine final : public Host, public FrameSink {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
+  void release_descriptors();  // after close(), once the loop has forgotten them
 
   // --- the loop's thread
   Op* new_op() { return ops_.take(); }

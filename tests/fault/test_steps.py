@@ -1,0 +1,366 @@
+"""A peer that dies at each step of the protocol, in each role: whoever waits is told, the others go on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from fault.rawpeer import Frame, Kind, RawPeer, default_channel
+from harness import held, until, world
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+LARGE = 3 << 20
+TOLD_WITHIN_S = 2.0  # 50 ms on a machine that does nothing else
+CHANNEL = default_channel()
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    async with world(2, warmup=True) as (a, b):
+        before = held()
+        yield a, b
+        after = held()
+        assert after["descriptors"] <= before["descriptors"]
+        assert after["segments"] <= before["segments"]
+        assert after["files"] <= before["files"]
+
+
+async def told(transfer: Any, died: float, rank: int = 2) -> None:
+    """The transfer ends with PeerLostError, in time."""
+    with pytest.raises(aiocomm.PeerLostError, match="gone") as caught:
+        await transfer
+    took = time.monotonic() - died
+    print(f"told after {took * 1e3:.1f} ms")
+    assert caught.value.peer == rank
+    assert took < TOLD_WITHIN_S
+
+
+async def others_go_on(pair: Pair) -> None:
+    a, b = pair
+    for nbytes in (10, 1 << 20):
+        sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
+        sending = a.send(sent, 1, tag=77)
+        await b.recv(got, 0, tag=77)
+        await sending
+        np.testing.assert_array_equal(got, sent)
+    await until(lambda: a.statistics().in_flight == 0)
+
+
+def die(peer: RawPeer) -> float:
+    peer.die()
+    return time.monotonic()
+
+
+# ---------------------------------------------------------------- while connecting
+
+
+async def test_before_the_greeting(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2) as peer:
+        waiting = [a.send(b"x" * 10, 2), a.send(bytes(LARGE), 2), a.recv(bytearray(1), 2), a.recv_array(2)]
+        died = die(peer)
+        for transfer in waiting:
+            await told(transfer, died)
+    await others_go_on(pair)
+
+
+async def test_after_its_greeting_only(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2) as peer:
+        waiting = [a.send(bytes(LARGE), 2), a.recv(bytearray(1), 2)]
+        peer.greet()
+        died = die(peer)
+        for transfer in waiting:
+            await told(transfer, died)
+    await others_go_on(pair)
+
+
+# ---------------------------------------------------------------- we send
+
+
+@pytest.mark.parametrize("step", ["before match", "after match", "mid-chunk", "before acknowledgement"])
+async def test_the_receiver_dies(pair: Pair, step: str) -> None:
+    a, _ = pair
+    source = np.ones(LARGE, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        sending = a.send(source, 2)
+        rts = await peer.receive(Kind.RTS)
+        assert rts.nbytes == LARGE
+        if step != "before match":
+            peer.send(Frame(Kind.CTS, sop=rts.sop, rop=5))
+        got = 0
+        if step == "mid-chunk":
+            got += len((await peer.receive(Kind.DATA)).payload)
+            assert 0 < got < LARGE
+        if step == "before acknowledgement":
+            while got < LARGE:
+                data = await peer.receive(Kind.DATA)
+                assert data.rop == 5
+                assert set(data.payload) == {1}
+                got += len(data.payload)
+        assert not sending.done()
+        await told(sending, die(peer))
+    with pytest.raises(aiocomm.PeerLostError):
+        await a.send(b"x", 2)
+    await others_go_on(pair)
+
+
+async def test_the_receiver_dies_before_it_acknowledges_a_small_synchronous_send(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        sending = a.send(b"small", 2, synchronous=True)
+        assert (await peer.receive(Kind.EAGER)).payload == b"small"
+        await told(sending, die(peer))
+    await others_go_on(pair)
+
+
+async def test_the_receiver_dies_while_sends_wait_for_room(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2, ring_bytes=1 << 20) as peer:
+        await peer.meet()
+        sending = [a.send(bytes(60_000), 2) for _ in range(50)]
+        died = die(peer)
+        for transfer in sending[20:]:  # the ring holds 17 of them
+            await told(transfer, died)
+    await others_go_on(pair)
+
+
+# ---------------------------------------------------------------- we receive
+
+
+@pytest.mark.parametrize("step", ["before match", "half a record", "after match", "mid-chunk"])
+async def test_the_sender_dies(pair: Pair, step: str) -> None:
+    a, _ = pair
+    buffer = np.zeros(LARGE, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        receiving = a.recv(buffer, 2)
+        rts = Frame(Kind.RTS, channel=CHANNEL, nbytes=LARGE, sop=9, meta=bytes(24))
+        if step == "half a record":
+            peer.send(rts, whole=False)
+        elif step != "before match":
+            peer.send(rts)
+            cts = await peer.receive(Kind.CTS)
+            assert cts.sop == 9
+        if step == "mid-chunk":
+            peer.send(Frame(Kind.DATA, rop=cts.rop, sop=9, nbytes=LARGE, payload=b"\1" * 1000))
+            await until(lambda: buffer[999])
+        assert not receiving.done()
+        await told(receiving, die(peer))
+    buffer.fill(0xAB)
+    await others_go_on(pair)
+    assert (buffer == 0xAB).all()
+
+
+async def test_what_a_dead_sender_had_sent_is_delivered(pair: Pair) -> None:
+    a, _ = pair
+    count, nbytes = 14, 60_000  # more than one turn of polling takes
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        for number in range(count):
+            frame = Frame(Kind.EAGER, channel=CHANNEL, tag=number, nbytes=nbytes, meta=bytes(16))
+            frame.payload = bytes([number]) * nbytes
+            record = frame
+            peer.send(record)
+        die(peer)
+        got = np.zeros(nbytes, np.uint8)
+        for number in range(count):
+            assert (await a.recv(got, 2, tag=number)).nbytes == nbytes
+            assert (got == number).all()
+        with pytest.raises(aiocomm.PeerLostError):
+            await a.recv(got, 2, tag=count)
+    await others_go_on(pair)
+
+
+async def test_a_sender_that_dies_after_its_last_byte_has_sent_it(pair: Pair) -> None:
+    a, _ = pair
+    buffer = np.zeros(100_000, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        receiving = a.recv(buffer, 2)
+        peer.send(Frame(Kind.RTS, channel=CHANNEL, nbytes=100_000, sop=9, meta=bytes(24)))
+        cts = await peer.receive(Kind.CTS)
+        peer.send(Frame(Kind.DATA, rop=cts.rop, sop=9, nbytes=100_000, payload=b"\2" * 100_000))
+        died = die(peer)
+        assert (await receiving).nbytes == 100_000
+        assert (buffer == 2).all()
+        await told(a.recv(buffer, 2), died)
+    await others_go_on(pair)
+
+
+async def test_an_announced_message_dies_with_its_sender(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        peer.send(Frame(Kind.RTS, channel=CHANNEL, nbytes=LARGE, sop=9, meta=bytes(24)))
+        await until(lambda: a.statistics().unexpected_messages)
+        died = die(peer)
+        await told(a.recv(bytearray(LARGE), 2), died)
+        assert a.statistics().unexpected_messages == 0
+    await others_go_on(pair)
+
+
+async def test_memory_that_cannot_be_read_is_a_link_error(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2, cma=True) as peer:
+        await peer.meet()
+        receiving = a.recv(bytearray(LARGE), 2)
+        peer.send(Frame(Kind.RTS, channel=CHANNEL, nbytes=LARGE, sop=9, address=4096, meta=bytes(24)))
+        with pytest.raises(aiocomm.LinkError, match="Bad address"):
+            await receiving
+        assert (await peer.receive(Kind.FIN)).code != 0
+    await others_go_on(pair)
+
+
+# ---------------------------------------------------------------- one-sided
+
+
+async def test_the_owner_dies_under_a_put(pair: Pair) -> None:
+    a, _ = pair
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        remote = aiocomm.RemoteRegion(a, 2, peer.generation, 1, 0, LARGE, True)
+        small, large = a.put(b"x" * 100, remote), a.put(bytes(LARGE), remote)
+        await peer.receive(Kind.PUT)
+        await peer.receive(Kind.PUT_RTS)
+        died = die(peer)
+        await told(small, died)
+        await told(large, died)
+    await others_go_on(pair)
+
+
+@pytest.mark.parametrize("step", ["before the answer", "after the answer", "mid-chunk"])
+async def test_the_owner_dies_under_a_get(pair: Pair, step: str) -> None:
+    a, _ = pair
+    buffer = np.zeros(LARGE, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        getting = a.get(aiocomm.RemoteRegion(a, 2, peer.generation, 1, 0, LARGE, True), buffer)
+        asked = await peer.receive(Kind.GET)
+        if step != "before the answer":
+            peer.send(Frame(Kind.GET_READY, rop=asked.rop, sop=3, nbytes=LARGE))
+        if step == "mid-chunk":
+            peer.send(Frame(Kind.DATA, rop=asked.rop, sop=3, nbytes=LARGE, payload=b"\1" * 1000))
+            await until(lambda: buffer[999])
+        await told(getting, die(peer))
+    buffer.fill(0xAB)
+    await others_go_on(pair)
+    assert (buffer == 0xAB).all()
+
+
+async def test_data_that_overtakes_the_answer_to_a_get(pair: Pair) -> None:
+    """On links with lanes it may come first."""
+    a, _ = pair
+    buffer = np.zeros(200_000, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        getting = a.get(aiocomm.RemoteRegion(a, 2, peer.generation, 1, 0, 200_000, True), buffer)
+        asked = await peer.receive(Kind.GET)
+        half = Frame(Kind.DATA, rop=asked.rop, sop=3, nbytes=200_000, payload=b"\1" * 100_000)
+        peer.send(half)
+        await until(lambda: buffer[99_999])
+        peer.send(Frame(Kind.GET_READY, rop=asked.rop, sop=3, nbytes=200_000))
+        half.address = 100_000
+        peer.send(half)
+        await getting
+        assert (buffer == 1).all()
+        assert (await peer.receive(Kind.FIN)).sop == 3
+    await others_go_on(pair)
+
+
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_a_region_is_free_once_its_user_is_dead(pair: Pair, kind: str) -> None:
+    a, _ = pair
+    memory = np.zeros(LARGE, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        region = a.register(memory)
+        if kind == "put":
+            peer.send(Frame(Kind.PUT_RTS, rop=region._number, sop=4, nbytes=LARGE))
+            await peer.receive(Kind.CTS)
+        else:
+            peer.send(Frame(Kind.GET, sop=region._number, rop=4, nbytes=LARGE))
+            await peer.receive(Kind.GET_READY)
+        died = die(peer)
+        await region.aclose()
+        assert time.monotonic() - died < TOLD_WITHIN_S
+    await others_go_on(pair)
+
+
+# ---------------------------------------------------------------- a peer that lives, and does not answer
+
+
+async def test_a_cancel_that_the_peer_does_not_answer_ends_with_the_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only so nothing of the buffer can be touched later."""
+    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", "0.05")
+    async with world(2, warmup=True) as members:
+        a = members[0]
+        with RawPeer(a, 2) as peer:
+            await peer.meet()
+            sending, other = a.send(bytes(LARGE), 2), a.recv(bytearray(1), 2)
+            await peer.receive(Kind.RTS)
+            assert sending.cancel()
+            assert not sending.done()
+            await peer.receive(Kind.CANCEL)
+            with pytest.raises(aiocomm.PeerLostError):
+                await other
+            await until(sending.done)
+            assert sending.cancelled()
+        await others_go_on((a, members[1]))
+
+
+@pytest.mark.parametrize("what", ["recv", "get"])
+async def test_a_cancelled_fetch_discards_what_still_comes(pair: Pair, what: str) -> None:
+    a, _ = pair
+    buffer = np.zeros(LARGE, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        transfer: Any
+        if what == "recv":
+            transfer = a.recv(buffer, 2)
+            peer.send(Frame(Kind.RTS, channel=CHANNEL, nbytes=LARGE, sop=9, meta=bytes(24)))
+            target = (await peer.receive(Kind.CTS)).rop
+        else:
+            transfer = a.get(aiocomm.RemoteRegion(a, 2, peer.generation, 1, 0, LARGE, True), buffer)
+            target = (await peer.receive(Kind.GET)).rop
+            peer.send(Frame(Kind.GET_READY, rop=target, sop=9, nbytes=LARGE))
+        peer.send(Frame(Kind.DATA, rop=target, sop=9, nbytes=LARGE, payload=b"\1" * 1000))
+        await until(lambda: buffer[999])
+        assert transfer.cancel()
+        await until(transfer.done)
+        buffer.fill(0xAB)
+        assert (await peer.receive(Kind.STOP)).sop == 9
+        peer.send(Frame(Kind.DATA, rop=target, sop=9, nbytes=LARGE, address=1000, payload=b"\1" * 1000))
+        peer.send(Frame(Kind.EAGER, channel=CHANNEL, tag=1, nbytes=1, meta=bytes(24), payload=b"x"))
+        await a.recv(bytearray(1), 2, tag=1)
+        assert (buffer == 0xAB).all()
+    await others_go_on(pair)
+
+
+async def test_a_goodbye_is_a_lost_peer_at_once(pair: Pair) -> None:
+    a, _ = pair
+    events = a.events()
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        receiving = a.recv(bytearray(1), 2)
+        peer.send(Frame(Kind.GOODBYE))
+        await told(receiving, time.monotonic())
+        async for event in events:
+            if isinstance(event, aiocomm.PeerLost):
+                assert (event.rank, event.generation, event.reason) == (2, peer.generation, "left")
+                break
+    await others_go_on(pair)
