@@ -16,7 +16,7 @@ namespace aiocomm::tcp {
 class TcpPeer;
 
 // What one readiness may move before others get their turn: bounds how long the token is held.
-constexpr size_t kReadTurn = 256 << 10;
+constexpr size_t kReadTurn = 512 << 10;
 constexpr size_t kWriteTurn = 1 << 20;
 
 class Lane : public Pollable {
