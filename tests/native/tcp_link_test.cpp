@@ -448,12 +448,14 @@ void tls_refuses(const Texts& texts) {
 }  // namespace
 
 int main() {
-  Settings copy{{"tcp_splice", 0.0}};
+  Settings copy{{"tcp_splice", 0.0}}, splice{{"tcp_splice", 2.0}};
   RUN(frames_arrive_in_order({}, {}));
   RUN(backpressure());
   RUN(engine_reads_the_express_lane_when_poked());
   RUN(payloads_land_in_place({}, {}, 1 << 20));
   RUN(payloads_land_in_place({}, {}, 40000));
+  RUN(payloads_land_in_place(splice, {}, 3 << 20));
+  RUN(payloads_land_in_place(splice, {}, 40000));
   RUN(payloads_land_in_place(copy, {}, 1 << 20));
   RUN(payloads_land_in_place(copy, {}, 3 << 20));
   RUN(two_threads_per_side({}));

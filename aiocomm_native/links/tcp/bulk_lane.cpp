@@ -10,10 +10,8 @@
 
 namespace aiocomm::tcp {
 
-BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, bool splice)
-    : Lane(peer, std::move(stream), false) {
-  if (!splice || !stream_->plain()) splice_.refuse();
-}
+BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice)
+    : Lane(peer, std::move(stream), false), splice_(stream_->plain() ? splice : Splice::never) {}
 
 // ---------------------------------------------------------------- out
 
@@ -37,7 +35,7 @@ bool BulkLane::write_front(uint64_t turn) {
         frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
     const std::byte* rest = frame.payload + paid;
     size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
-    bool splices = !splice_.refused() && (splice_.holding() || want >= SpliceSender::kLeast);
+    bool splices = !splice_.refused() && (splice_.holding() || splice_.pays(stream_->fd(), want));
     if (frame.done >= sizeof frame.header && splices) {
       spliced_ = true;
       io = splice_.send(stream_->fd(), rest, want);
@@ -74,7 +72,7 @@ void BulkLane::writable() {
   uint64_t turn = kWriteTurn;
   while (count_ > 0 && turn > 0) {
     uint64_t left = out_[0].left();
-    if (!write_front(turn)) return want_write(true);
+    if (!write_front(turn)) break;
     turn -= std::min(turn, left);
     Outgoing sent = pop();
     peer_.sink().on_sent(peer_, sent.header.sop, sent.header.payload_bytes);

@@ -12,7 +12,7 @@ namespace aiocomm::tcp {
 
 class BulkLane final : public Lane {
  public:
-  BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, bool splice);
+  BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice);
   Post post(const FrameHeader& header, const std::byte* payload);
   bool full() const { return count_ == kFrames; }
   uint64_t queued() const { return queued_; }  // bytes accepted and not yet in the kernel

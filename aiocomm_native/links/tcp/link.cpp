@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstring>
 #include <fstream>
 
 #include "links/tcp/peer.hpp"
@@ -29,6 +30,24 @@ bool allowed(const char* limit) {
   std::ifstream file(limit);
   long bytes = 0;
   return file >> bytes && bytes >= kBulkBuffer;
+}
+
+// Between two addresses of one host nothing needs to be paced, and pacing (BBR's) halves the rate there.
+void spare_pacing(int fd) {
+  sockaddr_storage here{}, there{};
+  socklen_t size = sizeof here, other = sizeof there;
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||
+      ::getpeername(fd, reinterpret_cast<sockaddr*>(&there), &other) != 0 ||
+      here.ss_family != there.ss_family)
+    return;
+  bool same = false;
+  if (here.ss_family == AF_INET)
+    same = reinterpret_cast<sockaddr_in&>(here).sin_addr.s_addr ==
+           reinterpret_cast<sockaddr_in&>(there).sin_addr.s_addr;
+  else if (here.ss_family == AF_INET6)
+    same = std::memcmp(&reinterpret_cast<sockaddr_in6&>(here).sin6_addr,
+                       &reinterpret_cast<sockaddr_in6&>(there).sin6_addr, sizeof(in6_addr)) == 0;
+  if (same) ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
 }
 
 class TcpLink final : public Link {
@@ -76,6 +95,7 @@ class TcpLink final : public Link {
       throw LinkFailure("not a connected stream socket", ENOTSOCK);
     ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK);
     set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    spare_pacing(fd);
     if (lane >= 2) {
       if (allowed("/proc/sys/net/core/wmem_max")) set(fd, SOL_SOCKET, SO_SNDBUF, kBulkBuffer);
       if (allowed("/proc/sys/net/core/rmem_max")) set(fd, SOL_SOCKET, SO_RCVBUF, kBulkBuffer);

@@ -20,7 +20,7 @@ TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::un
       engine_(*this, std::move(streams[1]), false) {
   this->rank = rank;
   this->generation = generation;
-  bool splice = host.setting("tcp_splice", 1.0) != 0;
+  auto splice = static_cast<Splice>(host.setting("tcp_splice", 1.0));
   for (size_t i = 2; i < streams.size(); ++i)
     bulk_.push_back(std::make_unique<BulkLane>(*this, std::move(streams[i]), splice));
 }

@@ -1,13 +1,23 @@
 #include "links/tcp/splice.hpp"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
 namespace aiocomm::tcp {
+
+bool SpliceSender::pays(int socket, size_t nbytes) const {
+  if (nbytes < kLeast) return false;
+  if (mode_ == Splice::always) return true;
+  int core = -1;  // that handled the last acknowledgement: over loopback, the receiver's
+  socklen_t size = sizeof core;
+  return ::getsockopt(socket, SOL_SOCKET, SO_INCOMING_CPU, &core, &size) != 0 || core != ::sched_getcpu();
+}
 
 bool SpliceSender::open() {
   int ends[2];
@@ -21,7 +31,8 @@ bool SpliceSender::open() {
   return true;
 }
 
-void SpliceSender::drop() {
+void SpliceSender::refuse() {
+  refused_ = true;
   in_.reset();
   out_.reset();
   held_ = 0;

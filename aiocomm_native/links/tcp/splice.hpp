@@ -1,41 +1,44 @@
 // Sending without copying: the caller's pages go into a pipe and from there into the socket.
 //
-// On one host the receiver then copies straight from the sender's memory, one copy in all. MSG_ZEROCOPY does
-// not do that: over loopback the kernel copies after all. The pages belong to the socket until the peer has
-// read them, so the bytes must stay as they are until the peer says so (the operation's `fin`).
+// On one host the receiver then copies straight from the sender's memory, one copy in all. MSG_ZEROCOPY does not do
+// that: over loopback the kernel copies after all. The pages belong to the socket until the peer has read them, so
+// the bytes must stay as they are until the peer says so (the operation's `fin`).
+//
+// It pays while the two ends run on different cores. On one core the copy that is saved was a warm one: the receiver
+// finds copied bytes in its cache, and spliced ones in memory.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "links/tcp/stream.hpp"
 
 namespace aiocomm::tcp {
+
+enum class Splice : uint8_t { never, where_it_pays, always };
 
 class SpliceSender {
  public:
   static constexpr size_t kPipeBytes = 1 << 20;
   static constexpr size_t kLeast = 32 << 10;  // below, a copy costs less than two system calls
 
-  // Bytes that entered the socket. `refused()` turns true where the kernel cannot do this: go on with `data +
-  // n`, copied.
+  explicit SpliceSender(Splice mode) : mode_(mode), refused_(mode == Splice::never) {}
+  // Bytes that entered the socket. Where the kernel cannot do this, refused() turns true: copy the rest.
   Io send(int socket, const std::byte* data, size_t nbytes);
   bool refused() const { return refused_; }
-  bool holding() const {
-    return held_ > 0;
-  }  // the next bytes are in the pipe: send them before anything else
-  void refuse() {
-    refused_ = true;
-    drop();
-  }
+  bool pays(int socket, size_t nbytes) const;
+  // The next bytes are in the pipe: send them before anything else.
+  bool holding() const { return held_ > 0; }
 
  private:
+  void refuse();
   bool open();
-  void drop();
 
   UniqueFd in_, out_;
   size_t capacity_ = 0;
   size_t held_ = 0;  // bytes in the pipe: the first of the next call's
-  bool refused_ = false;
+  const Splice mode_;
+  bool refused_;
 };
 
 }  // namespace aiocomm::tcp
