@@ -1,5 +1,6 @@
 #include "core/engine.hpp"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
@@ -46,8 +47,10 @@ Engine::Engine(EngineConfig config)
       queue_depth_(static_cast<size_t>(number(config_, "queue_depth", 65536))),
       submissions_(queue_depth_),
       completed_(16384) {
-  page_fd_ = open_or_throw(memfd_create("aiocomm-wake", MFD_CLOEXEC), "a shared page (memfd_create)");
+  page_fd_ = open_or_throw(memfd_create("aiocomm-wake", MFD_CLOEXEC | MFD_ALLOW_SEALING),
+                           "a shared page (memfd_create)");
   if (ftruncate(page_fd_, 4096) != 0) throw LinkFailure("cannot size a shared page", errno);
+  fcntl(page_fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);  // peers map it only so
   void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, page_fd_, 0);
   if (page == MAP_FAILED) throw LinkFailure("cannot map a shared page", errno);
   page_ = new (page) WakePage;

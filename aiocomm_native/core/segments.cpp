@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <unordered_set>
 
 #include "core/link.hpp"
 
@@ -16,6 +17,7 @@ namespace aiocomm {
 struct Segments::Impl {
   mutable std::mutex mutex;
   std::map<const std::byte*, std::shared_ptr<Segment>> by_base;
+  std::unordered_set<uint32_t> ids;
   uint32_t next_id = 1;
 };
 
@@ -49,13 +51,24 @@ std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
   std::lock_guard lock(impl_->mutex);
   segment->id = impl_->next_id++;
   impl_->by_base[segment->base] = segment;
+  impl_->ids.insert(segment->id);
   count_.fetch_add(1, std::memory_order_relaxed);
   return segment;
 }
 
 void Segments::release(const std::byte* base) {
   std::lock_guard lock(impl_->mutex);
-  if (impl_->by_base.erase(base)) count_.fetch_sub(1, std::memory_order_relaxed);
+  auto it = impl_->by_base.find(base);
+  if (it == impl_->by_base.end()) return;
+  impl_->ids.erase(it->second->id);
+  impl_->by_base.erase(it);
+  count_.fetch_sub(1, std::memory_order_relaxed);
+  releases_.fetch_add(1, std::memory_order_release);  // pairs with releases()
+}
+
+bool Segments::alive(uint32_t id) const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->ids.contains(id);
 }
 
 std::shared_ptr<Segment> Segments::find(const std::byte* data, uint64_t nbytes) const {

@@ -1,7 +1,7 @@
 // Shared segments of this process: memory made by `aiocomm.empty()`, which peers on the host can map.
 //
 // A segment is an anonymous memfd, so nothing is left behind by a crash. Ids are never reused, hence a peer's mapping
-// of a freed segment is stale but never wrong.
+// of a freed segment is stale but never wrong. Peers are told of freed ones when next there is something to tell them.
 #pragma once
 
 #include <atomic>
@@ -24,6 +24,9 @@ class Segments {
   static Segments& of_process();
   std::shared_ptr<Segment> allocate(uint64_t nbytes);  // throws LinkFailure
   void release(const std::byte* base);
+  // Grows with every release: a reason to ask `alive` again.
+  uint64_t releases() const { return releases_.load(std::memory_order_acquire); }
+  bool alive(uint32_t id) const;
   // The segment that holds all of [data, data + nbytes), or null. Cheap while no segment exists.
   std::shared_ptr<Segment> find(const std::byte* data, uint64_t nbytes) const;
 
@@ -32,6 +35,7 @@ class Segments {
   Segments();
   Impl* impl_;  // never freed: segments may outlive static destruction
   std::atomic<uint32_t> count_{0};
+  std::atomic<uint64_t> releases_{0};
 };
 
 }  // namespace aiocomm

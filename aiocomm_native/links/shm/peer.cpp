@@ -36,19 +36,29 @@ void close_all(std::vector<int>& fds) {
   fds.clear();
 }
 
+// Whether shared memory has that size, and cannot lose it: touching what a peer has cut off would be our end.
+bool keeps_size(int fd, uint64_t nbytes) {
+  struct stat info;
+  int seals = fcntl(fd, F_GET_SEALS);
+  return seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &info) == 0 &&
+         static_cast<uint64_t>(info.st_size) >= nbytes;
+}
+
 bool send_with_fds(int socket, const void* data, size_t nbytes, const int* fds, int count) {
   iovec iov{const_cast<void*>(data), nbytes};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 8)] = {};
   msghdr message{};
   message.msg_iov = &iov;
   message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = CMSG_SPACE(sizeof(int) * count);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int) * count);
-  std::memcpy(CMSG_DATA(header), fds, sizeof(int) * count);
+  if (count) {
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(sizeof(int) * count);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int) * count);
+    std::memcpy(CMSG_DATA(header), fds, sizeof(int) * count);
+  }
   ssize_t n;
   do n = sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
   while (n < 0 && errno == EINTR);
@@ -69,15 +79,15 @@ ShmPeer::ShmPeer(Host& host, int socket, bool initiator)
     greet();
     host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
   } catch (...) {
-    close();
+    unmap();
     throw;
   }
 }
 
-ShmPeer::~ShmPeer() {
+ShmPeer::~ShmPeer() { unmap(); }
+
+void ShmPeer::unmap() {
   close();
-  // Mappings go only here: a copy thread may have been inside pull() while the pair was closed.
-  for (auto& [id, mapping] : mappings_) munmap(mapping.base, mapping.nbytes);
   if (segment_) munmap(segment_, segment_bytes_);
   if (peer_page_) munmap(peer_page_, 4096);
 }
@@ -96,9 +106,8 @@ void ShmPeer::make_segment() {
 
 void ShmPeer::map_segment(int fd) {
   segment_bytes_ = kControlBytes + 2 * ring_bytes_;
-  struct stat info;
-  if (fstat(fd, &info) != 0 || static_cast<uint64_t>(info.st_size) < segment_bytes_)
-    throw LinkFailure("the pair's segment is too small", EPROTO);
+  if (!keeps_size(fd, segment_bytes_))
+    throw LinkFailure("the pair's segment is too small, or could shrink", EPROTO);
   void* base = mmap(nullptr, segment_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) throw LinkFailure("cannot map the pair's segment", errno);
   segment_ = static_cast<std::byte*>(base);
@@ -181,9 +190,8 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
       ::close(fds[3]);
       fds.pop_back();
     }
-    struct stat info;
-    if (fstat(fds[0], &info) != 0 || info.st_size < 4096)
-      throw LinkFailure("the peer's wake page is too small", EPROTO);
+    if (!keeps_size(fds[0], 4096))
+      throw LinkFailure("the peer's wake page is too small, or could shrink", EPROTO);
     void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
     if (page == MAP_FAILED) throw LinkFailure("cannot map the peer's wake page", errno);
     peer_page_ = static_cast<WakePage*>(page);
@@ -215,31 +223,49 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
   host_.sink().on_writable(*this);
 }
 
+ShmPeer::Mapping::~Mapping() { munmap(base, nbytes); }
+
 void ShmPeer::on_segment(const SegmentNote& note, std::vector<int>& fds) {
+  if (note.nbytes == 0 && fds.empty()) {
+    std::lock_guard lock(mappings_mutex_);
+    mappings_.erase(note.id);
+    return;
+  }
   if (fds.size() != 1) {
     close_all(fds);
     return lost("protocol violation: a segment without its descriptor");
   }
-  struct stat info;
-  bool sane =
-      fstat(fds[0], &info) == 0 && static_cast<uint64_t>(info.st_size) >= note.nbytes && note.nbytes > 0;
+  bool sane = note.nbytes > 0 && keeps_size(fds[0], note.nbytes);
   void* base = sane ? mmap(nullptr, note.nbytes, PROT_READ, MAP_SHARED, fds[0], 0) : MAP_FAILED;
   close_all(fds);
   if (base == MAP_FAILED) return;  // its bytes are reached by cross-memory attach, or streamed
   std::lock_guard lock(mappings_mutex_);
-  auto [it, fresh] =
-      mappings_.try_emplace(note.id, Mapping{static_cast<std::byte*>(base), note.nbytes, note.base});
-  if (!fresh) munmap(base, note.nbytes);
+  mappings_.try_emplace(note.id, std::make_shared<Mapping>(base, note.nbytes));
+}
+
+void ShmPeer::tell_freed_segments() {
+  uint64_t releases = Segments::of_process().releases();
+  if (releases == releases_seen_ || closed_) return;
+  for (auto it = announced_.begin(); it != announced_.end();) {
+    if (Segments::of_process().alive(*it)) {
+      ++it;
+      continue;
+    }
+    SegmentNote note{*it, 0, 0, 0};
+    if (!send_with_fds(socket_, &note, sizeof note, nullptr, 0)) return;  // again at the next turn
+    it = announced_.erase(it);
+  }
+  releases_seen_ = releases;
 }
 
 Location ShmPeer::locate(const std::byte* data, uint64_t nbytes) {
   auto address = reinterpret_cast<uint64_t>(data);
   auto segment = Segments::of_process().find(data, nbytes);
   if (!segment) return {address, 0};
-  if (std::find(announced_.begin(), announced_.end(), segment->id) == announced_.end()) {
+  if (!announced_.contains(segment->id)) {
     SegmentNote note{segment->id, 0, segment->nbytes, reinterpret_cast<uint64_t>(segment->base)};
     if (!ready_ || !send_with_fds(socket_, &note, sizeof note, &segment->fd, 1)) return {address, 0};
-    announced_.push_back(segment->id);
+    announced_.insert(segment->id);
   }
   return {static_cast<uint64_t>(data - segment->base), segment->id};
 }
@@ -256,15 +282,15 @@ Path ShmPeer::pull_path(const Location& where) {
 
 int ShmPeer::pull(const Location& where, std::byte* into, size_t nbytes) {
   if (where.segment != 0) {
-    Mapping mapping;
+    std::shared_ptr<Mapping> mapping;
     {
       std::lock_guard lock(mappings_mutex_);
       auto it = mappings_.find(where.segment);
       if (it == mappings_.end()) return ENXIO;
       mapping = it->second;
     }
-    if (where.address > mapping.nbytes || nbytes > mapping.nbytes - where.address) return EFAULT;
-    copy_large(into, mapping.base + where.address, nbytes);
+    if (where.address > mapping->nbytes || nbytes > mapping->nbytes - where.address) return EFAULT;
+    copy_large(into, mapping->base + where.address, nbytes);
     return 0;
   }
   size_t done = 0;
@@ -311,6 +337,7 @@ bool ShmPeer::copy_record(const FrameHeader& header, const std::byte* meta, cons
 Post ShmPeer::post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   if (closed_) return Post::lost;
   if (!ready_) return Post::again;
+  tell_freed_segments();
   return copy_record(header, meta, payload, wake) ? Post::ok : Post::again;
 }
 
@@ -338,6 +365,7 @@ void ShmPeer::continue_data() {
 
 int ShmPeer::poll(int budget) {
   if (!ready_ || closed_ || polling_) return 0;
+  tell_freed_segments();
   polling_ = true;
   int did = 0;
   uint64_t nbytes = 0;

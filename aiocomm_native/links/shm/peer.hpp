@@ -9,10 +9,12 @@
 
 #include <sys/types.h>
 
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "core/link.hpp"
@@ -33,8 +35,8 @@ struct Hello {
 struct SegmentNote {
   uint32_t id;
   uint32_t reserved;
-  uint64_t nbytes;
-  uint64_t base;  // in the owner's address space
+  uint64_t nbytes;  // 0, and no descriptor: the segment was freed
+  uint64_t base;    // in the owner's address space
 };
 
 class ShmPeer final : public LinkPeer, public Pollable {
@@ -53,20 +55,26 @@ class ShmPeer final : public LinkPeer, public Pollable {
   void close() override;
 
  private:
+  // A copy thread may still be reading when its owner frees the segment or the pair is closed: whoever is last unmaps.
   struct Mapping {
-    std::byte* base = nullptr;
-    uint64_t nbytes = 0;
-    uint64_t owner_base = 0;
+    std::byte* base;
+    uint64_t nbytes;
+    Mapping(void* at, uint64_t size) : base(static_cast<std::byte*>(at)), nbytes(size) {}
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+    ~Mapping();
   };
 
   void make_segment();
   void map_segment(int fd);
+  void unmap();
   void greet();
   void read_socket();
   void on_hello(const Hello& hello, std::vector<int>& fds);
   void on_segment(const SegmentNote& note, std::vector<int>& fds);
   bool copy_record(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
   void continue_data();
+  void tell_freed_segments();
   void wake_peer(Wake wake);
   void lost(const std::string& reason);
 
@@ -90,8 +98,9 @@ class ShmPeer final : public LinkPeer, public Pollable {
   uint64_t data_done_ = 0;
 
   std::mutex mappings_mutex_;  // copy threads read, the token's holder writes
-  std::unordered_map<uint32_t, Mapping> mappings_;
-  std::vector<uint32_t> announced_;  // our segments that the peer has
+  std::unordered_map<uint32_t, std::shared_ptr<Mapping>> mappings_;
+  std::unordered_set<uint32_t> announced_;  // our segments that the peer has
+  uint64_t releases_seen_ = 0;
 };
 
 }  // namespace aiocomm::shm

@@ -38,10 +38,7 @@ class Producer {
     uint64_t need = align_up(record_bytes);
     uint64_t at = tail_ & (capacity_ - 1);
     uint64_t skip = capacity_ - at < need ? capacity_ - at : 0;
-    if (tail_ + skip + need - head_ > capacity_) {
-      head_ = control_->head.load(std::memory_order_acquire);  // pairs with Consumer::release
-      if (tail_ + skip + need - head_ > capacity_) return nullptr;
-    }
+    if (tail_ + skip + need - head_ > capacity_ && room() < skip + need) return nullptr;
     if (skip) {
       FrameHeader filler{};
       filler.kind = FrameKind::link_private;
@@ -60,7 +57,9 @@ class Producer {
   }
 
   uint64_t room() {
-    head_ = control_->head.load(std::memory_order_acquire);
+    uint64_t head = control_->head.load(std::memory_order_acquire);  // pairs with Consumer::release
+    if (tail_ - head > tail_ - head_) return 0;  // a head that goes back or ahead of us is a lie
+    head_ = head;
     return capacity_ - (tail_ - head_);
   }
   uint64_t capacity() const { return capacity_; }
