@@ -164,12 +164,14 @@ class RawPeer:
 
     # ------------------------------------------------------------ the rings
 
+    # By ctypes, whose accesses to a word are whole; struct's are byte by byte.
+
     def _get(self, at: int) -> int:
-        return int(struct.unpack_from("<Q", self.segment, at)[0])
+        return int(ctypes.c_uint64.from_buffer(self.segment, at).value)
 
     def set(self, at: int, value: int) -> None:
         """Write a word of the control page: ours are tail 0 and head 192 + 64."""
-        struct.pack_into("<Q", self.segment, at, value)
+        ctypes.c_uint64.from_buffer(self.segment, at).value = value
 
     def wake(self) -> None:
         """Ring the other's doorbells."""
@@ -211,7 +213,7 @@ class RawPeer:
                 frame.payload = self.segment[at : at + frame.payload_bytes]
             self._in += -(-(HEADER.size + frame.meta_bytes + frame.payload_bytes) // LINE) * LINE
             self.set(control + 64, self._in)
-            struct.pack_into("<I", self.segment, control + 128, 0)
+            ctypes.c_uint32.from_buffer(self.segment, control + 128).value = 0
             self.wake()  # it may wait for room
             if frame.kind != Kind.LINK_PRIVATE and (not kinds or frame.kind in kinds):
                 return frame
