@@ -27,6 +27,7 @@ from aiocomm.errors import (
     UsageError,
     WouldBlock,
 )
+from aiocomm.group import Group
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
 from aiocomm.region import Region, RemoteRegion
@@ -66,6 +67,7 @@ __all__ = [
     "DeadlineExceeded",
     "Event",
     "Fallback",
+    "Group",
     "LinkDown",
     "LinkError",
     "LinkHandle",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -10,12 +11,13 @@ from aiocomm import _outcome
 from aiocomm._control.plane import ControlPlane, peer_of
 from aiocomm._log import EventLog
 from aiocomm._loop.backend import current_backend
-from aiocomm._operations import Operations, limit_of
+from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
+from aiocomm.collectives.operations import Collectives
 from aiocomm.errors import ClosedError, UsageError
+from aiocomm.group import Group
 from aiocomm.link import LinkHandle
-from aiocomm.region import withdraw
 from aiocomm.statistics import Statistics
 from aiocomm.threads import ThreadedCommunicator
 from aiocomm.types import (
@@ -33,7 +35,7 @@ from aiocomm.types import (
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from types import TracebackType
 
     from aiocomm._control.plane import Welcome
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Communicator"]
 
 
-class Communicator(Operations):
+class Communicator(Operations, Collectives):
     """Every operation with the other processes of a world. Made by `connect`.
 
     Belongs to the loop that opened it. Operations are submitted when called and return a `Transfer`, which is
@@ -58,6 +60,8 @@ class Communicator(Operations):
       more.
     - Errors: `UsageError` at the call; at the await `PeerLostError`, `TransferCancelled`, `TruncationError`,
       `StaleHandleError`, `LinkError`, `DeadlineExceeded`, `ClosedError`.
+
+    The collective operations are those of the group of all ranks, see `Group`.
     """
 
     def __init__(self, world: World, settings: Settings) -> None:
@@ -91,6 +95,9 @@ class Communicator(Operations):
         self._regions: dict[int, Region] = {}
         self._channels: dict[str, Channel] = {}
         self._exchanges: dict[tuple[int, int | None], int] = {}
+        self._groups: dict[str, int] = {}  # groups made so far, by members
+        self._world_group: Group | None = None
+        self._collective_calls: Counter[str] = Counter()
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
         engine.on_connect_wanted(self._plane.request_pair)
@@ -221,26 +228,24 @@ class Communicator(Operations):
 
     def statistics(self) -> Statistics:
         """Counters of every link and of matching, as of now."""
-        return Statistics.collect(self._engine, self._links)
+        return Statistics.collect(self._engine, self._links, self._collective_calls)
 
-    async def barrier(self, *, deadline: float | None = None) -> None:
-        """Wait until every process of the world has called it (dissemination, ⌈log2 size⌉ rounds)."""
-        size = self.size
-        if self._size is None:
-            raise UsageError("barrier needs a world of fixed size")
-        step = 1
-        token, answer = b"\0", bytearray(1)
-        while step < size:
-            receive = self._recv(answer, (self._rank - step) % size, self._internal, step, limit_of(deadline))
-            try:
-                await self._send(
-                    token, (self._rank + step) % size, self._internal, step, limit_of(deadline), 0
-                )
-                await receive
-            except BaseException:
-                withdraw(receive)
-                raise
-            step *= 2
+    async def group(self, ranks: Sequence[int], *, deadline: float | None = None) -> Group:
+        """Make a group of some ranks; exactly these call it, each with the same list.
+
+        Args:
+            ranks: world ranks; their order gives the ranks in the group.
+
+        Raises:
+            UsageError: a rank is unknown, comes twice, or this one is not among them.
+            DeadlineExceeded: a member has not called in time, or with another list.
+        """
+        return await Group.create(self, ranks, deadline)
+
+    def _members(self) -> Group:
+        if self._world_group is None:
+            self._world_group = Group.world(self)
+        return self._world_group
 
     def _meet(self, peer: Peer) -> None:
         self._peers[peer.rank] = peer

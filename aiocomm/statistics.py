@@ -62,16 +62,21 @@ class LinkStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters of a communicator: matching, and every link."""
+    """Counters of a communicator: matching, and every link.
+
+    `collectives` counts calls of collective operations that this rank has completed, by operation and
+    algorithm, e.g. `all_reduce/ring`.
+    """
 
     in_flight: int
     posted_receives: int
     unexpected_messages: int
     unexpected_bytes: int
     links: Mapping[str, LinkStatistics]
+    collectives: Mapping[str, int]
 
     @classmethod
-    def collect(cls, engine: Engine, links: Iterable[str]) -> Self:
+    def collect(cls, engine: Engine, links: Iterable[str], collectives: Mapping[str, int]) -> Self:
         """Read the native counters."""
         gauges = engine.gauges("self")
         return cls(
@@ -80,4 +85,5 @@ class Statistics:
             unexpected_messages=int(gauges["unexpected_messages"]),
             unexpected_bytes=int(gauges["unexpected_bytes"]),
             links={name: LinkStatistics.collect(engine, name) for name in links},
+            collectives=dict(collectives),
         )

@@ -1,7 +1,8 @@
 """Binomial trees: ⌈log2 size⌉ rounds, in each of which every rank that has the data passes it on.
 
-For rooted operations on small data in groups where the root's `size - 1` messages one after the other cost more than
-the rounds. Trees are those of the ranks relative to the root; a subtree is a contiguous range of them.
+For rooted operations on small data in groups where the root's `size - 1` messages one after the other cost
+more than the rounds. Trees are those of the ranks relative to the root; a subtree is a contiguous range of
+them.
 """
 
 from __future__ import annotations

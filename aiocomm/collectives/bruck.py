@@ -1,7 +1,8 @@
 """Bruck: ⌈log2 size⌉ rounds for any size, by rotating the blocks.
 
-See Bruck and others, "Efficient algorithms for all-to-all communications in multiport message-passing systems" (1997).
-All-gather moves the fewest bytes; all-to-all moves each block up to log2 size times, to save messages.
+See Bruck and others, "Efficient algorithms for all-to-all communications in multiport message-passing
+systems" (1997). All-gather moves the fewest bytes; all-to-all moves each block up to log2 size times, to save
+messages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Direct: every block goes straight from its owner to its user, in one message or one per chunk.
 
-The fewest bytes and the fewest copies, `size - 1` messages per rank: the best where every pair has a path of its own,
-as over shared memory. Reductions are computed by the block's owner alone, in the order of the ranks, so every rank
-gets the same bits in every run.
+The fewest bytes and the fewest copies, `size - 1` messages per rank: the best where every pair has a path of
+its own, as over shared memory. Reductions are computed by the block's owner alone, in the order of the ranks,
+so every rank gets the same bits in every run.
 """
 
 from __future__ import annotations

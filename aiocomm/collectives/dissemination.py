@@ -1,7 +1,7 @@
 """Dissemination: in round k every rank sends what it has to the rank 2^k places on; ⌈log2 size⌉ rounds.
 
-Carries the headers of collectives, and so is the barrier, in groups too large for a message from each rank to each
-(Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988).
+Carries the headers of collectives, and so is the barrier, in groups too large for a message from each rank to
+each (Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["exchange"]
 
 
 def exchange(p: Problem) -> Schedule:
-    """All-gather of slots of one size; slot k of `OUT` is that of the rank k places back, slot 0 one's own."""
+    """All-gather of slots of one size; slot k of `OUT` is from the rank k places back, slot 0 one's own."""
     slot = p.receives[0]
     steps: list[Step] = []
     have = 1

@@ -1,11 +1,24 @@
 """Pipelined binary trees: chunks follow each other down or up a tree of depth log2 size.
 
-For large rooted operations in groups where the root's own link is the bottleneck: every rank sends at most two copies.
+For large rooted operations in groups where the root's own link is the bottleneck: every rank sends at most
+two copies.
 """
 
 from __future__ import annotations
 
-from aiocomm.collectives.steps import OUT, TMP, Copy, Problem, Recv, Reduce, Schedule, Send, Span, Step, pieces
+from aiocomm.collectives.steps import (
+    OUT,
+    TMP,
+    Copy,
+    Problem,
+    Recv,
+    Reduce,
+    Schedule,
+    Send,
+    Span,
+    Step,
+    pieces,
+)
 
 __all__ = ["broadcast", "reduce"]
 

@@ -1,8 +1,8 @@
 """Recursive doubling: partners at distance 1, 2, 4, … exchange all that they have; ⌈log2 size⌉ rounds.
 
-The fewest rounds for middling sizes where a message costs more than its bytes. See Thakur, Rabenseifner and Gropp,
-"Optimization of collective communication operations in MPICH" (2005). Both partners put the part of the lower ranks
-first, so all ranks compute the same bits.
+The fewest rounds for middling sizes where a message costs more than its bytes. See Thakur, Rabenseifner and
+Gropp, "Optimization of collective communication operations in MPICH" (2005). Both partners put the part of
+the lower ranks first, so all ranks compute the same bits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Ring: every rank talks to its two neighbours only, `size - 1` rounds.
 
-The fewest bytes, evenly over the ring's links: the best for large data where links are shared or far apart. Messages
-are cut into chunks, so that a chunk is passed on while the next one comes. Bandwidth-optimal; see Patarasuk and Yuan,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009). A block is reduced along the ring from
-the rank after its owner to its owner: an order that does not change between runs, and one result for all.
+The fewest bytes, evenly over the ring's links: the best for large data where links are shared or far apart.
+Messages are cut into chunks, so that a chunk is passed on while the next one comes. Bandwidth-optimal; see
+Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009). A block is
+reduced along the ring from the rank after its owner to its owner: an order that does not change between runs,
+and one result for all.
 """
 
 from __future__ import annotations

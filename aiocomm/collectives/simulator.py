@@ -1,7 +1,8 @@
 """Runs the schedules of all ranks in one process, in any order that their dependencies allow.
 
-The harshest rules that a link may have: a send ends only when its receive is posted (no buffering), and its bytes are
-read at that moment, whenever it comes. What ends correctly here under every interleaving does so on any link.
+The harshest rules that a link may have: a send ends only when its receive is posted (no buffering), and its
+bytes are read at that moment, whenever it comes. What ends correctly here under every interleaving does so on
+any link.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _Key = tuple[int, int, int]  # source, target, number among the messages of this
 __all__ = ["Deadlock", "Traffic", "simulate"]
 
 
-class Deadlock(Exception):  # noqa: N818 -- a finding about schedules, not an error of this code
+class Deadlock(Exception):
     """No rank can go on; the message shows what each waits for."""
 
 

@@ -1,14 +1,14 @@
 """The vocabulary of collective schedules.
 
 A schedule is one rank's list of steps. Its meaning is that of running them in order; what may overlap follows
-from it: a step waits for the earlier steps that touch the same bytes, unless both only read. The k-th `Send` from
-one rank to another meets the k-th `Recv` there. Nothing here moves a byte.
+from it: a step waits for the earlier steps that touch the same bytes, unless both only read. The k-th `Send`
+from one rank to another meets the k-th `Recv` there. Nothing here moves a byte.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class Problem:
         rank: this rank in the group.
         size: ranks of the group.
         root: the rank that has or gets everything, where there is one.
-        sends: bytes of the blocks of `IN`, by the rank that they are for; for all_gather and gather the one own
-            block; empty where this rank gives nothing.
+        sends: bytes of the blocks of `IN`, by the rank that they are for; for gather the one own block; empty
+            where this rank gives nothing.
         receives: bytes of the blocks of `OUT`, by the rank they come from, or whose result they are.
         item: bytes of an element; nothing is cut inside one.
         chunk: bytes beyond which messages are cut so that steps overlap; a multiple of `item`.
@@ -133,7 +133,7 @@ class Problem:
 def blocks(buffer: Name, sizes: Sequence[int]) -> list[Span]:
     """Consecutive spans of these sizes, in bytes."""
     ends = list(accumulate(sizes, initial=0))
-    return [Span(buffer, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [Span(buffer, start, stop) for start, stop in pairwise(ends)]
 
 
 def pieces(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:

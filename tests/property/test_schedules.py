@@ -1,4 +1,4 @@
-"""Collective schedules in the simulator: right bytes, no deadlock in any order, and no more bytes than needed."""
+"""Collective schedules in the simulator: right bytes in any order, no deadlock, no more bytes than needed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def wanted(operation: str, p: Problem, before: list[Bytes], cases: list[Problem]
         case "gather":
             if p.rank != p.root:
                 return None
-            parts = [cut(r, p.receives, r) if p.in_place and r == p.root else before[r] for r in range(p.size)]
+            parts = [
+                cut(r, p.receives, r) if p.in_place and r == p.root else before[r] for r in range(p.size)
+            ]
             return np.concatenate(parts)
         case "all_gather":
             own = [cut(r, p.receives, r) if p.in_place else before[r] for r in range(p.size)]
@@ -146,7 +148,9 @@ def test_right_bytes_in_any_order(operation: str, algorithm: str, data: st.DataO
     item = data.draw(st.sampled_from([1, 2, 8]))
     one = st.integers(0, 12)
     uneven = (operation, algorithm) not in EQUAL
-    sizes = data.draw(st.lists(one, min_size=size, max_size=size) if uneven else one.map(lambda n: [n] * size))
+    sizes = data.draw(
+        st.lists(one, min_size=size, max_size=size) if uneven else one.map(lambda n: [n] * size)
+    )
     chunk = item * data.draw(st.integers(1, 5))
     in_place = operation in IN_PLACE and data.draw(st.booleans())
     cases = problems(operation, size, root, [n * item for n in sizes], chunk, item, in_place)

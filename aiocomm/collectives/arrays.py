@@ -1,0 +1,80 @@
+"""Arguments of collectives as flat NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from aiocomm.arrays import as_buffer
+from aiocomm.errors import UsageError, UsageTypeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["MEAN", "OPERATORS", "dtype_name", "flat", "operator"]
+
+MEAN: Final = "mean"
+OPERATORS: Final[dict[str, np.ufunc]] = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    MEAN: np.add,  # and a division of the result
+}
+
+
+def flat(x: Any, name: str, writable: bool = False) -> Array:
+    """A one-dimensional view of a contiguous host array of any library.
+
+    Raises:
+        UsageError: it is not contiguous, is read-only but written to, or lies on a device.
+    """
+    if not isinstance(x, np.ndarray):
+        if x is None:
+            raise UsageTypeError(f"{name} is None: pass an array")
+        view = np.asarray(as_buffer(x, writable))
+        dtype = _lost_dtype(x)
+        return view.reshape(-1) if dtype is None else view.reshape(-1).view(dtype)
+    if x.dtype.hasobject:
+        raise UsageTypeError(f"{name} holds Python objects, which are addresses in this process")
+    if not x.flags.c_contiguous:
+        raise UsageError(f"{name} is not contiguous in C order: pass numpy.ascontiguousarray({name})")
+    if writable and not x.flags.writeable:
+        raise UsageError(f"{name} is read-only")
+    return x.reshape(-1)
+
+
+def _lost_dtype(x: Any) -> Any:
+    """The dtype of a torch tensor that NumPy knows by ml_dtypes only; None: the buffer has it."""
+    name = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    if not name.startswith(("bfloat16", "float8")):
+        return None
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise UsageError(f"dtype {name} needs the package ml_dtypes: pip install ml_dtypes") from None
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The name that all ranks compare; another byte order is another dtype."""
+    return dtype.name if dtype.isnative else dtype.str
+
+
+def operator(op: str, dtype: np.dtype[Any]) -> np.ufunc:
+    """The NumPy function of a reduction.
+
+    Raises:
+        UsageError: unknown, or not defined for the dtype.
+    """
+    if op not in OPERATORS:
+        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    extended = dtype.kind == "V" and dtype.names is None and dtype.name.startswith(("bfloat", "float"))
+    if (dtype.kind not in "iufc" and not extended) or not dtype.isnative:
+        raise UsageError(f"cannot reduce arrays of dtype {dtype}")
+    if op == MEAN and dtype.kind in "iu":
+        raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
+    return OPERATORS[op]

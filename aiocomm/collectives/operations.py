@@ -1,0 +1,370 @@
+"""The public collective operations, the same on a communicator and on a group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm._operations import limit_of
+from aiocomm.collectives import requests
+from aiocomm.collectives.call import Call
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiocomm.channel import Channel
+    from aiocomm.collectives.requests import Request
+    from aiocomm.group import Group
+
+__all__ = ["Collectives"]
+
+
+class Collectives:
+    """Operations that every rank of a group calls.
+
+    All ranks call the same operations in the same order on a channel; calls on different channels, and calls
+    of one channel that overlap, do not wait for each other. Common to all:
+
+    - Arrays are host arrays of any library, contiguous in C order. `out` and `x` are seen as flat.
+    - `root` is a rank of the group.
+    - `algorithm`: instead of the one that the cost model chooses; the same on all ranks.
+    - `channel`: whose priority and weight apply, default `comm.default`.
+    - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
+    - `UsageError`, the same on all ranks, if they differ in operation, dtype, counts, root or algorithm, or
+      if one rank's arguments are wrong. The contents of outputs are undefined then.
+    - `PeerLostError` naming a rank that is gone; `TransferCancelled` if another gave up or was cancelled.
+    - A call succeeds only when all ranks have called it.
+    - Cancelling the awaiting task ends the call on all ranks; the await ends once nothing touches the arrays.
+    """
+
+    def _members(self) -> Group:
+        raise NotImplementedError
+
+    async def _collect(
+        self,
+        operation: str,
+        make: Callable[[Group], Request],
+        channel: Channel | None,
+        deadline: float | None,
+    ) -> None:
+        group = self._members()
+        if deadline is not None:
+            limit_of(deadline)
+        scope = group._scope(channel)
+        try:
+            request = make(group)
+        except UsageError as error:
+            request = requests.refused(operation, error)
+        await Call(scope, request, deadline).run()
+        algorithm = request.plan.algorithm if request.plan is not None else "headers"
+        group._comm._collective_calls[f"{operation}/{algorithm}"] += 1
+        if (result := request.result) is not None:
+            np.divide(result, result.dtype.type(group.size), out=result)
+
+    async def split(self, color: int | None, key: int = 0, *, deadline: float | None = None) -> Group | None:
+        """Divide the group: ranks that name one colour become a group. All ranks of this group call it.
+
+        Args:
+            color: 0 or more; None: this rank joins none, and gets None.
+            key: orders the ranks of the new group; equal keys keep this group's order.
+        """
+        return await self._members()._split(color, key, deadline)
+
+    async def shrink(self, *, deadline: float | None = None) -> Group:
+        """Make a group of the members that are left. All of them call it, after whatever failed.
+
+        The survivors agree on who they are, also if a member dies meanwhile. Their order stays.
+
+        Raises:
+            PeerLostError: the others have lost this rank.
+            DeadlineExceeded: a survivor has not called in time.
+        """
+        return await self._members()._shrink(deadline)
+
+    async def barrier(self, *, channel: Channel | None = None, deadline: float | None = None) -> None:
+        """Wait until all ranks have called it."""
+        await self._collect("barrier", lambda group: requests.barrier(), channel, deadline)
+
+    async def broadcast(
+        self,
+        x: Any,
+        root: int = 0,
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Copy the root's array to all ranks.
+
+        Args:
+            x: read at the root, written elsewhere.
+        """
+        await self._collect(
+            "broadcast",
+            lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def scatter(
+        self,
+        out: Any,
+        x: Any = None,
+        root: int = 0,
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Give each rank its block of the root's array.
+
+        Args:
+            out: one block.
+            x: `size` blocks, in the order of the ranks; at the root only.
+        """
+        await self._collect(
+            "scatter",
+            lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def scatterv(
+        self,
+        out: Any,
+        x: Any = None,
+        counts: Sequence[int] | None = None,
+        root: int = 0,
+        *,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """`scatter` of blocks of different size.
+
+        Args:
+            out: this rank's block.
+            x: all blocks, at the root only.
+            counts: their elements, at the root only.
+        """
+        await self._collect(
+            "scatterv",
+            lambda g: requests.moved(g, "scatterv", out, x, root=root, counts=counts),
+            channel,
+            deadline,
+        )
+
+    async def gather(
+        self,
+        out: Any,
+        x: Any,
+        root: int = 0,
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Bring the arrays of all ranks to the root.
+
+        Args:
+            out: `size` blocks, in the order of the ranks; at the root only, elsewhere None.
+            x: one block; at the root it may be its own block of `out`.
+        """
+        await self._collect(
+            "gather",
+            lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def gatherv(
+        self,
+        out: Any,
+        x: Any,
+        counts: Sequence[int] | None = None,
+        root: int = 0,
+        *,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """`gather` of blocks of different size.
+
+        Args:
+            out: all blocks, at the root only.
+            x: this rank's block.
+            counts: elements of all blocks, at the root only.
+        """
+        await self._collect(
+            "gatherv",
+            lambda g: requests.moved(g, "gatherv", out, x, root=root, counts=counts),
+            channel,
+            deadline,
+        )
+
+    async def all_gather(
+        self,
+        out: Any,
+        x: Any,
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Bring the arrays of all ranks to all ranks.
+
+        Args:
+            out: `size` blocks, in the order of the ranks.
+            x: one block, of the same size on all ranks; may be this rank's block of `out`.
+        """
+        await self._collect(
+            "all_gather",
+            lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def all_gatherv(
+        self,
+        out: Any,
+        x: Any,
+        counts: Sequence[int],
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """`all_gather` of blocks of different size.
+
+        Args:
+            counts: elements of all ranks' blocks; the same on all ranks.
+        """
+        await self._collect(
+            "all_gatherv",
+            lambda g: requests.moved(g, "all_gatherv", out, x, algorithm=algorithm, counts=counts),
+            channel,
+            deadline,
+        )
+
+    async def all_to_all(
+        self,
+        out: Any,
+        x: Any,
+        *,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Block j of rank i becomes block i of rank j.
+
+        Args:
+            out: `size` blocks, in the order of the ranks they come from.
+            x: `size` blocks, in the order of the ranks they are for.
+        """
+        await self._collect(
+            "all_to_all",
+            lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def all_to_allv(
+        self,
+        out: Any,
+        x: Any,
+        recv_counts: Sequence[int],
+        send_counts: Sequence[int],
+        *,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """`all_to_all` of blocks of different size.
+
+        Args:
+            recv_counts: elements that come from each rank.
+            send_counts: elements that go to each rank.
+        """
+        await self._collect(
+            "all_to_allv",
+            lambda g: requests.moved(g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts),
+            channel,
+            deadline,
+        )
+
+    async def reduce(
+        self,
+        x: Any,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        out: Any = None,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Reduce the arrays of all ranks, elementwise, to the root.
+
+        Args:
+            x: at the root it becomes the result, unless there is `out`.
+            op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype.
+            out: the result; at the root only.
+        """
+        await self._collect(
+            "reduce",
+            lambda g: requests.reduced(g, "reduce", x, op, out=out, root=root, algorithm=algorithm),
+            channel,
+            deadline,
+        )
+
+    async def reduce_scatter(
+        self,
+        out: Any,
+        x: Any,
+        op: str = "sum",
+        *,
+        counts: Sequence[int] | None = None,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Reduce the arrays of all ranks, elementwise, and give each rank its block of the result.
+
+        Args:
+            out: one block.
+            x: `size` blocks; not changed.
+            op: as for `reduce`.
+            counts: elements of the blocks, where they are not of one size; the same on all ranks.
+        """
+        await self._collect(
+            "reduce_scatter",
+            lambda g: requests.reduced(
+                g, "reduce_scatter", x, op, out=out, algorithm=algorithm, counts=counts
+            ),
+            channel,
+            deadline,
+        )
+
+    async def all_reduce(
+        self,
+        x: Any,
+        op: str = "sum",
+        *,
+        out: Any = None,
+        algorithm: str | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Reduce the arrays of all ranks, elementwise, to all ranks, which get the same bits.
+
+        The order of the reduction depends on the algorithm and the group only, not on timing.
+
+        Args:
+            x: becomes the result, unless there is `out`.
+            op: as for `reduce`.
+        """
+        await self._collect(
+            "all_reduce",
+            lambda g: requests.reduced(g, "all_reduce", x, op, out=out, algorithm=algorithm),
+            channel,
+            deadline,
+        )

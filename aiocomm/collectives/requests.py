@@ -1,0 +1,318 @@
+"""Checks the arguments of a collective call and makes them what `Call` runs.
+
+What is wrong with a call by itself is found here, before a byte moves; it is told to the other ranks, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm.collectives import cost, headers
+from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
+from aiocomm.collectives.headers import REFUSED, header
+from aiocomm.collectives.plan import Plan, make_plan
+from aiocomm.collectives.steps import IN, OUT, Problem
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from aiocomm.collectives.steps import Name
+    from aiocomm.group import Group
+
+    Array = NDArray[Any]
+
+__all__ = ["Request", "barrier", "even", "moved", "reduced", "refused"]
+
+_PLANS = 256  # kept per group
+
+
+@dataclass(slots=True)
+class Request:
+    """One rank's call, checked.
+
+    Args:
+        header: what all ranks compare.
+        vector: what it gives to and expects of each rank, where no rank knows all of that.
+        ufunc: the reduction.
+        mean_of: divides `result` at the end, where that is not None.
+    """
+
+    operation: str
+    header: bytes
+    plan: Plan | None = None
+    views: dict[Name, NDArray[np.uint8]] = field(default_factory=dict)
+    vector: bytes = b""
+    dtype: Any = None
+    ufunc: np.ufunc | None = None
+    result: Array | None = None  # to be divided by the number of ranks
+
+
+def refused(operation: str, error: UsageError) -> Request:
+    """A call that is wrong by itself: the others learn of it instead of waiting."""
+    return Request(operation, header(f"{REFUSED}{error}"))
+
+
+def barrier() -> Request:
+    """Nothing but headers."""
+    return Request("barrier", header("barrier"))
+
+
+def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
+    """Cut a vector into blocks of nearly one size, in bytes, between elements."""
+    whole, more = divmod(nbytes // item, parts)
+    return tuple((whole + (part < more)) * item for part in range(parts))
+
+
+def _bytes(array: Array) -> NDArray[np.uint8]:
+    return array.view(np.uint8)
+
+
+def _plan(
+    group: Group,
+    operation: str,
+    algorithm: str | None,
+    problem: Problem,
+    nbytes: int,
+    text: str,
+    vector: bool = False,
+) -> tuple[Plan, bytes]:
+    """The plan and the header, which say the same at every call of this kind."""
+    key = (operation, algorithm, problem, text)
+    found = group._plans.get(key)
+    if found is None:
+        chosen = algorithm
+        if chosen is None:
+            chosen = cost.choose(operation, group.size, nbytes, group.link)
+        eager = not vector and group.size <= headers.DIRECT_MEMBERS
+        plan = make_plan(operation, chosen, problem, eager)
+        found = plan, header(f"{operation} {text} by {chosen}")
+        if len(group._plans) >= _PLANS:
+            group._plans.clear()
+        group._plans[key] = found
+    return found
+
+
+def _root(group: Group, root: int) -> int:
+    if not isinstance(root, int) or not 0 <= root < group.size:
+        raise UsageError(f"root={root!r}: ranks of this group are 0 to {group.size - 1}")
+    return root
+
+
+def _counts(name: str, counts: Sequence[int], size: int, available: int) -> tuple[int, ...]:
+    """Counts in elements, checked against the array."""
+    found = tuple(int(count) for count in counts)
+    if len(found) != size:
+        raise UsageError(f"{name} has {len(found)} entries for {size} ranks")
+    if any(count < 0 for count in found):
+        raise UsageError(f"{name} has a negative entry: {found}")
+    if sum(found) != available:
+        raise UsageError(f"{name} sum to {sum(found)} elements, the array has {available}")
+    return found
+
+
+def _same_dtype(a: Array, b: Array) -> None:
+    if a.dtype != b.dtype:
+        raise UsageError(f"out is of dtype {a.dtype}, x of {b.dtype}")
+
+
+def moved(
+    group: Group,
+    operation: str,
+    out: Any,
+    x: Any,
+    *,
+    root: int = 0,
+    algorithm: str | None = None,
+    counts: Sequence[int] | None = None,
+    send_counts: Sequence[int] | None = None,
+) -> Request:
+    """broadcast, scatter, gather, all_gather, all_to_all, and those with counts."""
+    size, rank = group.size, group.rank
+    root = _root(group, root)
+    kind = operation.removesuffix("v")
+    rooted = kind in ("scatter", "gather")
+    gives = kind != "broadcast" and not (kind == "scatter" and rank != root)
+    takes = not (kind == "gather" and rank != root)
+    source = flat(x, "x") if gives else None
+    target = (
+        flat(out, "out" if gives else "x", writable=rank != root or kind != "broadcast") if takes else None
+    )
+    some = target if source is None else source
+    assert some is not None
+    if source is not None and target is not None:
+        _same_dtype(target, source)
+    item = some.dtype.itemsize
+    sends: tuple[int, ...] = ()
+    receives: tuple[int, ...] = ()
+    vector: list[int] = []
+    in_place = False
+    match operation:
+        case "broadcast":
+            nbytes = some.nbytes
+            receives = (nbytes,)
+            said = f"{some.shape[0]}"
+        case "all_gather" | "all_gatherv" | "gather":
+            own = source.shape[0]  # type: ignore[union-attr]
+            if counts is None:
+                per = (own,) * size
+            else:
+                per = _counts("counts", counts, size, target.shape[0])  # type: ignore[union-attr]
+                if per[rank] != own:
+                    raise UsageError(f"counts promise {per[rank]} elements of rank {rank}, x has {own}")
+            if target is not None and target.shape[0] != sum(per):
+                raise UsageError(
+                    f"out has {target.shape[0]} elements, {size} blocks of {own} make {sum(per)}"
+                )
+            receives = tuple(n * item for n in per)
+            sends = (receives[rank],) if kind == "gather" else ()
+            nbytes = sum(receives)
+            said = f"{per if counts is not None else own}"
+            if target is not None and np.may_share_memory(target, source):
+                in_place = _own_place(target, source, sum(per[:rank]))  # type: ignore[arg-type]
+        case "scatter":
+            own = target.shape[0]  # type: ignore[union-attr]
+            if source is not None and source.shape[0] != own * size:
+                raise UsageError(
+                    f"x has {source.shape[0]} elements, {size} blocks of {own} make {own * size}"
+                )
+            sends = (own * item,) * size
+            receives = (own * item,)
+            nbytes = sum(sends)
+            said = f"{own}"
+        case "all_to_all":
+            length = source.shape[0]  # type: ignore[union-attr]
+            if length % size:
+                raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly")
+            if target.shape[0] != length:  # type: ignore[union-attr]
+                raise UsageError(f"out has {target.shape[0]} elements, x {length}")  # type: ignore[union-attr]
+            sends = receives = (length // size * item,) * size
+            nbytes = sum(sends)
+            said = f"{length}"
+        case _:  # all_to_allv, gatherv, scatterv: each rank knows its own part only
+            give, take = _vectors(group, kind, source, target, root, counts, send_counts)
+            sends = tuple(n * item for n in (give if kind != "gather" else give[root : root + 1]))
+            receives = tuple(n * item for n in (take if kind != "scatter" else take[root : root + 1]))
+            if kind == "scatter" and rank != root:
+                sends = ()
+            if kind == "gather" and rank != root:
+                receives = ()
+            vector = [*give, *take]
+            nbytes = 0
+            said = "counts"
+    apart = source is None or target is None or not np.may_share_memory(source, target)
+    if kind in ("all_to_all", "scatter") and not apart:
+        raise UsageError("out and x overlap")
+    text = f"{dtype_name(some.dtype)} ({said})" + (f" root {root}" if rooted or kind == "broadcast" else "")
+    problem = Problem(rank, size, root, sends, receives, item, in_place=in_place)
+    plan, head = _plan(
+        group,
+        operation.replace("all_gatherv", "all_gather"),
+        algorithm,
+        problem,
+        nbytes,
+        text,
+        vector=bool(vector),
+    )
+    views: dict[Name, NDArray[np.uint8]] = {}
+    if source is not None:
+        views[IN] = _bytes(source)
+    if target is not None:
+        views[OUT] = _bytes(target)
+    return Request(operation, head, plan, views, np.array(vector, np.int64).tobytes())
+
+
+def _vectors(
+    group: Group,
+    kind: str,
+    source: Array | None,
+    target: Array | None,
+    root: int,
+    counts: Sequence[int] | None,
+    send_counts: Sequence[int] | None,
+) -> tuple[list[int], list[int]]:
+    """What this rank gives to and takes from each rank, in elements."""
+    size, rank = group.size, group.rank
+    give, take = [0] * size, [0] * size
+    if kind == "all_to_all":
+        assert source is not None
+        assert target is not None
+        give = list(_counts("send_counts", send_counts or (), size, source.shape[0]))
+        take = list(_counts("recv_counts", counts or (), size, target.shape[0]))
+        if give[rank] != take[rank]:
+            raise UsageError(f"gives itself {give[rank]} elements and expects {take[rank]}")
+    elif kind == "gather":
+        assert source is not None
+        give[root] = source.shape[0]
+        if target is not None:
+            take = list(_counts("counts", counts or (), size, target.shape[0]))
+    else:
+        assert target is not None
+        take[root] = target.shape[0]
+        if source is not None:
+            give = list(_counts("counts", counts or (), size, source.shape[0]))
+    return give, take
+
+
+def _own_place(target: Array, source: Array, start: int) -> bool:
+    """Whether x is this rank's own block of out."""
+    place = target[start : start + source.shape[0]]
+    if place.ctypes.data != source.ctypes.data:
+        raise UsageError("x overlaps out, but is not this rank's own block of it")
+    return True
+
+
+def reduced(
+    group: Group,
+    operation: str,
+    x: Any,
+    op: str,
+    *,
+    out: Any = None,
+    root: int = 0,
+    algorithm: str | None = None,
+    counts: Sequence[int] | None = None,
+) -> Request:
+    """reduce, all_reduce, reduce_scatter."""
+    size, rank = group.size, group.rank
+    root = _root(group, root)
+    gets = operation != "reduce" or rank == root
+    in_place = out is None
+    source = flat(x, "x", writable=in_place and gets)
+    target = (source if in_place else flat(out, "out", writable=True)) if gets else None
+    ufunc = operator(op, source.dtype)
+    item = source.dtype.itemsize
+    if operation == "reduce_scatter":
+        per = _shares(source.shape[0], size, counts)
+        receives = tuple(n * item for n in per)
+        wanted, said = per[rank], f"{source.shape[0]}" + (f" as {per}" if counts is not None else "")
+    else:
+        receives = (source.nbytes,) if operation == "reduce" else even(source.nbytes, item, size)
+        wanted, said = source.shape[0], f"{source.shape[0]}"
+    if target is not None and not in_place:
+        _same_dtype(target, source)
+        if target.shape[0] != wanted:
+            raise UsageError(f"out has {target.shape[0]} elements, the result {wanted}")
+        if np.may_share_memory(target, source):
+            raise UsageError("out and x overlap; leave out out to reduce in place")
+    text = f"{op} {dtype_name(source.dtype)} ({said})" + (f" root {root}" if operation == "reduce" else "")
+    problem = Problem(rank, size, root, (), receives, item, in_place=in_place and gets)
+    plan, head = _plan(group, operation, algorithm, problem, source.nbytes, text)
+    views: dict[Name, NDArray[np.uint8]] = {IN: _bytes(source)}
+    if target is not None:
+        views[OUT] = _bytes(target)
+    result = target if op == MEAN else None
+    return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)
+
+
+def _shares(length: int, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:
+    if counts is not None:
+        return _counts("counts", counts, size, length)
+    if length % size:
+        raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly: pass counts")
+    return (length // size,) * size

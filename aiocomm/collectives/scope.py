@@ -1,0 +1,112 @@
+"""One group on one channel: its native channel, its numbered calls, and news of calls that failed elsewhere.
+
+Calls are numbered as they begin; the number is part of every message's tag, so calls that overlap do not mix.
+A rank whose call fails tells the others, who may be waiting for a rank that waited for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from aiocomm.collectives import headers
+from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from aiocomm.collectives.call import Call
+    from aiocomm.communicator import Communicator
+    from aiocomm.group import Group
+    from aiocomm_native import Transfer
+
+__all__ = ["TAG_BITS", "Scope"]
+
+TAG_BITS: Final = 24  # of a tag: the message within its call; the rest is the call's number
+_ABORT_TAG: Final = 0
+_ABORT_S: Final = 5.0
+_KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call: first touch is slow
+_REMEMBERED: Final = 256
+
+
+class Scope:
+    """Made by `Group` for each channel on which it is used."""
+
+    def __init__(self, comm: Communicator, group: Group, index: int) -> None:
+        self.comm = comm
+        self.group = group
+        self.index = index
+        self.calls: dict[int, Call] = {}
+        self._next = 1
+        self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
+        self._spare: list[npt.NDArray[np.uint8]] = []
+        self._listen()
+
+    def begin(self, call: Call) -> int:
+        """Number a call.
+
+        Raises:
+            AiocommError: another rank has given it up already.
+        """
+        number = self._next
+        self._next += 1
+        if (error := self._failed.pop(number, None)) is not None:
+            raise error
+        self.calls[number] = call
+        return number
+
+    def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for a call, not cleared; to be given back."""
+        for place, one in enumerate(self._spare):
+            if one.nbytes >= nbytes:
+                return self._spare.pop(place)
+        return np.empty(nbytes, np.uint8)
+
+    def give_back(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Keep memory for the next call, unless that is much."""
+        if sum(one.nbytes for one in self._spare) + memory.nbytes <= _KEPT_BYTES:
+            self._spare.append(memory)
+
+    def abort(self, number: int, error: BaseException) -> None:
+        """Tell the other members that a call has failed here."""
+        why, lost = headers.Why.OTHER, -1
+        if isinstance(error, DeadlineExceeded):
+            why = headers.Why.DEADLINE
+        elif isinstance(error, PeerLostError) and error.peer is not None:
+            why, lost = headers.Why.LOST, error.peer
+        text = str(error) if isinstance(error, AiocommError) else "cancelled"
+        comm, message = self.comm, headers.abort_message(number, why, lost, text)
+        for rank in self.group.ranks:
+            if rank not in (comm.rank, lost) and not comm.closed:
+                told = comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
+                told.add_done_callback(_look_away)
+
+    def _listen(self) -> None:
+        self._news = bytearray(headers.ABORT_BYTES)
+        receive = self.comm._recv(self._news, -1, self.index, _ABORT_TAG, -1.0)
+        receive.add_done_callback(self._heard)
+
+    def _heard(self, receive: Transfer[Any]) -> None:
+        if receive.cancelled() or receive.exception() is not None:
+            return  # closed, or nobody is left who could send
+        source = receive.result().source
+        number, why, lost, text = headers.parse_abort(self._news)
+        self._listen()
+        call = self.calls.get(number)
+        error: AiocommError
+        if why is headers.Why.LOST:
+            error = PeerLostError(text, lost)
+        elif why is headers.Why.DEADLINE and call is not None and call.has_deadline:
+            error = DeadlineExceeded(text)  # this rank's own is about to pass, too
+        else:
+            error = TransferCancelled(f"{self.group.name_of(source)} gave the call up: {text}", source)
+        if call is not None:
+            call.abort(error)
+        elif number >= self._next and len(self._failed) < _REMEMBERED:
+            self._failed[number] = error
+
+
+def _look_away(transfer: Transfer[Any]) -> None:
+    if not transfer.cancelled():
+        transfer.exception()

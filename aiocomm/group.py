@@ -1,0 +1,192 @@
+"""Groups: some ranks of a world, with their own numbers, order of calls and tag space."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm._control.host import hostname
+from aiocomm.collectives.agreement import agree
+from aiocomm.collectives.operations import Collectives
+from aiocomm.collectives.scope import Scope
+from aiocomm.errors import ClosedError, UsageError
+from aiocomm.types import Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiocomm.channel import Channel
+    from aiocomm.communicator import Communicator
+
+__all__ = ["Group"]
+
+
+class Group(Collectives):
+    """Some ranks of a world. Made by `comm.group`, `split` and `shrink`; has all collective operations.
+
+    Groups may overlap, and do not order or block each other. A member that is lost fails the operations of
+    its groups only: `shrink` goes on with the rest.
+    """
+
+    def __init__(self, comm: Communicator, ranks: Sequence[int], identity: str) -> None:
+        self._comm = comm
+        self._ranks = tuple(ranks)
+        self._rank = self._ranks.index(comm.rank)
+        self._digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+        self._scopes: dict[str, Scope] = {}
+        self._plans: dict[Any, Any] = {}
+        self._splits = 0
+        self._shrinks = 0
+        self._closed = False
+        self._link: str | None = None
+        whole = self._ranks == tuple(range(len(self._ranks)))
+        self.names = [
+            f"rank {r}" + ("" if whole else f" (rank {w} of the world)") for r, w in enumerate(ranks)
+        ]
+
+    @classmethod
+    def world(cls, comm: Communicator) -> Group:
+        """All ranks of a world of fixed size."""
+        if comm._size is None:
+            raise UsageError(
+                "a world without a fixed size has no collectives of its own: use comm.group([...])"
+            )
+        ranks = range(comm._size)
+        return cls(comm, ranks, f"world {_generations(comm, ranks)}")
+
+    @classmethod
+    async def create(cls, comm: Communicator, ranks: Sequence[int], deadline: float | None) -> Group:
+        """The group of these ranks; all of them call it."""
+        if comm._closed or not comm._here():
+            comm._refuse()
+        members = tuple(ranks)
+        if len(set(members)) != len(members):
+            raise UsageError(f"a rank comes twice in {list(members)}")
+        for rank in members:
+            if not 0 <= rank < comm._ranks:
+                comm._refuse(dst=rank)
+        if comm.rank not in members:
+            raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
+        who = _generations(comm, members)
+        number = comm._groups[who] = comm._groups.get(who, 0) + 1
+        group = cls(comm, members, f"group {who} {number}")
+        await group._meet(deadline)
+        return group
+
+    async def _meet(self, deadline: float | None) -> None:
+        try:
+            await self.barrier(deadline=deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        return len(self._ranks)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The members' ranks in the world, by their rank in the group."""
+        return self._ranks
+
+    def close(self) -> None:
+        """End this rank's operations in the group with `ClosedError`. Idempotent; closing is optional."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._comm.closed:
+            for scope in self._scopes.values():
+                self._comm._engine.close_channel(scope.index)
+            self._comm._engine.drain()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the group was closed."""
+        return self._closed
+
+    @property
+    def label(self) -> str:
+        """The group, for messages."""
+        return f"group {list(self._ranks)}"
+
+    @property
+    def link(self) -> str:
+        """Class of the links among the members, as all of them see it: "shm" or "tcp"."""
+        if self._link is None:
+            self._link = self._find_link()
+        return self._link
+
+    def name_of(self, rank: int) -> str:
+        """A world rank, for messages."""
+        return self.names[self._ranks.index(rank)] if rank in self._ranks else f"rank {rank} of the world"
+
+    def _find_link(self) -> str:
+        # Only what every member knows alike may count: all must choose the same algorithms.
+        comm = self._comm
+        others = [comm._peers[rank] for rank in self._ranks if rank != comm.rank]
+        hosts = {peer.host for peer in others} | {hostname()}
+        links = set(comm._engine.link_names()).intersection(*(peer.links for peer in others))
+        return "shm" if len(hosts) == 1 and "shm" in links else "tcp"
+
+    def _members(self) -> Group:
+        return self
+
+    async def _split(self, color: int | None, key: int, deadline: float | None) -> Group | None:
+        if color is not None and color < 0:
+            raise UsageError(f"color={color} is negative")
+        self._splits += 1
+        number = self._splits
+        mine = np.array([-1 if color is None else color, key], np.int64)
+        everyone = np.empty((self.size, 2), np.int64)
+        await self.all_gather(everyone, mine, deadline=deadline)
+        if color is None:
+            return None
+        chosen = [(int(k), r) for r, (c, k) in enumerate(everyone) if c == color]
+        ranks = [self._ranks[r] for _, r in sorted(chosen)]
+        return Group(self._comm, ranks, f"split {self._digest} {number} {color}")
+
+    async def _shrink(self, deadline: float | None) -> Group:
+        comm = self._comm
+        if comm._closed or not comm._here():
+            comm._refuse()
+        self._shrinks += 1
+        epoch = self._shrinks
+        alive = [r for r in self._ranks if r == comm.rank or comm._peers[r].alive]
+        index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
+        left = await agree(comm, index, self._ranks, alive, epoch, deadline)
+        return Group(comm, left, f"shrink {self._digest} {epoch} {left}")
+
+    def _scope(self, channel: Channel | None) -> Scope:
+        comm = self._comm
+        if comm._closed or not comm._here():
+            comm._refuse()
+        if self._closed:
+            raise ClosedError(f"{self.label} was closed")
+        if channel is not None:
+            if channel._comm is not comm:
+                raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+            if channel.closed:
+                raise ClosedError(f"channel {channel.name!r} was closed")
+        name = "" if channel is None else channel.name
+        scope = self._scopes.get(name)
+        if scope is None:
+            priority, weight = (channel.priority, channel.weight) if channel else (Priority.NORMAL, 1.0)
+            index = comm._engine.open_channel(f"\0group {self._digest} {name}", int(priority), weight)
+            scope = self._scopes[name] = Scope(comm, self, index)
+        return scope
+
+    def __repr__(self) -> str:
+        return f"<aiocomm.Group rank={self.rank} of {list(self._ranks)}>"
+
+
+def _generations(comm: Communicator, ranks: Sequence[int]) -> str:
+    """Who they are: a rank that comes back is another."""
+    return " ".join(f"{rank}.{comm._generation_of(rank)}" for rank in ranks)

@@ -1,0 +1,439 @@
+"""Collectives and groups: every operation by every algorithm, bad calls, failures, survivors that go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import cloudpickle
+import numpy as np
+import pytest
+from harness import world
+
+import aiocomm
+from aiocomm.collectives import headers
+from aiocomm.collectives.algorithms import ALGORITHMS, applicable
+from aiocomm.launch import WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Rank = Callable[[aiocomm.Communicator], Awaitable[None]]
+
+pytestmark = pytest.mark.anyio
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
+SIZES = {"tiny": 3, "small": 700, "large": 90_001}  # elements of a block
+
+
+async def everyone(members: list[aiocomm.Communicator], rank: Rank) -> None:
+    """Run a coroutine for every member at once."""
+    async with anyio.create_task_group() as group:
+        for member in members:
+            group.start_soon(rank, member)
+
+
+def block(rank: int, count: int, dtype: Any = np.float64) -> np.ndarray[Any, Any]:
+    """What a rank contributes: no other rank has it, and sums of a few are exact."""
+    return ((np.arange(count) * 7 + rank * 13) % 50).astype(dtype)
+
+
+async def do(comm: Any, operation: str, algorithm: str | None, n: int) -> None:
+    """Call an operation and check its result."""
+    size, me = comm.size, comm.rank
+    root = size - 1
+    every = np.concatenate([block(r, n) for r in range(size)])
+    total = sum(block(r, n) for r in range(size))
+    forced = {"algorithm": algorithm}
+    match operation:
+        case "broadcast":
+            x = block(me, n)
+            await comm.broadcast(x, root, **forced)
+            assert np.array_equal(x, block(root, n))
+        case "scatter":
+            out = np.empty(n)
+            await comm.scatter(out, every if me == root else None, root, **forced)
+            assert np.array_equal(out, block(me, n))
+        case "gather":
+            gathered = np.empty((size, n)) if me == root else None
+            await comm.gather(gathered, block(me, n), root, **forced)
+            assert gathered is None or np.array_equal(gathered.reshape(-1), every)
+        case "all_gather":
+            out = np.empty((size, n))
+            await comm.all_gather(out, block(me, n), **forced)
+            assert np.array_equal(out.reshape(-1), every)
+            out[:] = -1
+            out[me] = block(me, n)
+            await comm.all_gather(out, out[me], **forced)
+            assert np.array_equal(out.reshape(-1), every)
+        case "all_to_all":
+            out = np.empty((size, n))
+            await comm.all_to_all(out, np.stack([block(me * size + r, n) for r in range(size)]), **forced)
+            assert np.array_equal(out, [block(r * size + me, n) for r in range(size)])
+        case "reduce":
+            x = block(me, n)
+            await comm.reduce(x, root, **forced)
+            assert np.array_equal(x, total if me == root else block(me, n))
+        case "reduce_scatter":
+            out, x = np.empty(n), np.concatenate([block(me + r, n) for r in range(size)])
+            await comm.reduce_scatter(out, x, **forced)
+            assert np.array_equal(out, sum(block(r + me, n) for r in range(size)))
+        case "all_reduce":
+            x, apart = block(me, n), np.empty(n)
+            await comm.all_reduce(x, out=apart, **forced)
+            assert np.array_equal(apart, total)
+            assert np.array_equal(x, block(me, n))
+            await comm.all_reduce(x, **forced)
+            assert np.array_equal(x, total)
+
+
+UNIFORM = [name for name in ALGORITHMS if not name.endswith("v")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+async def test_every_operation_by_every_algorithm(size: int) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for operation in UNIFORM:
+            for algorithm in [None, *applicable(operation, size)]:
+                for n in (0, *SIZES.values()):
+                    await do(comm, operation, algorithm, n)
+
+    async with world(size) as members:
+        await everyone(members, rank)
+        calls = members[0].statistics().collectives
+        assert calls["broadcast/binomial"] >= 4
+        assert "all_reduce/ring" in calls
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_counts_that_differ() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        me, counts = comm.rank, [2, 0, 70_000]
+        out = np.empty(sum(counts), np.int32)
+        every = np.concatenate([block(r, n, np.int32) for r, n in enumerate(counts)])
+        for algorithm in ("direct", "ring", "bruck"):
+            await comm.all_gatherv(out, block(me, counts[me], np.int32), counts, algorithm=algorithm)
+            assert np.array_equal(out, every)
+        root = 1
+        await comm.gatherv(out if me == root else None, block(me, counts[me], np.int32), counts, root)
+        mine = np.empty(counts[me], np.int32)
+        await comm.scatterv(mine, every if me == root else None, counts if me == root else None, root)
+        assert np.array_equal(mine, block(me, counts[me], np.int32))
+        give = [[0, 5, 1], [2, 3, 0], [90_000, 0, 4]]
+        take = [give[r][me] for r in range(3)]
+        out = np.empty(sum(take), np.int32)
+        await comm.all_to_allv(out, block(me, sum(give[me]), np.int32), take, give[me])
+        parts = [np.split(block(r, sum(give[r]), np.int32), np.cumsum(give[r])[:-1])[me] for r in range(3)]
+        assert np.array_equal(out, np.concatenate(parts))
+        own = np.empty(counts[me])
+        await comm.reduce_scatter(own, np.arange(sum(counts), dtype=float), counts=counts)
+        start = sum(counts[:me])
+        assert np.array_equal(own, 3.0 * np.arange(start, start + counts[me]))
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i1", "i4", "u8", "c8"])
+async def test_reductions(dtype: str) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        parts = [(np.arange(5000) % 3 + r + 1).astype(dtype) for r in range(3)]
+        for op, function in {
+            "sum": np.add,
+            "prod": np.multiply,
+            "min": np.minimum,
+            "max": np.maximum,
+        }.items():
+            x = parts[comm.rank].copy()
+            await comm.all_reduce(x, op)
+            assert np.array_equal(x, function(function(parts[0], parts[1]), parts[2])), op
+        x = parts[comm.rank].copy()
+        if dtype[0] in "fc":
+            await comm.all_reduce(x, "mean")
+            np.testing.assert_allclose(x, sum(parts) / 3, rtol=1e-2)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_all_ranks_get_the_same_bits() -> None:
+    results: dict[tuple[str, int], bytes] = {}
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        x = np.random.default_rng(comm.rank).normal(size=40_000).astype(np.float32)
+        for algorithm in applicable("all_reduce", 4):
+            mine = x.copy()
+            await comm.all_reduce(mine, algorithm=algorithm)
+            results[algorithm, comm.rank] = mine.tobytes()
+
+    async with world(4) as members:
+        await everyone(members, rank)
+        first = dict(results)
+        await everyone(members, rank)
+    assert results == first
+    for algorithm in applicable("all_reduce", 4):
+        assert len({results[algorithm, r] for r in range(4)}) == 1
+
+
+async def test_calls_overlap_on_one_channel_and_on_several() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        channels = [comm.channel("a"), comm.channel("b", weight=2.0), None]
+        order = channels if comm.rank else channels[::-1]  # no common order across channels
+
+        async def several(channel: aiocomm.Channel | None) -> None:
+            async def one(value: int) -> None:
+                x = np.full(30_000, value + comm.rank, np.int64)
+                await comm.all_reduce(x, channel=channel)
+                assert (x == 3 * value + 3).all()
+
+            async with anyio.create_task_group() as group:
+                for value in range(3):
+                    group.start_soon(one, 5)
+                    del value
+
+        async with anyio.create_task_group() as group:
+            for channel in order:
+                group.start_soon(several, channel)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+async def test_groups_overlap_and_split() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        me = comm.rank
+        groups = [await comm.group(ranks) for ranks in ([0, 1, 2], [3, 2]) if me in ranks]
+        for group in reversed(groups):
+            x = np.array([me])
+            await group.all_reduce(x)
+            assert x[0] == sum(group.ranks)
+            assert group.ranks[group.rank] == me
+        half = await groups[0].split(0, key=-me) if me < 3 else None
+        if half is not None:
+            assert half.ranks == (2, 1, 0)
+            out = np.empty(3, np.int64)
+            await half.all_gather(out, np.array([me]))
+            assert out.tolist() == [2, 1, 0]
+        odd = await (await comm.group(range(4))).split(None if me == 1 else me % 2)
+        assert (odd is None) == (me == 1)
+        if odd is not None and odd.size == 2:
+            await odd.barrier()
+            assert odd.ranks == (0, 2)
+            odd.close()
+            odd.close()
+            with pytest.raises(aiocomm.ClosedError):
+                await odd.barrier()
+
+    async with world(4) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_large_groups_exchange_headers_by_dissemination(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "DIRECT_MEMBERS", 2)
+    said = []
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for operation in UNIFORM:
+            await do(comm, operation, None, 700)
+        await comm.barrier()
+        try:
+            await comm.barrier() if comm.rank != 3 else await comm.broadcast(np.zeros(1))
+        except aiocomm.UsageError as error:
+            said.append(str(error).partition(": ")[2])
+
+    async with world(5) as members:
+        await everyone(members, rank)
+    assert len(said) == 5
+    assert len(set(said)) == 1
+    assert said[0].startswith("rank 3 called broadcast float64 (1) root 0")
+
+
+# ---------------------------------------------------------------- bad calls
+
+F4 = np.zeros(6, np.float32)
+WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
+    "shape": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(np.zeros(5, np.float32)), "(5)"),
+    "shape of large": (
+        lambda c: c.all_reduce(np.zeros(1 << 20)),
+        lambda c: c.all_reduce(np.zeros(1 << 19)),
+        "(524288)",
+    ),
+    "dtype": (lambda c: c.broadcast(F4.copy()), lambda c: c.broadcast(np.zeros(3)), "float64"),
+    "root": (lambda c: c.broadcast(F4.copy(), 0), lambda c: c.broadcast(F4.copy(), 1), "root 1"),
+    "op": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(F4.copy(), "max"), "max"),
+    "operation": (lambda c: c.barrier(), lambda c: c.reduce(F4.copy()), "reduce"),
+    "counts": (
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2]),
+        lambda c: c.all_gatherv(np.zeros(7), np.zeros(2), [2, 2, 3][::-1] if c.rank else [2, 2, 3]),
+        "(3, 2, 2)",
+    ),
+    "algorithm": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), algorithm="ring"),
+        "by ring",
+    ),
+    "read-only": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(b"abc"), "read-only"),
+    "no array": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(object()), "is not an array"),
+    "size of out": (
+        lambda c: c.all_gather(np.zeros(6), np.zeros(2)),
+        lambda c: c.all_gather(np.zeros(5), np.zeros(2)),
+        "out has 5 elements",
+    ),
+    "unknown": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), algorithm="magic"),
+        "choose from",
+    ),
+}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("case", WRONG)
+async def test_a_rank_that_calls_differently_is_named_on_all(case: str) -> None:
+    right, wrong, text = WRONG[case]
+    said: list[str] = []
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        with pytest.raises(aiocomm.UsageError) as caught:
+            await (wrong if comm.rank == 1 else right)(comm)
+        said.append(str(caught.value).partition(": ")[2])
+        await comm.barrier()  # the group is as good as before
+
+    async with world(3) as members:
+        await everyone(members, rank)
+    assert len(set(said)) == 1, said
+    assert "rank 1 " in said[0]
+    assert text in said[0]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_counts_that_do_not_fit_together_are_named() -> None:
+    said = set()
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        take = [1, 1, 1] if comm.rank != 2 else [1, 2, 1]
+        with pytest.raises(aiocomm.UsageError, match="rank 1 gives rank 2 1 elements, which expects 2") as e:
+            await comm.all_to_allv(np.zeros(sum(take)), np.zeros(3), take, [1, 1, 1])
+        said.add(str(e.value))
+
+    async with world(3) as members:
+        await everyone(members, rank)
+    assert len(said) == 1
+
+
+async def test_a_rank_that_never_calls_is_named() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        if comm.rank != 2:
+            with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0\.1 s by rank 2"):
+                await comm.all_reduce(np.zeros(100_000), deadline=0.1)
+            await comm.send(b"go", dst=2)
+        else:
+            for other in (0, 1):
+                await comm.recv(bytearray(2), src=other)
+            with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
+                await comm.all_reduce(np.zeros(100_000))
+        await comm.barrier()
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+async def test_a_cancelled_rank_ends_the_call_on_all() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        x = np.zeros(1 << 20)
+        if comm.rank == 0:
+            with anyio.move_on_after(0.1) as scope:
+                await comm.all_reduce(x)
+            assert scope.cancelled_caught
+            await comm.send(b"go", dst=2)
+        elif comm.rank == 1:
+            with pytest.raises(aiocomm.TransferCancelled, match="rank 0 gave the call up: cancelled"):
+                await comm.all_reduce(x)
+        else:
+            await comm.recv(bytearray(2), src=0)
+            with pytest.raises(aiocomm.TransferCancelled):
+                await comm.all_reduce(x)
+        await comm.barrier()
+        await comm.all_reduce(x)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_groups_are_made_by_their_members() -> None:
+    async with world(2) as (a, b):
+        with pytest.raises(aiocomm.UsageError, match="not one of"):
+            await a.group([1])
+        with pytest.raises(aiocomm.UsageError, match="comes twice"):
+            await a.group([0, 0])
+        with pytest.raises(aiocomm.UsageError, match="no rank 5"):
+            await a.group([0, 5])
+        with pytest.raises(aiocomm.DeadlineExceeded, match=r"by rank 1"):
+            await a.group([0, 1], deadline=0.05)
+        with pytest.raises(aiocomm.UsageError, match="another communicator"):
+            await a.barrier(channel=b.channel("x"))
+
+
+# ---------------------------------------------------------------- processes
+
+
+async def _work(comm: aiocomm.Communicator) -> None:
+    for operation in UNIFORM:
+        await do(comm, operation, None, 90_001)
+
+
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_between_processes(link: str) -> None:
+    async with aiocomm.spawn(_work, n=2, links=(link,)) as comm:
+        await _work(comm)
+
+
+async def _die_in_the_middle(comm: aiocomm.Communicator, steps: int) -> None:
+    group = await comm.group(range(comm.size))
+    if comm.rank == 2:
+
+        async def kill() -> None:
+            await comm.recv(bytearray(1), src=0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(kill)
+            for _ in range(steps):
+                await group.all_reduce(np.zeros(200_000))
+            await anyio.sleep_forever()
+    apart = await comm.group([0, 1, 3])
+
+    async def work() -> None:
+        for number in range(10_000):
+            if comm.rank == 0 and number == (5 if steps else 0):
+                await comm.send(b"x", dst=2)
+            await group.all_reduce(np.zeros(200_000), algorithm="ring" if steps % 2 else None)
+
+    with pytest.raises(aiocomm.PeerLostError, match="rank 2 is gone") as caught:
+        await work()
+    assert caught.value.peer == 2
+    with pytest.raises(aiocomm.PeerLostError):
+        await group.barrier()
+    await apart.barrier()  # groups without it do not notice
+    left = await group.shrink(deadline=5.0)
+    assert left.ranks == (0, 1, 3)
+    x = np.full(50_000, left.rank)
+    await left.all_reduce(x)
+    assert (x == 3).all()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("steps", [0, 10_000])
+async def test_survivors_of_a_killed_rank_go_on(steps: int) -> None:
+    with pytest.raises(WorkerError) as caught:  # spawn reports the killed worker
+        async with aiocomm.spawn(_die_in_the_middle, 3, steps) as comm:
+            await _die_in_the_middle(comm, steps)
+    assert caught.value.rank == 2
+    assert caught.value.exit_code == -signal.SIGKILL
