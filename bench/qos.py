@@ -155,7 +155,7 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
 
 def measure(name: str, options: Options) -> Metrics:
     """Take one sample."""
-    count, seconds = (300, 0.5) if options.quick else (2000, 2.0)
+    count, seconds = (3000, 0.5) if options.quick else (20_000, 2.0)
     return session.run(f"{__name__}:child", name, options, count=count, seconds=seconds)[0]
 
 

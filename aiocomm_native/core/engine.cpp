@@ -438,13 +438,13 @@ void Engine::run() {
       did = poll_links();
       uint64_t t = now();
       expire(t);
-      bool descriptors = false;
+      bool ticking = false;
       for (auto& peer : peers_)
-        if (peer && peer->state == Peer::State::up && !links_[peer->link_index]->polled()) {
-          descriptors = true;
+        if (peer && peer->state == Peer::State::up && peer->link->needs_ticks()) {
+          ticking = true;
           if (t >= next_tick) peer->link->tick(t);
         }
-      if (!descriptors)
+      if (!ticking)
         next_tick = kNever;
       else if (next_tick == kNever || t >= next_tick)
         next_tick = t + heartbeat_ns;

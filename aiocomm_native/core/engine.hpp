@@ -197,6 +197,7 @@ class Engine final : public Host, public FrameSink {
   bool flush_control(Peer& peer);
   void send_fin(Peer& peer, OpId sop, Code code, uint64_t nbytes, Wake wake = Wake::loop);
   void pump(uint8_t link_index);
+  uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
   uint32_t flow_of(Peer& peer, uint32_t channel);
   void queue_data(Op& op, Peer& peer);

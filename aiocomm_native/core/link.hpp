@@ -95,8 +95,9 @@ class LinkPeer {
     (void)nbytes;
     return {reinterpret_cast<uint64_t>(data), 0};
   }
-  // Called once per silent heartbeat interval; a link that sees a dead peer by other means ignores it.
+  // Called once per heartbeat interval while `needs_ticks`; a link that sees a dead peer by other means does not.
   virtual void tick(uint64_t now_ns) { (void)now_ns; }
+  virtual bool needs_ticks() const { return false; }
   virtual void close() = 0;
 
   Rank rank = -1;

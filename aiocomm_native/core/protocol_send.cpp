@@ -1,5 +1,6 @@
 // From a submission to frames on a link: headers, control frames, chunks.
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/engine.hpp"
@@ -250,6 +251,15 @@ void Engine::pump(uint8_t link_index) {
     if (!post_chunk(link_index, *chunk)) break;
 }
 
+// Copies take cores. Where a more urgent channel is open, one copy thread less works for this class, so that the
+// threads that handle the urgent messages need not wait for a core.
+uint32_t Engine::copy_limit(uint8_t cls) const {
+  auto threads = static_cast<uint32_t>(copier_->threads());
+  bool urgent = std::any_of(channels_.begin(), channels_.end(),
+                            [&](const ChannelInfo& c) { return c.open && c.cls > cls; });
+  return urgent && threads > 1 ? threads - 1 : threads;
+}
+
 // False: nothing more can be posted on this link now.
 bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
   Scheduler& sched = *schedulers_[link_index];
@@ -275,7 +285,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
   }
   bool pulls = op->path == Path::cma || op->path == Path::mapped;
   if (pulls) {
-    if (jobs_ >= static_cast<uint32_t>(copier_->threads())) {
+    if (jobs_ >= copy_limit(chunk.cls)) {
       sched.unget(chunk);
       return false;
     }

@@ -34,20 +34,7 @@ bool allowed(const char* limit) {
 
 // Between two addresses of one host nothing needs to be paced, and pacing (BBR's) halves the rate there.
 void spare_pacing(int fd) {
-  sockaddr_storage here{}, there{};
-  socklen_t size = sizeof here, other = sizeof there;
-  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||
-      ::getpeername(fd, reinterpret_cast<sockaddr*>(&there), &other) != 0 ||
-      here.ss_family != there.ss_family)
-    return;
-  bool same = false;
-  if (here.ss_family == AF_INET)
-    same = reinterpret_cast<sockaddr_in&>(here).sin_addr.s_addr ==
-           reinterpret_cast<sockaddr_in&>(there).sin_addr.s_addr;
-  else if (here.ss_family == AF_INET6)
-    same = std::memcmp(&reinterpret_cast<sockaddr_in6&>(here).sin6_addr,
-                       &reinterpret_cast<sockaddr_in6&>(there).sin6_addr, sizeof(in6_addr)) == 0;
-  if (same) ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+  if (within_host(fd)) ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
 }
 
 class TcpLink final : public Link {

@@ -13,6 +13,7 @@ constexpr uint64_t kLinger = 1000000000;  // ns
 TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams)
     : host_(host),
       heartbeat_ns_(static_cast<uint64_t>(host.setting("heartbeat_s", 1.0) * 1e9)),
+      same_host_(within_host(streams[0]->fd())),
       heard_ns_(host.now()),
       said_ns_(heard_ns_),
       ticked_ns_(heard_ns_),
@@ -146,6 +147,7 @@ void TcpPeer::ended(Lane& lane, int error, bool reading) {
     ending_ = true;
     ending_ns_ = host_.now();
     ending_reason_ = reason;
+    ring(host_.wake_page().engine, host_.engine_fd());  // it ticks until the express lane has ended, too
   }
   express_.chase_end();
   if (!closed && !dead_) lose(reason);

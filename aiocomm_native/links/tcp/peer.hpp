@@ -33,6 +33,8 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   void tick(uint64_t now_ns) override;
+  // Within a host the kernel tells of every death, and an idle pair costs nothing.
+  bool needs_ticks() const override { return !dead_ && (ending_ || !same_host_); }
   void close() override;
 
   // For the lanes.
@@ -56,6 +58,7 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
 
   Host& host_;
   const uint64_t heartbeat_ns_;
+  const bool same_host_;
   bool dead_ = false, ending_ = false;
   bool express_blocked_ = false, bulk_blocked_ = false, poke_owed_ = false;
   uint64_t heard_ns_, said_ns_, ticked_ns_, ending_ns_ = 0;

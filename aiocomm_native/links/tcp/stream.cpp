@@ -1,5 +1,6 @@
 #include "links/tcp/stream.hpp"
 
+#include <netinet/in.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -14,6 +15,21 @@ namespace aiocomm::tcp {
 void UniqueFd::reset(int fd) {
   if (fd_ >= 0) ::close(fd_);
   fd_ = fd;
+}
+
+bool within_host(int fd) {
+  sockaddr_storage here{}, there{};
+  socklen_t size = sizeof here, other = sizeof there;
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||
+      ::getpeername(fd, reinterpret_cast<sockaddr*>(&there), &other) != 0 ||
+      here.ss_family != there.ss_family)
+    return false;
+  if (here.ss_family == AF_INET)
+    return reinterpret_cast<sockaddr_in&>(here).sin_addr.s_addr ==
+           reinterpret_cast<sockaddr_in&>(there).sin_addr.s_addr;
+  return here.ss_family == AF_INET6 &&
+         std::memcmp(&reinterpret_cast<sockaddr_in6&>(here).sin6_addr,
+                     &reinterpret_cast<sockaddr_in6&>(there).sin6_addr, sizeof(in6_addr)) == 0;
 }
 
 std::string Stream::reason(int error) const {

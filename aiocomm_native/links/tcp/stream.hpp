@@ -45,6 +45,8 @@ struct Io {
   int error = 0;      // errno, or one of the values above
 };
 
+bool within_host(int fd);  // whether both ends of a connection have one address
+
 class Stream {
  public:
   explicit Stream(UniqueFd fd) : fd_(std::move(fd)) {}
