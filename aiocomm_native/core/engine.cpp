@@ -17,7 +17,8 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kNever = ~0ull;
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
-constexpr int kPollBudget = 64;        // frames per peer and turn: the loop breathes between turns
+constexpr int kTurns = 4;
+constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
 
 double number(const EngineConfig& config, const std::string& name, double fallback) {
   auto it = config.numbers.find(name);
@@ -235,7 +236,9 @@ std::string Engine::text_setting(std::string_view name) const {
 
 bool Engine::submit(Op* op) {
   op->submitted_ns = now();
-  if (token_.try_lock()) {
+  // A send_nowait is answered by its call: it waits the microseconds for which another thread holds the token.
+  if (op->no_wait) token_.lock();
+  if (op->no_wait || token_.try_lock()) {
     in_loop_thread_ = true;
     drain_submissions();
     inline_op_ = op;
@@ -265,15 +268,14 @@ bool Engine::cancel(Op* op, Code why) {
 
 void Engine::progress() {
   clear_fd(loop_fd_);
-  awake(page_->loop);
-  for (int round = 0; round < 4; ++round) {
+  prepare_sleep(page_->loop);  // what comes after this look rings
+  bool more = true;
+  for (int round = 0; more && round < kTurns; ++round) {
     Token token(*this, true);
-    int did = poll_links();
+    more = poll_links() >= kPollBudget;
     if (has_express()) dispatch_fds(express_epoll_, 0, true);
-    if (round > 0 && did == 0) return;
-    prepare_sleep(page_->loop);  // the next round is the last look
   }
-  ring(page_->loop, loop_fd_);  // more has come than one turn takes
+  if (more) ring(page_->loop, loop_fd_);
 }
 
 bool Engine::anything_to_poll() {
