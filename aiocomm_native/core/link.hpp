@@ -78,7 +78,8 @@ class LinkPeer {
   virtual uint64_t frame_limit() const { return ~0ull; }
   // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane.
   virtual Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) = 0;
-  // Hands over what has arrived, at most about `budget` frames; returns how many.
+  // Hands over what has arrived, at most about `budget` frames; returns how many, and `budget` or more where
+  // another look is due.
   virtual int poll(int budget) { return budget * 0; }
   // How this side can read the peer's memory at `where`; Path::none: it cannot, the peer must push.
   virtual Path pull_path(const Location& where) {

@@ -404,7 +404,7 @@ int ShmPeer::poll(int budget) {
     if (!closed_ && !blocked_) sink.on_writable(*this);
   }
   polling_ = false;
-  return did;
+  return nbytes >= kPollBytes ? std::max(did, budget) : did;
 }
 
 void ShmPeer::lost(const std::string& reason) {
