@@ -30,6 +30,7 @@ from aiocomm.errors import (
 from aiocomm.group import Group
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
+from aiocomm.pages import PageLease, Pages, RemotePages
 from aiocomm.region import Region, RemoteRegion
 from aiocomm.runner import run
 from aiocomm.statistics import LinkStatistics, Statistics
@@ -74,6 +75,8 @@ __all__ = [
     "LinkStatistics",
     "LinkUp",
     "Notification",
+    "PageLease",
+    "Pages",
     "Peer",
     "PeerError",
     "PeerJoined",
@@ -81,6 +84,7 @@ __all__ = [
     "PeerLostError",
     "Priority",
     "Region",
+    "RemotePages",
     "RemoteRegion",
     "StaleHandleError",
     "Statistics",

@@ -1,0 +1,156 @@
+"""Who may reach which pages: leases of the owner, and what a peer holds of one.
+
+A lease registers the memory anew. Assigning a page to somebody else closes the leases that held it, so that
+what a peer still sends for them is refused by the owner's engine with `StaleHandleError`, before a byte
+moves.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from aiocomm.errors import ClosedError, UsageError
+from aiocomm.pages.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from aiocomm._operations import Operations
+    from aiocomm.pages.layout import Pages
+    from aiocomm.region import Region, RemoteRegion
+
+__all__ = ["PageLease", "RemotePages"]
+
+_HEAD: Final = struct.Struct(
+    "<4sHIII"
+)  # magic, version, bytes of the layout, pages, bytes of a region's handle
+_MAGIC: Final = b"aioP"
+_VERSION: Final = 1
+
+
+class PageLease:
+    """Pages that a peer may read and write. Made by `comm.lease_pages`; `async with`, or `aclose()`."""
+
+    def __init__(self, pages: Pages, indices: Sequence[int], regions: list[Region]) -> None:
+        self._pages = pages
+        self._indices = np.asarray(indices, np.int64)
+        self._regions = regions
+        self._closed = False
+
+    @classmethod
+    async def assign(cls, comm: Operations, pages: Pages, indices: Sequence[int] | None) -> PageLease:
+        """Lease pages, and end the leases that hold any of them."""
+        wanted = np.arange(pages.count) if indices is None else np.asarray(indices, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= pages.count):
+            raise UsageError(f"pages are 0 to {pages.count - 1}")
+        if len(np.unique(wanted)) != len(wanted):
+            raise UsageError("a page comes twice")
+        for lease in list(pages._leases):
+            if np.isin(wanted, lease._indices).any():
+                await lease.aclose()
+        regions = [comm.register(pages.arrays[plane]) for plane in pages.layout.planes]
+        lease = cls(pages, wanted.tolist(), regions)
+        pages._leases.append(lease)
+        return lease
+
+    @property
+    def handle(self) -> bytes:
+        """What a peer needs for `comm.remote_pages`. Send it however you like."""
+        if self._closed:
+            raise ClosedError("the lease has ended")
+        layout = json.dumps(asdict(self._pages.layout)).encode()
+        handles = [region.handle for region in self._regions]
+        head = _HEAD.pack(_MAGIC, _VERSION, len(layout), len(self._indices), len(handles[0]))
+        return b"".join((head, layout, self._indices.tobytes(), *handles))
+
+    async def aclose(self) -> None:
+        """End it: new accesses are refused; waits for those under way. Idempotent."""
+        self._closed = True
+        if self in self._pages._leases:
+            self._pages._leases.remove(self)
+        for region in self._regions:
+            await region.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class RemotePages:
+    """A peer's leased pages: the target of `put_pages` and the source of `get_pages`."""
+
+    def __init__(self, layout: Layout, leased: Any, regions: dict[int, RemoteRegion]) -> None:
+        self.layout = layout
+        self._leased = leased
+        self._regions = regions
+
+    @classmethod
+    def from_handle(cls, comm: Operations, handle: bytes) -> Self:
+        """Parse and check a handle."""
+        try:
+            magic, version, layout_bytes, count, handle_bytes = _HEAD.unpack_from(handle)
+            if (magic, version) != (_MAGIC, _VERSION):
+                raise ValueError("magic")
+            start = _HEAD.size + layout_bytes
+            layout = _layout(json.loads(handle[_HEAD.size : start]))
+            indices = np.frombuffer(handle, np.int64, count, start)
+            start += indices.nbytes
+            parts = [handle[at : at + handle_bytes] for at in range(start, len(handle), handle_bytes)]
+            if len(parts) != len(layout.planes) or (len(indices) and indices.min() < 0):
+                raise ValueError("regions")
+            leased = np.zeros(layout.count, bool)
+            leased[indices] = True
+        except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
+            raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
+        regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
+        return cls(layout, leased, regions)
+
+    def planes(self, planes: Sequence[int]) -> RemotePages:
+        """Some of the arrays, e.g. those of one layer."""
+        chosen = tuple(self.layout.planes[p] for p in planes)
+        return RemotePages(replace(self.layout, planes=chosen), self._leased, self._regions)
+
+    @property
+    def rank(self) -> int:
+        """The owner."""
+        return self._regions[self.layout.planes[0]].rank
+
+    def check(self, pages: Sequence[int]) -> None:
+        """Refuse pages that are not part of the lease."""
+        wanted = np.asarray(pages, np.int64).reshape(-1)
+        inside = wanted[(wanted >= 0) & (wanted < self.layout.count)]  # the rest is the planner's to name
+        if len(inside) and not self._leased[inside].all():
+            raise UsageError(f"page {inside[~self._leased[inside]][0]} is not part of the lease")
+
+    def __repr__(self) -> str:
+        return (
+            f"<aiocomm.RemotePages rank={self.rank} {int(self._leased.sum())} of {self.layout.count} pages>"
+        )
+
+
+def _layout(fields: dict[str, Any]) -> Layout:
+    numbers = {key: int(fields[key]) for key in ("count", "page_stride", "start", "item")}
+    lists = {key: tuple(int(n) for n in fields[key]) for key in ("planes", "shape", "strides")}
+    token = fields["token_axis"]
+    layout = Layout(**numbers, **lists, token_axis=None if token is None else int(token))  # type: ignore[arg-type]
+    sizes = (*layout.shape, *layout.strides, *layout.planes, *numbers.values())
+    if (
+        not layout.planes
+        or len(layout.shape) != len(layout.strides)
+        or min(sizes) < 0
+        or layout.count > 1 << 28
+    ):
+        raise ValueError("layout")
+    if layout.token_axis is not None and not 0 <= layout.token_axis < len(layout.shape):
+        raise ValueError("token axis")
+    return layout

@@ -1,0 +1,81 @@
+"""The public operations on pages, as methods of a communicator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from aiocomm.pages import transfers
+from aiocomm.pages.lease import PageLease, RemotePages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiocomm.channel import Channel
+    from aiocomm.pages.layout import Pages
+
+__all__ = ["PageOperations"]
+
+
+class PageOperations:
+    """What a communicator does with `Pages`."""
+
+    async def lease_pages(self, pages: Pages, indices: Sequence[int] | None = None) -> PageLease:
+        """Let peers reach pages of this process, and end the leases that held any of them.
+
+        Waits for accesses under way through those; afterwards what their holders send is refused with
+        `StaleHandleError`.
+
+        Args:
+            indices: pages; default: all.
+        """
+        return await PageLease.assign(cast("Any", self), pages, indices)
+
+    def remote_pages(self, handle: bytes) -> RemotePages:
+        """Make remote pages of a peer's `lease.handle`.
+
+        Raises:
+            UsageError: these bytes are no handle.
+            StaleHandleError: it belongs to an earlier incarnation of its owner.
+        """
+        return RemotePages.from_handle(cast("Any", self), handle)
+
+    async def put_pages(
+        self,
+        pages: Pages,
+        give: Sequence[int],
+        remote: RemotePages,
+        take: Sequence[int],
+        *,
+        notify: bytes | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Write pages into a peer's pages; ends when all bytes are in place there.
+
+        Args:
+            give: pages of this process.
+            take: the peer's pages, for each page of `give`; with other page sizes, for as many tokens.
+            notify: at most 4,096 bytes that the owner gets from `notifications()` after all data.
+
+        Raises:
+            UsageError: an index is out of range or not leased, a target comes twice, or the layouts do not
+                fit; nothing was written.
+            StaleHandleError: a page was assigned to somebody else, or the lease has ended.
+
+        Cancelling stops between chunks; pages that were under way are undefined.
+        """
+        comm = cast("Any", self)
+        await transfers.put_pages(comm, pages, give, remote, take, notify, channel, deadline)
+
+    async def get_pages(
+        self,
+        remote: RemotePages,
+        give: Sequence[int],
+        pages: Pages,
+        take: Sequence[int],
+        *,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Read a peer's pages into pages of this process. Arguments and errors as for `put_pages`."""
+        await transfers.get_pages(cast("Any", self), remote, give, pages, take, channel, deadline)

@@ -1,0 +1,154 @@
+"""Pages between two processes' caches: right bytes, notifications, leases, refusals, cancels."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import numpy as np
+import pytest
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+
+def cache(seed: int | None, pages: int = 12, tokens: int = 4, layers: int = 3, wide: int = 64) -> list[Any]:
+    """K and V per layer; zeros without a seed."""
+    shape = (pages, tokens, 2, wide)
+    if seed is None:
+        return [np.zeros(shape, np.float16) for _ in range(2 * layers)]
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 999, shape).astype(np.float16) for _ in range(2 * layers)]
+
+
+async def test_pages_go_there_and_back(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    async with await b.lease_pages(theirs, [11, 2, 7, 8]) as lease:
+        remote = a.remote_pages(lease.handle)
+        assert remote.rank == 1
+        await a.put_pages(ours, [3, 9, 4, 5], remote, [11, 2, 7, 8], notify=b"req-17", deadline=5.0)
+        async for note in b.notifications():
+            assert note.payload == b"req-17"
+            break
+        for mine, other in zip(ours.arrays, theirs.arrays, strict=True):
+            assert np.array_equal(other[[11, 2, 7, 8]], mine[[3, 9, 4, 5]])
+            assert not other[[0, 1, 3, 4, 5, 6, 9, 10]].any()
+        back = aiocomm.Pages(cache(None))
+        await a.get_pages(remote, [2, 7, 8], back, [5, 0, 10])
+        for mine, other in zip(back.arrays, theirs.arrays, strict=True):
+            assert np.array_equal(mine[[5, 0, 10]], other[[2, 7, 8]])
+
+
+async def test_head_ranges_and_other_page_sizes(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(cache(2, pages=8, tokens=4), token_axis=1)
+    theirs = aiocomm.Pages([np.zeros((6, 8, 1, 64), np.float16) for _ in range(6)], token_axis=1)
+    async with await b.lease_pages(theirs) as lease:
+        remote = a.remote_pages(lease.handle)
+        await a.put_pages(ours.slice(2, 1, 2), [6, 1, 0, 3], remote, [4, 2])
+        for mine, other in zip(ours.arrays, theirs.arrays, strict=True):
+            assert np.array_equal(
+                other[[4, 2], :, 0].reshape(16, 64), mine[[6, 1, 0, 3], :, 1].reshape(16, 64)
+            )
+        back = aiocomm.Pages(cache(None, pages=8, tokens=4), token_axis=1)
+        await a.get_pages(remote, [2], back.slice(2, 0, 1), [7, 5])
+        assert np.array_equal(back.arrays[0][[7, 5], :, 0].reshape(8, 64), theirs.arrays[0][2, :, 0])
+
+
+async def test_layers_are_streamed_with_their_notifications(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(3)), aiocomm.Pages(cache(None))
+    async with await b.lease_pages(theirs, [1, 2]) as lease:
+        remote = a.remote_pages(lease.handle)
+
+        async def send() -> None:
+            for layer in range(3):
+                planes = [2 * layer, 2 * layer + 1]
+                await a.put_pages(
+                    ours.planes(planes), [0, 5], remote.planes(planes), [1, 2], notify=b"%d" % layer
+                )
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send)
+            expected = 0
+            async for note in b.notifications():
+                assert int(note.payload) == expected
+                assert np.array_equal(theirs.arrays[2 * expected][[1, 2]], ours.arrays[2 * expected][[0, 5]])
+                expected += 1
+                if expected == 3:
+                    break
+
+
+async def test_pages_that_were_assigned_anew_are_refused(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(4)), aiocomm.Pages(cache(None))
+    first = await b.lease_pages(theirs, [1, 2])
+    stale = a.remote_pages(first.handle)
+    other = a.remote_pages((await b.lease_pages(theirs, [5])).handle)
+    second = await b.lease_pages(theirs, [2, 3])
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_pages(ours, [0, 1], stale, [1, 2])
+    assert not theirs.arrays[0].any()
+    await a.put_pages(ours, [0], other, [5])
+    await a.put_pages(ours, [0], a.remote_pages(second.handle), [3])
+    with pytest.raises(aiocomm.ClosedError):
+        _ = first.handle
+    assert theirs.arrays[0][[3, 5]].any()
+
+
+async def test_bad_lists_are_refused_before_a_byte_moves(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(5)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs, [1, 2])
+    remote = a.remote_pages(lease.handle)
+    for give, take, message in (
+        ([0], [3], "page 3 is not part of the lease"),
+        ([12], [1], "source page 12"),
+        ([0], [99], "target page 99"),
+        ([0, 1], [2, 2], "comes twice"),
+        ([0, 1], [2], "2 source pages"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=message):
+            await a.put_pages(ours, give, remote, take)
+    with pytest.raises(aiocomm.UsageError, match="a page comes twice"):
+        await b.lease_pages(theirs, [1, 1])
+    assert not theirs.arrays[0].any()
+
+
+def test_hostile_handles_are_refused() -> None:
+    async def main() -> None:
+        async with aiocomm.connect() as comm:
+            handle = bytearray((await comm.lease_pages(aiocomm.Pages(cache(6)), [0, 3])).handle)
+            comm.remote_pages(bytes(handle))
+            for number in range(300):
+                bad = bytearray(handle[: len(handle) - number % 7])
+                for _ in range(1 + number % 3):
+                    bad[secrets.randbelow(len(bad) - 8) + 2] ^= 1 + secrets.randbelow(255)
+                try:
+                    comm.remote_pages(bytes(bad))
+                except (aiocomm.UsageError, aiocomm.StaleHandleError):
+                    continue
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_cancelled_put_leaves_nothing_under_way(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(np.ones((4000, 1024), np.uint8))
+    theirs = aiocomm.Pages(np.zeros((4000, 1024), np.uint8))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    pages = np.random.default_rng(0).permutation(4000)
+    with anyio.move_on_after(0.01):
+        await a.put_pages(ours, pages, remote, range(4000))
+    assert a.statistics().in_flight == 0
+    with pytest.raises(aiocomm.DeadlineExceeded):
+        await a.put_pages(ours, pages, remote, range(4000), deadline=0.0)
+    await a.put_pages(ours, pages, remote, range(4000))
+    assert theirs.arrays[0].all()
