@@ -89,6 +89,7 @@ class Communicator(Operations, Collectives, PageOperations):
         self._ranks = 1
         self._peers: dict[int, Peer] = {}
         self._gone: set[tuple[int, int]] = set()
+        self._left: set[int] = set()  # ranks that said goodbye
         self._closed = False
         self._unretrieved: list[BaseException] = []
         self._notes: Mailbox[Notification] = Mailbox()
@@ -249,6 +250,7 @@ class Communicator(Operations, Collectives, PageOperations):
         return self._world_group
 
     def _meet(self, peer: Peer) -> None:
+        self._left.discard(peer.rank)
         self._peers[peer.rank] = peer
         self._ranks = max(self._ranks, peer.rank + 1)
 
@@ -263,6 +265,8 @@ class Communicator(Operations, Collectives, PageOperations):
             if key in self._gone:
                 return
             self._gone.add(key)
+            if event.reason == "left":
+                self._left.add(event.rank)
             peer = self._peers.get(event.rank)
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = Peer(

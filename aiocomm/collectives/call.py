@@ -67,6 +67,7 @@ class Call:
         self._ready: list[int] = []
         self._waits: list[int] = []
         self._left = 0
+        self._unsure: list[tuple[tuple[bool, int], PeerLostError]] = []
         self._over = False
         self._memory: npt.NDArray[np.uint8] | None = None
 
@@ -165,8 +166,26 @@ class Call:
     def _large(self) -> bool:
         return self._group.size > headers.DIRECT_MEMBERS
 
+    def _settle_sends(self) -> None:
+        """Judge sends to ranks that are gone.
+
+        A rank that left had done its part: it has what was sent, and left before it could say so.
+        """
+        for (is_header, index), error in self._unsure:
+            if error.peer not in self._scope.comm._left:
+                if is_header:
+                    self._header_error = self._header_error or error
+                else:
+                    self._data_error = self._data_error or error
+            elif is_header:
+                self._header_ended(index)
+            else:
+                self._end(index)
+        self._unsure.clear()
+
     def _judge(self) -> None:
         """Raise what is known to be wrong; run the eager part once all headers have come."""
+        self._settle_sends()
         if self._judged:
             self._raise_trouble()
             return
@@ -303,7 +322,9 @@ class Call:
                 transfer.exception()
             return
         if (error := transfer.exception()) is not None:
-            if is_header:
+            if isinstance(error, PeerLostError) and transfer.kind == "send":
+                self._unsure.append((key, error))
+            elif is_header:
                 self._header_error = self._header_error or error
             else:
                 self._data_error = self._data_error or error
