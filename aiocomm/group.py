@@ -34,6 +34,7 @@ class Group(Collectives):
         self._comm = comm
         self._ranks = tuple(ranks)
         self._rank = self._ranks.index(comm.rank)
+        self._size = len(self._ranks)
         self._digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
         self._scopes: dict[str, Scope] = {}
         self._plans: dict[Any, Any] = {}
@@ -90,7 +91,7 @@ class Group(Collectives):
     @property
     def size(self) -> int:
         """Ranks in the group."""
-        return len(self._ranks)
+        return self._size
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -59,11 +60,13 @@ def _lost_dtype(x: Any) -> Any:
     return np.dtype(getattr(ml_dtypes, name))
 
 
+@functools.cache
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The name that all ranks compare; another byte order is another dtype."""
     return dtype.name if dtype.isnative else dtype.str
 
 
+@functools.cache
 def operator(op: str, dtype: np.dtype[Any]) -> np.ufunc:
     """The NumPy function of a reduction.
 

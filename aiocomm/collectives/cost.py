@@ -106,6 +106,7 @@ def choose(operation: str, size: int, nbytes: int, link: str) -> str:
 
 def chunk_bytes(operation: str, block: int, item: int) -> int:
     """Bytes of the parts into which a block is cut: few enough to be cheap, small enough to stay in cache."""
-    low, high = (128 << 10, 1 << 20) if "reduce" in operation else (256 << 10, 2 << 20)
+    # Reductions wait for every part of a chunk: below 1 MiB the waits cost more than the overlap gives.
+    low, high = (1 << 20, 2 << 20) if "reduce" in operation else (256 << 10, 2 << 20)
     wanted = min(max(block // 8, low), high, max(block, 1))
     return max(item, wanted // item * item)

@@ -5,6 +5,7 @@ What is wrong with a call by itself is found here, before a byte moves; it is to
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ def barrier() -> Request:
     return Request("barrier", header("barrier"))
 
 
+@functools.lru_cache(256)
 def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
     """Cut a vector into blocks of nearly one size, in bytes, between elements."""
     whole, more = divmod(nbytes // item, parts)

@@ -386,6 +386,8 @@ async def test_groups_are_made_by_their_members() -> None:
 async def _work(comm: aiocomm.Communicator) -> None:
     for operation in UNIFORM:
         await do(comm, operation, None, 90_001)
+    for algorithm in ("direct", "ring"):
+        await do(comm, "all_reduce", algorithm, 900_000)  # several chunks a block
 
 
 @pytest.mark.parametrize("link", ["shm", "tcp"])

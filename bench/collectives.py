@@ -1,0 +1,175 @@
+"""Suite `collectives`: two processes, host memory, the same calls through us, Gloo and MPI.
+
+Metrics:
+    us/OPERATION/SIZE: Microseconds per call, median over the calls of the slower process; SIZE is that of one
+        rank's array.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import pair, peers, session, work
+from .model import Column, Rule, Suite
+from .peers import ours
+from .sizes import KIB, MIB, show
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from .control import Control
+    from .model import Metrics, Options
+    from .peers.base import Array
+
+    Calls = dict[str, Callable[[Array, Array], Awaitable[None]]]
+
+_SIZES = ((KIB, 300), (MIB, 60), (64 * MIB, 5))
+_OPERATIONS = ("all_gather", "broadcast", "all_reduce", "all_to_all")
+_RANKS = 2
+
+
+def _aiocomm(comm: Any) -> Calls:
+    async def all_gather(out: Array, x: Array) -> None:
+        await comm.all_gather(out, x)
+
+    async def broadcast(out: Array, x: Array) -> None:
+        await comm.broadcast(x)
+
+    async def all_reduce(out: Array, x: Array) -> None:
+        await comm.all_reduce(x.view(np.float32))
+
+    async def all_to_all(out: Array, x: Array) -> None:
+        await comm.all_to_all(out[: len(x)], x)
+
+    return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
+
+
+def _gloo() -> Calls:
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.from_numpy
+
+    async def all_gather(out: Array, x: Array) -> None:
+        dist.all_gather_into_tensor(tensor(out), tensor(x))
+
+    async def broadcast(out: Array, x: Array) -> None:
+        dist.broadcast(tensor(x), 0)
+
+    async def all_reduce(out: Array, x: Array) -> None:
+        dist.all_reduce(tensor(x.view(np.float32)))
+
+    async def all_to_all(out: Array, x: Array) -> None:
+        dist.all_to_all_single(tensor(out[: len(x)]), tensor(x))
+
+    return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
+
+
+def _mpi() -> Calls:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+
+    async def all_gather(out: Array, x: Array) -> None:
+        world.Allgather([x, MPI.BYTE], [out, MPI.BYTE])
+
+    async def broadcast(out: Array, x: Array) -> None:
+        world.Bcast([x, MPI.BYTE], 0)
+
+    async def all_reduce(out: Array, x: Array) -> None:
+        world.Allreduce(MPI.IN_PLACE, [x, MPI.FLOAT])
+
+    async def all_to_all(out: Array, x: Array) -> None:
+        world.Alltoall([x, MPI.BYTE], [out[: len(x)], MPI.BYTE])
+
+    return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
+
+
+async def _measure(calls: Calls, role: int, cases: list[list[int]]) -> Metrics:
+    found: Metrics = {}
+    for nbytes, count in cases:
+        x, out = np.zeros(nbytes, np.uint8), np.zeros(nbytes * _RANKS, np.uint8)
+        x[:] = role + 1
+        await calls["all_gather"](out, x)
+        if (out[0], out[-1]) != (1, _RANKS):
+            raise RuntimeError("what was gathered is not what was given")
+        for operation in _OPERATIONS:
+            x[:] = 0  # sums stay 0: no operation on denormals or infinities is measured
+            call = calls[operation]
+            for _ in range(3):
+                await call(out, x)
+            taken = []
+            for _ in range(count):
+                start = time.perf_counter()
+                await call(out, x)
+                taken.append(time.perf_counter() - start)
+            found[f"us/{operation}/{show(nbytes)}"] = statistics.median(taken) * 1e6
+    return found
+
+
+def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """Measure every operation and size in turn."""
+    peer = peers.find(arguments["peer"])
+
+    async def main() -> Metrics:
+        if peer.kind == "ours":
+            comm = await ours.connect(role, control, "shm")
+            found = await _measure(_aiocomm(comm), role, arguments["cases"])
+            await ours.Ours(comm).finish(control)
+            return found
+        transport = await peer.open(role, control)
+        found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, arguments["cases"])
+        await transport.finish(control)
+        return found
+
+    return work.run_on(peer.loop, main)
+
+
+def measure(name: str, options: Options) -> Metrics:
+    """Take one sample: of the slower process."""
+    peer = peers.find(name)
+    scale = 4 if options.quick else 1
+    cases = [(n, max(3, count // scale)) for n, count in _SIZES]
+    arguments = {"peer": name, "cases": cases}
+    mine, theirs = pair.run(
+        f"{__name__}:child",
+        arguments,
+        options.timeout_s,
+        environment=peer.environment,
+        launcher=peer.launcher,
+    )
+    return {key: max(value, theirs[key]) for key, value in mine.items()}
+
+
+_COLUMNS = tuple(
+    Column(f"us/{operation}/{show(n)}", f"{operation}\n{show(n)}, µs", 0)
+    for operation in _OPERATIONS
+    for n, _ in _SIZES
+)
+_PEERS = ("gloo", "mpi4py")
+_OURS = ("aiocomm-shm", "aiocomm-shm-spin")
+
+
+def _rules() -> tuple[Rule, ...]:
+    rules = []
+    for operation in _OPERATIONS:
+        for n, _ in _SIZES:
+            # Against peers that spin, the mode that spins; ahead by 1.3 where bytes decide.
+            subject, bound = ("aiocomm-shm-spin", 1.0) if n < MIB else ("aiocomm-shm", 1 / 1.3)
+            metric = f"us/{operation}/{show(n)}"
+            rules.append(Rule(f"{operation} {show(n)}, two ranks", subject, metric, "<=", bound, _PEERS))
+    return tuple(rules)
+
+
+SUITE = Suite(
+    "collectives",
+    "two processes, host memory: all_gather, broadcast, all_reduce, all_to_all",
+    session.subjects((*_PEERS, *_OURS)),
+    measure,
+    lambda options: _COLUMNS,
+    _rules(),
+)
