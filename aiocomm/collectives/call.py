@@ -23,11 +23,10 @@ import anyio.lowlevel
 import numpy as np
 
 from aiocomm.collectives import headers
-from aiocomm.collectives.dissemination import exchange
+from aiocomm.collectives.exchange import Exchange
 from aiocomm.collectives.gate import Gate
-from aiocomm.collectives.plan import EAGER_BYTES
 from aiocomm.collectives.scope import TAG_BITS
-from aiocomm.collectives.steps import TMP, Copy, Problem, Recv, Send
+from aiocomm.collectives.steps import TMP, Copy, Recv, Send
 from aiocomm.errors import DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
 
 if TYPE_CHECKING:
@@ -43,23 +42,17 @@ __all__ = ["Call"]
 
 _BREATH_S: Final = 1e-3  # of work after which other tasks get a turn
 _EXPLANATION_S: Final = 0.25  # that a peer's reason for giving up may come after its cancelled transfers
-_HEADERS: Final = 1 << (TAG_BITS - 1)  # tags of a call from here on carry headers
 
 
-class Call:
+class Call(Exchange):
     """One call of one collective by this rank."""
 
     def __init__(self, scope: Scope, request: Request, deadline: float | None) -> None:
-        self._scope = scope
-        self._group = scope.group
-        self._request = request
-        self._plan: Plan | None = request.plan
+        super().__init__(scope, request)
         self._deadline_s = deadline
         self._ends = None if deadline is None else time.monotonic() + deadline
         self._gate = Gate(scope.comm._backend)
         self._flying: dict[tuple[bool, int], Transfer[Any]] = {}
-        self._slots: npt.NDArray[np.uint8] | None = None
-        self._missing = set(range(self._group.size)) - {self._group.rank}
         self._header_error: BaseException | None = None
         self._data_error: BaseException | None = None
         self._aborted: AiocommError | None = None
@@ -111,60 +104,6 @@ class Call:
                     self._scope.give_back(memory)
 
     # ------------------------------------------------------------ headers
-
-    def _send_headers(self) -> None:
-        group, request = self._group, self._request
-        size, rank = group.size, group.rank
-        head = request.header
-        eager = self._plan.eager if self._plan is not None else None
-        if size == 1:
-            return
-        if size > headers.DIRECT_MEMBERS:
-            self._disseminate(head)
-            return
-        self._width = width = headers.HEADER_BYTES + 16 * size + EAGER_BYTES
-        self._slots = slots = self._scope.scratch(size * width)
-        for peer in range(size):
-            if peer != rank:
-                self._post(Recv, (True, peer), peer, slots[peer * width : (peer + 1) * width], _HEADERS)
-        for away in range(1, size):
-            peer = (rank + away) % size
-            message = head + request.vector
-            if eager is not None and (span := eager.sends.get(peer)) is not None:
-                message += request.views[span.buffer][span.start : span.stop].tobytes()
-            self._post(Send, (True, size + peer), peer, message, _HEADERS)
-
-    def _disseminate(self, head: bytes) -> None:
-        """Headers as a schedule of their own: its steps run as `(True, index)`."""
-        size = self._group.size
-        self._width = width = headers.HEADER_BYTES + 16 * size
-        self._slots = slots = self._scope.scratch(size * width)
-        slots[: len(head) + len(self._request.vector)] = np.frombuffer(head + self._request.vector, np.uint8)
-        problem = Problem(self._group.rank, size, receives=(width,) * size)
-        self._rounds = [s for s in exchange(problem).steps if isinstance(s, Send | Recv)]
-        self._next_round()
-
-    def _next_round(self) -> None:
-        """Post a round's send and receive: the round before it has ended."""
-        assert self._slots is not None
-        self._round_left = 2
-        index = len(self._rounds)
-        pair, self._rounds = self._rounds[:2], self._rounds[2:]
-        for step in pair:
-            span = step.source if isinstance(step, Send) else step.target
-            data = self._slots[span.start : span.stop]
-            tag = _HEADERS + index
-            self._post(type(step), (True, index + (step is pair[0])), step.peer, data, tag)
-
-    def _slot(self, peer: int) -> npt.NDArray[np.uint8]:
-        """Where a peer's header lies; dissemination numbers slots backwards from this rank."""
-        assert self._slots is not None
-        place = (self._group.rank - peer) % self._group.size if self._large else peer
-        return self._slots[place * self._width : (place + 1) * self._width]
-
-    @property
-    def _large(self) -> bool:
-        return self._group.size > headers.DIRECT_MEMBERS
 
     def _settle_sends(self) -> None:
         """Judge sends to ranks that are gone.
@@ -338,17 +277,6 @@ class Call:
             self._data_error = UsageError(f"{came} bytes came where {step.target.nbytes} were expected")
             return
         self._end(index)
-
-    def _header_ended(self, index: int) -> None:
-        if not self._large:
-            self._missing.discard(index)  # sends count from `size` on
-            return
-        self._round_left -= 1
-        if not self._round_left:
-            if self._rounds:
-                self._next_round()
-            else:
-                self._missing.clear()
 
     # ------------------------------------------------------------ failures
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._operations import limit_of
-from aiocomm.collectives import requests
+from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.call import Call
 from aiocomm.errors import UsageError
 
@@ -311,7 +311,7 @@ class Collectives:
         """
         await self._collect(
             "reduce",
-            lambda g: requests.reduced(g, "reduce", x, op, out=out, root=root, algorithm=algorithm),
+            lambda g: reductions.reduced(g, "reduce", x, op, out=out, root=root, algorithm=algorithm),
             channel,
             deadline,
         )
@@ -337,7 +337,7 @@ class Collectives:
         """
         await self._collect(
             "reduce_scatter",
-            lambda g: requests.reduced(
+            lambda g: reductions.reduced(
                 g, "reduce_scatter", x, op, out=out, algorithm=algorithm, counts=counts
             ),
             channel,
@@ -364,7 +364,7 @@ class Collectives:
         """
         await self._collect(
             "all_reduce",
-            lambda g: requests.reduced(g, "all_reduce", x, op, out=out, algorithm=algorithm),
+            lambda g: reductions.reduced(g, "all_reduce", x, op, out=out, algorithm=algorithm),
             channel,
             deadline,
         )

@@ -5,14 +5,13 @@ What is wrong with a call by itself is found here, before a byte moves; it is to
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiocomm.collectives import cost, headers
-from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
+from aiocomm.collectives.arrays import dtype_name, flat
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.plan import Plan, make_plan
 from aiocomm.collectives.steps import IN, OUT, Problem
@@ -28,7 +27,17 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Request", "barrier", "even", "moved", "reduced", "refused"]
+__all__ = [
+    "Request",
+    "barrier",
+    "bytes_of",
+    "counts_of",
+    "find_plan",
+    "moved",
+    "refused",
+    "root_of",
+    "same_dtype",
+]
 
 _PLANS = 256  # kept per group
 
@@ -64,18 +73,11 @@ def barrier() -> Request:
     return Request("barrier", header("barrier"))
 
 
-@functools.lru_cache(256)
-def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
-    """Cut a vector into blocks of nearly one size, in bytes, between elements."""
-    whole, more = divmod(nbytes // item, parts)
-    return tuple((whole + (part < more)) * item for part in range(parts))
-
-
-def _bytes(array: Array) -> NDArray[np.uint8]:
+def bytes_of(array: Array) -> NDArray[np.uint8]:
     return array.view(np.uint8)
 
 
-def _plan(
+def find_plan(
     group: Group,
     operation: str,
     algorithm: str | None,
@@ -100,13 +102,13 @@ def _plan(
     return found
 
 
-def _root(group: Group, root: int) -> int:
+def root_of(group: Group, root: int) -> int:
     if not isinstance(root, int) or not 0 <= root < group.size:
         raise UsageError(f"root={root!r}: ranks of this group are 0 to {group.size - 1}")
     return root
 
 
-def _counts(name: str, counts: Sequence[int], size: int, available: int) -> tuple[int, ...]:
+def counts_of(name: str, counts: Sequence[int], size: int, available: int) -> tuple[int, ...]:
     """Counts in elements, checked against the array."""
     found = tuple(int(count) for count in counts)
     if len(found) != size:
@@ -118,7 +120,7 @@ def _counts(name: str, counts: Sequence[int], size: int, available: int) -> tupl
     return found
 
 
-def _same_dtype(a: Array, b: Array) -> None:
+def same_dtype(a: Array, b: Array) -> None:
     if a.dtype != b.dtype:
         raise UsageError(f"out is of dtype {a.dtype}, x of {b.dtype}")
 
@@ -136,7 +138,7 @@ def moved(
 ) -> Request:
     """broadcast, scatter, gather, all_gather, all_to_all, and those with counts."""
     size, rank = group.size, group.rank
-    root = _root(group, root)
+    root = root_of(group, root)
     kind = operation.removesuffix("v")
     rooted = kind in ("scatter", "gather")
     gives = kind != "broadcast" and not (kind == "scatter" and rank != root)
@@ -148,7 +150,7 @@ def moved(
     some = target if source is None else source
     assert some is not None
     if source is not None and target is not None:
-        _same_dtype(target, source)
+        same_dtype(target, source)
     item = some.dtype.itemsize
     sends: tuple[int, ...] = ()
     receives: tuple[int, ...] = ()
@@ -164,7 +166,7 @@ def moved(
             if counts is None:
                 per = (own,) * size
             else:
-                per = _counts("counts", counts, size, target.shape[0])  # type: ignore[union-attr]
+                per = counts_of("counts", counts, size, target.shape[0])  # type: ignore[union-attr]
                 if per[rank] != own:
                     raise UsageError(f"counts promise {per[rank]} elements of rank {rank}, x has {own}")
             if target is not None and target.shape[0] != sum(per):
@@ -212,7 +214,7 @@ def moved(
         raise UsageError("out and x overlap")
     text = f"{dtype_name(some.dtype)} ({said})" + (f" root {root}" if rooted or kind == "broadcast" else "")
     problem = Problem(rank, size, root, sends, receives, item, in_place=in_place)
-    plan, head = _plan(
+    plan, head = find_plan(
         group,
         operation.replace("all_gatherv", "all_gather"),
         algorithm,
@@ -223,9 +225,9 @@ def moved(
     )
     views: dict[Name, NDArray[np.uint8]] = {}
     if source is not None:
-        views[IN] = _bytes(source)
+        views[IN] = bytes_of(source)
     if target is not None:
-        views[OUT] = _bytes(target)
+        views[OUT] = bytes_of(target)
     return Request(operation, head, plan, views, np.array(vector, np.int64).tobytes())
 
 
@@ -244,20 +246,20 @@ def _vectors(
     if kind == "all_to_all":
         assert source is not None
         assert target is not None
-        give = list(_counts("send_counts", send_counts or (), size, source.shape[0]))
-        take = list(_counts("recv_counts", counts or (), size, target.shape[0]))
+        give = list(counts_of("send_counts", send_counts or (), size, source.shape[0]))
+        take = list(counts_of("recv_counts", counts or (), size, target.shape[0]))
         if give[rank] != take[rank]:
             raise UsageError(f"gives itself {give[rank]} elements and expects {take[rank]}")
     elif kind == "gather":
         assert source is not None
         give[root] = source.shape[0]
         if target is not None:
-            take = list(_counts("counts", counts or (), size, target.shape[0]))
+            take = list(counts_of("counts", counts or (), size, target.shape[0]))
     else:
         assert target is not None
         take[root] = target.shape[0]
         if source is not None:
-            give = list(_counts("counts", counts or (), size, source.shape[0]))
+            give = list(counts_of("counts", counts or (), size, source.shape[0]))
     return give, take
 
 
@@ -267,54 +269,3 @@ def _own_place(target: Array, source: Array, start: int) -> bool:
     if place.ctypes.data != source.ctypes.data:
         raise UsageError("x overlaps out, but is not this rank's own block of it")
     return True
-
-
-def reduced(
-    group: Group,
-    operation: str,
-    x: Any,
-    op: str,
-    *,
-    out: Any = None,
-    root: int = 0,
-    algorithm: str | None = None,
-    counts: Sequence[int] | None = None,
-) -> Request:
-    """reduce, all_reduce, reduce_scatter."""
-    size, rank = group.size, group.rank
-    root = _root(group, root)
-    gets = operation != "reduce" or rank == root
-    in_place = out is None
-    source = flat(x, "x", writable=in_place and gets)
-    target = (source if in_place else flat(out, "out", writable=True)) if gets else None
-    ufunc = operator(op, source.dtype)
-    item = source.dtype.itemsize
-    if operation == "reduce_scatter":
-        per = _shares(source.shape[0], size, counts)
-        receives = tuple(n * item for n in per)
-        wanted, said = per[rank], f"{source.shape[0]}" + (f" as {per}" if counts is not None else "")
-    else:
-        receives = (source.nbytes,) if operation == "reduce" else even(source.nbytes, item, size)
-        wanted, said = source.shape[0], f"{source.shape[0]}"
-    if target is not None and not in_place:
-        _same_dtype(target, source)
-        if target.shape[0] != wanted:
-            raise UsageError(f"out has {target.shape[0]} elements, the result {wanted}")
-        if np.may_share_memory(target, source):
-            raise UsageError("out and x overlap; leave out out to reduce in place")
-    text = f"{op} {dtype_name(source.dtype)} ({said})" + (f" root {root}" if operation == "reduce" else "")
-    problem = Problem(rank, size, root, (), receives, item, in_place=in_place and gets)
-    plan, head = _plan(group, operation, algorithm, problem, source.nbytes, text)
-    views: dict[Name, NDArray[np.uint8]] = {IN: _bytes(source)}
-    if target is not None:
-        views[OUT] = _bytes(target)
-    result = target if op == MEAN else None
-    return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)
-
-
-def _shares(length: int, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:
-    if counts is not None:
-        return _counts("counts", counts, size, length)
-    if length % size:
-        raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly: pass counts")
-    return (length // size,) * size

@@ -1,0 +1,81 @@
+"""Checks the arguments of reductions, as `requests` does those of the other collectives."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
+from aiocomm.collectives.requests import Request, bytes_of, counts_of, find_plan, root_of, same_dtype
+from aiocomm.collectives.steps import IN, OUT, Problem
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from aiocomm.collectives.steps import Name
+    from aiocomm.group import Group
+
+__all__ = ["even", "reduced"]
+
+
+@functools.lru_cache(256)
+def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
+    """Cut a vector into blocks of nearly one size, in bytes, between elements."""
+    whole, more = divmod(nbytes // item, parts)
+    return tuple((whole + (part < more)) * item for part in range(parts))
+
+
+def reduced(
+    group: Group,
+    operation: str,
+    x: Any,
+    op: str,
+    *,
+    out: Any = None,
+    root: int = 0,
+    algorithm: str | None = None,
+    counts: Sequence[int] | None = None,
+) -> Request:
+    """reduce, all_reduce, reduce_scatter."""
+    size, rank = group.size, group.rank
+    root = root_of(group, root)
+    gets = operation != "reduce" or rank == root
+    in_place = out is None
+    source = flat(x, "x", writable=in_place and gets)
+    target = (source if in_place else flat(out, "out", writable=True)) if gets else None
+    ufunc = operator(op, source.dtype)
+    item = source.dtype.itemsize
+    if operation == "reduce_scatter":
+        per = _shares(source.shape[0], size, counts)
+        receives = tuple(n * item for n in per)
+        wanted, said = per[rank], f"{source.shape[0]}" + (f" as {per}" if counts is not None else "")
+    else:
+        receives = (source.nbytes,) if operation == "reduce" else even(source.nbytes, item, size)
+        wanted, said = source.shape[0], f"{source.shape[0]}"
+    if target is not None and not in_place:
+        same_dtype(target, source)
+        if target.shape[0] != wanted:
+            raise UsageError(f"out has {target.shape[0]} elements, the result {wanted}")
+        if np.may_share_memory(target, source):
+            raise UsageError("out and x overlap; leave out out to reduce in place")
+    text = f"{op} {dtype_name(source.dtype)} ({said})" + (f" root {root}" if operation == "reduce" else "")
+    problem = Problem(rank, size, root, (), receives, item, in_place=in_place and gets)
+    plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text)
+    views: dict[Name, NDArray[np.uint8]] = {IN: bytes_of(source)}
+    if target is not None:
+        views[OUT] = bytes_of(target)
+    result = target if op == MEAN else None
+    return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)
+
+
+def _shares(length: int, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:
+    if counts is not None:
+        return counts_of("counts", counts, size, length)
+    if length % size:
+        raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly: pass counts")
+    return (length // size,) * size
