@@ -30,7 +30,7 @@ class AsyncioBackend:
         ready = getattr(self._loop, "_ready", None) if self._spin is not None else None
         engine.bind_asyncio(self._loop, ready, self._spin.spin_s if self._spin is not None else 0.0)
         self._loop.add_reader(engine.loop_fd, engine.drain)
-        self._loop.add_reader(engine.express_fd, engine.drain)
+        self._loop.add_reader(engine.express_fd, engine.drain_express)
         if self._spin is not None:
             self._spin.add(engine)
 

@@ -266,8 +266,8 @@ bool Engine::cancel(Op* op, Code why) {
   return true;
 }
 
-void Engine::progress() {
-  clear_fd(loop_fd_);
+void Engine::progress(bool rung) {
+  if (rung) clear_fd(loop_fd_);
   prepare_sleep(page_->loop);  // what comes after this look rings
   bool more = true;
   for (int round = 0; more && round < kTurns; ++round) {

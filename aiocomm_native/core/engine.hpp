@@ -109,8 +109,8 @@ class Engine final : public Host, public FrameSink {
   // Starts the op; true: it has ended already, inside the call. Afterwards take_connect_wanted() may name peers.
   bool submit(Op* op);
   bool cancel(Op* op, Code why);  // false: too late, the op has ended
-  // Makes progress as far as it goes without waiting, and clears the doorbell.
-  void progress();
+  // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
+  void progress(bool rung);
   // Polls until something completed or `until_ns`; for loops that spin before they sleep.
   bool spin(uint64_t until_ns);
   bool take_completed(Op*& op);
