@@ -279,7 +279,8 @@ def spawn(
         raise UsageError(f"cannot spawn {n} workers")
     if not callable(worker):
         raise UsageError(f"the worker must be a coroutine function, not {type(worker).__name__}")
-    return Spawn(worker, args, n, {"links": links, "warmup": warmup}, deadline, grace_s)
+    chosen = (links,) if isinstance(links, str) else links
+    return Spawn(worker, args, n, {"links": chosen, "warmup": warmup}, deadline, grace_s)
 
 
 def _library() -> str:

@@ -380,6 +380,33 @@ async def test_groups_are_made_by_their_members() -> None:
             await a.barrier(channel=b.channel("x"))
 
 
+async def test_survivors_agree_also_if_another_leaves_meanwhile() -> None:
+    left: list[tuple[int, ...]] = []
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        group = await comm.group([3, 1, 0, 2])
+        if comm.rank == 3:
+            await comm.aclose()
+            return
+        with pytest.raises(aiocomm.PeerLostError):
+            await group.barrier()
+        if comm.rank == 2:
+            await comm.recv(bytearray(1), src=0)  # the others are about to ask it who is left
+            await comm.aclose()
+            return
+        if comm.rank == 0:
+            await comm.send(b"x", dst=2)
+        rest = await group.shrink(deadline=5.0)
+        if 2 in rest.ranks:  # it answered before it left
+            rest = await rest.shrink(deadline=5.0)
+        left.append(rest.ranks)
+        await rest.barrier()
+
+    async with world(4, warmup=True) as members:
+        await everyone(members, rank)
+    assert left == [(1, 0), (1, 0)]
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -393,7 +420,7 @@ async def _work(comm: aiocomm.Communicator) -> None:
 @pytest.mark.parametrize("link", ["shm", "tcp"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_between_processes(link: str) -> None:
-    async with aiocomm.spawn(_work, n=2, links=(link,)) as comm:
+    async with aiocomm.spawn(_work, n=2, links=link) as comm:
         await _work(comm)
 
 
