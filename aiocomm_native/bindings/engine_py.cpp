@@ -485,7 +485,7 @@ void bind_engine(nb::module_& m) {
           release_gil())
       .def(
           "leave_peer",
-          [](PyEngine& e, int rank, uint64_t generation) { e.engine->lose_peer(rank, generation, kLeft); },
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->leave_peer(rank, generation); },
           release_gil())
       .def(
           "close", [](PyEngine& e) { e.engine->close(); }, release_gil())

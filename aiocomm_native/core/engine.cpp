@@ -97,6 +97,9 @@ Engine::~Engine() {
 void Engine::release_descriptors() {
   Token token(*this);
   if (!closed_) return;
+  retired_.clear();  // close() has ended the threads that could be inside one of them
+  for (auto& peer : peers_)
+    if (peer) peer->link.reset();
   for (int* fd : {&loop_fd_, &engine_fd_, &engine_epoll_, &express_epoll_, &page_fd_})
     if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
 }
@@ -200,6 +203,14 @@ void Engine::lose_peer(Rank rank, uint64_t generation, const std::string& reason
   Token token(*this);
   Peer* peer = find_peer(rank);
   if (peer && peer->generation == generation) end_peer(*peer, reason);
+}
+
+void Engine::leave_peer(Rank rank, uint64_t generation) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  if (!peer || peer->generation != generation) return;
+  peer->leaving = true;
+  if (peer->state != Peer::State::up) end_peer(*peer, kLeft);
 }
 
 void Engine::fail_connect(Rank rank, const std::string& reason) {

@@ -99,6 +99,8 @@ class Engine final : public Host, public FrameSink {
   void attach(Rank rank, uint64_t generation, const std::string& link, const std::vector<int>& fds,
               const std::string& card, bool initiator);
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
+  // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
+  void leave_peer(Rank rank, uint64_t generation);
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them

@@ -27,6 +27,7 @@ struct Peer {
   Rank rank = -1;
   uint64_t generation = 0;
   State state = State::known;
+  bool leaving = false;  // it said goodbye to the group: a hang-up is not a death
   bool blocked = false;  // the link answered `again`; on_writable clears it
   uint8_t link_index = 0;
   std::shared_ptr<LinkPeer> link;

@@ -111,7 +111,7 @@ void Engine::end_early(Op& op, Code code) {
 // ---------------------------------------------------------------- peers
 
 void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
-  if (Peer* peer = peer_of(link_peer)) end_peer(*peer, reason);
+  if (Peer* peer = peer_of(link_peer)) end_peer(*peer, peer->leaving ? kLeft : reason);
 }
 
 // The pair is closed by us: the other side sees a lost peer, too.
