@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from harness import Child, world
+from harness import LIMIT_S, Child, world
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,9 +31,6 @@ BACKENDS = {
     "uvloop": ("asyncio", {"use_uvloop": True}),
     "trio": ("trio", {}),
 }
-
-
-LIMIT_S: Final = 8
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,7 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -23,6 +23,8 @@ import aiocomm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+LIMIT_S: Final = 20  # after which something hangs
 
 
 @contextlib.asynccontextmanager
@@ -34,15 +36,17 @@ async def world(size: int = 2, **options: Any) -> AsyncIterator[list[aiocomm.Com
     async def join(rank: int) -> None:
         members[rank] = await aiocomm.connect(address, rank=rank, size=size, **options)
 
-    async with anyio.create_task_group() as group:
-        for rank in range(size):
-            group.start_soon(join, rank)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            for rank in range(size):
+                group.start_soon(join, rank)
     joined = [member for member in members if member is not None]
     try:
         yield joined
     finally:
-        for member in reversed(joined):  # rank 0 is where the others are registered
-            await member.aclose()
+        with anyio.fail_after(LIMIT_S):
+            for member in reversed(joined):  # rank 0 is where the others are registered
+                await member.aclose()
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -1,7 +1,7 @@
-"""A peer made by hand: speaks the shm link's protocol frame by frame, stops, dies or lies where a test wants it to.
+"""A peer made by hand: speaks the shm link's protocol frame by frame; stops, dies or lies as a test wants.
 
-It lives in the test's own process. To the engine under test it is another process: all that the engine has of it is a
-Unix socket, a segment and eventfds; its end is the socket's hang-up, as it is after `kill -9`.
+It lives in the test's own process. To the engine under test it is another process: all that the engine has of
+it is a Unix socket, a segment and eventfds; its end is the socket's hang-up, as it is after `kill -9`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,13 @@ class RawPeer:
             os.eventfd_write(fd, 1)
 
     def send(self, frame: Frame, *, whole: bool = True, fill: bool = True) -> None:
-        """Post a frame; `fill` derives the lengths from what it carries, not `whole` leaves its last bytes out."""
+        """Post a frame.
+
+        Args:
+            frame: it.
+            whole: else the sender stops half-way, and nobody is told.
+            fill: derive the lengths from what it carries.
+        """
         if fill:
             frame.meta_bytes, frame.payload_bytes = len(frame.meta), len(frame.payload)
         record = frame.pack()

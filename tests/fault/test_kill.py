@@ -1,0 +1,253 @@
+"""`kill -9` of real processes: everyone who waits for them is told, the others go on, nothing is left behind.
+
+The steps inside a transfer are in test_steps.py, where a peer made by hand stands still at each of them. Here the
+kernel ends real ones: while idle, stopped, sending, receiving, connecting, over every link.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+from harness import Child, held, until
+
+import aiocomm
+from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.anyio
+
+LARGE = 64 << 20
+TOLD_WITHIN_S = 2.0  # 50 ms on a machine that does nothing else
+LINKS = [link for link in _core.available_links() if link != "self"]
+
+WORKER = """
+import asyncio, os, sys
+import numpy as np
+import aiocomm
+
+async def main():
+    role = sys.argv[1]
+    async with aiocomm.connect(warmup=role != "cold") as comm:
+        print("ready", flush=True)
+        if role == "echo":
+            for _ in range(2):
+                array = await comm.recv_array(0)
+                await comm.send(array, 0)
+            return
+        if role == "receives":
+            waiting = comm.recv(np.empty(%(large)d, np.uint8), 0)
+        elif role == "sends":
+            waiting = comm.send(np.ones(%(large)d, np.uint8), 0)
+        elif role == "serves":
+            memory = np.ones(%(large)d, np.uint8)
+            region = comm.register(memory)
+            waiting = comm.send(region.handle, 0, tag=5)
+        await comm.recv(bytearray(1), 0, tag=99)
+
+asyncio.run(main())
+""" % {"large": LARGE}
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Two loops: processes take their time to start."""
+    return str(request.param)
+
+
+class World:
+    """This process as rank 0, and children."""
+
+    def __init__(self, start: Callable[..., Child], link: str) -> None:
+        self._start = start
+        self._link = link
+        self.address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+
+    async def open(self, *roles: str) -> tuple[aiocomm.Communicator, list[Child]]:
+        """A child per role, with ranks from 1 on; all have joined."""
+        size = str(len(roles) + 1)
+        children = [
+            self._start(
+                WORKER,
+                role,
+                AIOCOMM_RANK=str(rank),
+                AIOCOMM_SIZE=size,
+                AIOCOMM_ADDRESS=self.address,
+                AIOCOMM_LINKS=self._link,
+            )
+            for rank, role in enumerate(roles, 1)
+        ]
+        comm = await aiocomm.connect(self.address, rank=0, size=int(size), links=(self._link,))
+        for one in children:
+            assert await one.line() == "ready", one.close()
+        return comm, children
+
+
+@pytest.fixture(params=LINKS)
+def others(child: Callable[..., Child], request: pytest.FixtureRequest) -> World:
+    """Starts the world of a test."""
+    return World(child, request.param)
+
+
+async def told(transfer: Any, since: float, rank: int = 1) -> None:
+    with pytest.raises(aiocomm.PeerLostError) as caught:
+        await transfer
+    took = time.monotonic() - since
+    print(f"told after {took * 1e3:.1f} ms")
+    assert caught.value.peer == rank
+    assert took < TOLD_WITHIN_S
+
+
+async def assert_echo(comm: aiocomm.Communicator, rank: int) -> None:
+    for nbytes in (10, 1 << 20):
+        sent = np.random.default_rng(3).integers(0, 255, nbytes, np.uint8)
+        sending = comm.send(sent, rank)
+        np.testing.assert_array_equal(await comm.recv_array(rank), sent)
+        await sending
+
+
+async def assert_nothing_left(before: dict[str, int], pipes: int) -> None:
+    """`pipes`: of children that are still referred to."""
+    await anyio.lowlevel.checkpoint()  # trio's tasks of the communicator end in the loop's next turn
+    await anyio.lowlevel.checkpoint()
+    after = held()
+    after["descriptors"] -= pipes
+    assert all(after[what] <= before[what] for what in ("descriptors", "segments", "files")), (before, after)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+async def test_an_idle_peer(others: World, stopped: bool) -> None:
+    before = held()
+    comm, (victim, _) = await others.open("idle", "echo")
+    waiting = [comm.recv(bytearray(1), 1), comm.recv_array(1), comm.send(bytes(LARGE), 1)]
+    waiting.append(comm.send(b"x", 1, synchronous=True))
+    events = comm.events()
+    if stopped:
+        victim.stop()
+    killed = time.monotonic()
+    victim.kill()
+    for transfer in waiting:
+        await told(transfer, killed)
+    async for event in events:
+        if isinstance(event, aiocomm.PeerLost):
+            assert event.rank == 1
+            break
+    assert [peer.alive for peer in comm.peers] == [False, True]
+    with pytest.raises(aiocomm.PeerLostError):
+        await comm.send(b"x", 1)
+    await assert_echo(comm, 2)
+    await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
+
+
+@pytest.mark.parametrize("role", ["receives", "sends", "serves"])
+async def test_in_the_middle_of_a_transfer(others: World, role: str) -> None:
+    comm, (victim, _) = await others.open(role, "echo")
+    buffer = np.zeros(LARGE, np.uint8)
+    moving: Callable[[], object]
+    if role == "receives":
+        transfer: Any = comm.send(np.ones(LARGE, np.uint8), 1)
+        # Shared memory is read by the receiver, unseen from here.
+        moving = lambda: True  # noqa: E731
+    elif role == "sends":
+        transfer = comm.recv(buffer, 1)
+        moving = lambda: buffer[0] or transfer.done()  # noqa: E731
+    else:
+        handle = await comm.recv_array(1, tag=5)
+        transfer = comm.get(comm.remote(handle.tobytes()), buffer)
+        moving = lambda: buffer[0] or transfer.done()  # noqa: E731
+    await until(moving)
+    victim.stop()
+    killed = time.monotonic()
+    victim.kill()
+    if transfer.done():
+        transfer.result()
+    else:
+        try:
+            await transfer  # it may have come through before the end
+        except aiocomm.PeerLostError:
+            assert time.monotonic() - killed < TOLD_WITHIN_S
+        buffer.fill(0xAB)
+    await assert_echo(comm, 2)
+    assert transfer.cancelled() or not buffer.any() or (buffer == 0xAB).all() or transfer.exception() is None
+    await comm.aclose()
+
+
+async def test_a_peer_that_dies_with_others_waiting_for_anybody(others: World) -> None:
+    """A wildcard receive can still be served by those who live, and fails when nobody is left."""
+    comm, (one, other) = await others.open("idle", "idle")
+    waiting = comm.recv(bytearray(1))
+    one.kill()
+    await until(lambda: not comm.peers[0].alive)
+    assert not waiting.done()
+    killed = time.monotonic()
+    other.kill()
+    with pytest.raises(aiocomm.PeerLostError):
+        await waiting
+    assert time.monotonic() - killed < TOLD_WITHIN_S
+    await comm.aclose()
+
+
+async def test_while_a_pair_is_being_connected(others: World) -> None:
+    """The peer has joined, stands still, and dies while it is called."""
+    comm, (victim, _) = await others.open("cold", "cold")
+    victim.stop()
+    waiting = [comm.send(b"x", 1), comm.recv(bytearray(1), 1), comm.send(bytes(1 << 20), 1)]
+    await anyio.lowlevel.checkpoint()
+    killed = time.monotonic()
+    victim.kill()
+    for transfer in waiting:
+        await told(transfer, killed)
+    await comm.aclose()
+
+
+async def test_before_everybody_has_joined(child: Callable[..., Child]) -> None:
+    """A world that never gets complete ends in an error, not in silence."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    start = child(WORKER, "idle", AIOCOMM_RANK="1", AIOCOMM_SIZE="3", AIOCOMM_ADDRESS=address)
+
+    async def kill() -> None:
+        await until(lambda: address[7:] in Path("/proc/net/unix").read_text())
+        start.kill()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(kill)
+        with pytest.raises(aiocomm.AiocommError):
+            await aiocomm.connect(address, rank=0, size=3, deadline=1.0)
+
+
+async def test_everybody_is_killed_and_nothing_is_left(others: World) -> None:
+    before = held()
+    comm, children = await others.open("receives", "sends")
+    shared = aiocomm.empty(1 << 20, np.uint8)
+    transfers: list[Any] = [comm.send(shared, 1), comm.recv_array(2)]
+    for one in children:
+        one.kill()
+    for transfer in transfers:
+        await until(transfer.done)
+        if transfer.exception() is not None:
+            assert isinstance(transfer.exception(), aiocomm.PeerLostError)
+    await comm.aclose()
+    del shared, transfers
+    await assert_nothing_left(before, pipes=6)
+
+
+async def test_threads_end_with_their_communicator() -> None:
+    async with aiocomm.connect() as comm:
+        receiving = comm.recv(bytearray(8 << 20), 0)
+        await comm.send(bytes(8 << 20), 0)
+        await receiving
+        assert "aiocomm-engine" in threads()
+    assert not [name for name in threads() if name.startswith("aiocomm")]
+
+
+def threads() -> list[str]:
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
