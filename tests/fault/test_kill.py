@@ -1,4 +1,4 @@
-"""`kill -9` of real processes: everyone who waits for them is told, the others go on, nothing is left behind.
+"""`kill -9` of real processes: whoever waits for them is told, the others go on, nothing is left behind.
 
 The steps inside a transfer are in test_steps.py, where a peer made by hand stands still at each of them. Here the
 kernel ends real ones: while idle, stopped, sending, receiving, connecting, over every link.
@@ -29,10 +29,12 @@ LARGE = 64 << 20
 TOLD_WITHIN_S = 2.0  # 50 ms on a machine that does nothing else
 LINKS = [link for link in _core.available_links() if link != "self"]
 
-WORKER = """
+WORKER = f"""
 import asyncio, os, sys
 import numpy as np
 import aiocomm
+
+LARGE = {LARGE}
 
 async def main():
     role = sys.argv[1]
@@ -44,17 +46,17 @@ async def main():
                 await comm.send(array, 0)
             return
         if role == "receives":
-            waiting = comm.recv(np.empty(%(large)d, np.uint8), 0)
+            waiting = comm.recv(np.empty(LARGE, np.uint8), 0)
         elif role == "sends":
-            waiting = comm.send(np.ones(%(large)d, np.uint8), 0)
+            waiting = comm.send(np.ones(LARGE, np.uint8), 0)
         elif role == "serves":
-            memory = np.ones(%(large)d, np.uint8)
+            memory = np.ones(LARGE, np.uint8)
             region = comm.register(memory)
             waiting = comm.send(region.handle, 0, tag=5)
         await comm.recv(bytearray(1), 0, tag=99)
 
 asyncio.run(main())
-""" % {"large": LARGE}
+"""
 
 
 @pytest.fixture(params=["asyncio", "trio"])
