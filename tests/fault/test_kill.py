@@ -1,7 +1,7 @@
 """`kill -9` of real processes: whoever waits for them is told, the others go on, nothing is left behind.
 
-The steps inside a transfer are in test_steps.py, where a peer made by hand stands still at each of them. Here the
-kernel ends real ones: while idle, stopped, sending, receiving, connecting, over every link.
+The steps inside a transfer are in test_steps.py, where a peer made by hand stands still at each of them.
+Here the kernel ends real ones: while idle, stopped, sending, receiving, connecting, over every link.
 """
 
 from __future__ import annotations
