@@ -53,12 +53,9 @@ bool PyEngine::deliver_events() {
         Py_BuildValue(binary ? "(iiKy#s)" : "(iiKs#s)", static_cast<int>(event.kind), event.rank,
                       static_cast<unsigned long long>(event.number), event.text.data(),
                       static_cast<Py_ssize_t>(event.text.size()), event.more.c_str());
-    if (!tuple || PyList_Append(list, tuple) < 0) {
-      Py_XDECREF(tuple);
-      Py_DECREF(list);
-      return false;
-    }
-    Py_DECREF(tuple);
+    bool added = tuple && PyList_Append(list, tuple) == 0;
+    Py_XDECREF(tuple);
+    if (!added) return Py_DECREF(list), false;
   }
   PyObject* r = PyObject_CallOneArg(on_events, list);
   Py_DECREF(list);

@@ -45,7 +45,10 @@ bool schedule(Transfer* t, PyObject* callback, PyObject* context) {
 // Under trio a callback is called at once, on the loop's thread.
 bool call_back(Transfer* t, PyObject* callback, PyObject* context) {
   if (t->engine->call_soon) return schedule(t, callback, context);
+  bool entered = context && context != Py_None && PyContext_Enter(context) == 0;
+  if (!entered) PyErr_Clear();  // it is the one that runs already
   PyObject* r = PyObject_CallOneArg(callback, reinterpret_cast<PyObject*>(t));
+  if (entered) PyContext_Exit(context);
   Py_XDECREF(r);
   return r != nullptr;
 }
