@@ -167,6 +167,7 @@ class Communicator(Operations, Collectives, PageOperations):
             closing = self._plane.close()
             try:
                 await self._backend.wait(closing)
+                self._plane.join(1.0)  # its thread has nothing left to do: this takes microseconds
             finally:
                 self._engine.close()
                 while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
