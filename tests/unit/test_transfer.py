@@ -149,7 +149,7 @@ async def test_a_callback_that_raises_goes_to_the_loops_handler(pair: Pair) -> N
 @on_asyncio
 async def test_asyncio_takes_it_as_a_future(pair: Pair) -> None:
     a, b = pair
-    assert asyncio.isfuture(b.recv(bytearray(1), 0, deadline=0)) is True
+    assert asyncio.isfuture(b.recv(bytearray(1), 0, tag=9, deadline=0)) is True
     results = await asyncio.gather(b.recv(bytearray(2), 0), a.send(b"ab", 1), return_exceptions=True)
     assert results == [(0, 0, 2), None]
     transfer = b.recv(bytearray(2), 0)
