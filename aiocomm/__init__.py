@@ -18,6 +18,7 @@ from aiocomm.errors import (
     AuthenticationError,
     ClosedError,
     DeadlineExceeded,
+    ExpertsLostError,
     LinkError,
     PeerError,
     PeerLostError,
@@ -30,6 +31,7 @@ from aiocomm.errors import (
 from aiocomm.group import Group
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
+from aiocomm.moe import Dispatched
 from aiocomm.pages import PageLease, Pages, RemotePages
 from aiocomm.region import Region, RemoteRegion
 from aiocomm.runner import run
@@ -66,7 +68,9 @@ __all__ = [
     "Communicator",
     "Completion",
     "DeadlineExceeded",
+    "Dispatched",
     "Event",
+    "ExpertsLostError",
     "Fallback",
     "Group",
     "LinkDown",

@@ -18,6 +18,7 @@ from aiocomm.collectives.operations import Collectives
 from aiocomm.errors import ClosedError, UsageError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
+from aiocomm.moe.operations import ExpertOperations
 from aiocomm.pages.operations import PageOperations
 from aiocomm.statistics import Statistics
 from aiocomm.threads import ThreadedCommunicator
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Communicator"]
 
 
-class Communicator(Operations, Collectives, PageOperations):
+class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
     """Every operation with the other processes of a world. Made by `connect`.
 
     Belongs to the loop that opened it. Operations are submitted when called and return a `Transfer`, which is
