@@ -179,6 +179,8 @@ class Combine(Exchange):
         self._sum = accumulator(outputs.dtype)
         self._out = out
         self._sums: dict[int, Array] = {}
+        rows = max(1, len(self._found.first) - 1)
+        self._terms = outputs.nbytes // rows + self._hidden * wire.itemsize  # bytes of work per row
 
     def _shaped(self, memory: Bytes, dtype: np.dtype[Any]) -> Array:
         rows = memory.nbytes // dtype.itemsize // self._hidden if self._hidden else 0
@@ -186,13 +188,7 @@ class Combine(Exchange):
 
     def _weigh(self, rank: int, into: Bytes, wire: np.dtype[Any]) -> None:
         start, stop = self._found.starts[rank : rank + 2].tolist()
-        target = self._shaped(into, wire)
-        if wire == self._sum:
-            weigh(self._outputs, self._found, start, stop, target)
-        else:
-            sums = np.empty(target.shape, self._sum)
-            weigh(self._outputs, self._found, start, stop, sums)
-            target[:] = sums
+        weigh(self._outputs, self._found, start, stop, self._shaped(into, wire))
 
     async def _send(self) -> None:
         starts = self._found.starts
@@ -201,7 +197,7 @@ class Combine(Exchange):
             nbytes = rows * self._hidden * self._wire.itemsize
             rides = HEAD_BYTES + nbytes <= self._ride_bytes
             head = Head(self._header, rows, 0, ROWS_RIDE * rides).pack()
-            traffic = nbytes * len(self._found.terms)
+            traffic = rows * self._terms
             if rides:
                 message = self._borrow(HEAD_BYTES + nbytes)
                 message[:HEAD_BYTES] = np.frombuffer(head, np.uint8)
@@ -231,7 +227,7 @@ class Combine(Exchange):
             self._sums[peer] = self._shaped(came, self._wire)
         rows = self._parts[own].rows
         mine = self._borrow(rows * self._hidden * self._sum.itemsize)
-        await self._work(mine.nbytes * len(self._found.terms), partial(self._weigh, own, mine, self._sum))
+        await self._work(rows * self._terms, partial(self._weigh, own, mine, self._sum))
         self._sums[own] = self._shaped(mine, self._sum)
 
     async def _finish(self) -> None:
@@ -240,7 +236,4 @@ class Combine(Exchange):
 
     def _add_up(self) -> None:
         parts = [(self._parts[r].tokens, self._sums[r]) for r in range(self._group.size)]
-        sums = self._out if self._out.dtype == self._sum else np.empty(self._out.shape, self._sum)
-        add_up(parts, sums)
-        if sums is not self._out:
-            self._out[:] = sums
+        add_up(parts, self._sum == np.float64, self._out)

@@ -14,7 +14,7 @@ from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
 from aiocomm.moe.placement import place
 from aiocomm.moe.routing import checked, route
-from aiocomm.moe.weighting import accumulator
+from aiocomm.moe.weighting import KINDS, accumulator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,9 +182,8 @@ def _check_path(path: str) -> None:
 
 
 def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
-    extended = dtype.kind == "V" and dtype.names is None and dtype.name.startswith(("bfloat", "float"))
-    if not (dtype.kind == "f" or extended) or not dtype.isnative:
-        raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of floating ones")
+    if dtype.name not in KINDS or not dtype.isnative:
+        raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
 
 
 def _matrix(x: Any, name: str, writable: bool = False) -> Array:

@@ -61,15 +61,16 @@ class Arrangement:
         rows: the row of each assignment.
         offsets: first assignment of each local expert, and the number of all; length `local experts + 1`.
         weights: of each assignment.
-        terms: `terms[k]` are the rows' k-th assignments, by ascending expert, and these rows, ascending; only
-            rows that have so many.
+        order: the assignments by row, and there by ascending expert.
+        first: where each row begins in `order`, and the number of all; length `rows + 1`.
     """
 
     starts: Integers
     rows: Integers
     offsets: Integers
     weights: Floats
-    terms: tuple[tuple[Integers, Integers], ...]
+    order: Integers
+    first: Integers
 
 
 def checked(
@@ -144,17 +145,10 @@ def arrange(parts: Sequence[Part], placement: Placement, rank: int) -> Arrangeme
     rows = row[order]
     weights = np.concatenate([part.weights for part in parts])[order]
     offsets = np.concatenate(([0], np.cumsum(np.bincount(local, minlength=held))))
-    # Assignments by row, and there by expert: their order in the runs by expert.
     by_row = np.argsort(rows, kind="stable")
-    first = np.cumsum(counts) - counts
-    which = np.arange(len(rows)) - np.repeat(first, counts)
-    terms = []
-    for k in range(int(counts.max()) if len(counts) else 0):
-        chosen = which == k
-        at = by_row[chosen]
-        terms.append((at, rows[at]))
+    first = np.concatenate(([0], np.cumsum(counts)))
     starts = np.concatenate(([0], np.cumsum([part.rows for part in parts])))
-    return Arrangement(starts, rows, offsets, weights, tuple(terms))
+    return Arrangement(starts, rows, offsets, weights, by_row, first)
 
 
 def _order(keys: Integers, bound: int) -> Integers:

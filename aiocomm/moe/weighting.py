@@ -1,8 +1,7 @@
 """Weighted sums of experts' outputs, in two steps: at the rank that holds the experts, and at the token's.
 
 Sums are in float32 (float64 for float64 outputs) and their order is fixed by routing and placement: on a rank
-by ascending expert, then over the ranks in their order. Each step is vectorised over blocks of rows that stay
-in cache.
+by ascending expert, then over the ranks in their order. The loops are native, and release the GIL.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["accumulator", "add_up", "weigh"]
+__all__ = ["KINDS", "accumulator", "add_up", "weigh"]
 
-_BLOCK_BYTES: Final = 512 << 10
+KINDS: Final = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}  # as in core/weighting.hpp
 
 
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -30,8 +31,8 @@ def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _block(row_bytes: int) -> int:
-    return max(1, _BLOCK_BYTES // max(1, row_bytes))
+def _raw(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
+    return array.reshape(-1).view(np.uint8), KINDS[array.dtype.name]
 
 
 def weigh(outputs: NDArray[Any], found: Arrangement, start: int, stop: int, sums: NDArray[Any]) -> None:
@@ -39,39 +40,20 @@ def weigh(outputs: NDArray[Any], found: Arrangement, start: int, stop: int, sums
 
     Args:
         outputs: one row per assignment; shape (assignments, hidden).
-        sums: receives them; shape (stop - start, hidden), of an accumulator's dtype.
+        sums: receives them; shape (stop - start, hidden).
     """
-    step = _block(sums.shape[1] * sums.itemsize)
-    weights = found.weights[:, None].astype(sums.dtype, copy=False)
-    for a in range(start, stop, step):
-        b = min(a + step, stop)
-        for k, (at, rows) in enumerate(found.terms):
-            low, high = (a, b) if k == 0 else np.searchsorted(rows, (a, b)).tolist()
-            if low == high:
-                continue
-            chosen = at[low:high]
-            term = outputs[chosen].astype(sums.dtype, copy=False)
-            term *= weights[chosen]
-            if k == 0:  # every row has a first
-                sums[a - start : b - start] = term
-            else:
-                sums[rows[low:high] - start] += term
+    _core.weigh_rows(
+        *_raw(outputs), outputs.shape[1], found.order, found.first, found.weights, start, stop, *_raw(sums)
+    )
 
 
-def add_up(parts: Sequence[tuple[Integers, NDArray[Any]]], sums: NDArray[Any]) -> None:
+def add_up(parts: Sequence[tuple[Integers, NDArray[Any]]], wide: bool, out: NDArray[Any]) -> None:
     """Add the ranks' partial sums, in the order of the ranks.
 
     Args:
         parts: of each rank the tokens, ascending, and one row for each of them.
-        sums: receives the result; shape (tokens, hidden), of an accumulator's dtype.
+        wide: add in float64 instead of float32.
+        out: receives the result; shape (tokens, hidden).
     """
-    step = _block(sums.shape[1] * sums.itemsize)
-    for a in range(0, len(sums), step):
-        b = min(a + step, len(sums))
-        sums[a:b] = 0
-        for tokens, rows in parts:
-            low, high = np.searchsorted(tokens, (a, b)).tolist()
-            if high - low == b - a:
-                sums[a:b] += rows[low:high]
-            elif high > low:
-                sums[tokens[low:high]] += rows[low:high]
+    raw = [(tokens, *_raw(rows)) for tokens, rows in parts]
+    _core.add_rows(raw, len(out), out.shape[1], wide, *_raw(out))

@@ -3,7 +3,10 @@
 """Native core of aiocomm."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import numpy
+from numpy.typing import NDArray
 
 from aiocomm_native import Status as Status, Transfer as Transfer
 from aiocomm_native._core import pure as pure
@@ -106,3 +109,11 @@ class Engine:
 
     @property
     def express_fd(self) -> int: ...
+
+def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: int, hidden: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], begin: int, end: int, sums: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], sums_kind: int) -> None:
+    """
+    Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.
+    """
+
+def add_rows(parts: Sequence[tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], int]], tokens: int, hidden: int, wide: bool, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out_kind: int) -> None:
+    """Sums of partial sums by token, in the order of the parts."""

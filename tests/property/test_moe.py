@@ -115,7 +115,7 @@ def test_sums_are_those_of_plain_loops_bit_by_bit(
             back[source].append((parts[source][rank].tokens, sums))
     for source, (ids, weights) in enumerate(ranks):
         result = np.full((len(ids), hidden), np.nan, wide)
-        add_up(back[source], result)
+        add_up(back[source], wide is np.float64, result)
         for token in range(len(ids)):
             total = np.zeros(hidden, wide)
             for rank in range(placement.size):
