@@ -58,9 +58,9 @@ class Scope:
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a call, not cleared; to be given back."""
-        for place, one in enumerate(self._spare):
-            if one.nbytes >= nbytes:
-                return self._spare.pop(place)
+        fitting = [(one.nbytes, place) for place, one in enumerate(self._spare) if one.nbytes >= nbytes]
+        if fitting:
+            return self._spare.pop(min(fitting)[1])
         return np.empty(nbytes, np.uint8)
 
     def give_back(self, memory: npt.NDArray[np.uint8]) -> None:

@@ -14,21 +14,21 @@ constexpr size_t kTile = 1024;  // columns whose sums stay in the first-level ca
 
 // The conversions have no branches, so that loops of them become vector instructions on any machine.
 float from_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(half & 0x7fffu) << 13;
-  const uint32_t special = rest >= 0x0f800000u ? 0x7f800000u : 0u;  // infinite, or not a number
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(std::bit_cast<float>(rest) * 0x1p112f) | special |
-                              sign);
+  const int32_t sign = (half & 0x8000) << 16;
+  const int32_t rest = (half & 0x7fff) << 13;
+  const int32_t special = rest >= 0x0f800000 ? 0x7f800000 : 0;  // infinite, or not a number
+  const float scaled = std::bit_cast<float>(rest) * 0x1p112f;
+  return std::bit_cast<float>(std::bit_cast<int32_t>(scaled) | special | sign);
 }
 
 uint16_t to_half(float value) {  // to nearest, ties to even
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rest = bits & 0x7fffffffu;
-  const uint32_t large = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t tiny = std::bit_cast<uint32_t>(std::bit_cast<float>(rest) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13;
-  const uint32_t found = rest >= 0x47800000u ? large : rest < 0x38800000u ? tiny : normal;
-  return static_cast<uint16_t>(found | (bits >> 16 & 0x8000u));
+  const int32_t bits = std::bit_cast<int32_t>(value);
+  const int32_t rest = bits & 0x7fffffff;
+  const int32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const int32_t tiny = std::bit_cast<int32_t>(std::bit_cast<float>(rest) + 0.5f) - 0x3f000000;
+  const int32_t normal = (rest - 0x37fff001 + ((rest >> 13) & 1)) >> 13;
+  const int32_t found = rest >= 0x47800000 ? large : rest < 0x38800000 ? tiny : normal;
+  return static_cast<uint16_t>(found | (bits >> 16 & 0x8000));
 }
 
 float from_bfloat(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
