@@ -9,6 +9,7 @@ void bind_engine(nb::module_& m);
 }
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
+void bind_pages(nb::module_& m);
 void bind_sched(nb::module_& m);
 
 NB_MODULE(_core, m) {
@@ -18,6 +19,7 @@ NB_MODULE(_core, m) {
     throw nb::python_error();
   aiocomm::py::bind_engine(m);
   bind_experts(m);
+  bind_pages(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
   bind_sched(pure);
