@@ -214,7 +214,7 @@ class Engine final : public Host, public FrameSink {
   void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
   bool make_room(Op& op, const FrameHeader& header);
   void owe_credit(Peer& peer, uint64_t nbytes);
-  std::unique_ptr<Unexpected> take_unexpected(uint64_t id);
+  Unexpected take_unexpected(uint64_t id);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);
