@@ -446,6 +446,7 @@ void bind_engine(nb::module_& m) {
             e.engine->set_identity(rank, generation);
             e.engine->add_peer(rank, generation);
             e.engine->attach(rank, generation, "self", {}, "", true);
+            e.engine->start_pair(rank, generation);
           },
           release_gil())
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
@@ -470,6 +471,13 @@ void bind_engine(nb::module_& m) {
              nb::gil_scoped_release release;
              e.engine->attach(rank, generation, link, fds, bytes, initiator);
            })
+      .def(
+          "start_pair",
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->start_pair(rank, generation); },
+          release_gil())
+      .def(
+          "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
+          release_gil())
       .def(
           "fail_connect",
           [](PyEngine& e, int rank, const std::string& reason) { e.engine->fail_connect(rank, reason); },

@@ -185,18 +185,41 @@ void Engine::attach(Rank rank, uint64_t generation, const std::string& name, con
   auto it = std::find(link_names_.begin(), link_names_.end(), name);
   if (it == link_names_.end()) refuse("link '" + name + "' is not enabled", ENODEV);
   auto index = static_cast<uint8_t>(it - link_names_.begin());
+  drop_attached(*peer);  // of a call that broke off
   peer->link = links_[index]->attach(rank, generation, fds, card, initiator);
   peer->link->rank = rank;
   peer->link->generation = generation;
   peer->link_index = index;
+}
+
+void Engine::start_pair(Rank rank, uint64_t generation) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  if (!peer || peer->generation != generation || peer->state == Peer::State::up || !peer->link ||
+      peer->state == Peer::State::lost)
+    return;  // it died meanwhile
   peer->state = Peer::State::up;
-  if (links_[index]->polled()) polled_.push_back(peer->link.get());
-  if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, name, {}});
+  if (links_[peer->link_index]->polled()) polled_.push_back(peer->link.get());
+  if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, link_names_[peer->link_index], {}});
+  peer->link->start();
   std::vector<OpId> waiting;
   waiting.swap(peer->waiting);
   for (OpId id : waiting)
     if (Op* op = find(id); op && op->state == OpState::queued) start_on(*op, *peer);
   ring_engine();  // heartbeats and whatever came with the first bytes
+}
+
+void Engine::detach(Rank rank, uint64_t generation) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  if (peer && peer->generation == generation) drop_attached(*peer);
+}
+
+void Engine::drop_attached(Peer& peer) {
+  if (!peer.link || peer.state == Peer::State::up || peer.state == Peer::State::lost) return;
+  peer.link->close();
+  retired_.push_back(std::move(peer.link));
+  peer.link.reset();
 }
 
 void Engine::lose_peer(Rank rank, uint64_t generation, const std::string& reason) {
@@ -217,7 +240,9 @@ void Engine::fail_connect(Rank rank, const std::string& reason) {
   Token token(*this);
   Peer* peer = find_peer(rank);
   if (!peer || peer->state == Peer::State::up || peer->state == Peer::State::lost) return;
+  drop_attached(*peer);
   peer->state = Peer::State::known;  // the next operation tries again
+  peer->lost_reason = reason;
   emit({EngineEvent::Kind::link_down, rank, 0, "none", reason});
   std::vector<Op*> waiting;
   ops_.for_each_live([&](Op& op) {

@@ -96,8 +96,12 @@ class Engine final : public Host, public FrameSink {
   std::vector<std::string> link_names() const;
   Link& link(const std::string& name);
   void add_peer(Rank rank, uint64_t generation);
+  // In two steps, since the other side may fail to take the link: attached, a pair carries nothing and can be
+  // detached without a word; started, its queued operations go out and its end is a loss.
   void attach(Rank rank, uint64_t generation, const std::string& link, const std::vector<int>& fds,
               const std::string& card, bool initiator);
+  void start_pair(Rank rank, uint64_t generation);
+  void detach(Rank rank, uint64_t generation);
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
@@ -138,6 +142,7 @@ class Engine final : public Host, public FrameSink {
   std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
   std::vector<Op*> outgoing();     // sends and puts that have not ended
   std::string link_of(Rank rank);  // of a connected peer, else empty
+  std::string why_lost(Rank rank);  // of a peer that is lost, or could not be connected; else empty
   uint8_t likely_link(Rank rank);  // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;
   const std::string& link_name(uint8_t index) const { return link_names_[index]; }
@@ -239,6 +244,7 @@ class Engine final : public Host, public FrameSink {
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
+  void drop_attached(Peer& peer);
   void fail_hopeless_receives();
   Op* find(OpId id);
   Peer* find_peer(Rank rank);
