@@ -105,8 +105,8 @@ class Settings:
     tcp_splice: str = _setting(
         "auto",
         "",
-        "Send large payloads from the caller's pages instead of copying them: auto, within a host while the two "
-        "ends run on different cores; on; off.",
+        "Send large payloads from the caller's pages instead of copying them: auto, within a host while the "
+        "two ends run on different cores; on; off.",
         choices=("auto", "on", "off"),
     )
     heartbeat_s: float = _setting(
