@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -189,13 +190,15 @@ void Engine::deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const 
 }
 
 bool Engine::make_room(Op& op, const FrameHeader& header) {
-  size_t room = (header.nbytes + 63) / 64 * 64;
-  op.data = static_cast<std::byte*>(std::aligned_alloc(room >= (4u << 20) ? 4096 : 64, room ? room : 64));
+  const bool large = header.nbytes >= (4u << 20);
+  const size_t alignment = large ? 4096 : 64;
+  const size_t room = (std::max<uint64_t>(header.nbytes, 1) + alignment - 1) / alignment * alignment;
+  op.data = static_cast<std::byte*>(std::aligned_alloc(alignment, room));
   if (!op.data) {
     op.error = ENOMEM;
     return false;
   }
-  if (room >= (4u << 20)) madvise(op.data, room & ~size_t{4095}, MADV_HUGEPAGE);
+  if (large) madvise(op.data, room, MADV_HUGEPAGE);
   return true;
 }
 
