@@ -29,6 +29,7 @@ from aiocomm.errors import (
     WouldBlock,
 )
 from aiocomm.group import Group
+from aiocomm.histogram import Histogram
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
 from aiocomm.moe import Dispatched
@@ -73,6 +74,7 @@ __all__ = [
     "ExpertsLostError",
     "Fallback",
     "Group",
+    "Histogram",
     "LinkDown",
     "LinkError",
     "LinkHandle",
