@@ -1,4 +1,4 @@
-"""Keeps plans by what they were made of, so that the next layer's, and the next request's of one shape, is there.
+"""Keeps plans by what they were made of, for the next layer, and for the next request of one shape.
 
 Page lists are long: hashing all of them costs as much as planning. Entries are found by a few of their pages,
 and compared in full.

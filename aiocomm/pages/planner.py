@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Copies", "one_pair", "plan"]
+__all__ = ["Copies", "one_pair", "page_list", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,26 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
 
 
 def one_pair(
-    source: Layout, source_pages: Sequence[int], target: Layout, target_pages: Sequence[int]
+    source: Layout,
+    source_pages: Sequence[int] | Integers,
+    target: Layout,
+    target_pages: Sequence[int] | Integers,
 ) -> Copies:
     """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
     if len(source.planes) != len(target.planes):
         _do_not_fit(source, target)
-    give = np.ascontiguousarray(source_pages, np.int64).reshape(-1)
-    take = np.ascontiguousarray(target_pages, np.int64).reshape(-1)
+    give, take = page_list(source_pages), page_list(target_pages)
     source, target = _single(source), _single(target)
     found = _kept.find(source, give, target, take)
     if found is None:
         found = _planned(source, give, target, take)
         _kept.keep(source, give, target, take, found)
     return found
+
+
+def page_list(pages: Sequence[int] | Integers) -> Integers:
+    """A list of pages as the planner takes it."""
+    return np.ascontiguousarray(pages, np.int64).reshape(-1)
 
 
 @functools.lru_cache(1024)

@@ -1,4 +1,4 @@
-"""What links that move ranges need of a plan: ranges that are contiguous at the peer, and their local rows."""
+"""What links that move ranges need of a plan: ranges contiguous at the peer, and their local rows."""
 
 from __future__ import annotations
 

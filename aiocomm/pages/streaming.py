@@ -84,9 +84,7 @@ class LayerNotes:
         news, self._news = self._news, anyio.Event()
         news.set()
 
-    async def layers(
-        self, sources: int | Sequence[int] | None, deadline: float | None
-    ) -> AsyncIterator[int]:
+    async def layers(self, sources: int | Sequence[int] | None, deadline: float | None) -> AsyncIterator[int]:
         """See `PageLease.layers`."""
         wanted = None if sources is None else [sources] if isinstance(sources, int) else list(sources)
         ends = None if deadline is None else anyio.current_time() + deadline
