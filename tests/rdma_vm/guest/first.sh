@@ -5,7 +5,7 @@ hostname guest
 # Only pyverbs of the system's Python, not its other packages.
 mkdir -p /run/pyverbs
 [ -d /usr/lib/python3/dist-packages/pyverbs ] && ln -s /usr/lib/python3/dist-packages/pyverbs /run/pyverbs/pyverbs
-export PYVERBS_PATH=/run/pyverbs
+export PYTHONPATH=/run/pyverbs
 {
   . ./hosts.sh
   cd "$JOB_FOLDER"
