@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import ipaddress
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 DEVICES: Final = Path("/sys/class/infiniband")
-_NO_GID: Final = ipaddress.IPv6Address(0)
+_ENTRY_NBYTES: Final = 64
 _GIGABIT: Final = re.compile(r"[\d.]+")
 
 
@@ -167,22 +168,41 @@ def _named(value: str | None) -> str:
 
 def _gids(port: Path, layer: str) -> list[Gid]:
     found = []
-    for entry in sorted(port.glob("gids/*"), key=lambda path: int(path.name)):
-        text = read_text(entry)
-        if not text or ipaddress.IPv6Address(text) == _NO_GID:
+    for index, text in _table(port / "gids"):
+        if not text.strip(":0"):  # an empty entry: most of a table of hundreds
             continue
-        kernel = read_text(port / "gid_attrs/types" / entry.name) or ""
-        interface = read_text(port / "gid_attrs/ndevs" / entry.name) or ""
+        kernel = read_text(port / "gid_attrs/types" / str(index)) or ""
+        interface = read_text(port / "gid_attrs/ndevs" / str(index)) or ""
         # The kernel calls both InfiniBand's and RoCE v1's entries "IB/RoCE v1".
         other = GidType.ROCE_V1 if layer == "Ethernet" else GidType.INFINIBAND
         kind = GidType.ROCE_V2 if kernel == "RoCE v2" else other
-        found.append(Gid(int(entry.name), ipaddress.IPv6Address(text), kind, interface))
+        found.append(Gid(index, ipaddress.IPv6Address(text), kind, interface))
     return found
 
 
+def _table(folder: Path) -> list[tuple[int, str]]:
+    """Entries of a numbered table in order, read by bare system calls: there are hundreds to thousands."""
+    try:
+        numbers = sorted(int(name) for name in os.listdir(folder))
+    except OSError:
+        return []
+    entries = []
+    for number in numbers:
+        try:
+            file = os.open(f"{folder}/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            entries.append((number, os.read(file, _ENTRY_NBYTES).decode(errors="replace").strip()))
+        except OSError:
+            pass  # the kernel refuses some entries on reading
+        finally:
+            os.close(file)
+    return entries
+
+
 def _partitions(port: Path) -> list[int]:
-    entries = sorted(port.glob("pkeys/*"), key=lambda path: int(path.name))
-    keys = [int(text, 16) for entry in entries if (text := read_text(entry))]
+    keys = [int(text, 16) for _, text in _table(port / "pkeys") if text]
     return [key for key in keys if key]
 
 

@@ -65,7 +65,8 @@ def test_junit_of_the_guest_is_read(tmp_path: Path) -> None:
         '<testsuites><testsuite><testcase classname="tests.a" name="good"/>'
         '<testcase classname="tests.a" name="bad"><failure message="x"/></testcase>'
         '<testcase classname="tests.a" name="broken"><error message="x"/></testcase>'
-        '<testcase classname="tests.a" name="later"><skipped message="why"/></testcase></testsuite></testsuites>'
+        '<testcase classname="tests.a" name="later"><skipped message="why"/></testcase>'
+        "</testsuite></testsuites>"
     )
     counts, failed, skipped = read_junit(path)
     assert counts == {"passed": 1, "failed": 2, "skipped": 1}

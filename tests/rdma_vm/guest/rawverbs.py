@@ -1,7 +1,7 @@
 """A verbs endpoint by hand, with pyverbs: the other side of what the native link posts.
 
-It knows nothing of aiocomm: it makes a reliable-connected queue pair, says who it is in a few JSON values, posts what it
-is told to, and reports each completion as it came from the adapter. What it sees is what went over the wire.
+It knows nothing of aiocomm: it makes a reliable-connected queue pair, says who it is in a few values, posts
+what it is told to, and reports each completion as it came from the adapter. What it sees went over the wire.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The raw endpoint against itself: what it reports is what verbs promise. The native link is then judged by it."""
+"""The raw endpoint against itself: it reports what verbs promise. The link is judged by it elsewhere."""
 
 from __future__ import annotations
 
