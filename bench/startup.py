@@ -1,8 +1,8 @@
 """Suite `control`: how long a world of many processes takes to come together, and what that costs rank 0.
 
-Rank 0 is real: `aiocomm.connect`, with its rendezvous, in a process of its own. The other ranks are simulated in
-a second process, each with its own connection, handshake and card, as if eight ran on each host; they read all
-that they are told but keep nothing of it. Everything is TCP, authenticated by token.
+Rank 0 is real: `aiocomm.connect`, with its rendezvous, in a process of its own. The other ranks are simulated
+in a second process, each with its own connection, handshake and card, as if eight ran on each host; they read
+all that they are told but keep nothing of it. Everything is TCP, authenticated by token.
 
 Metrics:
     ready_s: From the call of `connect` at rank 0, with all others knocking, until it returns.
@@ -117,7 +117,7 @@ async def _join(connection: socket.socket, port: int, rank: int, size: int) -> i
     await loop.sock_sendall(connection, side.hello())
     await loop.sock_sendall(connection, side.answer(await _exactly(connection, HELLO_SIZE)))
     side.finish(await _exactly(connection, VERDICT_SIZE))
-    frame = wire.encode(messages.Join(rank, size, (), _card(rank)))
+    frame = wire.encode(messages.Join(rank, size, (), card(rank)))
     await loop.sock_sendall(connection, frame + side.seals()[0].tag(frame))
     told, waiting = 0, b""
     while True:
@@ -150,7 +150,8 @@ async def _exactly(connection: socket.socket, nbytes: int) -> bytes:
     return data
 
 
-def _card(rank: int) -> messages.PeerCard:
+def card(rank: int) -> messages.PeerCard:
+    """What a simulated process says of itself: eight on each host, two addresses, three links."""
     number = rank // _HOST_RANKS
     return messages.PeerCard(
         rank=0,

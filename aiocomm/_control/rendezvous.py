@@ -5,8 +5,8 @@ member that does not read what it is told is dropped once `_OUTBOX_BYTES` wait f
 more than that.
 
 Everyone is told of everyone: n members cost n² cards on the wire, and nothing else may grow like that. So a
-card is encoded once; arrivals are gathered for a while that grows with the number of those who are to be told,
-and told in few frames; and frames are the same objects in all outboxes.
+card is encoded once; arrivals are gathered for a while that grows with the number of those to be told, and
+told in few frames; and frames are the same objects in all outboxes.
 """
 
 from __future__ import annotations
