@@ -305,5 +305,5 @@ class Rendezvous:
         self._tell(wire.encode_joined(arrivals))
 
     def _tell(self, frames: list[bytes]) -> None:
-        for seat in list(self._seats.values()):
+        for seat in list(self._seats.values()) if frames else ():
             seat.post_frames(frames)

@@ -28,7 +28,7 @@ REQUEST_NBYTES: Final = 64
 """Of a send queue's entry, without what is inline; of a receive's, and of a completion."""
 COMPLETIONS: Final = 1 << 15
 """Entries of each of a rail's two completion queues."""
-CARD_NBYTES: Final = 205
+CARD_NBYTES: Final = 189
 """Of a process's card with two addresses and three links, as the rendezvous tells it."""
 TAG_NBYTES: Final = 16
 CARDS_PER_FRAME: Final = 64
