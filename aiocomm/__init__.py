@@ -18,6 +18,7 @@ from aiocomm.errors import (
     AuthenticationError,
     ClosedError,
     DeadlineExceeded,
+    ExpertsLostError,
     LinkError,
     PeerError,
     PeerLostError,
@@ -28,8 +29,10 @@ from aiocomm.errors import (
     WouldBlock,
 )
 from aiocomm.group import Group
+from aiocomm.histogram import Histogram
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
+from aiocomm.moe import Dispatched
 from aiocomm.pages import PageLease, Pages, RemotePages
 from aiocomm.region import Region, RemoteRegion
 from aiocomm.runner import run
@@ -66,9 +69,12 @@ __all__ = [
     "Communicator",
     "Completion",
     "DeadlineExceeded",
+    "Dispatched",
     "Event",
+    "ExpertsLostError",
     "Fallback",
     "Group",
+    "Histogram",
     "LinkDown",
     "LinkError",
     "LinkHandle",
