@@ -1,7 +1,7 @@
-"""The other end of an rdma pair, made by hand with pyverbs: says what a test wants, shows what comes as it came.
+"""The other end of an rdma pair, made by hand with pyverbs: says what a test wants, shows what comes.
 
-To the engine under test it is another process on host b: all that the engine has of it is a socket, a card and
-the numbers of two queue pairs.
+To the engine under test it is another process on host b: all that the engine has of it is a socket, a card
+and the numbers of two queue pairs.
 """
 
 from __future__ import annotations

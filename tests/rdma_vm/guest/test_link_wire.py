@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fault.rawpeer import Frame, Kind, default_channel
 from harness import until, world
-from linkpeer import HELLO, LAST_CHUNK, MAGIC, OFFER, OFFER_META, WITHDRAW, WITHDRAWN, LinkPeer, next_of
+from linkpeer import (
+    HELLO,
+    LAST_CHUNK,
+    LINK_PRIVATE,
+    MAGIC,
+    OFFER,
+    OFFER_META,
+    WITHDRAW,
+    WITHDRAWN,
+    LinkPeer,
+    next_of,
+)
 
 import aiocomm
 
@@ -25,7 +35,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 CHANNEL = default_channel()
-META = struct.Struct("<QQQ")
 BIG = 1 << 20
 
 
