@@ -78,7 +78,7 @@ class LinkPeer:
         return bytes((1, 1)) + gid + rest
 
     async def meet(self, hello: bytes | None = None) -> Self:
-        """Swap greetings, connect both queue pairs, say that this side is ready and hear that the other one is."""
+        """Swap greetings, connect both queue pairs, and swap words of readiness."""
         mine = HELLO.pack(MAGIC, 1, 1, self.frames.pair.qp_num, self.bulk.pair.qp_num)
         self.socket.setblocking(False)
         loop = asyncio.get_running_loop()
