@@ -4,8 +4,8 @@ With soft-RoCE in an emulated machine (`python tests/rdma_vm/run.py -- aiocomm b
 anything: perftest runs in the same round. Each of its figures stands under every name that it is compared by.
 
 Metrics:
-    mib_s/send/SIZE, mib_s/put/SIZE: 2^20 bytes per second, `_WINDOW` messages outstanding, from the first post
-        until the last is awaited; perftest: ib_write_bw of 1 MiB.
+    mib_s/send/SIZE, mib_s/put/SIZE: 2^20 bytes per second, `_WINDOW` messages outstanding, from the first
+        post until the last is awaited; perftest: ib_write_bw of 1 MiB.
     mib_s/get/SIZE: The same of reads; perftest: ib_read_bw of 1 MiB.
     half_us/8B: Half of a round trip by `await`, median; perftest: ib_write_lat, of two polling loops.
 """
