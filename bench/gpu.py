@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MODES = {"aiocomm-gpu": "asyncio", "aiocomm-gpu-uvloop": "uvloop", "aiocomm-gpu-spin": "aiocomm"}
 _PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl"} | dict.fromkeys(_MODES, "gpu_ours")
 
+NAMES = tuple(_PROGRAMS)
+
 
 def _missing(name: str) -> str:
     try:

@@ -37,9 +37,9 @@ class Driver:
         """Device memory by cuMemAlloc, filled with ones."""
         address = ctypes.c_uint64()
         self("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
-        self("cuMemsetD8_v2", address, ctypes.c_ubyte(1), ctypes.c_size_t(nbytes))
-        self("cuCtxSynchronize")
-        return Memory(self, address.value, nbytes)
+        memory = Memory(self, address.value, nbytes)
+        memory.fill(1)
+        return memory
 
     def stream(self) -> ctypes.c_void_p:
         """A stream of its own."""
@@ -95,9 +95,8 @@ class Memory:
 
     def fill(self, value: int) -> None:
         """Set every byte, and wait for it."""
-        self.driver(
-            "cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(value), ctypes.c_size_t(self.nbytes)
-        )
+        size = ctypes.c_size_t(self.nbytes)
+        self.driver("cuMemsetD8Async", ctypes.c_uint64(self.address), ctypes.c_ubyte(value), size, None)
         self.driver("cuCtxSynchronize")
 
     def read(self, offset: int, nbytes: int) -> bytes:

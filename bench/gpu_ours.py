@@ -188,10 +188,10 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
 
 async def _shares(comm: Any, role: int, arrays: list[Memory]) -> Metrics:
     heavy, light = comm.channel("bench-heavy", weight=3.0), comm.channel("bench-light", weight=1.0)
-    large, small = 64 * MIB, 16 * MIB
+    large, small = 16 * MIB, 4 * MIB
     loads = [
-        _Load(heavy, role, 0, [arrays[0][at * large : (at + 1) * large] for at in range(3)]),
-        _Load(light, role, 0, [arrays[1][at * small : (at + 1) * small] for at in range(8)]),
+        _Load(heavy, role, 0, [arrays[0][at * large : (at + 1) * large] for at in range(arrays[0].nbytes // large)][:8]),
+        _Load(light, role, 0, [arrays[1][at * small : (at + 1) * small] for at in range(arrays[1].nbytes // small)][:16]),
     ]
     for load in loads:
         await load.under_way.wait()
@@ -248,11 +248,11 @@ async def _launches(comm: Any, role: int, driver: Driver, bulk: Any, arrays: lis
     await comm.barrier()
     alone = count()
     await comm.barrier()
-    small = [arrays[0][at * 16 * MIB : (at + 1) * 16 * MIB] for at in range(16)]
+    small = [arrays[at // 4][at % 4 * 16 * MIB : (at % 4 + 1) * 16 * MIB] for at in range(16)]
     # Submitted in advance: the loop's thread is busy with launching, the copy thread goes on by itself.
     ahead = [
         comm.send(small[n % 16], 1, tag=_END) if role == 0 else comm.recv(small[n % 16], 0, tag=_END)
-        for n in range(16 if role == 1 else 16)
+        for n in range(16)
     ]
     beside = count()
     for transfer in ahead:
