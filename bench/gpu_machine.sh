@@ -15,7 +15,7 @@ fi
 nvidia-smi --query-gpu=name,driver_version,pstate,clocks.sm --format=csv,noheader
 nvidia-smi topo -m | head -4
 case "$*" in *tests*)
-  python3 -m pytest -q -p no:cacheprovider --timeout 120 tests/links/test_gpu.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
+  python3 -P -m pytest -q -p no:cacheprovider --timeout 120 tests/links/test_gpu.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
 esac
 case "$*" in *bench*)
   quick=; rounds=3
