@@ -48,6 +48,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _gpu_spin() -> float:
+    return 200e-6 if _cores() >= 8 else 0.0  # where cores are short, a spinner only delays the others
+
+
 def _copy_threads() -> int:
     return min(2, _cores())
 
@@ -97,6 +101,21 @@ class Settings:
     )
     engine_spin_s: float = _setting(
         20e-6, "seconds", "How long the engine's thread polls before it sleeps.", low=0.0, high=1.0
+    )
+    gpu_spin_s: float = field(
+        default_factory=_gpu_spin,
+        metadata={
+            "unit": "seconds",
+            "doc": "How long a GPU's copy thread polls after it was active, before it sleeps.",
+            "low": 0.0,
+            "high": 1.0,
+        },
+    )
+    gpu_mappings: int = _setting(
+        1024, "mappings", "GPU allocations of peers that are kept mapped.", low=1, high=1 << 20
+    )
+    pinned_bytes: int = _setting(
+        1 << 30, "bytes", "Pinned host memory for staging GPU memory, kept once taken.", low=0, high=1 << 40
     )
     chunk_max: int = _setting(4 * MIB, "bytes", "Largest piece of a transfer.", low=4 * KIB, high=1 << 30)
     tcp_streams: int = _setting(
@@ -179,6 +198,9 @@ class Settings:
             "tcp_streams",
             "heartbeat_s",
             "chunk_max",
+            "gpu_spin_s",
+            "gpu_mappings",
+            "pinned_bytes",
             "cma",
         )
         return {name: getattr(self, name) for name in names}

@@ -74,8 +74,14 @@ Engine::Engine(EngineConfig config)
   };
   for (const LinkEntry& entry : link_registry()) {
     if (!wanted(entry.name)) continue;
+    std::unique_ptr<Link> link = entry.factory(*this);
+    if (!link) continue;
+    if (link->mover()) {
+      mover_ = link->mover();
+      mover_index_ = static_cast<uint8_t>(links_.size());
+    }
     link_names_.push_back(entry.name);
-    links_.push_back(entry.factory(*this));
+    links_.push_back(std::move(link));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
     auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
     for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
@@ -124,10 +130,12 @@ void Engine::close() {
         end_early(*op, Code::closed);
       }
   }
+  if (mover_) await_remote_writers();
   stopping_ = true;
   ring_fd(engine_fd_);
   if (thread_.joinable()) thread_.join();
   copier_->stop();  // running chunks end; nothing touches a buffer after this
+  if (mover_) mover_->stop();
   Token token(*this);
   for (auto& peer : peers_)
     if (peer && peer->link) {
@@ -296,6 +304,7 @@ bool Engine::anything_to_poll() {
 
 bool Engine::spin(uint64_t until_ns) {
   awake(page_->loop);
+  loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
   bool found = false, taken = false;
@@ -315,6 +324,7 @@ bool Engine::spin(uint64_t until_ns) {
     last = t;
     relax();
   }
+  loop_spins_.store(false, std::memory_order_relaxed);
   found = found || has_completed();
   if (patient && until_ns > began) patience_.spun(found, taken, last);
   return found;

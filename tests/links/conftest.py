@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from fakes import simulated
 from harness import world
 
 import aiocomm
@@ -55,7 +57,7 @@ _EXTRA = {
 VARIANTS = [
     variant
     for link in _core.available_links()
-    if link != "self"
+    if link not in ("self", "cuda")  # cuda moves GPU memory beside the others: test_gpu_*.py
     for variant in [Variant(link, link), *_EXTRA.get(link, [])]
 ]
 
@@ -67,6 +69,13 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for key, value in chosen.settings.items():
         monkeypatch.setenv(key, value)
     return chosen
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs: the machine's, else simulated ones."""
+    if "AIOCOMM_LIBCUDA" not in os.environ and not os.path.exists("/dev/nvidiactl"):
+        monkeypatch.setenv("AIOCOMM_LIBCUDA", str(simulated.build()))
 
 
 @pytest.fixture

@@ -1,0 +1,56 @@
+// Device memory of this process as the driver describes it, and the host memory through which it is staged.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "core/device.hpp"
+#include "links/cuda/driver.hpp"
+
+namespace aiocomm::cuda {
+
+// The caller's mistake, said as such.
+struct DeviceUsage : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// What the driver says of an address.
+struct Allocation {
+  int device = 0;
+  uint64_t base = 0, extent = 0, buffer_id = 0;
+  bool ipc = false;  // a legacy handle can be had
+};
+
+// Throws DeviceUsage where it is not memory that can be moved, LinkFailure where the driver fails.
+Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes);
+
+// Pinned host memory in sizes of powers of two, kept for the next message; beyond a bound, ordinary memory.
+class Bounces {
+ public:
+  Bounces(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
+  ~Bounces();
+  std::byte* take(uint64_t nbytes);           // at hand; nullptr: see make()
+  std::byte* plain(uint64_t nbytes);          // ordinary memory, at once; nullptr: none left
+  bool may_pin(uint64_t nbytes);              // whether make() is worth a try
+  std::byte* make(uint64_t nbytes);           // pinned; takes milliseconds, in a current context; nullptr: refused
+  void give_back(std::byte* memory);
+
+ private:
+  struct Block {
+    uint64_t nbytes;
+    bool pinned;
+  };
+  const Driver& driver_;
+  const uint64_t limit_;
+  std::mutex mutex_;
+  uint64_t pinned_ = 0;
+  bool refused_ = false;  // the system pins no more
+  std::map<std::byte*, Block> blocks_;  // in use and free
+  std::map<uint64_t, std::vector<std::byte*>> free_;
+};
+
+}  // namespace aiocomm::cuda
