@@ -390,8 +390,7 @@ def test_a_global_capture_forbids_allocation_to_other_threads_unless_they_relax(
 
 PEER = """
 import ctypes, sys
-from fakes.gpu import *
-from fakes.gpu import IpcHandle, Address
+from fakes.gpu import Address, DeviceArray, Handle, IpcHandle, Stream, driver
 def say(*what): print(*what, flush=True)
 """
 
