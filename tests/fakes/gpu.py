@@ -200,6 +200,7 @@ class Stream:
             for gate in self._gates:
                 gate.open()
             driver().use(self.device)
+            driver().code("cuStreamSynchronize", Handle(self.handle))  # of a broken context, too
             driver()("cuStreamDestroy", Handle(self.handle))
             self.handle = 0
 

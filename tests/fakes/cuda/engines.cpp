@@ -127,6 +127,7 @@ void Sim::run_engine(int index, EngineKind kind) {
     engine.busy = false;
     ++engine.executed;
     if (code) {
+      stream->offered = false;  // if the context heals, it runs again
       if (!faults().lost(index)) device.context.error = code;
     } else {
       finish(*stream);
