@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bindings/device_py.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
@@ -133,6 +134,15 @@ struct Start {
   // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
   void memory(PyObject* object, bool writable) {
     if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
+    DeviceView view;
+    Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
+    if (found == Found::error) give_up();
+    if (found == Found::view) {
+      t->keep = Py_NewRef(object);
+      device_memory(view);
+      Py_DECREF(view.shape);
+      return;
+    }
     PyObject* description = PyTuple_CheckExact(object)
                                 ? Py_NewRef(object)
                                 : PyObject_CallFunction(hooks.describe_device, "Oi", object, writable);
@@ -142,22 +152,22 @@ struct Start {
       return buffer(object, writable);
     }
     t->keep = description;
-    device_memory(description);
+    PyObject* array;
+    unsigned long long address, nbytes, stream;
+    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream, &view.format,
+                          &view.shape))
+      give_up();
+    view.address = address, view.nbytes = nbytes, view.stream = stream;
+    device_memory(view);
   }
 
-  void device_memory(PyObject* description) {
-    PyObject *array, *shape;
-    unsigned long long address, nbytes, stream;
-    int device;
-    const char* format;
-    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &device, &stream, &format, &shape))
-      give_up();
+  void device_memory(const DeviceView& view) {
     PyObject* refusal = nullptr;
     std::string reason;
     int code = 0;
     Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
         try {
-      op->gpu = e.engine->mover()->bind(address, nbytes, device, stream);
+      op->gpu = e.engine->mover()->bind(view.address, view.nbytes, view.device, view.stream);
     } catch (const LinkFailure& failure) {
       refusal = hooks.link_error, reason = failure.what(), code = failure.code;
     } catch (const std::exception& usage) {
@@ -168,10 +178,10 @@ struct Start {
       PyErr_SetObject(refusal, args.ptr());
       give_up();
     }
-    op->data = reinterpret_cast<std::byte*>(address);
-    op->nbytes = op->capacity = nbytes;
-    t->nbytes = nbytes;
-    if (!encode_meta(*op, format, shape)) give_up();
+    op->data = reinterpret_cast<std::byte*>(view.address);
+    op->nbytes = op->capacity = view.nbytes;
+    t->nbytes = view.nbytes;
+    if (!encode_meta(*op, view.format, view.shape)) give_up();
   }
 
   // Two transfers that write one buffer would mix their bytes.

@@ -79,6 +79,7 @@ Engine::Engine(EngineConfig config)
     if (link->mover()) {
       mover_ = link->mover();
       mover_index_ = static_cast<uint8_t>(links_.size());
+      spin_tries_ = setting("gpu_spin_s", 0) > 0 ? 1000 : 0;
     }
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));

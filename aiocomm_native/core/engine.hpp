@@ -276,6 +276,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   DeviceQueue& device_queue(int device, Lane lane);
   void queue_move(Op& op, Lane lane, uint64_t nbytes);
   void pump_device(DeviceQueue& queue);
+  void limit_window(DeviceQueue& queue);
   void cancel_move(Op& op);
   void forget_flows(Rank rank);
   void settle_device(Op& op);
@@ -356,6 +357,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
 
   Mover* mover_ = nullptr;  // one of links_
   uint8_t mover_index_ = 0;
+  int spin_tries_ = 0;
   std::vector<std::unique_ptr<DeviceQueue>> device_queues_;
   std::atomic<bool> loop_spins_{false};
   std::atomic<int> assistants_{0};  // copy threads that look for the engine's thread, which sleeps
