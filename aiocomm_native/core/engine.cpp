@@ -65,6 +65,7 @@ Engine::Engine(EngineConfig config)
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
   copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
 
+  preempt_ns_ = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
   SchedConfig sched;
   sched.max_chunk = static_cast<uint64_t>(number(config_, "chunk_max", 4 << 20));
   sched.min_share = number(config_, "min_share", 0.05);
@@ -84,8 +85,7 @@ Engine::Engine(EngineConfig config)
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
-    auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
-    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
+    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns_);
   }
   counters_.resize(links_.size());
   thread_ = std::thread([this] { run(); });

@@ -173,6 +173,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
+  void ends_soon(OpId op) override;
   bool loop_spins() const override { return loop_spins_.load(std::memory_order_relaxed); }
 
   // --- FrameSink (protocol_receive.cpp)
@@ -358,6 +359,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   Mover* mover_ = nullptr;  // one of links_
   uint8_t mover_index_ = 0;
   int spin_tries_ = 0;
+  uint64_t preempt_ns_ = 100000;
   std::vector<std::unique_ptr<DeviceQueue>> device_queues_;
   std::atomic<bool> loop_spins_{false};
   std::atomic<int> assistants_{0};  // copy threads that look for the engine's thread, which sleeps

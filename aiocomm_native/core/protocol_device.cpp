@@ -19,7 +19,7 @@ constexpr uint64_t kBusy = 1 << 20;         // bytes with an engine that make wh
 constexpr uint64_t kNeverPreempt = 1 << 30;  // ns
 constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts for so long
 // Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
-constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kShareChunk = 16 << 20;
+constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
 constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kEarlyWake = 256 << 10;
 constexpr uint8_t kBulkClass = 1;           // and below: its messages never decide by load
@@ -308,18 +308,20 @@ void Engine::limit_window(DeviceQueue& queue) {
       queue.busy_until_ns = t + kHoldNs;
   }
   if (waiting) queue.shared_until_ns = t + kHoldNs;
-  auto preempt = static_cast<uint64_t>(setting("preempt_s", 100e-6) * 1e9);
-  auto window = static_cast<uint64_t>(queue.sched.rate() * static_cast<double>(preempt));
-  uint64_t chunk = kWholeChunk;
-  if (queue.shared_until_ns > t)
-    chunk = std::clamp(window / 2, kShareChunk, kWholeChunk) & ~((kShareChunk / 4) - 1);
-  else if (urgent)
-    chunk = kRoundChunk;
+  const bool busy = queue.busy_until_ns > t, shared = queue.shared_until_ns > t;
+  uint64_t chunk = urgent ? kRoundChunk : kWholeChunk;
+  uint64_t preempt = kNeverPreempt;
+  double rate = queue.sched.rate();
+  if (shared || (urgent && busy)) {
+    // Two chunks of half the window: in whole steps, so that the second always finds room beside the first.
+    auto window = static_cast<uint64_t>(rate * static_cast<double>(preempt_ns_));
+    chunk = std::clamp(window / 2, kLeastChunk, kRoundChunk) & ~(kChunkStep - 1);
+    if (urgent && busy) preempt = static_cast<uint64_t>(2.04 * static_cast<double>(chunk) / rate);
+  }
   if (queue.chunk != chunk) {
     queue.chunk = chunk;
-    queue.sched.set_limits(chunk, 2 * chunk);
+    queue.sched.set_limits(chunk, urgent && busy ? 4 * chunk : 2 * chunk);
   }
-  if (queue.busy_until_ns <= t) preempt = kNeverPreempt;
   if (queue.preempt_ns != preempt) {
     queue.preempt_ns = preempt;
     for (uint8_t cls = 0; cls < Scheduler::kClasses; ++cls) queue.sched.set_preempt(cls, preempt);
@@ -591,6 +593,20 @@ bool Engine::assist() {
   token_.unlock();
   after_unlock();
   return did > 0;
+}
+
+// The loops, ours and the other side's, sleep through a long copy. One that is woken a little early and spins sees the
+// end at once.
+void Engine::ends_soon(OpId id) {
+  Token token(*this, Token::Spin{});
+  Op* op = find(id);
+  if (!op || !op->gpu || op->state != OpState::moving) return;
+  wake_loop();
+  Peer* peer = find_peer(op->peer);
+  if (op->gpu->role != Role::push || !peer || peer->state != Peer::State::up) return;
+  FrameHeader h{};
+  h.kind = FrameKind::heartbeat;
+  send_control(*peer, h, Wake::loop);
 }
 
 bool Engine::end_assist() {

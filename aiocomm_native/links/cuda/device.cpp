@@ -23,7 +23,8 @@ constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
-constexpr uint64_t kWakeNs = 60000;
+constexpr uint64_t kWakeNs = 80000;
+constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
 
 uint64_t now_ns() {
   timespec t;
@@ -197,6 +198,7 @@ void Device::run() {
     if (stopping_.load(std::memory_order_acquire)) gates_.clear();  // the transfers have ended without them
     if (stopping_.load(std::memory_order_acquire) && idle() && jobs_.empty()) break;
     if (now < spin_until || (spin_ns_ && ends_soon(now))) {
+      announce_end(now);
       relax();
       continue;
     }
@@ -341,8 +343,20 @@ bool Device::ends_soon(uint64_t now) const {
   return end && now + 2 * kWakeNs > end && now < end + spin_ns_;
 }
 
+void Device::announce_end(uint64_t now) {
+  for (size_t i = 0; i < 3; ++i) {
+    if (streams_[i].inflight.empty()) continue;
+    const MoveJob& job = streams_[i].inflight.front().second;
+    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400;
+    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_)) continue;
+    announced_ = job.op;
+    announced_offset_ = job.offset;
+    host_.ends_soon(job.op);
+  }
+}
+
 void Device::sleep(uint64_t now) {
-  constexpr uint64_t kMargin = kWakeNs, kShort = 20000, kLong = 200000;
+  constexpr uint64_t kMargin = 2 * kWakeNs, kShort = 20000, kRarely = 200000;
   prepare_sleep(wake_);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
   if (!jobs_.empty() || !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
@@ -358,7 +372,7 @@ void Device::sleep(uint64_t now) {
     if (end > now + kMargin + kShort)
       ns = end - now - kMargin;
     else if (end == 0 || now > end + 1000000)
-      ns = kLong;
+      ns = kRarely;
     limit.tv_sec = static_cast<time_t>(ns / 1000000000);
     limit.tv_nsec = static_cast<long>(ns % 1000000000);
     timeout = &limit;

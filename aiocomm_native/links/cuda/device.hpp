@@ -84,6 +84,9 @@ class Device {
   bool idle() const;
   void sleep(uint64_t now);
   bool ends_soon(uint64_t now) const;
+  void announce_end(uint64_t now);
+  OpId announced_ = 0;
+  uint64_t announced_offset_ = 0;
   uint64_t expected_end() const;
   size_t stream_of(const MoveJob& job);
   size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
