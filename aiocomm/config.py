@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "World",
     "child_environment",
+    "driver_library",
     "environment_world",
     "resolve_world",
     "take_worker",
@@ -231,6 +232,11 @@ class Settings:
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return f"AIOCOMM_{name.upper()}"
+
+
+def driver_library() -> str | None:
+    """The library in libcuda's place (`AIOCOMM_LIBCUDA`), which tests use; None: the system's."""
+    return os.environ.get("AIOCOMM_LIBCUDA") or None
 
 
 def environment_world(env: Mapping[str, str] | None = None) -> World:

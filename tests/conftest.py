@@ -51,26 +51,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     pyfuncitem.obj = bounded
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Choose the driver before the first test: a process loads one only."""
-    if any("gpu" in getattr(item, "fixturenames", ()) for item in session.items):
-        simulated.install()
-
-
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver]:
     """The driver in use, NVIDIA's or the simulated one; on that, nothing may touch what is not its own."""
-    if not simulated.install():
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # children use fakes, too
+    library = simulated.choose()
+    if not library:
         yield gpus.driver()
         return
     report = tmp_path / "violations"
+    monkeypatch.setenv("AIOCOMM_LIBCUDA", str(library))
     monkeypatch.setenv("FAKE_CUDA_REPORT", str(report))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # children use fakes, too
     driver = gpus.driver()
     found = simulated.Simulator(driver.library)
     found.reset()
     yield driver
-    found.heal()
     found.reset()
     assert not report.exists(), report.read_text()
 
@@ -78,7 +73,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver
 @pytest.fixture
 def simulator(gpu: gpus.Driver) -> simulated.Simulator:
     """What a test may do to the simulated driver; skips on a real one."""
-    if not simulated.install():
+    if not simulated.choose():
         pytest.skip("this test breaks the driver on purpose: it needs the simulated one")
     return simulated.Simulator(gpu.library)
 

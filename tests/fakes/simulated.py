@@ -1,6 +1,6 @@
 """The simulated driver: building it, and what a test may do to it.
 
-`build()` compiles tests/fakes/cuda/ with the system's C++ compiler into a cache folder, under the name
+`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler into a cache folder, under the name
 libcuda.so.1, and answers its path: that is what AIOCOMM_LIBCUDA names. The same library object serves native
 code and these bindings, so what is asked of it here concerns the driver that the link uses.
 """
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Engine", "Simulator", "build", "install"]
+__all__ = ["Engine", "Simulator", "build", "choose"]
 
 _SOURCE: Final = Path(__file__).parent / "cuda"
 _FLAGS: Final = ("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-pthread")
@@ -37,21 +37,17 @@ class Engine(enum.IntEnum):
 
 
 @functools.cache
-def install() -> bool:
-    """Choose this process's driver, and its children's, before anything loads one: True, it is the simulated one.
+def choose() -> Path | None:
+    """The simulated library, or None where the machine's own driver is to be tested: it has two GPUs.
 
-    That is NVIDIA's where it has two devices, and whatever AIOCOMM_LIBCUDA names already.
+    FAKE_CUDA=1 asks for the simulated one there, too.
     """
-    named = os.environ.get("AIOCOMM_LIBCUDA")
-    if named:
-        return hasattr(ctypes.CDLL(named), "fake_heal")
     with contextlib.suppress(OSError):
-        real = ctypes.CDLL("libcuda.so.1")
+        real = ctypes.CDLL("libcuda.so.1") if not os.environ.get("FAKE_CUDA") else None
         count = ctypes.c_int()
-        if real.cuInit(0) == 0 and real.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 1:
-            return False
-    os.environ["AIOCOMM_LIBCUDA"] = str(build())
-    return True
+        if real and real.cuInit(0) == 0 and real.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 1:
+            return None
+    return build()
 
 
 @functools.cache

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from fakes import simulated
 from harness import world
 
 import aiocomm
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from conftest import Pair
+    from fakes.gpu import Driver
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,8 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpus(gpu: Driver) -> None:
     """GPUs: the machine's, else simulated ones."""
-    if "AIOCOMM_LIBCUDA" not in os.environ and not os.path.exists("/dev/nvidiactl"):
-        monkeypatch.setenv("AIOCOMM_LIBCUDA", str(simulated.build()))
 
 
 @pytest.fixture

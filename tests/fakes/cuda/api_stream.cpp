@@ -132,8 +132,10 @@ FAKE_API cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
   Call call("cuStreamIsCapturing", Needs::context);
   if (call) return call.code;
   StreamPtr stream = stream_of(call, handle);
-  if (stream) *status = stream->capture;
-  return call.code;
+  if (!stream) return call.code;
+  if (stream == stream->context->legacy && any_capture(*stream->context)) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  *status = stream->capture;
+  return CUDA_SUCCESS;
 }
 
 FAKE_API cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
