@@ -64,7 +64,8 @@ class Device {
   std::array<std::byte, 16> uuid{};
 
  private:
-  static constexpr size_t kStreams = 5;  // two for bulk and one for what is urgent between devices, to and from the host
+  static constexpr size_t kStreams =
+      5;  // two for bulk and one for what is urgent between devices, to and from the host
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -96,7 +97,7 @@ class Device {
   const uint64_t spin_ns_;
   std::array<Stream, kStreams> streams_;
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
-  int lost_ = 0;  // the driver's code, once the device is lost
+  int lost_ = 0;               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
   std::vector<MoveJob> finished_;

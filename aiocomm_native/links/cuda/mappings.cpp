@@ -87,7 +87,8 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
   for (auto it = entries_.begin(); it != entries_.end();) {
     auto next = std::next(it);
     bool same = it->first.owner == key.owner && it->first.device == device;
-    bool overlaps = it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
+    bool overlaps =
+        it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
     if (same && overlaps && it->second.state != Reach::State::opening) drop(it);  // freed by its owner
     it = next;
   }
