@@ -180,10 +180,10 @@ class Stream:
         driver().use(self.device)
         driver()("cuStreamSynchronize", Handle(self.handle))
 
-    def begin_capture(self) -> None:
-        """Record instead of executing, until `end_capture`."""
+    def begin_capture(self, mode: int = _CAPTURE_RELAXED) -> None:
+        """Record instead of executing, until `end_capture`. `mode` 0 is global, which torch uses."""
         driver().use(self.device)
-        driver()("cuStreamBeginCapture", Handle(self.handle), _CAPTURE_RELAXED)
+        driver()("cuStreamBeginCapture", Handle(self.handle), mode)
 
     def end_capture(self) -> int:
         """Throw the recording away; returns the driver's code."""
@@ -308,6 +308,10 @@ class DeviceArray:
         self._vmm = (address, size)
         return address.value
 
+    def part(self, start: int, nbytes: int) -> Part:
+        """Bytes of this array, as an array."""
+        return Part(self, start, nbytes)
+
     def write(self, values: NDArray[Any]) -> DeviceArray:
         """Copy from the host, and wait for it."""
         source = np.ascontiguousarray(values, self.dtype).reshape(-1)
@@ -352,3 +356,17 @@ class DeviceArray:
     def __del__(self) -> None:
         if getattr(self, "_base", 0):
             self.close()
+
+
+class Part:
+    """Bytes of a `DeviceArray`."""
+
+    def __init__(self, whole: DeviceArray, start: int, nbytes: int) -> None:
+        self._whole = whole
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (whole.address + start, False),
+            "strides": None,
+            "version": 3,
+        }

@@ -149,6 +149,14 @@ class Simulator:
         if not self._library.fake_wait_ready(device, engine, ctypes.c_uint64(count), _WAIT_MS):
             raise TimeoutError(f"nothing came to engine {engine.name} of device {device}")
 
+    def wait_ready_on_any(self, devices: list[int], engine: Engine) -> None:
+        """Block until an operation could run on this engine of one of the devices."""
+        for _ in range(_WAIT_MS):
+            for device in devices:
+                if self._library.fake_wait_ready(device, engine, ctypes.c_uint64(1), 1):
+                    return
+        raise TimeoutError(f"nothing came to engine {engine.name} of devices {devices}")
+
     def wait_executed(self, device: int, engine: Engine, count: int) -> None:
         """Block until an engine has executed `count` operations in all."""
         if not self._library.fake_wait_executed(device, engine, ctypes.c_uint64(count), _WAIT_MS):
