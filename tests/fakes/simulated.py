@@ -100,7 +100,7 @@ class Simulator:
         self._library.fake_lose_device(device, code)
 
     def heal(self) -> None:
-        """Take back all failures, lost devices and broken contexts."""
+        """Take back all failures and lost devices. Broken contexts are as new, and what was queued in them is gone."""
         self._library.fake_heal()
 
     def calls(self, name: str) -> int:

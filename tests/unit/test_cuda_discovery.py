@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.fixture(autouse=True)
+def simulated_library() -> None:
+    """Asks for the library to be built before the tests begin (tests/conftest.py)."""
+
+
 def doctor(**environment: str) -> dict[str, Any]:
     """The checks of the cuda link by name, from a process of its own."""
     library = simulated.build()

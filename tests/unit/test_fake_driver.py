@@ -315,7 +315,7 @@ def test_an_access_out_of_bounds_breaks_the_context_and_is_noted(simulator: Simu
     with pytest.raises(DriverError, match="ILLEGAL_ADDRESS"):
         DeviceArray(10)
     simulator.heal()
-    stream.synchronize()  # what was queued went on
+    stream.synchronize()  # what was queued is gone
     a.close()
     gpu.use(0)
     code = gpu.code(

@@ -125,9 +125,9 @@ void Sim::run_engine(int index, EngineKind kind) {
     engine.busy = true;
     CUresult code = perform(lock, device, engine, stream->queue.front());
     engine.busy = false;
+    changed.notify_all();
     ++engine.executed;
     if (code) {
-      stream->offered = false;  // if the context heals, it runs again
       if (!faults().lost(index)) device.context.error = code;
     } else {
       finish(*stream);

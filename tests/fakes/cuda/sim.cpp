@@ -1,5 +1,6 @@
 #include "sim.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -145,6 +146,29 @@ CUresult Sim::wait_all(Lock& lock, Context& context) {
     return true;
   });
   return code;
+}
+
+void Sim::heal(Lock& lock) {
+  std::set<Context*> broken;
+  for (auto& device : devices)
+    if (health(device->context)) broken.insert(&device->context);
+  for (Context* context : broken) {
+    auto& engines = devices[context->device]->engines;
+    auto still = [&] { return std::none_of(engines.begin(), engines.end(), [](auto& one) { return one.busy; }); };
+    changed.wait(lock, still);
+    for (auto& engine : engines) engine.ready.clear();
+    context->error = CUDA_SUCCESS;
+  }
+  faults().clear();
+  for (auto& stream : active_) {
+    if (!broken.count(stream->context)) continue;
+    while (!stream->queue.empty()) {
+      Op& op = stream->queue.front();
+      if (op.kind == Op::Kind::record || op.kind == Op::Kind::free_memory) complete_at_once(*stream, op);
+      finish(*stream);
+    }
+  }
+  pump();
 }
 
 void Sim::pump() {
