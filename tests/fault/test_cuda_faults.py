@@ -187,9 +187,11 @@ async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> No
             simulator.stop_halfway(0, Engine.PEER)
             executed = simulator.executed(0, Engine.PEER)
             sent = comm.send(source, 1)
-            await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
-            os.kill(comm.peers[1].pid, signal.SIGKILL)
-            simulator.resume(0, Engine.PEER)
+            try:
+                await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
+                os.kill(comm.peers[0].pid, signal.SIGKILL)
+            finally:
+                simulator.resume(0, Engine.PEER)
             with pytest.raises(aiocomm.PeerLostError):
                 await sent
             await anyio.to_thread.run_sync(simulator.wait_executed, 0, Engine.PEER, executed + 1)
@@ -220,7 +222,7 @@ async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator) 
             await comm.recv(into, 1)
             received = comm.recv(into, 1)
             await comm.recv(bytearray(7), 1, tag=1)
-            os.kill(comm.peers[1].pid, signal.SIGKILL)
+            os.kill(comm.peers[0].pid, signal.SIGKILL)
             with pytest.raises(aiocomm.PeerLostError):
                 await received
             data = random(NBYTES)
