@@ -71,6 +71,7 @@ _COLUMNS = (
     Column("share_of_3", "share of\nweight 3 of 4", 3, "neither"),
     Column("launches_kept", "launches ÷\nalone", 3, "higher"),
     Column("p99_us/beside_first", "p99 beside\nfirst sends, µs", 1),
+    Column("p99_us/beside_second", "beside the\nsame again, µs", 1),
 )
 _FLOOR = ("floor-copies",)
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bindings/device_py.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
@@ -18,6 +19,10 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace aiocomm::py {
+
+// statistics_py.cpp
+nb::dict counters(PyEngine& engine, const std::string& link);
+std::pair<std::vector<uint64_t>, std::vector<uint64_t>> histograms(PyEngine& engine, const std::string& link);
 
 PyEngine::~PyEngine() { clear(); }
 
@@ -133,6 +138,15 @@ struct Start {
   // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
   void memory(PyObject* object, bool writable) {
     if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
+    DeviceView view;
+    Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
+    if (found == Found::error) give_up();
+    if (found == Found::view) {
+      t->keep = Py_NewRef(object);
+      device_memory(view);
+      Py_DECREF(view.shape);
+      return;
+    }
     PyObject* description = PyTuple_CheckExact(object)
                                 ? Py_NewRef(object)
                                 : PyObject_CallFunction(hooks.describe_device, "Oi", object, writable);
@@ -142,22 +156,22 @@ struct Start {
       return buffer(object, writable);
     }
     t->keep = description;
-    device_memory(description);
+    PyObject* array;
+    unsigned long long address, nbytes, stream;
+    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream, &view.format,
+                          &view.shape))
+      give_up();
+    view.address = address, view.nbytes = nbytes, view.stream = stream;
+    device_memory(view);
   }
 
-  void device_memory(PyObject* description) {
-    PyObject *array, *shape;
-    unsigned long long address, nbytes, stream;
-    int device;
-    const char* format;
-    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &device, &stream, &format, &shape))
-      give_up();
+  void device_memory(const DeviceView& view) {
     PyObject* refusal = nullptr;
     std::string reason;
     int code = 0;
     Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
         try {
-      op->gpu = e.engine->mover()->bind(address, nbytes, device, stream);
+      op->gpu = e.engine->mover()->bind(view.address, view.nbytes, view.device, view.stream);
     } catch (const LinkFailure& failure) {
       refusal = hooks.link_error, reason = failure.what(), code = failure.code;
     } catch (const std::exception& usage) {
@@ -168,10 +182,10 @@ struct Start {
       PyErr_SetObject(refusal, args.ptr());
       give_up();
     }
-    op->data = reinterpret_cast<std::byte*>(address);
-    op->nbytes = op->capacity = nbytes;
-    t->nbytes = nbytes;
-    if (!encode_meta(*op, format, shape)) give_up();
+    op->data = reinterpret_cast<std::byte*>(view.address);
+    op->nbytes = op->capacity = view.nbytes;
+    t->nbytes = view.nbytes;
+    if (!encode_meta(*op, view.format, view.shape)) give_up();
   }
 
   // Two transfers that write one buffer would mix their bytes.
@@ -339,29 +353,6 @@ nb::list outgoing(PyEngine& e) {
   return out;
 }
 
-nb::dict counters(PyEngine& e, const std::string& link) {
-  LinkCounters c = e.engine->counters(link);
-  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "device", "staged"};
-  nb::dict out, messages, nbytes;
-  for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
-    messages[paths[i]] = c.path_messages[i];
-    nbytes[paths[i]] = c.path_bytes[i];
-  }
-  out["submitted"] = c.submitted;
-  out["completed"] = c.completed;
-  out["failed"] = c.failed;
-  out["cancelled"] = c.cancelled;
-  out["frames_sent"] = c.frames_sent;
-  out["frames_received"] = c.frames_received;
-  out["bytes_sent"] = c.bytes_sent;
-  out["bytes_received"] = c.bytes_received;
-  out["fallbacks"] = c.fallbacks;
-  out["would_block"] = c.would_block;
-  out["messages_by_path"] = messages;
-  out["bytes_by_path"] = nbytes;
-  return out;
-}
-
 int tp_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   return nb::inst_ready(self) ? nb::inst_ptr<PyEngine>(self)->traverse(visit, arg) : 0;
@@ -498,6 +489,7 @@ void bind_engine(nb::module_& m) {
             e.engine->set_identity(rank, generation);
             e.engine->add_peer(rank, generation);
             e.engine->attach(rank, generation, "self", {}, "", true);
+            e.engine->start_pair(rank, generation);
           },
           release_gil())
       .def("has_mover", [](PyEngine& e) { return e.engine->mover() != nullptr; })
@@ -525,6 +517,13 @@ void bind_engine(nb::module_& m) {
              e.engine->attach(rank, generation, link, fds, bytes, initiator);
            })
       .def(
+          "start_pair",
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->start_pair(rank, generation); },
+          release_gil())
+      .def(
+          "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
+          release_gil())
+      .def(
           "fail_connect",
           [](PyEngine& e, int rank, const std::string& reason) { e.engine->fail_connect(rank, reason); },
           release_gil())
@@ -542,6 +541,7 @@ void bind_engine(nb::module_& m) {
           "close", [](PyEngine& e) { e.engine->close(); }, release_gil())
       .def("release_descriptors", [](PyEngine& e) { e.engine->release_descriptors(); })
       .def("counters", counters)
+      .def("histograms", histograms)
       .def("gauges", [](PyEngine& e, const std::string& link) { return e.engine->gauges(link); })
       .def("served_by_channel",
            [](PyEngine& e, const std::string& link) { return e.engine->served_by_channel(link); })

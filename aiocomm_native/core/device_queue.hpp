@@ -34,6 +34,7 @@ struct DeviceQueue {
     Rank rank;
     uint32_t channel;
     uint16_t remote_device;
+    uint8_t cls;
     FlowId id;
   };
   DeviceQueue(int device_, Lane lane_, double min_share)
@@ -44,8 +45,11 @@ struct DeviceQueue {
   Scheduler sched;
   std::vector<Flow> flows;
   FlowId next_flow = 0;
-  uint64_t preempt_ns = 0;  // as it is set now
+  uint64_t chunk = 0, preempt_ns = 0;  // limits as they are set now
+  uint64_t busy_until_ns = 0;          // the other end's engine is taken to be at work
+  uint64_t shared_until_ns = 0;        // several channels are taken to have a backlog
   uint64_t last_done_ns = 0;
+  double rate_bytes = 0, rate_ns = 0;  // decayed sums: one completion that was seen late must not count for much
   std::deque<MoveJob> overflow;  // chosen, and not yet taken by the mover
 };
 

@@ -65,6 +65,7 @@ Engine::Engine(EngineConfig config)
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
   copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
 
+  preempt_ns_ = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
   SchedConfig sched;
   sched.max_chunk = static_cast<uint64_t>(number(config_, "chunk_max", 4 << 20));
   sched.min_share = number(config_, "min_share", 0.05);
@@ -79,12 +80,12 @@ Engine::Engine(EngineConfig config)
     if (link->mover()) {
       mover_ = link->mover();
       mover_index_ = static_cast<uint8_t>(links_.size());
+      spin_tries_ = setting("gpu_spin_s", 0) > 0 ? 1000 : 0;
     }
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
-    auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
-    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
+    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns_);
   }
   counters_.resize(links_.size());
   thread_ = std::thread([this] { run(); });
@@ -162,78 +163,6 @@ Link& Engine::link(const std::string& name) {
   for (size_t i = 0; i < links_.size(); ++i)
     if (link_names_[i] == name) return *links_[i];
   throw std::invalid_argument("no link named '" + name + "' is enabled");
-}
-
-void Engine::add_peer(Rank rank, uint64_t generation) {
-  Token token(*this);
-  if (rank < 0 || rank >= (1 << 20)) throw std::invalid_argument("rank out of range");
-  if (peers_.size() <= static_cast<size_t>(rank)) peers_.resize(rank + 1);
-  auto& slot = peers_[rank];
-  if (slot && slot->generation == generation) return;
-  if (slot && slot->state != Peer::State::lost) end_peer(*slot, "replaced by a new incarnation");
-  slot = std::make_unique<Peer>();
-  slot->rank = rank;
-  slot->generation = generation;
-  if (rank >= known_ranks_.load()) known_ranks_.store(rank + 1, std::memory_order_release);
-}
-
-void Engine::attach(Rank rank, uint64_t generation, const std::string& name, const std::vector<int>& fds,
-                    const std::string& card, bool initiator) {
-  Token token(*this);
-  auto refuse = [&](const std::string& why, int error) {
-    for (int fd : fds) ::close(fd);
-    throw LinkFailure(why, error);
-  };
-  Peer* peer = find_peer(rank);
-  if (closed_) refuse("the communicator is closed", ESHUTDOWN);
-  if (!peer || peer->generation != generation || peer->state == Peer::State::lost)
-    refuse("rank " + std::to_string(rank) + " is not (or no longer) known", ESTALE);
-  if (peer->state == Peer::State::up)
-    refuse("rank " + std::to_string(rank) + " is connected already", EISCONN);
-  auto it = std::find(link_names_.begin(), link_names_.end(), name);
-  if (it == link_names_.end()) refuse("link '" + name + "' is not enabled", ENODEV);
-  auto index = static_cast<uint8_t>(it - link_names_.begin());
-  peer->link = links_[index]->attach(rank, generation, fds, card, initiator);
-  peer->link->rank = rank;
-  peer->link->generation = generation;
-  peer->link_index = index;
-  peer->state = Peer::State::up;
-  if (links_[index]->polled()) polled_.push_back(peer->link.get());
-  if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, name, {}});
-  std::vector<OpId> waiting;
-  waiting.swap(peer->waiting);
-  for (OpId id : waiting)
-    if (Op* op = find(id); op && op->state == OpState::queued) start_on(*op, *peer);
-  ring_engine();  // heartbeats and whatever came with the first bytes
-}
-
-void Engine::lose_peer(Rank rank, uint64_t generation, const std::string& reason) {
-  Token token(*this);
-  Peer* peer = find_peer(rank);
-  if (peer && peer->generation == generation) end_peer(*peer, reason);
-}
-
-void Engine::leave_peer(Rank rank, uint64_t generation) {
-  Token token(*this);
-  Peer* peer = find_peer(rank);
-  if (!peer || peer->generation != generation) return;
-  peer->leaving = true;
-  if (peer->state != Peer::State::up) end_peer(*peer, kLeft);
-}
-
-void Engine::fail_connect(Rank rank, const std::string& reason) {
-  Token token(*this);
-  Peer* peer = find_peer(rank);
-  if (!peer || peer->state == Peer::State::up || peer->state == Peer::State::lost) return;
-  peer->state = Peer::State::known;  // the next operation tries again
-  emit({EngineEvent::Kind::link_down, rank, 0, "none", reason});
-  std::vector<Op*> waiting;
-  ops_.for_each_live([&](Op& op) {
-    if (op.peer == rank) waiting.push_back(&op);
-  });
-  peer->waiting.clear();
-  for (Op* op : waiting)
-    if (op->live) end_early(*op, Code::peer_lost);
 }
 
 uint64_t Engine::now() const {

@@ -17,6 +17,11 @@ namespace {
 constexpr uint64_t kPushFrom = 1 << 20;     // larger: bulk, which leaves the other end's engine free
 constexpr uint64_t kBusy = 1 << 20;         // bytes with an engine that make what is urgent go another way
 constexpr uint64_t kNeverPreempt = 1 << 30;  // ns
+constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts for so long
+// Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
+constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
+constexpr double kRateMemory = 256 << 20;
+constexpr uint64_t kEarlyWake = 256 << 10;
 constexpr uint8_t kBulkClass = 1;           // and below: its messages never decide by load
 
 }  // namespace
@@ -271,7 +276,7 @@ void Engine::queue_move(Op& op, Lane lane, uint64_t nbytes) {
       }
     const ChannelInfo& info = channels_[channel];
     queue.sched.add_flow(queue.next_flow, info.cls, info.weight, channel);
-    queue.flows.push_back({op.peer, channel, gpu.theirs.device, queue.next_flow});
+    queue.flows.push_back({op.peer, channel, gpu.theirs.device, info.cls, queue.next_flow});
     return queue.next_flow++;
   };
   // More urgent channels bound what may be posted, whether or not they have anything to move now.
@@ -283,24 +288,48 @@ void Engine::queue_move(Op& op, Lane lane, uint64_t nbytes) {
   pump_device(queue);
 }
 
-void Engine::pump_device(DeviceQueue& queue) {
-  // What is urgent goes by the other end's engine while that has nothing to do; only else must our window be small.
-  uint64_t preempt = static_cast<uint64_t>(setting("preempt_s", 100e-6) * 1e9);
-  if (queue.lane == Lane::peer) {
-    bool busy = false;
-    for (const auto& flow : queue.flows) {
-      Peer* peer = find_peer(flow.rank);
-      WakePage* page = peer && peer->state == Peer::State::up ? peer->link->page() : nullptr;
-      if (peer && peer->state == Peer::State::up)
-        busy |= !page || flow.remote_device >= WakePage::kDevices ||
-                page->load[flow.remote_device].load(std::memory_order_relaxed) > kBusy;
+// How much may be posted. What is urgent goes by the other end's engine while that has nothing to do; only else must
+// our window be small. And channels share the engine only as far as their chunks wait here rather than there.
+void Engine::limit_window(DeviceQueue& queue) {
+  uint64_t t = now();
+  bool urgent = false;
+  uint32_t waiting = 0;
+  for (const auto& flow : queue.flows) {
+    urgent |= flow.cls != queue.flows.front().cls;
+    if (queue.flows.size() > 1 && queue.sched.backlog(flow.id)) {
+      for (const auto& other : queue.flows)
+        if (other.channel != flow.channel && other.cls == flow.cls && queue.sched.backlog(other.id)) ++waiting;
     }
-    if (!busy) preempt = kNeverPreempt;
+    Peer* peer = find_peer(flow.rank);
+    if (!peer || peer->state != Peer::State::up || queue.busy_until_ns > t + kHoldNs / 2) continue;
+    WakePage* page = peer->link->page();
+    if (!page || flow.remote_device >= WakePage::kDevices ||
+        page->load[flow.remote_device].load(std::memory_order_relaxed) > kBusy)
+      queue.busy_until_ns = t + kHoldNs;
+  }
+  if (waiting) queue.shared_until_ns = t + kHoldNs;
+  const bool busy = queue.busy_until_ns > t, shared = queue.shared_until_ns > t;
+  uint64_t chunk = urgent ? kRoundChunk : kWholeChunk;
+  uint64_t preempt = kNeverPreempt;
+  double rate = queue.sched.rate();
+  if (shared || (urgent && busy)) {
+    // Two chunks of half the window: in whole steps, so that the second always finds room beside the first.
+    auto window = static_cast<uint64_t>(rate * static_cast<double>(preempt_ns_));
+    chunk = std::clamp(window / 2, kLeastChunk, kRoundChunk) & ~(kChunkStep - 1);
+    if (urgent && busy) preempt = static_cast<uint64_t>(2.04 * static_cast<double>(chunk) / rate);
+  }
+  if (queue.chunk != chunk) {
+    queue.chunk = chunk;
+    queue.sched.set_limits(chunk, urgent && busy ? 4 * chunk : 2 * chunk);
   }
   if (queue.preempt_ns != preempt) {
     queue.preempt_ns = preempt;
     for (uint8_t cls = 0; cls < Scheduler::kClasses; ++cls) queue.sched.set_preempt(cls, preempt);
   }
+}
+
+void Engine::pump_device(DeviceQueue& queue) {
+  if (queue.lane == Lane::peer) limit_window(queue);
   while (!queue.overflow.empty() && mover_->post(queue.overflow.front())) queue.overflow.pop_front();
   while (queue.overflow.empty()) {
     auto chunk = queue.sched.next();
@@ -329,6 +358,8 @@ void Engine::pump_device(DeviceQueue& queue) {
     if (chunk->last) gpu.in_sched = false;
     if (queue.lane == Lane::peer)
       page_->load[queue.device].fetch_add(chunk->nbytes, std::memory_order_relaxed);
+    // The copy of a small message takes about as long as its receiver's loop takes to wake up.
+    if (gpu.role == Role::pull && job.nbytes <= kEarlyWake) wake_loop();
     if (!mover_->post(job)) queue.overflow.push_back(job);
   }
 }
@@ -378,14 +409,23 @@ void Engine::arriving(Op& op, const FrameHeader& header, uint64_t nbytes) {
 }
 
 void Engine::moved(MoveJob* jobs, size_t count) {
-  Token token(*this);
+  Token token(*this, Token::Spin{});
   for (size_t i = 0; i < count; ++i) {
     MoveJob& job = jobs[i];
     DeviceQueue& queue = device_queue(job.device, job.lane);
     if (job.lane != Lane::in) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
-      queue.sched.complete(job.nbytes, job.ended_ns > began ? job.ended_ns - began : 0, job.cls);
-      queue.last_done_ns = job.ended_ns;
+      uint64_t elapsed = 0;
+      if (job.nbytes >= kPushFrom && job.ended_ns >= began) {
+        auto bytes = static_cast<double>(job.nbytes);
+        double keep = kRateMemory / (kRateMemory + bytes);
+        queue.rate_bytes = queue.rate_bytes * keep + bytes;
+        queue.rate_ns = queue.rate_ns * keep + static_cast<double>(job.ended_ns - began);
+        if (queue.rate_bytes > kRateMemory / 4)
+          elapsed = 1 + static_cast<uint64_t>(bytes * queue.rate_ns / queue.rate_bytes);
+      }
+      queue.sched.complete(job.nbytes, elapsed, job.cls);
+      queue.last_done_ns = std::max(queue.last_done_ns, job.ended_ns);
     }
     if (job.lane == Lane::peer) page_->load[job.device].fetch_sub(job.nbytes, std::memory_order_relaxed);
     Op* op = find(job.op);  // its chunk in flight has kept it from ending
@@ -432,7 +472,7 @@ void Engine::moved(MoveJob* jobs, size_t count) {
 }
 
 void Engine::go_on(const OpId* ops, size_t count) {
-  Token token(*this);
+  Token token(*this, Token::Spin{});
   for (size_t i = 0; i < count; ++i) {
     Op* op = find(ops[i]);
     if (!op || !op->gpu || !op->gpu->waiting) continue;
@@ -553,6 +593,20 @@ bool Engine::assist() {
   token_.unlock();
   after_unlock();
   return did > 0;
+}
+
+// The loops, ours and the other side's, sleep through a long copy. One that is woken a little early and spins sees the
+// end at once.
+void Engine::ends_soon(OpId id) {
+  Token token(*this, Token::Spin{});
+  Op* op = find(id);
+  if (!op || !op->gpu || op->state != OpState::moving) return;
+  wake_loop();
+  Peer* peer = find_peer(op->peer);
+  if (op->gpu->role != Role::push || !peer || peer->state != Peer::State::up) return;
+  FrameHeader h{};
+  h.kind = FrameKind::heartbeat;
+  send_control(*peer, h, Wake::loop);
 }
 
 bool Engine::end_assist() {

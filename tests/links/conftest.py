@@ -71,11 +71,6 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def gpus(gpu: Driver) -> None:
-    """GPUs: the machine's, else simulated ones."""
-
-
-@pytest.fixture
 async def pair(variant: Variant) -> AsyncIterator[Pair]:
     """Ranks 0 and 1 on this loop, connected over the link under test."""
     async with world(2, links=(variant.link,), warmup=True) as (a, b):

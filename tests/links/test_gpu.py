@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from conftest import Pair
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpus")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
 SIZES = [1, 7, 4096, 64 << 10, (1 << 20) + 3, 5 << 20]
 
 
 @pytest.fixture(params=["shm", "shm-stream", "tcp"])
-async def pair(request: pytest.FixtureRequest, gpus: None, monkeypatch: Any) -> AsyncIterator[Pair]:
+async def pair(request: pytest.FixtureRequest, gpu: object, monkeypatch: Any) -> AsyncIterator[Pair]:
     """Ranks 0 and 1 over each link that may carry what the GPU link announces."""
     link, _, mode = request.param.partition("-")
     if mode:
@@ -269,7 +269,7 @@ async def test_observers_see_the_cuda_link(pair: Pair) -> None:
     assert sum(statistics.messages_by_path.values()) == 1
 
 
-async def test_closing_with_transfers_under_way(gpus: None) -> None:
+async def test_closing_with_transfers_under_way(gpu: object) -> None:
     async with world(2, links=("cuda",), warmup=True) as (a, b):
         stream, source = Stream(), DeviceArray(4 << 20)
         gate = stream.gate()
@@ -284,7 +284,7 @@ async def test_closing_with_transfers_under_way(gpus: None) -> None:
         stream.close()
 
 
-async def test_between_two_processes(gpus: None, anyio_backend_name: str) -> None:
+async def test_between_two_processes(gpu: object, anyio_backend_name: str) -> None:
     if anyio_backend_name == "trio":
         pytest.skip("spawn's parent is the same on every loop: once is enough")
     sizes = [*SIZES, 9 << 20]

@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #include <algorithm>
@@ -17,10 +18,13 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
-constexpr size_t kBatch = 16;      // copies that share one written value
+constexpr size_t kBatch = 16;      // small copies that share one written value
+constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
+constexpr uint64_t kWakeNs = 80000;
+constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
 
 uint64_t now_ns() {
   timespec t;
@@ -160,9 +164,10 @@ void Device::give_back(const Gate& gate) {
 // ---------------------------------------------------------------- the thread
 
 size_t Device::stream_of(const MoveJob& job) {
-  if (job.lane == Lane::out) return 2;
-  if (job.lane == Lane::in) return 3;
-  return job.cls > 1 ? 1 : 0;
+  if (job.lane == Lane::out) return 3;
+  if (job.lane == Lane::in) return 4;
+  if (job.cls > 1) return 2;
+  return bulk_ ^= 1;
 }
 
 bool Device::idle() const {
@@ -172,6 +177,7 @@ bool Device::idle() const {
 
 void Device::run() {
   pthread_setname_np(pthread_self(), ("aiocomm-gpu" + std::to_string(ordinal)).c_str());
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // else the kernel adds 50 us to every sleep
   driver.cuCtxSetCurrent(context);
   uint64_t spin_until = 0;
   bool assisting = false;
@@ -191,7 +197,8 @@ void Device::run() {
     }
     if (stopping_.load(std::memory_order_acquire)) gates_.clear();  // the transfers have ended without them
     if (stopping_.load(std::memory_order_acquire) && idle() && jobs_.empty()) break;
-    if (now < spin_until) {
+    if (now < spin_until || (spin_ns_ && ends_soon(now))) {
+      announce_end(now);
       relax();
       continue;
     }
@@ -219,7 +226,8 @@ bool Device::issue() {
       break;
     if (!jobs_.pop(job)) break;
     did = true;
-    Stream& stream = streams_[stream_of(job)];
+    size_t index = stream_of(job);
+    Stream& stream = streams_[index];
     int code = lost_;
     if (!code) code = driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
     if (code != CUDA_SUCCESS) {
@@ -230,10 +238,13 @@ bool Device::issue() {
       continue;
     }
     stream.inflight.emplace_back(++stream.issued, job);
-    touched |= static_cast<uint8_t>(1u << stream_of(job));
+    if (job.nbytes >= kTellFrom)
+      tell(stream);
+    else
+      touched |= static_cast<uint8_t>(1u << index);
   }
   for (size_t i = 0; i < kStreams; ++i)
-    if (touched >> i & 1) tell(streams_[i]);
+    if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);
   return did;
 }
 
@@ -268,6 +279,7 @@ bool Device::collect(uint64_t now) {
     uint32_t done = __atomic_load_n(&word(i * kLine), __ATOMIC_ACQUIRE);
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       stream.inflight.front().second.ended_ns = now;
+      if (i < 3) peer_done_ns_ = now;
       finished_.push_back(stream.inflight.front().second);
       stream.inflight.pop_front();
     }
@@ -319,14 +331,32 @@ uint64_t Device::expected_end() const {
     const Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
     const MoveJob& job = stream.inflight.front().second;
-    uint64_t end = job.posted_ns + job.nbytes / (i < 2 ? 400 : 60);
+    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60);
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;
 }
 
+// Waking up takes longer than what is left.
+bool Device::ends_soon(uint64_t now) const {
+  uint64_t end = expected_end();
+  return end && now + 2 * kWakeNs > end && now < end + spin_ns_;
+}
+
+void Device::announce_end(uint64_t now) {
+  for (size_t i = 0; i < 3; ++i) {
+    if (streams_[i].inflight.empty()) continue;
+    const MoveJob& job = streams_[i].inflight.front().second;
+    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400;
+    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_)) continue;
+    announced_ = job.op;
+    announced_offset_ = job.offset;
+    host_.ends_soon(job.op);
+  }
+}
+
 void Device::sleep(uint64_t now) {
-  constexpr uint64_t kMargin = 30000, kShort = 20000, kLong = 200000;
+  constexpr uint64_t kMargin = 2 * kWakeNs, kShort = 20000, kRarely = 200000;
   prepare_sleep(wake_);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
   if (!jobs_.empty() || !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
@@ -342,7 +372,7 @@ void Device::sleep(uint64_t now) {
     if (end > now + kMargin + kShort)
       ns = end - now - kMargin;
     else if (end == 0 || now > end + 1000000)
-      ns = kLong;
+      ns = kRarely;
     limit.tv_sec = static_cast<time_t>(ns / 1000000000);
     limit.tv_nsec = static_cast<long>(ns % 1000000000);
     timeout = &limit;

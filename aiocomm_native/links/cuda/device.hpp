@@ -64,7 +64,7 @@ class Device {
   std::array<std::byte, 16> uuid{};
 
  private:
-  static constexpr size_t kStreams = 4;  // bulk and urgent between devices, to the host, from the host
+  static constexpr size_t kStreams = 5;  // two for bulk and one for what is urgent between devices, to and from the host
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -83,13 +83,19 @@ class Device {
   void finish();
   bool idle() const;
   void sleep(uint64_t now);
+  bool ends_soon(uint64_t now) const;
+  void announce_end(uint64_t now);
+  OpId announced_ = 0;
+  uint64_t announced_offset_ = 0;
   uint64_t expected_end() const;
-  static size_t stream_of(const MoveJob& job);
+  size_t stream_of(const MoveJob& job);
+  size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
   volatile uint32_t& word(size_t index) { return words_[index]; }
 
   MoverHost& host_;
   const uint64_t spin_ns_;
   std::array<Stream, kStreams> streams_;
+  uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
   int lost_ = 0;  // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;

@@ -79,6 +79,14 @@ class CudaLink final : public Link, public Mover {
   State& state();  // loads the driver on first use; throws LinkFailure
   Reach within_process(int device, const DevicePlace& theirs, OpId waiter);
 
+  // By address, what bind() has seen: as long as the buffer id is the same, nothing else needs to be asked.
+  struct Known {
+    uint64_t address = 0;
+    Allocation allocation;
+  };
+  Allocation look_up_known(const Driver& driver, uint64_t address, uint64_t nbytes);
+  std::array<Known, 256> known_{};  // the loop's thread only
+
   Host& host_;
   std::mutex mutex_;
   std::shared_ptr<State> state_;
