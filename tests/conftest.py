@@ -60,7 +60,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver]:
     """The driver in use, NVIDIA's or the simulated one; on that, nothing may touch what is not its own."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # children use fakes, too
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep
+    )  # children use fakes, too
     library = simulated.choose()
     if not library:
         yield gpus.driver()

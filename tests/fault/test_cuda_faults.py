@@ -1,7 +1,8 @@
-"""The GPU link when something fails: every driver call, devices, peers, and memory that is freed and comes back.
+"""The GPU link when something fails: driver calls, devices, peers, and memory that is freed and comes back.
 
-Ranks of one process reach each other's memory by its address, so what concerns CUDA IPC runs between processes.
-After each test the simulated driver must not have seen an access to memory that was not there (fixture `gpu`).
+Ranks of one process reach each other's memory by its address, so what concerns CUDA IPC runs between
+processes. After each test the simulated driver must not have seen an access to memory that was not there
+(fixture `gpu`).
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ async def outcomes(*calls: Any) -> list[BaseException | None]:
     return found
 
 
+async def the_first(events: Any, kind: type) -> Any:
+    with anyio.fail_after(LIMIT_S):
+        async for event in events:
+            if isinstance(event, kind):
+                return event
+    raise AssertionError("the events have ended")
+
+
 async def exchange(a: aiocomm.Communicator, b: aiocomm.Communicator, seed: int) -> list[BaseException | None]:
     """GPU to GPU, GPU to host, host to GPU; what arrived without an error must be right."""
     data = random(NBYTES, seed)
@@ -78,7 +87,8 @@ async def exchange(a: aiocomm.Communicator, b: aiocomm.Communicator, seed: int) 
             into.write(np.zeros(NBYTES, np.uint8))
         # The deadline ends the half whose other half was refused.
         both = await outcomes(
-            lambda source=source: a.send(source, 1, deadline=2.0), lambda into=into: b.recv(into, 0, deadline=2.0)
+            lambda source=source: a.send(source, 1, deadline=2.0),
+            lambda into=into: b.recv(into, 0, deadline=2.0),
         )
         if both[1] is None:
             got = into.numpy() if isinstance(into, DeviceArray) else into
@@ -179,7 +189,7 @@ async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> No
         while True:
             await comm.recv(array, 0)
 
-    with pytest.raises(aiocomm.AiocommError):  # spawn tells of the killed worker
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - spawn tells of the killed worker
         async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
             data = random(NBYTES)
             source = DeviceArray(NBYTES, device=0).write(data)
@@ -189,7 +199,10 @@ async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> No
             sent = comm.send(source, 1)
             try:
                 await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
+                events = comm.events()
                 os.kill(comm.peers[0].pid, signal.SIGKILL)
+                await the_first(events, aiocomm.PeerLost)
+                assert not sent.done()  # the engine still has the buffer
             finally:
                 simulator.resume(0, Engine.PEER)
             with pytest.raises(aiocomm.PeerLostError):
@@ -216,7 +229,7 @@ async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator) 
         await comm.send(b"halfway", 0, tag=1)
         await sending
 
-    with pytest.raises(aiocomm.AiocommError):
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - as above
         async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
             into = DeviceArray(NBYTES, device=0)
             await comm.recv(into, 1)
@@ -251,10 +264,7 @@ async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(
             await comm.send(source, 1)
             await comm.recv(into, 1)
             assert (into.numpy() == data).all()
-            with anyio.fail_after(LIMIT_S):
-                async for event in events:
-                    if isinstance(event, aiocomm.Fallback):
-                        break
+            event = await the_first(events, aiocomm.Fallback)
             assert "801" in event.reason
             assert "--ipc=host" in event.reason
     simulator.heal()

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from conftest import Pair
-    from fakes.gpu import Driver
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `aiocomm doctor` says of GPUs: the simulated driver as it is, too old, empty, refusing, and asked both ways."""
+"""What `aiocomm doctor` says of GPUs: the driver as it is, too old, empty, refusing, and asked both ways."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
-constexpr size_t kBatch = 16;      // small copies that share one written value
+constexpr size_t kBatch = 16;  // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
@@ -56,19 +56,22 @@ bool is_lost(int code) {
 }  // namespace
 
 Device::Current::Current(const Device& device) : device_(device) {
+  device.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);  // for its own and back again
   device.driver.cuCtxGetCurrent(&before_);
   if (before_ != device.context) device.driver.cuCtxSetCurrent(device.context);
 }
 
 Device::Current::~Current() {
   if (before_ != device_.context) device_.driver.cuCtxSetCurrent(before_);
+  device_.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);
 }
 
 Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     : driver(d), ordinal(o), host_(host), spin_ns_(spin_ns), jobs_(kQueue), gate_queue_(kQueue) {
   auto check = [&](CUresult code, const char* what) {
     if (code == CUDA_SUCCESS) return;
-    throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code), code);
+    throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code),
+                      code);
   };
   CUdevice device;
   check(driver.cuDeviceGet(&device, ordinal), "find the device");
@@ -179,6 +182,8 @@ void Device::run() {
   pthread_setname_np(pthread_self(), ("aiocomm-gpu" + std::to_string(ordinal)).c_str());
   prctl(PR_SET_TIMERSLACK, 1000UL);  // else the kernel adds 50 us to every sleep
   driver.cuCtxSetCurrent(context);
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Current
   uint64_t spin_until = 0;
   bool assisting = false;
   for (uint32_t turn = 0;; ++turn) {
@@ -348,7 +353,8 @@ void Device::announce_end(uint64_t now) {
     if (streams_[i].inflight.empty()) continue;
     const MoveJob& job = streams_[i].inflight.front().second;
     uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400;
-    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_)) continue;
+    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_))
+      continue;
     announced_ = job.op;
     announced_offset_ = job.offset;
     host_.ends_soon(job.op);

@@ -47,7 +47,8 @@ class Device {
   Gate gate_behind(CUstream stream);
   void give_back(const Gate& gate);
 
-  // Makes the context current for its scope.
+  // Makes the context current for its scope, and keeps what is called in it apart from graphs that other threads
+  // capture: by default a capture forbids every thread of the process to allocate, and breaks if one does.
   class Current {
    public:
     explicit Current(const Device& device);
@@ -56,6 +57,7 @@ class Device {
    private:
     const Device& device_;
     CUcontext before_ = nullptr;
+    int capture_mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
   };
 
   const Driver& driver;
@@ -64,7 +66,8 @@ class Device {
   std::array<std::byte, 16> uuid{};
 
  private:
-  static constexpr size_t kStreams = 5;  // two for bulk and one for what is urgent between devices, to and from the host
+  static constexpr size_t kStreams =
+      5;  // two for bulk and one for what is urgent between devices, to and from the host
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -96,7 +99,7 @@ class Device {
   const uint64_t spin_ns_;
   std::array<Stream, kStreams> streams_;
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
-  int lost_ = 0;  // the driver's code, once the device is lost
+  int lost_ = 0;               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
   std::vector<MoveJob> finished_;

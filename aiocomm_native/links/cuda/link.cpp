@@ -10,7 +10,8 @@ namespace aiocomm::cuda {
 
 namespace {
 
-constexpr uint64_t kEagerBounce = 1 << 20;  // smaller: ordinary memory at once rather than pinned memory later
+constexpr uint64_t kEagerBounce =
+    1 << 20;  // smaller: ordinary memory at once rather than pinned memory later
 
 uint64_t random_token() {
   uint64_t token = 0;
@@ -33,12 +34,19 @@ State::State(const Driver& d, Host& h)
     : driver(d),
       host(h.mover_host()),
       process(process_token()),
+      helper(driver),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
 
 State::~State() {
   stop();
+  for (auto& device : devices_) {
+    if (!device.load()) continue;
+    Device::Current current(*device.load());  // of this thread none may be, and the driver then frees nothing
+    bounces.clear();
+    break;
+  }
   for (auto& device : devices_) delete device.load();
 }
 
@@ -90,7 +98,8 @@ CudaBuffer::~CudaBuffer() {
 
 // ---------------------------------------------------------------- the link
 
-std::shared_ptr<LinkPeer> CudaLink::attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view, bool) {
+std::shared_ptr<LinkPeer> CudaLink::attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view,
+                                           bool) {
   for (int fd : fds) ::close(fd);
   throw LinkFailure("the cuda link moves memory beside another link, and joins no processes", EOPNOTSUPP);
 }
@@ -136,8 +145,8 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   }
   Allocation found = look_up_known(state.driver, address, nbytes);
   if (device >= 0 && found.device != device)
-    throw DeviceUsage("the array says that it is on GPU " + std::to_string(device) + ", and its memory is on GPU " +
-                      std::to_string(found.device));
+    throw DeviceUsage("the array says that it is on GPU " + std::to_string(device) +
+                      ", and its memory is on GPU " + std::to_string(found.device));
   Device& owner = state.device(found.device);
   buffer->device = found.device;
   buffer->ipc = found.ipc;
@@ -154,7 +163,8 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   CUresult code = state.driver.cuStreamIsCapturing(handle, &capturing);
   if (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE)
     throw DeviceUsage(
-        "the stream is being captured into a CUDA graph: a transfer cannot be part of one; send before or after the "
+        "the stream is being captured into a CUDA graph: a transfer cannot be part of one; send before or "
+        "after the "
         "capture, or on another stream");
   if (code == CUDA_SUCCESS) code = state.driver.cuStreamQuery(handle);
   if (code == CUDA_ERROR_NOT_READY)
@@ -169,7 +179,8 @@ void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
   if (mine.place.exported != Export::none) return;
   if (peer.process() == ::getpid()) {
     mine.place.exported = Export::ipc;  // its address is enough
-  } else if (peer.process() >= 0 && mine.ipc && state_->handle_of(mine.place, mine.device, mine.place.handle)) {
+  } else if (peer.process() >= 0 && mine.ipc &&
+             state_->handle_of(mine.place, mine.device, mine.place.handle)) {
     mine.place.exported = Export::ipc;
   }
 }
@@ -178,16 +189,18 @@ Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpI
   if (peer.process() == ::getpid()) return within_process(device, theirs, waiter);
   if (peer.process() < 0) return {Reach::State::refused, 0, nullptr, "the peer's GPU is on another host"};
   if (theirs.exported == Export::none)
-    return {Reach::State::refused, 0, nullptr,
-            "the memory cannot be shared between processes (of a pool of cudaMallocAsync, or several mappings): "
-            "allocate it by cudaMalloc"};
+    return {
+        Reach::State::refused, 0, nullptr,
+        "the memory cannot be shared between processes (of a pool of cudaMallocAsync, or several mappings): "
+        "allocate it by cudaMalloc"};
   Device* own = state_->started(device);
   return state_->mappings.reach(own->context, device, theirs, -1, waiter);
 }
 
 // Communicators of one process, and messages to oneself.
 Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waiter) {
-  if (theirs.device == device || theirs.device >= state_->driver.devices) return {Reach::State::ready, theirs.base, {}, {}};
+  if (theirs.device == device || theirs.device >= state_->driver.devices)
+    return {Reach::State::ready, theirs.base, {}, {}};
   uint64_t pair = static_cast<uint64_t>(device) << 32 | theirs.device;
   {
     std::lock_guard lock(mutex_);
@@ -226,7 +239,8 @@ Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId w
   auto& mine = static_cast<CudaBuffer&>(buffer);
   Bounces& bounces = state_->bounces;
   mine.bounce = bounces.take(nbytes);
-  if (!mine.bounce && (nbytes < kEagerBounce || waiter == 0 || !bounces.may_pin(nbytes))) mine.bounce = bounces.plain(nbytes);
+  if (!mine.bounce && (nbytes < kEagerBounce || waiter == 0 || !bounces.may_pin(nbytes)))
+    mine.bounce = bounces.plain(nbytes);
   if (mine.bounce) return Reach::State::ready;
   if (waiter == 0) return Reach::State::refused;
   state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {

@@ -22,7 +22,9 @@ class State {
 
   // Started on first use. Throws LinkFailure. Any thread.
   Device& device(int ordinal);
-  Device* started(int ordinal) const { return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire); }
+  Device* started(int ordinal) const {
+    return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire);
+  }
   // A legacy handle of the allocation; false: it has none. Any thread.
   bool handle_of(const DevicePlace& place, int device, std::array<std::byte, 64>& handle);
   void stop();
@@ -61,7 +63,8 @@ class CudaLink final : public Link, public Mover {
   std::string_view name() const override { return "cuda"; }
   StreamNeed streams() const override { return {}; }
   Mover* mover() override { return this; }
-  std::shared_ptr<LinkPeer> attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view, bool) override;
+  std::shared_ptr<LinkPeer> attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view,
+                                   bool) override;
 
   std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) override;
   int devices() const override;

@@ -29,6 +29,8 @@ void Helper::stop() {
 
 void Helper::run() {
   pthread_setname_np(pthread_self(), "aiocomm-gpumap");
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
   for (;;) {
     std::function<void()> task;
     {
@@ -87,7 +89,8 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
   for (auto it = entries_.begin(); it != entries_.end();) {
     auto next = std::next(it);
     bool same = it->first.owner == key.owner && it->first.device == device;
-    bool overlaps = it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
+    bool overlaps =
+        it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
     if (same && overlaps && it->second.state != Reach::State::opening) drop(it);  // freed by its owner
     it = next;
   }

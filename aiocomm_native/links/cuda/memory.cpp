@@ -18,9 +18,12 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   CUdeviceptr base = 0;
   size_t extent = 0;
   unsigned long long buffer_id = 0;
-  int attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,      CU_POINTER_ATTRIBUTE_IS_MANAGED,
-                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,   CU_POINTER_ATTRIBUTE_BUFFER_ID,
-                      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+  int attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                      CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                      CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                      CU_POINTER_ATTRIBUTE_RANGE_SIZE,
                       CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE};
   void* values[] = {&type, &managed, &device, &buffer_id, &base, &extent, &ipc};
   CUresult code = driver.cuPointerGetAttributes(7, attributes, values, address);
@@ -30,7 +33,8 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
     throw DeviceUsage("the array's address is not device memory of this process (was it freed?)");
   if (managed)
     throw DeviceUsage(
-        "the array is managed memory, which migrates while it is copied: copy it to memory of one device first");
+        "the array is managed memory, which migrates while it is copied: copy it to memory of one device "
+        "first");
   if (type != CU_MEMORYTYPE_DEVICE)
     throw DeviceUsage("the array lies in host memory: pass it as a host array (NumPy, or memoryview)");
   Allocation found;
@@ -43,13 +47,16 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   return found;
 }
 
-Bounces::~Bounces() {
+void Bounces::clear() {
+  std::lock_guard lock(mutex_);
   for (auto& [memory, block] : blocks_) {
     if (block.pinned)
       driver_.cuMemFreeHost(memory);
     else
       std::free(memory);
   }
+  blocks_.clear();
+  free_.clear();
 }
 
 std::byte* Bounces::take(uint64_t nbytes) {

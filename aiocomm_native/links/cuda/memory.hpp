@@ -32,11 +32,12 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes);
 class Bounces {
  public:
   Bounces(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
-  ~Bounces();
-  std::byte* take(uint64_t nbytes);           // at hand; nullptr: see make()
-  std::byte* plain(uint64_t nbytes);          // ordinary memory, at once; nullptr: none left
-  bool may_pin(uint64_t nbytes);              // whether make() is worth a try
-  std::byte* make(uint64_t nbytes);           // pinned; takes milliseconds, in a current context; nullptr: refused
+  ~Bounces() { clear(); }
+  void clear();                       // in a current context
+  std::byte* take(uint64_t nbytes);   // at hand; nullptr: see make()
+  std::byte* plain(uint64_t nbytes);  // ordinary memory, at once; nullptr: none left
+  bool may_pin(uint64_t nbytes);      // whether make() is worth a try
+  std::byte* make(uint64_t nbytes);   // pinned; takes milliseconds, in a current context; nullptr: refused
   void give_back(std::byte* memory);
 
  private:
@@ -48,7 +49,7 @@ class Bounces {
   const uint64_t limit_;
   std::mutex mutex_;
   uint64_t pinned_ = 0;
-  bool refused_ = false;  // the system pins no more
+  bool refused_ = false;                // the system pins no more
   std::map<std::byte*, Block> blocks_;  // in use and free
   std::map<uint64_t, std::vector<std::byte*>> free_;
 };
