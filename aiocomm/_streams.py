@@ -1,7 +1,7 @@
 """Streams of any library, as the driver's handles.
 
-No library is imported: a stream or an array of one that is not loaded cannot exist. The handles 0 and 1 are the
-legacy default stream, 2 the per-thread one; all others are addresses.
+No library is imported: a stream or an array of one that is not loaded cannot exist. The handles 0 and 1 are
+the legacy default stream, 2 the per-thread one; all others are addresses.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def resolve(stream: Any, array: Any, device: int) -> int:
     """The handle of a stream; of None, of the current one of the array's library.
 
     Args:
-        stream: a stream of torch, CuPy, cuda-python or cuda.core, anything with `__cuda_stream__`, a handle as an
-            integer, or None.
+        stream: a stream of torch, CuPy, cuda-python or cuda.core, anything with `__cuda_stream__`, a handle
+            as an integer, or None.
         array: the array that is moved.
         device: index of its device, or -1 where the library does not say.
 
@@ -37,8 +37,8 @@ def resolve(stream: Any, array: Any, device: int) -> int:
     handle = _handle(stream)
     if not 0 <= handle < _HANDLES:
         raise UsageError(
-            f"stream={stream!r} is no stream handle: pass the stream, its handle, 0 for the legacy default stream "
-            "or 2 for the per-thread one"
+            f"stream={stream!r} is no stream handle: pass the stream, its handle, 0 for the legacy default "
+            "stream or 2 for the per-thread one"
         )
     return handle
 
@@ -59,7 +59,9 @@ def _handle(stream: Any) -> int:
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
-        return _by_protocol(stream, protocol() if callable(protocol) else protocol)  # was an attribute at first
+        return _by_protocol(
+            stream, protocol() if callable(protocol) else protocol
+        )  # was an attribute at first
     for name in ("cuda_stream", "ptr"):  # torch, CuPy
         found = getattr(stream, name, None)
         if isinstance(found, int):

@@ -22,7 +22,10 @@ async def worker(comm: aiocomm.Communicator) -> None:
     await comm.recv(product, src=0)
     print(f"rank 1 has the product on {product.device}; it begins with {product[0, 0].item():.0f}")
 
-    large, small = torch.empty(512 * MIB, dtype=torch.uint8, device="cuda:1"), torch.empty(16, device="cuda:1")
+    large, small = (
+        torch.empty(512 * MIB, dtype=torch.uint8, device="cuda:1"),
+        torch.empty(16, device="cuda:1"),
+    )
     receiving = bulk.recv(large, src=0)
     for _ in range(20):
         await urgent.recv(small, src=0)
@@ -36,7 +39,7 @@ async def main() -> None:
     async with aiocomm.spawn(worker, n=1) as comm:
         urgent, bulk = comm.channel("urgent", priority=aiocomm.Priority.HIGH), comm.channel("bulk")
         a = torch.ones(4096, 4096, device="cuda:0")
-        # The multiplication is queued on torch's current stream. The send waits for it on the GPU; nothing here does.
+        # The product is queued on torch's current stream. The send waits for it on the GPU; nothing here does.
         await comm.send(a @ a, dst=1)
 
         large = torch.full((512 * MIB,), 7, dtype=torch.uint8, device="cuda:0")

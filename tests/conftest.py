@@ -51,6 +51,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     pyfuncitem.obj = bounded
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the simulated driver before the first test: that takes a minute once, and counts for no test."""
+    if any({"gpu", "simulated_library"} & set(getattr(item, "fixturenames", ())) for item in session.items):
+        simulated.choose()
+
+
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver]:
     """The driver in use, NVIDIA's or the simulated one; on that, nothing may touch what is not its own."""

@@ -1,7 +1,7 @@
 """The CUDA driver as discovery asks it: through cuda-python where that is installed, else by ctypes.
 
-Only questions that need no context are asked in this process: a context takes hundreds of megabytes of the GPU.
-What needs one is tried by `_cuda_probe` in a child.
+Only questions that need no context are asked in this process: a context takes hundreds of megabytes of the
+GPU. What needs one is tried by `_cuda_probe` in a child.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PERFORMANCE_RANK, _ACCESS, _ATOMICS = 1, 2, 3
 _NAME_BYTES = 100
 
 
-class NoDriver(Exception):  # noqa: N818 - a state of the machine
+class NoDriver(Exception):
     """The driver's library does not load."""
 
 

@@ -1,7 +1,8 @@
-"""Tries, in a process of its own, what GPU memory other processes can open: `python -m aiocomm.links._cuda_probe`.
+"""Tries what GPU memory other processes can open: `python -m aiocomm.links._cuda_probe`.
 
-Without arguments it allocates by each way, exports what can be, starts itself again to open the exports, and prints
-one line per way: `name=outcome`, outcome being "ok" or what failed. A context on the GPU exists only while it runs.
+Without arguments it allocates by each way, exports what can be, starts itself again to open the exports, and
+prints one line per way: `name=outcome`, outcome being "ok" or what failed. A context on the GPU exists only
+while it runs.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class _Cuda:
 
     def open_legacy(self, handle: bytes) -> None:
         address = ctypes.c_uint64()
-        self("cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), ctypes.c_uint(1))
+        self(
+            "cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), ctypes.c_uint(1)
+        )
         self("cuIpcCloseMemHandle", address)
 
     def descriptor(self) -> int:
@@ -120,7 +123,9 @@ def _export() -> None:
         outcome[VMM] = str(error)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with mine, theirs:
-        child = subprocess.Popen([sys.executable, "-m", __spec__.name, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        child = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
         theirs.close()
         for name, handle in handles.items():
             mine.send(name.encode() + b"=" + handle)

@@ -1,4 +1,4 @@
-"""CUDA: GPUs, how they reach each other, what other processes can open of their memory, and what is in the way."""
+"""CUDA: GPUs, how they reach each other, what other processes can open of their memory, what is in the way."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _ADVICE: Final = {
     34: "the library is the toolkit's stub: put the driver's own folder before it in LD_LIBRARY_PATH",
     46: "another process holds the GPU alone: nvidia-smi -c DEFAULT; or it has failed: see nvidia-smi",
-    100: f"no GPU is shown to this process: see nvidia-smi, {_VISIBLE}, and the container's GPUs (--gpus all)",
+    100: f"no GPU is shown to this process: see nvidia-smi, {_VISIBLE}, the container's GPUs (--gpus all)",
     101: f"{_VISIBLE} names a GPU that is not there: see nvidia-smi -L",
     802: "start the service nvidia-fabricmanager (machines with NVSwitch need it)",
     803: "the kernel module is of another release than the library: reboot, or reload it",
@@ -44,7 +44,7 @@ _ADVICE: Final = {
 
 
 def discover() -> Report:
-    """Look for GPUs on the PCI bus, ask the driver about them, and try what other processes can open of them."""
+    """Look for GPUs on the bus, ask the driver about them, and try what other processes can open of them."""
     on_bus = _on_bus()
     seen = Check("PCI bus", State.INFO, f"NVIDIA GPUs: {', '.join(on_bus)}" if on_bus else "no NVIDIA GPU")
     driver_checks, devices = _driver(bool(on_bus))
@@ -67,7 +67,9 @@ def _driver(has_gpu: bool) -> tuple[list[Check], int]:
         driver = open_driver(driver_library())
     except NoDriver as error:
         library = driver_library() or "libcuda.so.1"
-        return [Check("driver library", State.FAILED, f"{library} does not load ({error})", _no_driver(has_gpu))], 0
+        return [
+            Check("driver library", State.FAILED, f"{library} does not load ({error})", _no_driver(has_gpu))
+        ], 0
     try:
         version = driver.version()
         supports = f"supports CUDA {version // 1000}.{version % 1000 // 10}, asked through {driver.source}"
@@ -93,7 +95,9 @@ def _driver(has_gpu: bool) -> tuple[list[Check], int]:
             advice = _ADVICE.get(error.code, "nvidia-smi tells more; other GPUs go on")
             checks.append(Check(f"device {index}", State.LIMITED, str(error), advice))
     if not devices:
-        checks.append(Check("devices", State.FAILED, "none answers", "see nvidia-smi and dmesg for Xid messages"))
+        checks.append(
+            Check("devices", State.FAILED, "none answers", "see nvidia-smi and dmesg for Xid messages")
+        )
         return checks, 0
     checks += [_device(one) for one in devices]
     if len(devices) > 1:
@@ -137,7 +141,9 @@ def _topology(driver: Driver, devices: list[Device]) -> Check:
         "these pairs are copied through the host; where the machine could do better: nvidia-smi topo -p2p r, "
         "and the BIOS's settings ACS and IOMMU"
     )
-    return Check("topology", State.LIMITED, "; ".join([*parts, f"no peer access: {', '.join(apart)}"]), advice)
+    return Check(
+        "topology", State.LIMITED, "; ".join([*parts, f"no peer access: {', '.join(apart)}"]), advice
+    )
 
 
 def _sharing() -> list[Check]:
@@ -145,12 +151,16 @@ def _sharing() -> list[Check]:
     try:
         outcome = probe.try_exports()
     except OSError as error:
-        advice = "no context could be made on GPU 0: see nvidia-smi for its memory, its mode and its processes"
+        advice = (
+            "no context could be made on GPU 0: see nvidia-smi for its memory, its mode and its processes"
+        )
         return [Check("memory of other processes", State.FAILED, str(error), advice)]
     legacy, vmm, pool = (outcome.get(name, "not tried") for name in (probe.LEGACY, probe.VMM, probe.POOL))
     checks = []
     if legacy == "ok":
-        checks.append(Check("cudaMalloc memory", State.OK, "opened by another process (torch and CuPy by default)"))
+        checks.append(
+            Check("cudaMalloc memory", State.OK, "opened by another process (torch and CuPy by default)")
+        )
     else:
         checks.append(Check("cudaMalloc memory", State.LIMITED, legacy, _refused()))
     if vmm == "ok":
@@ -183,7 +193,9 @@ def _namespaces() -> Check:
     private = private_namespaces()
     if not private:
         return Check("namespaces", State.INFO, "the machine's own: all its processes can share GPU memory")
-    detail = f"own {' and '.join(private)} namespace: processes outside of it cannot open this one's GPU memory"
+    detail = (
+        f"own {' and '.join(private)} namespace: processes outside of it cannot open this one's GPU memory"
+    )
     advice = (
         f"ranks in several containers of one machine: {' '.join(f'--{kind}=host' for kind in private)} "
         "(Docker, Podman), or hostPID and hostIPC, or one pod (Kubernetes)"

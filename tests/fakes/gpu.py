@@ -168,7 +168,13 @@ class Stream:
     def fill(self, array: DeviceArray, value: int) -> None:
         """Queue that every byte of an array becomes `value`."""
         driver().use(self.device)
-        driver()("cuMemsetD8Async", Address(array.address), value, ctypes.c_size_t(array.nbytes), Handle(self.handle))
+        driver()(
+            "cuMemsetD8Async",
+            Address(array.address),
+            value,
+            ctypes.c_size_t(array.nbytes),
+            Handle(self.handle),
+        )
 
     def done(self) -> bool:
         """Whether all that was queued has ended."""
@@ -180,10 +186,10 @@ class Stream:
         driver().use(self.device)
         driver()("cuStreamSynchronize", Handle(self.handle))
 
-    def begin_capture(self) -> None:
-        """Record instead of executing, until `end_capture`."""
+    def begin_capture(self, mode: int = _CAPTURE_RELAXED) -> None:
+        """Record instead of executing, until `end_capture`. `mode` 0 is global, which torch uses."""
         driver().use(self.device)
-        driver()("cuStreamBeginCapture", Handle(self.handle), _CAPTURE_RELAXED)
+        driver()("cuStreamBeginCapture", Handle(self.handle), mode)
 
     def end_capture(self) -> int:
         """Throw the recording away; returns the driver's code."""
@@ -295,18 +301,37 @@ class DeviceArray:
         # In blocks, as expandable segments are: an array may lie across several.
         size = -(-self._room // _GRANULARITY) * _GRANULARITY
         address = Address()
-        driver()("cuMemAddressReserve", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_size_t(0), Address(0), Address(0))
+        driver()(
+            "cuMemAddressReserve",
+            ctypes.byref(address),
+            ctypes.c_size_t(size),
+            ctypes.c_size_t(0),
+            Address(0),
+            Address(0),
+        )
         place = Location(1, self.device)
         for at in range(address.value, address.value + size, _GRANULARITY):
             block = ctypes.c_uint64()
             wanted = AllocationProp(1, 1, place, None, 0)
-            driver()("cuMemCreate", ctypes.byref(block), ctypes.c_size_t(_GRANULARITY), ctypes.byref(wanted), Address(0))
-            driver()("cuMemMap", Address(at), ctypes.c_size_t(_GRANULARITY), ctypes.c_size_t(0), block, Address(0))
+            driver()(
+                "cuMemCreate",
+                ctypes.byref(block),
+                ctypes.c_size_t(_GRANULARITY),
+                ctypes.byref(wanted),
+                Address(0),
+            )
+            driver()(
+                "cuMemMap", Address(at), ctypes.c_size_t(_GRANULARITY), ctypes.c_size_t(0), block, Address(0)
+            )
             driver()("cuMemRelease", block)  # the mapping keeps it
         access = AccessDesc(place, 3)
         driver()("cuMemSetAccess", address, ctypes.c_size_t(size), ctypes.byref(access), ctypes.c_size_t(1))
         self._vmm = (address, size)
         return address.value
+
+    def part(self, start: int, nbytes: int) -> Part:
+        """Bytes of this array, as an array."""
+        return Part(self, start, nbytes)
 
     def write(self, values: NDArray[Any]) -> DeviceArray:
         """Copy from the host, and wait for it."""
@@ -317,7 +342,12 @@ class DeviceArray:
             self.numpy().reshape(-1)[:] = source
         elif self.nbytes:
             driver().use(self.device)
-            driver()("cuMemcpyHtoD", Address(self.address), Handle(source.ctypes.data), ctypes.c_size_t(self.nbytes))
+            driver()(
+                "cuMemcpyHtoD",
+                Address(self.address),
+                Handle(source.ctypes.data),
+                ctypes.c_size_t(self.nbytes),
+            )
         return self
 
     def numpy(self) -> NDArray[Any]:
@@ -328,7 +358,12 @@ class DeviceArray:
         target = np.empty(self.shape, self.dtype)
         if self.nbytes:
             driver().use(self.device)
-            driver()("cuMemcpyDtoH", Handle(target.ctypes.data), Address(self.address), ctypes.c_size_t(self.nbytes))
+            driver()(
+                "cuMemcpyDtoH",
+                Handle(target.ctypes.data),
+                Address(self.address),
+                ctypes.c_size_t(self.nbytes),
+            )
         return target
 
     def close(self) -> None:
@@ -352,3 +387,17 @@ class DeviceArray:
     def __del__(self) -> None:
         if getattr(self, "_base", 0):
             self.close()
+
+
+class Part:
+    """Bytes of a `DeviceArray`."""
+
+    def __init__(self, whole: DeviceArray, start: int, nbytes: int) -> None:
+        self._whole = whole
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (whole.address + start, False),
+            "strides": None,
+            "version": 3,
+        }

@@ -1,7 +1,7 @@
 """The simulated driver: building it, and what a test may do to it.
 
-`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler into a cache folder, under the name
-libcuda.so.1, and answers its path: that is what AIOCOMM_LIBCUDA names. The same library object serves native
+`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler into
+a cache folder, under the name libcuda.so.1, and answers its path: that is what AIOCOMM_LIBCUDA names. The same library object serves native
 code and these bindings, so what is asked of it here concerns the driver that the link uses.
 """
 
@@ -45,7 +45,12 @@ def choose() -> Path | None:
     with contextlib.suppress(OSError):
         real = ctypes.CDLL("libcuda.so.1") if not os.environ.get("FAKE_CUDA") else None
         count = ctypes.c_int()
-        if real and real.cuInit(0) == 0 and real.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 1:
+        if (
+            real
+            and real.cuInit(0) == 0
+            and real.cuDeviceGetCount(ctypes.byref(count)) == 0
+            and count.value > 1
+        ):
             return None
     return build()
 
@@ -100,7 +105,7 @@ class Simulator:
         self._library.fake_lose_device(device, code)
 
     def heal(self) -> None:
-        """Take back all failures, lost devices and broken contexts."""
+        """Take back failures and lost devices. Broken contexts are as new; what was queued there is gone."""
         self._library.fake_heal()
 
     def calls(self, name: str) -> int:
@@ -108,7 +113,7 @@ class Simulator:
         return int(self._library.fake_calls(name.encode()))
 
     def counter(self, name: str) -> int:
-        """"staged_copies" (without peer access), "pageable_copies", or "bytes" moved."""
+        """ "staged_copies" (without peer access), "pageable_copies", or "bytes" moved."""
         return int(self._library.fake_counter(name.encode()))
 
     def held(self, name: str) -> int:
@@ -148,6 +153,14 @@ class Simulator:
         """Block until so many operations could run on an engine, the one that it is at included."""
         if not self._library.fake_wait_ready(device, engine, ctypes.c_uint64(count), _WAIT_MS):
             raise TimeoutError(f"nothing came to engine {engine.name} of device {device}")
+
+    def wait_ready_on_any(self, devices: list[int], engine: Engine) -> None:
+        """Block until an operation could run on this engine of one of the devices."""
+        for _ in range(_WAIT_MS):
+            for device in devices:
+                if self._library.fake_wait_ready(device, engine, ctypes.c_uint64(1), 1):
+                    return
+        raise TimeoutError(f"nothing came to engine {engine.name} of devices {devices}")
 
     def wait_executed(self, device: int, engine: Engine, count: int) -> None:
         """Block until an engine has executed `count` operations in all."""

@@ -1,4 +1,4 @@
-"""What `aiocomm doctor` says of GPUs: the simulated driver as it is, too old, empty, refusing, and asked both ways."""
+"""What `aiocomm doctor` says of GPUs: the driver as it is, too old, empty, refusing, and asked both ways."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from aiocomm.links import _container, cuda
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def simulated_library() -> None:
+    """Asks for the library to be built before the tests begin (tests/conftest.py)."""
 
 
 def doctor(**environment: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def random(nbytes: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
 
 
-def copy(driver: Driver, to: DeviceArray, source: DeviceArray, stream: Stream, nbytes: int | None = None) -> None:
+def copy(
+    driver: Driver, to: DeviceArray, source: DeviceArray, stream: Stream, nbytes: int | None = None
+) -> None:
     driver.use(stream.device)
     driver(
         "cuMemcpyAsync",
@@ -166,18 +168,22 @@ def test_the_legacy_stream_waits_for_blocking_ones(gpu: Driver) -> None:
 
 def test_strided_copies(gpu: Driver) -> None:
     class Plane2D(ctypes.Structure):
-        _fields_ = tuple(
-            (name, ctypes.c_uint if name.endswith("Type") else ctypes.c_uint64)
-            for side in ("src", "dst")
-            for name in (
-                f"{side}XInBytes", f"{side}Y", f"{side}Type", f"{side}Host", f"{side}Device", f"{side}Array", f"{side}Pitch",
-            )
-        ) + (("width", ctypes.c_size_t), ("height", ctypes.c_size_t))  # fmt: skip
+        _fields_ = (
+            *(
+                (side + name, ctypes.c_uint if name == "Type" else ctypes.c_uint64)
+                for side in ("src", "dst")
+                for name in ("XInBytes", "Y", "Type", "Host", "Device", "Array", "Pitch")
+            ),
+            ("width", ctypes.c_size_t),
+            ("height", ctypes.c_size_t),
+        )
 
     values = random(64 * 1000)
     a, b = DeviceArray(values.size).write(values), DeviceArray((64, 300)).write(np.zeros((64, 300)))
     stream = Stream()
-    plan = Plane2D(srcType=2, srcDevice=a.address + 17, srcPitch=1000, dstType=4, dstDevice=b.address, dstPitch=300)
+    plan = Plane2D(
+        srcType=2, srcDevice=a.address + 17, srcPitch=1000, dstType=4, dstDevice=b.address, dstPitch=300
+    )
     plan.width, plan.height = 299, 64
     gpu("cuMemcpy2DAsync", ctypes.byref(plan), Handle(stream.handle))
     stream.synchronize()
@@ -315,18 +321,24 @@ def test_an_access_out_of_bounds_breaks_the_context_and_is_noted(simulator: Simu
     with pytest.raises(DriverError, match="ILLEGAL_ADDRESS"):
         DeviceArray(10)
     simulator.heal()
-    stream.synchronize()  # what was queued went on
+    stream.synchronize()  # what was queued is gone
     a.close()
     gpu.use(0)
     code = gpu.code(
-        "cuMemcpyAsync", ctypes.c_uint64(b.address), ctypes.c_uint64(address), ctypes.c_size_t(1000), Handle(stream.handle)
+        "cuMemcpyAsync",
+        ctypes.c_uint64(b.address),
+        ctypes.c_uint64(address),
+        ctypes.c_size_t(1000),
+        Handle(stream.handle),
     )
     assert code == INVALID_VALUE
     for one in (stream, b):
         one.close()
 
 
-def test_freeing_memory_in_use_is_noted(simulator: Simulator, gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freeing_memory_in_use_is_noted(
+    simulator: Simulator, gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("FAKE_CUDA_REPORT")
     stream = Stream()
     a, b = DeviceArray(1000), DeviceArray(1000)
@@ -447,7 +459,11 @@ def test_what_has_no_legacy_handle(gpu: Driver) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_what_its_owner_freed_is_noticed(
-    simulator: Simulator, gpu: Driver, child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    simulator: Simulator,
+    gpu: Driver,
+    child: Callable[..., Child],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("FAKE_CUDA_REPORT", str(tmp_path / "expected"))
     mine = DeviceArray(1000).write(random(1000))
@@ -484,11 +500,21 @@ say(d.code("cuIpcOpenMemHandle", ctypes.byref(there), handle, 1))
 
 
 def test_the_declarations_are_those_of_cuda_h(tmp_path: Path) -> None:
-    folders = [path.parent for path in (*Path("/usr/local").glob("cuda*/include/cuda.h"), Path("/usr/include/cuda.h"))]
+    folders = [
+        path.parent
+        for path in (*Path("/usr/local").glob("cuda*/include/cuda.h"), Path("/usr/include/cuda.h"))
+    ]
     folders = [folder for folder in folders if (folder / "cuda.h").exists()]
     compiler = shutil.which("g++")
     if not folders or not compiler:
         pytest.skip("no cuda.h on this machine")
     for source in sorted((Path(simulated.__file__).parent / "cuda").glob("api_*.cpp")):
-        command = [compiler, "-std=c++20", "-fsyntax-only", "-DFAKE_CUDA_REAL_HEADER", f"-I{folders[0]}", str(source)]
+        command = [
+            compiler,
+            "-std=c++20",
+            "-fsyntax-only",
+            "-DFAKE_CUDA_REAL_HEADER",
+            f"-I{folders[0]}",
+            str(source),
+        ]
         assert subprocess.run(command, check=False, capture_output=True, text=True).stderr == ""

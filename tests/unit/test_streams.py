@@ -61,7 +61,9 @@ def test_what_is_a_stream(stream: Any, handle: int) -> None:
     assert resolve(stream, object(), 0) == handle
 
 
-@pytest.mark.parametrize("stream", ["0", 1.0, True, object(), Protocol(None), Protocol((7, 1)), Protocol((0,))])
+@pytest.mark.parametrize(
+    "stream", ["0", 1.0, True, object(), Protocol(None), Protocol((7, 1)), Protocol((0,))]
+)
 def test_what_is_not(stream: Any) -> None:
     with pytest.raises(UsageTypeError, match="stream"):
         resolve(stream, object(), 0)

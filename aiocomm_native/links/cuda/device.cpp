@@ -56,12 +56,14 @@ bool is_lost(int code) {
 }  // namespace
 
 Device::Current::Current(const Device& device) : device_(device) {
+  device.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);  // for its own and back again
   device.driver.cuCtxGetCurrent(&before_);
   if (before_ != device.context) device.driver.cuCtxSetCurrent(device.context);
 }
 
 Device::Current::~Current() {
   if (before_ != device_.context) device_.driver.cuCtxSetCurrent(before_);
+  device_.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);
 }
 
 Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
@@ -180,6 +182,8 @@ void Device::run() {
   pthread_setname_np(pthread_self(), ("aiocomm-gpu" + std::to_string(ordinal)).c_str());
   prctl(PR_SET_TIMERSLACK, 1000UL);  // else the kernel adds 50 us to every sleep
   driver.cuCtxSetCurrent(context);
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Current
   uint64_t spin_until = 0;
   bool assisting = false;
   for (uint32_t turn = 0;; ++turn) {

@@ -47,7 +47,8 @@ class Device {
   Gate gate_behind(CUstream stream);
   void give_back(const Gate& gate);
 
-  // Makes the context current for its scope.
+  // Makes the context current for its scope, and keeps what is called in it apart from graphs that other threads
+  // capture: by default a capture forbids every thread of the process to allocate, and breaks if one does.
   class Current {
    public:
     explicit Current(const Device& device);
@@ -56,6 +57,7 @@ class Device {
    private:
     const Device& device_;
     CUcontext before_ = nullptr;
+    int capture_mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
   };
 
   const Driver& driver;

@@ -94,7 +94,7 @@ constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2;
 constexpr unsigned CU_MEMHOSTREGISTER_PORTABLE = 1, CU_MEMHOSTREGISTER_DEVICEMAP = 2;
 constexpr unsigned CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
 constexpr unsigned CU_STREAM_WRITE_VALUE_DEFAULT = 0;
-constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0;
+constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0, CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 constexpr int CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1;
 constexpr int CU_MEM_LOCATION_TYPE_DEVICE = 1;
 constexpr int CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3;
@@ -152,6 +152,7 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17;
   X(cuStreamIsCapturing, 10000, CUresult(CUstream, int*))                                                \
   X(cuStreamWriteValue32, 12000, CUresult(CUstream, CUdeviceptr, uint32_t, unsigned))                    \
   X(cuStreamWriteValue64, 12000, CUresult(CUstream, CUdeviceptr, uint64_t, unsigned))                    \
+  X(cuThreadExchangeStreamCaptureMode, 10010, CUresult(int*))                                            \
   X(cuEventCreate, 2000, CUresult(CUevent*, unsigned))                                                   \
   X(cuEventDestroy, 4000, CUresult(CUevent))                                                             \
   X(cuEventRecord, 2000, CUresult(CUevent, CUstream))                                                    \

@@ -34,12 +34,19 @@ State::State(const Driver& d, Host& h)
     : driver(d),
       host(h.mover_host()),
       process(process_token()),
+      helper(driver),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
 
 State::~State() {
   stop();
+  for (auto& device : devices_) {
+    if (!device.load()) continue;
+    Device::Current current(*device.load());  // of this thread none may be, and the driver then frees nothing
+    bounces.clear();
+    break;
+  }
   for (auto& device : devices_) delete device.load();
 }
 

@@ -29,6 +29,8 @@ void Helper::stop() {
 
 void Helper::run() {
   pthread_setname_np(pthread_self(), "aiocomm-gpumap");
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
   for (;;) {
     std::function<void()> task;
     {

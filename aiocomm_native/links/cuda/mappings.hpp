@@ -30,12 +30,14 @@ namespace aiocomm::cuda {
 // A thread for driver calls that may take long.
 class Helper {
  public:
+  explicit Helper(const Driver& driver) : driver_(driver) {}
   ~Helper() { stop(); }
   void submit(std::function<void()> task);
   void stop();  // after what was submitted
 
  private:
   void run();
+  const Driver& driver_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;

@@ -47,13 +47,16 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   return found;
 }
 
-Bounces::~Bounces() {
+void Bounces::clear() {
+  std::lock_guard lock(mutex_);
   for (auto& [memory, block] : blocks_) {
     if (block.pinned)
       driver_.cuMemFreeHost(memory);
     else
       std::free(memory);
   }
+  blocks_.clear();
+  free_.clear();
 }
 
 std::byte* Bounces::take(uint64_t nbytes) {

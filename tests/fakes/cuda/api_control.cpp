@@ -19,12 +19,10 @@ FAKE_CONTROL void fake_fail(const char* name, uint64_t nth, int code, int foreve
   faults().fail(name, nth, static_cast<CUresult>(code), forever != 0);
 }
 
-// Failures and lost devices end, and so do the contexts' errors. What was queued then goes on.
+// Failures and lost devices end. Contexts that were broken are as new: what was queued in them is gone.
 FAKE_CONTROL void fake_heal() {
   Lock lock(sim().mutex);
-  faults().clear();
-  for (auto& device : sim().devices) device->context.error = CUDA_SUCCESS;
-  sim().pump();
+  sim().heal(lock);
 }
 
 FAKE_CONTROL void fake_lose_device(int device, int code) {

@@ -50,7 +50,8 @@ Call::Call(const char* name, Needs needs, bool unsafe_in_capture) : lock(sim().m
 
 void capture_broken() {
   for (auto& [handle, stream] : sim().streams)
-    if (stream->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE) stream->capture = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
+    if (stream->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE)
+      stream->capture = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
 }
 
 }  // namespace fake
@@ -135,16 +136,26 @@ FAKE_API cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   if (call) return call.code;
   if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
   switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
-    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: *value = 3; break;
-    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: *value = 0x10 + sim().devices[device]->physical; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      *value = 9;
+      break;
+    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT:
+      *value = 3;
+      break;
+    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID:
+      *value = 0x10 + sim().devices[device]->physical;
+      break;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
     case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_MEMPOOL_SUPPORTED_HANDLE_TYPES:
-    case CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS: *value = 1; break;
-    default: *value = 0; break;
+    case CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS:
+      *value = 1;
+      break;
+    default:
+      *value = 0;
+      break;
   }
   return CUDA_SUCCESS;
 }
@@ -288,7 +299,8 @@ FAKE_API cuGetProcAddress_v2(const char* symbol, void** function, int version, c
   if (version > sim().version) return answer(CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
   static void* self = [] {
     Dl_info info{};
-    return dladdr(reinterpret_cast<void*>(&cuInit), &info) ? dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    return dladdr(reinterpret_cast<void*>(&cuInit), &info) ? dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD)
+                                                           : nullptr;
   }();
   for (const char* suffix : {"_v3", "_v2", ""})
     if ((*function = dlsym(self, (name + suffix).c_str()))) return answer(CU_GET_PROC_ADDRESS_SUCCESS);

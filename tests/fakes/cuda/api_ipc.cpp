@@ -51,8 +51,8 @@ CUresult import(Call& call, const Handle& handle, const std::string& key, unsign
   size_t mapped = (handle.size + skipped + kPage - 1) / kPage * kPage;
   int fd = open_of(handle.pid, handle.memory_fd);
   auto memory = fd < 0 ? nullptr : Backing::open(fd, handle.offset - skipped, mapped);
-  auto address = memory ? sim().memory->reserve((handle.size + kGranularity - 1) / kGranularity * kGranularity,
-                                                kGranularity)
+  auto address = memory ? sim().memory->reserve(
+                              (handle.size + kGranularity - 1) / kGranularity * kGranularity, kGranularity)
                         : std::nullopt;
   if (!address) return CUDA_ERROR_MAP_FAILED;
   auto both = std::make_shared<Import>();
@@ -88,9 +88,16 @@ FAKE_API cuIpcGetMemHandle(CUipcMemHandle* out, CUdeviceptr address) {
   if (call) return call.code;
   RangePtr range = sim().memory->find(address);
   if (!range || range->start != address || range->origin != Origin::malloc) return CUDA_ERROR_INVALID_VALUE;
-  Handle handle{kMagic,      getpid(),      range->backing->fd, sim().memory->control_fd(),
-                range->slot, range->offset, range->size,        range->id,
-                sim().devices[range->device]->physical, 0};
+  Handle handle{kMagic,
+                getpid(),
+                range->backing->fd,
+                sim().memory->control_fd(),
+                range->slot,
+                range->offset,
+                range->size,
+                range->id,
+                sim().devices[range->device]->physical,
+                0};
   std::memset(out, 0, sizeof *out);
   std::memcpy(out, &handle, sizeof handle);
   return CUDA_SUCCESS;
@@ -120,7 +127,8 @@ FAKE_API cuIpcCloseMemHandle(CUdeviceptr address) {
   if (!range || range->start != address || range->origin != Origin::imported) return CUDA_ERROR_INVALID_VALUE;
   if (--range->opened) return CUDA_SUCCESS;
   if (range->pending)
-    faults().violation("mapping closed while " + std::to_string(range->pending) + " queued operations use it");
+    faults().violation("mapping closed while " + std::to_string(range->pending) +
+                       " queued operations use it");
   sim().memory->forget(range);
   sim().memory->unreserve(address, (range->size + kGranularity - 1) / kGranularity * kGranularity);
   return CUDA_SUCCESS;

@@ -25,7 +25,8 @@ EngineKind direction(const Context& context, CUdeviceptr to, CUdeviceptr from) {
   bool to_device = target && !target->on_host(), from_device = source && !source->on_host();
   if (!from_device) return EngineKind::to_device;
   if (!to_device) return EngineKind::to_host;
-  return target->device == source->device && target->device == context.device ? EngineKind::local : EngineKind::peer;
+  return target->device == source->device && target->device == context.device ? EngineKind::local
+                                                                              : EngineKind::peer;
 }
 
 CUresult queue_copy(Call& call, CUstream on, Op op) {
@@ -74,7 +75,8 @@ struct Plane {
   size_t pitch;
 };
 
-bool plane(CUmemorytype type, const void* host, CUdeviceptr device, size_t pitch, size_t x, size_t y, Plane& out) {
+bool plane(CUmemorytype type, const void* host, CUdeviceptr device, size_t pitch, size_t x, size_t y,
+           Plane& out) {
   if (type == CU_MEMORYTYPE_ARRAY) return false;  // not simulated
   out = {(type == CU_MEMORYTYPE_HOST ? as_device(host) : device) + y * pitch + x, pitch};
   return true;
@@ -93,29 +95,48 @@ CUresult attribute(const RangePtr& range, CUpointer_attribute which, CUdeviceptr
   bool exportable = vmm ? physical != sim().physicals.end() && physical->second->exportable
                         : range->pool && range->pool->exportable;
   switch (which) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: return write(data, vmm ? CUcontext{nullptr} : range->context);
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: return write<unsigned>(data, device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST);
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: return write(data, address);
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      return write(data, vmm ? CUcontext{nullptr} : range->context);
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      return write<unsigned>(data, device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST);
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      return write(data, address);
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
       if (device && range->origin != Origin::managed) return CUDA_ERROR_INVALID_VALUE;
       return write(data, address);
-    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: return write(data, 0u);
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID: return write<unsigned long long>(data, range->id);
-    case CU_POINTER_ATTRIBUTE_IS_MANAGED: return write<unsigned>(data, range->origin == Origin::managed);
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: return write<int>(data, range->device);
-    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: return write<unsigned>(data, range->origin == Origin::malloc);
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: return write<uint64_t>(data, reserved ? reserved->first : range->start);
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: return write<size_t>(data, reserved ? reserved->second : range->size);
-    case CU_POINTER_ATTRIBUTE_MAPPED: return write(data, 1u);
-    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES: return write<uint64_t>(data, exportable ? 1 : 0);
-    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE: return write(data, 0u);
-    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS: return write<unsigned>(data, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
-    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: return write<void*>(data, range->pool);
-    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE: return write<size_t>(data, range->size);
-    case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR: return write<uint64_t>(data, range->start);
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+      return write(data, 0u);
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+      return write<unsigned long long>(data, range->id);
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+      return write<unsigned>(data, range->origin == Origin::managed);
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      return write<int>(data, range->device);
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+      return write<unsigned>(data, range->origin == Origin::malloc);
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+      return write<uint64_t>(data, reserved ? reserved->first : range->start);
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      return write<size_t>(data, reserved ? reserved->second : range->size);
+    case CU_POINTER_ATTRIBUTE_MAPPED:
+      return write(data, 1u);
+    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
+      return write<uint64_t>(data, exportable ? 1 : 0);
+    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
+      return write(data, 0u);
+    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
+      return write<unsigned>(data, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
+      return write<void*>(data, range->pool);
+    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE:
+      return write<size_t>(data, range->size);
+    case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR:
+      return write<uint64_t>(data, range->start);
     case CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID:
-      return write<unsigned long long>(data, vmm && physical != sim().physicals.end() ? physical->second->id : range->id);
-    default: return CUDA_ERROR_INVALID_VALUE;
+      return write<unsigned long long>(
+          data, vmm && physical != sim().physicals.end() ? physical->second->id : range->id);
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
 }
 
@@ -127,7 +148,8 @@ using namespace fake;
 FAKE_API cuMemAlloc_v2(CUdeviceptr* out, size_t nbytes) {
   Call call("cuMemAlloc", Needs::context, true);
   if (call) return call.code;
-  return sim().memory->allocate(call.context->device, nbytes, Origin::malloc, call.context->handle, nullptr, out);
+  return sim().memory->allocate(call.context->device, nbytes, Origin::malloc, call.context->handle, nullptr,
+                                out);
 }
 
 FAKE_API cuMemFree_v2(CUdeviceptr address) {
@@ -142,7 +164,8 @@ FAKE_API cuMemFree_v2(CUdeviceptr address) {
 FAKE_API cuMemAllocManaged(CUdeviceptr* out, size_t nbytes, unsigned) {
   Call call("cuMemAllocManaged", Needs::context, true);
   if (call) return call.code;
-  return sim().memory->allocate(call.context->device, nbytes, Origin::managed, call.context->handle, nullptr, out);
+  return sim().memory->allocate(call.context->device, nbytes, Origin::managed, call.context->handle, nullptr,
+                                out);
 }
 
 FAKE_API cuMemGetInfo_v2(size_t* free, size_t* total) {
@@ -175,7 +198,8 @@ FAKE_API cuMemFreeHost(void* address) {
   RangePtr range = owned(as_device(address), Origin::pinned);
   if (!range) return CUDA_ERROR_INVALID_VALUE;
   if (range->pending) {
-    faults().violation("pinned memory freed while " + std::to_string(range->pending) + " queued operations use it");
+    faults().violation("pinned memory freed while " + std::to_string(range->pending) +
+                       " queued operations use it");
     if (CUresult code = sim().wait_all(call.lock, *call.context)) return code;
   }
   sim().memory->forget(range);
@@ -216,7 +240,8 @@ FAKE_API cuPointerGetAttribute(void* data, CUpointer_attribute which, CUdevicept
   return range ? attribute(range, which, address, data) : CUDA_ERROR_INVALID_VALUE;
 }
 
-FAKE_API cuPointerGetAttributes(unsigned count, CUpointer_attribute* which, void** data, CUdeviceptr address) {
+FAKE_API cuPointerGetAttributes(unsigned count, CUpointer_attribute* which, void** data,
+                                CUdeviceptr address) {
   Call call("cuPointerGetAttributes", Needs::init);
   if (call) return call.code;
   RangePtr range = sim().memory->find(address);
@@ -238,8 +263,11 @@ FAKE_API cuPointerGetAttributes(unsigned count, CUpointer_attribute* which, void
       case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
       case CU_POINTER_ATTRIBUTE_MAPPING_SIZE:
       case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR:
-      case CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID: wide = true; break;
-      default: break;
+      case CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID:
+        wide = true;
+        break;
+      default:
+        break;
     }
     int nothing = which[i] == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL ? -2 : 0;  // CU_DEVICE_INVALID
     std::memset(data[i], 0, wide ? 8 : 4);
@@ -260,10 +288,13 @@ FAKE_API cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t nbytes, CUstrea
 FAKE_API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t nbytes, CUstream on) {
   return copy_async("cuMemcpyDtoDAsync", to, from, nbytes, on);
 }
-FAKE_API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t nbytes, CUstream on) {
+FAKE_API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t nbytes,
+                           CUstream on) {
   return copy_async("cuMemcpyPeerAsync", to, from, nbytes, on);
 }
-FAKE_API cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t nbytes) { return copy_now("cuMemcpy", to, from, nbytes); }
+FAKE_API cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t nbytes) {
+  return copy_now("cuMemcpy", to, from, nbytes);
+}
 FAKE_API cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t nbytes) {
   return copy_now("cuMemcpyHtoD", to, as_device(from), nbytes);
 }
@@ -278,8 +309,10 @@ FAKE_API cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D* copy, CUstream on) {
   Call call("cuMemcpy2DAsync", Needs::context);
   if (call) return call.code;
   Plane to{}, from{};
-  if (!plane(copy->dstMemoryType, copy->dstHost, copy->dstDevice, copy->dstPitch, copy->dstXInBytes, copy->dstY, to) ||
-      !plane(copy->srcMemoryType, copy->srcHost, copy->srcDevice, copy->srcPitch, copy->srcXInBytes, copy->srcY, from))
+  if (!plane(copy->dstMemoryType, copy->dstHost, copy->dstDevice, copy->dstPitch, copy->dstXInBytes,
+             copy->dstY, to) ||
+      !plane(copy->srcMemoryType, copy->srcHost, copy->srcDevice, copy->srcPitch, copy->srcXInBytes,
+             copy->srcY, from))
     return CUDA_ERROR_NOT_SUPPORTED;
   if (copy->Height > 1 && (copy->dstPitch < copy->WidthInBytes || copy->srcPitch < copy->WidthInBytes))
     return CUDA_ERROR_INVALID_VALUE;

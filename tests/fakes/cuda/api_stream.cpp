@@ -55,8 +55,8 @@ CUresult create_stream(const char* name, CUstream* out, unsigned flags, int prio
   return CUDA_SUCCESS;
 }
 
-CUresult queue_value(const char* name, Op::Kind kind, CUstream handle, CUdeviceptr at, uint64_t value, int nbytes,
-                     unsigned flags) {
+CUresult queue_value(const char* name, Op::Kind kind, CUstream handle, CUdeviceptr at, uint64_t value,
+                     int nbytes, unsigned flags) {
   Call call(name, Needs::context);
   if (call) return call.code;
   StreamPtr stream = stream_of(call, handle);
@@ -76,7 +76,9 @@ CUresult queue_value(const char* name, Op::Kind kind, CUstream handle, CUdevicep
 
 using namespace fake;
 
-FAKE_API cuStreamCreate(CUstream* out, unsigned flags) { return create_stream("cuStreamCreate", out, flags, 0); }
+FAKE_API cuStreamCreate(CUstream* out, unsigned flags) {
+  return create_stream("cuStreamCreate", out, flags, 0);
+}
 
 FAKE_API cuStreamCreateWithPriority(CUstream* out, unsigned flags, int priority) {
   return create_stream("cuStreamCreateWithPriority", out, flags, priority);
@@ -133,7 +135,8 @@ FAKE_API cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
   if (call) return call.code;
   StreamPtr stream = stream_of(call, handle);
   if (!stream) return call.code;
-  if (stream == stream->context->legacy && any_capture(*stream->context)) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (stream == stream->context->legacy && any_capture(*stream->context))
+    return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
   *status = stream->capture;
   return CUDA_SUCCESS;
 }

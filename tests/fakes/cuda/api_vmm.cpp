@@ -36,7 +36,8 @@ uint64_t keep(std::shared_ptr<Physical> physical) {
 
 Pool* pool_of(CUmemoryPool handle) {
   for (auto& device : sim().devices)
-    if (reinterpret_cast<CUmemoryPool>(device->default_pool.get()) == handle) return device->default_pool.get();
+    if (reinterpret_cast<CUmemoryPool>(device->default_pool.get()) == handle)
+      return device->default_pool.get();
   auto at = sim().pools.find(handle);
   return at == sim().pools.end() ? nullptr : at->second.get();
 }
@@ -56,7 +57,8 @@ CUresult pool_allocate(const char* name, CUdeviceptr* out, size_t nbytes, CUmemo
 
 using namespace fake;
 
-FAKE_API cuMemGetAllocationGranularity(size_t* out, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+FAKE_API cuMemGetAllocationGranularity(size_t* out, const CUmemAllocationProp*,
+                                       CUmemAllocationGranularity_flags) {
   Call call("cuMemGetAllocationGranularity", Needs::init);
   if (!call) *out = kGranularity;
   return call.code;
@@ -78,7 +80,8 @@ FAKE_API cuMemCreate(CUmemGenericAllocationHandle* out, size_t nbytes, const CUm
   physical->size = nbytes;
   physical->device = device;
   physical->exportable = wanted->requestedHandleTypes & CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-  physical->trailer = new (physical->backing->bytes + nbytes) Trailer{kMagic, nbytes, sim().devices[device]->physical, 1};
+  physical->trailer =
+      new (physical->backing->bytes + nbytes) Trailer{kMagic, nbytes, sim().devices[device]->physical, 1};
   poison(physical->backing->bytes, nbytes, 0xCD);
   *out = keep(physical);
   return CUDA_SUCCESS;
@@ -101,7 +104,8 @@ FAKE_API cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* out, void* ad
   return CUDA_SUCCESS;
 }
 
-FAKE_API cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* out, CUmemGenericAllocationHandle handle) {
+FAKE_API cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* out,
+                                                CUmemGenericAllocationHandle handle) {
   Call call("cuMemGetAllocationPropertiesFromHandle", Needs::init);
   if (call) return call.code;
   auto physical = physical_of(call, handle);
@@ -114,8 +118,8 @@ FAKE_API cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* out, CUmemG
   return CUDA_SUCCESS;
 }
 
-FAKE_API cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle handle, CUmemAllocationHandleType type,
-                                      unsigned long long) {
+FAKE_API cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle handle,
+                                      CUmemAllocationHandleType type, unsigned long long) {
   Call call("cuMemExportToShareableHandle", Needs::init);
   if (call) return call.code;
   auto physical = physical_of(call, handle);
@@ -138,7 +142,8 @@ FAKE_API cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* out, void*
   auto backing = end > static_cast<off_t>(kPage) ? Backing::open(fd, 0, static_cast<size_t>(end)) : nullptr;
   if (!backing) return CUDA_ERROR_INVALID_VALUE;
   auto* trailer = reinterpret_cast<Trailer*>(backing->bytes + end - kPage);
-  if (trailer->magic != kMagic || trailer->size != static_cast<size_t>(end) - kPage) return CUDA_ERROR_INVALID_VALUE;
+  if (trailer->magic != kMagic || trailer->size != static_cast<size_t>(end) - kPage)
+    return CUDA_ERROR_INVALID_VALUE;
   for (auto& device : sim().devices) {
     if (device->physical != trailer->device) continue;
     auto physical = std::make_shared<Physical>();
@@ -191,7 +196,8 @@ FAKE_API cuMemUnmap(CUdeviceptr address, size_t nbytes) {
   }
   for (auto& range : found) {
     if (range->pending)
-      faults().violation("memory unmapped while " + std::to_string(range->pending) + " queued operations use it");
+      faults().violation("memory unmapped while " + std::to_string(range->pending) +
+                         " queued operations use it");
     sim().memory->forget(range);
     drop(range->handle);
   }
@@ -212,7 +218,8 @@ FAKE_API cuMemSetAccess(CUdeviceptr address, size_t nbytes, const CUmemAccessDes
     if (wanted[i].location.type != CU_MEM_LOCATION_TYPE_DEVICE || !is_device(wanted[i].location.id))
       return CUDA_ERROR_INVALID_VALUE;
     for (auto& range : found) {
-      if (wanted[i].location.id != range->device && !sim().peers_allowed) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+      if (wanted[i].location.id != range->device && !sim().peers_allowed)
+        return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
       uint64_t bit = 1ull << wanted[i].location.id;
       range->access = wanted[i].flags ? range->access | bit : range->access & ~bit;
     }
@@ -228,7 +235,9 @@ FAKE_API cuDeviceGetDefaultMemPool(CUmemoryPool* out, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
-FAKE_API cuDeviceGetMemPool(CUmemoryPool* out, CUdevice device) { return cuDeviceGetDefaultMemPool(out, device); }
+FAKE_API cuDeviceGetMemPool(CUmemoryPool* out, CUdevice device) {
+  return cuDeviceGetDefaultMemPool(out, device);
+}
 
 FAKE_API cuMemPoolCreate(CUmemoryPool* out, const CUmemPoolProps* wanted) {
   Call call("cuMemPoolCreate", Needs::init);
@@ -268,7 +277,8 @@ FAKE_API cuMemPoolSetAttribute(CUmemoryPool handle, CUmemPool_attribute which, v
   if (call) return call.code;
   Pool* pool = pool_of(handle);
   if (!pool) return CUDA_ERROR_INVALID_VALUE;
-  if (which == CU_MEMPOOL_ATTR_RELEASE_THRESHOLD) std::memcpy(&pool->threshold, value, sizeof pool->threshold);
+  if (which == CU_MEMPOOL_ATTR_RELEASE_THRESHOLD)
+    std::memcpy(&pool->threshold, value, sizeof pool->threshold);
   return CUDA_SUCCESS;
 }
 

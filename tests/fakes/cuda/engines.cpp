@@ -24,7 +24,8 @@ void move(const std::vector<Piece>& to, const std::vector<Piece>& from, size_t b
 
 void fill(const std::vector<Piece>& to, uint64_t value, int nbytes) {
   for (auto& piece : to)
-    for (size_t at = 0; at + nbytes <= piece.size; at += nbytes) std::memcpy(piece.bytes + at, &value, nbytes);
+    for (size_t at = 0; at + nbytes <= piece.size; at += nbytes)
+      std::memcpy(piece.bytes + at, &value, nbytes);
 }
 
 std::string describe(uint64_t address, size_t nbytes) {
@@ -35,7 +36,8 @@ std::string describe(uint64_t address, size_t nbytes) {
 
 }  // namespace
 
-CUresult Sim::translate(Device& device, uint64_t address, size_t nbytes, std::vector<Piece>& out, bool& stale) {
+CUresult Sim::translate(Device& device, uint64_t address, size_t nbytes, std::vector<Piece>& out,
+                        bool& stale) {
   int here = device.context.device;
   if (!memory->pieces(address, nbytes, out)) {
     faults().violation("access to unmapped memory: " + describe(address, nbytes) + ", by device " +
@@ -47,8 +49,8 @@ CUresult Sim::translate(Device& device, uint64_t address, size_t nbytes, std::ve
     Range& range = *piece.range;
     if (range.stale()) {
       stale = true;
-      faults().violation("access to memory that its owner has freed: " + describe(address, nbytes) + ", by device " +
-                         std::to_string(here));
+      faults().violation("access to memory that its owner has freed: " + describe(address, nbytes) +
+                         ", by device " + std::to_string(here));
     }
     if (range.origin == Origin::vmm) {
       if (!(range.access >> here & 1)) {
@@ -82,7 +84,8 @@ CUresult Sim::perform(Lock& lock, Device& device, EngineState& engine, Op& op) {
     bool stale_to = false, stale_from = false;
     if (CUresult code = translate(device, op.to + row * op.to_pitch, width, to, stale_to)) return code;
     if (op.kind == Op::Kind::copy) {
-      if (CUresult code = translate(device, op.from + row * op.from_pitch, width, from, stale_from)) return code;
+      if (CUresult code = translate(device, op.from + row * op.from_pitch, width, from, stale_from))
+        return code;
     }
     if (stale_to || stale_from) garbage.assign(width, std::byte{0xDD});
     if (stale_from) from = {{garbage.data(), width, nullptr}};
@@ -125,9 +128,9 @@ void Sim::run_engine(int index, EngineKind kind) {
     engine.busy = true;
     CUresult code = perform(lock, device, engine, stream->queue.front());
     engine.busy = false;
+    changed.notify_all();
     ++engine.executed;
     if (code) {
-      stream->offered = false;  // if the context heals, it runs again
       if (!faults().lost(index)) device.context.error = code;
     } else {
       finish(*stream);

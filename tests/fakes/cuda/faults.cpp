@@ -100,7 +100,8 @@ void Faults::violation(const std::string& what) {
   if (const char* path = std::getenv("FAKE_CUDA_REPORT")) {
     std::string line = "process " + std::to_string(getpid()) + ": " + what + "\n";
     int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-    if (fd < 0 || write(fd, line.data(), line.size()) < 0) std::fprintf(stderr, "simulated driver: %s", line.c_str());
+    if (fd < 0 || write(fd, line.data(), line.size()) < 0)
+      std::fprintf(stderr, "simulated driver: %s", line.c_str());
     if (fd >= 0) close(fd);
   }
 }
@@ -128,7 +129,8 @@ Faults& faults() {
 
 const char* error_name(CUresult code) {
 #define FAKE_NAME(name) \
-  case name: return #name;
+  case name:            \
+    return #name;
   switch (code) {
     FAKE_NAME(CUDA_SUCCESS)
     FAKE_NAME(CUDA_ERROR_INVALID_VALUE)
@@ -165,7 +167,8 @@ const char* error_name(CUresult code) {
     FAKE_NAME(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)
     FAKE_NAME(CUDA_ERROR_CAPTURED_EVENT)
     FAKE_NAME(CUDA_ERROR_UNKNOWN)
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 #undef FAKE_NAME
 }

@@ -23,8 +23,8 @@ class Faults {
   void clear();
   void lose(int device, CUresult code);
 
-  CUresult on_call(const char* name);      // counts the call; what it must fail with, or success
-  CUresult lost(int device);               // what every call on that device gives, or success
+  CUresult on_call(const char* name);  // counts the call; what it must fail with, or success
+  CUresult lost(int device);           // what every call on that device gives, or success
   uint64_t calls(const std::string& name);
 
   // Use of memory that the real driver does not forbid and that would be silent corruption there. Also appended to the

@@ -22,7 +22,8 @@ constexpr int kFreed = 0xDD, kFresh = 0xCD;
 uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
 
 std::byte* map_shared(int fd, uint64_t offset, size_t size) {
-  void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, static_cast<off_t>(offset));
+  void* at =
+      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, static_cast<off_t>(offset));
   return at == MAP_FAILED ? nullptr : static_cast<std::byte*>(at);
 }
 
@@ -119,7 +120,8 @@ bool Memory::charge(int device, size_t nbytes) {
   return true;
 }
 
-CUresult Memory::allocate(int device, size_t nbytes, Origin origin, CUcontext context, Pool* pool, CUdeviceptr* out) {
+CUresult Memory::allocate(int device, size_t nbytes, Origin origin, CUcontext context, Pool* pool,
+                          CUdeviceptr* out) {
   if (!nbytes) return CUDA_ERROR_INVALID_VALUE;
   if (slots_.empty() || !charge(device, nbytes)) return CUDA_ERROR_OUT_OF_MEMORY;
   Arena& arena = pool ? *pool->arena : arenas_[device];
@@ -267,7 +269,8 @@ std::optional<std::pair<uint64_t, size_t>> Memory::reservation(uint64_t address)
   return *found;
 }
 
-CUresult Memory::map(uint64_t address, uint64_t handle, const std::shared_ptr<Physical>& physical, CUcontext context) {
+CUresult Memory::map(uint64_t address, uint64_t handle, const std::shared_ptr<Physical>& physical,
+                     CUcontext context) {
   auto whole = reservation(address);
   if (!whole || address + physical->size > whole->first + whole->second) return CUDA_ERROR_INVALID_VALUE;
   auto next = ranges_.lower_bound(address);

@@ -39,7 +39,8 @@ class FirstFit {
 struct Backing {
   ~Backing();
   static std::shared_ptr<Backing> make(size_t size);
-  static std::shared_ptr<Backing> open(int fd, uint64_t offset, size_t size);  // takes over fd; nullptr: refused
+  static std::shared_ptr<Backing> open(int fd, uint64_t offset,
+                                       size_t size);  // takes over fd; nullptr: refused
   std::byte* bytes = nullptr;
   size_t size = 0;
   int fd = -1;
@@ -126,7 +127,8 @@ class Memory {
  public:
   Memory(int devices, size_t capacity);
 
-  CUresult allocate(int device, size_t nbytes, Origin origin, CUcontext context, Pool* pool, CUdeviceptr* out);
+  CUresult allocate(int device, size_t nbytes, Origin origin, CUcontext context, Pool* pool,
+                    CUdeviceptr* out);
   CUresult release(const RangePtr& range);
   CUresult host(size_t nbytes, int device, CUcontext context, void** out);
   CUresult pin(void* at, size_t nbytes, int device, CUcontext context);
@@ -142,7 +144,8 @@ class Memory {
   CUresult unreserve(uint64_t address, size_t nbytes);
   std::optional<std::pair<uint64_t, size_t>> reservation(uint64_t address) const;
   void add(const RangePtr& range) { ranges_[range->start] = range; }
-  CUresult map(uint64_t address, uint64_t handle, const std::shared_ptr<Physical>& physical, CUcontext context);
+  CUresult map(uint64_t address, uint64_t handle, const std::shared_ptr<Physical>& physical,
+               CUcontext context);
 
   uint64_t fresh_id() { return ++ids_; }
   size_t used(int device) const { return used_[device]; }

@@ -1,5 +1,6 @@
 #include "sim.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -61,7 +62,8 @@ Sim::Sim()
     std::istringstream in(text);
     for (std::string part; std::getline(in, part, ',');) {
       size_t device = 0, engine = 0;
-      if (std::sscanf(part.c_str(), "%zu:%zu", &device, &engine) == 2 && device < devices.size() && engine < kEngines)
+      if (std::sscanf(part.c_str(), "%zu:%zu", &device, &engine) == 2 && device < devices.size() &&
+          engine < kEngines)
         devices[device]->engines[engine].paused = true;
     }
   }
@@ -97,7 +99,8 @@ CUresult Sim::submit(Lock& lock, const StreamPtr& stream, Op op) {
   if (CUresult code = health(*stream->context)) return code;
   if (stream->capture != CU_STREAM_CAPTURE_STATUS_NONE) {
     if (op.event && op.kind == Op::Kind::record) op.event->captured = true;
-    return stream->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    return stream->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE ? CUDA_SUCCESS
+                                                              : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
   }
   // The legacy stream waits for all blocking ones of its context, and they for it.
   Context& context = *stream->context;
@@ -112,7 +115,8 @@ CUresult Sim::submit(Lock& lock, const StreamPtr& stream, Op op) {
   if (op.kind == Op::Kind::copy) {
     for (auto [address, pitch] : {std::pair{op.to, op.to_pitch}, std::pair{op.from, op.from_pitch}}) {
       std::vector<Piece> pieces;
-      if (!memory->pieces(address, (op.height - 1) * pitch + op.width, pieces)) return CUDA_ERROR_INVALID_VALUE;
+      if (!memory->pieces(address, (op.height - 1) * pitch + op.width, pieces))
+        return CUDA_ERROR_INVALID_VALUE;
       for (auto& piece : pieces) {
         pageable |= !piece.range;
         if (piece.range) op.uses.push_back(piece.range);
@@ -145,6 +149,31 @@ CUresult Sim::wait_all(Lock& lock, Context& context) {
     return true;
   });
   return code;
+}
+
+void Sim::heal(Lock& lock) {
+  std::set<Context*> broken;
+  for (auto& device : devices)
+    if (health(device->context)) broken.insert(&device->context);
+  for (Context* context : broken) {
+    auto& engines = devices[context->device]->engines;
+    auto still = [&] {
+      return std::none_of(engines.begin(), engines.end(), [](auto& one) { return one.busy; });
+    };
+    changed.wait(lock, still);
+    for (auto& engine : engines) engine.ready.clear();
+    context->error = CUDA_SUCCESS;
+  }
+  faults().clear();
+  for (auto& stream : active_) {
+    if (!broken.count(stream->context)) continue;
+    while (!stream->queue.empty()) {
+      Op& op = stream->queue.front();
+      if (op.kind == Op::Kind::record || op.kind == Op::Kind::free_memory) complete_at_once(*stream, op);
+      finish(*stream);
+    }
+  }
+  pump();
 }
 
 void Sim::pump() {
@@ -183,20 +212,26 @@ bool Sim::advance(const StreamPtr& stream) {
 bool Sim::ready(const Op& op) {
   for (auto& [stream, until] : op.after)
     if (stream->completed < until) return false;
-  if (op.kind == Op::Kind::wait_event && op.event->cell->completed.load(std::memory_order_acquire) < op.ticket) {
+  if (op.kind == Op::Kind::wait_event &&
+      op.event->cell->completed.load(std::memory_order_acquire) < op.ticket) {
     polled_ |= op.event->slot >= 0 || op.event->peer;
     return false;
   }
   if (op.kind != Op::Kind::wait_value) return true;
   std::vector<Piece> pieces;
-  if (!memory->pieces(op.to, op.nbytes, pieces) || pieces.size() != 1) return true;  // complete_at_once says so
+  if (!memory->pieces(op.to, op.nbytes, pieces) || pieces.size() != 1)
+    return true;  // complete_at_once says so
   auto compare = [&]<typename Word, typename Signed>(Word found, Signed) {
     auto value = static_cast<Word>(op.value);
     switch (op.flags & 3) {
-      case CU_STREAM_WAIT_VALUE_GEQ: return static_cast<Signed>(found - value) >= 0;
-      case CU_STREAM_WAIT_VALUE_EQ: return found == value;
-      case CU_STREAM_WAIT_VALUE_AND: return (found & value) != 0;
-      default: return static_cast<Word>(~(found | value)) != 0;
+      case CU_STREAM_WAIT_VALUE_GEQ:
+        return static_cast<Signed>(found - value) >= 0;
+      case CU_STREAM_WAIT_VALUE_EQ:
+        return found == value;
+      case CU_STREAM_WAIT_VALUE_AND:
+        return (found & value) != 0;
+      default:
+        return static_cast<Word>(~(found | value)) != 0;
     }
   };
   bool met = op.nbytes == 4
@@ -224,7 +259,8 @@ void Sim::complete_at_once(Stream& stream, Op& op) {
           reinterpret_cast<std::atomic<uint32_t>*>(pieces[0].bytes)
               ->store(static_cast<uint32_t>(op.value), std::memory_order_release);
         else
-          reinterpret_cast<std::atomic<uint64_t>*>(pieces[0].bytes)->store(op.value, std::memory_order_release);
+          reinterpret_cast<std::atomic<uint64_t>*>(pieces[0].bytes)
+              ->store(op.value, std::memory_order_release);
       }
       return;
     }
@@ -233,7 +269,8 @@ void Sim::complete_at_once(Stream& stream, Op& op) {
       memory->release(op.uses.front());
       op.uses.clear();
       return;
-    default: return;
+    default:
+      return;
   }
 }
 

@@ -129,6 +129,7 @@ class Sim {
   CUresult submit(Lock& lock, const StreamPtr& stream, Op op);
   CUresult wait(Lock& lock, const StreamPtr& stream, uint64_t until);
   CUresult wait_all(Lock& lock, Context& context);
+  void heal(Lock& lock);
   // Completes what can be, hands the rest to engines. To be called after every change.
   void pump();
 
