@@ -54,4 +54,26 @@ class Bounces {
   std::map<uint64_t, std::vector<std::byte*>> free_;
 };
 
+// Device memory that other processes can map, in sizes of powers of two, kept for the next message.
+class Relays {
+ public:
+  Relays(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
+  void clear();                                                // in a current context
+  uint64_t take(int device, uint64_t nbytes, uint64_t& size);  // at hand; 0: see make()
+  bool may_make(int device, uint64_t nbytes);
+  void make(int device, uint64_t nbytes);  // puts one at hand; takes milliseconds, in a context of the device
+  void give_back(int device, uint64_t memory, uint64_t size);
+
+ private:
+  struct Pool {
+    uint64_t made = 0;
+    bool refused = false;
+    std::map<uint64_t, std::vector<uint64_t>> free;
+  };
+  const Driver& driver_;
+  const uint64_t limit_;  // bytes per device
+  std::mutex mutex_;
+  std::map<int, Pool> pools_;
+};
+
 }  // namespace aiocomm::cuda
