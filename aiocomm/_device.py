@@ -1,7 +1,7 @@
 """GPU arrays as the native side takes them: an address, a size, a device, a stream, a dtype and a shape.
 
-Called for every message of a GPU array, so torch and CuPy are asked directly: their `__cuda_array_interface__`
-costs microseconds. No library is imported here; an array's own one is loaded already.
+Called for messages of GPU arrays whose `__cuda_array_interface__` the native side does not read itself;
+torch's costs microseconds, so torch is asked directly. No library is imported here; an array's own one is loaded already.
 """
 
 from __future__ import annotations
@@ -125,7 +125,15 @@ def _from_interface(array: Any, interface: Any, writable: bool, stream: Any) -> 
     if writable and read_only:
         raise UsageError(f"the array ({type(array).__name__}) is read-only: receive into a writable one")
     nbytes = math.prod(shape) * itemsize
-    return (array, int(address or 0), nbytes, -1, resolve(stream, array, -1), _format_of_numpy(typestr), shape)
+    return (
+        array,
+        int(address or 0),
+        nbytes,
+        -1,
+        resolve(stream, array, -1),
+        _format_of_numpy(typestr),
+        shape,
+    )
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: Any, itemsize: int) -> bool:
@@ -141,8 +149,8 @@ def _is_contiguous(shape: tuple[int, ...], strides: Any, itemsize: int) -> bool:
 
 def _not_contiguous(array: Any, shape: Any, strides: Any, instead: str) -> UsageError:
     return UsageError(
-        f"the array ({type(array).__name__}, shape {tuple(shape)}, strides {tuple(strides)}) is not contiguous "
-        f"in C order: pass {instead} to send it, or a contiguous array to receive into"
+        f"the array ({type(array).__name__}, shape {tuple(shape)}, strides {tuple(strides)}) is not "
+        f"contiguous in C order: pass {instead} to send it, or a contiguous array to receive into"
     )
 
 

@@ -132,8 +132,8 @@ class Operations:
         """Receive into an array; returns `Status(source, tag, nbytes)`.
 
         Args:
-            out: writable host or GPU array, or buffer, contiguous in C order, at least as large as the message.
-                Only bytes are matched: the message's dtype and shape are not compared with it.
+            out: writable host or GPU array, or buffer, contiguous in C order, no smaller than the message. Only
+                bytes are matched: its dtype and shape are not compared with it.
             src: rank of the sender, or ANY_SOURCE.
             tag: the message's tag, by default 0 as for `send`, or ANY_TAG.
             stream: of a GPU array: nothing is written before the work that this stream has now is done.

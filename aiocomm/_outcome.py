@@ -107,7 +107,9 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
             f"{what}: there is no host memory for staging it; send smaller pieces", 12, "ENOMEM"
         )
     if number <= 0:
-        return errors.LinkError(f"{what}: the peer's GPU failed; its side of the transfer says how", 0, "peer")
+        return errors.LinkError(
+            f"{what}: the peer's GPU failed; its side of the transfer says how", 0, "peer"
+        )
     text = _core.describe_device_error(number)
     return errors.LinkError(f"{what}: the GPU failed: {text}; see `aiocomm doctor`", number, text.split()[0])
 
@@ -154,4 +156,12 @@ async def trio_wait(transfer: Transfer[Any]) -> Any:
 
 def install() -> None:
     """Give the hooks to the native module. Idempotent."""
-    _core.install_hooks(make_error, make_array, trio_wait, asyncio.CancelledError, errors.LinkError, errors.UsageError, describe)
+    _core.install_hooks(
+        make_error,
+        make_array,
+        trio_wait,
+        asyncio.CancelledError,
+        errors.LinkError,
+        errors.UsageError,
+        describe,
+    )

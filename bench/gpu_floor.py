@@ -43,4 +43,3 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     found["gbytes_s_both/1GiB"] = min(both, control.swap(both))
     control.swap("done")
     return found
-

@@ -26,7 +26,11 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     port = port if role else 20000 + os.getpid() % 20000
     torch.cuda.set_device(role)
     dist.init_process_group(
-        "nccl", init_method=f"tcp://127.0.0.1:{port}", rank=role, world_size=2, device_id=torch.device("cuda", role)
+        "nccl",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=role,
+        world_size=2,
+        device_id=torch.device("cuda", role),
     )
     data = torch.ones(large, dtype=torch.uint8, device="cuda")
     into = torch.zeros_like(data)

@@ -190,8 +190,18 @@ async def _shares(comm: Any, role: int, arrays: list[Memory]) -> Metrics:
     heavy, light = comm.channel("bench-heavy", weight=3.0), comm.channel("bench-light", weight=1.0)
     large, small = 16 * MIB, 4 * MIB
     loads = [
-        _Load(heavy, role, 0, [arrays[0][at * large : (at + 1) * large] for at in range(arrays[0].nbytes // large)][:8]),
-        _Load(light, role, 0, [arrays[1][at * small : (at + 1) * small] for at in range(arrays[1].nbytes // small)][:16]),
+        _Load(
+            heavy,
+            role,
+            0,
+            [arrays[0][at * large : (at + 1) * large] for at in range(arrays[0].nbytes // large)][:8],
+        ),
+        _Load(
+            light,
+            role,
+            0,
+            [arrays[1][at * small : (at + 1) * small] for at in range(arrays[1].nbytes // small)][:16],
+        ),
     ]
     for load in loads:
         await load.under_way.wait()
@@ -209,7 +219,7 @@ async def _shares(comm: Any, role: int, arrays: list[Memory]) -> Metrics:
 async def _first_sends(
     comm: Any, role: int, driver: Driver, urgent: Any, data: Memory, into: Memory
 ) -> Metrics:
-    """Half round trips beside messages of memory that was never seen before, and beside the same ones again."""
+    """Half round trips beside messages of memory never seen before, and beside the same ones again."""
     fresh = [driver.allocate(4 * MIB) for _ in range(40)]
     found: Metrics = {}
 

@@ -19,8 +19,8 @@ const char* format_of(const char* typestr) {
   struct Pair {
     const char *from, *to;
   };
-  static constexpr Pair kFormats[] = {{"u1", "B"}, {"f4", "f"}, {"f2", "e"}, {"f8", "d"}, {"i1", "b"},
-                                      {"i2", "h"}, {"i4", "i"}, {"i8", "q"}, {"u2", "H"}, {"u4", "I"},
+  static constexpr Pair kFormats[] = {{"u1", "B"}, {"f4", "f"}, {"f2", "e"},  {"f8", "d"},  {"i1", "b"},
+                                      {"i2", "h"}, {"i4", "i"}, {"i8", "q"},  {"u2", "H"},  {"u4", "I"},
                                       {"u8", "Q"}, {"b1", "?"}, {"c8", "Zf"}, {"c16", "Zd"}};
   if (*typestr == '\0') return nullptr;
   for (const Pair& pair : kFormats)
@@ -37,8 +37,8 @@ Found read(PyObject* interface, bool writable, DeviceView& out) {
   PyObject* type = PyDict_GetItem(interface, typestr);
   PyObject* steps = PyDict_GetItem(interface, strides);
   PyObject* queue = PyDict_GetItem(interface, stream);
-  if (!where || !PyTuple_Check(where) || PyTuple_GET_SIZE(where) != 2 || !dims || !PyTuple_Check(dims) || !type ||
-      !PyUnicode_Check(type) || (steps && steps != Py_None))
+  if (!where || !PyTuple_Check(where) || PyTuple_GET_SIZE(where) != 2 || !dims || !PyTuple_Check(dims) ||
+      !type || !PyUnicode_Check(type) || (steps && steps != Py_None))
     return Found::ask;
   if (writable && PyObject_IsTrue(PyTuple_GET_ITEM(where, 1)) != 0) return Found::ask;
   const char* text = PyUnicode_AsUTF8(type);

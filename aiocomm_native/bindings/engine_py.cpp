@@ -158,8 +158,8 @@ struct Start {
     t->keep = description;
     PyObject* array;
     unsigned long long address, nbytes, stream;
-    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream, &view.format,
-                          &view.shape))
+    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream,
+                          &view.format, &view.shape))
       give_up();
     view.address = address, view.nbytes = nbytes, view.stream = stream;
     device_memory(view);
@@ -178,7 +178,8 @@ struct Start {
       refusal = hooks.usage_error, reason = usage.what();
     }
     Py_END_ALLOW_THREADS if (refusal) {
-      nb::object args = refusal == hooks.link_error ? nb::object(nb::make_tuple(reason, code)) : nb::object(nb::make_tuple(reason));
+      nb::object args = refusal == hooks.link_error ? nb::object(nb::make_tuple(reason, code))
+                                                    : nb::object(nb::make_tuple(reason));
       PyErr_SetObject(refusal, args.ptr());
       give_up();
     }
@@ -391,8 +392,8 @@ void bind_engine(nb::module_& m) {
         hooks.usage_error = usage_error.release().ptr();
         hooks.describe_device = describe_device.release().ptr();
       },
-      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a,
-      "usage_error"_a, "describe_device"_a);
+      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a, "usage_error"_a,
+      "describe_device"_a);
   m.def(
       "available_links",
       [] {

@@ -99,7 +99,8 @@ bool encode_meta(Op& op, const char* format, PyObject* shape) {
   view.shape = dims;
   for (Py_ssize_t i = 0; i < count && i < static_cast<Py_ssize_t>(kMaxDims); ++i) {
     dims[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape, i));
-    if (dims[i] < 0) return PyErr_Occurred() != nullptr ? false : (PyErr_SetString(PyExc_ValueError, "shape"), false);
+    if (dims[i] < 0)
+      return PyErr_Occurred() != nullptr ? false : (PyErr_SetString(PyExc_ValueError, "shape"), false);
   }
   encode_meta(op, view);
   return true;

@@ -73,11 +73,11 @@ struct DeviceBuffer {
   int device = 0;
   Gate gate;
   Role role = Role::none;
-  bool in_sched = false;      // of the device's lane
-  bool from_device = false;   // the message's bytes are device memory, too: `theirs`
-  bool not_yet = false;       // the sender's gate was closed when it announced the message
-  bool owes_moved = false;    // push: the peer waits for our word
-  bool owes_fin = false;      // pull: the peer's buffer is let go when our last chunk is over
+  bool in_sched = false;     // of the device's lane
+  bool from_device = false;  // the message's bytes are device memory, too: `theirs`
+  bool not_yet = false;      // the sender's gate was closed when it announced the message
+  bool owes_moved = false;   // push: the peer waits for our word
+  bool owes_fin = false;     // pull: the peer's buffer is let go when our last chunk is over
   uint8_t fin_code = 0;
   bool remote_writes = false;  // pushed: the peer has not yet said that it is done
   bool waiting = false;        // for a gate, a mapping or memory
@@ -110,7 +110,7 @@ struct Reach {
 // What the engine offers to a mover. None of it is called with the token held.
 class MoverHost {
  public:
-  virtual void moved(MoveJob* jobs, size_t count) = 0;  // by copy threads, in the order of completion
+  virtual void moved(MoveJob* jobs, size_t count) = 0;    // by copy threads, in the order of completion
   virtual void go_on(const OpId* ops, size_t count) = 0;  // what they waited for has come, or will not
   // Progress on behalf of the engine's thread, which sleeps meanwhile: peers need not ring between the first call and
   // the last. True: something was done.
@@ -133,7 +133,8 @@ class Mover {
   // Describes an operation's memory, and makes it wait for the work that `stream` has now (kNoStream: for none).
   // Without the token. `device` -1: wherever the memory is. Throws LinkFailure, or std::invalid_argument where the
   // caller has erred.
-  virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) = 0;
+  virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device,
+                                             uint64_t stream) = 0;
   virtual int devices() const = 0;  // loads the driver; throws LinkFailure
   // Asks the peer's memory to be mapped for `device`; `waiter` hears by go_on where the answer is `opening`.
   virtual Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) = 0;
@@ -145,7 +146,7 @@ class Mover {
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
   virtual uint64_t load(int device) const = 0;  // bytes that its peer lane has posted
   virtual void forget(uint64_t owner) = 0;      // a process is gone
-  virtual void stop() = 0;                      // without the token: waits for what is posted, ends the threads
+  virtual void stop() = 0;  // without the token: waits for what is posted, ends the threads
   virtual std::string describe(int error) const = 0;
 };
 

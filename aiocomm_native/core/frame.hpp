@@ -34,7 +34,7 @@ enum class FrameKind : uint8_t {
   goodbye,
   link_private,  // consumed by the link itself
   moved,         // device memory: the sender's engine has written `rop`, or will not any more: `code`
-  staged,        // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
+  staged,  // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
 };
 
 enum FrameFlags : uint8_t {

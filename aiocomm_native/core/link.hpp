@@ -162,7 +162,9 @@ class Link {
   virtual StreamNeed streams() const = 0;
   virtual std::string card() { return {}; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
-  virtual Mover* mover() { return nullptr; }     // it moves device memory beside the pairs' links, and joins none
+  virtual Mover* mover() {
+    return nullptr;
+  }  // it moves device memory beside the pairs' links, and joins none
   // Takes the descriptors over, also when it throws LinkFailure.
   virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) = 0;

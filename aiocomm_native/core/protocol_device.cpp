@@ -14,15 +14,16 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kPushFrom = 1 << 20;     // larger: bulk, which leaves the other end's engine free
-constexpr uint64_t kBusy = 1 << 20;         // bytes with an engine that make what is urgent go another way
+constexpr uint64_t kPushFrom = 1 << 20;      // larger: bulk, which leaves the other end's engine free
+constexpr uint64_t kBusy = 1 << 20;          // bytes with an engine that make what is urgent go another way
 constexpr uint64_t kNeverPreempt = 1 << 30;  // ns
 constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts for so long
 // Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
-constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
+constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20,
+                   kChunkStep = 2 << 20;
 constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kEarlyWake = 256 << 10;
-constexpr uint8_t kBulkClass = 1;           // and below: its messages never decide by load
+constexpr uint8_t kBulkClass = 1;  // and below: its messages never decide by load
 
 }  // namespace
 
@@ -30,8 +31,7 @@ DeviceQueue& Engine::device_queue(int device, Lane lane) {
   size_t at = static_cast<size_t>(device) * static_cast<size_t>(Lane::count) + static_cast<size_t>(lane);
   if (device_queues_.size() <= at) device_queues_.resize(at + 1);
   if (!device_queues_[at])
-    device_queues_[at] =
-        std::make_unique<DeviceQueue>(device, lane, setting("min_share", 0.05));
+    device_queues_[at] = std::make_unique<DeviceQueue>(device, lane, setting("min_share", 0.05));
   return *device_queues_[at];
 }
 
@@ -298,7 +298,8 @@ void Engine::limit_window(DeviceQueue& queue) {
     urgent |= flow.cls != queue.flows.front().cls;
     if (queue.flows.size() > 1 && queue.sched.backlog(flow.id)) {
       for (const auto& other : queue.flows)
-        if (other.channel != flow.channel && other.cls == flow.cls && queue.sched.backlog(other.id)) ++waiting;
+        if (other.channel != flow.channel && other.cls == flow.cls && queue.sched.backlog(other.id))
+          ++waiting;
     }
     Peer* peer = find_peer(flow.rank);
     if (!peer || peer->state != Peer::State::up || queue.busy_until_ns > t + kHoldNs / 2) continue;
@@ -479,7 +480,8 @@ void Engine::go_on(const OpId* ops, size_t count) {
     op->gpu->waiting = false;
     if (op->state != OpState::moving) continue;
     Peer* peer = find_peer(op->peer);
-    bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;  // an eager message outlives its sender
+    bool here =
+        op->gpu->role == Role::stage_in && !op->gpu->from_device;  // an eager message outlives its sender
     if (here)
       landing(*op, 0, op->nbytes);
     else if (peer && peer->state == Peer::State::up)

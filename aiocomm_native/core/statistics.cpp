@@ -54,7 +54,8 @@ std::map<std::string, double> Engine::gauges(const std::string& link) {
   const Scheduler& sched = !device ? *schedulers_[i] : device_sched(Lane::peer, none);
   size_t peers = 0;
   for (auto& peer : peers_)
-    peers += peer && peer->state == Peer::State::up && (device ? peer->device_owner != 0 : peer->link_index == i);
+    peers +=
+        peer && peer->state == Peer::State::up && (device ? peer->device_owner != 0 : peer->link_index == i);
   return {{"queued", static_cast<double>(sched.items())},
           {"in_flight_bytes", static_cast<double>(sched.in_flight())},
           {"rate_bytes_per_s", sched.rate() * 1e9},
@@ -82,7 +83,8 @@ std::vector<std::pair<std::string, uint64_t>> Engine::served_by_channel(const st
     for (uint32_t c = 0; c < channels_.size(); ++c) {
       uint64_t served = 0;
       for (const auto& queue : device_queues_)
-        if (queue && std::any_of(queue->flows.begin(), queue->flows.end(), [&](auto& f) { return f.channel == c; }))
+        if (queue &&
+            std::any_of(queue->flows.begin(), queue->flows.end(), [&](auto& f) { return f.channel == c; }))
           served += queue->sched.served(c);
       if (served) out.emplace_back(channels_[c].name, served);
     }

@@ -206,10 +206,7 @@ async def test_what_cannot_be_moved_is_refused(pair: Pair) -> None:
         a.send(Freed(), 1)
 
     class Strided:
-        __cuda_array_interface__ = {
-            **DeviceArray((4, 4)).__cuda_array_interface__,
-            "strides": (8, 2),
-        }
+        __cuda_array_interface__ = DeviceArray((4, 4)).__cuda_array_interface__ | {"strides": (8, 2)}
 
     with pytest.raises(aiocomm.UsageError, match="contiguous"):
         b.recv(Strided(), 0)

@@ -114,59 +114,61 @@ constexpr int CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES = 14;
 constexpr int CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17;
 
 // X(name, version for cuGetProcAddress, signature). The symbol of a v2 entry point has the suffix _v2, as in cuda.h.
-#define AIOCOMM_CUDA_ENTRY_POINTS(X)                                                                              \
-  X(cuInit, 2000, CUresult(unsigned))                                                                            \
-  X(cuDriverGetVersion, 2020, CUresult(int*))                                                                    \
-  X(cuGetErrorName, 6000, CUresult(CUresult, const char**))                                                      \
-  X(cuGetErrorString, 6000, CUresult(CUresult, const char**))                                                    \
-  X(cuDeviceGetCount, 2000, CUresult(int*))                                                                      \
-  X(cuDeviceGet, 2000, CUresult(CUdevice*, int))                                                                 \
-  X(cuDeviceGetUuid, 11040, CUresult(CUuuid*, CUdevice))                                                         \
-  X(cuDeviceGetAttribute, 2000, CUresult(int*, int, CUdevice))                                                   \
-  X(cuDeviceCanAccessPeer, 4000, CUresult(int*, CUdevice, CUdevice))                                             \
-  X(cuDevicePrimaryCtxRetain, 7000, CUresult(CUcontext*, CUdevice))                                              \
-  X(cuDevicePrimaryCtxRelease, 11000, CUresult(CUdevice))                                                        \
-  X(cuCtxSetCurrent, 4000, CUresult(CUcontext))                                                                  \
-  X(cuCtxGetCurrent, 4000, CUresult(CUcontext*))                                                                 \
-  X(cuCtxGetDevice, 2000, CUresult(CUdevice*))                                                                   \
-  X(cuCtxEnablePeerAccess, 4000, CUresult(CUcontext, unsigned))                                                  \
-  X(cuPointerGetAttribute, 4000, CUresult(void*, int, CUdeviceptr))                                              \
-  X(cuPointerGetAttributes, 7000, CUresult(unsigned, int*, void**, CUdeviceptr))                                 \
-  X(cuIpcGetMemHandle, 4010, CUresult(CUipcMemHandle*, CUdeviceptr))                                             \
-  X(cuIpcOpenMemHandle, 11000, CUresult(CUdeviceptr*, CUipcMemHandle, unsigned))                                 \
-  X(cuIpcCloseMemHandle, 4010, CUresult(CUdeviceptr))                                                            \
-  X(cuMemAlloc, 3020, CUresult(CUdeviceptr*, size_t))                                                            \
-  X(cuMemFree, 3020, CUresult(CUdeviceptr))                                                                      \
-  X(cuMemHostAlloc, 2020, CUresult(void**, size_t, unsigned))                                                    \
-  X(cuMemFreeHost, 2000, CUresult(void*))                                                                        \
-  X(cuMemHostGetDevicePointer, 3020, CUresult(CUdeviceptr*, void*, unsigned))                                    \
-  X(cuMemHostRegister, 6050, CUresult(void*, size_t, unsigned))                                                  \
-  X(cuMemHostUnregister, 4000, CUresult(void*))                                                                  \
-  X(cuMemcpyAsync, 4000, CUresult(CUdeviceptr, CUdeviceptr, size_t, CUstream))                                   \
-  X(cuMemcpy2DAsync, 3020, CUresult(const CUDA_MEMCPY2D*, CUstream))                                             \
-  X(cuStreamCreateWithPriority, 5050, CUresult(CUstream*, unsigned, int))                                        \
-  X(cuStreamDestroy, 4000, CUresult(CUstream))                                                                   \
-  X(cuStreamQuery, 2000, CUresult(CUstream))                                                                     \
-  X(cuStreamSynchronize, 2000, CUresult(CUstream))                                                               \
-  X(cuStreamWaitEvent, 3020, CUresult(CUstream, CUevent, unsigned))                                              \
-  X(cuStreamIsCapturing, 10000, CUresult(CUstream, int*))                                                        \
-  X(cuStreamWriteValue32, 12000, CUresult(CUstream, CUdeviceptr, uint32_t, unsigned))                            \
-  X(cuStreamWriteValue64, 12000, CUresult(CUstream, CUdeviceptr, uint64_t, unsigned))                            \
-  X(cuThreadExchangeStreamCaptureMode, 10010, CUresult(int*))                                                    \
-  X(cuEventCreate, 2000, CUresult(CUevent*, unsigned))                                                           \
-  X(cuEventDestroy, 4000, CUresult(CUevent))                                                                     \
-  X(cuEventRecord, 2000, CUresult(CUevent, CUstream))                                                            \
-  X(cuEventQuery, 2000, CUresult(CUevent))                                                                       \
-  X(cuMemRetainAllocationHandle, 11000, CUresult(CUmemGenericAllocationHandle*, void*))                          \
-  X(cuMemRelease, 10020, CUresult(CUmemGenericAllocationHandle))                                                 \
-  X(cuMemExportToShareableHandle, 10020, CUresult(void*, CUmemGenericAllocationHandle, int, unsigned long long)) \
-  X(cuMemImportFromShareableHandle, 10020, CUresult(CUmemGenericAllocationHandle*, void*, int))                  \
-  X(cuMemGetAllocationPropertiesFromHandle, 10020,                                                               \
-    CUresult(CUmemAllocationProp*, CUmemGenericAllocationHandle))                                                \
-  X(cuMemAddressReserve, 10020, CUresult(CUdeviceptr*, size_t, size_t, CUdeviceptr, unsigned long long))         \
-  X(cuMemAddressFree, 10020, CUresult(CUdeviceptr, size_t))                                                      \
-  X(cuMemMap, 10020, CUresult(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))    \
-  X(cuMemUnmap, 10020, CUresult(CUdeviceptr, size_t))                                                            \
+#define AIOCOMM_CUDA_ENTRY_POINTS(X)                                                                     \
+  X(cuInit, 2000, CUresult(unsigned))                                                                    \
+  X(cuDriverGetVersion, 2020, CUresult(int*))                                                            \
+  X(cuGetErrorName, 6000, CUresult(CUresult, const char**))                                              \
+  X(cuGetErrorString, 6000, CUresult(CUresult, const char**))                                            \
+  X(cuDeviceGetCount, 2000, CUresult(int*))                                                              \
+  X(cuDeviceGet, 2000, CUresult(CUdevice*, int))                                                         \
+  X(cuDeviceGetUuid, 11040, CUresult(CUuuid*, CUdevice))                                                 \
+  X(cuDeviceGetAttribute, 2000, CUresult(int*, int, CUdevice))                                           \
+  X(cuDeviceCanAccessPeer, 4000, CUresult(int*, CUdevice, CUdevice))                                     \
+  X(cuDevicePrimaryCtxRetain, 7000, CUresult(CUcontext*, CUdevice))                                      \
+  X(cuDevicePrimaryCtxRelease, 11000, CUresult(CUdevice))                                                \
+  X(cuCtxSetCurrent, 4000, CUresult(CUcontext))                                                          \
+  X(cuCtxGetCurrent, 4000, CUresult(CUcontext*))                                                         \
+  X(cuCtxGetDevice, 2000, CUresult(CUdevice*))                                                           \
+  X(cuCtxEnablePeerAccess, 4000, CUresult(CUcontext, unsigned))                                          \
+  X(cuPointerGetAttribute, 4000, CUresult(void*, int, CUdeviceptr))                                      \
+  X(cuPointerGetAttributes, 7000, CUresult(unsigned, int*, void**, CUdeviceptr))                         \
+  X(cuIpcGetMemHandle, 4010, CUresult(CUipcMemHandle*, CUdeviceptr))                                     \
+  X(cuIpcOpenMemHandle, 11000, CUresult(CUdeviceptr*, CUipcMemHandle, unsigned))                         \
+  X(cuIpcCloseMemHandle, 4010, CUresult(CUdeviceptr))                                                    \
+  X(cuMemAlloc, 3020, CUresult(CUdeviceptr*, size_t))                                                    \
+  X(cuMemFree, 3020, CUresult(CUdeviceptr))                                                              \
+  X(cuMemHostAlloc, 2020, CUresult(void**, size_t, unsigned))                                            \
+  X(cuMemFreeHost, 2000, CUresult(void*))                                                                \
+  X(cuMemHostGetDevicePointer, 3020, CUresult(CUdeviceptr*, void*, unsigned))                            \
+  X(cuMemHostRegister, 6050, CUresult(void*, size_t, unsigned))                                          \
+  X(cuMemHostUnregister, 4000, CUresult(void*))                                                          \
+  X(cuMemcpyAsync, 4000, CUresult(CUdeviceptr, CUdeviceptr, size_t, CUstream))                           \
+  X(cuMemcpy2DAsync, 3020, CUresult(const CUDA_MEMCPY2D*, CUstream))                                     \
+  X(cuStreamCreateWithPriority, 5050, CUresult(CUstream*, unsigned, int))                                \
+  X(cuStreamDestroy, 4000, CUresult(CUstream))                                                           \
+  X(cuStreamQuery, 2000, CUresult(CUstream))                                                             \
+  X(cuStreamSynchronize, 2000, CUresult(CUstream))                                                       \
+  X(cuStreamWaitEvent, 3020, CUresult(CUstream, CUevent, unsigned))                                      \
+  X(cuStreamIsCapturing, 10000, CUresult(CUstream, int*))                                                \
+  X(cuStreamWriteValue32, 12000, CUresult(CUstream, CUdeviceptr, uint32_t, unsigned))                    \
+  X(cuStreamWriteValue64, 12000, CUresult(CUstream, CUdeviceptr, uint64_t, unsigned))                    \
+  X(cuThreadExchangeStreamCaptureMode, 10010, CUresult(int*))                                            \
+  X(cuEventCreate, 2000, CUresult(CUevent*, unsigned))                                                   \
+  X(cuEventDestroy, 4000, CUresult(CUevent))                                                             \
+  X(cuEventRecord, 2000, CUresult(CUevent, CUstream))                                                    \
+  X(cuEventQuery, 2000, CUresult(CUevent))                                                               \
+  X(cuMemRetainAllocationHandle, 11000, CUresult(CUmemGenericAllocationHandle*, void*))                  \
+  X(cuMemRelease, 10020, CUresult(CUmemGenericAllocationHandle))                                         \
+  X(cuMemExportToShareableHandle, 10020,                                                                 \
+    CUresult(void*, CUmemGenericAllocationHandle, int, unsigned long long))                              \
+  X(cuMemImportFromShareableHandle, 10020, CUresult(CUmemGenericAllocationHandle*, void*, int))          \
+  X(cuMemGetAllocationPropertiesFromHandle, 10020,                                                       \
+    CUresult(CUmemAllocationProp*, CUmemGenericAllocationHandle))                                        \
+  X(cuMemAddressReserve, 10020, CUresult(CUdeviceptr*, size_t, size_t, CUdeviceptr, unsigned long long)) \
+  X(cuMemAddressFree, 10020, CUresult(CUdeviceptr, size_t))                                              \
+  X(cuMemMap, 10020,                                                                                     \
+    CUresult(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))             \
+  X(cuMemUnmap, 10020, CUresult(CUdeviceptr, size_t))                                                    \
   X(cuMemSetAccess, 10020, CUresult(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t))
 
 constexpr int kOldestDriver = 12000;  // CUDA 12: cuGetProcAddress_v2 and cuStreamWriteValue's second form

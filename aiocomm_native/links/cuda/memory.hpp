@@ -33,7 +33,7 @@ class Bounces {
  public:
   Bounces(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
   ~Bounces() { clear(); }
-  void clear();                       // in a current context
+  void clear();  // in a current context
   std::byte* take(uint64_t nbytes);   // at hand; nullptr: see make()
   std::byte* plain(uint64_t nbytes);  // ordinary memory, at once; nullptr: none left
   bool may_pin(uint64_t nbytes);      // whether make() is worth a try

@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
-#include <cstring>
 #include <cstdio>
+#include <cstring>
 
 #include "links/tcp/peer.hpp"
 #include "links/tcp/tls.hpp"
