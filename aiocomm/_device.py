@@ -1,7 +1,8 @@
 """GPU arrays as the native side takes them: an address, a size, a device, a stream, a dtype and a shape.
 
 Called for messages of GPU arrays whose `__cuda_array_interface__` the native side does not read itself;
-torch's costs microseconds, so torch is asked directly. No library is imported here; an array's own one is loaded already.
+torch's costs microseconds, so torch is asked directly. No library is imported here; an array's own one is
+loaded already.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import sys
 from typing import Any, Final, TypeAlias
 
+from aiocomm import _dlpack
 from aiocomm._streams import resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
@@ -57,7 +59,7 @@ def describe(array: Any, writable: bool, stream: Any = None) -> Description | No
     """Describe a GPU array, or answer None where it is none.
 
     Args:
-        array: a torch or CuPy array, or anything with `__cuda_array_interface__`.
+        array: a torch or CuPy array, or anything with `__cuda_array_interface__` or DLPack.
         writable: whether it will be written.
         stream: whose queued work is waited for; None: the array's library's current one.
 
@@ -99,9 +101,18 @@ def describe(array: Any, writable: bool, stream: Any = None) -> Description | No
             array.shape,
         )
     interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None:
-        return None
-    return _from_interface(array, interface, writable, stream)
+    if interface is not None:
+        return _from_interface(array, interface, writable, stream)
+    return _from_dlpack(array, stream) if _dlpack.device_kind(array) == _dlpack.CUDA else None
+
+
+def _from_dlpack(array: Any, stream: Any) -> Description:
+    found = _dlpack.read(array)
+    if found.strides is not None and not _is_contiguous(found.shape, found.strides, found.itemsize):
+        raise _not_contiguous(array, found.shape, found.strides, "a contiguous copy")
+    handle = resolve(stream, array, found.device)
+    form, nbytes = _format_of_numpy(found.typestr), math.prod(found.shape) * found.itemsize
+    return (found.owner, found.address, nbytes, found.device, handle, form, found.shape)
 
 
 def _is_tensor(array: Any) -> bool:

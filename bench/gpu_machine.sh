@@ -15,7 +15,8 @@ fi
 nvidia-smi --query-gpu=name,driver_version,pstate,clocks.sm --format=csv,noheader
 nvidia-smi topo -m | head -4
 case "$*" in *tests*)
-  python3 -P -m pytest -q -p no:cacheprovider --timeout 120 tests/links/test_gpu.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
+  python3 -P -m pytest -q -p no:cacheprovider --timeout 120 \
+    tests/links/test_gpu.py tests/links/test_gpu_arrays.py tests/unit/test_fake_driver.py tests/fault/test_cuda_faults.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
 esac
 case "$*" in *bench*)
   quick=; rounds=3

@@ -39,7 +39,7 @@ async def main() -> None:
     async with aiocomm.spawn(worker, n=1) as comm:
         urgent, bulk = comm.channel("urgent", priority=aiocomm.Priority.HIGH), comm.channel("bulk")
         a = torch.ones(4096, 4096, device="cuda:0")
-        # The product is queued on torch's current stream. The send waits for it on the GPU; nothing here does.
+        # The product is queued on torch's current stream. The send waits on the GPU; nothing here does.
         await comm.send(a @ a, dst=1)
 
         large = torch.full((512 * MIB,), 7, dtype=torch.uint8, device="cuda:0")

@@ -1,4 +1,4 @@
-"""CUDA: GPUs, how they reach each other, what other processes can open of their memory, what is in the way."""
+"""CUDA: GPUs, how they reach each other, what other processes can open of it, what is in the way."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The simulated driver: building it, and what a test may do to it.
 
-`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler into
-a cache folder, under the name libcuda.so.1, and answers its path: that is what AIOCOMM_LIBCUDA names. The same library object serves native
-code and these bindings, so what is asked of it here concerns the driver that the link uses.
+`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler
+into a cache folder, as libcuda.so.1: that is what AIOCOMM_LIBCUDA names. The same library object serves
+native code and these bindings, so what is asked of it here concerns the driver that the link uses.
 """
 
 from __future__ import annotations
