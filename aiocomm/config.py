@@ -118,6 +118,13 @@ class Settings:
     pinned_bytes: int = _setting(
         1 << 30, "bytes", "Pinned host memory for staging GPU memory, kept once taken.", low=0, high=1 << 40
     )
+    gpu_relay_bytes: int = _setting(
+        1 << 30,
+        "bytes",
+        "Memory of each GPU for messages whose memory cannot be shared between processes, kept once taken.",
+        low=0,
+        high=1 << 40,
+    )
     chunk_max: int = _setting(4 * MIB, "bytes", "Largest piece of a transfer.", low=4 * KIB, high=1 << 30)
     tcp_streams: int = _setting(
         2, "connections", "Bulk connections per peer, besides the control one.", low=1, high=16
@@ -209,6 +216,7 @@ class Settings:
             "gpu_spin_s",
             "gpu_mappings",
             "pinned_bytes",
+            "gpu_relay_bytes",
             "cma",
             "tcp_splice",
         )

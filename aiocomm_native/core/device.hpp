@@ -88,6 +88,7 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
+  uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
 
@@ -144,6 +145,9 @@ class Mover {
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
   // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
+  // Device memory of ours that any peer on this host can write, in place of the op's own: `buffer.relay` and a place
+  // for it. Refused: too large, or no memory is left.
+  virtual Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) = 0;
   virtual uint64_t load(int device) const = 0;  // bytes that its peer lane has posted
   virtual void forget(uint64_t owner) = 0;      // a process is gone
   virtual void stop() = 0;  // without the token: waits for what is posted, ends the threads

@@ -278,6 +278,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void continue_send(Op& op, Peer& peer);
   bool prefer_push(const Op& op, Peer& peer) const;
   void answer_with_place(Op& op, Peer& peer);
+  void staged_because(Peer& peer, const std::string& reason);
   void stage_in(Op& op, Peer& peer, bool announced_on_device);
   void stage_out(Op& op, Peer& peer);
   void on_device_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);

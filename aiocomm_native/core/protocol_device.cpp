@@ -144,7 +144,6 @@ void Engine::continue_receive(Op& op, Peer& peer) {
     mover_->offer(gpu, *peer.link);
     if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
   }
-  if (gpu.not_yet) return stage_in(op, peer, true);  // neither can we read it now, nor the peer write ours
   Reach reach = mover_->reach(gpu.device, gpu.theirs, *peer.link, op.id);
   bool sane = gpu.theirs.address - gpu.theirs.base <= gpu.theirs.extent &&
               op.nbytes <= gpu.theirs.extent - (gpu.theirs.address - gpu.theirs.base);
@@ -152,7 +151,7 @@ void Engine::continue_receive(Op& op, Peer& peer) {
     gpu.waiting = true;
     return;
   }
-  if (reach.state == Reach::State::ready && sane) {
+  if (reach.state == Reach::State::ready && sane && !gpu.not_yet) {
     gpu.role = Role::pull;
     gpu.mapping = std::move(reach.mapping);
     gpu.remote = reach.base + (gpu.theirs.address - gpu.theirs.base);
@@ -163,8 +162,22 @@ void Engine::continue_receive(Op& op, Peer& peer) {
     mover_->offer(gpu, *peer.link);
     if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
   }
-  fallback(peer.rank, "staged", reach.reason);
+  // Neither can we read it (now), nor can the peer write ours: by memory of ours that it can, or by the host.
+  Reach::State relay = mover_->take_relay(gpu, op.nbytes, *peer.link, op.id);
+  if (relay == Reach::State::opening) {
+    gpu.waiting = true;
+    return;
+  }
+  staged_because(peer, reach.reason);
+  if (relay == Reach::State::ready) return answer_with_place(op, peer);
   stage_in(op, peer, true);
+}
+
+// Counted for every message, told once.
+void Engine::staged_because(Peer& peer, const std::string& reason) {
+  ++counters_[mover_index_].fallbacks;
+  if (std::exchange(peer.told_staged, true)) return;
+  emit({EngineEvent::Kind::fallback, peer.rank, 0, "staged", reason});
 }
 
 void Engine::answer_with_place(Op& op, Peer& peer) {
@@ -246,7 +259,7 @@ void Engine::continue_send(Op& op, Peer& peer) {
     op.path = Path::device;
     return queue_move(op, Lane::peer, op.nbytes);
   }
-  fallback(peer.rank, "staged", reach.reason);
+  staged_because(peer, reach.reason);
   gpu.role = Role::stage_out;
   gpu.owes_moved = false;
   gpu.can_pull = false;
@@ -392,7 +405,7 @@ void Engine::landing(Op& op, uint64_t offset, uint64_t nbytes) {
   job.cls = channels_[op.channel].cls;
   job.posted_ns = now();
   job.to = reinterpret_cast<uint64_t>(op.data) + offset;
-  job.from = reinterpret_cast<uint64_t>(op.gpu->bounce) + offset;
+  job.from = (op.gpu->bounce ? reinterpret_cast<uint64_t>(op.gpu->bounce) : op.gpu->relay) + offset;
   ++op.gpu->inflight;
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
 }
@@ -515,7 +528,10 @@ void Engine::on_moved(Peer& peer, const FrameHeader& header) {
     if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");
     op->moved = op->nbytes;
     counters_[mover_index_].bytes_received += op->moved;
-    return finish(*op, Code::ok);
+    if (!op->gpu->relay) return finish(*op, Code::ok);
+    op->gpu->role = Role::stage_in;
+    op->remote_op = 0;  // has ended there
+    return landing(*op, 0, op->nbytes);
   }
   op->remote_op = 0;  // has ended there
   end_early(*op, code == Code::link_failed ? code : Code::peer_cancelled);

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace aiocomm::cuda {
 
@@ -37,6 +38,7 @@ State::State(const Driver& d, Host& h)
       helper(driver),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
+      relays(driver, static_cast<uint64_t>(h.setting("gpu_relay_bytes", 1 << 30))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
 
 State::~State() {
@@ -45,6 +47,7 @@ State::~State() {
     if (!device.load()) continue;
     Device::Current current(*device.load());  // of this thread none may be, and the driver then frees nothing
     bounces.clear();
+    relays.clear();
     break;
   }
   for (auto& device : devices_) delete device.load();
@@ -94,6 +97,7 @@ CudaBuffer::~CudaBuffer() {
   mapping.reset();  // before the state, whose helper closes it
   if (Device* started = state->started(device)) started->give_back(gate);
   if (bounce) state->bounces.give_back(bounce);
+  if (relay) state->relays.give_back(device, relay, relay_size);
 }
 
 // ---------------------------------------------------------------- the link
@@ -250,6 +254,32 @@ Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId w
     state->host.go_on(&waiter, 1);
   });
   return Reach::State::opening;
+}
+
+Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) {
+  auto& mine = static_cast<CudaBuffer&>(buffer);
+  if (peer.process() < 0) return Reach::State::refused;
+  mine.relay = state_->relays.take(mine.device, nbytes, mine.relay_size);
+  if (!mine.relay) {
+    if (!state_->relays.may_make(mine.device, nbytes)) return Reach::State::refused;
+    state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
+      state->driver.cuCtxSetCurrent(state->started(device)->context);
+      state->relays.make(device, nbytes);
+      state->host.go_on(&waiter, 1);
+    });
+    return Reach::State::opening;
+  }
+  // The whole of it is one allocation of ours, which stays until the link is closed.
+  mine.place.address = mine.place.base = mine.relay;
+  mine.place.extent = mine.relay_size;
+  CUresult known =
+      state_->driver.cuPointerGetAttribute(&mine.place.buffer_id, CU_POINTER_ATTRIBUTE_BUFFER_ID, mine.relay);
+  if (known != CUDA_SUCCESS || !state_->handle_of(mine.place, mine.device, mine.place.handle)) {
+    state_->relays.give_back(mine.device, std::exchange(mine.relay, 0), mine.relay_size);
+    return Reach::State::refused;
+  }
+  mine.place.exported = Export::ipc;
+  return Reach::State::ready;
 }
 
 uint64_t CudaLink::load(int device) const {

@@ -35,6 +35,7 @@ class State {
   Helper helper;
   Mappings mappings;
   Bounces bounces;
+  Relays relays;
 
  private:
   static constexpr size_t kDevices = WakePage::kDevices;
@@ -55,6 +56,7 @@ struct CudaBuffer final : DeviceBuffer {
   ~CudaBuffer() override;
   std::shared_ptr<State> state;
   bool ipc = false;
+  uint64_t relay_size = 0;
 };
 
 class CudaLink final : public Link, public Mover {
@@ -73,6 +75,7 @@ class CudaLink final : public Link, public Mover {
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter) override;
   Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
+  Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) override;
   uint64_t load(int device) const override;
   void forget(uint64_t owner) override;
   void stop() override;

@@ -10,7 +10,8 @@ namespace aiocomm::cuda {
 
 namespace {
 constexpr uint64_t kSmallest = 64 << 10;
-}
+constexpr uint64_t kSmallestRelay = 2 << 20;  // the driver shares no less
+}  // namespace
 
 Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   unsigned type = 0, managed = 0, ipc = 0;
@@ -109,6 +110,47 @@ void Bounces::give_back(std::byte* memory) {
     blocks_.erase(it);
     std::free(memory);
   }
+}
+
+void Relays::clear() {
+  std::lock_guard lock(mutex_);
+  for (auto& [device, pool] : pools_)
+    for (auto& [size, list] : pool.free)
+      for (uint64_t memory : list) driver_.cuMemFree(memory);
+  pools_.clear();
+}
+
+uint64_t Relays::take(int device, uint64_t nbytes, uint64_t& size) {
+  std::lock_guard lock(mutex_);
+  size = std::bit_ceil(std::max(nbytes, kSmallestRelay));
+  auto& free = pools_[device].free[size];
+  if (free.empty()) return 0;
+  uint64_t memory = free.back();
+  free.pop_back();
+  return memory;
+}
+
+bool Relays::may_make(int device, uint64_t nbytes) {
+  std::lock_guard lock(mutex_);
+  const Pool& pool = pools_[device];
+  return !pool.refused && pool.made + std::bit_ceil(std::max(nbytes, kSmallestRelay)) <= limit_;
+}
+
+void Relays::make(int device, uint64_t nbytes) {
+  uint64_t size = std::bit_ceil(std::max(nbytes, kSmallestRelay));
+  CUdeviceptr memory = 0;
+  bool made = driver_.cuMemAlloc(&memory, size) == CUDA_SUCCESS;
+  std::lock_guard lock(mutex_);
+  Pool& pool = pools_[device];
+  pool.refused = !made;
+  if (!made) return;
+  pool.made += size;
+  pool.free[size].push_back(memory);
+}
+
+void Relays::give_back(int device, uint64_t memory, uint64_t size) {
+  std::lock_guard lock(mutex_);
+  pools_[device].free[size].push_back(memory);
 }
 
 }  // namespace aiocomm::cuda

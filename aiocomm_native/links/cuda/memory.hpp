@@ -33,7 +33,7 @@ class Bounces {
  public:
   Bounces(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
   ~Bounces() { clear(); }
-  void clear();  // in a current context
+  void clear();                       // in a current context
   std::byte* take(uint64_t nbytes);   // at hand; nullptr: see make()
   std::byte* plain(uint64_t nbytes);  // ordinary memory, at once; nullptr: none left
   bool may_pin(uint64_t nbytes);      // whether make() is worth a try
@@ -52,6 +52,28 @@ class Bounces {
   bool refused_ = false;                // the system pins no more
   std::map<std::byte*, Block> blocks_;  // in use and free
   std::map<uint64_t, std::vector<std::byte*>> free_;
+};
+
+// Device memory that other processes can map, in sizes of powers of two, kept for the next message.
+class Relays {
+ public:
+  Relays(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
+  void clear();                                                // in a current context
+  uint64_t take(int device, uint64_t nbytes, uint64_t& size);  // at hand; 0: see make()
+  bool may_make(int device, uint64_t nbytes);
+  void make(int device, uint64_t nbytes);  // puts one at hand; takes milliseconds, in a context of the device
+  void give_back(int device, uint64_t memory, uint64_t size);
+
+ private:
+  struct Pool {
+    uint64_t made = 0;
+    bool refused = false;
+    std::map<uint64_t, std::vector<uint64_t>> free;
+  };
+  const Driver& driver_;
+  const uint64_t limit_;  // bytes per device
+  std::mutex mutex_;
+  std::map<int, Pool> pools_;
 };
 
 }  // namespace aiocomm::cuda
