@@ -7,6 +7,7 @@ processes. After each test the simulated driver must not have seen an access to 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -129,6 +130,18 @@ async def test_an_error_names_the_device_and_the_drivers_code(simulator: Simulat
         assert len(failed) == 1
         assert failed[0].code_name == "CUDA_ERROR_UNKNOWN"
         assert "aiocomm doctor" in str(failed[0])
+
+
+@pytest.mark.parametrize("call", ["cuMemHostGetDevicePointer", "cuStreamCreateWithPriority"])
+async def test_a_device_that_does_not_start_leaves_nothing(simulator: Simulator, call: str) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, _):
+        array = DeviceArray(100, device=3)
+        gc.collect()
+        before = {kind: simulator.held(kind) for kind in ("streams", "pinned", "contexts")}
+        simulator.fail(call, UNKNOWN, 1 if call == "cuMemHostGetDevicePointer" else 3)
+        with pytest.raises(aiocomm.LinkError, match="GPU 3: cannot"):
+            await a.send(array, 1)
+        assert {kind: simulator.held(kind) for kind in before} == before
 
 
 async def test_a_broken_context_ends_its_transfers_and_leaves_other_devices(simulator: Simulator) -> None:
@@ -295,13 +308,13 @@ async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu:
         assert answer == b"all right"
 
 
-async def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
-    simulator: Simulator, anyio_backend_name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(600)
+def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if anyio_backend_name != "asyncio":
-        pytest.skip("the same native code on every loop: once is enough")
-    monkeypatch.setenv("AIOCOMM_GPU_MAPPINGS", "200")
+    """Not a coroutine, since it takes longer than one may; the same native code serves every loop."""
     buffers, transfers, window, mappings = 1000, 100_000, 200, 200
+    monkeypatch.setenv("AIOCOMM_GPU_MAPPINGS", str(mappings))
 
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray, driver
@@ -317,25 +330,31 @@ async def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
                 await transfer
             if start == transfers // 10:
                 before = held()
-        assert held() == before
+        after = held()
+        assert after == before, (before, after)
         assert simulator.held("imports") <= mappings
         assert simulator.held("allocations") == buffers
         await comm.send(b"x", 0)
 
-    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
-        arrays = [DeviceArray(4096).write(np.full(4096, index % 256)) for index in range(buffers)]
-        pinned = 0
-        for start in range(0, transfers, window):
-            turn = [comm.send(arrays[index % buffers], 1) for index in range(start, start + window)]
-            for transfer in turn:
-                await transfer
-            if start == transfers // 10:
-                pinned = simulator.held("pinned")
-        assert simulator.held("imports") <= mappings
-        assert simulator.held("pinned") == pinned
-        await comm.recv(bytearray(1), 1)
-    assert simulator.held("imports") == 0
-    assert simulator.held("streams") == 0
+    async def main() -> None:
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            arrays = [DeviceArray(4096).write(np.full(4096, index % 256)) for index in range(buffers)]
+            pinned = 0
+            for start in range(0, transfers, window):
+                turn = [comm.send(arrays[index % buffers], 1) for index in range(start, start + window)]
+                for transfer in turn:
+                    await transfer
+                if start == transfers // 10:
+                    pinned = simulator.held("pinned")
+            assert simulator.held("imports") <= mappings
+            assert simulator.held("pinned") == pinned
+            await comm.recv(bytearray(1), 1)
+
+    gc.collect()
+    before = {kind: simulator.held(kind) for kind in ("imports", "streams", "pinned", "references")}
+    anyio.run(main)
+    gc.collect()  # a communicator's devices go with it
+    assert {kind: simulator.held(kind) for kind in before} == before
 
 
 async def test_random_parts_arrive_byte_for_byte(gpu: Driver) -> None:
@@ -404,6 +423,10 @@ async def test_nothing_is_left_when_a_world_ends(simulator: Simulator) -> None:
     async def one() -> dict[str, int]:
         async with world(2, links=LINKS, warmup=True) as (a, b):
             assert await exchange(a, b, 1) == [None] * 6
+        del a, b
+        gc.collect()
         return {kind: simulator.held(kind) for kind in kinds}
 
-    assert await one() == await one()
+    await one()  # the test's own contexts are there now, and garbage of earlier tests is gone
+    before = await one()
+    assert await one() == before
