@@ -295,7 +295,7 @@ nb::list outgoing(PyEngine& e) {
 
 nb::dict counters(PyEngine& e, const std::string& link) {
   LinkCounters c = e.engine->counters(link);
-  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream"};
+  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "read", "write"};
   nb::dict out, messages, nbytes;
   for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
     messages[paths[i]] = c.path_messages[i];

@@ -74,8 +74,13 @@ Engine::Engine(EngineConfig config)
   };
   for (const LinkEntry& entry : link_registry()) {
     if (!wanted(entry.name)) continue;
+    try {
+      links_.push_back(entry.factory(*this));
+    } catch (const LinkFailure&) {
+      if (!entry.optional || !config_.links.empty()) throw;
+      continue;
+    }
     link_names_.push_back(entry.name);
-    links_.push_back(entry.factory(*this));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
     auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
     for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
@@ -135,6 +140,7 @@ void Engine::close() {
       peer->state = Peer::State::lost;
     }
   polled_.clear();
+  for (auto& link : links_) link->close();
 }
 
 void Engine::set_identity(Rank rank, uint64_t generation) {

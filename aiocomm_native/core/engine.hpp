@@ -166,6 +166,7 @@ class Engine final : public Host, public FrameSink {
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
   void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
+  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) override;
   void on_writable(LinkPeer& to) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
@@ -201,6 +202,9 @@ class Engine final : public Host, public FrameSink {
   void pump(uint8_t link_index);
   uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
+  // protocol_remote.cpp: bytes that devices move
+  bool hold(Op& op, Reach reach);
+  bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
   uint32_t flow_of(Peer& peer, uint32_t channel);
   void queue_data(Op& op, Peer& peer);
 

@@ -41,7 +41,7 @@ enum class Code : uint8_t {
 };
 
 // Which way a message's bytes went, for statistics.
-enum class Path : uint8_t { none, eager, mapped, cma, stream, count };
+enum class Path : uint8_t { none, eager, mapped, cma, stream, read, write, count };
 
 constexpr size_t kMaxDims = 8;
 
@@ -75,6 +75,7 @@ struct Op {
   uint64_t offset = 0;          // one-sided: bytes into the region
   uint64_t source_address = 0;  // pull: where the bytes lie at the peer
   uint32_t source_segment = 0;
+  uint32_t registration = 0;  // of `data` with the link, 0: none
   uint64_t deadline_ns = 0;
   uint64_t submitted_ns = 0, started_ns = 0, ended_ns = 0;
   uint16_t meta_bytes = 0;

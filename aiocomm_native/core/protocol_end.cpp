@@ -4,6 +4,7 @@
 // buffer any more. `end_early` decides an outcome before that is so; `settle` finishes what it left draining.
 
 #include <algorithm>
+#include <utility>
 
 #include "core/engine.hpp"
 
@@ -20,6 +21,7 @@ void Engine::finish(Op& op, Code code) {
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
+  if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[op.link];
   if (code == Code::ok) {
     ++counters.completed;
@@ -144,7 +146,8 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     for (Op* op : live) {
       if (!op->live) continue;
       op->awaits_fin = false;
-      if (op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
+      bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
+      if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
         drop_inflight(*op);
       if (op->state == OpState::draining)
         settle(*op);

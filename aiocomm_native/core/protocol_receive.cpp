@@ -223,6 +223,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
     op.path = Path::eager;
     return received(op);
   }
+  if (op.path == Path::read && !hold(op, Reach::local)) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
   if (!ask) return;
@@ -313,7 +314,10 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
   if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
-  if (op->path == Path::none) op->path = op->nbytes <= eager_max_ ? Path::eager : Path::cma;
+  if (op->path == Path::none) {
+    bool read = peer.link->pull_path({}) == Path::read;
+    op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : Path::cma;
+  }
   if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
   if (op->state == OpState::draining) {
     settle(*op);

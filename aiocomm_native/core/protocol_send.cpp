@@ -114,11 +114,12 @@ Post Engine::send_message(Op& op, Peer& peer) {
     op.path = Path::eager;
     op.moved = op.nbytes;
   } else {
+    if (!hold(op, Reach::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::rts;
     h.sop = op.id;
     h.address = at.address;
-    h.segment = at.segment;
+    h.segment = op.registration ? op.registration : at.segment;
     posted = peer.link->post(h, op.meta.data(), nullptr, Wake::engine);
     if (posted != Post::ok) return posted;
   }
@@ -148,10 +149,11 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
   } else {
+    if (!hold(op, Reach::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
-    h.segment = at.segment;
+    h.segment = op.registration ? op.registration : at.segment;
   }
   Post posted = peer.link->post(h, meta, inline_bytes ? op.data : nullptr, Wake::engine);
   if (posted != Post::ok) return posted;
@@ -283,6 +285,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
+  if (op->path == Path::read || op->path == Path::write) return post_remote(*op, *peer, chunk);
   bool pulls = op->path == Path::cma || op->path == Path::mapped;
   if (pulls) {
     if (jobs_ >= copy_limit(chunk.cls)) {

@@ -1,0 +1,149 @@
+// One pair over RDMA: frames in order over one of its lanes, bulk over all of them.
+//
+// Rules
+//  * The pair's socket carries the handshake (numbers of queue pairs), then signs of life; its end is the pair's end.
+//  * Frames carry a sequence number and are kept until the peer's device has acknowledged them: when a lane fails, those
+//    go out again over another, and the receiver drops what it has had.
+//  * A frame needs a credit; each frame tells how many of the peer's were consumed here. The last kReserve credits are
+//    for frames that only tell this.
+//  * What pollers report waits in the inbox for the token's holder.
+//  * Nothing that a peer sends is trusted: what makes no sense ends this pair.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/link.hpp"
+#include "links/rdma/rail.hpp"
+#include "links/rdma/registrations.hpp"
+
+namespace aiocomm::rdma {
+
+class RdmaLink;
+class RdmaPeer;
+
+// One rail of a pair.
+struct Lane final : Completions {
+  enum class State : uint8_t { connecting, up, failed };
+
+  Lane(RdmaPeer& owner, Rail& over, uint32_t which) : peer(owner), rail(over), index(which) {}
+  void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
+  void immediate(uint32_t value, uint32_t nbytes) override;
+  void frame_sent(uint32_t seq) override;
+  void chunk_done(uint32_t chunk, int error) override;
+  void failed(const std::string& reason) override;
+  bool expects() const override;
+
+  RdmaPeer& peer;
+  Rail& rail;
+  const uint32_t index;
+  Address theirs;
+  QueuePairs pairs;
+  std::mutex posting;
+  State state = State::connecting;  // under the token, as what follows
+  uint32_t chunks = 0;              // in flight
+  uint64_t bytes = 0;
+  double rate = 1.0;  // bytes per ns, of late
+  uint64_t last_done_ns = 0;
+};
+
+class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shared_from_this<RdmaPeer> {
+ public:
+  RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket);
+  ~RdmaPeer() override;
+  void start(const std::vector<Address>& theirs);  // throws LinkFailure
+
+  Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
+  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }
+  Post post_remote(const RemoteChunk& chunk) override;
+  uint64_t frame_limit() const override { return kFrameMax; }
+  int poll(int budget) override;
+  Path pull_path(const Location&) override { return Path::read; }
+  void tick(uint64_t now_ns) override;
+  bool needs_ticks() const override { return !dead_; }
+  void close() override;
+
+  void on_ready(uint32_t events) override;
+
+ private:
+  friend struct Lane;
+  static constexpr uint32_t kHello = 0x52494f41, kVersion = 1;  // "AIOR"
+  static constexpr char kReady = 'r', kAlive = 'a';             // words on the socket
+  static constexpr uint32_t kReserve = 2;
+  static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
+
+  struct Event {
+    enum class Kind : uint8_t { frame, immediate, chunk, failed } kind;
+    uint32_t lane = 0;
+    uint32_t which = 0;   // slot, value or chunk
+    uint32_t nbytes = 0;  // or errno
+    std::string reason;
+  };
+  struct Chunk {
+    RemoteChunk of;
+    Keys local, remote;
+    uint32_t lane = 0;
+    uint64_t posted_ns = 0;
+    bool busy = false;
+  };
+  struct Arrived {  // a frame before its turn
+    uint32_t lane, slot, nbytes;
+  };
+
+  void put(Event event, Wake wake);
+  bool has_credit(uint32_t reserve) const { return sent_ - consumed_there_ + reserve < Rail::kCredits; }
+  std::byte* frame_slot(uint32_t seq) { return frames_.get() + (seq % Rail::kCredits) * size_t{Rail::kSlotBytes}; }
+  void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
+  void transmit(uint32_t seq);
+  void handle(Event& event);
+  void frame(const Arrived& from);
+  bool deliver(const Arrived& from);  // false: the pair has ended
+  void chunk(uint32_t index, int error);
+  void launch(uint32_t index, Lane& lane);
+  Lane* best_lane(uint64_t nbytes);
+  void violated(const char* what);
+  void tell_credit();
+  void unblock();
+  void lane_failed(Lane& lane, const std::string& reason);
+  void read_socket();
+  bool handshake(const std::byte* data, size_t nbytes);
+  void say(const void* data, size_t nbytes);
+  void lose(const std::string& reason);
+  void shut();
+
+  RdmaLink& link_;
+  Host& host_;
+  int socket_;
+  const uint64_t heartbeat_ns_;
+  bool dead_ = false, open_ = false, blocked_ = false, remote_blocked_ = false;
+  std::atomic<bool> starved_{false};  // the peer's frames must wake somebody: we wait for credits
+  uint64_t heard_ns_, said_ns_, ticked_ns_;
+  std::vector<std::byte> incoming_;
+  bool greeted_ = false, ready_told_ = false, ready_heard_ = false;
+
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  uint32_t active_ = 0;  // the lane of frames
+  std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
+  uint32_t frames_registration_ = 0;
+  std::array<uint32_t, Rail::kCredits> frame_bytes_{};
+  std::atomic<uint32_t> due_{0};         // as `sent_`, for the pollers
+  uint32_t sent_ = 0;                    // frames, that is the next sequence number
+  std::atomic<uint32_t> acked_{0};       // of those, by the peer's device
+  uint32_t consumed_there_ = 0;          // of those, by the peer
+  uint32_t expected_ = 0, told_ = 0;     // frames of the peer: handed over here, and told so
+  std::map<uint32_t, Arrived> early_;    // by sequence number
+  std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
+  std::vector<Chunk> chunks_;
+  std::vector<uint32_t> free_chunks_;
+
+  std::mutex inbox_mutex_;
+  std::vector<Event> inbox_;
+  std::atomic<bool> has_inbox_{false};
+};
+
+}  // namespace aiocomm::rdma
