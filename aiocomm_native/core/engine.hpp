@@ -240,6 +240,7 @@ class Engine final : public Host, public FrameSink {
   void finish(Op& op, Code code);     // nothing touches its buffer any more
   void end_early(Op& op, Code code);  // decides the outcome; finishes once nothing can touch the buffer
   void drop_inflight(Op& op);
+  void tell_source(Op& op, Code code);
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);

@@ -59,6 +59,7 @@ struct Op {
   bool matched = false;
   bool in_sched = false;
   bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
+  bool owes_word = false;   // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched
   uint32_t channel = 0;  // index into the engine's channels

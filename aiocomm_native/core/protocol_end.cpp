@@ -59,8 +59,25 @@ void Engine::drop_inflight(Op& op) {
 
 bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
+  if (std::exchange(op.owes_word, false)) tell_source(op, op.code);
   finish(op, op.code);
   return true;
+}
+
+// The receiver's word to the source of its bytes: let go.
+void Engine::tell_source(Op& op, Code code) {
+  Peer* peer = find_peer(op.peer);
+  if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
+  if (code == Code::link_failed) {
+    if (op.path == Path::read) send_fin(*peer, op.remote_op, code, op.moved);  // else job_done has told
+  } else if (code == Code::peer_cancelled || code == Code::peer_lost) {
+    send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
+  } else {
+    FrameHeader h{};
+    h.kind = FrameKind::stop;
+    h.sop = op.remote_op;
+    send_control(*peer, h, Wake::engine);
+  }
 }
 
 void Engine::end_early(Op& op, Code code) {
@@ -85,17 +102,9 @@ void Engine::end_early(Op& op, Code code) {
   if (!reachable) op.awaits_fin = false;
   if (op.kind == OpKind::recv || op.kind == OpKind::get) {
     // Tell the source to let go; our own buffer is safe once no chunk is in flight.
-    if (reachable && op.remote_op) {
-      FrameHeader h{};
-      h.kind = FrameKind::stop;
-      h.sop = op.remote_op;
-      if (code == Code::link_failed)
-        ;  // job_done has sent the outcome
-      else if (from_peer)
-        send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
-      else
-        send_control(*peer, h, Wake::engine);
-    }
+    // A device that still reads would find its source gone.
+    op.owes_word = op.path == Path::read && op.inflight;
+    if (!op.owes_word) tell_source(op, code);
     op.awaits_fin = false;
   } else if (op.awaits_fin && reachable && !from_peer && op.kind != OpKind::serve) {
     FrameHeader h{};

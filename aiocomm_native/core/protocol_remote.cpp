@@ -58,7 +58,6 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error) {
   (op->path == Path::read ? counters.bytes_received : counters.bytes_sent) += nbytes;
   if (error && op->state != OpState::draining) {
     op->error = error;
-    send_fin(*peer, op->remote_op, Code::link_failed, op->moved);
     end_early(*op, Code::link_failed);
   } else {
     op->moved += error ? 0 : nbytes;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,15 +53,28 @@ _EXTRA = {
         Variant("shm", "shm-mapped", shared=True),
     ]
 }
+
+
+def _name(variant: Variant) -> str:
+    return variant.name
+
+
+_MISSING = {
+    "rdma": None
+    if any(Path("/sys/class/infiniband").glob("*"))
+    else "no RDMA device: python tests/rdma_vm/run.py -- pytest tests/links -k rdma"
+}
 VARIANTS = [
     variant
+    if _MISSING.get(link) is None
+    else pytest.param(variant, marks=pytest.mark.skip(reason=str(_MISSING[link])))
     for link in _core.available_links()
     if link != "self"
     for variant in [Variant(link, link), *_EXTRA.get(link, [])]
 ]
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
+@pytest.fixture(params=VARIANTS, ids=_name)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Variant:
     """One way in which bytes move."""
     chosen: Variant = request.param
