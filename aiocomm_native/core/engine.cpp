@@ -140,6 +140,14 @@ void Engine::close() {
       peer->state = Peer::State::lost;
     }
   polled_.clear();
+  // What a device or a peer was working on has been let go of with its link.
+  std::vector<Op*> left;
+  ops_.for_each_live([&](Op& op) { left.push_back(&op); });
+  for (Op* op : left) {
+    drop_inflight(*op);
+    op->awaits_fin = false;
+    settle(*op);
+  }
   for (auto& link : links_) link->close();
 }
 
@@ -195,6 +203,7 @@ void Engine::attach(Rank rank, uint64_t generation, const std::string& name, con
   peer->link->rank = rank;
   peer->link->generation = generation;
   peer->link_index = index;
+  peer->offers = peer->link->takes_offers() ? std::make_unique<Offers>() : nullptr;
   peer->state = Peer::State::up;
   if (links_[index]->polled()) polled_.push_back(peer->link.get());
   if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, name, {}});

@@ -120,6 +120,8 @@ class LinkPeer {
     (void)chunk;
     return Post::lost;
   }
+  // Whether it can write into memory of the peer, and tell it so by an immediate.
+  virtual bool takes_offers() const { return false; }
   // Describes local memory to the peer, making it reachable where the link can.
   virtual Location locate(const std::byte* data, uint64_t nbytes) {
     (void)nbytes;

@@ -21,6 +21,7 @@ void Engine::finish(Op& op, Code code) {
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
+  if (op.offer) drop_offer(op);
   if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[op.link];
   if (code == Code::ok) {
@@ -59,15 +60,16 @@ void Engine::drop_inflight(Op& op) {
 
 bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
-  if (std::exchange(op.owes_word, false)) tell_source(op, op.code);
+  if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
   finish(op, op.code);
   return true;
 }
 
-// The receiver's word to the source of its bytes: let go.
-void Engine::tell_source(Op& op, Code code) {
+// The word to the other end that this one has let go of its memory.
+void Engine::tell_other(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
+  if (op.kind == OpKind::send) return send_quit(*peer, op.remote_op, Code::peer_cancelled);
   if (code == Code::link_failed) {
     if (op.path == Path::read) send_fin(*peer, op.remote_op, code, op.moved);  // else job_done has told
   } else if (code == Code::peer_cancelled || code == Code::peer_lost) {
@@ -86,6 +88,7 @@ void Engine::end_early(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   bool reachable = peer && peer->state == Peer::State::up;
   if (op.kind == OpKind::recv && !op.matched) {
+    if (withdraw(op, code)) return;
     matcher_.cancel_recv(op.id);
     return finish(op, code);
   }
@@ -102,9 +105,19 @@ void Engine::end_early(Op& op, Code code) {
   if (!reachable) op.awaits_fin = false;
   if (op.kind == OpKind::recv || op.kind == OpKind::get) {
     // Tell the source to let go; our own buffer is safe once no chunk is in flight.
+    if (op.path == Path::write) {
+      // The peer's device writes into our buffer: it is ours again when the peer says so.
+      FrameHeader h{};
+      h.kind = FrameKind::stop;
+      h.rop = op.id;
+      if (reachable) send_control(*peer, h, Wake::engine);
+      op.awaits_fin = reachable;
+      if (settle(op)) return;
+      return drain(op);
+    }
     // A device that still reads would find its source gone.
     op.owes_word = op.path == Path::read && op.inflight;
-    if (!op.owes_word) tell_source(op, code);
+    if (!op.owes_word) tell_other(op, code);
     op.awaits_fin = false;
   } else if (op.awaits_fin && reachable && !from_peer && op.kind != OpKind::serve) {
     FrameHeader h{};
@@ -113,7 +126,12 @@ void Engine::end_early(Op& op, Code code) {
     h.rop = op.remote_op;
     send_control(*peer, h, Wake::engine);
   }
-  if (settle(op)) return;
+  if (op.kind == OpKind::send && op.path == Path::write) op.owes_word = reachable;
+  if (!settle(op)) drain(op);
+}
+
+// Its outcome is decided; whoever holds its buffer has this long to let go.
+void Engine::drain(Op& op) {
   if (op.deadline_ns) timers_.cancel(op.id);
   op.deadline_ns = now() + drain_ns_;
   start_deadline(op);
@@ -169,6 +187,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     }
     peer.flows.clear();
     peer.control.clear();
+    peer.offers.reset();
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

@@ -29,6 +29,10 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   what.registration = op.registration;
   what.remote = {op.source_address + chunk.offset, op.source_segment};
   what.nbytes = chunk.nbytes;
+  if (!what.read) {
+    what.has_immediate = op.immediate != 0;
+    what.immediate = op.immediate | (chunk.last ? kLastChunk : 0) | (op.chunks & 0xffff);
+  }
   switch (peer.link->post_remote(what)) {
     case Post::again:
       sched.unget(chunk);
@@ -40,10 +44,21 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
     default:
       break;
   }
+  ++op.chunks;
   ++op.inflight;
   op.inflight_bytes += chunk.nbytes;
   if (chunk.last) op.in_sched = false;
   return true;
+}
+
+// Our send that is being written into this receive of the peer's.
+Op* Engine::writing_into(Peer& peer, OpId receive) {
+  Op* found = nullptr;
+  ops_.for_each_live([&](Op& op) {
+    if (op.kind == OpKind::send && op.path == Path::write && op.peer == peer.rank && op.remote_op == receive)
+      found = &op;
+  });
+  return found;
 }
 
 void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error) {
@@ -64,7 +79,7 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error) {
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->moved == op->nbytes)
-      received(*op);
+      op->path == Path::read ? received(*op) : finish(*op, Code::ok);
   }
   pump(link_index);
 }

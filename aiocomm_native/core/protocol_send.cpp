@@ -54,6 +54,11 @@ void Engine::want_connection(Peer& peer) {
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
   ++counters_[op.link].submitted;
+  // Its receiver may have said where it goes.
+  if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
+    peer.link->poll(16);
+    if (peer.state != Peer::State::up || !op.live) return;
+  }
   // A header may not overtake an earlier one of its flow, nor control frames that wait.
   if (peer.blocked || !peer.control.empty() || !peer.flows.empty()) {
     uint32_t flow = flow_of(peer, op.channel);
@@ -62,6 +67,8 @@ void Engine::start_on(Op& op, Peer& peer) {
   if (send_header(op, peer) == Post::again) {
     peer.blocked = true;
     queue_header(op, peer);
+  } else if (op.live && op.in_sched) {
+    pump(peer.link_index);
   }
 }
 
@@ -102,7 +109,11 @@ Post Engine::send_message(Op& op, Peer& peer) {
   h.meta_bytes = op.meta_bytes;
   h.cls = channel.cls;
   h.weight = packed_weight(channel.weight);
-  bool eager = fits_frame(op, peer) && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
+  bool fits = fits_frame(op, peer);
+  if (peer.offers && !fits)
+    if (const Offer* into = peer.offers->held.next(key_of(op), op.nbytes)) return send_into(op, peer, *into);
+  if (peer.offers) h.rop = peer.offers->held.place(key_of(op)).packed();
+  bool eager = fits && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
   Post posted;
   if (eager) {
     h.kind = FrameKind::eager;
@@ -123,6 +134,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
     posted = peer.link->post(h, op.meta.data(), nullptr, Wake::engine);
     if (posted != Post::ok) return posted;
   }
+  if (peer.offers) peer.offers->held.sent(key_of(op));
   ++counters_[op.link].frames_sent;
   op.started_ns = op.submitted_ns;
   op.state = OpState::posted;
@@ -236,7 +248,7 @@ uint32_t Engine::flow_of(Peer& peer, uint32_t channel) {
   return flow;
 }
 
-void Engine::queue_data(Op& op, Peer& peer) {
+void Engine::queue_data(Op& op, Peer& peer, bool at_once) {
   op.in_sched = true;
   op.state = OpState::moving;
   if (!op.started_ns) op.started_ns = now();
@@ -244,7 +256,7 @@ void Engine::queue_data(Op& op, Peer& peer) {
   for (uint32_t c = 0; c < channels_.size(); ++c)
     if (channels_[c].open && channels_[c].cls > channels_[op.channel].cls) flow_of(peer, c);
   schedulers_[peer.link_index]->push(flow_of(peer, op.channel), op.id, op.nbytes, false);
-  pump(peer.link_index);
+  if (at_once) pump(peer.link_index);
 }
 
 void Engine::pump(uint8_t link_index) {

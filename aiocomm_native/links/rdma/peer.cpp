@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "core/doorbell.hpp"
+#include "core/offers.hpp"
 #include "links/rdma/link.hpp"
 
 namespace aiocomm::rdma {
@@ -47,7 +48,9 @@ void Lane::arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) {
 }
 
 void Lane::immediate(uint32_t value, uint32_t nbytes) {
-  peer.put({RdmaPeer::Event::Kind::immediate, index, value, nbytes, {}}, Wake::engine);
+  // With the last chunk a receive ends, and its task runs; the others only have to be counted.
+  peer.put({RdmaPeer::Event::Kind::immediate, index, value, nbytes, {}},
+           value & kLastChunk ? Wake::loop : Wake::none);
 }
 
 void Lane::frame_sent(uint32_t seq) {
@@ -67,14 +70,16 @@ void Lane::failed(const std::string& reason) {
 bool Lane::expects() const { return peer.due_.load(std::memory_order_acquire) != peer.acked_.load(); }
 
 void RdmaPeer::put(Event event, Wake wake) {
+  bool many;
   {
     std::lock_guard lock(inbox_mutex_);
     inbox_.push_back(std::move(event));
+    many = inbox_.size() >= Rail::kCredits / 4;  // what nobody looks at uses credits up
     has_inbox_.store(true, std::memory_order_release);
   }
   if (wake == Wake::loop)
     ring(host_.wake_page().loop, host_.loop_fd());
-  else if (wake != Wake::none || starved_.load(std::memory_order_acquire))
+  else if (wake != Wake::none || many || starved_.load(std::memory_order_acquire))
     ring(host_.wake_page().engine, host_.engine_fd());
 }
 

@@ -68,7 +68,9 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Rea
   auto fresh = std::make_unique<Registration>();
   fresh->base = const_cast<std::byte*>(data);
   fresh->nbytes = nbytes;
-  if (auto segment = Segments::of_process().find(data, nbytes)) {
+  // Who may write is told of the very range, and only for the time of one operation.
+  auto segment = reach == Reach::peer_writes ? nullptr : Segments::of_process().find(data, nbytes);
+  if (segment) {
     fresh->base = segment->base;
     fresh->nbytes = nbytes = segment->nbytes;
     fresh->segment = segment->id;
