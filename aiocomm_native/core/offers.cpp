@@ -139,7 +139,7 @@ std::vector<OpId> OffersMade::arrived(const MessageKey& key, Place place) {
   ++seen;
   std::vector<OpId> before;
   auto it = counts_.find(key);
-  if (it == counts_.end() || place.count != it->second.number || place.index <= it->second.arrived) return before;
+  if (it == counts_.end() || place.count != it->second.number || it->second.offered == 0) return before;
   each_pending(key, [&](uint32_t number, Slot& slot) {
     if (slot.index >= place.index) return;
     before.push_back(slot.receive);

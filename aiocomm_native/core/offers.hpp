@@ -8,6 +8,8 @@
 //     that could take it. Its index is what has come plus what is pending before it.
 //   - Every message of the key counts, written into an offer or sent as a frame. Frames carry their place in the
 //     count, so that the receiver learns from them which offers before them have been taken, whatever order the wire keeps.
+//   - A receive that is given up while its message is on its way leaves that message to a later receive, also where one
+//     after it has been written into already.
 //   - Each side may forget a count at any time. An offer that the sender cannot place is ignored, and its receive is
 //     served by rendezvous; the receiver counts anew once it has no offer pending.
 //   - An illegal call throws std::invalid_argument and changes nothing.

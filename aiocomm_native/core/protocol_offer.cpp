@@ -176,9 +176,10 @@ void Engine::on_offer(Peer& peer, const FrameHeader& header, const std::byte* by
   OfferMeta meta;
   if (!peer.offers || header.meta_bytes != sizeof meta) throw ProtocolViolation("an offer that makes no sense");
   std::memcpy(&meta, bytes, sizeof meta);
-  if (header.tag < 0 || header.nbytes > kMaxRoom || !header.segment || !slot_of(meta.immediate) ||
-      (meta.immediate & 0x1ffff))
-    throw ProtocolViolation("an offer that makes no sense");
+  if (header.tag < 0 || header.nbytes > kMaxRoom) throw ProtocolViolation("an offer of no memory");
+  if (!header.segment) throw ProtocolViolation("an offer without a key");
+  if (!slot_of(meta.immediate) || (meta.immediate & (kLastChunk | 0xffff)))
+    throw ProtocolViolation("an offer without a slot");
   Offer offer{Place::unpacked(header.sop), header.rop, header.address, header.segment, header.nbytes,
               meta.immediate};
   by_peer([&] {

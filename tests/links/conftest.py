@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ class Variant:
         return array
 
 
+# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails.
+_RDMA = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1"} if "AIOCOMM_RDMA_GUEST" in os.environ else {}
 _EXTRA = {
     "shm": [
         Variant("shm", "shm-stream", {"AIOCOMM_CMA": "off"}),
@@ -70,7 +73,7 @@ VARIANTS = [
     else pytest.param(variant, marks=pytest.mark.skip(reason=str(_MISSING[link])))
     for link in _core.available_links()
     if link != "self"
-    for variant in [Variant(link, link), *_EXTRA.get(link, [])]
+    for variant in [Variant(link, link, _RDMA if link == "rdma" else {}), *_EXTRA.get(link, [])]
 ]
 
 

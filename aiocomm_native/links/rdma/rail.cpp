@@ -287,7 +287,9 @@ int Rail::post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t n
   return ibv_post_send(qp, &request, &bad);
 }
 
-void Rail::post_bulk(Work work) {
+void Rail::post_bulk(const Work& work) {
+  if (work.opcode == IBV_WR_RDMA_READ || work.nbytes <= kSlotBytes)
+    if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
   {
     std::lock_guard lock(queue_);
     work_.push_back(work);
@@ -306,22 +308,26 @@ void Rail::run_poster() {
     // Taken while the queue is locked: whoever removes the lane finds its work either queued or being posted.
     std::unique_lock posting(*work.posting);
     lock.unlock();
-    ibv_sge piece{work.local, work.nbytes, work.lkey};
-    ibv_send_wr request{}, *bad;
-    request.wr_id = id_of(What::chunk, work.chunk);
-    request.sg_list = &piece;
-    request.num_sge = work.nbytes ? 1 : 0;
-    request.opcode = work.opcode;
-    request.send_flags = IBV_SEND_SIGNALED;
-    request.imm_data = htonl(work.immediate);
-    request.wr.rdma.remote_addr = work.remote;
-    request.wr.rdma.rkey = work.rkey;
-    auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
-    counter.fetch_add(1, std::memory_order_relaxed);
-    if (int error = ibv_post_send(work.qp, &request, &bad)) work.lane->chunk_done(work.chunk, error);
+    post_now(work);
     posting.unlock();
     lock.lock();
   }
+}
+
+void Rail::post_now(const Work& work) {
+  ibv_sge piece{work.local, work.nbytes, work.lkey};
+  ibv_send_wr request{}, *bad;
+  request.wr_id = id_of(What::chunk, work.chunk);
+  request.sg_list = &piece;
+  request.num_sge = work.nbytes ? 1 : 0;
+  request.opcode = work.opcode;
+  request.send_flags = IBV_SEND_SIGNALED;
+  request.imm_data = htonl(work.immediate);
+  request.wr.rdma.remote_addr = work.remote;
+  request.wr.rdma.rkey = work.rkey;
+  auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
+  counter.fetch_add(1, std::memory_order_relaxed);
+  if (int error = ibv_post_send(work.qp, &request, &bad)) work.lane->chunk_done(work.chunk, error);
 }
 
 const std::byte* Rail::slot(uint32_t index) const {

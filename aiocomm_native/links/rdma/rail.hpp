@@ -3,8 +3,8 @@
 // Theory of operation
 //  * The poller looks at the completion queues while they give something, then arms their channel and sleeps. It hands
 //    what came to the lanes (one per peer) and rings whoever the sender of a frame wants awake; it never takes the token.
-//  * Frames are posted by the token's holder: they are small. Bulk work is posted by the poster, since posting may take
-//    as long as the transfer itself (soft-RoCE does it within the call).
+//  * Frames are posted by the token's holder: they are small. Larger writes are posted by the poster, since posting may
+//    take as long as the transfer itself (soft-RoCE does it within the call).
 //  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
 //    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
 //    which the poller refills as it empties it.
@@ -99,7 +99,8 @@ class Rail {
   void fail(const QueuePairs& pairs);  // what is posted comes back with an error
 
   int post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t nbytes, uint32_t lkey);
-  void post_bulk(Work work);
+  // Posts at once where that takes no time: reads, whose work is the other side's, and writes of a frame's size.
+  void post_bulk(const Work& work);
   const std::byte* slot(uint32_t index) const;
   void give_back(uint32_t index);  // the slot may be written again
   // Hands out what has completed; returns how much. Any thread; 0 as well if another one is at it.
@@ -116,6 +117,7 @@ class Rail {
  private:
   void run_poller();
   void run_poster();
+  void post_now(const Work& work);
   int poll_queue(ibv_cq* queue);
   void dispatch(const ibv_wc& wc);
   void read_events();
