@@ -47,6 +47,7 @@ void Engine::offer(Op& op, Peer& peer) {
   ChannelId channel = channels_[op.channel].id;
   MessageKey key = key_of(op);
   if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key)) return;
+  op.link = peer.link_index;
   if (!hold(op, Reach::peer_writes)) return;
   auto ahead = static_cast<uint32_t>(matcher_.waiting(channel, op.peer, op.tag) - 1);
   OffersMade::Made made = peer.offers->made.offer(key, op.id, op.nbytes, ahead);
