@@ -28,6 +28,7 @@ from aiocomm.errors import (
     WouldBlock,
 )
 from aiocomm.group import Group
+from aiocomm.histogram import Histogram
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
 from aiocomm.pages import PageLease, Pages, RemotePages
@@ -69,6 +70,7 @@ __all__ = [
     "Event",
     "Fallback",
     "Group",
+    "Histogram",
     "LinkDown",
     "LinkError",
     "LinkHandle",

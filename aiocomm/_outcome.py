@@ -36,7 +36,7 @@ class _Code(enum.IntEnum):
 
 
 def make_error(
-    transfer: Transfer[Any], code: int, number: int, link: str, capacity: int
+    transfer: Transfer[Any], code: int, number: int, link: str, capacity: int, reason: str
 ) -> errors.AiocommError:
     """Say what happened, to which operation, with which peer, on which link, and what to do next."""
     direction = "from" if transfer.kind in ("recv", "get") else "to"
@@ -62,7 +62,8 @@ def make_error(
             )
         case _Code.PEER_LOST:
             return errors.PeerLostError(
-                f"{what}{over}: the peer is gone; if it comes back it is a new peer: exchange regions anew",
+                f"{what}{over}: the peer is gone{f' ({reason})' if reason else ''}; if it comes back it is a "
+                "new peer: exchange regions anew",
                 peer,
             )
         case _Code.TRUNCATED:

@@ -102,6 +102,13 @@ class Settings:
     tcp_streams: int = _setting(
         2, "connections", "Bulk connections per peer, besides the control one.", low=1, high=16
     )
+    tcp_splice: str = _setting(
+        "auto",
+        "",
+        "Send large payloads from the caller's pages instead of copying them: auto, within a host while the "
+        "two ends run on different cores; on; off.",
+        choices=("auto", "on", "off"),
+    )
     heartbeat_s: float = _setting(
         1.0,
         "seconds",
@@ -199,6 +206,7 @@ class Settings:
             "cma",
             "rdma_gid_index",
             "rdma_cache_bytes",
+            "tcp_splice",
         )
         return {name: getattr(self, name) for name in names}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from aiocomm.histogram import Histogram
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -20,6 +22,9 @@ class LinkStatistics:
     `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
     socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
     (through the ring or the sockets, chunk by chunk). A message is counted at both ends.
+
+    `queued_s` and `moved_s` tell how long completed operations took: until their first byte moved, and from
+    then until they ended.
     """
 
     link: str
@@ -42,13 +47,18 @@ class LinkStatistics:
     window_bytes: int
     chunk_bytes: int
     rate_bytes_per_s: float
+    queued_s: Histogram
+    moved_s: Histogram
 
     @classmethod
     def collect(cls, engine: Engine, link: str) -> Self:
         """Read the native counters."""
         gauges = engine.gauges(link)
+        queued, moved = engine.histograms(link)
         return cls(
             link=link,
+            queued_s=Histogram.of(queued),
+            moved_s=Histogram.of(moved),
             **engine.counters(link),
             scheduled_bytes_by_channel=dict(engine.served_by_channel(link)),
             peers=int(gauges["peers"]),

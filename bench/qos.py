@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PING, _LOAD = 1, 2  # tags
 _DEPTH = 4  # bulk messages outstanding
+_BACKLOG_NBYTES = 32 * MIB  # of each of two channels that share a link: neither may run dry while the loops are late
 _END_NBYTES = 8  # a bulk message of this size says that no more will come
 _LONGEST_S = 8.0  # of one ping-pong, however slow
 
@@ -47,8 +48,9 @@ async def _ping_pong(channel: Any, role: int, count: int) -> list[float]:
 class _Load:
     """Keeps bulk messages from rank 0 to rank 1 outstanding on a channel until it is stopped."""
 
-    def __init__(self, channel: Any, role: int, nbytes: int) -> None:
+    def __init__(self, channel: Any, role: int, nbytes: int, depth: int = _DEPTH) -> None:
         self._channel = channel
+        self._depth = depth
         self._nbytes = nbytes
         self._running = True
         self.under_way = asyncio.Event()
@@ -57,19 +59,19 @@ class _Load:
 
     async def _send(self) -> None:
         data = np.ones(self._nbytes, np.uint8)
-        open_ = deque(self._channel.send(data, dst=1, tag=_LOAD) for _ in range(_DEPTH))
+        open_ = deque(self._channel.send(data, dst=1, tag=_LOAD) for _ in range(self._depth))
         while self._running:
             await open_.popleft()
             self.moved += self._nbytes
             self.under_way.set()
             open_.append(self._channel.send(data, dst=1, tag=_LOAD))
         end = np.zeros(_END_NBYTES, np.uint8)
-        open_.extend(self._channel.send(end, dst=1, tag=_LOAD) for _ in range(_DEPTH))
+        open_.extend(self._channel.send(end, dst=1, tag=_LOAD) for _ in range(self._depth))
         for transfer in open_:
             await transfer
 
     async def _receive(self) -> None:
-        outs = [np.zeros(self._nbytes, np.uint8) for _ in range(_DEPTH)]
+        outs = [np.zeros(self._nbytes, np.uint8) for _ in range(self._depth)]
         open_ = deque((self._channel.recv(out, src=0, tag=_LOAD), out) for out in outs)
         while open_:
             transfer, out = open_.popleft()
@@ -109,7 +111,10 @@ async def _alone(bulk: Any, role: int, seconds: float) -> float:
 
 async def _shares(heavy: Any, light: Any, role: int, seconds: float) -> tuple[float, float]:
     """Return the bytes that two saturated channels moved; their messages differ in size on purpose."""
-    loads = _Load(heavy, role, 4 * MIB), _Load(light, role, MIB)
+    loads = tuple(
+        _Load(channel, role, nbytes, _BACKLOG_NBYTES // nbytes)
+        for channel, nbytes in ((heavy, 4 * MIB), (light, MIB))
+    )
     moved = (0.0, 0.0)
     if role == 0:
         await asyncio.gather(*(load.under_way.wait() for load in loads))

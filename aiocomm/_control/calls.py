@@ -145,9 +145,11 @@ async def _call_link(
     await stream.send(messages.Attached(link))
     answer = await stream.receive()
     if isinstance(answer, messages.Unattached) and answer.link == link:
+        engine.detach(peer.rank, peer.generation)
         return answer.reason
     if not isinstance(answer, messages.Attached) or answer.link != link:
         raise ProtocolError(f"expected {link} to be attached, not {type(answer).__name__}")
+    engine.start_pair(peer.rank, peer.generation)
     return None
 
 
@@ -233,6 +235,7 @@ async def _answer_link(
         for opened in streams:
             opened.close()
     await stream.send(messages.Attached(link))
+    engine.start_pair(peer.rank, peer.generation)
     return None
 
 

@@ -28,7 +28,13 @@ class Engine(Protocol):
     def attach(
         self, rank: int, generation: int, link: str, fds: list[int], peer_card: bytes, initiator: bool
     ) -> None:
-        """Take the descriptors (also on failure) and start the queued operations. Raises LinkError."""
+        """Take the descriptors (also on failure); nothing is carried yet. Raises LinkError."""
+
+    def start_pair(self, rank: int, generation: int) -> None:
+        """Both sides are attached: start the queued operations."""
+
+    def detach(self, rank: int, generation: int) -> None:
+        """The other side could not attach: drop this one's end without a word. Idempotent."""
 
     def fail_connect(self, rank: int, reason: str) -> None:
         """No link to the peer could be made: its queued operations fail."""

@@ -12,11 +12,12 @@ then on it is the link's.
       StreamHello(attempt, link, i)     ═══►    on connections of their own
                                         ◄───    LinkReady(link, card)
       attaches; Attached                ───►    attaches
-                                        ◄───    Attached
-      (either side: Unattached(reason): go on to the next link)
+      starts                            ◄───    Attached, starts
+      (either side: Unattached(reason): detaches; go on to the next link)
 
 Rules:
-1. A pair is attached at most once per generation of the peer.
+1. A pair is started at most once per generation of the peer. One that is attached and not started carries
+   nothing, so it is dropped without harm if the other side cannot attach.
 2. When both call at once, the lower rank's call wins: the called side yields to nobody with a higher rank
    while its own call is under way, and gives its own up for one with a lower rank.
 3. Each call has a time limit and a task of its own; a pair that cannot be made is reported, never left

@@ -56,6 +56,8 @@ class RecordingEngine:
     identity: tuple[int, int] | None = None
     peers: dict[int, int] = field(default_factory=dict)
     attached: dict[int, Attachment] = field(default_factory=dict)
+    started: dict[int, str] = field(default_factory=dict)
+    detached: list[tuple[int, str]] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     lost: dict[tuple[int, int], str] = field(default_factory=dict)
     left: list[tuple[int, int]] = field(default_factory=list)
@@ -121,6 +123,20 @@ class RecordingEngine:
             os.write(descriptor, self.label)
         attachment = Attachment(rank, generation, link, fds, peer_card, initiator)
         self._note(lambda: self.attached.__setitem__(rank, attachment))
+
+    def start_pair(self, rank: int, generation: int) -> None:
+        """Record which link was started."""
+        attachment = self.attached[rank]
+        assert attachment.generation == generation
+        self._note(lambda: self.started.__setitem__(rank, attachment.link))
+
+    def detach(self, rank: int, generation: int) -> None:
+        """Take back what was attached."""
+        attachment = self.attached.pop(rank)
+        assert attachment.generation == generation
+        for descriptor in attachment.fds:
+            os.close(descriptor)
+        self._note(lambda: self.detached.append((rank, attachment.link)))
 
     def fail_connect(self, rank: int, reason: str) -> None:
         """Record it."""

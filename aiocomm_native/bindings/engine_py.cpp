@@ -18,6 +18,10 @@ using namespace nb::literals;
 
 namespace aiocomm::py {
 
+// statistics_py.cpp
+nb::dict counters(PyEngine& engine, const std::string& link);
+std::pair<std::vector<uint64_t>, std::vector<uint64_t>> histograms(PyEngine& engine, const std::string& link);
+
 PyEngine::~PyEngine() { clear(); }
 
 int PyEngine::traverse(visitproc visit, void* arg) {
@@ -293,29 +297,6 @@ nb::list outgoing(PyEngine& e) {
   return out;
 }
 
-nb::dict counters(PyEngine& e, const std::string& link) {
-  LinkCounters c = e.engine->counters(link);
-  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "read", "write"};
-  nb::dict out, messages, nbytes;
-  for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
-    messages[paths[i]] = c.path_messages[i];
-    nbytes[paths[i]] = c.path_bytes[i];
-  }
-  out["submitted"] = c.submitted;
-  out["completed"] = c.completed;
-  out["failed"] = c.failed;
-  out["cancelled"] = c.cancelled;
-  out["frames_sent"] = c.frames_sent;
-  out["frames_received"] = c.frames_received;
-  out["bytes_sent"] = c.bytes_sent;
-  out["bytes_received"] = c.bytes_received;
-  out["fallbacks"] = c.fallbacks;
-  out["would_block"] = c.would_block;
-  out["messages_by_path"] = messages;
-  out["bytes_by_path"] = nbytes;
-  return out;
-}
-
 int tp_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   return nb::inst_ready(self) ? nb::inst_ptr<PyEngine>(self)->traverse(visit, arg) : 0;
@@ -446,6 +427,7 @@ void bind_engine(nb::module_& m) {
             e.engine->set_identity(rank, generation);
             e.engine->add_peer(rank, generation);
             e.engine->attach(rank, generation, "self", {}, "", true);
+            e.engine->start_pair(rank, generation);
           },
           release_gil())
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
@@ -471,6 +453,13 @@ void bind_engine(nb::module_& m) {
              e.engine->attach(rank, generation, link, fds, bytes, initiator);
            })
       .def(
+          "start_pair",
+          [](PyEngine& e, int rank, uint64_t generation) { e.engine->start_pair(rank, generation); },
+          release_gil())
+      .def(
+          "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
+          release_gil())
+      .def(
           "fail_connect",
           [](PyEngine& e, int rank, const std::string& reason) { e.engine->fail_connect(rank, reason); },
           release_gil())
@@ -488,6 +477,7 @@ void bind_engine(nb::module_& m) {
           "close", [](PyEngine& e) { e.engine->close(); }, release_gil())
       .def("release_descriptors", [](PyEngine& e) { e.engine->release_descriptors(); })
       .def("counters", counters)
+      .def("histograms", histograms)
       .def("gauges", [](PyEngine& e, const std::string& link) { return e.engine->gauges(link); })
       .def("served_by_channel",
            [](PyEngine& e, const std::string& link) { return e.engine->served_by_channel(link); })

@@ -23,8 +23,8 @@ Transfer* cast(PyObject* self) { return reinterpret_cast<Transfer*>(self); }
 PyObject* raise_outcome(Transfer* t) {
   if (t->outcome == Outcome::cancelled && t->engine->trio) {
     // asyncio's error means nothing to trio, and trio's own can only come from a cancelled scope.
-    PyObject* error = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(Code::cancelled),
-                                            0, "self", static_cast<unsigned long long>(0));
+    PyObject* error = PyObject_CallFunction(hooks.make_error, "OiisKs", t, static_cast<int>(Code::cancelled),
+                                            0, "self", static_cast<unsigned long long>(0), "");
     if (error) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
     Py_XDECREF(error);
     return nullptr;

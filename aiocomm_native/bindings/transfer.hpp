@@ -16,7 +16,7 @@ namespace aiocomm::py {
 
 // Python callables that the package installs once (aiocomm/_native_hooks.py).
 struct Hooks {
-  PyObject* make_error = nullptr;       // (transfer, code, error, link, capacity) -> exception
+  PyObject* make_error = nullptr;       // (transfer, code, error, link, capacity, reason) -> exception
   PyObject* make_array = nullptr;       // (memory, format, shape) -> array
   PyObject* trio_wait = nullptr;        // (transfer) -> coroutine
   PyObject* cancelled_error = nullptr;  // asyncio.CancelledError

@@ -82,8 +82,11 @@ void fail_with_current_error(Transfer* t) {
 
 void take_failure(Transfer* t, const Op& op) {
   const std::string& link = t->engine->engine->link_name(op.link);
-  t->exception = PyObject_CallFunction(hooks.make_error, "OiisK", t, static_cast<int>(op.code), op.error,
-                                       link.c_str(), static_cast<unsigned long long>(op.capacity));
+  const std::string reason =
+      op.code == Code::peer_lost ? t->engine->engine->why_lost(op.peer) : std::string();
+  t->exception =
+      PyObject_CallFunction(hooks.make_error, "OiisKs", t, static_cast<int>(op.code), op.error, link.c_str(),
+                            static_cast<unsigned long long>(op.capacity), reason.c_str());
   t->outcome = Outcome::failed;
   if (!t->exception) fail_with_current_error(t);
 }

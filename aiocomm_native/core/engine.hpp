@@ -12,8 +12,10 @@
 //  * Native threads never touch Python. An op's buffer is kept alive by its cookie's owner until the op has ended.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <deque>
 #include <map>
 #include <memory>
@@ -69,11 +71,20 @@ struct EngineEvent {
   std::string more;
 };
 
+// How many operations took how long: slot i counts those of at least 2^(i-1) and less than 2^i ns.
+class DurationHistogram {
+ public:
+  static constexpr size_t kSlots = 42;  // the last one is open: more than half an hour
+  void add(uint64_t ns) { ++counts[std::min<size_t>(std::bit_width(ns), kSlots - 1)]; }
+  std::array<uint64_t, kSlots> counts{};
+};
+
 struct LinkCounters {
   uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
   uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
   uint64_t fallbacks = 0, would_block = 0;
   std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
+  DurationHistogram queued, moved;  // of completed operations: until the first byte moved, and from then on
 };
 
 struct RegionInfo {
@@ -96,8 +107,12 @@ class Engine final : public Host, public FrameSink {
   std::vector<std::string> link_names() const;
   Link& link(const std::string& name);
   void add_peer(Rank rank, uint64_t generation);
+  // In two steps, since the other side may fail to take the link: attached, a pair carries nothing and can be
+  // detached without a word; started, its queued operations go out and its end is a loss.
   void attach(Rank rank, uint64_t generation, const std::string& link, const std::vector<int>& fds,
               const std::string& card, bool initiator);
+  void start_pair(Rank rank, uint64_t generation);
+  void detach(Rank rank, uint64_t generation);
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
@@ -136,9 +151,10 @@ class Engine final : public Host, public FrameSink {
   LinkCounters counters(const std::string& link);
   std::map<std::string, double> gauges(const std::string& link);
   std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
-  std::vector<Op*> outgoing();     // sends and puts that have not ended
-  std::string link_of(Rank rank);  // of a connected peer, else empty
-  uint8_t likely_link(Rank rank);  // the link that an operation with this rank will use
+  std::vector<Op*> outgoing();      // sends and puts that have not ended
+  std::string link_of(Rank rank);   // of a connected peer, else empty
+  std::string why_lost(Rank rank);  // of a peer that is lost, or could not be connected; else empty
+  uint8_t likely_link(Rank rank);   // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;
   const std::string& link_name(uint8_t index) const { return link_names_[index]; }
   const ChannelInfo& channel(uint32_t index) const { return channels_[index]; }
@@ -235,7 +251,7 @@ class Engine final : public Host, public FrameSink {
   void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
   bool make_room(Op& op, const FrameHeader& header);
   void owe_credit(Peer& peer, uint64_t nbytes);
-  std::unique_ptr<Unexpected> take_unexpected(uint64_t id);
+  Unexpected take_unexpected(uint64_t id);
   void refuse(Peer& peer, const FrameHeader& header);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
@@ -263,6 +279,7 @@ class Engine final : public Host, public FrameSink {
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
+  void drop_attached(Peer& peer);
   void fail_hopeless_receives();
   Op* find(OpId id);
   Peer* find_peer(Rank rank);

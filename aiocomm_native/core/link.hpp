@@ -95,6 +95,9 @@ class FrameSink {
 class LinkPeer {
  public:
   virtual ~LinkPeer() = default;
+  // Both sides have taken the link: from now on frames are handed over, and a loss is told. Until then the pair
+  // may still be dropped without a word, and another link be tried.
+  virtual void start() {}
   // Takes the frame with copies of `meta` and `payload`, whole or not at all.
   virtual Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload,
                     Wake wake) = 0;

@@ -26,6 +26,11 @@ void Engine::finish(Op& op, Code code) {
   LinkCounters& counters = counters_[op.link];
   if (code == Code::ok) {
     ++counters.completed;
+    const uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
+    if (op.kind != OpKind::serve) {
+      counters.queued.add(began - std::min(began, op.submitted_ns));
+      counters.moved.add(op.ended_ns - std::min(op.ended_ns, began));
+    }
     auto path = static_cast<size_t>(op.path);
     ++counters.path_messages[path];
     counters.path_bytes[path] += op.moved;

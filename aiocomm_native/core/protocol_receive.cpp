@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -90,18 +91,21 @@ void Engine::start_recv(Op& op) {
   auto try_match = [&]() -> bool {
     auto arrival = matcher_.post_recv(op.id, channel, op.peer, op.tag);
     if (!arrival) return false;
-    std::unique_ptr<Unexpected> found = take_unexpected(*arrival);
+    const Unexpected found = take_unexpected(*arrival);
     op.matched = true;
-    op.peer = found->source;
-    Peer* source = find_peer(found->source);
-    bool same = source && source->generation == found->generation;
-    if (!same && found->header.kind == FrameKind::rts) {
+    op.peer = found.source;
+    Peer* source = find_peer(found.source);
+    bool same = source && source->generation == found.generation;
+    if (!same && found.header.kind == FrameKind::rts) {
       finish(op, Code::peer_lost);
       return true;
     }
-    // An eager message outlives its sender: its bytes are here.
-    Peer ghost;
-    deliver(op, same ? *source : ghost, found->header, found->meta.data(), found->payload.data());
+    if (same) {
+      deliver(op, *source, found.header, found.meta(), found.payload());
+    } else {  // an eager message outlives its sender: its bytes are here
+      Peer ghost;
+      deliver(op, ghost, found.header, found.meta(), found.payload());
+    }
     return true;
   };
   if (try_match()) return;
@@ -158,12 +162,11 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
     return deliver(*op, peer, header, meta, payload);
   }
   if (peer.offers) peer.offers->made.matched(key, false);
-  auto kept = std::make_unique<Unexpected>();
-  kept->header = header;
-  kept->source = peer.rank;
-  kept->generation = peer.generation;
-  kept->meta.assign(meta, meta + header.meta_bytes);
-  if (payload) kept->payload.assign(payload, payload + header.payload_bytes);
+  Unexpected kept;
+  kept.header = header;
+  kept.source = peer.rank;
+  kept.generation = peer.generation;
+  kept.keep(meta, payload);
   unexpected_.put(std::move(kept));
   // The sender's bound may differ from ours; this one only stops a peer that keeps none.
   peer.held += kHeaderCost + header.payload_bytes;
@@ -183,10 +186,10 @@ void Engine::refuse(Peer& peer, const FrameHeader& header) {
   send_control(peer, h, Wake::loop);
 }
 
-std::unique_ptr<Unexpected> Engine::take_unexpected(uint64_t id) {
-  std::unique_ptr<Unexpected> message = unexpected_.take(id);
-  if (Peer* peer = find_peer(message->source); peer && peer->generation == message->generation)
-    peer->held -= kHeaderCost + message->header.payload_bytes;
+Unexpected Engine::take_unexpected(uint64_t id) {
+  Unexpected message = unexpected_.take(id);
+  if (Peer* peer = find_peer(message.source); peer && peer->generation == message.generation)
+    peer->held -= kHeaderCost + message.header.payload_bytes;
   return message;
 }
 
@@ -233,13 +236,15 @@ void Engine::deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const 
 }
 
 bool Engine::make_room(Op& op, const FrameHeader& header) {
-  size_t room = (header.nbytes + 63) / 64 * 64;
-  op.data = static_cast<std::byte*>(std::aligned_alloc(room >= (4u << 20) ? 4096 : 64, room ? room : 64));
+  const bool large = header.nbytes >= (4u << 20);
+  const size_t alignment = large ? 4096 : 64;
+  const size_t room = (std::max<uint64_t>(header.nbytes, 1) + alignment - 1) / alignment * alignment;
+  op.data = static_cast<std::byte*>(std::aligned_alloc(alignment, room));
   if (!op.data) {
     op.error = ENOMEM;
     return false;
   }
-  if (room >= (4u << 20)) madvise(op.data, room & ~size_t{4095}, MADV_HUGEPAGE);
+  if (large) madvise(op.data, room, MADV_HUGEPAGE);
   return true;
 }
 
@@ -381,8 +386,8 @@ void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
   OpId sop = header.sop;
   if (auto id = sop ? unexpected_.find(peer.rank, sop) : std::nullopt) {
     matcher_.drop_arrival(*id);
-    auto kept = take_unexpected(*id);
-    if (kept->header.kind == FrameKind::eager) owe_credit(peer, kept->header.payload_bytes);
+    const Unexpected kept = take_unexpected(*id);
+    if (kept.header.kind == FrameKind::eager) owe_credit(peer, kept.header.payload_bytes);
     return send_fin(peer, sop, Code::cancelled, 0);
   }
   auto ours = [&](Op& op) { return op.peer == peer.rank && op.matched && op.remote_op == sop; };

@@ -18,6 +18,12 @@ uint8_t Engine::likely_link(Rank rank) {
   return links_.size() > 1 && rank != rank_ ? 1 : 0;  // "self" comes first
 }
 
+std::string Engine::why_lost(Rank rank) {
+  Token token(*this, true);
+  Peer* peer = find_peer(rank);
+  return peer && peer->state != Peer::State::up ? peer->lost_reason : std::string();
+}
+
 std::string Engine::link_of(Rank rank) {
   Token token(*this, true);
   Peer* peer = find_peer(rank);

@@ -133,6 +133,7 @@ class RawPeer:
         comm._meet(Peer(rank, "here", os.getpid(), (), ("shm",), True, None, self.generation))
         comm._engine.add_peer(rank, self.generation)
         comm._engine.attach(rank, self.generation, "shm", [theirs.detach()], b"", False)
+        comm._engine.start_pair(rank, self.generation)
 
     def __enter__(self) -> Self:
         return self

@@ -422,6 +422,7 @@ async def test_garbage_on_tcp_lanes(pair: Pair, seed: int) -> None:
     a._meet(Peer(2, "there", 1, (), ("tcp",), True, None, 7))
     a._engine.add_peer(2, 7)
     a._engine.attach(2, 7, "tcp", [one.detach() for one in ours], a._engine.link_card("tcp"), bool(seed % 2))
+    a._engine.start_pair(2, 7)
     receiving, sending = a.recv_array(2), a.send(bytes(3 << 20), 2)
     for lane in theirs:
         for _ in range(5):

@@ -315,6 +315,11 @@ def test_a_broken_link_falls_back_to_the_next(where: str, members: Callable[...,
             lambda engine: [event for event in engine.events if isinstance(event, Fallback)]
         )
         assert fallbacks == [Fallback("shm", 1 - rank, "tcp", "shm is broken here")]
+        engine.wait(lambda engine, other=1 - rank: engine.started.get(other) == "tcp")
+    # The caller had taken the link when the called side could not: it lets go without a word.
+    assert engines[0].detached == ([(1, "shm")] if where == "called" else [])
+    assert engines[1].detached == []
+    assert not any(engine.lost for engine in engines)
 
 
 def test_no_common_link_is_reported_and_can_be_tried_again(members: Callable[..., Member]) -> None:

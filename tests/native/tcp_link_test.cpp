@@ -55,6 +55,8 @@ struct Pair {
     Sockets sockets(la->streams().count);
     a = la->attach(1, 7, sockets.a, {}, true);
     b = lb->attach(0, 8, sockets.b, {}, false);
+    a->start();
+    b->start();
     CHECK(a->rank == 1 && a->generation == 7);
   }
   bool until(const std::function<bool()>& done, bool loops = true) {
@@ -68,6 +70,7 @@ struct Bare {
   std::unique_ptr<Link> link = make_link("tcp", host);
   Sockets sockets{3};
   std::shared_ptr<LinkPeer> peer = link->attach(1, 1, sockets.a, {}, true);
+  Bare() { peer->start(); }
   ~Bare() {
     for (int fd : sockets.b)
       if (fd >= 0) close(fd);
@@ -426,6 +429,8 @@ void tls_refuses(const Texts& texts) {
     auto la = make_link("tcp", ha), lb = make_link("tcp", hb);
     Sockets sockets(3);
     auto pa = la->attach(1, 1, sockets.a, {}, true), pb = lb->attach(0, 1, sockets.b, {}, false);
+    pa->start();
+    pb->start();
     post(*pa, FrameKind::eager, 1, {}, "secret");
     post(*pb, FrameKind::eager, 1, {}, "secret");
     CHECK(until({&ha, &hb}, [&] { return !ha.lost.empty() && !hb.lost.empty(); }));
@@ -448,16 +453,16 @@ void tls_refuses(const Texts& texts) {
 }  // namespace
 
 int main() {
-  Settings copy{{"tcp_splice", 0.0}}, splice{{"tcp_splice", 2.0}};
+  Texts copy{{"tcp_splice", "off"}}, splice{{"tcp_splice", "on"}};
   RUN(frames_arrive_in_order({}, {}));
   RUN(backpressure());
   RUN(engine_reads_the_express_lane_when_poked());
   RUN(payloads_land_in_place({}, {}, 1 << 20));
   RUN(payloads_land_in_place({}, {}, 40000));
-  RUN(payloads_land_in_place(splice, {}, 3 << 20));
-  RUN(payloads_land_in_place(splice, {}, 40000));
-  RUN(payloads_land_in_place(copy, {}, 1 << 20));
-  RUN(payloads_land_in_place(copy, {}, 3 << 20));
+  RUN(payloads_land_in_place({}, splice, 3 << 20));
+  RUN(payloads_land_in_place({}, splice, 40000));
+  RUN(payloads_land_in_place({}, copy, 1 << 20));
+  RUN(payloads_land_in_place({}, copy, 3 << 20));
   RUN(two_threads_per_side({}));
   RUN(what_was_said_before_the_end_arrives({}));
   RUN(one_dead_lane_ends_the_pair());

@@ -18,14 +18,14 @@ MODULES = sorted(
 PUBLIC = ["aiocomm", *(name for name in MODULES if not any(part.startswith("_") for part in name.split(".")))]
 # From the bottom up: a module imports from its own layer and from those below it.
 LAYERS = [
-    {"_version", "types", "errors"},
+    {"_version", "types", "errors", "histogram"},
     {"config", "_world", "_process", "_log"},
     {"_control", "_loop", "_queues"},
     {"_outcome", "arrays", "statistics", "link", "channel", "region", "threads"},
     {"_operations", "collectives", "group", "pages"},
     {"communicator", "connecting"},
     {"runner", "launch", "_worker"},
-    {"demo", "links"},
+    {"demo", "links", "metrics"},
     {"cli", "__main__"},
 ]
 

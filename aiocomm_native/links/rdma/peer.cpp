@@ -99,20 +99,25 @@ RdmaPeer::RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket)
 
 RdmaPeer::~RdmaPeer() { shut(); }
 
-void RdmaPeer::start(const std::vector<Address>& theirs) {
+void RdmaPeer::open(const std::vector<Address>& theirs) {
   size_t room = Rail::kCredits * size_t{Rail::kSlotBytes};
   frames_ = {static_cast<std::byte*>(std::aligned_alloc(4096, room)), std::free};
   if (!frames_) throw LinkFailure("rdma: no memory for frames", ENOMEM);
   frames_registration_ = link_.registrations().acquire(frames_.get(), room, Reach::local).id;
-  std::vector<uint32_t> hello{kHello, kVersion, static_cast<uint32_t>(theirs.size())};
   for (uint32_t i = 0; i < theirs.size(); ++i) {
     auto lane = std::make_unique<Lane>(*this, *link_.rails()[i], i);
     lane->theirs = theirs[i];
     lane->pairs = lane->rail.open();
     lane->rail.add(lane->pairs, lane.get());
+    lanes_.push_back(std::move(lane));
+  }
+}
+
+void RdmaPeer::start() {
+  std::vector<uint32_t> hello{kHello, kVersion, static_cast<uint32_t>(lanes_.size())};
+  for (auto& lane : lanes_) {
     hello.push_back(lane->pairs.frames->qp_num);
     hello.push_back(lane->pairs.bulk->qp_num);
-    lanes_.push_back(std::move(lane));
   }
   say(hello.data(), hello.size() * sizeof hello[0]);
   host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);

@@ -56,7 +56,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
  public:
   RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket);
   ~RdmaPeer() override;
-  void start(const std::vector<Address>& theirs);  // throws LinkFailure
+  void open(const std::vector<Address>& theirs);  // throws LinkFailure
+  void start() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }

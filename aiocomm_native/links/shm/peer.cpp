@@ -77,7 +77,6 @@ ShmPeer::ShmPeer(Host& host, int socket, bool initiator)
   try {
     if (initiator_) make_segment();
     greet();
-    host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
   } catch (...) {
     unmap();
     throw;
@@ -85,6 +84,11 @@ ShmPeer::ShmPeer(Host& host, int socket, bool initiator)
 }
 
 ShmPeer::~ShmPeer() { unmap(); }
+
+void ShmPeer::start() {
+  host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
+  watched_ = true;
+}
 
 void ShmPeer::unmap() {
   close();
@@ -416,7 +420,7 @@ void ShmPeer::close() {
   closed_ = true;
   data_.reset();
   if (socket_ >= 0) {
-    host_.unwatch(socket_, false);
+    if (watched_) host_.unwatch(socket_, false);
     ::close(socket_);
   }
   for (int fd : {segment_fd_, peer_loop_fd_, peer_engine_fd_})

@@ -47,6 +47,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   uint64_t frame_limit() const override { return ring_bytes_ / 4; }
+  void start() override;
   int poll(int budget) override;
   Path pull_path(const Location& where) override;
   int pull(const Location& where, std::byte* into, size_t nbytes) override;
@@ -81,7 +82,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
   Host& host_;
   int socket_;
   const bool initiator_;
-  bool ready_ = false, closed_ = false, polling_ = false, blocked_ = false, cma_ = false;
+  bool ready_ = false, closed_ = false, watched_ = false, polling_ = false, blocked_ = false, cma_ = false;
   pid_t pid_ = -1;
 
   int segment_fd_ = -1;

@@ -60,9 +60,7 @@ class TcpLink final : public Link {
       streams.push_back(tls ? tls->wrap(std::move(owned[i]), initiator)
                             : make_plain_stream(std::move(owned[i])));
     }
-    auto peer = std::make_shared<TcpPeer>(host_, rank, generation, std::move(streams));
-    peer->start();
-    return peer;
+    return std::make_shared<TcpPeer>(host_, rank, generation, std::move(streams));
   }
 
  private:

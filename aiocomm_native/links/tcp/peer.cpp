@@ -21,7 +21,8 @@ TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::un
       engine_(*this, std::move(streams[1]), false) {
   this->rank = rank;
   this->generation = generation;
-  auto splice = static_cast<Splice>(host.setting("tcp_splice", 1.0));
+  const std::string mode = host.text_setting("tcp_splice");
+  const Splice splice = mode == "off" ? Splice::never : mode == "on" ? Splice::always : Splice::where_it_pays;
   for (size_t i = 2; i < streams.size(); ++i)
     bulk_.push_back(std::make_unique<BulkLane>(*this, std::move(streams[i]), splice));
 }
@@ -33,6 +34,8 @@ void TcpPeer::start() {
 }
 
 // ---------------------------------------------------------------- out
+
+uint64_t TcpPeer::frame_limit() const { return sizeof(FrameHeader) + kMaxMeta + kMaxPayload; }
 
 Post TcpPeer::post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   if (dead_ || ending_) return Post::lost;

@@ -28,9 +28,10 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   // The first stream is the express lane, the second the engine's, the others carry payloads.
   TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams);
   ~TcpPeer() override { shut(); }
-  void start();
+  void start() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
+  uint64_t frame_limit() const override;
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   void tick(uint64_t now_ns) override;
   // Within a host the kernel tells of every death, and an idle pair costs nothing.

@@ -1,0 +1,44 @@
+// Counters as Python sees them.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/transfer.hpp"
+
+namespace nb = nanobind;
+
+namespace aiocomm::py {
+
+nb::dict counters(PyEngine& e, const std::string& link) {
+  LinkCounters c = e.engine->counters(link);
+  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "read", "write"};
+  nb::dict out, messages, nbytes;
+  for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
+    messages[paths[i]] = c.path_messages[i];
+    nbytes[paths[i]] = c.path_bytes[i];
+  }
+  out["submitted"] = c.submitted;
+  out["completed"] = c.completed;
+  out["failed"] = c.failed;
+  out["cancelled"] = c.cancelled;
+  out["frames_sent"] = c.frames_sent;
+  out["frames_received"] = c.frames_received;
+  out["bytes_sent"] = c.bytes_sent;
+  out["bytes_received"] = c.bytes_received;
+  out["fallbacks"] = c.fallbacks;
+  out["would_block"] = c.would_block;
+  out["messages_by_path"] = messages;
+  out["bytes_by_path"] = nbytes;
+  return out;
+}
+
+// Counts of completed operations by duration: (until their first byte moved, from then on).
+std::pair<std::vector<uint64_t>, std::vector<uint64_t>> histograms(PyEngine& e, const std::string& link) {
+  LinkCounters c = e.engine->counters(link);
+  auto list = [](const DurationHistogram& h) { return std::vector(h.counts.begin(), h.counts.end()); };
+  return {list(c.queued), list(c.moved)};
+}
+
+}  // namespace aiocomm::py

@@ -1,0 +1,298 @@
+"""Bad input to the public calls: each is refused with a clear error, at once, and nothing is lost by it.
+
+What makes a call bad by the peer's doing (truncation, stale handles) is in tests/links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from harness import world
+
+import aiocomm
+from aiocomm.errors import ClosedError, StaleHandleError, UsageError, UsageTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio  # of its coroutines
+
+READ_ONLY = np.zeros(8, np.uint8)
+READ_ONLY.flags.writeable = False
+STRIDED = np.zeros((8, 8), np.uint8)[:, ::2]
+
+
+class OnADevice:
+    """What CuPy and torch arrays look like from outside, without a driver to reach them by."""
+
+    __cuda_array_interface__ = {  # noqa: RUF012 -- an instance's in those libraries
+        "shape": (1,),
+        "typestr": "<f4",
+        "data": (1, False),
+        "version": 3,
+    }
+
+
+async def _goes_on(pair: Pair) -> None:
+    """The pair works after the refusal, and no message of a refused call is under way."""
+    a, b = pair
+    out = bytearray(5)
+    posted = b.recv(out, aiocomm.ANY_SOURCE, tag=aiocomm.ANY_TAG)
+    await a.send(b"hello", 1, tag=9)
+    status = await posted
+    assert (status.tag, bytes(out)) == (9, b"hello")
+
+
+SENDS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "a rank that is none": (
+        lambda c: c.send(b"x", 2),
+        UsageError,
+        "no rank 2 in this world: ranks are 0 to 1",
+    ),
+    "a negative rank": (lambda c: c.send(b"x", -1), UsageError, "no rank -1"),
+    "a rank that is no number": (lambda c: c.send(b"x", "1"), TypeError, "'1'|str"),
+    "a negative tag": (lambda c: c.send(b"x", 1, tag=-1), UsageError, "tag -1 is outside 0 to MAX_TAG"),
+    "a huge tag": (lambda c: c.send(b"x", 1, tag=aiocomm.MAX_TAG + 1), UsageError, "outside 0 to MAX_TAG"),
+    "a list": (
+        lambda c: c.send([1, 2], 1),
+        UsageTypeError,
+        "list is not an array: pass bytes, a NumPy array",
+    ),
+    "nothing": (lambda c: c.send(None, 1), UsageTypeError, "NoneType is not an array"),
+    "Python objects": (lambda c: c.send(np.array([{}]), 1), UsageTypeError, r"pickle\.dumps"),
+    "a strided array": (lambda c: c.send(STRIDED, 1), UsageError, "ascontiguousarray"),
+    "a transposed array": (lambda c: c.send(np.zeros((2, 3)).T, 1), UsageError, "not contiguous in C order"),
+    "a deadline that is past": (lambda c: c.send(b"x", 1, deadline=-1), UsageError, "0 or more"),
+    "a deadline that is no number": (
+        lambda c: c.send(b"x", 1, deadline=float("nan")),
+        UsageError,
+        "deadline",
+    ),
+    "a deadline in words": (lambda c: c.send(b"x", 1, deadline="soon"), UsageError, "deadline='soon'"),
+}
+
+RECEIVES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "a rank that is none": (lambda c: c.recv(bytearray(1), 7), UsageError, "or ANY_SOURCE"),
+    "a wildcard's neighbour": (lambda c: c.recv(bytearray(1), -2), UsageError, "no rank -2"),
+    "a tag below the wildcard": (lambda c: c.recv(bytearray(1), 0, tag=-2), UsageError, "ANY_TAG"),
+    "bytes": (lambda c: c.recv(b"12345678", 0), UsageError, "read-only: receive into a writable array"),
+    "a read-only array": (lambda c: c.recv(READ_ONLY, 0), UsageError, "read-only"),
+    "a strided array": (lambda c: c.recv(STRIDED, 0), UsageError, "contiguous buffer to receive into"),
+    "Python objects": (lambda c: c.recv(np.array([{}]), 0), UsageTypeError, "Python objects"),
+    "recv_array of a rank that is none": (lambda c: c.recv_array(src=5), UsageError, "no rank 5"),
+    "recv_array with a bad tag": (lambda c: c.recv_array(src=0, tag=-5), UsageError, "tag -5"),
+}
+
+OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "a channel without a name": (lambda c: c.channel(""), UsageError, "needs a name"),
+    "a channel of no weight": (lambda c: c.channel("w", weight=0.0), UsageError, "weight 0.0 is outside"),
+    "a channel of infinite weight": (lambda c: c.channel("w", weight=float("inf")), UsageError, "weight inf"),
+    "a priority that is none": (lambda c: c.channel("p", priority=17), ValueError, "17"),
+    "a read-only region to be written": (
+        lambda c: c.register(READ_ONLY, writable=True),
+        UsageError,
+        "writable=False",
+    ),
+    "a strided region": (lambda c: c.register(STRIDED), UsageError, "not contiguous"),
+    "a handle that is none": (lambda c: c.remote(b"handle"), UsageError, r"region\.handle"),
+    "a put to no region": (lambda c: c.put(b"x", b"handle"), UsageTypeError, "RemoteRegion"),
+    "a get from no region": (lambda c: c.get(None, bytearray(1)), UsageTypeError, "RemoteRegion"),
+    "a negative dimension": (lambda c: aiocomm.empty((2, -1)), UsageError, "negative dimension"),
+    "an unknown link": (lambda c: c.links["carrier pigeon"], KeyError, "carrier pigeon"),
+}
+
+CASES = [
+    pytest.param(call, error, match, id=f"{kind}: {name}")
+    for kind, cases in (("send", SENDS), ("recv", RECEIVES), ("other", OTHERS))
+    for name, (call, error, match) in cases.items()
+]
+
+
+@pytest.mark.parametrize(("call", "error", "match"), CASES)
+async def test_it_is_refused(
+    call: Callable[[Any], Any], error: type[Exception], match: str, pair: Pair
+) -> None:
+    a, _ = pair
+    with pytest.raises(error, match=match):
+        call(a)
+    await _goes_on(pair)
+
+
+async def test_an_array_on_a_device_without_a_driver_is_refused(pair: Pair) -> None:
+    with pytest.raises(aiocomm.AiocommError, match=r"device|driver|GPU"):
+        await pair[0].send(OnADevice(), 1)
+    await _goes_on(pair)
+
+
+async def test_two_receives_into_one_buffer_are_refused(pair: Pair) -> None:
+    a, b = pair
+    buffer = np.zeros(64, np.uint8)
+    first = b.recv(buffer, 0, tag=1)
+    for overlapping in (buffer, buffer[10:20], buffer[63:]):
+        with pytest.raises(UsageError, match="another receive or get that has not ended"):
+            b.recv(overlapping, 0, tag=2)
+    region = a.register(bytes(8))
+    remote = b.remote(region.handle)
+    with pytest.raises(UsageError, match="another receive or get"):
+        b.get(remote, buffer)
+    first.cancel()
+    again = b.recv(buffer, 0, tag=2)  # it has ended: the buffer is free
+    await a.send(b"x" * 64, 1, tag=2)
+    await again
+    assert buffer.tobytes() == b"x" * 64
+    await region.aclose()
+
+
+async def test_zero_bytes_are_a_message(pair: Pair) -> None:
+    a, b = pair
+    await a.send(b"", 1, tag=3)
+    status = await b.recv(bytearray(0), 0, tag=3)
+    assert status.nbytes == 0
+    await a.send(np.zeros((0, 5), np.float32), 1, tag=3)
+    array = await b.recv_array(src=0, tag=3)
+    assert (array.shape, array.dtype) == ((0, 5), np.float32)
+
+
+async def test_another_dtype_is_the_receivers_business(pair: Pair) -> None:
+    """As in MPI's byte view: what is received are bytes; `recv_array` keeps dtype and shape."""
+    a, b = pair
+    sent = np.arange(6, dtype=np.float32).reshape(2, 3)
+    out = np.zeros(3, np.float64)
+    posted = b.recv(out, 0)
+    await a.send(sent, 1)
+    assert (await posted).nbytes == 24
+    assert out.tobytes() == sent.tobytes()
+
+
+async def test_limits_of_one_sided_calls(pair: Pair) -> None:
+    a, b = pair
+    memory = bytearray(16)
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        with pytest.raises(UsageError, match="17 bytes do not fit into a remote region of 16"):
+            a.put(bytes(17), remote)
+        with pytest.raises(UsageError, match="narrow it"):
+            a.get(remote, bytearray(15))
+        with pytest.raises(UsageError, match="4,096"):
+            a.put(bytes(1), remote, notify=bytes(4097))
+        with pytest.raises(UsageError, match="outside the remote region"):
+            remote[4:17]
+        with pytest.raises(UsageError, match="slice of bytes"):
+            remote[::2]
+        async with b.register(READ_ONLY) as fixed:
+            with pytest.raises(UsageError, match="read-only"):
+                await a.put(bytes(1), a.remote(fixed.handle))
+        assert memory == bytes(16)
+        await a.put(b"still here", remote[:10])
+    assert bytes(memory[:10]) == b"still here"
+    with pytest.raises(StaleHandleError):
+        await a.put(b"late", remote)
+
+
+async def test_a_channel_is_one_thing(pair: Pair) -> None:
+    a, b = pair
+    channel = a.channel("c", weight=2.0)
+    assert a.channel("c", weight=2.0) is channel
+    with pytest.raises(UsageError, match="c"):
+        a.channel("c", weight=3.0)
+    with pytest.raises(UsageError, match="another communicator"):
+        b.send(b"x", 0, channel=channel)
+    with pytest.raises(UsageError, match="another communicator"):
+        b.recv(bytearray(1), 0, channel=channel)
+    await _goes_on(pair)
+
+
+async def test_after_close_everything_is_closed() -> None:
+    async with world(2, warmup=True) as (a, b):
+        channel = b.channel("c")
+        region = b.register(bytearray(8))
+        remote = b.remote(region.handle)
+        await b.aclose()
+        calls: list[Callable[[], Any]] = [
+            lambda: b.send(b"x", 0),
+            lambda: b.recv(bytearray(1), 0),
+            lambda: b.recv_array(src=0),
+            lambda: b.send_nowait(b"x", 0),
+            lambda: b.channel("d"),
+            lambda: channel.send(b"x", 0),
+            lambda: b.register(bytearray(1)),
+            lambda: b.put(b"x", remote),
+            lambda: b.get(remote, bytearray(8)),
+        ]
+        for call in calls:
+            with pytest.raises(ClosedError):
+                call()
+        with pytest.raises(ClosedError):
+            await b.barrier()
+        with pytest.raises(aiocomm.PeerLostError):
+            await a.send(b"x" * (1 << 20), 1)
+        await b.aclose()  # idempotent
+
+
+async def test_another_thread_is_refused(pair: Pair) -> None:
+    a, _ = pair
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        for attempt in (lambda: a.send(b"x", 1), lambda: a.recv(bytearray(1), 1), lambda: a.channel("t")):
+            try:
+                attempt()
+            except UsageError as error:
+                caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert len(caught) == 3
+    assert all("from_thread" in str(error) for error in caught)
+    await _goes_on(pair)
+
+
+@pytest.mark.parametrize(("variable", "text"), [("AIOCOMM_EAGER_MAX", "much"), ("AIOCOMM_CMA", "perhaps")])
+async def test_a_bad_setting_is_named(variable: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(UsageError, match=variable):
+        await aiocomm.connect("unix://@aiocomm-never", rank=0, size=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"address": "http://here", "rank": 0, "size": 2}, "http"),
+        ({"address": "unix://@a", "rank": 2, "size": 2}, "rank"),
+        ({"address": "unix://@a", "rank": -1, "size": 2}, "rank"),
+        ({"address": "unix://@a", "rank": 0, "size": 0}, "size"),
+        ({"address": "unix://@a", "rank": 0, "size": 2, "links": ("pigeon",)}, "pigeon"),
+    ],
+)
+async def test_a_bad_world_is_refused(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        await aiocomm.connect(**arguments)
+
+
+def test_five_gibibytes_arrive() -> None:
+    """Nothing on the way is counted in 32 bits. Touching the memory takes most of the time."""
+    nbytes = 5 << 30
+    sent = np.zeros(nbytes, np.uint8)  # not touched, so not there
+    marks = {0: 1, (1 << 31) - 1: 2, 1 << 31: 3, (1 << 32) - 1: 4, 1 << 32: 5, nbytes - 1: 6}
+    for at, value in marks.items():
+        sent[at] = value
+
+    async def main() -> np.ndarray[Any, Any]:
+        async with world(2, warmup=True) as (a, b):
+            out = np.empty(nbytes, np.uint8)
+            posted = b.recv(out, 0)
+            await a.send(sent, 1)
+            assert (await posted).nbytes == nbytes
+            return out
+
+    out = asyncio.run(main())
+    assert {at: int(out[at]) for at in marks} == marks
+    step = 1 << 28
+    assert sum(np.count_nonzero(out[at : at + step]) for at in range(0, nbytes, step)) == len(marks)
