@@ -18,6 +18,7 @@ from aiocomm.errors import (
     AuthenticationError,
     ClosedError,
     DeadlineExceeded,
+    ExpertsLostError,
     LinkError,
     PeerError,
     PeerLostError,
@@ -31,6 +32,7 @@ from aiocomm.group import Group
 from aiocomm.histogram import Histogram
 from aiocomm.launch import spawn
 from aiocomm.link import LinkHandle
+from aiocomm.moe import Dispatched
 from aiocomm.pages import PageLease, Pages, RemotePages
 from aiocomm.region import Region, RemoteRegion
 from aiocomm.runner import run
@@ -67,7 +69,9 @@ __all__ = [
     "Communicator",
     "Completion",
     "DeadlineExceeded",
+    "Dispatched",
     "Event",
+    "ExpertsLostError",
     "Fallback",
     "Group",
     "Histogram",

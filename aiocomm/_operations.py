@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from aiocomm._queues import Mailbox
+    from aiocomm.pages.streaming import LayerNotes
     from aiocomm_native import Transfer
     from aiocomm_native._core import Engine
 
-__all__ = ["NO_DEADLINE", "Operations", "limit_of"]
+__all__ = ["NO_DEADLINE", "Operations", "limit_of", "overlapping"]
 
 _SYNCHRONOUS, _NO_WAIT = 1, 2
 NO_DEADLINE = -1.0
@@ -39,6 +40,7 @@ class Operations:
     _peers: dict[int, Peer]
     _notes: Mailbox[Notification]
     _regions: dict[int, Region]
+    _layer_notes: dict[int, LayerNotes]  # by lease
     _channels: dict[str, Channel]
     _exchanges: dict[tuple[int, int | None], int]  # calls so far, by rank and generation
 
@@ -136,12 +138,12 @@ class Operations:
         try:
             return self._recv(out, src, index, tag, limit)
         except (TypeError, ValueError, BufferError) as error:
-            _overlapping(error)
+            overlapping(error)
             _integers(src=src, tag=tag)
             try:
                 return self._recv(as_buffer(out, True), src, index, tag, limit)
             except ValueError as again:
-                _overlapping(again)
+                overlapping(again)
                 raise
 
     def recv_array(
@@ -270,7 +272,7 @@ class Operations:
                 flat[: remote.nbytes], remote.rank, index, remote._number, remote._start, limit
             )
         except ValueError as error:
-            _overlapping(error)
+            overlapping(error)
             raise
 
     def _generation_of(self, rank: int) -> int | None:
@@ -337,7 +339,8 @@ def _integers(**values: Any) -> None:
             raise UsageTypeError(f"{name}={value!r} is not an integer")
 
 
-def _overlapping(error: Exception) -> None:
+def overlapping(error: Exception) -> None:
+    """Say what the native side's refusal means, if it is that of memory that is written already."""
     if isinstance(error, ValueError) and str(error) == "overlap":
         raise UsageError(
             "another receive or get that has not ended writes into this memory: await it, or use another "

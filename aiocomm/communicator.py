@@ -18,6 +18,8 @@ from aiocomm.collectives.operations import Collectives
 from aiocomm.errors import ClosedError, UsageError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
+from aiocomm.moe.operations import ExpertOperations
+from aiocomm.pages import streaming
 from aiocomm.pages.operations import PageOperations
 from aiocomm.statistics import Statistics
 from aiocomm.threads import ThreadedCommunicator
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
     from aiocomm._loop.backend import Backend
     from aiocomm._world import World
     from aiocomm.config import Settings
+    from aiocomm.pages.streaming import LayerNotes
     from aiocomm.region import Region
     from aiocomm_native import Transfer
 
 __all__ = ["Communicator"]
 
 
-class Communicator(Operations, Collectives, PageOperations):
+class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
     """Every operation with the other processes of a world. Made by `connect`.
 
     Belongs to the loop that opened it. Operations are submitted when called and return a `Transfer`, which is
@@ -95,6 +98,7 @@ class Communicator(Operations, Collectives, PageOperations):
         self._notes: Mailbox[Notification] = Mailbox()
         self._events: Broadcast[Event] = Broadcast()
         self._regions: dict[int, Region] = {}
+        self._layer_notes: dict[int, LayerNotes] = {}
         self._channels: dict[str, Channel] = {}
         self._exchanges: dict[tuple[int, int | None], int] = {}
         self._groups: dict[str, int] = {}  # groups made so far, by members
@@ -268,6 +272,8 @@ class Communicator(Operations, Collectives, PageOperations):
             self._gone.add(key)
             if event.reason == "left":
                 self._left.add(event.rank)
+            for notes in self._layer_notes.values():
+                notes.lose(event.rank)
             peer = self._peers.get(event.rank)
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = Peer(
@@ -287,7 +293,10 @@ class Communicator(Operations, Collectives, PageOperations):
         for kind, rank, number, text, more in events:
             match kind:
                 case 0:
-                    self._notes.put(Notification(rank, text, number))
+                    if (layer := streaming.parse(text)) is None:
+                        self._notes.put(Notification(rank, text, number))
+                    elif (notes := self._layer_notes.get(layer[0])) is not None:
+                        notes.put(rank, *layer[1:])
                 case 1:
                     self._on_event(PeerLost(rank, number, text))
                 case 2:

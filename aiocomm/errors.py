@@ -12,6 +12,7 @@ __all__ = [
     "AuthenticationError",
     "ClosedError",
     "DeadlineExceeded",
+    "ExpertsLostError",
     "LinkError",
     "PeerError",
     "PeerLostError",
@@ -49,6 +50,25 @@ class PeerLostError(PeerError):
 
     Its later incarnation is another peer: exchange regions anew.
     """
+
+
+class ExpertsLostError(PeerLostError):
+    """A rank that holds experts is gone in the middle of a dispatch or combine.
+
+    `experts` are those it held; `tokens` are the caller's tokens, by index, that were routed to them. Shrink
+    the group, place the experts anew, and dispatch again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        peer: int | None = None,
+        tokens: tuple[int, ...] = (),
+        experts: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message, peer)
+        self.tokens = tokens
+        self.experts = experts
 
 
 class TransferCancelled(PeerError):

@@ -12,6 +12,7 @@ from aiocomm.collectives.agreement import agree
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
 from aiocomm.errors import ClosedError, UsageError
+from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Group"]
 
 
-class Group(Collectives):
+class Group(Collectives, ExpertOperations):
     """Some ranks of a world. Made by `comm.group`, `split` and `shrink`; has all collective operations.
 
     Groups may overlap, and do not order or block each other. A member that is lost fails the operations of
@@ -37,6 +38,7 @@ class Group(Collectives):
         self._size = len(self._ranks)
         self._digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
         self._scopes: dict[str, Scope] = {}
+        self._expert_scopes: dict[str, tuple[Scope, int]] = {}
         self._plans: dict[Any, Any] = {}
         self._splits = 0
         self._shrinks = 0
@@ -104,8 +106,11 @@ class Group(Collectives):
             return
         self._closed = True
         if not self._comm.closed:
-            for scope in self._scopes.values():
-                self._comm._engine.close_channel(scope.index)
+            channels = [scope.index for scope in self._scopes.values()]
+            for scope, rows in self._expert_scopes.values():
+                channels += [scope.index, rows]
+            for index in channels:
+                self._comm._engine.close_channel(index)
             self._comm._engine.drain()
 
     @property
@@ -166,6 +171,31 @@ class Group(Collectives):
         return Group(comm, left, f"shrink {self._digest} {epoch} {left}")
 
     def _scope(self, channel: Channel | None) -> Scope:
+        self._check(channel)
+        name = "" if channel is None else channel.name
+        scope = self._scopes.get(name)
+        if scope is None:
+            priority, weight = (channel.priority, channel.weight) if channel else (Priority.NORMAL, 1.0)
+            index = self._comm._engine.open_channel(f"\0group {self._digest} {name}", int(priority), weight)
+            scope = self._scopes[name] = Scope(self._comm, self, index)
+        return scope
+
+    def _expert_scope(self, channel: Channel | None) -> tuple[Scope, int]:
+        """The urgent channel of dispatch and combine, and the one for rows that follow."""
+        self._check(channel)
+        name = "" if channel is None else channel.name
+        found = self._expert_scopes.get(name)
+        if found is None:
+            priority, weight = (channel.priority, channel.weight) if channel else (Priority.NORMAL, 1.0)
+            open_channel = self._comm._engine.open_channel
+            urgent = open_channel(
+                f"\0experts {self._digest} {name}", int(max(priority, Priority.HIGH)), weight
+            )
+            bulk = open_channel(f"\0rows {self._digest} {name}", int(priority), weight)
+            found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
+        return found
+
+    def _check(self, channel: Channel | None) -> None:
         comm = self._comm
         if comm._closed or not comm._here():
             comm._refuse()
@@ -176,13 +206,6 @@ class Group(Collectives):
                 raise UsageError(f"channel {channel.name!r} belongs to another communicator")
             if channel.closed:
                 raise ClosedError(f"channel {channel.name!r} was closed")
-        name = "" if channel is None else channel.name
-        scope = self._scopes.get(name)
-        if scope is None:
-            priority, weight = (channel.priority, channel.weight) if channel else (Priority.NORMAL, 1.0)
-            index = comm._engine.open_channel(f"\0group {self._digest} {name}", int(priority), weight)
-            scope = self._scopes[name] = Scope(comm, self, index)
-        return scope
 
     def __repr__(self) -> str:
         return f"<aiocomm.Group rank={self.rank} of {list(self._ranks)}>"

@@ -31,11 +31,7 @@ NARROWED: Final = (
         r'("""Memory that the runtime allocated; a buffer.""")\n',
         r"\1\n\n    def __buffer__(self, flags: int, /) -> memoryview: ...\n",
     ),
-    (
-        r"import Mapping, Sequence\n\nfrom aiocomm_native import Status as Status, Transfer as Transfer\n",
-        "import Mapping, Sequence\nfrom typing import Any\n\n"
-        "from aiocomm_native import Status as Status, Transfer as Transfer\n",
-    ),
+    (r"(from typing import Annotated)\n", r"\1, Any\n"),
 )
 
 

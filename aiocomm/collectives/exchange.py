@@ -6,12 +6,13 @@ larger ones headers go by dissemination.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from aiocomm.collectives import headers
 from aiocomm.collectives.dissemination import exchange
+from aiocomm.collectives.flight import Flight
 from aiocomm.collectives.plan import EAGER_BYTES
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Problem, Recv, Send
@@ -28,21 +29,15 @@ __all__ = ["Exchange"]
 _HEADERS: Final = 1 << (TAG_BITS - 1)  # tags of a call from here on carry headers
 
 
-class Exchange:
+class Exchange(Flight):
     """The part of a `Call` that swaps headers. `_missing` is empty once all have come."""
 
-    def __init__(self, scope: Scope, request: Request) -> None:
-        self._scope = scope
-        self._group = scope.group
+    def __init__(self, scope: Scope, request: Request, deadline: float | None) -> None:
+        super().__init__(scope, request.operation, deadline)
         self._request = request
         self._plan: Plan | None = request.plan
         self._slots: npt.NDArray[np.uint8] | None = None
-        self._missing = set(range(self._group.size)) - {self._group.rank}
         self._large = self._group.size > headers.DIRECT_MEMBERS
-
-    def _post(self, kind: type[Send | Recv], key: tuple[bool, int], peer: int, data: Any, tag: int) -> None:
-        """Submit a transfer, whose end is told under `key`; headers have a True in it."""
-        raise NotImplementedError
 
     def _send_headers(self) -> None:
         group, request = self._group, self._request

@@ -16,7 +16,7 @@ from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, Transf
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from aiocomm.collectives.call import Call
+    from aiocomm.collectives.flight import Flight
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
     from aiocomm_native import Transfer
@@ -37,13 +37,13 @@ class Scope:
         self.comm = comm
         self.group = group
         self.index = index
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, Flight] = {}
         self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self._spare: list[npt.NDArray[np.uint8]] = []
         self._listen()
 
-    def begin(self, call: Call) -> int:
+    def begin(self, call: Flight) -> int:
         """Number a call.
 
         Raises:
@@ -58,9 +58,9 @@ class Scope:
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a call, not cleared; to be given back."""
-        for place, one in enumerate(self._spare):
-            if one.nbytes >= nbytes:
-                return self._spare.pop(place)
+        fitting = [(one.nbytes, place) for place, one in enumerate(self._spare) if one.nbytes >= nbytes]
+        if fitting:
+            return self._spare.pop(min(fitting)[1])
         return np.empty(nbytes, np.uint8)
 
     def give_back(self, memory: npt.NDArray[np.uint8]) -> None:

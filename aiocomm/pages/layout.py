@@ -32,6 +32,7 @@ class Layout:
         start: offset of the first page's first element in an array, in bytes.
         item: bytes of an element.
         token_axis: of `shape`; along it pages of different size are matched. None: pages are matched whole.
+        page_axis: of the arrays; the other axes are those of `shape`.
     """
 
     planes: tuple[int, ...]
@@ -42,6 +43,48 @@ class Layout:
     start: int
     item: int
     token_axis: int | None = None
+    page_axis: int = 0
+
+    def chosen(self, planes: Sequence[int]) -> Layout:
+        """Some of the planes, by their place among those there are.
+
+        Raises:
+            UsageError: there is no such plane.
+        """
+        places = tuple(planes)
+        if not places or any(not 0 <= p < len(self.planes) for p in places):
+            raise UsageError(f"planes {list(places)} are not among the {len(self.planes)} there are")
+        return replace(self, planes=tuple(self.planes[p] for p in places))
+
+    def sliced(self, axis: int, start: int, stop: int) -> Layout:
+        """A range along an axis of the arrays.
+
+        Raises:
+            UsageError: it is the page axis, the token axis or none, or the range is outside.
+        """
+        if axis == self.page_axis or not 0 <= axis <= len(self.shape):
+            raise UsageError(f"axis {axis} is the page axis, or none of {len(self.shape) + 1} axes")
+        at = axis - (axis > self.page_axis)
+        if at == self.token_axis:
+            raise UsageError("pages are not cut along the token axis")
+        if not 0 <= start < stop <= self.shape[at]:
+            raise UsageError(f"{start}:{stop} is outside axis {axis} of length {self.shape[at]}")
+        shape = (*self.shape[:at], stop - start, *self.shape[at + 1 :])
+        return replace(self, shape=shape, start=self.start + start * self.strides[at])
+
+    def layers(self, axis: int | None, arrays: int) -> list[Layout]:
+        """One layout per layer: each `arrays` planes, or each index of an axis.
+
+        Raises:
+            UsageError: planes are left over, or the axis cannot be cut.
+        """
+        if axis is not None:
+            at = axis - (axis > self.page_axis)
+            count = self.shape[at] if 0 <= at < len(self.shape) else 1
+            return [self.sliced(axis, layer, layer + 1) for layer in range(count)]
+        if arrays < 1 or len(self.planes) % arrays:
+            raise UsageError(f"{len(self.planes)} arrays do not divide into layers of {arrays}")
+        return [self.chosen(range(n, n + arrays)) for n in range(0, len(self.planes), arrays)]
 
     @property
     def nbytes(self) -> int:
@@ -77,37 +120,36 @@ class Pages:
             raise UsageError("page_axis and token_axis are the same axis")
         if token is not None and token > page:
             token -= 1
-        self._axes = [axis for axis in range(first.ndim) if axis != page]
+        axes = [axis for axis in range(first.ndim) if axis != page]
         self.layout = Layout(
             tuple(range(len(self.arrays))),
             first.shape[page],
             first.strides[page],
-            tuple(first.shape[axis] for axis in self._axes),
-            tuple(first.strides[axis] for axis in self._axes),
+            tuple(first.shape[axis] for axis in axes),
+            tuple(first.strides[axis] for axis in axes),
             0,
             first.itemsize,
             token,
+            page,
         )
         self._leases: list[PageLease] = []  # shared with all views
 
     def planes(self, planes: Sequence[int]) -> Pages:
         """A view of some of the arrays, e.g. of one layer."""
-        chosen = tuple(planes)
-        if not chosen or any(not 0 <= p < len(self.layout.planes) for p in chosen):
-            raise UsageError(f"planes {list(chosen)} are not among the {len(self.layout.planes)} there are")
-        return self._view(replace(self.layout, planes=tuple(self.layout.planes[p] for p in chosen)))
+        return self._view(self.layout.chosen(planes))
 
     def slice(self, axis: int, start: int, stop: int) -> Pages:
         """A view of a range along an axis of the arrays, e.g. of some heads. Not along the page axis."""
-        if axis not in self._axes:
-            raise UsageError(f"axis {axis} is the page axis, or none of {self.arrays[0].ndim} axes")
-        at, layout = self._axes.index(axis), self.layout
-        if at == layout.token_axis:
-            raise UsageError("pages are not cut along the token axis")
-        if not 0 <= start < stop <= layout.shape[at]:
-            raise UsageError(f"{start}:{stop} is outside axis {axis} of length {layout.shape[at]}")
-        shape = (*layout.shape[:at], stop - start, *layout.shape[at + 1 :])
-        return self._view(replace(layout, shape=shape, start=layout.start + start * layout.strides[at]))
+        return self._view(self.layout.sliced(axis, start, stop))
+
+    def layers(self, axis: int | None = None, *, arrays: int = 1) -> list[Pages]:
+        """Views of the layers, in their order, for `put_layers`.
+
+        Args:
+            axis: of the arrays, along which layers lie; without one, layers are `arrays` arrays each.
+            arrays: arrays of a layer: 2 where K and V have one each.
+        """
+        return [self._view(layout) for layout in self.layout.layers(axis, arrays)]
 
     def _view(self, layout: Layout) -> Pages:
         view = object.__new__(Pages)

@@ -8,17 +8,20 @@ moves.
 from __future__ import annotations
 
 import json
+import secrets
 import struct
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
+from aiocomm._operations import limit_of
 from aiocomm.errors import ClosedError, UsageError
 from aiocomm.pages.layout import Layout
+from aiocomm.pages.streaming import LayerNotes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
 
     from aiocomm._operations import Operations
@@ -27,17 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PageLease", "RemotePages"]
 
-_HEAD: Final = struct.Struct(
-    "<4sHIII"
-)  # magic, version, bytes of the layout, pages, bytes of a region's handle
+# magic, version, number of the lease, bytes of the layout, pages, bytes of a region's handle
+_HEAD: Final = struct.Struct("<4sHQIII")
 _MAGIC: Final = b"aioP"
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 class PageLease:
     """Pages that a peer may read and write. Made by `comm.lease_pages`; `async with`, or `aclose()`."""
 
-    def __init__(self, pages: Pages, indices: Sequence[int], regions: list[Region]) -> None:
+    def __init__(self, comm: Operations, pages: Pages, indices: Sequence[int], regions: list[Region]) -> None:
+        self._number = secrets.randbits(64)
+        self._notes = comm._layer_notes[self._number] = LayerNotes()
+        self._comm = comm
         self._pages = pages
         self._indices = np.asarray(indices, np.int64)
         self._regions = regions
@@ -55,7 +60,7 @@ class PageLease:
             if np.isin(wanted, lease._indices).any():
                 await lease.aclose()
         regions = [comm.register(pages.arrays[plane]) for plane in pages.layout.planes]
-        lease = cls(pages, wanted.tolist(), regions)
+        lease = cls(comm, pages, wanted.tolist(), regions)
         pages._leases.append(lease)
         return lease
 
@@ -66,12 +71,35 @@ class PageLease:
             raise ClosedError("the lease has ended")
         layout = json.dumps(asdict(self._pages.layout)).encode()
         handles = [region.handle for region in self._regions]
-        head = _HEAD.pack(_MAGIC, _VERSION, len(layout), len(self._indices), len(handles[0]))
+        head = _HEAD.pack(_MAGIC, _VERSION, self._number, len(layout), len(self._indices), len(handles[0]))
         return b"".join((head, layout, self._indices.tobytes(), *handles))
+
+    def layers(
+        self, sources: int | Sequence[int] | None = None, *, deadline: float | None = None
+    ) -> AsyncIterator[int]:
+        """Iterate over the layers that `put_layers` of peers brings, in their order: their data is in place.
+
+        Ends after the last layer. One iteration per `put_layers`, also if several follow each other.
+
+        Args:
+            sources: the rank that sends, or all that do, each its part of every layer: a layer is there when
+                all have brought it. Default: the rank that is heard of first.
+            deadline: seconds from now for all layers.
+
+        Raises:
+            TransferCancelled: a source gave up in the middle.
+            PeerLostError: a source is gone (without `sources`, only once it has been heard of).
+            DeadlineExceeded, ClosedError: the deadline passed, or the lease has ended.
+        """
+        if deadline is not None:
+            limit_of(deadline)
+        return self._notes.layers(sources, deadline)
 
     async def aclose(self) -> None:
         """End it: new accesses are refused; waits for those under way. Idempotent."""
         self._closed = True
+        self._notes.close()
+        self._comm._layer_notes.pop(self._number, None)
         if self in self._pages._leases:
             self._pages._leases.remove(self)
         for region in self._regions:
@@ -89,7 +117,8 @@ class PageLease:
 class RemotePages:
     """A peer's leased pages: the target of `put_pages` and the source of `get_pages`."""
 
-    def __init__(self, layout: Layout, leased: Any, regions: dict[int, RemoteRegion]) -> None:
+    def __init__(self, number: int, layout: Layout, leased: Any, regions: dict[int, RemoteRegion]) -> None:
+        self._number = number
         self.layout = layout
         self._leased = leased
         self._regions = regions
@@ -98,7 +127,7 @@ class RemotePages:
     def from_handle(cls, comm: Operations, handle: bytes) -> Self:
         """Parse and check a handle."""
         try:
-            magic, version, layout_bytes, count, handle_bytes = _HEAD.unpack_from(handle)
+            magic, version, number, layout_bytes, count, handle_bytes = _HEAD.unpack_from(handle)
             if (magic, version) != (_MAGIC, _VERSION):
                 raise ValueError("magic")
             start = _HEAD.size + layout_bytes
@@ -113,12 +142,22 @@ class RemotePages:
         except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
-        return cls(layout, leased, regions)
+        return cls(number, layout, leased, regions)
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
         """Some of the arrays, e.g. those of one layer."""
-        chosen = tuple(self.layout.planes[p] for p in planes)
-        return RemotePages(replace(self.layout, planes=chosen), self._leased, self._regions)
+        return self._view(self.layout.chosen(planes))
+
+    def slice(self, axis: int, start: int, stop: int) -> RemotePages:
+        """A range along an axis of the arrays, e.g. of some heads. Not along the page axis."""
+        return self._view(self.layout.sliced(axis, start, stop))
+
+    def layers(self, axis: int | None = None, *, arrays: int = 1) -> list[RemotePages]:
+        """Views of the layers, as `Pages.layers`."""
+        return [self._view(layout) for layout in self.layout.layers(axis, arrays)]
+
+    def _view(self, layout: Layout) -> RemotePages:
+        return RemotePages(self._number, layout, self._leased, self._regions)
 
     @property
     def rank(self) -> int:
@@ -139,7 +178,7 @@ class RemotePages:
 
 
 def _layout(fields: dict[str, Any]) -> Layout:
-    numbers = {key: int(fields[key]) for key in ("count", "page_stride", "start", "item")}
+    numbers = {key: int(fields[key]) for key in ("count", "page_stride", "start", "item", "page_axis")}
     lists = {key: tuple(int(n) for n in fields[key]) for key in ("planes", "shape", "strides")}
     token = fields["token_axis"]
     layout = Layout(**numbers, **lists, token_axis=None if token is None else int(token))  # type: ignore[arg-type]
@@ -148,6 +187,7 @@ def _layout(fields: dict[str, Any]) -> Layout:
         not layout.planes
         or len(layout.shape) != len(layout.strides)
         or min(sizes) < 0
+        or layout.page_axis > len(layout.shape)
         or layout.count > 1 << 28
     ):
         raise ValueError("layout")

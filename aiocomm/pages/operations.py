@@ -67,6 +67,34 @@ class PageOperations:
         comm = cast("Any", self)
         await transfers.put_pages(comm, pages, give, remote, take, notify, channel, deadline)
 
+    async def put_layers(
+        self,
+        layers: Sequence[Pages],
+        give: Sequence[int],
+        remotes: Sequence[RemotePages],
+        take: Sequence[int],
+        *,
+        notify: bytes | None = None,
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Write pages layer by layer; the owner sees each as it arrives, by `lease.layers()`.
+
+        All layers are checked and planned before a byte moves, and move without a pause between them.
+
+        Args:
+            layers: views of this process's pages, in the order in which they go: `pages.layers(...)`.
+            give: pages of this process, the same for all layers.
+            remotes: views of the peer's pages, one per layer: `remote.layers(...)`.
+            take: the peer's pages, as for `put_pages`.
+            notify: as for `put_pages`: once, after the last layer.
+
+        Errors and cancellation are those of `put_pages`; the owner's iteration then ends with
+        `TransferCancelled`.
+        """
+        comm = cast("Any", self)
+        await transfers.put_layers(comm, layers, give, remotes, take, notify, channel, deadline)
+
     async def get_pages(
         self,
         remote: RemotePages,

@@ -7,17 +7,23 @@ planning works on pages and rows apart, never on their product:
 1. Pages are put in the order of the destination, so that neighbours on both sides meet whatever their order
 was. 2. Where a page's stride is its row, neighbours on both sides merge into one longer row. 3. Equally
 spaced rows become one 2-D copy per run of pages, or equally spaced runs one per row: whichever is fewer.
+
+The loops over pages are native, and release the GIL. What is planned is the same for every pair of arrays, so
+it is planned for one; and it is kept, since a cache is handed over layer by layer, by the same lists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from aiocomm.errors import UsageError
+from aiocomm.pages.plan_cache import PlanCache
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Copies", "plan"]
+__all__ = ["Copies", "one_pair", "page_list", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,9 @@ class Copies:
         )
 
 
+_kept: Final[PlanCache[Copies]] = PlanCache(64)
+
+
 def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pages: Sequence[int]) -> Copies:
     """Copies that bring each source page to the target page at the same place of the lists.
 
@@ -68,72 +77,99 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
         UsageError: the layouts do not fit, an index is out of range, a target page comes twice, or the lists
             do not hold equally many tokens.
     """
-    give, take = (
-        _indices("source", source_pages, source.count),
-        _indices("target", target_pages, target.count),
+    found = one_pair(source, source_pages, target, target_pages)
+    planes, each = len(source.planes), len(found)
+    return Copies(
+        np.repeat(np.array(source.planes, np.int64), each),
+        _tiled(found.source, planes),
+        _tiled(found.source_stride, planes),
+        np.repeat(np.array(target.planes, np.int64), each),
+        _tiled(found.target, planes),
+        _tiled(found.target_stride, planes),
+        _tiled(found.nbytes, planes),
+        _tiled(found.rows, planes),
     )
+
+
+def one_pair(
+    source: Layout,
+    source_pages: Sequence[int] | Integers,
+    target: Layout,
+    target_pages: Sequence[int] | Integers,
+) -> Copies:
+    """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
+    if len(source.planes) != len(target.planes):
+        _do_not_fit(source, target)
+    give, take = page_list(source_pages), page_list(target_pages)
+    source, target = _single(source), _single(target)
+    found = _kept.find(source, give, target, take)
+    if found is None:
+        found = _planned(source, give, target, take)
+        _kept.keep(source, give, target, take, found)
+    return found
+
+
+def page_list(pages: Sequence[int] | Integers) -> Integers:
+    """A list of pages as the planner takes it."""
+    return np.ascontiguousarray(pages, np.int64).reshape(-1)
+
+
+@functools.lru_cache(1024)
+def _single(layout: Layout) -> Layout:
+    """One array of it, without axes of length 1: they make no difference to what fits."""
+    token = layout.token_axis
+    kept = [axis for axis, n in enumerate(layout.shape) if n != 1 or axis == token]
+    return replace(
+        layout,
+        planes=(0,),
+        shape=tuple(layout.shape[axis] for axis in kept),
+        strides=tuple(layout.strides[axis] for axis in kept),
+        token_axis=None if token is None else kept.index(token),
+    )
+
+
+def _planned(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
     _fit(source, target)
-    unit = gcd(source.tokens, target.tokens)
     if len(give) * source.tokens != len(take) * target.tokens:
         raise UsageError(
             f"{len(give)} source pages of {source.tokens} tokens, {len(take)} target pages of {target.tokens}"
         )
-    if len(take) and np.bincount(take).max() > 1:
-        raise UsageError(f"target page {int(np.bincount(take).argmax())} comes twice")
+    unit = gcd(source.tokens, target.tokens)
+    row_bytes, rows_from, rows_to = _rows(source, target, unit)
+    from_, to, nbytes, equal, error, page = _core.merge_pages(
+        _side(source, give, unit), _side(target, take, unit), row_bytes
+    )
+    match error:
+        case 1:
+            raise UsageError(f"source page {page} is outside 0 to {source.count - 1}")
+        case 2:
+            raise UsageError(f"target page {page} is outside 0 to {target.count - 1}")
+        case 3:
+            raise UsageError(f"target page {page} comes twice")
     if not len(take):
         return Copies(*(np.empty(0, np.int64) for _ in range(8)))
-    from_, to = _units(source, give, unit), _units(target, take, unit)
-    from_, to = _in_order(from_, to, target, unit)
-    row_bytes, rows_from, rows_to = _rows(source, target, unit)
-    return _lower(source, target, (from_, to), (rows_from, rows_to), row_bytes)
-
-
-def _indices(name: str, pages: Sequence[int], count: int) -> Integers:
-    found = np.asarray(pages, np.int64).reshape(-1)
-    if len(found) and (found.min() < 0 or found.max() >= count):
-        wrong = found[(found < 0) | (found >= count)][0]
-        raise UsageError(f"{name} page {wrong} is outside 0 to {count - 1}")
-    return found
+    return _lower((from_, to, nbytes), equal, (rows_from, rows_to))
 
 
 def _fit(source: Layout, target: Layout) -> None:
     def general(layout: Layout) -> tuple[object, ...]:
         shape = [n if axis != layout.token_axis else -1 for axis, n in enumerate(layout.shape)]
-        return len(layout.planes), layout.item, layout.token_axis, tuple(shape)
+        return layout.item, layout.token_axis, tuple(shape)
 
     if general(source) != general(target):
-        raise UsageError(
-            f"the layouts do not fit: {len(source.planes)} planes with pages of shape {source.shape}, and "
-            f"{len(target.planes)} of {target.shape}"
-        )
+        _do_not_fit(source, target)
 
 
-def _units(layout: Layout, pages: Integers, unit: int) -> Integers:
-    """Offsets of the parts into which both sides' pages divide."""
-    starts = layout.start + pages * layout.page_stride
-    parts = layout.tokens // unit
-    if layout.token_axis is None or parts == 1:
-        return starts
-    steps = np.arange(parts, dtype=np.int64) * (unit * layout.strides[layout.token_axis])
-    return (starts[:, None] + steps).reshape(-1)
+def _do_not_fit(source: Layout, target: Layout) -> None:
+    raise UsageError(
+        f"the layouts do not fit: {len(source.planes)} planes with pages of shape {source.shape} of "
+        f"{source.item} bytes, and {len(target.planes)} of {target.shape} of {target.item}"
+    )
 
 
-def _in_order(from_: Integers, to: Integers, target: Layout, unit: int) -> tuple[Integers, Integers]:
-    if (to[1:] > to[:-1]).all():
-        return from_, to
-    # Targets are distinct multiples of a step: placing them is faster than sorting them.
-    token = target.strides[target.token_axis] * unit if target.token_axis is not None else target.page_stride
-    step = gcd(target.page_stride, token)
-    base = int(to.min())
-    places = (to - base) // step
-    most = int(places.max()) + 1
-    if most > 16 * len(to):
-        order = np.argsort(to, kind="stable")
-        return from_[order], to[order]
-    placed = np.full(most, -1, np.int64)
-    placed[places] = from_
-    there = np.flatnonzero(placed >= 0)
-    return placed[there], there * step + base
+def _side(layout: Layout, pages: Integers, unit: int) -> tuple[Integers, int, int, int, int, int]:
+    step = 0 if layout.token_axis is None else unit * layout.strides[layout.token_axis]
+    return pages, layout.count, layout.start, layout.page_stride, layout.tokens // unit, step
 
 
 def _rows(source: Layout, target: Layout, unit: int) -> tuple[int, Integers, Integers]:
@@ -152,81 +188,31 @@ def _rows(source: Layout, target: Layout, unit: int) -> tuple[int, Integers, Int
     return row, offsets[0], offsets[1]
 
 
-def _runs(a: Integers, b: Integers) -> tuple[Integers, Integers]:
-    """Cut two lists of offsets into runs in which both grow by constant steps: starts and lengths.
-
-    A run takes as many as it can before the next one begins.
-    """
-    n = len(a)
-    if n < 3:
-        return np.zeros(1, np.int64), np.array([n])
-    same = (np.diff(a, 2) == 0) & (np.diff(b, 2) == 0)
-    if same.all():
-        return np.zeros(1, np.int64), np.array([n])
-    if not same.any():  # pairs are runs, too: any two are equally spaced
-        starts = np.arange(0, n, 2)
-        return starts, np.diff(np.append(starts, n))
-    # Two stretches may share an end: the earlier one keeps it.
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
-    begins = [0]
-    for first, last in edges.reshape(-1, 2).tolist():
-        begin, end = max(first, begins[-1]), last + 2  # elements begin..end-1
-        if end - begin < 2:
-            continue
-        begins.extend(range(begins[-1] + 2, begin, 2))
-        if begin > begins[-1]:
-            begins.append(begin)
-        begins.append(end)
-    if begins[-1] < n:
-        begins.extend(range(begins[-1] + 2, n, 2))
-    else:
-        begins.pop()
-    at = np.array(begins)
-    return at, np.diff(np.append(at, n))
-
-
 def _lower(
-    source: Layout,
-    target: Layout,
-    pages: tuple[Integers, Integers],
-    rows: tuple[Integers, Integers],
-    row_bytes: int,
+    merged: tuple[Integers, Integers, Integers], equal: bool, rows: tuple[Integers, Integers]
 ) -> Copies:
-    from_, to = pages
-    # 2. neighbours on both sides
-    adjacent = (from_[1:] - from_[:-1] == row_bytes) & (to[1:] - to[:-1] == row_bytes)
-    starts = np.concatenate(([0], np.flatnonzero(~adjacent) + 1))
-    nbytes = np.diff(np.append(starts, len(to))) * row_bytes
-    from_, to = from_[starts], to[starts]
-    # 3. either all rows of a run of pages at once, or all equally spaced runs of one length
-    row_at, row_n = _runs(*rows)
-    if nbytes.min() == nbytes.max():
-        page_at, page_n = _runs(from_, to)
+    """Either all rows of a run of pages at once, or all equally spaced runs of one length."""
+    from_, to, nbytes = merged
+    by_rows = _core.equal_steps(*rows)
+    by_pages = _core.equal_steps(from_, to) if equal else None
+    if by_pages is None or len(by_rows[0]) * len(to) <= len(by_pages[0]) * len(rows[0]):
+        times, outer, found = len(to), (from_, to), by_rows
+        lengths = np.repeat(nbytes, len(by_rows[0])) if len(by_rows[0]) > 1 else nbytes
     else:
-        page_at, page_n = np.arange(len(to)), np.ones(len(to), np.int64)
-    by_rows = len(row_at) * len(to) <= len(page_at) * len(rows[0])
-    if by_rows:
-        times, inner, inner_n, lists = len(to), row_at, row_n, rows
-    else:
-        times, inner, inner_n, lists = len(rows[0]), page_at, page_n, (from_, to)
-    begin_from = ((from_ if by_rows else rows[0])[:, None] + lists[0][inner]).reshape(-1)
-    begin_to = ((to if by_rows else rows[1])[:, None] + lists[1][inner]).reshape(-1)
-    after = np.minimum(inner + 1, inner + inner_n - 1)
-    strides = [_tiled(one[after] - one[inner], times) for one in lists]
-    lengths = np.repeat(nbytes, len(inner)) if by_rows and len(inner) > 1 else nbytes
-    if not by_rows:
-        lengths = _tiled(nbytes[inner], times)
-    planes = len(source.planes)
-    each = len(begin_from)
+        times, outer, found = len(rows[0]), rows, by_pages
+        lengths = np.full(times * len(by_pages[0]), nbytes[0])
+    _, inner_n, a, step_a, b, step_b = found
+    begin_from, begin_to = ((out[:, None] + one).reshape(-1) for out, one in ((outer[0], a), (outer[1], b)))
+    arrays = np.zeros(len(begin_from), np.int64)
     return Copies(
-        np.repeat(np.array(source.planes, np.int64), each),
-        _tiled(begin_from, planes),
-        _tiled(strides[0], planes),
-        np.repeat(np.array(target.planes, np.int64), each),
-        _tiled(begin_to, planes),
-        _tiled(strides[1], planes),
-        _tiled(lengths, planes),
-        _tiled(_tiled(inner_n, times), planes),
+        arrays,
+        begin_from,
+        _tiled(step_a, times),
+        arrays,
+        begin_to,
+        _tiled(step_b, times),
+        lengths,
+        _tiled(inner_n, times),
     )
 
 

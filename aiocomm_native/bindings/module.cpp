@@ -7,7 +7,9 @@ namespace nb = nanobind;
 namespace aiocomm::py {
 void bind_engine(nb::module_& m);
 }
+void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
+void bind_pages(nb::module_& m);
 void bind_sched(nb::module_& m);
 
 NB_MODULE(_core, m) {
@@ -16,6 +18,8 @@ NB_MODULE(_core, m) {
   if (aiocomm::py::init_memory(m.ptr()) < 0 || aiocomm::py::init_transfer(m.ptr()) < 0)
     throw nb::python_error();
   aiocomm::py::bind_engine(m);
+  bind_experts(m);
+  bind_pages(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
   bind_sched(pure);

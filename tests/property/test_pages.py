@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiocomm.errors import UsageError
-from aiocomm.pages import Pages
-from aiocomm.pages.planner import Copies, plan
+from aiocomm.pages import Pages, planner
+from aiocomm.pages.planner import Copies, page_list, plan
+from aiocomm.pages.ranges import _ranges
+from aiocomm_native import _core
 
 
 def carry_out(copies: Copies, source: Pages, target: Pages) -> None:
@@ -65,6 +67,119 @@ def test_plans_do_what_the_model_does(data: st.DataObject) -> None:
         untouched = np.ones(here.shape[page_axis], bool)
         untouched[list(lists[1])] = False
         assert not np.compress(untouched, here, page_axis).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source_heads=st.sampled_from([4, 8, 16]),
+    target_heads=st.sampled_from([4, 8, 16]),
+    data=st.data(),
+)
+def test_heads_go_from_any_degree_of_tensor_parallelism_to_any_other(
+    source_heads: int, target_heads: int, data: st.DataObject
+) -> None:
+    """16 heads over 16 / n ranks on either side: each pair of ranks moves the heads that both have."""
+    sizes = [data.draw(st.sampled_from([1, 2, 4])) for _ in range(2)]
+    together = [data.draw(st.booleans()) for _ in range(2)]  # K and V in one array, or in one each
+    tokens, dim = 8, 2
+    whole = np.random.default_rng(0).integers(1, 1 << 16, (2, tokens, 16, dim), np.uint16)
+    lists = [data.draw(st.permutations(range(tokens // size + 2)))[: tokens // size] for size in sizes]
+
+    def caches(heads: int, size: int, filled: bool, joint: bool, places: list[int]) -> list[Pages]:
+        ranks = []
+        for first in range(0, 16, heads):
+            kv = np.zeros((tokens // size + 2, 2, size, heads, dim), np.uint16)
+            if filled:
+                mine = whole[:, :, first : first + heads].reshape(2, tokens // size, size, heads, dim)
+                kv[places] = mine.swapaxes(0, 1)
+            if joint:
+                ranks.append(Pages(kv, token_axis=2))
+            else:
+                ranks.append(Pages([np.ascontiguousarray(kv[:, n]) for n in (0, 1)], token_axis=1))
+        return ranks
+
+    def part(cache: Pages, n: int, joint: bool, heads: slice) -> Pages:
+        """K or V, and a range of heads."""
+        view = cache.slice(1, n, n + 1) if joint else cache.planes([n])
+        return view.slice(3 if joint else 2, heads.start, heads.stop)
+
+    sources = caches(source_heads, sizes[0], True, together[0], lists[0])
+    targets = caches(target_heads, sizes[1], False, together[1], lists[1])
+    for i, source in enumerate(sources):
+        for j, target in enumerate(targets):
+            first = max(i * source_heads, j * target_heads)
+            last = min((i + 1) * source_heads, (j + 1) * target_heads)
+            for n in (0, 1) if first < last else ():
+                give = part(source, n, together[0], slice(first - i * source_heads, last - i * source_heads))
+                take = part(target, n, together[1], slice(first - j * target_heads, last - j * target_heads))
+                carry_out(plan(give.layout, lists[0], take.layout, lists[1]), give, take)
+    expected = caches(target_heads, sizes[1], True, together[1], lists[1])
+    for target, wanted in zip(targets, expected, strict=True):
+        assert all(map(np.array_equal, target.arrays, wanted.arrays))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), sizes=st.tuples(*[st.sampled_from([1, 16, 64, 256])] * 2), page_first=st.booleans())
+def test_latents_go_between_layouts(data: st.DataObject, sizes: tuple[int, int], page_first: bool) -> None:
+    """MLA: one latent per token, no heads; layers before or after pages in one array, or an array each."""
+    layers, dim, total = 3, 5, 256 * data.draw(st.integers(1, 2))
+    counts = [total // size + 1 for size in sizes]
+    give, take = (data.draw(st.permutations(range(count)))[:-1] for count in counts)
+    shape = (counts[0], layers, sizes[0], dim) if page_first else (layers, counts[0], sizes[0], dim)
+    array = np.random.default_rng(1).integers(0, 1 << 16, shape, np.uint16)
+    source = Pages(array, 0 if page_first else 1, token_axis=2)
+    target = Pages([np.zeros((counts[1], sizes[1], dim), np.uint16) for _ in range(layers)], token_axis=1)
+    axis = 1 if page_first else 0
+    for from_, to in zip(source.layers(axis), target.layers(), strict=True):
+        carry_out(plan(from_.layout, give, to.layout, take), from_, to)
+    for layer in range(layers):
+        given_ = np.take(array, layer, axis)[list(give)].reshape(-1, dim)
+        assert np.array_equal(target.arrays[layer][list(take)].reshape(-1, dim), given_)
+
+
+def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists() -> None:
+    kv = pages(4000, 16, arrays=4)
+    rng = np.random.default_rng(5)
+    give, take = rng.permutation(4000), rng.permutation(4000)
+    hits = planner._kept.hits
+    first = plan(kv.planes([0]).layout, give, kv.planes([1]).layout, take)
+    second = plan(kv.planes([2]).layout, give, kv.planes([3]).layout, take)
+    assert planner._kept.hits == hits + 1
+    assert second.source is first.source
+    assert second.target_array.tolist() == [3] * len(second)
+    other = take.copy()
+    other[[1, 2]] = other[[2, 1]]  # differs where no key looks
+    third = plan(kv.planes([0]).layout, give, kv.planes([0]).layout, other)
+    assert planner._kept.hits == hits + 1
+    assert not np.array_equal(third.source, first.source) or not np.array_equal(third.target, first.target)
+
+
+def test_ranges_hold_every_row_once() -> None:
+    source, target = pages(50, 3, 4), pages(50, 3, 4)
+    rng = np.random.default_rng(7)
+    give, take = rng.permutation(50)[:30].tolist(), rng.permutation(50)[:30].tolist()
+    source.arrays[0][:] = rng.integers(0, 256, source.arrays[0].shape)
+    for at_target in (True, False):
+        near, far = (source, target) if at_target else (target, source)
+        found = _ranges(source.layout, page_list(give), target.layout, page_list(take), at_target)
+        assert sum(found.nbytes) == int(found.rows.sum()) == 30 * 12
+        moved = np.zeros_like(target.arrays[0]).reshape(-1)
+        for start, nbytes, first, last in zip(
+            found.far, found.nbytes, found.first, found.first[1:], strict=False
+        ):
+            packed = np.empty(nbytes, np.uint8)
+            rows = found.near[first:last], found.rows[first:last]
+            if at_target:
+                _core.pack_rows(*rows, near.arrays[0].reshape(-1), packed)
+                moved[start : start + nbytes] = packed
+            else:
+                packed[:] = far.arrays[0].reshape(-1)[start : start + nbytes]
+                _core.unpack_rows(*rows, moved, packed)
+        assert np.array_equal(moved.reshape(50, 3, 4)[take], source.arrays[0][give])
+    with pytest.raises(ValueError, match="outside"):
+        _core.pack_rows(page_list([700]), page_list([1]), source.arrays[0].reshape(-1), np.empty(1, np.uint8))
+    with pytest.raises(ValueError, match="another size"):
+        _core.pack_rows(page_list([0]), page_list([1]), source.arrays[0].reshape(-1), np.empty(2, np.uint8))
 
 
 def pages(*shape: int, axis: int = 0, arrays: int = 1, **more: Any) -> Pages:

@@ -1,10 +1,13 @@
-"""Builds the little archive that a kernel starts from: busybox, a few modules, and a script. No tools needed."""
+"""Builds the little archive that a kernel starts from: busybox, a few modules, and a script."""
 
 from __future__ import annotations
 
 import gzip
 import lzma
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _DIRECTORY, _FILE, _END = 0o040755, 0o100755, "TRAILER!!!"
 _ALIGN = 4

@@ -1,4 +1,4 @@
-"""Run a command in a virtual machine with soft-RoCE: two hosts with two rails each, this checkout, this Python.
+"""Run a command in a virtual machine with soft-RoCE: two hosts of two rails, this checkout, this Python.
 
     python tests/rdma_vm/run.py -- pytest tests/links -k rdma
     python tests/rdma_vm/run.py -- python tests/rdma_vm/guest/perftest.py
@@ -23,10 +23,18 @@ NOT_RUN = 125
 
 def main() -> int:
     """Parse, boot, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="folder for junit.xml and logs (default: a new one in /tmp)")
-    parser.add_argument("--limit", type=float, default=300, metavar="S", help="time limit of the command (default: 300)")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set inside; repeatable")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, help="folder for junit.xml and logs (default: a new one in /tmp)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=300, metavar="S", help="time limit of the command (default: 300)"
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="set inside; repeatable"
+    )
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
     results = (arguments.results or Path(tempfile.mkdtemp(prefix="rdma-vm-"))).resolve()

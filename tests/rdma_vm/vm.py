@@ -1,4 +1,4 @@
-"""Boots a Debian kernel with soft-RoCE under emulation, over this machine's own root, and runs one command inside."""
+"""Boots a Debian kernel with soft-RoCE under emulation, over this machine's own root, for one command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import image
 import initramfs
 
 if TYPE_CHECKING:
@@ -28,13 +30,14 @@ BOOT_S = 120
 """What booting and switching off may take besides the command; 15 s on two idle cores."""
 
 _KERNELS = Path("/boot")
-_PASSED = ("VIRTUAL_ENV", "PYTHONSAFEPATH")
+_PASSED = ("VIRTUAL_ENV",)
 _TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
     "ip": "iproute2",
     "rdma": "iproute2",
     "modprobe": "kmod",
+    "mke2fs": "e2fsprogs",
     "ib_write_bw": "perftest",
 }
 _FILES = {
@@ -79,10 +82,12 @@ class Outcome:
 
 def kernel() -> tuple[Path, Path] | None:
     """The newest kernel here that has soft-RoCE as a module: its image, and the folder of its modules."""
-    for image in sorted(_KERNELS.glob("vmlinuz-*"), key=lambda p: p.stat().st_mtime, reverse=True):
-        modules = Path("/lib/modules") / image.name.removeprefix("vmlinuz-")
-        if os.access(image, os.R_OK) and list(modules.glob("kernel/drivers/infiniband/sw/rxe/rdma_rxe.ko*")):
-            return image, modules
+    for vmlinuz in sorted(_KERNELS.glob("vmlinuz-*"), key=lambda p: p.stat().st_mtime, reverse=True):
+        modules = Path("/lib/modules") / vmlinuz.name.removeprefix("vmlinuz-")
+        if os.access(vmlinuz, os.R_OK) and list(
+            modules.glob("kernel/drivers/infiniband/sw/rxe/rdma_rxe.ko*")
+        ):
+            return vmlinuz, modules
     return None
 
 
@@ -115,7 +120,7 @@ def run(
     Args:
         command: Program and arguments; `python` and `pytest` are those of this interpreter, and pytest
             leaves `junit.xml`.
-        results: An existing folder; inside it is `/run/aiocomm` and writable. Nothing else outlives the guest.
+        results: An existing folder; inside it is `/run/aiocomm` and writable. Nothing else stays.
         limit_s: For the command, which is then interrupted; `BOOT_S` later the machine is killed.
         environment: Variables for the command, besides a plain PATH and what a virtual environment needs.
         progress: Called with each piece of output as it comes.
@@ -127,9 +132,12 @@ def run(
     lacks = missing()
     if found is None or lacks:
         raise RuntimeError(f"missing: {', '.join(lacks)}: {advice(lacks)}")
-    image, modules = found
+    vmlinuz, modules = found
     init = (GUEST / "init.sh").read_text()
     (results / "initramfs").write_bytes(initramfs.build(modules, Path(_which("busybox") or ""), init))
+    with tempfile.TemporaryDirectory(dir=results) as staging:
+        mounts = image.build(_which("mke2fs") or "", results / "image", Path(staging), CHECKOUT)
+    (results / "mounts").write_text("".join(f"{name}\n{folder}\n" for name, folder in mounts.items()))
     for script in ("first.sh", "hosts.sh"):
         shutil.copy(GUEST / script, results / script)
     (results / "environment.sh").write_text(_environment(environment or {}, limit_s))
@@ -139,17 +147,25 @@ def run(
 
     started = time.monotonic()
     with (results / "console.log").open("wb") as console:
-        qemu = subprocess.Popen(_qemu(image, results), stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        qemu = subprocess.Popen(
+            _qemu(vmlinuz, results), stdin=subprocess.DEVNULL, stdout=console, stderr=console
+        )
         try:
             ended = _follow(qemu, results / "output.log", started + limit_s + BOOT_S, progress)
         finally:
             qemu.kill()
             qemu.wait()
+            for name in ("image", "initramfs"):
+                (results / name).unlink()
     wall_s = time.monotonic() - started
     status = _text(results / "status").strip()
     if status:
         return Outcome(int(status), results, wall_s)
-    reason = "the guest stopped before the command ended" if ended else f"the guest was killed at {limit_s + BOOT_S:g} s"
+    reason = (
+        "the guest stopped before the command ended"
+        if ended
+        else f"the guest was killed at {limit_s + BOOT_S:g} s"
+    )
     return Outcome(None, results, wall_s, reason)
 
 
@@ -175,6 +191,8 @@ def _environment(extra: Mapping[str, str], limit_s: float) -> str:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # the installed package, not the checkout
+        "OPENBLAS_NUM_THREADS": "1",
         "AIOCOMM_RDMA_GUEST": "1",  # tests that only the guest can run look for it
         "JOB_FOLDER": str(CHECKOUT),
         "JOB_LIMIT_S": f"{limit_s:g}",
@@ -184,7 +202,7 @@ def _environment(extra: Mapping[str, str], limit_s: float) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
 
 
-def _qemu(image: Path, results: Path) -> list[str]:
+def _qemu(vmlinuz: Path, results: Path) -> list[str]:
     share = "local,security_model=none,multidevs=remap"
     return [
         _which("qemu-system-x86_64") or "",
@@ -192,10 +210,12 @@ def _qemu(image: Path, results: Path) -> list[str]:
         # Emulation everywhere: a /dev/kvm that opens may still fail, and then it does so by ending qemu.
         *("-accel", "tcg,thread=multi", "-cpu", "max"),
         *("-smp", str(CPUS), "-m", MEMORY),
-        *("-kernel", str(image), "-initrd", str(results / "initramfs")),
+        *("-kernel", str(vmlinuz), "-initrd", str(results / "initramfs")),
         *("-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on"),
         *("-fsdev", f"{share},id=root,path=/,readonly=on"),
         *("-device", "virtio-9p-pci,fsdev=root,mount_tag=root"),
+        *("-drive", f"file={results / 'image'},format=raw,readonly=on,if=none,id=image"),
+        *("-device", "virtio-blk-pci,drive=image"),
         *("-fsdev", f"{share},id=results,path={results}"),
         *("-device", "virtio-9p-pci,fsdev=results,mount_tag=results"),
     ]

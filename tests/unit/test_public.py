@@ -22,7 +22,7 @@ LAYERS = [
     {"config", "_world", "_process", "_log"},
     {"_control", "_loop", "_queues"},
     {"_outcome", "arrays", "statistics", "link", "channel", "region", "threads"},
-    {"_operations", "collectives", "group", "pages"},
+    {"_operations", "collectives", "group", "moe", "pages"},
     {"communicator", "connecting"},
     {"runner", "launch", "_worker"},
     {"demo", "links", "metrics"},

@@ -1,0 +1,185 @@
+"""The transfers of one call by this rank: posted, watched, and ended together.
+
+Rules:
+- Whatever goes wrong, nothing touches the caller's arrays after the call: all transfers are cancelled and
+  have ended.
+- A failure that the others cannot see by themselves is told to them before this rank's transfers are
+  cancelled.
+- A rank that left had done its part: a send to it that could not end has not failed.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from aiocomm.collectives.gate import Gate
+from aiocomm.collectives.scope import TAG_BITS
+from aiocomm.collectives.steps import Recv, Send
+from aiocomm.errors import DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
+
+if TYPE_CHECKING:
+    from aiocomm.collectives.scope import Scope
+    from aiocomm.errors import AiocommError
+    from aiocomm_native import Transfer
+
+__all__ = ["Flight"]
+
+_EXPLANATION_S: Final = 0.25  # that a peer's reason for giving up may come after its cancelled transfers
+
+
+class Flight:
+    """Base of a call. `_missing` are the ranks of the group whose headers have not come."""
+
+    def __init__(self, scope: Scope, operation: str, deadline: float | None) -> None:
+        self._scope = scope
+        self._group = scope.group
+        self._operation = operation
+        self._deadline_s = deadline
+        self._ends = None if deadline is None else time.monotonic() + deadline
+        self._gate = Gate(scope.comm._backend)
+        self._flying: dict[tuple[bool, int], Transfer[Any]] = {}
+        self._header_error: BaseException | None = None
+        self._data_error: BaseException | None = None
+        self._aborted: AiocommError | None = None
+        self._unsure: list[tuple[tuple[bool, int], PeerLostError]] = []
+        self._missing = set(range(self._group.size)) - {self._group.rank}
+        self._judged = False
+        self._over = False
+        self._number = 0
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether this rank's call has a deadline of its own."""
+        return self._ends is not None
+
+    def abort(self, error: AiocommError) -> None:
+        """Another rank has given the call up."""
+        if self._aborted is None:
+            self._aborted = error
+        self._gate.ring()
+
+    # ------------------------------------------------------------ hooks
+
+    def _header_ended(self, index: int) -> None:
+        """Note that a transfer that was posted as a header has ended well."""
+        raise NotImplementedError
+
+    def _data_ended(self, index: int, nbytes: int | None) -> None:
+        """Note that a transfer of data has ended well; `nbytes` is what a receive got."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ transfers
+
+    def _post(
+        self,
+        kind: type[Send | Recv],
+        key: tuple[bool, int],
+        peer: int,
+        data: Any,
+        tag: int,
+        channel: int | None = None,
+    ) -> None:
+        """Submit a transfer, whose end is told under `key`; headers have a True in it."""
+        comm, rank = self._scope.comm, self._group.ranks[peer]
+        index = self._scope.index if channel is None else channel
+        limit = -1.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
+        full = self._number << TAG_BITS | tag
+        if kind is Send:
+            transfer = comm._send(data, rank, index, full, limit, 0)
+        else:
+            transfer = comm._recv(data, rank, index, full, limit)
+        self._flying[key] = transfer
+        if transfer.done():
+            self._ended(key, transfer)
+        else:
+            transfer.add_done_callback(partial(self._ended, key))
+
+    def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
+        is_header, index = key
+        del self._flying[key]
+        self._gate.ring()
+        if transfer.cancelled() or self._over:
+            if not transfer.cancelled():
+                transfer.exception()
+            return
+        if (error := transfer.exception()) is not None:
+            if isinstance(error, PeerLostError) and transfer.kind == "send":
+                self._unsure.append((key, error))
+            elif is_header:
+                self._header_error = self._header_error or error
+            else:
+                self._data_error = self._data_error or error
+        elif is_header:
+            self._header_ended(index)
+        else:
+            self._data_ended(index, transfer.result().nbytes if transfer.kind == "recv" else None)
+
+    def _settle_sends(self) -> None:
+        """Judge sends to ranks that are gone, now that it is known whether they left or were lost."""
+        for (is_header, index), error in self._unsure:
+            if error.peer not in self._scope.comm._left:
+                if is_header:
+                    self._header_error = self._header_error or error
+                else:
+                    self._data_error = self._data_error or error
+            elif is_header:
+                self._header_ended(index)
+            else:
+                self._data_ended(index, None)
+        self._unsure.clear()
+
+    async def _wait(self) -> None:
+        """Return when there is news."""
+        if not (self._judged and self._data_error is not None):
+            await self._gate.wait()
+            return
+        # A peer withdrew its transfers: it says why in a message of its own.
+        with anyio.move_on_after(_EXPLANATION_S):
+            await self._gate.wait()
+            return
+        raise self._data_error
+
+    # ------------------------------------------------------------ failures
+
+    def _raise_header_trouble(self) -> None:
+        """While headers are missing, what is known to be wrong."""
+        if self._header_error is not None:
+            raise self._explained(self._header_error)
+        if self._aborted is not None:
+            raise self._explained(self._aborted)
+
+    def _raise_trouble(self) -> None:
+        """Once all headers have come, what is known to be wrong."""
+        if self._aborted is not None:
+            raise self._explained(self._aborted)
+        if self._data_error is not None and not isinstance(self._data_error, TransferCancelled):
+            raise self._explained(self._data_error)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The error of one transfer as one of the whole call."""
+        if error is self._aborted:
+            return error
+        what = f"{self._operation} (call {self._number} of {self._group.label})"
+        if isinstance(error, DeadlineExceeded):
+            within = f"within {self._deadline_s:g} s"
+            if self._missing:
+                late = ", ".join(self._group.names[peer] for peer in sorted(self._missing))
+                return DeadlineExceeded(f"{what}: not called {within} by {late}")
+            return DeadlineExceeded(f"{what}: all have called it, but the data had not moved {within}")
+        if isinstance(error, PeerLostError) and error.peer is not None:
+            name = self._group.name_of(error.peer)
+            return PeerLostError(f"{what}: {name} is gone; group.shrink() goes on with the rest", error.peer)
+        return error
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Tell the others if they cannot know, cancel all, and wait until nothing is touched any more."""
+        if not isinstance(error, UsageError) and self._aborted is None:
+            self._scope.abort(self._number, error)
+        self._over = True
+        for transfer in list(self._flying.values()):
+            transfer.cancel()
+        await self._gate.wait_shielded(lambda: not self._flying)

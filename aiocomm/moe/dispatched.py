@@ -1,0 +1,107 @@
+"""What a dispatch brought to this rank, and what it needs to bring results back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from aiocomm.group import Group
+    from aiocomm.moe.placement import Placement
+    from aiocomm.moe.routing import Arrangement, Part
+
+    Integers = NDArray[np.int64]
+
+__all__ = ["Dispatched"]
+
+
+class Dispatched:
+    """The tokens that other ranks, and this one, routed to the experts of this rank. Made by `dispatch`.
+
+    A row is a token of some rank; an assignment is a row and one of its experts here. Assignments are kept by
+    expert, and there by row; the experts of a rank are in ascending order.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        number: int,
+        placement: Placement,
+        sent: Sequence[Part],
+        count: int,
+        tokens: NDArray[Any],
+        found: Arrangement,
+    ) -> None:
+        self._group = group
+        self._number = number
+        self._placement = placement
+        self._sent = sent
+        self._count = count
+        self._found = found
+        self._tokens = tokens
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """One row per token, each once, by the rank it comes from; shape (rows, hidden)."""
+        return self._tokens
+
+    @property
+    def rows(self) -> Integers:
+        """The row of each assignment."""
+        return self._found.rows
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The weight of each assignment. `combine` applies it."""
+        return self._found.weights
+
+    @property
+    def experts(self) -> Integers:
+        """The experts of this rank, ascending."""
+        return self._placement.held[self._group.rank]
+
+    @property
+    def offsets(self) -> Integers:
+        """The first assignment of each of `experts`, and at the end the number of all."""
+        return self._found.offsets
+
+    @property
+    def starts(self) -> Integers:
+        """The first row of each rank of the group, and at the end the number of all."""
+        return self._found.starts
+
+    @property
+    def inputs(self) -> NDArray[Any]:
+        """The tokens once per assignment, as a grouped matrix product takes them; a copy."""
+        return self._tokens[self._found.rows]
+
+    def of(self, expert: int) -> slice:
+        """The assignments of an expert of this rank: `rows[of(e)]` are its rows.
+
+        Args:
+            expert: its number among all experts.
+
+        Raises:
+            UsageError: it is held by another rank.
+        """
+        placement = self._placement
+        if not 0 <= expert < placement.experts or placement.owner[expert] != self._group.rank:
+            raise UsageError(f"expert {expert} is not one of this rank's: {self.experts.tolist()}")
+        local = int(placement.local[expert])
+        return slice(int(self.offsets[local]), int(self.offsets[local + 1]))
+
+    def routed_to(self, rank: int) -> Integers:
+        """This rank's tokens, by index, that have an expert on a rank of the group; ascending."""
+        return self._sent[rank].tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"<aiocomm.Dispatched {len(self._tokens)} tokens for {len(self.rows)} assignments to "
+            f"{len(self.experts)} experts on rank {self._group.rank}>"
+        )

@@ -1,0 +1,195 @@
+"""The public operations on experts, the same on a communicator and on a group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm._operations import limit_of
+from aiocomm.collectives.arrays import dtype_name, flat
+from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm.moe.dispatched import Dispatched
+from aiocomm.moe.exchange import PATHS
+from aiocomm.moe.moving import Combine, Dispatch, Refused
+from aiocomm.moe.placement import place
+from aiocomm.moe.routing import checked, route
+from aiocomm.moe.weighting import KINDS, accumulator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import DTypeLike, NDArray
+
+    from aiocomm.channel import Channel
+    from aiocomm.group import Group
+    from aiocomm.moe.exchange import Exchange
+
+    Array = NDArray[Any]
+
+__all__ = ["ExpertOperations"]
+
+
+class ExpertOperations:
+    """Dispatch and combine of a mixture of experts.
+
+    All ranks of a group call them in one order on a channel, which is apart from the order of the other
+    collective operations. Several may be under way at once. Common to both:
+
+    - `path`: `"latency"`: rows travel with the counts, in one message per pair, as long as they fit into its
+      slot (2 MiB, less in groups of more than 32). `"bandwidth"`: counts first, then the rows, straight into
+      place. `"auto"` decides by size, pair by pair; ranks need not agree.
+    - `channel`: whose priority and weight apply to rows that follow the counts; messages with counts go on an
+      urgent channel.
+    - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
+    - `UsageError`, the same on all ranks, if they differ in hidden size, dtype, experts or placement, or if
+      one rank's arguments are wrong.
+    - `ExpertsLostError` if a rank is gone, with its experts and the caller's tokens that were routed to them.
+    - `TransferCancelled` if another rank gave up or was cancelled. Cancelling the awaiting task ends the call
+      on all ranks; the await ends once nothing touches the arrays.
+    """
+
+    def _members(self) -> Group:
+        raise NotImplementedError
+
+    async def dispatch(
+        self,
+        tokens: Any,
+        expert_ids: Any,
+        weights: Any = None,
+        *,
+        experts: int,
+        placement: Sequence[int] | None = None,
+        path: str = "auto",
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> Dispatched:
+        """Send each token to the ranks that hold its experts, and receive the tokens for this rank's.
+
+        A token travels once to each rank, however many of its experts are there.
+
+        Args:
+            tokens: host array of shape (tokens, hidden), of any dtype; ranks may have different numbers of
+                tokens, or none.
+            expert_ids: the experts of each token, -1 for none; integers of shape (tokens, choices).
+            weights: of the same shape; they travel along, as float32, for `combine`. Default: 1.
+            experts: number of experts of all ranks together.
+            placement: the rank of each expert; default: contiguous blocks of nearly one size.
+        """
+        group = self._members()
+        scope, bulk = _begin(group, channel, deadline)
+        call: Dispatch | None = None
+        refused: UsageError | None = None
+        try:
+            _check_path(path)
+            given = _matrix(tokens, "tokens")
+            where = place(experts, placement, group.size)
+            ids, found = checked(len(given), expert_ids, weights, where.experts)
+            text = f"dispatch {dtype_name(given.dtype)} hidden {given.shape[1]}, {experts} experts"
+            if placement is not None:
+                text += f" placed {where.digest}"
+            parts = route(ids, found, where)
+            call = Dispatch(scope, bulk, text, given, where, parts, path, deadline)
+        except UsageError as error:
+            refused = error
+        if call is None:
+            assert refused is not None
+            await Refused(scope, bulk, "dispatch", refused, deadline).run()
+            raise refused  # alone in its group
+        await call.run()
+        _count(group, call)
+        return Dispatched(group, call.number, where, parts, len(given), call.tokens, call.found)
+
+    async def combine(
+        self,
+        outputs: Any,
+        dispatched: Dispatched,
+        *,
+        out: Any = None,
+        wire: DTypeLike | None = None,
+        path: str = "auto",
+        channel: Channel | None = None,
+        deadline: float | None = None,
+    ) -> Array:
+        """Bring the experts' outputs back to the ranks of the tokens, weighted and summed.
+
+        Sums are in float32 (float64 for float64), in an order that only routing and placement decide: on a
+        rank by ascending expert, then over the ranks.
+
+        Args:
+            outputs: of the experts of this rank, one row per assignment of `dispatched`, in their order;
+                floats of shape (assignments, hidden).
+            dispatched: what the ranks' common `dispatch` returned.
+            out: receives the result; shape (tokens, hidden), any floating dtype. Default: a new array of the
+                dtype of `outputs`.
+            wire: dtype in which the ranks' sums travel, default float32; a shorter one rounds each once.
+
+        Returns:
+            The result: one row per token that this rank dispatched, zeros for those without experts.
+        """
+        group = self._members()
+        scope, bulk = _begin(group, channel, deadline)
+        call: Combine | None = None
+        refused: UsageError | None = None
+        try:
+            _check_path(path)
+            if not isinstance(dispatched, Dispatched) or dispatched._group is not group:
+                raise UsageError("dispatched is not what a dispatch of this group returned")
+            given = _matrix(outputs, "outputs")
+            travels = accumulator(given.dtype) if wire is None else np.dtype(wire)
+            for name, dtype in (("outputs", given.dtype), ("wire", travels)):
+                _check_floating(name, dtype)
+            if len(given) != len(dispatched.rows):
+                raise UsageError(
+                    f"outputs has {len(given)} rows for {len(dispatched.rows)} assignments: one each, in "
+                    "their order"
+                )
+            shape = (dispatched._count, given.shape[1])
+            result = np.empty(shape, given.dtype) if out is None else _matrix(out, "out", writable=True)
+            if result.shape != shape:
+                raise UsageError(f"out has shape {result.shape}, the result {shape}")
+            _check_floating("out", result.dtype)
+            text = (
+                f"combine of dispatch {dispatched._number}: {dtype_name(given.dtype)} hidden {shape[1]} as "
+                f"{dtype_name(travels)}"
+            )
+            call = Combine(scope, bulk, text, given, dispatched, travels, result, path, deadline)
+        except UsageError as error:
+            refused = error
+        if call is None:
+            assert refused is not None
+            await Refused(scope, bulk, "combine", refused, deadline).run()
+            raise refused  # alone in its group
+        await call.run()
+        _count(group, call)
+        return result
+
+
+def _begin(group: Group, channel: Channel | None, deadline: float | None) -> Any:
+    if deadline is not None:
+        limit_of(deadline)
+    return group._expert_scope(channel)
+
+
+def _count(group: Group, call: Exchange) -> None:
+    name = "dispatch" if isinstance(call, Dispatch) else "combine"
+    group._comm._collective_calls[f"{name}/{'latency' if call.rode else 'bandwidth'}"] += 1
+
+
+def _check_path(path: str) -> None:
+    if path not in PATHS:
+        raise UsageError(f"unknown path {path!r}: choose from {', '.join(PATHS)}")
+
+
+def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
+    if dtype.name not in KINDS or not dtype.isnative:
+        raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
+
+
+def _matrix(x: Any, name: str, writable: bool = False) -> Array:
+    """A two-dimensional view of a contiguous host array of any library."""
+    array = flat(x, name, writable)
+    shape = tuple(x.shape) if hasattr(x, "shape") else (len(array),)
+    if len(shape) != 2:
+        raise UsageError(f"{name} has shape {shape}: pass two dimensions, (rows, hidden)")
+    return array.reshape(shape)

@@ -1,0 +1,68 @@
+"""Keeps plans by what they were made of, for the next layer, and for the next request of one shape.
+
+Page lists are long: hashing all of them costs as much as planning. Entries are found by a few of their pages,
+and compared in full.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from aiocomm.pages.layout import Layout
+
+    Integers = NDArray[np.int64]
+
+__all__ = ["PlanCache"]
+
+T = TypeVar("T")
+
+
+class PlanCache(Generic[T]):
+    """The plans used last. Any thread.
+
+    Args:
+        most: plans kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._plans: OrderedDict[Any, tuple[Integers, Integers, T]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.hits = 0
+
+    def find(self, source: Layout, give: Integers, target: Layout, take: Integers) -> T | None:
+        """The plan for these lists, if it is kept."""
+        key = _key(source, give, target, take)
+        with self._lock:
+            found = self._plans.get(key)
+            if found is None or not (np.array_equal(found[0], give) and np.array_equal(found[1], take)):
+                return None
+            self._plans.move_to_end(key)
+            self.hits += 1
+            return found[2]
+
+    def keep(self, source: Layout, give: Integers, target: Layout, take: Integers, plan: T) -> None:
+        """Keep a plan instead of the one that was not used for longest."""
+        key = _key(source, give, target, take)
+        with self._lock:
+            self._plans[key] = give.copy(), take.copy(), plan
+            self._plans.move_to_end(key)
+            while len(self._plans) > self._most:
+                self._plans.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._plans.clear()
+
+
+def _key(source: Layout, give: Integers, target: Layout, take: Integers) -> tuple[Any, ...]:
+    some = (tuple(one[:: max(1, len(one) // 8)].tolist()) for one in (give, take))
+    return source, target, len(give), len(take), *some

@@ -1,0 +1,67 @@
+// Weighted sums for Python: rows as bytes, since NumPy has no buffer format for bfloat16.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+#include <vector>
+
+#include "core/weighting.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using aiocomm::FloatKind;
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WritableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+FloatKind kind_of(int number) {
+  if (number < 0 || number > static_cast<int>(FloatKind::f64)) throw nb::value_error("no kind of float");
+  return static_cast<FloatKind>(number);
+}
+
+void require(bool condition) {
+  if (!condition) throw nb::value_error("arrays of sizes that do not fit");
+}
+
+void weigh_rows(const Bytes& terms, int kind, size_t hidden, const Integers& order, const Integers& first,
+                const Floats& weights, int64_t begin, int64_t end, const WritableBytes& sums, int sums_kind) {
+  const FloatKind from = kind_of(kind), to = kind_of(sums_kind);
+  require(terms.size() == weights.size() * hidden * float_bytes(from) && order.size() == weights.size());
+  require(0 <= begin && begin <= end && static_cast<size_t>(end) < first.size());
+  require(sums.size() == static_cast<size_t>(end - begin) * hidden * float_bytes(to));
+  nb::gil_scoped_release release;
+  aiocomm::weigh_rows({reinterpret_cast<const std::byte*>(terms.data()), from}, hidden, order.data(),
+                      first.data(), weights.data(), begin, end,
+                      {reinterpret_cast<std::byte*>(sums.data()), to});
+}
+
+void add_rows(const std::vector<std::tuple<Integers, Bytes, int>>& parts, int64_t tokens, size_t hidden,
+              bool wide, const WritableBytes& out, int out_kind) {
+  std::vector<aiocomm::PartialSums> sums;
+  for (const auto& [which, rows, kind] : parts) {
+    require(rows.size() == which.size() * hidden * float_bytes(kind_of(kind)));
+    sums.push_back(
+        {{which.data(), which.size()}, {reinterpret_cast<const std::byte*>(rows.data()), kind_of(kind)}});
+  }
+  const FloatKind to = kind_of(out_kind);
+  require(tokens >= 0 && out.size() == static_cast<size_t>(tokens) * hidden * float_bytes(to));
+  nb::gil_scoped_release release;
+  aiocomm::add_rows(sums, tokens, hidden, wide, {reinterpret_cast<std::byte*>(out.data()), to});
+}
+
+}  // namespace
+
+void bind_experts(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("weigh_rows", weigh_rows, "terms"_a, "kind"_a, "hidden"_a, "order"_a, "first"_a, "weights"_a,
+        "begin"_a, "end"_a, "sums"_a.noconvert(), "sums_kind"_a,
+        "Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.");
+  m.def("add_rows", add_rows, "parts"_a, "tokens"_a, "hidden"_a, "wide"_a, "out"_a.noconvert(), "out_kind"_a,
+        "Sums of partial sums by token, in the order of the parts.");
+}

@@ -1,0 +1,209 @@
+"""Layers that stream into a lease: in order, with their data, from one rank or several; cancels, losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import cloudpickle
+import numpy as np
+import pytest
+from harness import world
+
+import aiocomm
+from aiocomm.launch import WorkerError
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
+LAYERS = 4
+
+
+def cache(seed: int | None, pages: int = 12, heads: int = 2) -> list[Any]:
+    """K and V per layer; zeros without a seed."""
+    shape = (pages, 4, heads, 32)
+    if seed is None:
+        return [np.zeros(shape, np.float16) for _ in range(2 * LAYERS)]
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 999, shape).astype(np.float16) for _ in range(2 * LAYERS)]
+
+
+async def test_layers_come_in_order_and_with_their_data(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    async with await b.lease_pages(theirs, [1, 2, 9]) as lease:
+        remote = a.remote_pages(lease.handle)
+
+        async def send() -> None:
+            layers = ours.layers(arrays=2), remote.layers(arrays=2)
+            await a.put_layers(layers[0], [5, 0, 3], layers[1], [9, 1, 2], notify=b"all", deadline=5.0)
+
+        for _ in range(2):  # a lease may be filled again
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(send)
+                seen = []
+                async for layer in lease.layers(deadline=5.0):
+                    seen.append(layer)
+                    for array in (2 * layer, 2 * layer + 1):
+                        assert np.array_equal(theirs.arrays[array][[9, 1, 2]], ours.arrays[array][[5, 0, 3]])
+                assert seen == list(range(LAYERS))
+            async for note in b.notifications():
+                assert note.payload == b"all"
+                break
+
+
+async def test_layers_of_one_array_and_of_no_pages(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(np.arange(3 * 2 * 6 * 8).reshape(3, 2, 6, 8), page_axis=2)
+    theirs = aiocomm.Pages(np.zeros((6, 3, 2, 8), np.int64))
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    await a.put_layers(ours.layers(0), [4, 1], remote.layers(1), [0, 3])
+    assert [layer async for layer in lease.layers(0)] == [0, 1, 2]
+    assert np.array_equal(theirs.arrays[0][[0, 3]], ours.arrays[0].transpose(2, 0, 1, 3)[[4, 1]])
+    await a.put_layers(ours.layers(0), [], remote.layers(1), [])
+    assert [layer async for layer in lease.layers(0)] == [0, 1, 2]
+
+
+async def test_a_layer_is_there_when_all_its_sources_have_brought_it() -> None:
+    async with world(3, warmup=True) as (a, b, c):
+        sources = [aiocomm.Pages(cache(seed, heads=2)) for seed in (1, 2)]
+        theirs = aiocomm.Pages(cache(None, heads=4))
+        lease = await c.lease_pages(theirs)
+
+        async def send(comm: aiocomm.Communicator, index: int) -> None:
+            remote = comm.remote_pages(lease.handle).slice(2, 2 * index, 2 * index + 2)
+            await comm.put_layers(sources[index].layers(arrays=2), [7, 3], remote.layers(arrays=2), [0, 11])
+
+        async with anyio.create_task_group() as tasks:
+            for index, comm in enumerate((a, b)):
+                tasks.start_soon(send, comm, index)
+            async for layer in lease.layers([0, 1], deadline=5.0):
+                for array in (2 * layer, 2 * layer + 1):
+                    both = np.concatenate([s.arrays[array][[7, 3]] for s in sources], axis=2)
+                    assert np.array_equal(theirs.arrays[array][[0, 11]], both)
+
+
+async def test_a_sender_that_is_cancelled_in_the_middle_ends_the_iteration(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages([np.ones((4000, 1024), np.uint8) for _ in range(LAYERS)])
+    theirs = aiocomm.Pages([np.zeros((4000, 1024), np.uint8) for _ in range(LAYERS)])
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    shuffled = np.random.default_rng(0).permutation(4000)
+    scope = anyio.CancelScope()
+
+    async def send() -> None:
+        with scope:
+            await a.put_layers(ours.layers(), shuffled, remote.layers(), range(4000))
+
+    seen = []
+
+    async def look() -> None:
+        async for layer in lease.layers():
+            seen.append(layer)
+            scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        with pytest.raises(aiocomm.TransferCancelled, match=r"rank 0 gave up before layer \d of 4"):
+            await look()
+    assert seen
+    assert len(seen) < LAYERS
+    assert a.statistics().in_flight == 0
+    await a.put_layers(ours.layers(), shuffled, remote.layers(), range(4000))
+    assert [layer async for layer in lease.layers(0)] == list(range(LAYERS))
+    assert all(array.all() for array in theirs.arrays)
+
+
+async def test_waits_end_by_deadline_and_with_the_lease(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    with pytest.raises(aiocomm.DeadlineExceeded, match="no layer has come from rank 0"):
+        await anext(lease.layers(0, deadline=0.01))
+    with pytest.raises(aiocomm.DeadlineExceeded):
+        await a.put_layers(ours.layers(), [0], remote.layers(), [0], deadline=0.0)
+    with pytest.raises(aiocomm.TransferCancelled, match="gave up before layer 0"):
+        await anext(lease.layers(0))
+
+    async def look() -> None:
+        with pytest.raises(aiocomm.ClosedError, match="the lease has ended"):
+            await anext(lease.layers())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look)
+        await anyio.lowlevel.checkpoint()
+        await lease.aclose()
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_layers(ours.layers(), [0], remote.layers(), [0])
+
+
+async def test_what_cannot_be_done_is_refused_before_a_byte_moves(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs, [1])
+    remote = a.remote_pages(lease.handle)
+    other = aiocomm.Pages([np.zeros((12, 9), np.float16)] * 8)
+    for layers, remotes, give, take, message in (
+        (ours.layers(), remote.layers()[1:], [0], [1], "8 layers here and 7 at the peer"),
+        ([], [], [0], [1], "0 layers"),
+        (ours.layers()[:7] + other.layers()[:1], remote.layers(), [0], [1], "do not fit"),
+        (ours.layers(), remote.layers(), [0], [2], "page 2 is not part of the lease"),
+        (ours.layers(), remote.layers(), [12], [1], "source page 12"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=message):
+            await a.put_layers(layers, give, remotes, take)
+    with pytest.raises(aiocomm.UsageError, match="do not divide into layers of 3"):
+        ours.layers(arrays=3)
+    with pytest.raises(aiocomm.UsageError, match="page axis"):
+        remote.layers(0)
+    frozen = np.zeros((12, 4, 2, 32), np.float16)
+    frozen.flags.writeable = False
+    with pytest.raises(aiocomm.UsageError, match="read-only"):
+        await a.get_pages(remote.planes([0]), [1], aiocomm.Pages(frozen), [0])
+    assert not any(array.any() for array in theirs.arrays)
+
+
+async def _prefill(comm: aiocomm.Communicator, dies: bool) -> None:
+    ours = aiocomm.Pages(cache(3))
+    remote = comm.remote_pages((await comm.recv_array(src=0)).tobytes())
+    layers = list(zip(ours.layers(arrays=2), remote.layers(arrays=2), strict=True))
+    if dies:
+        await comm.put_layers([ours.planes([0, 1])] * 2, [0], [layers[0][1]] * 2, [1])
+        await comm.recv(bytearray(1), src=0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    await comm.put_layers([o for o, _ in layers], [0, 5], [r for _, r in layers], [1, 2])
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+async def test_between_processes(link: str) -> None:
+    async with aiocomm.spawn(_prefill, 1, False, links=link) as comm:
+        theirs = aiocomm.Pages(cache(None))
+        lease = await comm.lease_pages(theirs)
+        await comm.send(np.frombuffer(lease.handle, np.uint8), dst=1)
+        given = cache(3)
+        async for layer in lease.layers(1):
+            assert np.array_equal(theirs.arrays[2 * layer + 1][[1, 2]], given[2 * layer + 1][[0, 5]])
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_killed_sender_ends_the_iteration() -> None:
+    async def run() -> None:
+        async with aiocomm.spawn(_prefill, 1, True) as comm:
+            lease = await comm.lease_pages(aiocomm.Pages(cache(None)))
+            await comm.send(np.frombuffer(lease.handle, np.uint8), dst=1)
+            assert [layer async for layer in lease.layers(1)] == [0, 1]
+            await comm.send(b"x", dst=1)
+            with pytest.raises(aiocomm.PeerLostError, match="rank 1 is gone before the first layer"):
+                await anext(lease.layers(1))
+
+    with pytest.raises(WorkerError):
+        await run()

@@ -1,0 +1,185 @@
+"""Routing and weighted sums of a mixture of experts against models of plain loops, bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiocomm.collectives.headers import header
+from aiocomm.errors import UsageError
+from aiocomm.moe.placement import Placement, place
+from aiocomm.moe.routing import Part, arrange, checked, route
+from aiocomm.moe.weighting import add_up, weigh
+from aiocomm.moe.wire import HEAD_BYTES, Head, lists_bytes, pack_lists, unpack_lists
+
+Array = np.ndarray[Any, Any]
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Placement, list[tuple[Array, Array]]]:
+    """A placement, and for each rank the experts and weights of its tokens."""
+    size, experts = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    given_map = draw(st.none() | st.lists(st.integers(0, size - 1), min_size=experts, max_size=experts))
+    seeded = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    ranks = []
+    for _ in range(size):
+        shape = draw(st.integers(0, 9)), draw(st.integers(1, 4))
+        ids = seeded.integers(draw(st.sampled_from([-1, 0])), experts, shape)
+        ranks.append((ids, seeded.normal(size=shape).astype(np.float32)))
+    return place(experts, given_map, size), ranks
+
+
+def sent(world: tuple[Placement, list[tuple[Array, Array]]]) -> list[list[Part]]:
+    """By sender, its parts by receiver."""
+    placement, ranks = world
+    return [route(ids, weights, placement) for ids, weights in ranks]
+
+
+@settings(max_examples=150, deadline=None)
+@given(world=worlds())
+def test_each_token_goes_once_to_each_rank_of_its_experts(
+    world: tuple[Placement, list[tuple[Array, Array]]],
+) -> None:
+    placement, ranks = world
+    for (ids, weights), parts in zip(ranks, sent(world), strict=True):
+        for rank, part in enumerate(parts):
+            expected = {
+                token: [
+                    (int(e), float(w))
+                    for e, w in zip(ids[token], weights[token], strict=True)
+                    if e >= 0 and placement.owner[e] == rank
+                ]
+                for token in range(len(ids))
+            }
+            expected = {token: pairs for token, pairs in expected.items() if pairs}
+            assert part.tokens.tolist() == sorted(expected)
+            ends = np.cumsum(part.counts).tolist()
+            found = list(zip(part.experts.tolist(), part.weights.tolist(), strict=True))
+            for token, start, end in zip(part.tokens.tolist(), [0, *ends], ends, strict=False):
+                assert found[start:end] == expected[token]
+            assert (ends[-1] if ends else 0) == len(found)
+
+
+@settings(max_examples=150, deadline=None)
+@given(world=worlds())
+def test_what_comes_is_arranged_by_expert_and_then_by_row(
+    world: tuple[Placement, list[tuple[Array, Array]]],
+) -> None:
+    placement, ranks = world
+    parts = sent(world)
+    for rank in range(placement.size):
+        came = [p[rank] for p in parts]
+        found = arrange(came, placement, rank)
+        triples, row = [], 0
+        for (ids, weights), part in zip(ranks, came, strict=True):
+            for token in part.tokens.tolist():
+                triples += [
+                    (int(e), row, float(w))
+                    for e, w in zip(ids[token], weights[token], strict=True)
+                    if e >= 0 and placement.owner[e] == rank
+                ]
+                row += 1
+        triples.sort(key=lambda triple: triple[:2])
+        assert found.rows.tolist() == [r for _, r, _ in triples]
+        assert found.weights.tolist() == [w for _, _, w in triples]
+        assert found.starts.tolist() == [0, *np.cumsum([p.rows for p in came]).tolist()]
+        held = placement.held[rank].tolist()
+        assert found.offsets.tolist() == [0, *np.cumsum([[e for e, *_ in triples].count(h) for h in held])]
+
+
+@settings(max_examples=100, deadline=None)
+@given(world=worlds(), hidden=st.integers(1, 5), dtype=st.sampled_from([np.float16, np.float32, np.float64]))
+def test_sums_are_those_of_plain_loops_bit_by_bit(
+    world: tuple[Placement, list[tuple[Array, Array]]], hidden: int, dtype: Any
+) -> None:
+    placement, ranks = world
+    parts = sent(world)
+    wide = np.float64 if dtype is np.float64 else np.float32
+    tokens = [
+        np.random.default_rng(r).normal(size=(len(ids), hidden)).astype(dtype)
+        for r, (ids, _) in enumerate(ranks)
+    ]
+    back: list[list[tuple[Array, Array]]] = [[] for _ in ranks]
+    for rank in range(placement.size):
+        found = arrange([p[rank] for p in parts], placement, rank)
+        rows = np.concatenate([tokens[s][p[rank].tokens] for s, p in enumerate(parts)])
+        expert = np.repeat(placement.held[rank], np.diff(found.offsets))
+        outputs = (rows[found.rows] * (expert[:, None] + 1)).astype(dtype)
+        for source, (start, stop) in enumerate(zip(found.starts, found.starts[1:], strict=False)):
+            sums = np.full((stop - start, hidden), np.nan, wide)
+            weigh(outputs, found, start, stop, sums)
+            back[source].append((parts[source][rank].tokens, sums))
+    for source, (ids, weights) in enumerate(ranks):
+        result = np.full((len(ids), hidden), np.nan, wide)
+        add_up(back[source], wide is np.float64, result)
+        for token in range(len(ids)):
+            total = np.zeros(hidden, wide)
+            for rank in range(placement.size):
+                chosen = sorted(
+                    (int(e), k) for k, e in enumerate(ids[token]) if e >= 0 and placement.owner[e] == rank
+                )
+                some = None
+                for e, k in chosen:
+                    output = (tokens[source][token] * dtype(e + 1)).astype(dtype)
+                    term = output.astype(wide) * weights[token, k].astype(wide)
+                    some = term if some is None else some + term
+                total = total if some is None else total + some
+            assert np.array_equal(result[token], total)
+
+
+@settings(max_examples=50, deadline=None)
+@given(world=worlds())
+def test_messages_say_what_the_parts_are(world: tuple[Placement, list[tuple[Array, Array]]]) -> None:
+    placement, _ = world
+    for parts in sent(world):
+        for rank, part in enumerate(parts):
+            lists = np.zeros(lists_bytes(part.rows, len(part.experts)), np.uint8)
+            pack_lists(part, lists)
+            packed = Head(header("dispatch"), part.rows, len(part.experts), 3).pack()
+            assert len(packed) == HEAD_BYTES
+            head = Head.unpack(np.frombuffer(packed, np.uint8))
+            assert (head.header, head.flags) == (header("dispatch"), 3)
+            found = unpack_lists(head, lists, placement, rank)
+            for name in ("counts", "experts", "weights"):
+                assert np.array_equal(getattr(found, name), getattr(part, name))
+            if part.rows and placement.size > 1:
+                with pytest.raises(ValueError, match="has not"):
+                    unpack_lists(head, lists, placement, (rank + 1) % placement.size)
+                lists[0] += 1
+                with pytest.raises(ValueError, match="own counts"):
+                    unpack_lists(head, lists, placement, rank)
+
+
+def test_experts_are_placed_in_blocks_of_nearly_one_size() -> None:
+    placement = place(10, None, 4)
+    assert [held.tolist() for held in placement.held] == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+    assert placement.local.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
+    given_map = place(4, [1, 0, 1, 0], 2)
+    assert [held.tolist() for held in given_map.held] == [[1, 3], [0, 2]]
+    assert place(2, None, 5).held[4].tolist() == []
+    assert given_map.digest != place(4, None, 2).digest
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: place(0, None, 2), "experts=0"),
+        (lambda: place("4", None, 2), "not an integer"),
+        (lambda: place(4, [0, 1], 2), "there are 4 experts"),
+        (lambda: place(2, [0, 2], 2), "names rank 2"),
+        (lambda: place(2, [0.0, 1.0], 2), "integer"),
+        (lambda: checked(2, np.zeros((3, 1), int), None, 4), "for 2 tokens"),
+        (lambda: checked(1, np.zeros((1, 1)), None, 4), "not integers"),
+        (lambda: checked(2, [[0, 1], [0, 4]], None, 4), "token 1 names expert 4: experts are 0 to 3"),
+        (lambda: checked(1, [[-2]], None, 4), "token 0 names expert -2"),
+        (lambda: checked(1, [[1]], [[1.0, 2.0]], 4), r"weights has shape \(1, 2\)"),
+        (lambda: checked(1, [[1]], [["x"]], 4), "not numbers"),
+    ],
+)
+def test_bad_arguments_are_named(call: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()
