@@ -12,7 +12,8 @@ void OffersHeld::offered(const MessageKey& key, bool start, uint64_t seen, const
   if (seen > messages_) throw std::invalid_argument("an offer after messages that were never sent");
   if (offers_ >= kOffers) throw std::invalid_argument("more offers than there can be");
   auto it = counts_.find(key);
-  if (!start && (it == counts_.end() || it->second.next.count != offer.place.count)) return;  // forgotten: its receive is served by rendezvous
+  if (!start && (it == counts_.end() || it->second.next.count != offer.place.count))
+    return;  // forgotten: its receive is served by rendezvous
   if (!start && !it->second.offers.empty() && offer.place.index <= it->second.offers.back().place.index)
     throw std::invalid_argument("an offer out of order");
   if (start) {
@@ -131,7 +132,8 @@ void OffersMade::each_pending(const MessageKey& key, F&& f) {
   std::vector<uint32_t> found;
   for (uint32_t i = 1; i < slots_.size(); ++i)
     if (slots_[i].receive && slots_[i].pending && slots_[i].key == key) found.push_back(i);
-  std::sort(found.begin(), found.end(), [&](uint32_t a, uint32_t b) { return slots_[a].index < slots_[b].index; });
+  std::sort(found.begin(), found.end(),
+            [&](uint32_t a, uint32_t b) { return slots_[a].index < slots_[b].index; });
   for (uint32_t number : found) f(number, slots_[number]);
 }
 
@@ -229,7 +231,8 @@ OffersMade::Withdrawn OffersMade::withdrawn(const MessageKey& key, Place next) {
 bool OffersMade::offers(const MessageKey& key, uint32_t but) const {
   auto it = counts_.find(key);
   if (it == counts_.end()) return false;
-  bool own = but && but < slots_.size() && slots_[but].receive && slots_[but].pending && slots_[but].key == key;
+  bool own =
+      but && but < slots_.size() && slots_[but].receive && slots_[but].pending && slots_[but].key == key;
   return it->second.offered > (own ? 1u : 0u);
 }
 

@@ -115,9 +115,9 @@ class OffersMade {
     OpId receive = 0;  // 0: free
     MessageKey key;
     uint32_t index = 0;
-    uint64_t bytes = 0;  // that have come
-    uint64_t total = 0;  // that the message has
-    uint32_t base = 0;   // all chunks below have come
+    uint64_t bytes = 0;           // that have come
+    uint64_t total = 0;           // that the message has
+    uint32_t base = 0;            // all chunks below have come
     std::bitset<kWindow> window;  // of those from `base` on
     uint8_t generation = 0;
     bool pending = false;  // nothing of its message has been noticed

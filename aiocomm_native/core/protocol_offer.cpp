@@ -46,7 +46,8 @@ void Engine::offer(Op& op, Peer& peer) {
   if (op.allocate || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
   ChannelId channel = channels_[op.channel].id;
   MessageKey key = key_of(op);
-  if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key)) return;
+  if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key))
+    return;
   op.link = peer.link_index;
   if (!hold(op, Reach::peer_writes)) return;
   auto ahead = static_cast<uint32_t>(matcher_.waiting(channel, op.peer, op.tag) - 1);
@@ -175,14 +176,15 @@ void Engine::on_quit(Peer& peer, const FrameHeader& header) {
 
 void Engine::on_offer(Peer& peer, const FrameHeader& header, const std::byte* bytes) {
   OfferMeta meta;
-  if (!peer.offers || header.meta_bytes != sizeof meta) throw ProtocolViolation("an offer that makes no sense");
+  if (!peer.offers || header.meta_bytes != sizeof meta)
+    throw ProtocolViolation("an offer that makes no sense");
   std::memcpy(&meta, bytes, sizeof meta);
   if (header.tag < 0 || header.nbytes > kMaxRoom) throw ProtocolViolation("an offer of no memory");
   if (!header.segment) throw ProtocolViolation("an offer without a key");
   if (!slot_of(meta.immediate) || (meta.immediate & (kLastChunk | 0xffff)))
     throw ProtocolViolation("an offer without a slot");
-  Offer offer{Place::unpacked(header.sop), header.rop, header.address, header.segment, header.nbytes,
-              meta.immediate};
+  Offer offer{
+      Place::unpacked(header.sop), header.rop, header.address, header.segment, header.nbytes, meta.immediate};
   by_peer([&] {
     peer.offers->held.offered({header.channel, header.tag}, meta.start != 0, meta.seen, offer);
     return 0;

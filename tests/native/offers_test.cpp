@@ -20,12 +20,12 @@
 
 using namespace aiocomm;
 
-#define CHECK(condition)                                                                            \
-  do {                                                                                              \
-    if (!(condition)) {                                                                             \
+#define CHECK(condition)                                                                             \
+  do {                                                                                               \
+    if (!(condition)) {                                                                              \
       std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
-      std::abort();                                                                                 \
-    }                                                                                               \
+      std::abort();                                                                                  \
+    }                                                                                                \
   } while (0)
 
 namespace {
@@ -97,8 +97,14 @@ struct World {
     auto ahead = static_cast<uint32_t>(matcher.waiting(1, kSource, tag) - 1);
     auto m = made.offer(key, op, 1, ahead);
     receives.back().slot = slot_of(m.immediate);
-    to_sender.push_back(
-        {Frame::offer, key, static_cast<int>(op), {}, {m.place, op, 0, 1, 1, m.immediate}, m.start, false, made.seen});
+    to_sender.push_back({Frame::offer,
+                         key,
+                         static_cast<int>(op),
+                         {},
+                         {m.place, op, 0, 1, 1, m.immediate},
+                         m.start,
+                         false,
+                         made.seen});
   }
 
   void send(Tag tag, bool large) {
@@ -171,7 +177,8 @@ struct World {
     for (OpId op : all.dropped) at(op).slot = 0;
     Receive& receive = at(static_cast<OpId>(frame.which));
     if (receive.state != Receive::withdrawing) return;
-    bool matched = std::find(all.taken.begin(), all.taken.end(), static_cast<OpId>(frame.which)) != all.taken.end();
+    bool matched =
+        std::find(all.taken.begin(), all.taken.end(), static_cast<OpId>(frame.which)) != all.taken.end();
     if (!matched && matcher.cancel_recv(static_cast<OpId>(frame.which))) made.unposted(frame.key);
     if (frame.writing) return;  // the write comes, and is counted
     free_slot(receive);
@@ -186,7 +193,8 @@ struct World {
     bool writing = std::any_of(writes.begin(), writes.end(), [&](const Write& write) {
       return slot_of(write.immediate) == at(static_cast<OpId>(frame.which)).slot;
     });
-    to_receiver.push_back({Frame::withdrawn, frame.key, frame.which, held.place(frame.key), {}, false, writing});
+    to_receiver.push_back(
+        {Frame::withdrawn, frame.key, frame.which, held.place(frame.key), {}, false, writing});
   }
 
   void write(size_t index) {
@@ -224,7 +232,8 @@ struct World {
         send(pick(3), pick(4) != 0);
         break;
       default:
-        if (!receives.empty() && pick(3) == 0) cancel(static_cast<size_t>(pick(static_cast<int>(receives.size()))));
+        if (!receives.empty() && pick(3) == 0)
+          cancel(static_cast<size_t>(pick(static_cast<int>(receives.size()))));
     }
     return !to_receiver.empty() || !to_sender.empty() || !writes.empty();
   }
@@ -237,13 +246,15 @@ struct World {
     }
     for (size_t i = 0; i < messages.size(); ++i)
       for (size_t j = i + 1; j < messages.size(); ++j) {
-        if (!(messages[i].key == messages[j].key) || messages[j].received_by < 0 || messages[i].received_by < 0)
+        if (!(messages[i].key == messages[j].key) || messages[j].received_by < 0 ||
+            messages[i].received_by < 0)
           continue;
         const Receive &first = receives[messages[i].received_by], &second = receives[messages[j].received_by];
         bool both = true;
         for (const Receive* receive : {&first, &second})
           both = both && (receive->tag == kAnyTag || receive->tag == messages[i].key.tag);
-        for (int k = 0; k < messages[j].received_by; ++k)  // its message was on its way: it went to a later one
+        for (int k = 0; k < messages[j].received_by;
+             ++k)  // its message was on its way: it went to a later one
           both = both && receives[static_cast<size_t>(k)].state != Receive::cancelled;
         if (both) CHECK(messages[i].received_by < messages[j].received_by);
       }

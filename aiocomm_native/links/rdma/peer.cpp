@@ -20,7 +20,8 @@ namespace aiocomm::rdma {
 
 namespace {
 
-constexpr uint64_t kPartNs = 20000000;  // how long a pair that is closed from here waits for its last words to arrive
+constexpr uint64_t kPartNs =
+    20000000;  // how long a pair that is closed from here waits for its last words to arrive
 constexpr uint32_t kMaxRegistrations = 1 << 20;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 
@@ -307,7 +308,8 @@ void RdmaPeer::frame(const Arrived& from) {
   }
   std::memcpy(&prefix, rail.slot(from.slot), sizeof prefix);
   auto ahead = static_cast<int32_t>(prefix.seq - expected_);
-  if (ahead < 0 || early_.contains(prefix.seq)) {  // it came over a lane that failed before its word came back
+  if (ahead < 0 ||
+      early_.contains(prefix.seq)) {  // it came over a lane that failed before its word came back
     ++link_.repeated;
     return rail.give_back(from.slot);
   }
@@ -403,7 +405,8 @@ void RdmaPeer::chunk(uint32_t index, int error) {
   }
   if (!error && done.of.nbytes >= 64 << 10) {
     uint64_t began = std::max(done.posted_ns, lane.last_done_ns);
-    double rate = static_cast<double>(done.of.nbytes) / static_cast<double>(std::max<uint64_t>(now - began, 1));
+    double rate =
+        static_cast<double>(done.of.nbytes) / static_cast<double>(std::max<uint64_t>(now - began, 1));
     lane.rate += 0.25 * (rate - lane.rate);
   }
   lane.last_done_ns = now;
@@ -467,7 +470,8 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
     std::string reason;
     for (auto& lane : lanes_) {
       try {
-        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index], 1);
+        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index],
+                           1);
         lane->state = Lane::State::up;
       } catch (const LinkFailure& failure) {
         lane->state = Lane::State::failed;

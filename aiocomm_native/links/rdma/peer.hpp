@@ -99,7 +99,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
   void put(Event event, Wake wake);
   bool has_credit(uint32_t reserve) const { return sent_ - consumed_there_ + reserve < Rail::kCredits; }
-  std::byte* frame_slot(uint32_t seq) { return frames_.get() + (seq % Rail::kCredits) * size_t{Rail::kSlotBytes}; }
+  std::byte* frame_slot(uint32_t seq) {
+    return frames_.get() + (seq % Rail::kCredits) * size_t{Rail::kSlotBytes};
+  }
   void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
   void transmit(uint32_t seq);
   void handle(Event& event);
@@ -129,16 +131,16 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool greeted_ = false, ready_told_ = false, ready_heard_ = false;
 
   std::vector<std::unique_ptr<Lane>> lanes_;
-  uint32_t active_ = 0;  // the lane of frames
+  uint32_t active_ = 0;                                                   // the lane of frames
   std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
   uint32_t frames_registration_ = 0;
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};
-  std::atomic<uint32_t> due_{0};         // as `sent_`, for the pollers
-  uint32_t sent_ = 0;                    // frames, that is the next sequence number
-  std::atomic<uint32_t> acked_{0};       // of those, by the peer's device
-  uint32_t consumed_there_ = 0;          // of those, by the peer
-  uint32_t expected_ = 0, told_ = 0;     // frames of the peer: handed over here, and told so
-  std::map<uint32_t, Arrived> early_;    // by sequence number
+  std::atomic<uint32_t> due_{0};                    // as `sent_`, for the pollers
+  uint32_t sent_ = 0;                               // frames, that is the next sequence number
+  std::atomic<uint32_t> acked_{0};                  // of those, by the peer's device
+  uint32_t consumed_there_ = 0;                     // of those, by the peer
+  uint32_t expected_ = 0, told_ = 0;                // frames of the peer: handed over here, and told so
+  std::map<uint32_t, Arrived> early_;               // by sequence number
   std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> free_chunks_;

@@ -47,19 +47,21 @@ bool is_link_local(const ibv_gid& gid) { return gid.raw[0] == 0xfe && (gid.raw[1
 }
 
 // RoCE v2 crosses routers, and is what every device has had since 2014; v1 and v2 use different indices of one table.
-int best_gid(const Verbs& verbs, ibv_context* context, const Port& port, int entries, const std::string& name) {
+int best_gid(const Verbs& verbs, ibv_context* context, const Port& port, int entries,
+             const std::string& name) {
   int best = -1, best_rank = 0;
   for (int i = 0; i < entries; ++i) {
     ibv_gid gid;
     if (verbs.query_gid(context, port.number, i, &gid) != 0 || is_zero(gid)) continue;
-    std::string type = line_of("/sys/class/infiniband/" + port.device + "/ports/" + std::to_string(port.number) +
-                               "/gid_attrs/types/" + std::to_string(i));
+    std::string type = line_of("/sys/class/infiniband/" + port.device + "/ports/" +
+                               std::to_string(port.number) + "/gid_attrs/types/" + std::to_string(i));
     if (type.find("RoCE v2") == std::string::npos) continue;
     int rank = is_ipv4(gid) ? 3 : is_link_local(gid) ? 1 : 2;
     if (rank > best_rank) best = i, best_rank = rank;
   }
   if (best < 0)
-    refuse(name, "no RoCE v2 address: give its network interface an IP address, or set AIOCOMM_RDMA_GID_INDEX",
+    refuse(name,
+           "no RoCE v2 address: give its network interface an IP address, or set AIOCOMM_RDMA_GID_INDEX",
            EADDRNOTAVAIL);
   return best;
 }
@@ -74,9 +76,10 @@ Port examine(const Verbs& verbs, ibv_context* context, const std::string& device
   if (int error = verbs.query_port(context, number, reinterpret_cast<_compat_ibv_port_attr*>(&attributes)))
     refuse(name, "cannot be queried: " + std::string(strerror(error)), error);
   if (attributes.state != IBV_PORT_ACTIVE)
-    refuse(name,
-           "the port is not active: plug the cable, bring its network interface up, or start the subnet manager",
-           ENETDOWN);
+    refuse(
+        name,
+        "the port is not active: plug the cable, bring its network interface up, or start the subnet manager",
+        ENETDOWN);
   port.address.link_layer = attributes.link_layer;
   port.address.mtu = static_cast<uint8_t>(attributes.active_mtu);
   port.address.lid = attributes.lid;
@@ -126,7 +129,8 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
       context = verbs.open_device(list[i]);
       if (!context)
         refuse("device " + device,
-               "cannot be opened (" + std::string(strerror(errno)) + "): give this user access to /dev/infiniband",
+               "cannot be opened (" + std::string(strerror(errno)) +
+                   "): give this user access to /dev/infiniband",
                errno);
     };
     ibv_device_attr attributes{};
@@ -149,15 +153,15 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
     }
     if (context) verbs.close_device(context);
   }
-  std::stable_sort(ports.begin(), ports.end(), [&](const Port& a, const Port& b) {
-    return place(selection, a) < place(selection, b);
-  });
+  std::stable_sort(ports.begin(), ports.end(),
+                   [&](const Port& a, const Port& b) { return place(selection, a) < place(selection, b); });
   if (ports.size() > kMaxRails) ports.resize(kMaxRails);
   if (!ports.empty()) return ports;
   if (!reasons.empty()) throw LinkFailure("rdma: no port can be used: " + reasons, error);
   if (count > 0) throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names none of this machine's devices", ENODEV);
   throw LinkFailure(
-      "rdma: this machine has no verbs device; soft-RoCE serves for trying: rdma link add rxe0 type rxe netdev eth0",
+      "rdma: this machine has no verbs device; soft-RoCE serves for trying: rdma link add rxe0 type rxe "
+      "netdev eth0",
       ENODEV);
 }
 
@@ -186,7 +190,8 @@ std::string encode_card(const std::vector<Port>& ports) {
 
 std::vector<Address> decode_card(std::string_view card) {
   if (card.size() < 2 || static_cast<uint8_t>(card[0]) != kCardVersion)
-    throw LinkFailure("rdma: the peer's card is of another version: use the same release on both sides", EPROTO);
+    throw LinkFailure("rdma: the peer's card is of another version: use the same release on both sides",
+                      EPROTO);
   size_t count = static_cast<uint8_t>(card[1]);
   if (count == 0 || count > kMaxRails || card.size() != 2 + count * sizeof(WireAddress))
     throw LinkFailure("rdma: the peer's card makes no sense", EPROTO);
@@ -209,16 +214,19 @@ std::vector<Address> decode_card(std::string_view card) {
 void check_reach(const Port& ours, const Address& theirs) {
   std::string name = "device " + ours.device + " port " + std::to_string(ours.number);
   if (ours.address.link_layer != theirs.link_layer)
-    refuse(name, "one side is InfiniBand and the other Ethernet: choose matching ports by AIOCOMM_RDMA_DEVICES",
+    refuse(name,
+           "one side is InfiniBand and the other Ethernet: choose matching ports by AIOCOMM_RDMA_DEVICES",
            EPROTONOSUPPORT);
   if (ours.address.link_layer == IBV_LINK_LAYER_ETHERNET) return;
   if (std::memcmp(ours.address.gid.raw, theirs.gid.raw, 8) != 0)
-    refuse(name,
-           "the peer (" + describe(theirs) +
-               ") is on another InfiniBand subnet: order the ports alike on both sides by AIOCOMM_RDMA_DEVICES",
-           ENETUNREACH);
+    refuse(
+        name,
+        "the peer (" + describe(theirs) +
+            ") is on another InfiniBand subnet: order the ports alike on both sides by AIOCOMM_RDMA_DEVICES",
+        ENETUNREACH);
   if ((ours.address.pkey & ~kFullMember) != (theirs.pkey & ~kFullMember))
-    refuse(name, "the peer is in another partition: ask for one partition key on both ports at the subnet manager",
+    refuse(name,
+           "the peer is in another partition: ask for one partition key on both ports at the subnet manager",
            EACCES);
 }
 

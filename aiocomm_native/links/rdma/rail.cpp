@@ -112,9 +112,7 @@ void Rail::release_all() {
     if (fd >= 0) ::close(fd);
 }
 
-std::string Rail::name() const {
-  return "device " + port_.device + " port " + std::to_string(port_.number);
-}
+std::string Rail::name() const { return "device " + port_.device + " port " + std::to_string(port_.number); }
 
 void Rail::start() {
   poller_ = std::thread([this] { run_poller(); });
@@ -138,13 +136,14 @@ void Rail::kick() { ring_fd(wake_); }
 
 void Rail::add_slots(uint32_t count) {
   uint32_t index = slab_count_.load(std::memory_order_relaxed);
-  if (index == slabs_.size()) return;  // what there is, is shared: receivers that are not ready make senders wait
+  if (index == slabs_.size())
+    return;  // what there is, is shared: receivers that are not ready make senders wait
   void* memory = std::aligned_alloc(4096, count * static_cast<size_t>(kSlotBytes));
   if (!memory) throw LinkFailure(name() + ": no memory for receive slots", ENOMEM);
   Slab slab{{static_cast<std::byte*>(memory), std::free}, nullptr};
-  slab.region = check(
-      verbs_.reg_mr(domain_, memory, count * static_cast<size_t>(kSlotBytes), IBV_ACCESS_LOCAL_WRITE), name(),
-      "receive slots");
+  slab.region =
+      check(verbs_.reg_mr(domain_, memory, count * static_cast<size_t>(kSlotBytes), IBV_ACCESS_LOCAL_WRITE),
+            name(), "receive slots");
   slabs_[index] = std::move(slab);
   slab_count_.store(index + 1, std::memory_order_release);
   for (uint32_t i = 0; i < count; ++i) give_back(index * kCredits + i);
@@ -216,8 +215,8 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t fram
     to.ah_attr.dlid = theirs.lid;
     to.ah_attr.port_num = port_.number;
     int error = verbs_.modify_qp(qp, &to,
-                                 IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                                     IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
+                                 IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
+                                     IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
     if (!error) {
       ibv_qp_attr send{};
       send.qp_state = IBV_QPS_RTS;
@@ -396,7 +395,8 @@ void Rail::dispatch(const ibv_wc& wc) {
       counters.send_completions.fetch_add(1, std::memory_order_relaxed);
       if (!lane) return;
       lane->chunk_done(which, ok ? 0 : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES : EIO);
-      if (!ok && wc.status != IBV_WC_WR_FLUSH_ERR) lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
+      if (!ok && wc.status != IBV_WC_WR_FLUSH_ERR)
+        lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
       return;
   }
 }

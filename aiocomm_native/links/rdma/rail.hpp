@@ -106,7 +106,7 @@ class Rail {
   // Hands out what has completed; returns how much. Any thread; 0 as well if another one is at it.
   int poll();
   void drain();  // the same, and waits for whoever is at it
-  void kick();  // wakes the poller
+  void kick();   // wakes the poller
 
   struct Counters {
     std::atomic<uint64_t> sends{0}, inline_sends{0}, writes{0}, reads{0}, send_completions{0}, received{0},

@@ -25,12 +25,13 @@ int access_of(Reach reach) {
 }
 
 std::string explain(uint64_t nbytes, int error) {
-  std::string text =
-      "cannot register " + std::to_string(nbytes) + " bytes with the device (" + std::string(strerror(error)) + ")";
+  std::string text = "cannot register " + std::to_string(nbytes) + " bytes with the device (" +
+                     std::string(strerror(error)) + ")";
   rlimit limit{};
   getrlimit(RLIMIT_MEMLOCK, &limit);
   if ((error == ENOMEM || error == EPERM || error == EAGAIN) && limit.rlim_cur != RLIM_INFINITY)
-    text += ": registered memory is locked, and this process may lock " + std::to_string(limit.rlim_cur >> 10) +
+    text += ": registered memory is locked, and this process may lock " +
+            std::to_string(limit.rlim_cur >> 10) +
             " KiB; raise it by `ulimit -l unlimited`, or memlock in /etc/security/limits.conf";
   return text;
 }
@@ -160,7 +161,8 @@ void Registrations::trim() {
   while (kept_bytes_ > keep_bytes_) {
     Registration* oldest = nullptr;
     for (auto& slot : slots_)
-      if (slot && slot->segment && slot->users == 0 && (!oldest || slot->used < oldest->used)) oldest = slot.get();
+      if (slot && slot->segment && slot->users == 0 && (!oldest || slot->used < oldest->used))
+        oldest = slot.get();
     if (!oldest) return;
     ++counters_.evicted;
     drop(*oldest);
