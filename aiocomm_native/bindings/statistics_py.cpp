@@ -31,6 +31,9 @@ nb::dict counters(PyEngine& e, const std::string& link) {
   out["would_block"] = c.would_block;
   out["messages_by_path"] = messages;
   out["bytes_by_path"] = nbytes;
+  nb::dict device;
+  for (const auto& [name, value] : c.device) device[name.c_str()] = value;
+  out["device"] = device;
   return out;
 }
 

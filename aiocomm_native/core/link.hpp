@@ -137,6 +137,7 @@ class LinkPeer {
 
   Rank rank = -1;
   uint64_t generation = 0;
+  int failure = 0;  // errno: the pair ended by devices of ours, not by the peer
 };
 
 // Something with a file descriptor in one of the engine's two epoll sets.

@@ -181,10 +181,11 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
       bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
       if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
         drop_inflight(*op);
+      op->error = peer.link->failure;
       if (op->state == OpState::draining)
         settle(*op);
       else
-        end_early(*op, Code::peer_lost);
+        end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
     }
     for (auto [channel, flow] : peer.flows) {
       sched.remove_flow(flow);

@@ -32,6 +32,11 @@ Selection selection_of(Host& host) {
 RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_setting("libibverbs"))) {
   ports_ = choose_ports(verbs_, selection_of(host));
   RailConfig config;
+  auto byte = [&](const char* name) { return static_cast<uint8_t>(host.setting(name, 0)); };
+  config.frames_service_level = byte("rdma_urgent_service_level");
+  config.frames_traffic_class = byte("rdma_urgent_traffic_class");
+  config.bulk_service_level = byte("rdma_service_level");
+  config.bulk_traffic_class = byte("rdma_traffic_class");
   std::vector<ibv_pd*> domains;
   for (const Port& port : ports_) {
     rails_.push_back(std::make_unique<Rail>(verbs_, port, config));
@@ -55,7 +60,7 @@ uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Reach reach) {
 }
 
 std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
-                                           std::string_view card, bool) {
+                                           std::string_view card, bool initiator) {
   std::vector<Address> theirs;
   try {
     if (fds.size() != 1)
@@ -70,7 +75,7 @@ std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const
   int on = 1;
   ::fcntl(fds[0], F_SETFL, ::fcntl(fds[0], F_GETFL) | O_NONBLOCK);
   ::setsockopt(fds[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  auto peer = std::make_shared<RdmaPeer>(*this, rank, generation, fds[0]);  // the socket is its from here on
+  auto peer = std::make_shared<RdmaPeer>(*this, rank, generation, fds[0], initiator);  // the socket is its from here on
   peer->open(theirs);
   return peer;
 }
@@ -95,6 +100,8 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
   all["refused"] = refused;
   all["resent"] = resent;
   all["repeated"] = repeated;
+  all["lanes_failed"] = lanes_failed;
+  all["lanes_recovered"] = lanes_recovered;
   if (registrations_) {
     const RegistrationCounters& c = registrations_->counters();
     all["registrations_made"] = c.made;

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <utility>
 
 #include "core/doorbell.hpp"
@@ -23,7 +24,15 @@ namespace {
 constexpr uint64_t kPartNs =
     20000000;  // how long a pair that is closed from here waits for its last words to arrive
 constexpr uint32_t kMaxRegistrations = 1 << 20;
+constexpr uint64_t kStallNs = 800000000;  // well over the transport's own retries
+constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
+
+uint64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
 
 // Before every frame.
 struct Prefix {
@@ -55,12 +64,15 @@ void Lane::immediate(uint32_t value, uint32_t nbytes) {
 }
 
 void Lane::frame_sent(uint32_t seq) {
+  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
   // By one thread at a time, under the rail's lock; a frame that went out twice is not unsent by the second word.
   if (static_cast<int32_t>(seq + 1 - peer.acked_.load(std::memory_order_relaxed)) > 0)
     peer.acked_.store(seq + 1, std::memory_order_release);
 }
 
 void Lane::chunk_done(uint32_t chunk, int error) {
+  outstanding.fetch_sub(1, std::memory_order_relaxed);
+  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
   peer.put({RdmaPeer::Event::Kind::chunk, index, chunk, static_cast<uint32_t>(error), {}}, Wake::engine);
 }
 
@@ -68,7 +80,17 @@ void Lane::failed(const std::string& reason) {
   peer.put({RdmaPeer::Event::Kind::failed, index, 0, 0, reason}, Wake::engine);
 }
 
-bool Lane::expects() const { return peer.due_.load(std::memory_order_acquire) != peer.acked_.load(); }
+bool Lane::expects() const {
+  return outstanding.load(std::memory_order_relaxed) ||
+         (peer.active_.load(std::memory_order_relaxed) == index &&
+          peer.due_.load(std::memory_order_acquire) != peer.acked_.load(std::memory_order_relaxed));
+}
+
+// A device whose own port is down may report nothing at all.
+void Lane::look(uint64_t now_ns) {
+  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + kStallNs) return;
+  if (!stalled.exchange(true)) failed(rail.name() + ": no word of what was posted");
+}
 
 void RdmaPeer::put(Event event, Wake wake) {
   bool many;
@@ -86,11 +108,12 @@ void RdmaPeer::put(Event event, Wake wake) {
 
 // ---------------------------------------------------------------- life
 
-RdmaPeer::RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket)
+RdmaPeer::RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket, bool initiator)
     : link_(link),
       host_(link.host()),
       socket_(socket),
       heartbeat_ns_(static_cast<uint64_t>(host_.setting("heartbeat_s", 1.0) * 1e9)),
+      initiator_(initiator),
       heard_ns_(host_.now()),
       said_ns_(heard_ns_),
       ticked_ns_(heard_ns_) {
@@ -192,6 +215,8 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   nbytes += header.meta_bytes;
   if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
   frame_bytes_[seq % Rail::kCredits] = static_cast<uint32_t>(nbytes + header.payload_bytes);
+  if (due_.load(std::memory_order_relaxed) == acked_.load(std::memory_order_relaxed))
+    lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
   due_.store(sent_, std::memory_order_release);
   transmit(seq);
 }
@@ -234,7 +259,11 @@ Post RdmaPeer::post_remote(const RemoteChunk& what) {
   }
   uint32_t index = free_chunks_.back();
   free_chunks_.pop_back();
-  chunks_[index] = {what, local->local(), keys->second, 0, 0, true};
+  Chunk& chunk = chunks_[index];
+  chunk.of = what;
+  chunk.local = local->local();
+  chunk.remote = keys->second;
+  chunk.busy = true;
   launch(index, *lane);
   return Post::pending;
 }
@@ -243,6 +272,10 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   Chunk& chunk = chunks_[index];
   chunk.lane = lane.index;
   chunk.posted_ns = host_.now();
+  chunk.parked = false;
+  ++chunk.launches;
+  if (lane.outstanding.fetch_add(1, std::memory_order_relaxed) == 0)
+    lane.last_sign_ns.store(chunk.posted_ns, std::memory_order_relaxed);
   ++lane.chunks;
   lane.bytes += chunk.of.nbytes;
   Work work;
@@ -258,7 +291,7 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   work.rkey = chunk.remote.of[lane.index];
   work.nbytes = static_cast<uint32_t>(chunk.of.nbytes);
   work.immediate = chunk.of.immediate;
-  work.chunk = index;
+  work.chunk = index << kLaunchBits | (chunk.launches & ((1u << kLaunchBits) - 1));
   lane.rail.post_bulk(work);
 }
 
@@ -289,7 +322,7 @@ void RdmaPeer::handle(Event& event) {
       if (!dead_) host_.sink().on_immediate(*this, event.which, event.nbytes);
       return;
     case Event::Kind::chunk:
-      if (!dead_) chunk(event.which, static_cast<int>(event.nbytes));
+      if (!dead_) chunk(*lanes_[event.lane], event.which, static_cast<int>(event.nbytes));
       return;
     case Event::Kind::failed:
       if (!dead_) lane_failed(*lanes_[event.lane], event.reason);
@@ -390,20 +423,29 @@ void RdmaPeer::unblock() {
   host_.sink().on_writable(*this);
 }
 
-void RdmaPeer::chunk(uint32_t index, int error) {
-  if (index >= chunks_.size() || !chunks_[index].busy) return;
+void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
+  if (which == kProbe) return probed(lane, error);
+  uint32_t index = which >> kLaunchBits;
+  if (index >= chunks_.size()) return;
   Chunk& done = chunks_[index];
-  Lane& lane = *lanes_[done.lane];
+  if (!done.busy || done.parked || done.lane != lane.index || ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
+    return;  // of an earlier launch
+  // The peer's device refused the access: it would do so on any lane.
+  bool refused = error == EACCES;
+  if (error) {
+    if (refused) {
+      done.busy = false;
+      free_chunks_.push_back(index);
+    }
+    RemoteChunk of = done.of;
+    lane_failed(lane, lane.rail.name() + (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
+    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error);
+    return;
+  }
   --lane.chunks;
   lane.bytes -= done.of.nbytes;
   uint64_t now = host_.now();
-  if (error && error != EACCES) {
-    lane_failed(lane, lane.rail.name() + ": a transfer failed");
-    if (dead_) return;
-    ++link_.resent;
-    return launch(index, *lanes_[active_]);
-  }
-  if (!error && done.of.nbytes >= 64 << 10) {
+  if (done.of.nbytes >= 64 << 10) {
     uint64_t began = std::max(done.posted_ns, lane.last_done_ns);
     double rate =
         static_cast<double>(done.of.nbytes) / static_cast<double>(std::max<uint64_t>(now - began, 1));
@@ -413,23 +455,7 @@ void RdmaPeer::chunk(uint32_t index, int error) {
   RemoteChunk of = done.of;
   done.busy = false;
   free_chunks_.push_back(index);
-  host_.sink().on_remote(*this, of.op, of.nbytes, error);
-}
-
-void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
-  if (lane.state == Lane::State::failed) return;
-  lane.state = Lane::State::failed;
-  lane.rail.fail(lane.pairs);
-  auto next = std::find_if(lanes_.begin(), lanes_.end(),
-                           [](const auto& other) { return other->state == Lane::State::up; });
-  if (next == lanes_.end()) return lose("no rail is left: " + reason);
-  host_.fallback(rank, (*next)->rail.name(), reason);
-  if (active_ != lane.index) return;
-  active_ = (*next)->index;
-  for (uint32_t seq = acked_.load(std::memory_order_acquire); seq != sent_; ++seq) {
-    ++link_.resent;
-    transmit(seq);
-  }
+  host_.sink().on_remote(*this, of.op, of.nbytes, 0);
 }
 
 // ---------------------------------------------------------------- the socket: handshake and signs of life
@@ -470,8 +496,7 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
     std::string reason;
     for (auto& lane : lanes_) {
       try {
-        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index],
-                           1);
+        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index]);
         lane->state = Lane::State::up;
       } catch (const LinkFailure& failure) {
         lane->state = Lane::State::failed;
@@ -488,16 +513,13 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
     say(&kReady, 1);
     ready_told_ = true;
   }
-  for (; used < incoming_.size(); ++used) {
-    auto word = static_cast<char>(incoming_[used]);
-    if (word == kReady) {
-      ready_heard_ = true;
-    } else if (word != kAlive) {
-      violated("unknown word on the pair's connection");
-      return false;
-    }
+  while (used < incoming_.size() && !dead_) {
+    size_t taken = word(incoming_.data() + used, incoming_.size() - used);
+    if (!taken) break;
+    used += taken;
   }
-  incoming_.clear();
+  if (dead_) return false;
+  incoming_.erase(incoming_.begin(), incoming_.begin() + static_cast<std::ptrdiff_t>(used));
   if (ready_told_ && ready_heard_ && !open_) {
     open_ = true;
     unblock();
@@ -508,7 +530,8 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
 // A few bytes now and then: a socket that does not take them has not been read for long, and its end is near.
 void RdmaPeer::say(const void* data, size_t nbytes) {
   said_ns_ = host_.now();
-  [[maybe_unused]] ssize_t n = ::send(socket_, data, nbytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (::send(socket_, data, nbytes, MSG_DONTWAIT | MSG_NOSIGNAL) != static_cast<ssize_t>(nbytes) && nbytes > 1)
+    broken_ = true;  // ends with the next tick: callers are in the middle of something
 }
 
 void RdmaPeer::tick(uint64_t now_ns) {
@@ -524,7 +547,11 @@ void RdmaPeer::tick(uint64_t now_ns) {
                   static_cast<double>(now_ns - heard_ns_) / 1e9);
     return lose(text);
   }
+  if (broken_) return lose("the pair's connection takes no more words");
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);
+  if (open_ && initiator_)
+    for (auto& lane : lanes_)
+      if (lane->state == Lane::State::down && lane->rail.up()) try_again(*lane);
 }
 
 }  // namespace aiocomm::rdma

@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 
 #include "core/doorbell.hpp"
 #include "core/link.hpp"
@@ -197,7 +198,7 @@ QueuePairs Rail::open() {
 }
 
 void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number,
-                   uint32_t bulk_number, int cls) {
+                   uint32_t bulk_number) {
   std::pair<ibv_qp*, uint32_t> both[] = {{pairs.frames, frames_number}, {pairs.bulk, bulk_number}};
   for (auto [qp, number] : both) {
     ibv_qp_attr to{};
@@ -210,8 +211,8 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t fram
     to.ah_attr.grh.dgid = theirs.gid;
     to.ah_attr.grh.sgid_index = static_cast<uint8_t>(port_.gid_index);
     to.ah_attr.grh.hop_limit = 64;
-    to.ah_attr.grh.traffic_class = config_.traffic_class[cls];
-    to.ah_attr.sl = config_.service_level[cls];
+    to.ah_attr.grh.traffic_class = qp == pairs.frames ? config_.frames_traffic_class : config_.bulk_traffic_class;
+    to.ah_attr.sl = qp == pairs.frames ? config_.frames_service_level : config_.bulk_service_level;
     to.ah_attr.dlid = theirs.lid;
     to.ah_attr.port_num = port_.number;
     int error = verbs_.modify_qp(qp, &to,
@@ -416,7 +417,13 @@ void Rail::run_poller() {
         for (auto [number, lane] : lanes_) expecting = expecting || lane->expects();
       }
     }
-    if (!n) wait(expecting);
+    if (!n && !wait(expecting) && expecting) {
+      std::lock_guard lock(polling_);
+      timespec t;
+      clock_gettime(CLOCK_MONOTONIC, &t);
+      uint64_t now_ns = static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+      for (auto [number, lane] : lanes_) lane->look(now_ns);
+    }
   }
 }
 
@@ -448,7 +455,9 @@ void Rail::read_events() {
     bool up = type == IBV_EVENT_PORT_ACTIVE && ours;
     if (!down && !up) continue;
     up_.store(up, std::memory_order_release);
-    if (port_changed_) port_changed_(up, name() + ": " + verbs_.event_type_str(type));
+    if (up) continue;
+    std::lock_guard lock(polling_);
+    for (auto [number, lane] : lanes_) lane->failed(name() + ": " + verbs_.event_type_str(type));
   }
 }
 

@@ -40,7 +40,8 @@ class Completions {
   virtual void frame_sent(uint32_t seq) = 0;
   virtual void chunk_done(uint32_t chunk, int error) = 0;  // 0: its bytes are where they should be
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
-  virtual bool expects() const = 0;                        // completions that will wake nobody are due
+  virtual bool expects() const = 0;                        // completions are due, which may wake nobody
+  virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
 
  protected:
   ~Completions() = default;
@@ -54,7 +55,8 @@ struct QueuePairs {
 struct RailConfig {
   uint8_t timeout = 12;  // of the transport: 4.096 us * 2^timeout
   uint8_t retries = 6;   // 7 means for ever with soft-RoCE
-  std::array<uint8_t, 4> service_level{}, traffic_class{};
+  uint8_t frames_service_level = 0, frames_traffic_class = 0;
+  uint8_t bulk_service_level = 0, bulk_traffic_class = 0;
 };
 
 struct Work {
@@ -74,15 +76,10 @@ class Rail {
   static constexpr uint32_t kMaxSlots = 4096, kImmediates = 4096;
   static constexpr int kLookMs = 20;
 
-  using PortChanged = std::function<void(bool up, const std::string& why)>;
-
   Rail(const Verbs& verbs, Port port, const RailConfig& config);
   ~Rail();
   void start();
   void stop();
-  // Called by the poller: the port went down or came back, or the device is gone.
-  void on_port(PortChanged told) { port_changed_ = std::move(told); }
-
   const Port& port() const { return port_; }
   std::string name() const;
   ibv_pd* domain() const { return domain_; }
@@ -91,8 +88,7 @@ class Rail {
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
   QueuePairs open();
-  void connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number, uint32_t bulk_number,
-               int cls);
+  void connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number, uint32_t bulk_number);
   void add(const QueuePairs& pairs, Completions* lane);
   // Nothing of these queue pairs is heard or touches memory any more when it returns. `posting`: the lane's.
   void remove(QueuePairs& pairs, std::mutex& posting);
@@ -135,7 +131,6 @@ class Rail {
   ibv_srq *frames_srq_ = nullptr, *bulk_srq_ = nullptr;
   uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
   int epoll_ = -1, wake_ = -1;
-  PortChanged port_changed_;
   std::atomic<bool> up_{true}, stopping_{false};
 
   struct Slab {
