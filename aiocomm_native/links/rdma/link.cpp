@@ -75,7 +75,8 @@ std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const
   int on = 1;
   ::fcntl(fds[0], F_SETFL, ::fcntl(fds[0], F_GETFL) | O_NONBLOCK);
   ::setsockopt(fds[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  auto peer = std::make_shared<RdmaPeer>(*this, rank, generation, fds[0], initiator);  // the socket is its from here on
+  auto peer = std::make_shared<RdmaPeer>(*this, rank, generation, fds[0],
+                                         initiator);  // the socket is its from here on
   peer->open(theirs);
   return peer;
 }

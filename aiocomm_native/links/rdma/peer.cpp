@@ -428,7 +428,8 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   uint32_t index = which >> kLaunchBits;
   if (index >= chunks_.size()) return;
   Chunk& done = chunks_[index];
-  if (!done.busy || done.parked || done.lane != lane.index || ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
+  if (!done.busy || done.parked || done.lane != lane.index ||
+      ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
     return;  // of an earlier launch
   // The peer's device refused the access: it would do so on any lane.
   bool refused = error == EACCES;
@@ -438,7 +439,8 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
       free_chunks_.push_back(index);
     }
     RemoteChunk of = done.of;
-    lane_failed(lane, lane.rail.name() + (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
+    lane_failed(lane, lane.rail.name() +
+                          (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
     if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error);
     return;
   }
@@ -530,7 +532,8 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
 // A few bytes now and then: a socket that does not take them has not been read for long, and its end is near.
 void RdmaPeer::say(const void* data, size_t nbytes) {
   said_ns_ = host_.now();
-  if (::send(socket_, data, nbytes, MSG_DONTWAIT | MSG_NOSIGNAL) != static_cast<ssize_t>(nbytes) && nbytes > 1)
+  if (::send(socket_, data, nbytes, MSG_DONTWAIT | MSG_NOSIGNAL) != static_cast<ssize_t>(nbytes) &&
+      nbytes > 1)
     broken_ = true;  // ends with the next tick: callers are in the middle of something
 }
 

@@ -50,8 +50,8 @@ struct Lane final : Completions {
   Address theirs;
   QueuePairs pairs;
   std::mutex posting;
-  std::atomic<uint32_t> outstanding{0};       // chunks posted, for the poller
-  std::atomic<uint64_t> last_sign_ns{0};      // when something was posted to an idle lane, or completed
+  std::atomic<uint32_t> outstanding{0};   // chunks posted, for the poller
+  std::atomic<uint64_t> last_sign_ns{0};  // when something was posted to an idle lane, or completed
   std::atomic<bool> stalled{false};
   State state = State::connecting;  // under the token, as what follows
   uint32_t chunks = 0;              // in flight
@@ -128,7 +128,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void unblock();
   // recovery.cpp
   void lane_failed(Lane& lane, const std::string& reason);
-  void lane_closed(Lane& lane);   // by the peer
+  void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
   void resend_frames();
   void try_again(Lane& lane);
@@ -154,7 +154,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool broken_ = false, greeted_ = false, ready_told_ = false, ready_heard_ = false;
 
   std::vector<std::unique_ptr<Lane>> lanes_;
-  std::atomic<uint32_t> active_{0};                                                   // the lane of frames
+  std::atomic<uint32_t> active_{0};                                       // the lane of frames
   std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
   uint32_t frames_registration_ = 0;
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};

@@ -211,7 +211,8 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t fram
     to.ah_attr.grh.dgid = theirs.gid;
     to.ah_attr.grh.sgid_index = static_cast<uint8_t>(port_.gid_index);
     to.ah_attr.grh.hop_limit = 64;
-    to.ah_attr.grh.traffic_class = qp == pairs.frames ? config_.frames_traffic_class : config_.bulk_traffic_class;
+    to.ah_attr.grh.traffic_class =
+        qp == pairs.frames ? config_.frames_traffic_class : config_.bulk_traffic_class;
     to.ah_attr.sl = qp == pairs.frames ? config_.frames_service_level : config_.bulk_service_level;
     to.ah_attr.dlid = theirs.lid;
     to.ah_attr.port_num = port_.number;

@@ -104,8 +104,7 @@ void RdmaPeer::try_again(Lane& lane) {
   }
   lane.state = Lane::State::connecting;
   lane.rail.add(lane.pairs, &lane);
-  std::string word =
-      encode({kAgain, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num}, true);
+  std::string word = encode({kAgain, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num}, true);
   say(word.data(), word.size());
 }
 
