@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _PING, _LOAD = 1, 2  # tags
 _DEPTH = 4  # bulk messages outstanding
-_BACKLOG_NBYTES = 32 * MIB  # of each of two channels that share a link: neither may run dry while the loops are late
+_BACKLOG_NBYTES = (
+    32 * MIB
+)  # of each of two channels that share a link: neither may run dry while the loops are late
 _END_NBYTES = 8  # a bulk message of this size says that no more will come
 _LONGEST_S = 8.0  # of one ping-pong, however slow
 

@@ -205,8 +205,9 @@ class Client:
 
     def _take(self, message: messages.Message) -> None:
         match message:
-            case messages.Joined(card):
-                self._follower.on_joined(card)
+            case messages.Joined(cards):
+                for card in cards:
+                    self._follower.on_joined(card)
             case messages.Gone(rank, generation, graceful, reason):
                 self._follower.on_gone(rank, generation, graceful, reason)
             case messages.Heartbeat() | messages.Ready():

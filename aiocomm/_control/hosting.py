@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import host
 from aiocomm._control.address import Address, EnvAddress, FileAddress, TcpAddress, UnixAddress
@@ -15,7 +16,35 @@ from aiocomm.errors import LinkError, UsageError
 if TYPE_CHECKING:
     from aiocomm.config import Settings
 
-__all__ = ["Host"]
+__all__ = ["Host", "allow_descriptors"]
+
+_OTHER_DESCRIPTORS: Final = 128
+"""Of a process besides the control connections of the members that it hosts."""
+_MANY: Final = 256
+"""Members from which on the limit is looked at: fewer fit into any usual one."""
+
+
+def allow_descriptors(members: int) -> None:
+    """See to it that this process may open a connection for each member, raising its soft limit if need be.
+
+    Past the limit a member would wait at the door until its time is over, and nothing would say why.
+
+    Raises:
+        UsageError: the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # One for its connection, and on one host one that tells of its death.
+    wanted, needed = 2 * members + _OTHER_DESCRIPTORS, members + _OTHER_DESCRIPTORS
+    if members < _MANY or soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if possible < needed:
+        raise UsageError(
+            f"rank 0 of {members} processes needs {needed} open files, but may have {hard}: raise the hard "
+            f"limit (ulimit -Hn, LimitNOFILE= in a unit, --ulimit nofile= for a container)"
+        )
+    if possible > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
 
 
 class Host:
@@ -49,12 +78,14 @@ class Host:
             timeout_s: seconds to wait for an address that is still taken.
 
         Raises:
-            UsageError: the address would need a token.
+            UsageError: the address would need a token, or this process may not open so many connections.
             LinkError: it cannot be had.
         """
         address = self._address
         if isinstance(address, EnvAddress):
             raise UsageError("env:// says where others listen, not where to listen")
+        if self.rendezvous.members.size is not None:
+            allow_descriptors(self.rendezvous.members.size)
         wanted = TcpAddress(self._outward, 0) if isinstance(address, FileAddress) else address
         bound = await self.rendezvous.listen(wanted, timeout_s)
         if (

@@ -87,10 +87,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Rendezvous to member: this peer is in the world."""
+    """Rendezvous to member: these peers are in the world. A card may come twice."""
 
     CODE: ClassVar[int] = 4
-    card: PeerCard
+    cards: tuple[PeerCard, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,10 @@
 It runs beside rank 0 or alone. Decisions are `membership`'s; this module carries them over connections. A
 member that does not read what it is told is dropped once `_OUTBOX_BYTES` wait for it, so that it can cost no
 more than that.
+
+Everyone is told of everyone: n members cost n² cards on the wire, and nothing else may grow like that. So a
+card is encoded once; arrivals are gathered for a while that grows with the number of those to be told, and
+told in few frames; and frames are the same objects in all outboxes.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Rendezvous"]
 
 _OUTBOX_BYTES: Final = 4 << 20
+_GATHER_S: Final = 100e-6
+"""Per member to be told: arrivals wait so long for others, since telling all takes about so long."""
 _FLUSH_S: Final = 1.0
 _BIND_RETRY_S: Final = 0.1
 _GENERATION_SPACE: Final = (
@@ -57,15 +63,18 @@ class _Seat:
 
     def post(self, message: messages.Message) -> None:
         """Queue a message; drop the member if too much waits."""
-        if self._broken:
+        self.post_frames([wire.encode(message)])
+
+    def post_frames(self, frames: list[bytes]) -> None:
+        """Queue frames that are encoded already; drop the member if too much waits."""
+        if self._broken or not frames:
             return
-        frame = wire.encode(message)
-        self._waiting += len(frame)
+        self._waiting += sum(map(len, frames))
         if self._waiting > _OUTBOX_BYTES:
             self.overrun = True
             self._task.cancel()
             return
-        self._outbox.append(frame)
+        self._outbox += frames
         self._empty.clear()
         self._more.set()
 
@@ -112,6 +121,9 @@ class Rendezvous:
         self._settings = settings
         self._host_rank = host_rank
         self._seats: dict[int, _Seat] = {}
+        self._cards: dict[int, bytes] = {}  # of those present, encoded, by rank
+        self._arrivals: list[bytes] = []  # cards that not all have been told of yet
+        self._gathering: asyncio.TimerHandle | None = None
         self._listener: Listener | None = None
         self._distant = asyncio.Event()  # a member on another host is, or was lately, here
         self._beating: asyncio.Task[None] | None = None
@@ -159,6 +171,7 @@ class Rendezvous:
     async def aclose(self) -> None:
         """Tell the members that this rendezvous ends, and end it."""
         self._closing = True
+        self._tell_arrivals()
         seats = list(self._seats.values())
         for seat in seats:
             seat.post(messages.Farewell())
@@ -230,9 +243,8 @@ class Rendezvous:
                 session_key=self._session_key,
             )
         )
-        for other in self.members:
-            if other.rank != card.rank:
-                seat.post(messages.Joined(other))
+        seat.post_frames(wire.encode_joined(self._cards.values()))
+        self._cards[card.rank] = wire.encode_card(card)
         if was_ready:
             seat.post(messages.Ready())
         self._announce([announcement for announcement in announcements if isinstance(announcement, Came)])
@@ -267,12 +279,31 @@ class Rendezvous:
             message: messages.Message
             match announcement:
                 case Came(card):
-                    message = messages.Joined(card)
+                    self._gather(self._cards[card.rank])
+                    continue
                 case Went(card, graceful, reason):
+                    self._cards.pop(card.rank, None)
                     message = messages.Gone(
                         card.rank, card.generation, graceful, reason[: wire.MAX_TEXT // 4]
                     )
                 case Became():
                     message = messages.Ready()
-            for seat in list(self._seats.values()):
-                seat.post(message)
+            self._tell_arrivals()  # what is told next may be about them
+            self._tell([wire.encode(message)])
+
+    def _gather(self, card: bytes) -> None:
+        self._arrivals.append(card)
+        if self._gathering is None and self._seats:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(_GATHER_S * len(self._seats), self._tell_arrivals)
+
+    def _tell_arrivals(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        arrivals, self._arrivals = self._arrivals, []
+        self._tell(wire.encode_joined(arrivals))
+
+    def _tell(self, frames: list[bytes]) -> None:
+        for seat in list(self._seats.values()) if frames else ():
+            seat.post_frames(frames)

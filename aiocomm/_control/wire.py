@@ -22,10 +22,12 @@ import typing
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._control.auth import TAG_SIZE
-from aiocomm._control.messages import Message, PeerCard
+from aiocomm._control.messages import Joined, Message, PeerCard
 from aiocomm.errors import PeerError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiocomm._control.auth import Seal
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "ProtocolError",
     "decode",
     "encode",
+    "encode_card",
+    "encode_joined",
 ]
 
 VERSION: Final = 1
@@ -76,6 +80,40 @@ def encode(message: Message) -> bytes:
     if _HEADER.size + len(body) > MAX_FRAME:
         raise ValueError(f"{type(message).__name__} takes {len(body)} bytes, more than a frame holds")
     return _HEADER.pack(_MAGIC, VERSION, message.CODE, len(body)) + body
+
+
+def encode_card(card: PeerCard) -> bytes:
+    """A card as it stands in a frame, to be encoded once for everyone who is told of it.
+
+    Raises:
+        ValueError: a field is out of its bounds.
+    """
+    body = bytearray()
+    _put_fields(body, card)
+    if _HEADER.size + 1 + len(body) > MAX_FRAME:
+        raise ValueError(f"a card takes {len(body)} bytes, more than a frame holds")
+    return bytes(body)
+
+
+def encode_joined(cards: Iterable[bytes]) -> list[bytes]:
+    """The frames of `Joined` messages that tell of cards from `encode_card`: as few as can be."""
+    frames: list[bytes] = []
+    group: list[bytes] = []
+    nbytes = 0
+
+    def close() -> None:
+        body = len(group).to_bytes(1, "big") + b"".join(group)
+        frames.append(_HEADER.pack(_MAGIC, VERSION, Joined.CODE, len(body)) + body)
+
+    for card in cards:
+        if group and (len(group) == MAX_ITEMS or _HEADER.size + 1 + nbytes + len(card) > MAX_FRAME):
+            close()
+            group, nbytes = [], 0
+        group.append(card)
+        nbytes += len(card)
+    if group:
+        close()
+    return frames
 
 
 def decode(code: int, body: bytes) -> Message:

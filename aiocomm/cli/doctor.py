@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aiocomm import links
-from aiocomm.links import Report, State
+from aiocomm.links import Check, Report, State
 from aiocomm.links._report import package_version
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated links that must work for exit status 0 (default: either of shm and tcp)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        type=_other_host,
+        help="what --json printed on another host: also tell whether the two get on (rdma)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
     reports = sorted((links.discover(name) for name in links.names()), key=lambda r: (not r.built, r.link))
     usable = {report.link for report in reports if report.usable}
     ok = usable.issuperset(args.require) if args.require else bool(usable.intersection(_ENOUGH))
+    if args.against is not None:
+        reports = [_with_comparison(report, args.against) for report in reports]
     if args.json:
         found = {
             "ok": ok,
@@ -74,6 +82,25 @@ def _link_names(text: str) -> tuple[str, ...]:
             f"{', '.join(sorted(unknown)) or 'nothing'}: not among {', '.join(links.names())}"
         )
     return wanted
+
+
+def _other_host(path: str) -> dict[str, dict[str, Any]]:
+    """Facts by link of what `--json` printed elsewhere."""
+    from argparse import ArgumentTypeError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {link["link"]: link["facts"] for link in json.load(file)["links"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentTypeError(f"{path} is not what `aiocomm doctor --json` printed: {error}") from error
+
+
+def _with_comparison(report: Report, theirs: dict[str, dict[str, Any]]) -> Report:
+    try:
+        compared = links.compare(report.link, theirs.get(report.link, {}))
+    except ValueError as error:
+        compared = [Check("peer", State.INFO, f"nothing to compare with: {error}")]
+    return dataclasses.replace(report, checks=(*report.checks, *compared))
 
 
 def _python() -> dict[str, Any]:

@@ -10,15 +10,25 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["CAPABILITY_ROWS", "Capabilities", "Check", "Report", "State", "capabilities", "discover", "names"]
+__all__ = [
+    "CAPABILITY_ROWS",
+    "Capabilities",
+    "Check",
+    "Report",
+    "State",
+    "capabilities",
+    "compare",
+    "discover",
+    "names",
+]
 
 CAPABILITY_ROWS: Final = tuple(item.metadata["title"] for item in dataclasses.fields(Capabilities))
 """Titles of what `Capabilities.rows` tells, in order."""
@@ -39,6 +49,22 @@ def discover(link: str) -> Report:
         raise ValueError(f"no link called {link!r}: there are {', '.join(names())}")
     look: Callable[[], Report] = importlib.import_module(f"{__name__}.{link}").discover
     return look()
+
+
+def compare(link: str, theirs: Mapping[str, Any]) -> list[Check]:
+    """Tell whether this machine and another get on over a link; empty where there is nothing to compare.
+
+    Args:
+        link: Its name.
+        theirs: The `facts` of the other's report.
+
+    Raises:
+        ValueError: `theirs` are not facts about this link.
+    """
+    look: Callable[[Mapping[str, Any]], list[Check]] | None = getattr(
+        importlib.import_module(f"{__name__}.{link}"), "compare", None
+    )
+    return look(theirs) if look else []
 
 
 def capabilities(link: str) -> Capabilities:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Check", "Report", "State", "is_built", "package_version", "read_text"]
 
@@ -39,12 +43,14 @@ class Report:
     """Everything found out about one link on this machine.
 
     `built` says whether this version of aiocomm carries the link at all; the checks say what the machine has.
+    `facts` are what another host needs to tell whether the two get on (`aiocomm doctor --against`).
     """
 
     link: str
     built: bool
     summary: str
     checks: tuple[Check, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:

@@ -99,6 +99,18 @@ class LinkPeer {
     (void)nbytes;
     return {reinterpret_cast<uint64_t>(data), 0};
   }
+  // The peer's process as the kernel tells it, where it is on this host; -1: elsewhere, or not known.
+  virtual int process() const { return -1; }
+  virtual WakePage* page() { return nullptr; }  // the peer's, where it is mapped here
+  // Passes a descriptor that the peer takes by the same key; false: not on this link.
+  virtual bool pass_descriptor(uint64_t key, int fd) {
+    (void)key, (void)fd;
+    return false;
+  }
+  virtual int take_descriptor(uint64_t key) {  // the caller's to close; -1: it has not come
+    (void)key;
+    return -1;
+  }
   // Called once per heartbeat interval while `needs_ticks`; a link that sees a dead peer by other means does not.
   virtual void tick(uint64_t now_ns) { (void)now_ns; }
   virtual bool needs_ticks() const { return false; }
@@ -130,6 +142,7 @@ class Host {
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
   virtual FrameSink& sink() = 0;
+  virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
 
@@ -149,12 +162,15 @@ class Link {
   virtual StreamNeed streams() const = 0;
   virtual std::string card() { return {}; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
+  virtual Mover* mover() {
+    return nullptr;
+  }  // it moves device memory beside the pairs' links, and joins none
   // Takes the descriptors over, also when it throws LinkFailure.
   virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) = 0;
 };
 
-using LinkFactory = std::unique_ptr<Link> (*)(Host&);
+using LinkFactory = std::unique_ptr<Link> (*)(Host&);  // null: this machine has nothing for it
 
 // A link makes itself known by one static object in its own folder. Lower `cost` is preferred.
 struct LinkRegistration {

@@ -20,7 +20,7 @@ void Engine::finish(Op& op, Code code) {
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
-  LinkCounters& counters = counters_[op.link];
+  LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
     ++counters.completed;
     const uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
@@ -62,6 +62,10 @@ void Engine::drop_inflight(Op& op) {
 
 bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
+  if (op.gpu) {
+    if (op.gpu->inflight || op.gpu->remote_writes) return false;
+    settle_device(op);
+  }
   finish(op, op.code);
   return true;
 }
@@ -80,6 +84,7 @@ void Engine::end_early(Op& op, Code code) {
     op.in_sched = false;
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
+  if (op.gpu && op.gpu->in_sched) cancel_move(op);
   if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it
 
   bool from_peer = code == Code::peer_cancelled || code == Code::peer_lost;
@@ -94,6 +99,8 @@ void Engine::end_early(Op& op, Code code) {
       h.sop = op.remote_op;
       if (code == Code::link_failed)
         ;  // job_done has sent the outcome
+      else if (op.gpu && op.gpu->role == Role::pull && op.gpu->inflight)
+        op.gpu->owes_fin = true, op.gpu->fin_code = static_cast<uint8_t>(Code::cancelled);  // we still read
       else if (from_peer)
         send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
       else
@@ -149,6 +156,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     for (Op* op : live) {
       if (!op->live) continue;
       op->awaits_fin = false;
+      if (op->gpu) op->gpu->remote_writes = false;
       if (op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
         drop_inflight(*op);
       if (op->state == OpState::draining)
@@ -162,6 +170,8 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     }
     peer.flows.clear();
     peer.control.clear();
+    forget_flows(peer.rank);
+    if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

@@ -53,7 +53,7 @@ void Engine::want_connection(Peer& peer) {
 
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
-  ++counters_[op.link].submitted;
+  ++counters_[executor_of(op)].submitted;
   // A header may not overtake an earlier one of its flow, nor control frames that wait.
   if (peer.blocked || !peer.control.empty() || !peer.flows.empty()) {
     uint32_t flow = flow_of(peer, op.channel);
@@ -90,10 +90,12 @@ Post Engine::send_header(Op& op, Peer& peer) {
 }
 
 bool Engine::fits_frame(const Op& op, const Peer& peer) const {
+  if (op.gpu) return op.nbytes == 0;
   return op.nbytes <= eager_max_ && op.nbytes + sizeof(FrameHeader) + kMaxMeta <= peer.link->frame_limit();
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
+  if (op.gpu && op.nbytes) return send_device(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -283,6 +285,11 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
+  if (chunk.offset + chunk.nbytes > op->ready) {  // its device has not filled it yet
+    sched.unget(chunk);
+    sched.set_ready(chunk.flow, false);
+    return true;
+  }
   bool pulls = op->path == Path::cma || op->path == Path::mapped;
   if (pulls) {
     if (jobs_ >= copy_limit(chunk.cls)) {
@@ -293,7 +300,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     job.op = op->id;
     job.peer = peer->link;
     job.from = {op->source_address + chunk.offset, op->source_segment};
-    job.into = op->data + chunk.offset;
+    job.into = host_data(*op) + chunk.offset;
     job.nbytes = chunk.nbytes;
     job.posted_ns = now();
     job.cls = chunk.cls;
@@ -310,7 +317,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
   h.address = chunk.offset;
   h.nbytes = op->nbytes;
   h.payload_bytes = static_cast<uint32_t>(chunk.nbytes);
-  switch (peer->link->post_data(h, op->data + chunk.offset, Wake::engine)) {
+  switch (peer->link->post_data(h, host_data(*op) + chunk.offset, Wake::engine)) {
     case Post::again:
       sched.unget(chunk);
       sched.set_ready(chunk.flow, false);

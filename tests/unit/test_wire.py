@@ -32,7 +32,8 @@ MESSAGES: list[messages.Message] = [
     messages.Welcome(0, None, 1, None, "world", b""),
     messages.Welcome(1, 4, 2**62, 0, "world", b"k" * 32),
     messages.Refused("no", True),
-    messages.Joined(CARD),
+    messages.Joined((CARD,)),
+    messages.Joined(()),
     messages.Ready(),
     messages.Gone(1, 2, False, "died"),
     messages.Heartbeat(),
@@ -155,10 +156,10 @@ def test_an_empty_body_where_fields_belong() -> None:
     [
         (messages.Refused("x" * (wire.MAX_TEXT + 1), False), "text"),
         (messages.LinkReady("shm", b"x" * (wire.MAX_BYTES + 1)), "bytes"),
-        (messages.Joined(dataclasses.replace(CARD, links=("x",) * (wire.MAX_ITEMS + 1))), "items"),
+        (messages.Joined((dataclasses.replace(CARD, links=("x",) * (wire.MAX_ITEMS + 1)),)), "items"),
         (messages.Gone(-1, 0, False, ""), "does not fit"),
         (messages.Gone(2**63, 0, False, ""), "does not fit"),
-        (messages.Joined(dataclasses.replace(CARD, addresses=("x" * 1024,) * 64)), "more than a frame"),
+        (messages.Joined((dataclasses.replace(CARD, addresses=("x" * 1024,) * 64),)), "more than a frame"),
     ],
 )
 def test_what_is_out_of_bounds_is_not_sent(message: messages.Message, complaint: str) -> None:
@@ -176,3 +177,25 @@ def test_a_peer_that_ignores_the_bounds_is_refused() -> None:
         decode(messages.Refused.CODE, b"\0\1\xff\0")
     with pytest.raises(ProtocolError, match="out of range"):
         decode(messages.Gone.CODE, b"\xff" * 8 + b"\0" * 11)
+
+
+@pytest.mark.parametrize("long", [0, 60])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+def test_cards_encoded_once_make_the_frames_of_the_messages(count: int, long: int) -> None:
+    """Frames put together from cards are those of the messages, hold every card in order, and are few."""
+    cards = [
+        dataclasses.replace(CARD, rank=rank, addresses=("x" * 1000,) * (long if rank % 7 == 3 else 1))
+        for rank in range(count)
+    ]
+    frames = wire.encode_joined(map(wire.encode_card, cards))
+    told = [message for frame in frames for message in wire.FrameParser().feed(frame)]
+    assert [card for message in told for card in message.cards] == cards  # type: ignore[union-attr]
+    assert list(map(wire.encode, told)) == frames
+    assert all(len(frame) <= wire.MAX_FRAME for frame in frames)
+    if not long:
+        assert len(frames) == -(-count // wire.MAX_ITEMS)
+
+
+def test_a_card_that_fits_no_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than a frame"):
+        wire.encode_card(dataclasses.replace(CARD, addresses=("x" * 1024,) * 64))
