@@ -12,7 +12,8 @@ from .model import Column, Rule, Subject, Suite
 if TYPE_CHECKING:
     from .model import Metrics, Options
 
-_PROGRAMS = {"nccl-torch": "child_nccl", "aiocomm-gpu": "child_ours"}
+_PROGRAMS = {"floor-copies": "child_floor", "nccl-torch": "child_nccl", "aiocomm-gpu": "child_ours"}
+_KINDS = {"floor-copies": "floor", "nccl-torch": "peer"}
 _KERNELS = {
     "matmul2048": "matmul\n2048",
     "matmul8192": "matmul\n8192",
@@ -33,7 +34,7 @@ def _missing() -> str:
 
 def _subjects(options: Options) -> list[Subject]:
     return [
-        Subject(name, "ours" if name.startswith("aiocomm") else "peer", "nvlink", _missing())
+        Subject(name, _KINDS.get(name, "ours"), "nvlink", _missing())  # type: ignore[arg-type]
         for name in _PROGRAMS
         if not options.peers or name in options.peers
     ]
@@ -64,6 +65,7 @@ SUITE = Suite(
     lambda options: _COLUMNS,
     (
         Rule("matmul 2048 beside a transfer ÷ alone", "aiocomm-gpu", "kept/matmul2048", ">=", 0.98),
+        Rule("the same ÷ raw copies'", "aiocomm-gpu", "kept/matmul2048", ">=", 0.98, ("floor-copies",)),
         *(
             Rule(
                 f"{kernel}, time lost per GB ÷ NCCL's",

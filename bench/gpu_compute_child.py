@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from .gpu_driver import Driver
 from .peers import ours
 from .sizes import MIB
 
@@ -158,6 +159,53 @@ async def _flow(
         else:
             receives[number % 4] = comm.recv(arrays[number % 4], 0, tag=1)
         number += 1
+
+
+def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """The same by raw copies, which a thread keeps queued."""
+    import torch
+
+    torch.cuda.set_device(role)
+    torch.zeros(1, device="cuda")
+    driver = Driver(role)
+    memory = driver.allocate(64 * MIB)
+    peer = driver.open(control.swap(memory.handle()))
+    if role == 1:
+        control.recv()
+        return {}
+    stop = threading.Event()
+    threads: list[threading.Thread] = []
+    state = {"moved": 0.0, "start": 0.0}
+
+    def flow() -> None:
+        mine = Driver(role)  # the context, on this thread
+        streams = [mine.stream(), mine.stream()]
+        number = 0
+        while not stop.is_set():
+            stream = streams[number % 2]
+            mine.wait(stream)
+            mine.copy(peer, memory.address, memory.nbytes, stream)
+            state["moved"] += memory.nbytes
+            number += 1
+        for stream in streams:
+            mine.wait(stream)
+
+    def begin() -> None:
+        stop.clear()
+        threads.append(threading.Thread(target=flow))
+        threads[-1].start()
+        time.sleep(0.05)
+        state["start"], state["moved"] = time.perf_counter(), 0.0
+
+    def end() -> float:
+        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+        stop.set()
+        threads[-1].join()
+        return rate
+
+    found = _measure(torch, begin, end, arguments["seconds"])
+    control.send("end")
+    return found
 
 
 def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
