@@ -613,6 +613,7 @@ bool Engine::assist() {
   if (stopping_.load(std::memory_order_relaxed)) return false;
   // Peers need not ring while we look. The engine's thread may have marked itself asleep meanwhile.
   if (page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep) awake(page_->engine);
+  if (loop_spins()) return false;  // it looks by itself
   if (!token_.try_lock()) return false;
   drain_submissions();
   int did = closed_ ? 0 : poll_links();
