@@ -283,6 +283,76 @@ async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(
     simulator.heal()
 
 
+async def test_failing_calls_between_processes(simulator: Simulator) -> None:
+    """What one process is refused, at either end and for either kind of memory, goes another way."""
+    calls = [
+        "cuIpcGetMemHandle",
+        "cuIpcOpenMemHandle",
+        "cuMemAlloc",
+        "cuPointerGetAttribute",
+        "cuMemHostAlloc",
+    ]
+    turns = [(call, kind, end) for call in calls for kind in (Kind.MALLOC, Kind.VMM) for end in (0, 1)]
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Simulator
+
+        simulator = Simulator(driver().library)
+        for call, kind, end in turns:
+            array = DeviceArray(NBYTES, device=1, kind=kind)
+            if end == 1:
+                simulator.fail(call, 999)
+            await comm.recv(array, 0)
+            simulator.heal()
+            await comm.send(array.numpy(), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        for index, (call, kind, end) in enumerate(turns):
+            data = random(NBYTES, index)
+            source, back = DeviceArray(NBYTES, kind=kind).write(data), np.zeros(NBYTES, np.uint8)
+            if end == 0:
+                simulator.fail(call, UNKNOWN)
+            await comm.send(source, 1)
+            simulator.heal()
+            await comm.recv(back, 1)
+            assert (back == data).all(), turns[index]
+
+
+async def test_memory_freed_behind_the_back_of_a_transfer(simulator: Simulator) -> None:
+    """An array keeps its memory as long as it is referred to; who frees by hand gets an error."""
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        await comm.recv(bytearray(1), 0, tag=1)  # the announcement is there, and its memory is gone
+        try:
+            await comm.recv(DeviceArray(NBYTES, device=1), 0, deadline=5.0)
+        except aiocomm.AiocommError as error:
+            await comm.send(type(error).__name__.encode().ljust(20), 0)
+        else:
+            await comm.send(b"received".ljust(20), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        source, said = DeviceArray(NBYTES), bytearray(20)
+        sent = comm.send(source, 1, deadline=5.0)
+        await comm.send(b"x", 1, tag=1)
+        source.close()
+        ended = await outcomes(lambda: sent, lambda: comm.recv(said, 1))
+        assert isinstance(ended[0], aiocomm.AiocommError)
+        assert ended[1] is None
+        assert said.strip() != b"received"
+
+
+async def test_a_stream_that_was_destroyed(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, _):
+        stream = Stream()
+        handle = stream.handle
+        stream.close()
+        with pytest.raises(aiocomm.AiocommError, match="INVALID_HANDLE"):
+            await a.send(DeviceArray(16), 1, stream=handle)
+
+
 async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu: Driver) -> None:
     times, nbytes = 1000, 70_000
 
