@@ -1,9 +1,20 @@
 """The suites that the tool runs; a new one (GPU, RDMA, collectives) is a module and a line here."""
 
-from . import collectives, gpu, idle, overhead, oversubscribe, pairs, progress, qos, startup
+from . import collectives, gpu, gpu_compute, idle, overhead, oversubscribe, pairs, progress, qos, startup
 from .model import Suite
 
 SUITES: dict[str, Suite] = {
     module.SUITE.name: module.SUITE
-    for module in (pairs, qos, progress, overhead, oversubscribe, idle, collectives, startup, gpu)
+    for module in (
+        pairs,
+        qos,
+        progress,
+        overhead,
+        oversubscribe,
+        idle,
+        collectives,
+        startup,
+        gpu,
+        gpu_compute,
+    )
 }

@@ -118,7 +118,6 @@ class MoverHost {
   virtual void begin_assist() = 0;
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
-  virtual bool loop_spins() const = 0;
   // A long copy is about to end: loops that spin are woken in time for it.
   virtual void ends_soon(OpId op) = 0;
 

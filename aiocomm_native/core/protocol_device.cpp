@@ -22,6 +22,7 @@ constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts
 constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20,
                    kChunkStep = 2 << 20;
 constexpr double kRateMemory = 256 << 20;
+constexpr uint64_t kOwnNs = 12000;  // of what an urgent message may take, what it needs itself
 constexpr uint64_t kEarlyWake = 256 << 10;
 constexpr uint8_t kBulkClass = 1;  // and below: its messages never decide by load
 
@@ -328,7 +329,8 @@ void Engine::limit_window(DeviceQueue& queue) {
   double rate = queue.sched.rate();
   if (shared || (urgent && busy)) {
     // Two chunks of half the window: in whole steps, so that the second always finds room beside the first.
-    auto window = static_cast<uint64_t>(rate * static_cast<double>(preempt_ns_));
+    auto window =
+        static_cast<uint64_t>(rate * static_cast<double>(preempt_ns_ - std::min(preempt_ns_ / 2, kOwnNs)));
     chunk = std::clamp(window / 2, kLeastChunk, kRoundChunk) & ~(kChunkStep - 1);
     if (urgent && busy) preempt = static_cast<uint64_t>(2.04 * static_cast<double>(chunk) / rate);
   }
@@ -605,6 +607,7 @@ bool Engine::assist() {
   if (stopping_.load(std::memory_order_relaxed)) return false;
   // Peers need not ring while we look. The engine's thread may have marked itself asleep meanwhile.
   if (page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep) awake(page_->engine);
+  if (loop_spins()) return false;  // it looks by itself
   if (!token_.try_lock()) return false;
   drain_submissions();
   int did = closed_ ? 0 : poll_links();
