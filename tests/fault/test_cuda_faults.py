@@ -78,7 +78,7 @@ async def the_first(events: Any, kind: type) -> Any:
 
 
 async def one_way(send: Any, receive: Any) -> list[BaseException | None]:
-    """Both ends of a message, which end by themselves; where one is refused at once the other is cancelled."""
+    """Both ends of a message, which end by themselves; where one is refused the other is cancelled."""
     ended: list[BaseException | None] = [None, None]
     transfers: list[Any] = [None, None]
     for index, call in enumerate((send, receive)):
