@@ -60,8 +60,8 @@ class DeviceArray:
     """GPU memory that `recv_array(device=...)` has made, with the sender's shape and dtype.
 
     `torch.as_tensor(x, device="cuda")` and `cupy.asarray(x)` are arrays over the same memory, and keep it
-    alive. Its memory goes back with the last of them, once the work on it is done. A dtype that the interface cannot
-    name (bfloat16) is shown as bytes: `torch.as_tensor(x, device="cuda").view(torch.bfloat16)`.
+    alive. Its memory goes back with the last of them, once the work on it is done. A dtype that the interface
+    cannot name (bfloat16) is shown as bytes: `torch.as_tensor(x, device="cuda").view(torch.bfloat16)`.
     """
 
     def __init__(

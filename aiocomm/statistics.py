@@ -21,8 +21,8 @@ class LinkStatistics:
 
     `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
     socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
-    (through the ring or the sockets, chunk by chunk), `device` (by a copy engine between two GPUs), `staged` (GPU
-    memory by a detour). A message is counted at both ends.
+    (through the ring or the sockets, chunk by chunk), `device` (by a copy engine between two GPUs), `staged`
+    (GPU memory by a detour). A message is counted at both ends.
 
     `queued_s` and `moved_s` tell how long completed operations took: until their first byte moved, and from
     then until they ended.

@@ -90,26 +90,31 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
     for (Stream& stream : streams_)
       check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, 0), "make a stream");
+    bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
-    driver.cuDevicePrimaryCtxRelease(ordinal);
+    release();
     throw;
   }
   for (auto i = static_cast<uint32_t>(kWords); i-- > kFirstGate;) free_gates_.push_back(i);
-  bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   thread_ = std::thread([this] { run(); });
 }
 
 Device::~Device() {
   stop();
+  release();
+}
+
+// What the constructor has taken, as far as it has.
+void Device::release() {
   {
     Current current(*this);
     for (Stream& stream : streams_)
       if (stream.handle) driver.cuStreamDestroy(stream.handle);
-    driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
+    if (words_) driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
   }
   driver.cuDevicePrimaryCtxRelease(ordinal);
-  ::close(bell_);
+  if (bell_ >= 0) ::close(bell_);
 }
 
 void Device::stop() {

@@ -77,6 +77,7 @@ class Device {
   };
 
   void run();
+  void release();
   bool issue();
   void tell(Stream& stream);
   bool collect(uint64_t now);

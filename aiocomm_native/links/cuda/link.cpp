@@ -173,11 +173,15 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   auto handle = reinterpret_cast<CUstream>(stream);
   int capturing = 0;
   CUresult code = state.driver.cuStreamIsCapturing(handle, &capturing);
-  if (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE)
+  // IMPLICIT: the legacy stream, while a stream that waits for it is captured.
+  if (code == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT ||
+      (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE))
     throw DeviceUsage(
-        "the stream is being captured into a CUDA graph: a transfer cannot be part of one; send before or "
-        "after the "
-        "capture, or on another stream");
+        "the stream is being captured into a CUDA graph: a transfer cannot be part of one. Send before or "
+        "after the capture, or on another stream");
+  if (code == CUDA_ERROR_INVALID_HANDLE)
+    throw DeviceUsage("stream= is not a stream of this process (was it destroyed?): " +
+                      state.driver.describe(code));
   if (code == CUDA_SUCCESS) code = state.driver.cuStreamQuery(handle);
   if (code == CUDA_ERROR_NOT_READY)
     buffer->gate = owner.gate_behind(handle);
