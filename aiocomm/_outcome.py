@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm import errors
-from aiocomm._device import describe
+from aiocomm._device import DeviceArray, describe
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -172,4 +172,5 @@ def install() -> None:
         errors.LinkError,
         errors.UsageError,
         describe,
+        DeviceArray,
     )

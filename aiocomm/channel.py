@@ -63,10 +63,15 @@ class Channel:
         return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline, stream=stream)
 
     def recv_array(
-        self, src: int = ANY_SOURCE, *, tag: int = 0, deadline: float | None = None
+        self,
+        src: int = ANY_SOURCE,
+        *,
+        tag: int = 0,
+        deadline: float | None = None,
+        device: int | None = None,
     ) -> Transfer[Any]:
         """`Communicator.recv_array` on this channel."""
-        return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline)
+        return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline, device=device)
 
     def put(
         self, array: Any, remote: RemoteRegion, *, notify: bytes | None = None, deadline: float | None = None

@@ -135,6 +135,13 @@ bool Engine::prefer_push(const Op& op, Peer& peer) const {
 void Engine::continue_receive(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
+  if (gpu.allocates && !op.data) {
+    Reach::State made = mover_->allocate(gpu, op.nbytes, op.id);
+    gpu.waiting = made == Reach::State::opening;
+    if (made == Reach::State::refused) return fail_device(op, 2);  // CUDA_ERROR_OUT_OF_MEMORY
+    if (made != Reach::State::ready) return;
+    op.data = reinterpret_cast<std::byte*>(gpu.place.address);
+  }
   if (gpu.role == Role::stage_in) return landing(op, 0, op.nbytes);  // came in its frame
   if (!gpu.from_device) {
     if (!has_bounce(op)) return;
@@ -501,10 +508,10 @@ void Engine::go_on(const OpId* ops, size_t count) {
     op->gpu->waiting = false;
     if (op->state != OpState::moving) continue;
     Peer* peer = find_peer(op->peer);
-    bool here =
-        op->gpu->role == Role::stage_in && !op->gpu->from_device;  // an eager message outlives its sender
+    bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;
+    Peer ghost;  // an eager message outlives its sender
     if (here)
-      landing(*op, 0, op->nbytes);
+      continue_receive(*op, peer ? *peer : ghost);
     else if (peer && peer->state == Peer::State::up)
       continue_device(*op, *peer);
   }
