@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from aiocomm._device import describe
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
@@ -63,17 +64,22 @@ class Operations:
         channel: Channel | None = None,
         deadline: float | None = None,
         synchronous: bool = False,
+        stream: Any = None,
     ) -> Transfer[None]:
         """Send an array.
 
-        A message of at most `eager_max` bytes ends when the runtime has a copy of it; a larger one, or a
-        `synchronous` one, when the receiver has it.
+        A message of at most `eager_max` bytes of host memory ends when the runtime has a copy of it; a larger
+        one, one of GPU memory, or a `synchronous` one, when the receiver has it.
 
         Args:
-            array: host array or buffer of any shape and dtype, contiguous in C order.
+            array: host or GPU array, or buffer, of any shape and dtype, contiguous in C order.
             dst: rank of the receiver; may be one's own.
             tag: 0 to MAX_TAG.
+            stream: of a GPU array: the bytes are those after the work that this stream has now. Default: the
+                current stream of the array's library.
         """
+        if stream is not None:
+            array = on_stream(array, False, stream)
         return self._submit_send(array, dst, tag, channel, deadline, _SYNCHRONOUS if synchronous else 0)
 
     def send_nowait(
@@ -84,12 +90,15 @@ class Operations:
         tag: int = 0,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[None]:
         """Send, but only if the link takes it at once.
 
         Raises:
             WouldBlock: the peer is not connected yet, or its queue is full; nothing was submitted.
         """
+        if stream is not None:
+            array = on_stream(array, False, stream)
         transfer = self._submit_send(array, dst, tag, channel, deadline, _NO_WAIT)
         if transfer.done() and isinstance(error := transfer.exception(), WouldBlock):
             raise error
@@ -106,6 +115,8 @@ class Operations:
         limit = limit_of(deadline)
         try:
             return self._send(array, dst, index, tag, limit, flags)
+        except UsageError:
+            raise
         except (TypeError, ValueError, BufferError):
             _integers(dst=dst, tag=tag)
             return self._send(as_buffer(array, False), dst, index, tag, limit, flags)
@@ -118,15 +129,21 @@ class Operations:
         tag: int = 0,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[Status]:
         """Receive into an array; returns `Status(source, tag, nbytes)`.
 
         Args:
-            out: writable host array or buffer, contiguous in C order, at least as large as the message. Only
-                bytes are matched: the message's dtype and shape are not compared with it.
+            out: writable host or GPU array, or buffer, contiguous in C order, no smaller than the message. Only
+                bytes are matched: its dtype and shape are not compared with it.
             src: rank of the sender, or ANY_SOURCE.
             tag: the message's tag, by default 0 as for `send`, or ANY_TAG.
+            stream: of a GPU array: nothing is written before the work that this stream has now is done.
+                Default: the current stream of the array's library. When the await returns, every stream sees
+                the data.
         """
+        if stream is not None:
+            out = on_stream(out, True, stream)
         index = 0 if channel is None else channel._index
         if self._closed or not self._here() or not -1 <= tag <= MAX_TAG or not -1 <= src < self._ranks:
             self._refuse(src=src, tag=tag)
@@ -137,6 +154,8 @@ class Operations:
             raise UsageTypeError("recv needs a buffer; recv_array allocates one")
         try:
             return self._recv(out, src, index, tag, limit)
+        except UsageError:
+            raise
         except (TypeError, ValueError, BufferError) as error:
             overlapping(error)
             _integers(src=src, tag=tag)
@@ -320,6 +339,16 @@ class Operations:
             raise UsageError(
                 f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}" + ("" if dst is not None else " and ANY_TAG")
             )
+
+
+def on_stream(array: Any, writable: bool, stream: Any) -> Any:
+    """A GPU array with the stream that a call names for it."""
+    described = describe(array, writable, stream)
+    if described is None:
+        raise UsageError(
+            f"stream= belongs to GPU arrays, and {type(array).__name__} is in host memory: leave it out"
+        )
+    return described
 
 
 def _seconds(deadline: float) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm import errors
+from aiocomm._device import describe
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -91,11 +92,26 @@ def make_error(
             return errors.ClosedError(f"{what}{over}: the communicator or the channel was closed")
         case _Code.WOULD_BLOCK:
             return errors.WouldBlock(f"{what}{over}: cannot be handed over at once; await send() instead")
+        case _ if link == "cuda":
+            return _device_failure(what + over, number)
         case _:
             name = os.strerror(number) if number else "unknown"
             return errors.LinkError(
                 f"{what}{over}: the link failed: {name} (errno {number}); see `aiocomm doctor`", number, name
             )
+
+
+def _device_failure(what: str, number: int) -> errors.LinkError:
+    if number == -1:
+        return errors.LinkError(
+            f"{what}: there is no host memory for staging it; send smaller pieces", 12, "ENOMEM"
+        )
+    if number <= 0:
+        return errors.LinkError(
+            f"{what}: the peer's GPU failed; its side of the transfer says how", 0, "peer"
+        )
+    text = _core.describe_device_error(number)
+    return errors.LinkError(f"{what}: the GPU failed: {text}; see `aiocomm doctor`", number, text.split()[0])
 
 
 _COMPLEX = {"Zf": "F", "Zd": "D", "Zg": "G"}
@@ -140,4 +156,12 @@ async def trio_wait(transfer: Transfer[Any]) -> Any:
 
 def install() -> None:
     """Give the hooks to the native module. Idempotent."""
-    _core.install_hooks(make_error, make_array, trio_wait, asyncio.CancelledError, errors.LinkError)
+    _core.install_hooks(
+        make_error,
+        make_array,
+        trio_wait,
+        asyncio.CancelledError,
+        errors.LinkError,
+        errors.UsageError,
+        describe,
+    )

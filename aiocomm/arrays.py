@@ -85,8 +85,9 @@ def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
 def _foreign(array: Any) -> NDArray[Any]:
     if hasattr(array, "__cuda_array_interface__") or _dlpack_device(array) not in (None, 1, 3):
         raise UsageError(
-            f"{type(array).__name__} lies on a device, and this version moves host memory only: copy it to "
-            "the host first (`.cpu()`, `.get()`)"
+            f"{type(array).__name__} lies on a device that cannot be used here: the cuda link is not enabled "
+            "(AIOCOMM_LINKS), finds no GPU (`aiocomm doctor`), or this operation takes host memory only; "
+            "copy it to the host (`.cpu()`, `.get()`)"
         )
     if _dlpack_device(array) is not None:
         try:

@@ -84,7 +84,11 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         if unknown := sorted(set(wanted) - set(_core.available_links())):
             built = ", ".join(name for name in _core.available_links() if name != "self")
             raise UsageError(f"unknown link {unknown[0]!r}: this build has {built}")
+        if wanted and not set(wanted) - {"cuda"}:
+            wanted += ["shm", "tcp"]  # it moves memory beside another link
         self._engine = _core.Engine(wanted, numbers, texts)
+        if "cuda" in wanted:
+            self._engine.devices()  # raises where it cannot work: it was asked for
         self._plane = ControlPlane(world, self._engine, settings, self._on_control_event)
         self._rank = 0
         self._size: int | None = None

@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "World",
     "child_environment",
+    "driver_library",
     "environment_world",
     "resolve_world",
     "take_worker",
@@ -46,6 +47,10 @@ def _setting(default: Any, unit: str, doc: str, **checks: Any) -> Any:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _gpu_spin() -> float:
+    return 200e-6 if _cores() >= 8 else 0.0  # where cores are short, a spinner only delays the others
 
 
 def _copy_threads() -> int:
@@ -97,6 +102,28 @@ class Settings:
     )
     engine_spin_s: float = _setting(
         20e-6, "seconds", "How long the engine's thread polls before it sleeps.", low=0.0, high=1.0
+    )
+    gpu_spin_s: float = field(
+        default_factory=_gpu_spin,
+        metadata={
+            "unit": "seconds",
+            "doc": "How long a GPU's copy thread polls after it was active, before it sleeps.",
+            "low": 0.0,
+            "high": 1.0,
+        },
+    )
+    gpu_mappings: int = _setting(
+        1024, "mappings", "GPU allocations of peers that are kept mapped.", low=1, high=1 << 20
+    )
+    pinned_bytes: int = _setting(
+        1 << 30, "bytes", "Pinned host memory for staging GPU memory, kept once taken.", low=0, high=1 << 40
+    )
+    gpu_relay_bytes: int = _setting(
+        1 << 30,
+        "bytes",
+        "Memory of each GPU for messages whose memory cannot be shared between processes, kept once taken.",
+        low=0,
+        high=1 << 40,
     )
     chunk_max: int = _setting(4 * MIB, "bytes", "Largest piece of a transfer.", low=4 * KIB, high=1 << 30)
     tcp_streams: int = _setting(
@@ -215,6 +242,10 @@ class Settings:
             "tcp_streams",
             "heartbeat_s",
             "chunk_max",
+            "gpu_spin_s",
+            "gpu_mappings",
+            "pinned_bytes",
+            "gpu_relay_bytes",
             "cma",
             "rdma_gid_index",
             "rdma_cache_bytes",
@@ -244,6 +275,11 @@ class Settings:
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return f"AIOCOMM_{name.upper()}"
+
+
+def driver_library() -> str | None:
+    """The library in libcuda's place (`AIOCOMM_LIBCUDA`), which tests use; None: the system's."""
+    return os.environ.get("AIOCOMM_LIBCUDA") or None
 
 
 def environment_world(env: Mapping[str, str] | None = None) -> World:

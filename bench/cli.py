@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import checks, machine, peers, record, rounds, sizes, table
+from . import checks, gpu, machine, peers, record, rounds, sizes, table
 from .model import Options, Sample, Subject, Suite
 from .suites import SUITES
 
@@ -70,7 +70,8 @@ def _understand(args: argparse.Namespace) -> tuple[Options, list[Suite]]:
         raise ValueError(f"no suite {unknown[0]!r}; there are: {', '.join(SUITES)}")
     names = tuple(name for name in args.peers.split(",") if name)
     for name in names:
-        peers.find(name)
+        if name not in gpu.NAMES:
+            peers.find(name)
     rounds_wanted = args.rounds if args.rounds is not None else 2 if args.quick else 5
     if rounds_wanted < 1:
         raise ValueError("--rounds must be at least 1")

@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from fakes import gpu as gpus
+from fakes import simulated
 from harness import LIMIT_S, Child, world
 
 if TYPE_CHECKING:
@@ -46,6 +49,41 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
             await test(**arguments)
 
     pyfuncitem.obj = bounded
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the simulated driver before the first test: that takes a minute once, and counts for no test."""
+    if any({"gpu", "simulated_library"} & set(getattr(item, "fixturenames", ())) for item in session.items):
+        simulated.choose()
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver]:
+    """The driver in use, NVIDIA's or the simulated one; on that, nothing may touch what is not its own."""
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep
+    )  # children use fakes, too
+    library = simulated.choose()
+    if not library:
+        yield gpus.driver()
+        return
+    report = tmp_path / "violations"
+    monkeypatch.setenv("AIOCOMM_LIBCUDA", str(library))
+    monkeypatch.setenv("FAKE_CUDA_REPORT", str(report))
+    driver = gpus.driver()
+    found = simulated.Simulator(driver.library)
+    found.reset()
+    yield driver
+    found.reset()
+    assert not report.exists(), report.read_text()
+
+
+@pytest.fixture
+def simulator(gpu: gpus.Driver) -> simulated.Simulator:
+    """What a test may do to the simulated driver; skips on a real one."""
+    if not simulated.choose():
+        pytest.skip("this test breaks the driver on purpose: it needs the simulated one")
+    return simulated.Simulator(gpu.library)
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())

@@ -65,7 +65,9 @@ def common_links(me: messages.PeerCard, peer: messages.PeerCard, engine: Engine)
     return [
         link
         for link in engine.link_names()
-        if link in peer.links and (engine.link_streams(link)[0] != "unix" or same_host)
+        if link in peer.links
+        and (kind := engine.link_streams(link)[0])  # none: it moves memory beside another link
+        and (kind != "unix" or same_host)
     ]
 
 

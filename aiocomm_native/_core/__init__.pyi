@@ -17,10 +17,13 @@ class Memory:
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def install_hooks(make_error: object, make_array: object, trio_wait: object, cancelled_error: object, link_error: object) -> None: ...
+def install_hooks(make_error: object, make_array: object, trio_wait: object, cancelled_error: object, link_error: object, usage_error: object, describe_device: object) -> None: ...
 
 def available_links() -> list[str]:
     """Names of the links that were built in, cheapest first."""
+
+def describe_device_error(code: int) -> str:
+    """Name, number and text of an error of the CUDA driver."""
 
 def allocate_shared(nbytes: int) -> Memory:
     """Memory in a shared segment that peers on this host can map."""
@@ -77,6 +80,10 @@ class Engine:
     def close_region(self, arg: int, /) -> bool: ...
 
     def set_identity(self, arg0: int, arg1: int, /) -> None: ...
+
+    def has_mover(self) -> bool: ...
+
+    def devices(self) -> int: ...
 
     def link_names(self) -> list[str]: ...
 
@@ -140,3 +147,8 @@ def pack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C',
 
 def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], nbytes: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], array: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
     """Copy rows that lie close together to their places in an array."""
+
+def settle(transfers: list[Transfer[Any]]) -> int:
+    """
+    Spin for transfers, where the loop spins and has nothing else to do: 0 some are pending, 1 all are done, 2 some have failed.
+    """

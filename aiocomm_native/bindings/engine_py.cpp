@@ -10,8 +10,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "bindings/device_py.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
+#include "links/cuda/driver.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -133,6 +135,60 @@ struct Start {
     t->nbytes = op->nbytes;
   }
 
+  // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
+  void memory(PyObject* object, bool writable) {
+    if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
+    DeviceView view;
+    Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
+    if (found == Found::error) give_up();
+    if (found == Found::view) {
+      t->keep = Py_NewRef(object);
+      device_memory(view);
+      Py_DECREF(view.shape);
+      return;
+    }
+    PyObject* description = PyTuple_CheckExact(object)
+                                ? Py_NewRef(object)
+                                : PyObject_CallFunction(hooks.describe_device, "Oi", object, writable);
+    if (!description) give_up();
+    if (description == Py_None) {
+      Py_DECREF(description);
+      return buffer(object, writable);
+    }
+    t->keep = description;
+    PyObject* array;
+    unsigned long long address, nbytes, stream;
+    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream,
+                          &view.format, &view.shape))
+      give_up();
+    view.address = address, view.nbytes = nbytes, view.stream = stream;
+    device_memory(view);
+  }
+
+  void device_memory(const DeviceView& view) {
+    PyObject* refusal = nullptr;
+    std::string reason;
+    int code = 0;
+    Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
+        try {
+      op->gpu = e.engine->mover()->bind(view.address, view.nbytes, view.device, view.stream);
+    } catch (const LinkFailure& failure) {
+      refusal = hooks.link_error, reason = failure.what(), code = failure.code;
+    } catch (const std::exception& usage) {
+      refusal = hooks.usage_error, reason = usage.what();
+    }
+    Py_END_ALLOW_THREADS if (refusal) {
+      nb::object args = refusal == hooks.link_error ? nb::object(nb::make_tuple(reason, code))
+                                                    : nb::object(nb::make_tuple(reason));
+      PyErr_SetObject(refusal, args.ptr());
+      give_up();
+    }
+    op->data = reinterpret_cast<std::byte*>(view.address);
+    op->nbytes = op->capacity = view.nbytes;
+    t->nbytes = view.nbytes;
+    if (!encode_meta(*op, view.format, view.shape)) give_up();
+  }
+
   // Two transfers that write one buffer would mix their bytes.
   void claim() {
     if (op->nbytes == 0) return;
@@ -151,15 +207,16 @@ struct Start {
 
   nb::object submit() {
     t->tag = op->tag;
+    uint64_t written = op->allocate ? 0 : op->nbytes;
     PyObject* handle = reinterpret_cast<PyObject*>(t);
     Py_INCREF(handle);  // the engine's reference, until end_transfer
     if (!e.on_submit.empty()) report();
     bool ended = e.engine->submit(op);
     if (ended) {
       end_transfer(t);
-    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && !op->allocate && t->view.len) {
+    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written) {
       // The op may have ended on another thread, but is taken back only by drain(), on this one.
-      e.receiving.emplace(op->data, static_cast<uint64_t>(t->view.len));
+      e.receiving.emplace(op->data, written);
       t->tracked = true;
     }
     nb::object result = nb::steal(handle);
@@ -169,7 +226,7 @@ struct Start {
 
   void report() {
     static const char* names[] = {"send", "recv", "put", "get"};
-    auto observer = e.on_submit.find(e.engine->likely_link(op->peer));
+    auto observer = e.on_submit.find(op->gpu ? e.engine->executor_of(*op) : e.engine->likely_link(op->peer));
     if (observer == e.on_submit.end()) return;
     PyObject* r = PyObject_CallFunction(
         observer->second, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
@@ -184,11 +241,11 @@ using Self = nb::pointer_and_handle<PyEngine>;
 nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline,
                 int flags) {
   Start start(self, OpKind::send, dst, channel, deadline);
-  start.buffer(object.ptr(), false);
+  start.memory(object.ptr(), false);
   start.op->tag = tag;
   start.op->synchronous = flags & kSynchronous;
   start.op->no_wait = flags & kNoWait;
-  encode_meta(*start.op, start.t->view);
+  if (!start.op->gpu) encode_meta(*start.op, start.t->view);
   return start.submit();
 }
 
@@ -198,7 +255,7 @@ nb::object recv(Self self, nb::handle object, int src, uint32_t channel, int64_t
   if (object.is_none()) {
     start.op->allocate = true;
   } else {
-    start.buffer(object.ptr(), true);
+    start.memory(object.ptr(), true);
     start.claim();
   }
   return start.submit();
@@ -326,14 +383,17 @@ void bind_engine(nb::module_& m) {
   m.def(
       "install_hooks",
       [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object cancelled,
-         nb::object link_error) {
+         nb::object link_error, nb::object usage_error, nb::object describe_device) {
         hooks.make_error = make_error.release().ptr();
         hooks.make_array = make_array.release().ptr();
         hooks.trio_wait = trio_wait.release().ptr();
         hooks.cancelled_error = cancelled.release().ptr();
         hooks.link_error = link_error.release().ptr();
+        hooks.usage_error = usage_error.release().ptr();
+        hooks.describe_device = describe_device.release().ptr();
       },
-      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a);
+      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a, "usage_error"_a,
+      "describe_device"_a);
   m.def(
       "available_links",
       [] {
@@ -342,6 +402,9 @@ void bind_engine(nb::module_& m) {
         return names;
       },
       "Names of the links that were built in, cheapest first.");
+  m.def(
+      "describe_device_error", [](int code) { return cuda::Driver::of_process().describe(code); }, "code"_a,
+      "Name, number and text of an error of the CUDA driver.");
   m.def(
       "allocate_shared",
       [](uint64_t nbytes) {
@@ -430,6 +493,8 @@ void bind_engine(nb::module_& m) {
             e.engine->start_pair(rank, generation);
           },
           release_gil())
+      .def("has_mover", [](PyEngine& e) { return e.engine->mover() != nullptr; })
+      .def("devices", [](PyEngine& e) { return e.engine->mover() ? e.engine->mover()->devices() : 0; })
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
       .def("link_streams",
            [](PyEngine& e, const std::string& link) {

@@ -90,6 +90,22 @@ void encode_meta(Op& op, const Py_buffer& view) {
   op.meta_bytes = static_cast<uint16_t>(16 + 8 * view.ndim);
 }
 
+bool encode_meta(Op& op, const char* format, PyObject* shape) {
+  Py_ssize_t dims[kMaxDims];
+  Py_ssize_t count = PyTuple_Check(shape) ? PyTuple_GET_SIZE(shape) : 0;
+  Py_buffer view{};
+  view.format = const_cast<char*>(format);
+  view.ndim = static_cast<int>(count);
+  view.shape = dims;
+  for (Py_ssize_t i = 0; i < count && i < static_cast<Py_ssize_t>(kMaxDims); ++i) {
+    dims[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape, i));
+    if (dims[i] < 0)
+      return PyErr_Occurred() != nullptr ? false : (PyErr_SetString(PyExc_ValueError, "shape"), false);
+  }
+  encode_meta(op, view);
+  return true;
+}
+
 PyObject* decode_meta(const Op& op, PyObject* memory) {
   auto meta = op.meta.data();
   size_t dims = op.meta_bytes >= 16 ? static_cast<size_t>(meta[0]) : 0;

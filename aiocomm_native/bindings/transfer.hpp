@@ -21,6 +21,8 @@ struct Hooks {
   PyObject* trio_wait = nullptr;        // (transfer) -> coroutine
   PyObject* cancelled_error = nullptr;  // asyncio.CancelledError
   PyObject* link_error = nullptr;       // aiocomm.LinkError
+  PyObject* usage_error = nullptr;      // aiocomm.UsageError
+  PyObject* describe_device = nullptr;  // (object, writable) -> tuple, or None: it is not device memory
 };
 extern Hooks hooks;
 
@@ -83,10 +85,14 @@ PyObject* make_status(const Transfer* transfer);
 const char* kind_name(OpKind kind);
 bool call_back(Transfer* transfer, PyObject* callback, PyObject* context);  // false: a Python error is set
 void let_go(Transfer* transfer);                                            // of its buffer
-int init_transfer(PyObject* module);                                        // adds Transfer and Status
+bool loop_has_nothing_else(PyEngine* engine);
+bool may_spin(PyEngine* engine, uint64_t now);  // whether a task may go on without its loop
+int init_transfer(PyObject* module);            // adds Transfer and Status
 
 // Describes a buffer's format and shape in an op's metadata, and back.
 void encode_meta(Op& op, const Py_buffer& view);
+// The same for a format and a shape as they are; false: a Python error is set.
+bool encode_meta(Op& op, const char* format, PyObject* shape);
 PyObject* decode_meta(const Op& op, PyObject* memory);
 
 // A buffer that the engine allocated; frees it when the last array over it is gone.

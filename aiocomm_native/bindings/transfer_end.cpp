@@ -81,7 +81,7 @@ void fail_with_current_error(Transfer* t) {
 }
 
 void take_failure(Transfer* t, const Op& op) {
-  const std::string& link = t->engine->engine->link_name(op.link);
+  const std::string& link = t->engine->engine->link_name(t->engine->engine->executor_of(op));
   const std::string reason =
       op.code == Code::peer_lost ? t->engine->engine->why_lost(op.peer) : std::string();
   t->exception =
@@ -108,7 +108,7 @@ void take_success(Transfer* t, Op& op) {
 
 void report_completion(Transfer* t, const Op& op) {
   PyEngine* engine = t->engine;
-  auto observer = engine->on_complete.find(op.link);
+  auto observer = engine->on_complete.find(engine->engine->executor_of(op));
   if (observer == engine->on_complete.end()) return;
   uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
   PyObject* r = PyObject_CallFunction(

@@ -21,8 +21,11 @@ struct alignas(64) WakeWord {
 
 // The page that a process shares with its peers on one host.
 struct WakePage {
+  static constexpr int kDevices = 32;
   WakeWord loop;
   WakeWord engine;
+  // By device: bytes that its copy engine has to move. Whoever sends or receives looks whose engine has less to do.
+  std::atomic<uint64_t> load[kDevices] = {};
 };
 
 enum class Wake : uint8_t { none, loop, engine };

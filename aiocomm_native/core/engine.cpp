@@ -65,6 +65,7 @@ Engine::Engine(EngineConfig config)
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
   copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
 
+  preempt_ns_ = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
   SchedConfig sched;
   sched.max_chunk = static_cast<uint64_t>(number(config_, "chunk_max", 4 << 20));
   sched.min_share = number(config_, "min_share", 0.05);
@@ -74,16 +75,22 @@ Engine::Engine(EngineConfig config)
   };
   for (const LinkEntry& entry : link_registry()) {
     if (!wanted(entry.name)) continue;
+    std::unique_ptr<Link> link;
     try {
-      links_.push_back(entry.factory(*this));
+      link = entry.factory(*this);
     } catch (const LinkFailure&) {
       if (!entry.optional || !config_.links.empty()) throw;
-      continue;
+    }
+    if (!link) continue;
+    if (link->mover()) {
+      mover_ = link->mover();
+      mover_index_ = static_cast<uint8_t>(links_.size());
+      spin_tries_ = setting("gpu_spin_s", 0) > 0 ? 1000 : 0;
     }
     link_names_.push_back(entry.name);
+    links_.push_back(std::move(link));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
-    auto preempt = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
-    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt);
+    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns_);
   }
   counters_.resize(links_.size());
   thread_ = std::thread([this] { run(); });
@@ -129,10 +136,12 @@ void Engine::close() {
         end_early(*op, Code::closed);
       }
   }
+  if (mover_) await_remote_writers();
   stopping_ = true;
   ring_fd(engine_fd_);
   if (thread_.joinable()) thread_.join();
   copier_->stop();  // running chunks end; nothing touches a buffer after this
+  if (mover_) mover_->stop();
   Token token(*this);
   for (auto& peer : peers_)
     if (peer && peer->link) {
@@ -238,6 +247,7 @@ bool Engine::anything_to_poll() {
 
 bool Engine::spin(uint64_t until_ns) {
   awake(page_->loop);
+  loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
   bool found = false, taken = false;
@@ -257,6 +267,7 @@ bool Engine::spin(uint64_t until_ns) {
     last = t;
     relax();
   }
+  loop_spins_.store(false, std::memory_order_relaxed);
   found = found || has_completed();
   if (patient && until_ns > began) patience_.spun(found, taken, last);
   return found;

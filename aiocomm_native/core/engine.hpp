@@ -27,6 +27,8 @@
 #include <vector>
 
 #include "core/copier.hpp"
+#include "core/device.hpp"
+#include "core/device_queue.hpp"
 #include "core/link.hpp"
 #include "core/match.hpp"
 #include "core/mpsc.hpp"
@@ -96,7 +98,7 @@ struct RegionInfo {
   uint32_t active = 0;  // transfers of peers that use it now
 };
 
-class Engine final : public Host, public FrameSink {
+class Engine final : public Host, public FrameSink, public MoverHost {
  public:
   explicit Engine(EngineConfig config);
   ~Engine();
@@ -177,6 +179,20 @@ class Engine final : public Host, public FrameSink {
   FrameSink& sink() override { return *this; }
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
 
+  MoverHost& mover_host() override { return *this; }
+  Mover* mover() { return mover_; }
+  // The link whose counters an op belongs to.
+  uint8_t executor_of(const Op& op) const { return op.gpu ? mover_index_ : op.link; }
+
+  // --- MoverHost (protocol_device.cpp)
+  void moved(MoveJob* jobs, size_t count) override;
+  void go_on(const OpId* ops, size_t count) override;
+  void begin_assist() override;
+  bool assist() override;
+  bool end_assist() override;
+  void ends_soon(OpId op) override;
+  bool loop_spins() const override { return loop_spins_.load(std::memory_order_relaxed); }
+
   // --- FrameSink (protocol_receive.cpp)
   void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                 const std::byte* payload) override;
@@ -197,7 +213,12 @@ class Engine final : public Host, public FrameSink {
   int poll_links();
   void drain_submissions();
   void after_unlock();
-  void ring_engine() { ring(page_->engine, engine_fd_); }
+  void ring_engine() {
+    if (assistants_.load(std::memory_order_relaxed))
+      ring_fd(engine_fd_);  // they keep the word awake, but set no timers
+    else
+      ring(page_->engine, engine_fd_);
+  }
   void wake_loop();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);
@@ -221,9 +242,10 @@ class Engine final : public Host, public FrameSink {
   uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
   // protocol_remote.cpp: bytes that devices move
-  bool hold(Op& op, Reach reach);
+  bool hold(Op& op, Access access);
   bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
   Op* writing_into(Peer& peer, OpId receive);
+  bool can_copy_from(Peer& peer) const;
 
   // protocol_offer.cpp: receives that tell their source where to write
   void offer(Op& op, Peer& peer);
@@ -258,7 +280,7 @@ class Engine final : public Host, public FrameSink {
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);
   void on_stop(Peer& peer, const FrameHeader& header);
-  void on_cts(Peer& peer, const FrameHeader& header);
+  void on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta);
   void job_done(CopyJob& job);
   Op* streaming_to(Rank source, OpId rop);
 
@@ -270,6 +292,37 @@ class Engine final : public Host, public FrameSink {
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
   void region_idle(uint64_t id);
   void notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes);
+
+  // protocol_device.cpp: memory that no CPU reads
+  Post send_device(Op& op, Peer& peer);
+  void deliver_device(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
+                      const std::byte* payload);
+  void continue_device(Op& op, Peer& peer);
+  void continue_receive(Op& op, Peer& peer);
+  void continue_send(Op& op, Peer& peer);
+  bool prefer_push(const Op& op, Peer& peer) const;
+  void answer_with_place(Op& op, Peer& peer);
+  void staged_because(Peer& peer, const std::string& reason);
+  void stage_in(Op& op, Peer& peer, bool announced_on_device);
+  void stage_out(Op& op, Peer& peer);
+  void on_device_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);
+  void on_moved(Peer& peer, const FrameHeader& header);
+  void on_staged(Peer& peer, const FrameHeader& header);
+  void send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes);
+  void landing(Op& op, uint64_t offset, uint64_t nbytes);
+  void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
+  void fail_device(Op& op, int error);
+  bool wait_for_gate(Op& op);
+  const Scheduler& device_sched(Lane lane, const Scheduler& otherwise) const;
+  bool has_bounce(Op& op, bool may_wait = true);
+  DeviceQueue& device_queue(int device, Lane lane);
+  void queue_move(Op& op, Lane lane, uint64_t nbytes);
+  void pump_device(DeviceQueue& queue);
+  void limit_window(DeviceQueue& queue);
+  void cancel_move(Op& op);
+  void forget_flows(Rank rank);
+  void settle_device(Op& op);
+  void await_remote_writers();
 
   // protocol_end.cpp: every way an op ends
   void finish(Op& op, Code code);     // nothing touches its buffer any more
@@ -346,6 +399,14 @@ class Engine final : public Host, public FrameSink {
   BoundedQueue<Op*> submissions_;
   BoundedQueue<Op*> completed_;
   std::unique_ptr<Copier> copier_;
+
+  Mover* mover_ = nullptr;  // one of links_
+  uint8_t mover_index_ = 0;
+  int spin_tries_ = 0;
+  uint64_t preempt_ns_ = 100000;
+  std::vector<std::unique_ptr<DeviceQueue>> device_queues_;
+  std::atomic<bool> loop_spins_{false};
+  std::atomic<int> assistants_{0};  // copy threads that look for the engine's thread, which sleeps
 };
 
 }  // namespace aiocomm

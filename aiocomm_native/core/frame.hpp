@@ -38,10 +38,15 @@ enum class FrameKind : uint8_t {
   took,       // a message of `nbytes`, less than offered, is being written into `rop`
   quit,       // nothing more will be written into `rop`; `code`
   link_private,  // consumed by the link itself
+  moved,         // device memory: the sender's engine has written `rop`, or will not any more: `code`
+  staged,  // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
 };
 
 enum FrameFlags : uint8_t {
   kHasNotify = 1,  // put: metadata is a notification's payload
+  kDevice = 2,     // rts, cts: metadata ends with a DevicePlace
+  kNotYet = 4,     // rts: the bytes are not there yet; the sender pushes when they are
+  kReads = 8,      // cts: the receiver can read the sender's host memory
 };
 
 struct FrameHeader {

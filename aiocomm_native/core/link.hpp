@@ -45,7 +45,7 @@ struct ProtocolViolation : std::runtime_error {
 };
 
 // Who may reach registered memory: this side's devices only, or peers as well.
-enum class Reach : uint8_t { local, peer_reads, peer_writes };
+enum class Access : uint8_t { local, peer_reads, peer_writes };
 
 // Where a message's bytes lie at their owner.
 struct Location {
@@ -130,6 +130,18 @@ class LinkPeer {
     (void)nbytes;
     return {reinterpret_cast<uint64_t>(data), 0};
   }
+  // The peer's process as the kernel tells it, where it is on this host; -1: elsewhere, or not known.
+  virtual int process() const { return -1; }
+  virtual WakePage* page() { return nullptr; }  // the peer's, where it is mapped here
+  // Passes a descriptor that the peer takes by the same key; false: not on this link.
+  virtual bool pass_descriptor(uint64_t key, int fd) {
+    (void)key, (void)fd;
+    return false;
+  }
+  virtual int take_descriptor(uint64_t key) {  // the caller's to close; -1: it has not come
+    (void)key;
+    return -1;
+  }
   // Called once per heartbeat interval while `needs_ticks`; a link that sees a dead peer by other means does not.
   virtual void tick(uint64_t now_ns) { (void)now_ns; }
   virtual bool needs_ticks() const { return false; }
@@ -162,6 +174,7 @@ class Host {
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
   virtual FrameSink& sink() = 0;
+  virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
 
@@ -183,8 +196,8 @@ class Link {
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
   // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
   // and 0 where the link needs no such thing. Throws LinkFailure.
-  virtual uint32_t hold(const std::byte* data, uint64_t nbytes, Reach reach) {
-    (void)data, (void)nbytes, (void)reach;
+  virtual uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) {
+    (void)data, (void)nbytes, (void)access;
     return 0;
   }
   virtual void release(uint32_t id) { (void)id; }
@@ -192,12 +205,15 @@ class Link {
   virtual std::map<std::string, uint64_t> counters() { return {}; }
   // Ends its threads and gives back what it holds of the machine; its peers are closed.
   virtual void close() {}
+  virtual Mover* mover() {
+    return nullptr;
+  }  // it moves device memory beside the pairs' links, and joins none
   // Takes the descriptors over, also when it throws LinkFailure.
   virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) = 0;
 };
 
-using LinkFactory = std::unique_ptr<Link> (*)(Host&);
+using LinkFactory = std::unique_ptr<Link> (*)(Host&);  // null: this machine has nothing for it
 
 // A link makes itself known by one static object in its own folder. Lower `cost` is preferred.
 struct LinkRegistration {

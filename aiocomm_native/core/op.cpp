@@ -45,11 +45,14 @@ Op* OpTable::take() {
   op->meta_bytes = 0;
   op->notify.clear();
   op->cookie = nullptr;
+  op->ready = ~0ull;
+  op->allocate_on = -1;
   return op;
 }
 
 void OpTable::give_back(Op* op) {
   op->state = OpState::free;
+  op->gpu.reset();
   --in_use_;
   free_.push_back(static_cast<uint32_t>(op->id & kSlotMask));
 }

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device.hpp"
 #include "core/ids.hpp"
 
 namespace aiocomm {
@@ -41,7 +42,7 @@ enum class Code : uint8_t {
 };
 
 // Which way a message's bytes went, for statistics.
-enum class Path : uint8_t { none, eager, mapped, cma, stream, read, write, count };
+enum class Path : uint8_t { none, eager, mapped, cma, stream, device, staged, read, write, count };
 
 constexpr size_t kMaxDims = 8;
 
@@ -87,7 +88,13 @@ struct Op {
   std::string notify;
   bool has_notify = false;
   void* cookie = nullptr;  // the binding's object; the core never looks at it
+  uint64_t ready = ~0ull;  // bytes that may be read by now; less than all: the rest is being staged
+  std::unique_ptr<DeviceBuffer> gpu;  // device memory; `data` is its address, which only devices may touch
+  int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
+
+// What a CPU can touch of an op's bytes.
+inline std::byte* host_data(const Op& op) { return op.gpu ? op.gpu->bounce : op.data; }
 
 // Ops have stable addresses and generation-checked ids. Slots are taken and given back by one thread; any thread that
 // holds the token may look an id up.

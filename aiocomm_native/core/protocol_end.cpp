@@ -23,7 +23,7 @@ void Engine::finish(Op& op, Code code) {
   op.ended_ns = now();
   if (op.offer) drop_offer(op);
   if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
-  LinkCounters& counters = counters_[op.link];
+  LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
     ++counters.completed;
     const uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
@@ -65,6 +65,10 @@ void Engine::drop_inflight(Op& op) {
 
 bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
+  if (op.gpu) {
+    if (op.gpu->inflight || op.gpu->remote_writes) return false;
+    settle_device(op);
+  }
   if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
   finish(op, op.code);
   return true;
@@ -102,6 +106,7 @@ void Engine::end_early(Op& op, Code code) {
     op.in_sched = false;
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
+  if (op.gpu && op.gpu->in_sched) cancel_move(op);
   if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it
 
   bool from_peer = code == Code::peer_cancelled || code == Code::peer_lost;
@@ -122,7 +127,13 @@ void Engine::end_early(Op& op, Code code) {
     }
     // A device that still reads would find its source gone.
     op.owes_word = op.path == Path::read && op.inflight;
-    if (!op.owes_word) tell_other(op, code);
+    if (reachable && op.remote_op && code != Code::link_failed && op.gpu && op.gpu->role == Role::pull &&
+        op.gpu->inflight) {
+      op.gpu->owes_fin = true;  // we still read
+      op.gpu->fin_code = static_cast<uint8_t>(Code::cancelled);
+    } else if (!op.owes_word) {
+      tell_other(op, code);
+    }
     op.awaits_fin = false;
   } else if (op.awaits_fin && reachable && !from_peer && op.kind != OpKind::serve) {
     FrameHeader h{};
@@ -178,6 +189,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     for (Op* op : live) {
       if (!op->live) continue;
       op->awaits_fin = false;
+      if (op->gpu) op->gpu->remote_writes = false;
       bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
       if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
         drop_inflight(*op);
@@ -194,6 +206,8 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     peer.flows.clear();
     peer.control.clear();
     peer.offers.reset();
+    forget_flows(peer.rank);
+    if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

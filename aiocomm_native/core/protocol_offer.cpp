@@ -43,13 +43,13 @@ auto by_peer(F&& f) {
 // ---------------------------------------------------------------- the receiver's side
 
 void Engine::offer(Op& op, Peer& peer) {
-  if (op.allocate || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
+  if (op.allocate || op.gpu || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
   ChannelId channel = channels_[op.channel].id;
   MessageKey key = key_of(op);
   if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key))
     return;
   op.link = peer.link_index;
-  if (!hold(op, Reach::peer_writes)) return;
+  if (!hold(op, Access::peer_writes)) return;
   auto ahead = static_cast<uint32_t>(matcher_.waiting(channel, op.peer, op.tag) - 1);
   OffersMade::Made made = peer.offers->made.offer(key, op.id, op.nbytes, ahead);
   op.offer = slot_of(made.immediate);
@@ -192,7 +192,7 @@ void Engine::on_offer(Peer& peer, const FrameHeader& header, const std::byte* by
 }
 
 Post Engine::send_into(Op& op, Peer& peer, const Offer& next) {
-  if (!hold(op, Reach::local)) return Post::ok;
+  if (!hold(op, Access::local)) return Post::ok;
   if (op.nbytes != next.capacity) {
     FrameHeader h{};
     h.kind = FrameKind::took;

@@ -107,7 +107,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   op->region = header.sop;
   op->awaits_fin = true;
   ++region->active;
-  if (!hold(*op, Reach::peer_reads)) {
+  if (!hold(*op, Access::peer_reads)) {
     reply.kind = FrameKind::get_fail;
     reply.code = static_cast<uint8_t>(Code::link_failed);
     return send_control(peer, reply, Wake::loop);

@@ -30,7 +30,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::fin:
         return on_fin(*peer, header);
       case FrameKind::cts:
-        return on_cts(*peer, header);
+        return on_cts(*peer, header, meta);
       case FrameKind::cancel:
         return on_cancel(*peer, header);
       case FrameKind::stop:
@@ -68,6 +68,10 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return on_quit(*peer, header);
       case FrameKind::goodbye:
         return end_peer(*peer, kLeft);
+      case FrameKind::moved:
+        return on_moved(*peer, header);
+      case FrameKind::staged:
+        return on_staged(*peer, header);
       case FrameKind::heartbeat:
         return;
       default:
@@ -129,7 +133,10 @@ void Engine::start_recv(Op& op) {
 void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
   if (header.tag < 0) throw ProtocolViolation("negative tag");
   if (header.nbytes > kMaxMessage) throw ProtocolViolation("a message larger than any memory");
-  if (header.meta_bytes > sizeof(Op::meta)) throw ProtocolViolation("oversized metadata");
+  size_t place = header.flags & kDevice ? sizeof(DevicePlace) : 0;
+  if (header.meta_bytes > sizeof(Op::meta) + place) throw ProtocolViolation("oversized metadata");
+  if (place && (header.kind != FrameKind::rts || header.meta_bytes < place || header.nbytes == 0))
+    throw ProtocolViolation("device memory without its place");
   if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("eager message without all of its bytes");
   MessageKey key{header.channel, header.tag};
@@ -199,8 +206,9 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
   op.capacity = op.nbytes;
   op.remote_op = header.sop;
   op.link = peer.link_index;
-  op.meta_bytes = header.meta_bytes;
-  std::memcpy(op.meta.data(), meta, header.meta_bytes);
+  size_t place = header.flags & kDevice ? sizeof(DevicePlace) : 0;
+  op.meta_bytes = static_cast<uint16_t>(header.meta_bytes - place);
+  std::memcpy(op.meta.data(), meta, op.meta_bytes);
   if (!op.allocate && header.nbytes > op.capacity) {
     op.nbytes = header.nbytes;
     if (header.kind == FrameKind::eager) owe_credit(peer, header.payload_bytes);
@@ -221,6 +229,8 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
     send_fin(peer, header.sop, Code::peer_cancelled, 0);
     return finish(op, Code::link_failed);
   }
+  if (place || (op.gpu && header.nbytes))
+    return deliver_device(op, peer, header, place ? meta + op.meta_bytes : nullptr, payload);
   if (header.kind == FrameKind::eager) return deliver_eager(op, peer, header, payload);
   start_rendezvous(op, peer, header, true);
 }
@@ -266,6 +276,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
   op.source_address = header.address;
   op.source_segment = header.segment;
   Path path = peer.link->pull_path(from);
+  if (path == Path::read && op.gpu) path = Path::none;  // what lands in a bounce buffer goes on chunk by chunk
   if (!op.live || peer.state != Peer::State::up) return;  // looking for the segment found the peer dead
   op.path = path;
   op.started_ns = now();
@@ -274,7 +285,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
     op.path = Path::eager;
     return received(op);
   }
-  if (op.path == Path::read && !hold(op, Reach::local)) return;
+  if (op.path == Path::read && !hold(op, Access::local)) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
   if (!ask) return;
@@ -285,11 +296,17 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
   send_control(peer, h, Wake::engine);
 }
 
-void Engine::on_cts(Peer& peer, const FrameHeader& header) {
+void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta) {
+  bool device = header.flags & kDevice;
+  if (device && header.meta_bytes != sizeof(DevicePlace)) throw ProtocolViolation("no place to push to");
   Op* op = ops_.find(header.sop);
-  if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin)
+  if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) {
+    if (device) send_moved(peer, header.rop, Code::cancelled, 0);
     return;  // cancelled meanwhile
+  }
+  if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
   op->remote_op = header.rop;
+  if (op->gpu) return on_device_cts(*op, peer, header, meta);
   op->path = Path::stream;
   queue_data(*op, peer);
 }
@@ -303,6 +320,13 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     op->started_ns = now();
     op->state = OpState::moving;
   }
+  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && op->state == OpState::moving) {
+    Peer* peer = find_peer(source);  // it cannot map our memory, and sends the bytes over the link
+    op->gpu->remote_writes = false;
+    stage_in(*op, *peer, false);
+    if (!op->live) return nullptr;
+  }
+  if (op->gpu && !op->gpu->bounce) return nullptr;
   return op->state == OpState::moving && op->path == Path::stream ? op : nullptr;
 }
 
@@ -310,7 +334,7 @@ std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64
   Op* op = streaming_to(from.rank, header.rop);
   if (!op) return nullptr;
   if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
-  return op->data + header.address + done;
+  return host_data(*op) + header.address + done;
 }
 
 void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) {
@@ -322,6 +346,7 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes)
   op->moved += nbytes;
   op->remote_op = header.sop;
   if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");
+  if (op->gpu) return arriving(*op, header, nbytes);
   if (op->moved == op->nbytes) received(*op);
 }
 
@@ -342,6 +367,8 @@ void Engine::job_done(CopyJob& job) {
     counters_[link_index].bytes_received += job.nbytes;
     if (op->state == OpState::draining)
       settle(*op);
+    else if (op->gpu)
+      landing(*op, static_cast<uint64_t>(job.into - op->gpu->bounce), job.nbytes);
     else if (op->moved == op->nbytes)
       received(*op);
   }
@@ -352,6 +379,7 @@ void Engine::received(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (peer)
     send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
+  if (op.gpu && op.gpu->role == Role::stage_in) op.path = Path::staged;
   if (op.region && op.has_notify && op.kind == OpKind::recv)
     notify(op.peer, reinterpret_cast<const std::byte*>(op.notify.data()), op.notify.size(), op.moved);
   finish(op, Code::ok);
@@ -365,7 +393,9 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
   if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
-  if (op->path == Path::none) {
+  if (op->gpu) {
+    op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
+  } else if (op->path == Path::none) {
     bool read = peer.link->pull_path({}) == Path::read;
     op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : Path::cma;
   }

@@ -53,9 +53,9 @@ void Engine::want_connection(Peer& peer) {
 
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
-  ++counters_[op.link].submitted;
+  ++counters_[executor_of(op)].submitted;
   // Its receiver may have said where it goes.
-  if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
+  if (peer.offers && op.kind == OpKind::send && !op.gpu && !fits_frame(op, peer)) {
     peer.link->poll(16);
     if (peer.state != Peer::State::up || !op.live) return;
   }
@@ -97,10 +97,12 @@ Post Engine::send_header(Op& op, Peer& peer) {
 }
 
 bool Engine::fits_frame(const Op& op, const Peer& peer) const {
+  if (op.gpu) return op.nbytes == 0;
   return op.nbytes <= eager_max_ && op.nbytes + sizeof(FrameHeader) + kMaxMeta <= peer.link->frame_limit();
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
+  if (op.gpu && op.nbytes) return send_device(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -125,7 +127,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
     op.path = Path::eager;
     op.moved = op.nbytes;
   } else {
-    if (!hold(op, Reach::peer_reads)) return Post::ok;
+    if (!hold(op, Access::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::rts;
     h.sop = op.id;
@@ -161,7 +163,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
   } else {
-    if (!hold(op, Reach::peer_reads)) return Post::ok;
+    if (!hold(op, Access::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
@@ -297,6 +299,11 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
+  if (chunk.offset + chunk.nbytes > op->ready) {  // its device has not filled it yet
+    sched.unget(chunk);
+    sched.set_ready(chunk.flow, false);
+    return true;
+  }
   if (op->path == Path::read || op->path == Path::write) return post_remote(*op, *peer, chunk);
   bool pulls = op->path == Path::cma || op->path == Path::mapped;
   if (pulls) {
@@ -308,7 +315,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     job.op = op->id;
     job.peer = peer->link;
     job.from = {op->source_address + chunk.offset, op->source_segment};
-    job.into = op->data + chunk.offset;
+    job.into = host_data(*op) + chunk.offset;
     job.nbytes = chunk.nbytes;
     job.posted_ns = now();
     job.cls = chunk.cls;
@@ -325,7 +332,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
   h.address = chunk.offset;
   h.nbytes = op->nbytes;
   h.payload_bytes = static_cast<uint32_t>(chunk.nbytes);
-  switch (peer->link->post_data(h, op->data + chunk.offset, Wake::engine)) {
+  switch (peer->link->post_data(h, host_data(*op) + chunk.offset, Wake::engine)) {
     case Post::again:
       sched.unget(chunk);
       sched.set_ready(chunk.flow, false);

@@ -63,6 +63,13 @@ Scheduler::Scheduler(const SchedConfig& config)
 
 Scheduler::~Scheduler() = default;
 
+void Scheduler::set_limits(uint64_t max_chunk, uint64_t max_window) {
+  SchedConfig changed = config_;
+  changed.max_chunk = max_chunk;
+  changed.max_window = max_window;
+  config_ = checked(changed);
+}
+
 void Scheduler::add_flow(FlowId flow, uint8_t cls, double weight, uint64_t group) {
   require(flows_.find(flow) == nullptr, "this flow exists already");
   require(cls < kClasses, "classes are 0 to 3");

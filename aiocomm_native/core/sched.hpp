@@ -76,6 +76,8 @@ class Scheduler {
   // A flow whose peer can take no more now is passed over until it is ready again.
   void set_ready(FlowId flow, bool ready);
   void set_preempt(uint8_t cls, uint64_t ns);
+  // Other limits for what is posted from now on. Illegal: as for the configuration.
+  void set_limits(uint64_t max_chunk, uint64_t max_window);
 
   // A header is indivisible. Illegal: unknown flow, an item that is queued, a header beyond max_chunk.
   void push(FlowId flow, uint64_t item, uint64_t nbytes, bool header);
@@ -142,7 +144,7 @@ class Scheduler {
   // Nothing is free: else a flood of empty items would hold the turn for ever.
   static constexpr uint64_t charged(uint64_t nbytes) { return nbytes == 0 ? 1 : nbytes; }
 
-  const SchedConfig config_;
+  SchedConfig config_;
   const int64_t share_;  // min_share in units of 1 / kShareOne
   std::array<FairQueue, kClasses> classes_;
   std::array<size_t, kClasses> registered_{};  // flows

@@ -1,5 +1,7 @@
 // Reading the engine's counters.
 
+#include <algorithm>
+
 #include "core/engine.hpp"
 #include "core/token.hpp"
 
@@ -50,9 +52,13 @@ LinkCounters Engine::counters(const std::string& link) {
 std::map<std::string, double> Engine::gauges(const std::string& link) {
   Token token(*this, true);
   size_t i = link_index(link);
-  const Scheduler& sched = *schedulers_[i];
+  const bool device = mover_ && i == mover_index_;
+  Scheduler none;
+  const Scheduler& sched = !device ? *schedulers_[i] : device_sched(Lane::peer, none);
   size_t peers = 0;
-  for (auto& peer : peers_) peers += peer && peer->state == Peer::State::up && peer->link_index == i;
+  for (auto& peer : peers_)
+    peers +=
+        peer && peer->state == Peer::State::up && (device ? peer->device_owner != 0 : peer->link_index == i);
   return {{"queued", static_cast<double>(sched.items())},
           {"in_flight_bytes", static_cast<double>(sched.in_flight())},
           {"rate_bytes_per_s", sched.rate() * 1e9},
@@ -65,10 +71,28 @@ std::map<std::string, double> Engine::gauges(const std::string& link) {
           {"in_flight", static_cast<double>(ops_.in_use())}};
 }
 
+// The first device's: a process rarely uses more than one.
+const Scheduler& Engine::device_sched(Lane lane, const Scheduler& otherwise) const {
+  for (const auto& queue : device_queues_)
+    if (queue && queue->lane == lane) return queue->sched;
+  return otherwise;
+}
+
 std::vector<std::pair<std::string, uint64_t>> Engine::served_by_channel(const std::string& link) {
   Token token(*this, true);
   size_t i = link_index(link);
   std::vector<std::pair<std::string, uint64_t>> out;
+  if (mover_ && i == mover_index_) {
+    for (uint32_t c = 0; c < channels_.size(); ++c) {
+      uint64_t served = 0;
+      for (const auto& queue : device_queues_)
+        if (queue &&
+            std::any_of(queue->flows.begin(), queue->flows.end(), [&](auto& f) { return f.channel == c; }))
+          served += queue->sched.served(c);
+      if (served) out.emplace_back(channels_[c].name, served);
+    }
+    return out;
+  }
   for (uint32_t c = 0; c < channels_.size(); ++c) {
     bool used = false;
     for (const Flow& flow : flows_) used |= flow.channel == c && flow.link == i && flow.rank >= 0;

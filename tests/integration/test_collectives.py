@@ -15,7 +15,8 @@ from harness import world
 
 import aiocomm
 from aiocomm.collectives import headers
-from aiocomm.collectives.algorithms import ALGORITHMS, applicable
+from aiocomm.collectives.algorithms import ALGORITHMS, BETWEEN_HOSTS, applicable
+from aiocomm.group import Group
 from aiocomm.launch import WorkerError
 
 if TYPE_CHECKING:
@@ -105,6 +106,26 @@ async def test_every_operation_by_every_algorithm(size: int) -> None:
         calls = members[0].statistics().collectives
         assert calls["broadcast/binomial"] >= 4
         assert "all_reduce/ring" in calls
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("hosts", [(0, 0, 1, 1), (0, 1, 0, 0)])
+async def test_groups_on_several_hosts_may_go_by_host(
+    hosts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Group, "hosts", hosts)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for operation in BETWEEN_HOSTS:
+            for algorithm in (None, "hierarchical"):
+                for n in (0, *SIZES.values()):
+                    await do(comm, operation, algorithm, n)
+        with pytest.raises(aiocomm.UsageError, match="no algorithm 'hierarchical' for all_to_all"):
+            await do(comm, "all_to_all", "hierarchical", 4)
+
+    async with world(4) as members:
+        await everyone(members, rank)
+        assert members[0].statistics().collectives["all_reduce/hierarchical"] >= 4
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

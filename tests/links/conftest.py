@@ -72,7 +72,7 @@ VARIANTS = [
     if _MISSING.get(link) is None
     else pytest.param(variant, marks=pytest.mark.skip(reason=str(_MISSING[link])))
     for link in _core.available_links()
-    if link != "self"
+    if link not in ("self", "cuda")  # cuda moves GPU memory beside the others: test_gpu_*.py
     for variant in [Variant(link, link, _RDMA if link == "rdma" else {}), *_EXTRA.get(link, [])]
 ]
 

@@ -41,13 +41,17 @@ def run(sanitizers: str, target: Path, arguments: list[str], log: Path) -> int:
     ).stdout.strip()
     suppressions = ROOT / "tests/native/tsan.supp"
     options = {k: v.format(log=log, suppressions=suppressions) for k, v in OPTIONS[kind].items()}
-    environment = os.environ | options | {
-        "LD_PRELOAD": library,
-        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={log}",
-        "PYTHONPATH": str(target),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONMALLOC": "malloc",  # every object by itself, or overruns would stay within an arena
-    }
+    environment = (
+        os.environ
+        | options
+        | {
+            "LD_PRELOAD": library,
+            "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={log}",
+            "PYTHONPATH": str(target),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONMALLOC": "malloc",  # every object by itself, or overruns would stay within an arena
+        }
+    )
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
 
 

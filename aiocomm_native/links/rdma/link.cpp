@@ -55,8 +55,8 @@ void RdmaLink::close() {
   rails_.clear();
 }
 
-uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Reach reach) {
-  return nbytes ? registrations_->acquire(data, nbytes, reach).id : 0;
+uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
+  return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
 }
 
 std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const std::vector<int>& fds,

@@ -22,7 +22,7 @@ class RdmaLink final : public Link {
   bool polled() const override { return true; }
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view card, bool initiator) override;
-  uint32_t hold(const std::byte* data, uint64_t nbytes, Reach reach) override;
+  uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;
   void release(uint32_t id) override {
     if (registrations_) registrations_->release(id);
   }

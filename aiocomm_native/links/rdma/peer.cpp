@@ -127,7 +127,7 @@ void RdmaPeer::open(const std::vector<Address>& theirs) {
   size_t room = Rail::kCredits * size_t{Rail::kSlotBytes};
   frames_ = {static_cast<std::byte*>(std::aligned_alloc(4096, room)), std::free};
   if (!frames_) throw LinkFailure("rdma: no memory for frames", ENOMEM);
-  frames_registration_ = link_.registrations().acquire(frames_.get(), room, Reach::local).id;
+  frames_registration_ = link_.registrations().acquire(frames_.get(), room, Access::local).id;
   for (uint32_t i = 0; i < theirs.size(); ++i) {
     auto lane = std::make_unique<Lane>(*this, *link_.rails()[i], i);
     lane->theirs = theirs[i];
@@ -194,6 +194,29 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   }
   emit(header, meta, payload, wake);
   return Post::ok;
+}
+
+Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+  if (dead_) return Post::lost;
+  if (!open_ || streamed_.payload) {
+    remote_blocked_ = true;
+    return Post::again;
+  }
+  streamed_ = {header, payload, 0};
+  stream();
+  return streamed_.payload ? Post::pending : Post::ok;
+}
+
+void RdmaPeer::stream() {
+  Streamed& chunk = streamed_;
+  while (chunk.payload && has_credit(kReserve)) {
+    FrameHeader part = chunk.header;
+    part.address += chunk.done;
+    part.payload_bytes = static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
+    emit(part, nullptr, chunk.payload + chunk.done, Wake::engine);
+    chunk.done += part.payload_bytes;
+    if (chunk.done == chunk.header.payload_bytes) chunk.payload = nullptr;
+  }
 }
 
 void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
@@ -373,7 +396,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   constexpr size_t kHead = sizeof prefix + sizeof header;
   if (header.kind < FrameKind::eager || header.kind > FrameKind::link_private)
     wrong = "unknown frame kind";
-  else if (header.kind == FrameKind::data || header.kind == FrameKind::heartbeat)
+  else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
   else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
            from.nbytes != kHead + header.meta_bytes + header.payload_bytes)
@@ -390,7 +413,12 @@ bool RdmaPeer::deliver(const Arrived& from) {
       keys = {};
       std::copy_n(prefix.key, prefix.keys, keys.of.begin());
     }
-    if (header.kind != FrameKind::link_private)
+    if (header.kind == FrameKind::data) {
+      if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
+        std::memcpy(into, data + kHead, header.payload_bytes);
+        host_.sink().on_data(*this, header, header.payload_bytes);
+      }
+    } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);
   }
   rail.give_back(from.slot);
@@ -412,8 +440,13 @@ void RdmaPeer::tell_credit() {
 
 void RdmaPeer::unblock() {
   if (!open_) return;
+  bool streaming = streamed_.payload != nullptr;
+  stream();
+  if (streaming && !streamed_.payload)
+    host_.sink().on_sent(*this, streamed_.header.sop, streamed_.header.payload_bytes);
+  if (dead_) return;
   bool frames = blocked_ && has_credit(kReserve);
-  bool bulk = remote_blocked_ && best_lane(0);
+  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0);
   if (!frames && !bulk) return;
   if (frames) {
     blocked_ = false;

@@ -13,11 +13,11 @@ namespace aiocomm::rdma {
 
 namespace {
 
-int access_of(Reach reach) {
-  switch (reach) {
-    case Reach::peer_reads:
+int access_of(Access access) {
+  switch (access) {
+    case Access::peer_reads:
       return IBV_ACCESS_REMOTE_READ;
-    case Reach::peer_writes:
+    case Access::peer_writes:
       return IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
     default:
       return IBV_ACCESS_LOCAL_WRITE;
@@ -58,9 +58,9 @@ Registrations::~Registrations() {
     if (slot) drop(*slot);
 }
 
-Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Reach reach) {
+Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  if (Registration* found = find(data, nbytes, reach)) {
+  if (Registration* found = find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -70,17 +70,17 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Rea
   fresh->base = const_cast<std::byte*>(data);
   fresh->nbytes = nbytes;
   // Who may write is told of the very range, and only for the time of one operation.
-  auto segment = reach == Reach::peer_writes ? nullptr : Segments::of_process().find(data, nbytes);
+  auto segment = access == Access::peer_writes ? nullptr : Segments::of_process().find(data, nbytes);
   if (segment) {
     fresh->base = segment->base;
     fresh->nbytes = nbytes = segment->nbytes;
     fresh->segment = segment->id;
   }
-  fresh->reach = reach;
+  fresh->access = access;
   fresh->users = 1;
   fresh->used = ++uses_;
   for (size_t i = 0; i < domains_.size(); ++i) {
-    fresh->regions[i] = verbs_.reg_mr(domains_[i], fresh->base, nbytes, access_of(reach));
+    fresh->regions[i] = verbs_.reg_mr(domains_[i], fresh->base, nbytes, access_of(access));
     if (fresh->regions[i]) continue;
     int error = errno;
     for (ibv_mr* region : fresh->regions)
@@ -114,13 +114,13 @@ void Registrations::release(uint32_t id) {
     trim();
 }
 
-Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Reach reach) {
+Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access) {
   auto begin = reinterpret_cast<uintptr_t>(data);
   // Ranges may overlap: those that start nearest before this one are the ones that may hold it.
   int looks = 16;
   for (auto it = by_base_.upper_bound(begin); it != by_base_.begin() && looks; --looks) {
     Registration* found = get((--it)->second);
-    if (found->reach == reach && it->first + found->nbytes >= begin + nbytes) return found;
+    if (found->access == access && it->first + found->nbytes >= begin + nbytes) return found;
   }
   return nullptr;
 }

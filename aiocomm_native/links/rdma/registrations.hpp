@@ -1,4 +1,4 @@
-// Memory that devices may reach: registered once per rail, looked up by range.
+// Memory that devices may access: registered once per rail, looked up by range.
 //
 // Rules
 //  * Under the engine's token. A registration that is in use is never dropped.
@@ -31,7 +31,7 @@ struct Registration {
   uint32_t id = 0;
   std::byte* base = nullptr;
   uint64_t nbytes = 0;
-  Reach reach = Reach::local;
+  Access access = Access::local;
   uint32_t segment = 0;  // of Segments, that holds it: kept after its last use
   uint32_t users = 0;
   uint64_t used = 0;  // when last, in uses
@@ -49,13 +49,13 @@ class Registrations {
   Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes);
   ~Registrations();
   // Registers the range, or finds a registration that holds it. Throws LinkFailure.
-  Registration& acquire(const std::byte* data, uint64_t nbytes, Reach reach);
+  Registration& acquire(const std::byte* data, uint64_t nbytes, Access access);
   void release(uint32_t id);
   Registration* get(uint32_t id);
   const RegistrationCounters& counters() const { return counters_; }
 
  private:
-  Registration* find(const std::byte* data, uint64_t nbytes, Reach reach);
+  Registration* find(const std::byte* data, uint64_t nbytes, Access access);
   void forget_freed();
   void drop(Registration& registration);
   void trim();

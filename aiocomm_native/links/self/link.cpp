@@ -2,6 +2,8 @@
 
 #include "core/link.hpp"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <deque>
 #include <utility>
@@ -42,6 +44,8 @@ class SelfPeer final : public LinkPeer {
   }
 
   Path pull_path(const Location&) override { return Path::mapped; }
+  int process() const override { return getpid(); }
+  WakePage* page() override { return &host_.wake_page(); }
 
   int pull(const Location& where, std::byte* into, size_t nbytes) override {
     std::memmove(into, reinterpret_cast<const std::byte*>(where.address), nbytes);

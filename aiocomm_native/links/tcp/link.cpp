@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
 
 #include "links/tcp/peer.hpp"
 #include "links/tcp/tls.hpp"
@@ -27,9 +27,14 @@ void set(int fd, int level, int option, int value) { ::setsockopt(fd, level, opt
 
 // A fixed buffer ends the kernel's own tuning, so it is set only where it can be as large as wanted.
 bool allowed(const char* limit) {
-  std::ifstream file(limit);
+  // Not by a C++ stream: where two copies of libstdc++ are in one process (a static one here, another library's
+  // there), its locale is of the other copy, and reading a number crashes.
+  std::FILE* file = std::fopen(limit, "re");
+  if (!file) return false;
   long bytes = 0;
-  return file >> bytes && bytes >= kBulkBuffer;
+  bool read = std::fscanf(file, "%ld", &bytes) == 1;
+  std::fclose(file);
+  return read && bytes >= kBulkBuffer;
 }
 
 // Between two addresses of one host nothing needs to be paced, and pacing (BBR's) halves the rate there.

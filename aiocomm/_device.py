@@ -1,0 +1,174 @@
+"""GPU arrays as the native side takes them: an address, a size, a device, a stream, a dtype and a shape.
+
+Called for messages of GPU arrays whose `__cuda_array_interface__` the native side does not read itself;
+torch's costs microseconds, so torch is asked directly. No library is imported here; an array's own one is
+loaded already.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, Final, TypeAlias
+
+from aiocomm import _dlpack
+from aiocomm._streams import resolve
+from aiocomm.errors import UsageError, UsageTypeError
+
+__all__ = ["NO_STREAM", "Description", "describe"]
+
+Description: TypeAlias = tuple[Any, int, int, int, int, str, tuple[int, ...]]
+"""What keeps the memory, address, bytes, device (-1: wherever it is), stream handle, dtype, shape."""
+
+NO_STREAM: Final = 2**64 - 1
+"""Stream handle of memory for which no queued work is waited for."""
+
+_TORCH_FORMATS: Final = {
+    "torch.float32": "f",
+    "torch.float64": "d",
+    "torch.float16": "e",
+    "torch.int8": "b",
+    "torch.uint8": "B",
+    "torch.int16": "h",
+    "torch.int32": "i",
+    "torch.int64": "q",
+    "torch.bool": "?",
+    "torch.complex64": "Zf",
+    "torch.complex128": "Zd",
+}
+_INTERFACE_FORMATS: Final = {
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+    "b1": "?",
+    "c8": "Zf",
+    "c16": "Zd",
+}
+_formats: dict[Any, str] = {}  # by dtype of torch or CuPy: a look-up instead of making a string
+
+
+def describe(array: Any, writable: bool, stream: Any = None) -> Description | None:
+    """Describe a GPU array, or answer None where it is none.
+
+    Args:
+        array: a torch or CuPy array, or anything with `__cuda_array_interface__` or DLPack.
+        writable: whether it will be written.
+        stream: whose queued work is waited for; None: the array's library's current one.
+
+    Raises:
+        UsageError: it is not contiguous, or is read-only but must be written.
+        UsageTypeError: `stream` is not one.
+    """
+    kind = type(array)
+    library = kind.__module__.partition(".")[0]
+    if library == "torch" or (library not in ("cupy", "numpy") and _is_tensor(array)):
+        if not array.is_cuda:
+            return None
+        if not array.is_contiguous():
+            raise _not_contiguous(array, array.shape, array.stride(), "x.contiguous()")
+        device: int = array.device.index
+        form = _formats.get(array.dtype)
+        if form is None:
+            form = _formats[array.dtype] = _format_of_torch(array.dtype)
+        return (
+            array,
+            array.data_ptr(),
+            array.nbytes,
+            device,
+            resolve(stream, array, device),
+            form,
+            tuple(array.shape),
+        )
+    if library == "cupy":
+        if not array.flags.c_contiguous:
+            raise _not_contiguous(array, array.shape, array.strides, "cupy.ascontiguousarray(x)")
+        device = array.device.id
+        return (
+            array,
+            array.data.ptr,
+            array.nbytes,
+            device,
+            resolve(stream, array, device),
+            _format_of_numpy(array.dtype.str),
+            array.shape,
+        )
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is not None:
+        return _from_interface(array, interface, writable, stream)
+    return _from_dlpack(array, stream) if _dlpack.device_kind(array) == _dlpack.CUDA else None
+
+
+def _from_dlpack(array: Any, stream: Any) -> Description:
+    found = _dlpack.read(array)
+    if found.strides is not None and not _is_contiguous(found.shape, found.strides, found.itemsize):
+        raise _not_contiguous(array, found.shape, found.strides, "a contiguous copy")
+    handle = resolve(stream, array, found.device)
+    form, nbytes = _format_of_numpy(found.typestr), math.prod(found.shape) * found.itemsize
+    return (found.owner, found.address, nbytes, found.device, handle, form, found.shape)
+
+
+def _is_tensor(array: Any) -> bool:
+    torch = sys.modules.get("torch")  # of a class derived from its tensor, nn.Parameter among them
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _from_interface(array: Any, interface: Any, writable: bool, stream: Any) -> Description:
+    try:
+        address, read_only = interface["data"]
+        shape = tuple(int(dim) for dim in interface["shape"])
+        typestr = str(interface["typestr"])
+        itemsize = int(typestr[2:])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageTypeError(
+            f"the __cuda_array_interface__ of {type(array).__name__} makes no sense: {error}"
+        ) from error
+    strides = interface.get("strides")
+    if strides is not None and not _is_contiguous(shape, strides, itemsize):
+        raise _not_contiguous(array, shape, strides, "a contiguous copy")
+    if writable and read_only:
+        raise UsageError(f"the array ({type(array).__name__}) is read-only: receive into a writable one")
+    nbytes = math.prod(shape) * itemsize
+    return (
+        array,
+        int(address or 0),
+        nbytes,
+        -1,
+        resolve(stream, array, -1),
+        _format_of_numpy(typestr),
+        shape,
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: Any, itemsize: int) -> bool:
+    expected = itemsize
+    for dim, stride in zip(reversed(shape), reversed(tuple(strides)), strict=True):
+        if dim == 0:
+            return True
+        if dim != 1 and stride != expected:
+            return False
+        expected *= dim
+    return True
+
+
+def _not_contiguous(array: Any, shape: Any, strides: Any, instead: str) -> UsageError:
+    return UsageError(
+        f"the array ({type(array).__name__}, shape {tuple(shape)}, strides {tuple(strides)}) is not "
+        f"contiguous in C order: pass {instead} to send it, or a contiguous array to receive into"
+    )
+
+
+def _format_of_torch(dtype: Any) -> str:
+    name = str(dtype)
+    return _TORCH_FORMATS.get(name) or name.partition(".")[2][:8]
+
+
+def _format_of_numpy(typestr: str) -> str:
+    return _INTERFACE_FORMATS.get(typestr[1:], "B")

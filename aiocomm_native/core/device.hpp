@@ -1,0 +1,157 @@
+// Memory that no CPU reads: what the core knows of it, and the contract of whoever moves it (links/cuda).
+//
+// Theory of operation (protocol_device.cpp)
+//  * A device message is announced by `rts` over the pair's link with the place of its bytes (kDevice). Once matched,
+//    the receiver either has its engine pull them, or answers `cts` with a place of its own, and the sender's engine
+//    pushes and says `moved`. Bulk is pushed, so that the other end's engine stays free for what is urgent; that goes
+//    by whichever engine has less to do.
+//  * Where one end is host memory, or neither end can map the other's memory, the bytes go through host memory of the
+//    device's process (`bounce`): device to bounce, bounce over the pair's link, or the other way, chunk by chunk.
+//  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
+//  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
+//    side is copying waits for that side's word.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/ids.hpp"
+
+namespace aiocomm {
+
+class LinkPeer;
+class Scheduler;
+
+enum class Export : uint8_t { none, ipc, descriptor };
+
+// On the wire, behind a message's metadata. Nothing in it is trusted: extents are checked by whoever maps it.
+struct DevicePlace {
+  uint64_t owner = 0;      // token of the process
+  uint64_t address = 0;    // of the message's bytes, in the owner's address space
+  uint64_t base = 0;       // of the allocation that holds them
+  uint64_t extent = 0;     // bytes of that allocation
+  uint64_t buffer_id = 0;  // of that allocation; an address that is allocated anew has another
+  uint64_t load = 0;       // bytes that the owner's engine had before it
+  std::array<std::byte, 16> uuid{};
+  std::array<std::byte, 64> handle{};
+  uint16_t device = 0;  // ordinal at the owner
+  Export exported = Export::none;
+  std::array<uint8_t, 5> reserved{};
+};
+static_assert(sizeof(DevicePlace) == 136);
+
+// Engines of one device that work independently of each other.
+enum class Lane : uint8_t { peer, out, in, count };  // device to device, to the host, from the host
+
+enum class Role : uint8_t {
+  none,
+  pull,       // our engine reads the peer's memory
+  push,       // our engine writes the peer's memory
+  pushed,     // the peer's engine writes ours
+  stage_out,  // our engine fills the bounce, which the link sends
+  stage_in,   // the link fills the bounce, which our engine empties
+};
+
+// A gate is open once the word has reached the value; a stream writes it.
+struct Gate {
+  const volatile uint32_t* word = nullptr;
+  uint32_t value = 0;
+  bool open() const {
+    return !word || static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+  }
+};
+
+// The device memory of one operation. Made by Mover::bind, dropped with the op.
+struct DeviceBuffer {
+  virtual ~DeviceBuffer() = default;
+  DevicePlace place;
+  DevicePlace theirs;
+  int device = 0;
+  Gate gate;
+  Role role = Role::none;
+  bool in_sched = false;     // of the device's lane
+  bool from_device = false;  // the message's bytes are device memory, too: `theirs`
+  bool not_yet = false;      // the sender's gate was closed when it announced the message
+  bool owes_moved = false;   // push: the peer waits for our word
+  bool owes_fin = false;     // pull: the peer's buffer is let go when our last chunk is over
+  uint8_t fin_code = 0;
+  bool remote_writes = false;  // pushed: the peer has not yet said that it is done
+  bool waiting = false;        // for a gate, a mapping or memory
+  bool can_pull = false;       // stage_out: the peer reads the bounce by itself
+  Lane lane = Lane::peer;
+  uint32_t inflight = 0;  // chunks with the device
+  uint64_t landed = 0;    // stage_in: bytes in device memory
+  uint64_t remote = 0;    // the peer's memory, as mapped here
+  std::shared_ptr<void> mapping;
+  std::byte* bounce = nullptr;
+  uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
+  std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
+};
+
+struct MoveJob {
+  OpId op = 0;
+  uint64_t to = 0, from = 0, nbytes = 0, offset = 0;
+  uint64_t posted_ns = 0, ended_ns = 0;
+  uint8_t device = 0, cls = 0;
+  Lane lane = Lane::peer;
+  int error = 0;  // the driver's
+};
+
+struct Reach {
+  enum class State : uint8_t { ready, opening, refused } state = State::refused;
+  uint64_t base = 0;  // where `theirs.base` is mapped here
+  std::shared_ptr<void> mapping;
+  std::string reason;  // of `refused`
+};
+
+// What the engine offers to a mover. None of it is called with the token held.
+class MoverHost {
+ public:
+  virtual void moved(MoveJob* jobs, size_t count) = 0;    // by copy threads, in the order of completion
+  virtual void go_on(const OpId* ops, size_t count) = 0;  // what they waited for has come, or will not
+  // Progress on behalf of the engine's thread, which sleeps meanwhile: peers need not ring between the first call and
+  // the last. True: something was done.
+  virtual void begin_assist() = 0;
+  virtual bool assist() = 0;
+  virtual bool end_assist() = 0;
+  virtual bool loop_spins() const = 0;
+  // A long copy is about to end: loops that spin are woken in time for it.
+  virtual void ends_soon(OpId op) = 0;
+
+ protected:
+  ~MoverHost() = default;
+};
+
+// Moves device memory. Calls are made under the engine's token and do not wait, unless said otherwise.
+class Mover {
+ public:
+  virtual ~Mover() = default;
+  static constexpr uint64_t kNoStream = ~0ull;
+  // Describes an operation's memory, and makes it wait for the work that `stream` has now (kNoStream: for none).
+  // Without the token. `device` -1: wherever the memory is. Throws LinkFailure, or std::invalid_argument where the
+  // caller has erred.
+  virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device,
+                                             uint64_t stream) = 0;
+  virtual int devices() const = 0;  // loads the driver; throws LinkFailure
+  // Asks the peer's memory to be mapped for `device`; `waiter` hears by go_on where the answer is `opening`.
+  virtual Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) = 0;
+  // Makes memory of ours reachable for the peer as far as it can be; called before a place is sent.
+  virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
+  virtual bool post(const MoveJob& job) = 0;  // false: no room now
+  virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
+  // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
+  virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
+  // Device memory of ours that any peer on this host can write, in place of the op's own: `buffer.relay` and a place
+  // for it. Refused: too large, or no memory is left.
+  virtual Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) = 0;
+  virtual uint64_t load(int device) const = 0;  // bytes that its peer lane has posted
+  virtual void forget(uint64_t owner) = 0;      // a process is gone
+  virtual void stop() = 0;  // without the token: waits for what is posted, ends the threads
+  virtual std::string describe(int error) const = 0;
+};
+
+}  // namespace aiocomm

@@ -1,0 +1,57 @@
+// What one engine of a device has to do: its scheduler, and the flows in it. Guarded by the engine's token.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "core/device.hpp"
+#include "core/sched.hpp"
+
+namespace aiocomm {
+
+inline SchedConfig lane_config(Lane lane, double min_share) {
+  SchedConfig config;
+  config.min_share = min_share;
+  config.min_chunk = 1 << 20;
+  if (lane == Lane::peer) {
+    // Every copy costs the engine some microseconds between: where nobody urgent waits, as few as can be.
+    config.max_chunk = 1ull << 30;
+    config.max_window = 2ull << 30;
+    config.min_window = 8 << 20;
+    config.initial_rate = 300;
+  } else {
+    config.max_chunk = 4 << 20;
+    config.max_window = 16 << 20;
+    config.min_window = 2 << 20;
+    config.initial_rate = 40;
+  }
+  return config;
+}
+
+struct DeviceQueue {
+  struct Flow {
+    Rank rank;
+    uint32_t channel;
+    uint16_t remote_device;
+    uint8_t cls;
+    FlowId id;
+  };
+  DeviceQueue(int device_, Lane lane_, double min_share)
+      : device(device_), lane(lane_), sched(lane_config(lane_, min_share)) {}
+
+  const int device;
+  const Lane lane;
+  Scheduler sched;
+  std::vector<Flow> flows;
+  FlowId next_flow = 0;
+  uint64_t chunk = 0, preempt_ns = 0;  // limits as they are set now
+  uint64_t busy_until_ns = 0;          // the other end's engine is taken to be at work
+  uint64_t shared_until_ns = 0;        // several channels are taken to have a backlog
+  uint64_t last_done_ns = 0;
+  double rate_bytes = 0,
+         rate_ns = 0;            // decayed sums: one completion that was seen late must not count for much
+  std::deque<MoveJob> overflow;  // chosen, and not yet taken by the mover
+};
+
+}  // namespace aiocomm

@@ -1,0 +1,396 @@
+#include "links/cuda/device.hpp"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "core/link.hpp"
+
+namespace aiocomm::cuda {
+
+namespace {
+constexpr size_t kWords = 16384;    // the first are the streams', one per cache line; then gates
+constexpr size_t kFirstGate = 256;  // words
+constexpr size_t kLine = 16;        // words
+constexpr size_t kQueue = 16384;
+constexpr size_t kBatch = 16;  // small copies that share one written value
+constexpr uint64_t kTellFrom = 256 << 10;
+constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
+constexpr uint64_t kOverdueNs = 20000000;
+constexpr uint64_t kLookNs = 10000000;
+constexpr uint64_t kWakeNs = 80000;
+constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
+
+uint64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// After these nothing on the device works any more, for this process.
+bool is_lost(int code) {
+  switch (code) {
+    case CUDA_ERROR_DEINITIALIZED:
+    case CUDA_ERROR_DEVICE_UNAVAILABLE:
+    case CUDA_ERROR_ECC_UNCORRECTABLE:
+    case CUDA_ERROR_NVLINK_UNCORRECTABLE:
+    case CUDA_ERROR_CONTEXT_IS_DESTROYED:
+      return true;
+    default:
+      return code >= CUDA_ERROR_ILLEGAL_ADDRESS && code <= 719 && code != 704 && code != 708;
+  }
+}
+}  // namespace
+
+Device::Current::Current(const Device& device) : device_(device) {
+  device.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);  // for its own and back again
+  device.driver.cuCtxGetCurrent(&before_);
+  if (before_ != device.context) device.driver.cuCtxSetCurrent(device.context);
+}
+
+Device::Current::~Current() {
+  if (before_ != device_.context) device_.driver.cuCtxSetCurrent(before_);
+  device_.driver.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+}
+
+Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
+    : driver(d), ordinal(o), host_(host), spin_ns_(spin_ns), jobs_(kQueue), gate_queue_(kQueue) {
+  auto check = [&](CUresult code, const char* what) {
+    if (code == CUDA_SUCCESS) return;
+    throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code),
+                      code);
+  };
+  CUdevice device;
+  check(driver.cuDeviceGet(&device, ordinal), "find the device");
+  CUuuid id;
+  check(driver.cuDeviceGetUuid(&id, device), "read its UUID");
+  std::memcpy(uuid.data(), id.bytes, sizeof id.bytes);
+  check(driver.cuDevicePrimaryCtxRetain(&context, device), "take its primary context");
+  try {
+    Current current(*this);
+    void* words = nullptr;
+    check(driver.cuMemHostAlloc(&words, kWords * sizeof(uint32_t),
+                                CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+          "pin host memory");
+    std::memset(words, 0, kWords * sizeof(uint32_t));
+    words_ = static_cast<volatile uint32_t*>(words);
+    check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
+    for (Stream& stream : streams_)
+      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, 0), "make a stream");
+    bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
+  } catch (...) {
+    release();
+    throw;
+  }
+  for (auto i = static_cast<uint32_t>(kWords); i-- > kFirstGate;) free_gates_.push_back(i);
+  thread_ = std::thread([this] { run(); });
+}
+
+Device::~Device() {
+  stop();
+  release();
+}
+
+// What the constructor has taken, as far as it has.
+void Device::release() {
+  {
+    Current current(*this);
+    for (Stream& stream : streams_)
+      if (stream.handle) driver.cuStreamDestroy(stream.handle);
+    if (words_) driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
+  }
+  driver.cuDevicePrimaryCtxRelease(ordinal);
+  if (bell_ >= 0) ::close(bell_);
+}
+
+void Device::stop() {
+  stopping_.store(true, std::memory_order_release);
+  ring_fd(bell_);
+  if (thread_.joinable()) thread_.join();
+}
+
+bool Device::post(const MoveJob& job) {
+  if (!jobs_.push(job)) return false;
+  ring(wake_, bell_);
+  return true;
+}
+
+void Device::await_gate(const GateWait& wait) {
+  while (!gate_queue_.push(wait)) relax();
+  ring(wake_, bell_);
+}
+
+// ---------------------------------------------------------------- gates
+
+Gate Device::gate_behind(CUstream stream) {
+  uint32_t slot;
+  {
+    std::lock_guard lock(gate_mutex_);
+    std::erase_if(shut_gates_, [&](const Gate& gate) {
+      if (!gate.open()) return false;
+      free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
+      return true;
+    });
+    if (free_gates_.empty()) throw LinkFailure("too many transfers wait for their streams", 0);
+    slot = free_gates_.back();
+    free_gates_.pop_back();
+  }
+  Gate gate{words_ + slot, words_[slot] + 1};
+  CUresult code = driver.cuStreamWriteValue32(stream, words_at_ + slot * sizeof(uint32_t), gate.value,
+                                              CU_STREAM_WRITE_VALUE_DEFAULT);
+  if (code != CUDA_SUCCESS) {
+    std::lock_guard lock(gate_mutex_);
+    free_gates_.push_back(slot);
+    throw LinkFailure("the stream cannot be waited for: " + driver.describe(code), code);
+  }
+  return gate;
+}
+
+void Device::give_back(const Gate& gate) {
+  if (!gate.word) return;
+  std::lock_guard lock(gate_mutex_);
+  if (gate.open())
+    free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
+  else
+    shut_gates_.push_back(gate);
+}
+
+// ---------------------------------------------------------------- the thread
+
+size_t Device::stream_of(const MoveJob& job) {
+  if (job.lane == Lane::out) return 3;
+  if (job.lane == Lane::in) return 4;
+  if (job.cls > 1) return 2;
+  return bulk_ ^= 1;
+}
+
+bool Device::idle() const {
+  return gates_.empty() && std::all_of(streams_.begin(), streams_.end(),
+                                       [](const Stream& stream) { return stream.inflight.empty(); });
+}
+
+void Device::run() {
+  pthread_setname_np(pthread_self(), ("aiocomm-gpu" + std::to_string(ordinal)).c_str());
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // else the kernel adds 50 us to every sleep
+  driver.cuCtxSetCurrent(context);
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Current
+  uint64_t spin_until = 0;
+  bool assisting = false;
+  for (uint32_t turn = 0;; ++turn) {
+    bool did = issue();
+    uint64_t now = now_ns();
+    did = collect(now) || did;
+    did = open_gates() || did;
+    if (assisting && turn % 4 == 0 && !host_.loop_spins()) did = host_.assist() || did;
+    if (did) {
+      spin_until = now + spin_ns_;
+      if (!assisting && spin_ns_) {
+        host_.begin_assist();
+        assisting = true;
+      }
+      continue;
+    }
+    if (stopping_.load(std::memory_order_acquire)) gates_.clear();  // the transfers have ended without them
+    if (stopping_.load(std::memory_order_acquire) && idle() && jobs_.empty()) break;
+    if (now < spin_until || (spin_ns_ && ends_soon(now))) {
+      announce_end(now);
+      relax();
+      continue;
+    }
+    if (assisting) {
+      assisting = false;
+      if (host_.end_assist()) {
+        host_.begin_assist();
+        assisting = true;
+        spin_until = now + spin_ns_;
+        continue;
+      }
+    }
+    sleep(now);
+  }
+  if (assisting) host_.end_assist();
+}
+
+bool Device::issue() {
+  bool did = false;
+  MoveJob job;
+  uint8_t touched = 0;
+  for (size_t n = 0; n < kBatch; ++n) {
+    if (std::any_of(streams_.begin(), streams_.end(),
+                    [](const Stream& stream) { return stream.inflight.size() >= kInflight; }))
+      break;
+    if (!jobs_.pop(job)) break;
+    did = true;
+    size_t index = stream_of(job);
+    Stream& stream = streams_[index];
+    int code = lost_;
+    if (!code) code = driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
+    if (code != CUDA_SUCCESS) {
+      job.error = code;
+      job.ended_ns = now_ns();
+      finished_.push_back(job);
+      if (is_lost(code)) lost_ = code;
+      continue;
+    }
+    stream.inflight.emplace_back(++stream.issued, job);
+    if (job.nbytes >= kTellFrom)
+      tell(stream);
+    else
+      touched |= static_cast<uint8_t>(1u << index);
+  }
+  for (size_t i = 0; i < kStreams; ++i)
+    if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);
+  return did;
+}
+
+// Has the stream write how far it is, behind what it was given.
+void Device::tell(Stream& stream) {
+  auto index = static_cast<size_t>(&stream - streams_.data());
+  CUresult code = driver.cuStreamWriteValue32(stream.handle, words_at_ + index * kLine * sizeof(uint32_t),
+                                              stream.issued, CU_STREAM_WRITE_VALUE_DEFAULT);
+  if (code == CUDA_SUCCESS)
+    stream.told = stream.issued;
+  else
+    fail(stream, code);
+}
+
+// What the stream has may still run: it is waited for as far as the driver can tell.
+void Device::fail(Stream& stream, int error) {
+  driver.cuStreamSynchronize(stream.handle);
+  for (auto& [number, job] : stream.inflight) {
+    job.error = error;
+    job.ended_ns = now_ns();
+    finished_.push_back(job);
+  }
+  stream.inflight.clear();
+  if (is_lost(error)) lost_ = error;
+}
+
+bool Device::collect(uint64_t now) {
+  for (size_t i = 0; i < kStreams; ++i) {
+    Stream& stream = streams_[i];
+    if (stream.inflight.empty()) continue;
+    // acquire: what the copies wrote is there once the number is
+    uint32_t done = __atomic_load_n(&word(i * kLine), __ATOMIC_ACQUIRE);
+    while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
+      stream.inflight.front().second.ended_ns = now;
+      if (i < 3) peer_done_ns_ = now;
+      finished_.push_back(stream.inflight.front().second);
+      stream.inflight.pop_front();
+    }
+    if (!stream.inflight.empty()) watch(stream, now);
+  }
+  if (finished_.empty()) return false;
+  finish();
+  return true;
+}
+
+void Device::finish() {
+  std::vector<MoveJob> jobs;
+  jobs.swap(finished_);
+  host_.moved(jobs.data(), jobs.size());
+  jobs.clear();
+  if (finished_.empty()) finished_.swap(jobs);  // keeps its memory
+}
+
+// A stream that has failed writes nothing.
+void Device::watch(Stream& stream, uint64_t now) {
+  const MoveJob& first = stream.inflight.front().second;
+  if (now < first.posted_ns + kOverdueNs + first.nbytes || now < stream.looked_ns + kLookNs) return;
+  stream.looked_ns = now;
+  CUresult code = driver.cuStreamQuery(stream.handle);
+  if (code != CUDA_SUCCESS && code != CUDA_ERROR_NOT_READY) fail(stream, code);
+}
+
+bool Device::open_gates() {
+  GateWait wait;
+  while (gate_queue_.pop(wait)) gates_.push_back(wait);
+  if (gates_.empty()) return false;
+  std::vector<OpId> ready;
+  std::erase_if(gates_, [&](const GateWait& gate) {
+    if (!gate.gate.open() && lost_)  // nobody else will write it; the copy then fails, and says why
+      *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
+    if (!gate.gate.open()) return false;
+    ready.push_back(gate.op);
+    return true;
+  });
+  if (ready.empty()) return false;
+  host_.go_on(ready.data(), ready.size());
+  return true;
+}
+
+// About when the copy that ends next should; 0: none is under way.
+uint64_t Device::expected_end() const {
+  uint64_t soonest = 0;
+  for (size_t i = 0; i < kStreams; ++i) {
+    const Stream& stream = streams_[i];
+    if (stream.inflight.empty()) continue;
+    const MoveJob& job = stream.inflight.front().second;
+    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60);
+    soonest = soonest ? std::min(soonest, end) : end;
+  }
+  return soonest;
+}
+
+// Waking up takes longer than what is left.
+bool Device::ends_soon(uint64_t now) const {
+  uint64_t end = expected_end();
+  return end && now + 2 * kWakeNs > end && now < end + spin_ns_;
+}
+
+void Device::announce_end(uint64_t now) {
+  for (size_t i = 0; i < 3; ++i) {
+    if (streams_[i].inflight.empty()) continue;
+    const MoveJob& job = streams_[i].inflight.front().second;
+    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400;
+    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_))
+      continue;
+    announced_ = job.op;
+    announced_offset_ = job.offset;
+    host_.ends_soon(job.op);
+  }
+}
+
+void Device::sleep(uint64_t now) {
+  constexpr uint64_t kMargin = 2 * kWakeNs, kShort = 20000, kRarely = 200000;
+  prepare_sleep(wake_);
+  // Pairs with ring(): either it sees us asleep, or we see what it brought.
+  if (!jobs_.empty() || !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
+    awake(wake_);
+    return;
+  }
+  pollfd bell{bell_, POLLIN, 0};
+  timespec limit{};
+  timespec* timeout = nullptr;
+  if (!idle()) {
+    uint64_t end = expected_end();
+    uint64_t ns = kShort;
+    if (end > now + kMargin + kShort)
+      ns = end - now - kMargin;
+    else if (end == 0 || now > end + 1000000)
+      ns = kRarely;
+    limit.tv_sec = static_cast<time_t>(ns / 1000000000);
+    limit.tv_nsec = static_cast<long>(ns % 1000000000);
+    timeout = &limit;
+  }
+  ppoll(&bell, 1, timeout, nullptr);
+  awake(wake_);
+  clear_fd(bell_);
+}
+
+}  // namespace aiocomm::cuda

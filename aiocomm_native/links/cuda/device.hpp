@@ -1,0 +1,121 @@
+// One GPU of this process: its streams, and the thread that has them copy.
+//
+// Rules
+//  * The thread works in the device's primary context, the one that torch and CuPy use, and on streams of its own.
+//  * A stream writes a number to pinned host memory behind the copies that it was given, and the thread reads it:
+//    while it waits it calls no driver function, so it takes no lock from a thread that launches kernels. Only a copy
+//    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing.
+//  * What is handed over goes through lock-free queues; a sleeping thread is rung awake. It spins for a moment after
+//    it was active, drives the engine meanwhile (MoverHost::assist), and sleeps without a time limit when nothing is
+//    under way.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/device.hpp"
+#include "core/doorbell.hpp"
+#include "core/mpsc.hpp"
+#include "links/cuda/driver.hpp"
+
+namespace aiocomm::cuda {
+
+struct GateWait {
+  Gate gate;
+  OpId op = 0;
+};
+
+class Device {
+ public:
+  // Retains the primary context and starts the thread. Throws LinkFailure.
+  Device(const Driver& driver, int ordinal, MoverHost& host, uint64_t spin_ns);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  bool post(const MoveJob& job);
+  void await_gate(const GateWait& wait);
+  void stop();  // waits for what was posted
+
+  // A gate that opens when the work that `stream` has now is done. Throws LinkFailure.
+  Gate gate_behind(CUstream stream);
+  void give_back(const Gate& gate);
+
+  // Makes the context current for its scope, and keeps what is called in it apart from graphs that other threads
+  // capture: by default a capture forbids every thread of the process to allocate, and breaks if one does.
+  class Current {
+   public:
+    explicit Current(const Device& device);
+    ~Current();
+
+   private:
+    const Device& device_;
+    CUcontext before_ = nullptr;
+    int capture_mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+  };
+
+  const Driver& driver;
+  const int ordinal;
+  CUcontext context = nullptr;
+  std::array<std::byte, 16> uuid{};
+
+ private:
+  static constexpr size_t kStreams =
+      5;  // two for bulk and one for what is urgent between devices, to and from the host
+  struct Stream {
+    CUstream handle = nullptr;
+    uint32_t issued = 0;  // numbers given to copies
+    uint32_t told = 0;    // of the last copy behind which a write was put
+    uint64_t looked_ns = 0;
+    std::deque<std::pair<uint32_t, MoveJob>> inflight;
+  };
+
+  void run();
+  void release();
+  bool issue();
+  void tell(Stream& stream);
+  bool collect(uint64_t now);
+  bool open_gates();
+  void watch(Stream& stream, uint64_t now);
+  void fail(Stream& stream, int error);
+  void finish();
+  bool idle() const;
+  void sleep(uint64_t now);
+  bool ends_soon(uint64_t now) const;
+  void announce_end(uint64_t now);
+  OpId announced_ = 0;
+  uint64_t announced_offset_ = 0;
+  uint64_t expected_end() const;
+  size_t stream_of(const MoveJob& job);
+  size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
+  volatile uint32_t& word(size_t index) { return words_[index]; }
+
+  MoverHost& host_;
+  const uint64_t spin_ns_;
+  std::array<Stream, kStreams> streams_;
+  uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
+  int lost_ = 0;               // the driver's code, once the device is lost
+  volatile uint32_t* words_ = nullptr;
+  CUdeviceptr words_at_ = 0;
+  std::vector<MoveJob> finished_;
+  std::vector<GateWait> gates_;
+
+  std::mutex gate_mutex_;
+  std::vector<uint32_t> free_gates_;
+  std::vector<Gate> shut_gates_;  // given back before they opened
+
+  BoundedQueue<MoveJob> jobs_;
+  BoundedQueue<GateWait> gate_queue_;
+  WakeWord wake_;
+  int bell_ = -1;
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+}  // namespace aiocomm::cuda

@@ -1,0 +1,79 @@
+#include "links/cuda/driver.hpp"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+
+namespace aiocomm::cuda {
+
+namespace {
+
+using GetProcAddress = CUresult(const char*, void**, int, uint64_t, int*);
+constexpr uint64_t kDefaultFlags = 0;  // CU_GET_PROC_ADDRESS_DEFAULT
+
+void load(Driver& driver) {
+  const char* named = std::getenv("AIOCOMM_LIBCUDA");
+  driver.library = named && *named ? named : "libcuda.so.1";
+  void* library = dlopen(driver.library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    const char* why = dlerror();
+    driver.refusal = "no CUDA driver: " + std::string(why ? why : "cannot load " + driver.library) +
+                     ". Install NVIDIA's driver; in a container, start it with the GPUs (--gpus all)";
+    return;
+  }
+  auto resolve = reinterpret_cast<GetProcAddress*>(dlsym(library, "cuGetProcAddress_v2"));
+  auto version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  if (version) version(&driver.version);
+  if (!resolve || driver.version < kOldestDriver) {
+    driver.refusal = "the CUDA driver is too old (" + std::to_string(driver.version / 1000) + "." +
+                     std::to_string(driver.version % 1000 / 10) + "): 12.0 or newer (driver 525) is needed";
+    return;
+  }
+  auto find = [&](const char* name, int since) {
+    void* function = nullptr;
+    if (resolve(name, &function, since, kDefaultFlags, nullptr) != CUDA_SUCCESS || !function) {
+      if (driver.refusal.empty())
+        driver.refusal = "the CUDA driver lacks " + std::string(name) + ": update it (12.0 or newer)";
+    }
+    return function;
+  };
+#define AIOCOMM_CUDA_LOAD(name, since, ...) \
+  driver.name = reinterpret_cast<std::add_pointer_t<__VA_ARGS__>>(find(#name, since));
+  AIOCOMM_CUDA_ENTRY_POINTS(AIOCOMM_CUDA_LOAD)
+#undef AIOCOMM_CUDA_LOAD
+  if (!driver.usable()) return;
+  if (CUresult code = driver.cuInit(0); code != CUDA_SUCCESS) {
+    driver.error = code;
+    driver.refusal = "the CUDA driver does not start: " + driver.describe(code);
+    if (code == CUDA_ERROR_NO_DEVICE)
+      driver.refusal += ". No GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES";
+    return;
+  }
+  if (CUresult code = driver.cuDeviceGetCount(&driver.devices); code != CUDA_SUCCESS || driver.devices == 0) {
+    driver.error = code;
+    driver.refusal = "no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES";
+  }
+}
+
+}  // namespace
+
+std::string Driver::describe(CUresult code) const {
+  const char *name = nullptr, *text = nullptr;
+  if (cuGetErrorName) cuGetErrorName(code, &name);
+  if (cuGetErrorString) cuGetErrorString(code, &text);
+  std::string out = name ? name : "CUDA error";
+  out += " (" + std::to_string(code) + ")";
+  if (text) out += std::string(": ") + text;
+  return out;
+}
+
+const Driver& Driver::of_process() {
+  static const Driver* driver = [] {
+    auto fresh = new Driver;  // never freed: threads may use it until the process ends
+    load(*fresh);
+    return fresh;
+  }();
+  return *driver;
+}
+
+}  // namespace aiocomm::cuda

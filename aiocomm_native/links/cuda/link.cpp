@@ -1,0 +1,316 @@
+#include "links/cuda/link.hpp"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace aiocomm::cuda {
+
+namespace {
+
+constexpr uint64_t kEagerBounce =
+    1 << 20;  // smaller: ordinary memory at once rather than pinned memory later
+
+uint64_t random_token() {
+  uint64_t token = 0;
+  if (getrandom(&token, sizeof token, 0) != sizeof token || token == 0)
+    throw LinkFailure("the system gives no random numbers", errno);
+  return token;
+}
+
+// One for all communicators of a process: to each other they are the same process.
+uint64_t process_token() {
+  static const uint64_t token = random_token();
+  return token;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- state
+
+State::State(const Driver& d, Host& h)
+    : driver(d),
+      host(h.mover_host()),
+      process(process_token()),
+      helper(driver),
+      mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
+      bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
+      relays(driver, static_cast<uint64_t>(h.setting("gpu_relay_bytes", 1 << 30))),
+      spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
+
+State::~State() {
+  stop();
+  for (auto& device : devices_) {
+    if (!device.load()) continue;
+    Device::Current current(*device.load());  // of this thread none may be, and the driver then frees nothing
+    bounces.clear();
+    relays.clear();
+    break;
+  }
+  for (auto& device : devices_) delete device.load();
+}
+
+Device& State::device(int ordinal) {
+  if (ordinal < 0 || ordinal >= driver.devices || ordinal >= static_cast<int>(kDevices))
+    throw DeviceUsage("no GPU " + std::to_string(ordinal) + ": this process sees " +
+                      std::to_string(driver.devices) + " (see CUDA_VISIBLE_DEVICES)");
+  if (Device* device = started(ordinal)) return *device;
+  std::lock_guard lock(mutex_);
+  if (Device* device = started(ordinal)) return *device;
+  if (stopped_) throw LinkFailure("the communicator is closed", ESHUTDOWN);
+  auto fresh = new Device(driver, ordinal, host, spin_ns_);
+  devices_[static_cast<size_t>(ordinal)].store(fresh, std::memory_order_release);
+  return *fresh;
+}
+
+bool State::handle_of(const DevicePlace& place, int ordinal, std::array<std::byte, 64>& handle) {
+  std::lock_guard lock(mutex_);
+  auto it = exported_.find(place.base);
+  if (it == exported_.end() || it->second.buffer_id != place.buffer_id) {
+    Exported fresh{place.buffer_id, false, {}};
+    CUipcMemHandle made;
+    Device::Current current(*started(ordinal));
+    fresh.possible = driver.cuIpcGetMemHandle(&made, place.base) == CUDA_SUCCESS;
+    std::memcpy(fresh.handle.data(), made.reserved, sizeof made.reserved);
+    if (exported_.size() > 65536) exported_.clear();
+    it = exported_.insert_or_assign(place.base, fresh).first;
+  }
+  handle = it->second.handle;
+  return it->second.possible;
+}
+
+void State::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    stopped_ = true;
+  }
+  for (auto& device : devices_)
+    if (Device* started = device.load()) started->stop();
+  mappings.clear();
+  helper.stop();
+}
+
+CudaBuffer::~CudaBuffer() {
+  mapping.reset();  // before the state, whose helper closes it
+  if (Device* started = state->started(device)) started->give_back(gate);
+  if (bounce) state->bounces.give_back(bounce);
+  if (relay) state->relays.give_back(device, relay, relay_size);
+}
+
+// ---------------------------------------------------------------- the link
+
+std::shared_ptr<LinkPeer> CudaLink::attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view,
+                                           bool) {
+  for (int fd : fds) ::close(fd);
+  throw LinkFailure("the cuda link moves memory beside another link, and joins no processes", EOPNOTSUPP);
+}
+
+State& CudaLink::state() {
+  std::lock_guard lock(mutex_);
+  if (!state_) {
+    const Driver& driver = Driver::of_process();
+    if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+    state_ = std::make_shared<State>(driver, host_);
+  }
+  return *state_;
+}
+
+int CudaLink::devices() const {
+  const Driver& driver = Driver::of_process();
+  if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+  return driver.devices;
+}
+
+Allocation CudaLink::look_up_known(const Driver& driver, uint64_t address, uint64_t nbytes) {
+  Known& known = known_[(address * 0x9e3779b97f4a7c15ull) >> 56];
+  const Allocation& last = known.allocation;
+  if (known.address == address && last.ipc && address + nbytes <= last.base + last.extent) {
+    unsigned long long id = 0;
+    if (driver.cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID, address) == CUDA_SUCCESS &&
+        id == last.buffer_id)
+      return last;
+  }
+  known.allocation = look_up(driver, address, nbytes);
+  known.address = address;
+  return known.allocation;
+}
+
+std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) {
+  State& state = this->state();
+  auto buffer = std::make_unique<CudaBuffer>(state_);
+  buffer->place.address = address;
+  if (nbytes == 0) {
+    buffer->device = device < 0 ? 0 : device;
+    state.device(buffer->device);
+    return buffer;
+  }
+  Allocation found = look_up_known(state.driver, address, nbytes);
+  if (device >= 0 && found.device != device)
+    throw DeviceUsage("the array says that it is on GPU " + std::to_string(device) +
+                      ", and its memory is on GPU " + std::to_string(found.device));
+  Device& owner = state.device(found.device);
+  buffer->device = found.device;
+  buffer->ipc = found.ipc;
+  buffer->place.base = found.base;
+  buffer->place.extent = found.extent;
+  buffer->place.buffer_id = found.buffer_id;
+  buffer->place.owner = state.process;
+  buffer->place.device = static_cast<uint16_t>(found.device);
+  buffer->place.uuid = owner.uuid;
+  if (stream == kNoStream) return buffer;
+  Device::Current current(owner);
+  auto handle = reinterpret_cast<CUstream>(stream);
+  int capturing = 0;
+  CUresult code = state.driver.cuStreamIsCapturing(handle, &capturing);
+  if (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE)
+    throw DeviceUsage(
+        "the stream is being captured into a CUDA graph: a transfer cannot be part of one; send before or "
+        "after the "
+        "capture, or on another stream");
+  if (code == CUDA_SUCCESS) code = state.driver.cuStreamQuery(handle);
+  if (code == CUDA_ERROR_NOT_READY)
+    buffer->gate = owner.gate_behind(handle);
+  else if (code != CUDA_SUCCESS)
+    throw LinkFailure("work on the array's stream has failed: " + state.driver.describe(code), code);
+  return buffer;
+}
+
+void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
+  auto& mine = static_cast<CudaBuffer&>(buffer);
+  if (mine.place.exported != Export::none) return;
+  if (peer.process() == ::getpid()) {
+    mine.place.exported = Export::ipc;  // its address is enough
+  } else if (peer.process() >= 0 && mine.ipc &&
+             state_->handle_of(mine.place, mine.device, mine.place.handle)) {
+    mine.place.exported = Export::ipc;
+  }
+}
+
+Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) {
+  if (peer.process() == ::getpid()) return within_process(device, theirs, waiter);
+  if (peer.process() < 0) return {Reach::State::refused, 0, nullptr, "the peer's GPU is on another host"};
+  if (theirs.exported == Export::none)
+    return {
+        Reach::State::refused, 0, nullptr,
+        "the memory cannot be shared between processes (of a pool of cudaMallocAsync, or several mappings): "
+        "allocate it by cudaMalloc"};
+  Device* own = state_->started(device);
+  return state_->mappings.reach(own->context, device, theirs, -1, waiter);
+}
+
+// Communicators of one process, and messages to oneself.
+Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waiter) {
+  if (theirs.device == device || theirs.device >= state_->driver.devices)
+    return {Reach::State::ready, theirs.base, {}, {}};
+  uint64_t pair = static_cast<uint64_t>(device) << 32 | theirs.device;
+  {
+    std::lock_guard lock(mutex_);
+    auto [it, fresh] = peered_.try_emplace(pair, false);
+    if (it->second) return {Reach::State::ready, theirs.base, {}, {}};
+    if (!fresh) {  // asked for by another transfer: copies work meanwhile, by a detour
+      return {Reach::State::ready, theirs.base, {}, {}};
+    }
+  }
+  int other = theirs.device;
+  state_->helper.submit([this, state = state_.get(), device, other, pair, waiter] {
+    try {
+      Device& mine = state->device(device);
+      Device& their = state->device(other);
+      state->driver.cuCtxSetCurrent(mine.context);
+      state->driver.cuCtxEnablePeerAccess(their.context, 0);  // refused: the driver copies by a detour
+    } catch (const std::exception&) {
+      // the copy itself will say what is wrong
+    }
+    {
+      std::lock_guard lock(mutex_);
+      peered_[pair] = true;
+    }
+    state->host.go_on(&waiter, 1);
+  });
+  return {Reach::State::opening, 0, nullptr, {}};
+}
+
+bool CudaLink::post(const MoveJob& job) { return state_->started(job.device)->post(job); }
+
+void CudaLink::await_gate(const Gate& gate, int device, OpId waiter) {
+  state_->started(device)->await_gate({gate, waiter});
+}
+
+Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) {
+  auto& mine = static_cast<CudaBuffer&>(buffer);
+  Bounces& bounces = state_->bounces;
+  mine.bounce = bounces.take(nbytes);
+  if (!mine.bounce && (nbytes < kEagerBounce || waiter == 0 || !bounces.may_pin(nbytes)))
+    mine.bounce = bounces.plain(nbytes);
+  if (mine.bounce) return Reach::State::ready;
+  if (waiter == 0) return Reach::State::refused;
+  state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
+    state->driver.cuCtxSetCurrent(state->started(device)->context);
+    std::byte* memory = state->bounces.make(nbytes);
+    if (memory) state->bounces.give_back(memory);  // at hand for whoever asks next
+    state->host.go_on(&waiter, 1);
+  });
+  return Reach::State::opening;
+}
+
+Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) {
+  auto& mine = static_cast<CudaBuffer&>(buffer);
+  if (peer.process() < 0) return Reach::State::refused;
+  mine.relay = state_->relays.take(mine.device, nbytes, mine.relay_size);
+  if (!mine.relay) {
+    if (!state_->relays.may_make(mine.device, nbytes)) return Reach::State::refused;
+    state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
+      state->driver.cuCtxSetCurrent(state->started(device)->context);
+      state->relays.make(device, nbytes);
+      state->host.go_on(&waiter, 1);
+    });
+    return Reach::State::opening;
+  }
+  // The whole of it is one allocation of ours, which stays until the link is closed.
+  mine.place.address = mine.place.base = mine.relay;
+  mine.place.extent = mine.relay_size;
+  CUresult known =
+      state_->driver.cuPointerGetAttribute(&mine.place.buffer_id, CU_POINTER_ATTRIBUTE_BUFFER_ID, mine.relay);
+  if (known != CUDA_SUCCESS || !state_->handle_of(mine.place, mine.device, mine.place.handle)) {
+    state_->relays.give_back(mine.device, std::exchange(mine.relay, 0), mine.relay_size);
+    return Reach::State::refused;
+  }
+  mine.place.exported = Export::ipc;
+  return Reach::State::ready;
+}
+
+uint64_t CudaLink::load(int device) const {
+  return host_.wake_page().load[device].load(std::memory_order_relaxed);
+}
+
+void CudaLink::forget(uint64_t owner) {
+  if (state_) state_->mappings.forget(owner);
+}
+
+void CudaLink::stop() {
+  std::shared_ptr<State> state;
+  {
+    std::lock_guard lock(mutex_);
+    state = state_;
+  }
+  if (state) state->stop();
+}
+
+std::string CudaLink::describe(int error) const { return Driver::of_process().describe(error); }
+
+namespace {
+// Looked for without loading the driver: most processes of a machine without GPUs never ask for it.
+bool may_have_gpus() {
+  const char* named = std::getenv("AIOCOMM_LIBCUDA");
+  return (named && *named) || access("/dev/nvidiactl", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
+}
+
+const LinkRegistration kRegistration{"cuda", 90, [](Host& host) -> std::unique_ptr<Link> {
+                                       if (!may_have_gpus()) return nullptr;
+                                       return std::make_unique<CudaLink>(host);
+                                     }};
+}  // namespace
+}  // namespace aiocomm::cuda

@@ -1,0 +1,102 @@
+// The cuda link: GPU memory on one host, moved by copy engines beside the pairs' own links.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "core/link.hpp"
+#include "links/cuda/device.hpp"
+#include "links/cuda/mappings.hpp"
+#include "links/cuda/memory.hpp"
+
+namespace aiocomm::cuda {
+
+// What outlives the link while a transfer still has a buffer of it.
+class State {
+ public:
+  State(const Driver& driver, Host& host);
+  ~State();
+
+  // Started on first use. Throws LinkFailure. Any thread.
+  Device& device(int ordinal);
+  Device* started(int ordinal) const {
+    return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire);
+  }
+  // A legacy handle of the allocation; false: it has none. Any thread.
+  bool handle_of(const DevicePlace& place, int device, std::array<std::byte, 64>& handle);
+  void stop();
+
+  const Driver& driver;
+  MoverHost& host;
+  const uint64_t process;  // token
+  Helper helper;
+  Mappings mappings;
+  Bounces bounces;
+  Relays relays;
+
+ private:
+  static constexpr size_t kDevices = WakePage::kDevices;
+  const uint64_t spin_ns_;
+  std::mutex mutex_;
+  bool stopped_ = false;
+  std::array<std::atomic<Device*>, kDevices> devices_{};
+  struct Exported {
+    uint64_t buffer_id;
+    bool possible;
+    std::array<std::byte, 64> handle;
+  };
+  std::unordered_map<uint64_t, Exported> exported_;  // by base
+};
+
+struct CudaBuffer final : DeviceBuffer {
+  explicit CudaBuffer(std::shared_ptr<State> owner) : state(std::move(owner)) {}
+  ~CudaBuffer() override;
+  std::shared_ptr<State> state;
+  bool ipc = false;
+  uint64_t relay_size = 0;
+};
+
+class CudaLink final : public Link, public Mover {
+ public:
+  explicit CudaLink(Host& host) : host_(host) {}
+  std::string_view name() const override { return "cuda"; }
+  StreamNeed streams() const override { return {}; }
+  Mover* mover() override { return this; }
+  std::shared_ptr<LinkPeer> attach(Rank, uint64_t, const std::vector<int>& fds, std::string_view,
+                                   bool) override;
+
+  std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) override;
+  int devices() const override;
+  Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) override;
+  void offer(DeviceBuffer& buffer, LinkPeer& peer) override;
+  bool post(const MoveJob& job) override;
+  void await_gate(const Gate& gate, int device, OpId waiter) override;
+  Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
+  Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) override;
+  uint64_t load(int device) const override;
+  void forget(uint64_t owner) override;
+  void stop() override;
+  std::string describe(int error) const override;
+
+ private:
+  State& state();  // loads the driver on first use; throws LinkFailure
+  Reach within_process(int device, const DevicePlace& theirs, OpId waiter);
+
+  // By address, what bind() has seen: as long as the buffer id is the same, nothing else needs to be asked.
+  struct Known {
+    uint64_t address = 0;
+    Allocation allocation;
+  };
+  Allocation look_up_known(const Driver& driver, uint64_t address, uint64_t nbytes);
+  std::array<Known, 256> known_{};  // the loop's thread only
+
+  Host& host_;
+  std::mutex mutex_;
+  std::shared_ptr<State> state_;
+  std::unordered_map<uint64_t, bool> peered_;  // pairs of devices; false: being enabled
+};
+
+}  // namespace aiocomm::cuda

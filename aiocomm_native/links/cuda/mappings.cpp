@@ -1,0 +1,197 @@
+#include "links/cuda/mappings.hpp"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <utility>
+
+namespace aiocomm::cuda {
+
+void Helper::submit(std::function<void()> task) {
+  {
+    std::lock_guard lock(mutex_);
+    if (stopping_) return;
+    tasks_.push_back(std::move(task));
+    if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
+  }
+  wake_.notify_one();
+}
+
+void Helper::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_one();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Helper::run() {
+  pthread_setname_np(pthread_self(), "aiocomm-gpumap");
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
+  for (;;) {
+    std::function<void()> task;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      task = std::move(tasks_.front());
+      tasks_.pop_front();
+    }
+    task();
+  }
+}
+
+// Closed by the helper's thread once the last transfer that uses it has ended.
+struct Mappings::Mapping {
+  Mapping(const Driver& driver, Helper& helper, CUcontext context)
+      : driver_(driver), helper_(helper), context_(context) {}
+  ~Mapping() {
+    if (!base) return;
+    auto close = [&driver = driver_, context = context_, base = base, reserved = reserved] {
+      driver.cuCtxSetCurrent(context);
+      if (reserved) {
+        driver.cuMemUnmap(base, reserved);
+        driver.cuMemAddressFree(base, reserved);
+      } else {
+        driver.cuIpcCloseMemHandle(base);
+      }
+    };
+    helper_.submit(close);
+  }
+  CUdeviceptr base = 0;
+  size_t reserved = 0;  // VMM: bytes of the address range
+
+ private:
+  const Driver& driver_;
+  Helper& helper_;
+  const CUcontext context_;
+};
+
+bool Mappings::knows(int device, const DevicePlace& theirs) {
+  std::lock_guard lock(mutex_);
+  return entries_.count({theirs.owner, theirs.base, theirs.buffer_id, device}) != 0;
+}
+
+Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, int descriptor, OpId waiter) {
+  Key key{theirs.owner, theirs.base, theirs.buffer_id, device};
+  std::lock_guard lock(mutex_);
+  if (auto it = entries_.find(key); it != entries_.end()) {
+    if (descriptor >= 0) ::close(descriptor);
+    Entry& entry = it->second;
+    ages_.splice(ages_.end(), ages_, entry.age);
+    if (entry.state == Reach::State::opening) entry.waiters.push_back(waiter);
+    if (entry.state != Reach::State::ready) return {entry.state, 0, nullptr, entry.reason};
+    return {entry.state, entry.mapping->base, entry.mapping, {}};
+  }
+  for (auto it = entries_.begin(); it != entries_.end();) {
+    auto next = std::next(it);
+    bool same = it->first.owner == key.owner && it->first.device == device;
+    bool overlaps =
+        it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
+    if (same && overlaps && it->second.state != Reach::State::opening) drop(it);  // freed by its owner
+    it = next;
+  }
+  while (entries_.size() >= limit_) {
+    auto oldest = ages_.begin();
+    while (oldest != ages_.end() && entries_.at(*oldest).state == Reach::State::opening) ++oldest;
+    if (oldest == ages_.end()) break;
+    drop(entries_.find(*oldest));
+  }
+  Entry& entry = entries_[key];
+  entry.age = ages_.insert(ages_.end(), key);
+  entry.extent = theirs.extent;
+  entry.waiters.push_back(waiter);
+  helper_.submit([this, context, key, theirs, descriptor] { open(context, key, theirs, descriptor); });
+  return {Reach::State::opening, 0, nullptr, {}};
+}
+
+void Mappings::drop(std::unordered_map<Key, Entry, Hash>::iterator it) {
+  ages_.erase(it->second.age);
+  entries_.erase(it);
+}
+
+void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int descriptor) {
+  driver_.cuCtxSetCurrent(context);
+  auto mapping = std::make_shared<Mapping>(driver_, helper_, context);
+  CUresult code = CUDA_SUCCESS;
+  std::string step;
+  auto tried = [&](const char* what, CUresult result) {
+    if (code == CUDA_SUCCESS && result != CUDA_SUCCESS) code = result, step = what;
+    return code == CUDA_SUCCESS;
+  };
+  if (theirs.exported == Export::ipc) {
+    CUipcMemHandle handle;
+    std::memcpy(handle.reserved, theirs.handle.data(), sizeof handle.reserved);
+    CUdeviceptr base = 0;
+    if (tried("cuIpcOpenMemHandle",
+              driver_.cuIpcOpenMemHandle(&base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)))
+      mapping->base = base;
+  } else {
+    CUmemGenericAllocationHandle handle = 0;
+    CUdeviceptr base = 0;
+    CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, key.device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    if (tried("cuMemImportFromShareableHandle",
+              driver_.cuMemImportFromShareableHandle(
+                  &handle, reinterpret_cast<void*>(static_cast<intptr_t>(descriptor)),
+                  CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR))) {
+      if (tried("cuMemAddressReserve", driver_.cuMemAddressReserve(&base, theirs.extent, 0, 0, 0))) {
+        if (tried("cuMemMap", driver_.cuMemMap(base, theirs.extent, 0, handle, 0))) {
+          mapping->base = base;
+          mapping->reserved = theirs.extent;
+          tried("cuMemSetAccess", driver_.cuMemSetAccess(base, theirs.extent, &access, 1));
+        } else {
+          driver_.cuMemAddressFree(base, theirs.extent);
+        }
+      }
+      driver_.cuMemRelease(handle);  // the mapping holds the memory
+    }
+  }
+  if (descriptor >= 0) ::close(descriptor);
+  std::vector<OpId> waiters;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = entries_.find(key);
+    if (it == entries_.end()) return;
+    Entry& entry = it->second;
+    waiters.swap(entry.waiters);
+    if (code == CUDA_SUCCESS) {
+      entry.state = Reach::State::ready;
+      entry.mapping = std::move(mapping);
+    } else {
+      entry.state = Reach::State::refused;
+      entry.reason = "the peer's GPU memory cannot be mapped: " + step + " gives " + driver_.describe(code);
+      if (code == CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)
+        entry.reason += "; the two GPUs have no peer access (nvidia-smi topo -p2p r)";
+      else if (code == CUDA_ERROR_INVALID_DEVICE || code == CUDA_ERROR_NO_DEVICE)
+        entry.reason += "; its GPU is hidden from this process (CUDA_VISIBLE_DEVICES)";
+      else
+        entry.reason += "; containers need a common IPC and process namespace (--ipc=host --pid=host)";
+    }
+  }
+  host_.go_on(waiters.data(), waiters.size());
+}
+
+void Mappings::forget(uint64_t owner) {
+  std::lock_guard lock(mutex_);
+  for (auto it = entries_.begin(); it != entries_.end();) {
+    auto next = std::next(it);
+    if (it->first.owner == owner) drop(it);
+    it = next;
+  }
+}
+
+void Mappings::clear() {
+  std::lock_guard lock(mutex_);
+  ages_.clear();
+  entries_.clear();
+}
+
+size_t Mappings::size() {
+  std::lock_guard lock(mutex_);
+  return entries_.size();
+}
+
+}  // namespace aiocomm::cuda

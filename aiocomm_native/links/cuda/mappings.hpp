@@ -1,0 +1,92 @@
+// Memory of other processes as it is mapped here.
+//
+// Rules
+//  * A mapping is known by its owner's process, the allocation's base and its buffer id. An address that was freed and
+//    allocated anew has another id, so it is never read through the old mapping; the old one is dropped when the new
+//    one is asked for.
+//  * Opening takes up to milliseconds: it is done by the helper's thread, and the transfers that wait for it hear of it.
+//  * At most `limit` mappings are kept; the one that was used longest ago goes first. One in use stays until its last
+//    transfer has ended.
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "core/device.hpp"
+#include "links/cuda/driver.hpp"
+
+namespace aiocomm::cuda {
+
+// A thread for driver calls that may take long.
+class Helper {
+ public:
+  explicit Helper(const Driver& driver) : driver_(driver) {}
+  ~Helper() { stop(); }
+  void submit(std::function<void()> task);
+  void stop();  // after what was submitted
+
+ private:
+  void run();
+  const Driver& driver_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+class Mappings {
+ public:
+  Mappings(const Driver& driver, MoverHost& host, Helper& helper, size_t limit)
+      : driver_(driver), host_(host), helper_(helper), limit_(limit) {}
+  Reach reach(CUcontext context, int device, const DevicePlace& theirs, int descriptor, OpId waiter);
+  bool knows(int device, const DevicePlace& theirs);
+  void forget(uint64_t owner);
+  void clear();
+  size_t size();
+
+ private:
+  struct Key {
+    uint64_t owner, base, buffer_id;
+    int device;
+    bool operator==(const Key&) const = default;
+  };
+  struct Hash {
+    size_t operator()(const Key& key) const noexcept {
+      uint64_t h = key.owner ^ key.base * 0x9e3779b97f4a7c15ull ^ key.buffer_id * 0xff51afd7ed558ccdull;
+      return static_cast<size_t>(h ^ h >> 29) + static_cast<size_t>(key.device);
+    }
+  };
+  struct Mapping;
+  struct Entry {
+    Reach::State state = Reach::State::opening;
+    std::string reason;
+    std::shared_ptr<Mapping> mapping;
+    std::vector<OpId> waiters;
+    std::list<Key>::iterator age;
+    uint64_t extent = 0;
+  };
+
+  void open(CUcontext context, Key key, DevicePlace theirs, int descriptor);
+  void drop(std::unordered_map<Key, Entry, Hash>::iterator it);
+
+  const Driver& driver_;
+  MoverHost& host_;
+  Helper& helper_;
+  const size_t limit_;
+  std::mutex mutex_;
+  std::unordered_map<Key, Entry, Hash> entries_;
+  std::list<Key> ages_;  // used longest ago first
+};
+
+}  // namespace aiocomm::cuda

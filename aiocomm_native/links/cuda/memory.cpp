@@ -1,0 +1,156 @@
+#include "links/cuda/memory.hpp"
+
+#include <bit>
+#include <cstdlib>
+#include <string>
+
+#include "core/link.hpp"
+
+namespace aiocomm::cuda {
+
+namespace {
+constexpr uint64_t kSmallest = 64 << 10;
+constexpr uint64_t kSmallestRelay = 2 << 20;  // the driver shares no less
+}  // namespace
+
+Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
+  unsigned type = 0, managed = 0, ipc = 0;
+  int device = -1;
+  CUdeviceptr base = 0;
+  size_t extent = 0;
+  unsigned long long buffer_id = 0;
+  int attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                      CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                      CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                      CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+                      CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE};
+  void* values[] = {&type, &managed, &device, &buffer_id, &base, &extent, &ipc};
+  CUresult code = driver.cuPointerGetAttributes(7, attributes, values, address);
+  if (code != CUDA_SUCCESS && code != CUDA_ERROR_INVALID_VALUE)
+    throw LinkFailure("the driver does not describe the array's memory: " + driver.describe(code), code);
+  if (code == CUDA_ERROR_INVALID_VALUE || type == 0)
+    throw DeviceUsage("the array's address is not device memory of this process (was it freed?)");
+  if (managed)
+    throw DeviceUsage(
+        "the array is managed memory, which migrates while it is copied: copy it to memory of one device "
+        "first");
+  if (type != CU_MEMORYTYPE_DEVICE)
+    throw DeviceUsage("the array lies in host memory: pass it as a host array (NumPy, or memoryview)");
+  Allocation found;
+  found.device = device;
+  found.base = base;
+  found.extent = extent;
+  found.buffer_id = buffer_id;
+  // A range that spans several mappings (VMM) has no one handle.
+  found.ipc = ipc && base <= address && address + nbytes <= base + extent;
+  return found;
+}
+
+void Bounces::clear() {
+  std::lock_guard lock(mutex_);
+  for (auto& [memory, block] : blocks_) {
+    if (block.pinned)
+      driver_.cuMemFreeHost(memory);
+    else
+      std::free(memory);
+  }
+  blocks_.clear();
+  free_.clear();
+}
+
+std::byte* Bounces::take(uint64_t nbytes) {
+  std::lock_guard lock(mutex_);
+  auto it = free_.find(std::bit_ceil(std::max(nbytes, kSmallest)));
+  if (it == free_.end() || it->second.empty()) return nullptr;
+  std::byte* memory = it->second.back();
+  it->second.pop_back();
+  return memory;
+}
+
+std::byte* Bounces::plain(uint64_t nbytes) {
+  auto memory = static_cast<std::byte*>(std::aligned_alloc(4096, (nbytes + 4095) / 4096 * 4096));
+  if (!memory) return nullptr;
+  std::lock_guard lock(mutex_);
+  blocks_[memory] = {nbytes, false};
+  return memory;
+}
+
+bool Bounces::may_pin(uint64_t nbytes) {
+  std::lock_guard lock(mutex_);
+  return !refused_ && pinned_ + std::bit_ceil(std::max(nbytes, kSmallest)) <= limit_;
+}
+
+std::byte* Bounces::make(uint64_t nbytes) {
+  uint64_t size = std::bit_ceil(std::max(nbytes, kSmallest));
+  {
+    std::lock_guard lock(mutex_);
+    if (pinned_ + size > limit_) size = 0;
+    pinned_ += size;
+  }
+  void* memory = nullptr;
+  if (size && driver_.cuMemHostAlloc(&memory, size, CU_MEMHOSTALLOC_PORTABLE) == CUDA_SUCCESS) {
+    std::lock_guard lock(mutex_);
+    blocks_[static_cast<std::byte*>(memory)] = {size, true};
+    return static_cast<std::byte*>(memory);
+  }
+  std::lock_guard lock(mutex_);
+  pinned_ -= size;
+  refused_ = size != 0;
+  return nullptr;
+}
+
+void Bounces::give_back(std::byte* memory) {
+  std::lock_guard lock(mutex_);
+  auto it = blocks_.find(memory);
+  if (it->second.pinned) {
+    free_[it->second.nbytes].push_back(memory);
+  } else {
+    blocks_.erase(it);
+    std::free(memory);
+  }
+}
+
+void Relays::clear() {
+  std::lock_guard lock(mutex_);
+  for (auto& [device, pool] : pools_)
+    for (auto& [size, list] : pool.free)
+      for (uint64_t memory : list) driver_.cuMemFree(memory);
+  pools_.clear();
+}
+
+uint64_t Relays::take(int device, uint64_t nbytes, uint64_t& size) {
+  std::lock_guard lock(mutex_);
+  size = std::bit_ceil(std::max(nbytes, kSmallestRelay));
+  auto& free = pools_[device].free[size];
+  if (free.empty()) return 0;
+  uint64_t memory = free.back();
+  free.pop_back();
+  return memory;
+}
+
+bool Relays::may_make(int device, uint64_t nbytes) {
+  std::lock_guard lock(mutex_);
+  const Pool& pool = pools_[device];
+  return !pool.refused && pool.made + std::bit_ceil(std::max(nbytes, kSmallestRelay)) <= limit_;
+}
+
+void Relays::make(int device, uint64_t nbytes) {
+  uint64_t size = std::bit_ceil(std::max(nbytes, kSmallestRelay));
+  CUdeviceptr memory = 0;
+  bool made = driver_.cuMemAlloc(&memory, size) == CUDA_SUCCESS;
+  std::lock_guard lock(mutex_);
+  Pool& pool = pools_[device];
+  pool.refused = !made;
+  if (!made) return;
+  pool.made += size;
+  pool.free[size].push_back(memory);
+}
+
+void Relays::give_back(int device, uint64_t memory, uint64_t size) {
+  std::lock_guard lock(mutex_);
+  pools_[device].free[size].push_back(memory);
+}
+
+}  // namespace aiocomm::cuda

@@ -1,0 +1,100 @@
+"""Suite `gpu`: two GPUs of one host, one process each: copy engines, NCCL, and ours.
+
+Figures of ours are taken beside raw copies of the same run: GPUs and their links differ, and clocks drift.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from . import pair
+from .gpu_driver import Driver
+from .model import Column, Rule, Subject, Suite
+from .sizes import GIB, MIB
+
+if TYPE_CHECKING:
+    from .model import Metrics, Options
+
+_MODES = {"aiocomm-gpu": "asyncio", "aiocomm-gpu-uvloop": "uvloop", "aiocomm-gpu-spin": "aiocomm"}
+_PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl"} | dict.fromkeys(_MODES, "gpu_ours")
+
+NAMES = tuple(_PROGRAMS)
+
+
+def _missing(name: str) -> str:
+    try:
+        if Driver(0).count() < 1:
+            return "no GPU"
+    except (AttributeError, OSError) as error:
+        return f"no GPU: {error}"
+    module = {"nccl-torch": "torch", "aiocomm-gpu-uvloop": "uvloop"}.get(name)
+    if module and importlib.util.find_spec(module) is None:
+        return f"not installed: pip install {module}"
+    return ""
+
+
+def _subjects(options: Options) -> list[Subject]:
+    kinds = {"floor-copies": "floor", "nccl-torch": "peer"}
+    return [
+        Subject(name, kinds.get(name, "ours"), "nvlink", _missing(name))  # type: ignore[arg-type]
+        for name in _PROGRAMS
+        if not options.peers or name in options.peers
+    ]
+
+
+def measure(name: str, options: Options) -> Metrics:
+    """Take one sample."""
+    arguments = {
+        "large": 256 * MIB if options.quick else GIB,
+        "repeats": 8 if options.quick else 20,
+        "pings": 500 if options.quick else 3000,
+        "loop": _MODES.get(name, ""),
+    }
+    program = f"{__package__}.{_PROGRAMS[name]}:child"
+    found: Metrics = pair.run(program, arguments, options.timeout_s)[0]
+    return found
+
+
+_COLUMNS = (
+    Column("gbytes_s/1GiB", "1 GiB one way\nGB/s", 1, "higher"),
+    Column("gbytes_s_both/1GiB", "both ways\nGB/s each", 1, "higher"),
+    Column("gbytes_s/16MiB", "8 of 16 MiB\nGB/s", 1, "higher"),
+    Column("half_us/64KiB", "64 KiB half\ntrip, µs", 1),
+    Column("p99_us/64KiB", "p99\nµs", 1),
+    Column("urgent_us/one_way", "urgent 64 KiB under\nbulk one way, µs", 1),
+    Column("urgent_p99_us/one_way", "p99\nµs", 1),
+    Column("bulk_kept/one_way", "bulk ÷\nalone", 3, "higher"),
+    Column("urgent_us/both_ways", "under bulk\nboth ways, µs", 1),
+    Column("urgent_p99_us/both_ways", "p99\nµs", 1),
+    Column("bulk_kept/both_ways", "bulk ÷\nalone", 3, "higher"),
+    Column("share_of_3", "share of\nweight 3 of 4", 3, "neither"),
+    Column("launches_kept", "launches ÷\nalone", 3, "higher"),
+    Column("p99_us/beside_first", "p99 beside\nfirst sends, µs", 1),
+    Column("p99_us/beside_second", "beside the\nsame again, µs", 1),
+)
+_FLOOR = ("floor-copies",)
+
+SUITE = Suite(
+    "gpu",
+    "GPU to GPU on one host",
+    _subjects,
+    measure,
+    lambda options: _COLUMNS,
+    (
+        Rule("1 GiB ÷ raw copies", "aiocomm-gpu-spin", "gbytes_s/1GiB", ">=", 0.985, _FLOOR),
+        Rule("1 GiB both ways ÷ raw", "aiocomm-gpu-spin", "gbytes_s_both/1GiB", ">=", 0.98, _FLOOR),
+        Rule("8 of 16 MiB ÷ raw", "aiocomm-gpu-spin", "gbytes_s/16MiB", ">=", 0.97, _FLOOR),
+        Rule("64 KiB half trip, spinning, µs", "aiocomm-gpu-spin", "half_us/64KiB", "<=", 15),
+        Rule("64 KiB half trip, µs", "aiocomm-gpu", "half_us/64KiB", "<=", 30),
+        Rule("urgent under bulk one way, µs", "aiocomm-gpu-spin", "urgent_us/one_way", "<=", 20),
+        Rule("the same, p99, µs", "aiocomm-gpu-spin", "urgent_p99_us/one_way", "<=", 60),
+        Rule("bulk beside it ÷ alone", "aiocomm-gpu-spin", "bulk_kept/one_way", ">=", 0.97),
+        Rule(
+            "urgent under bulk both ways, p99, µs", "aiocomm-gpu-spin", "urgent_p99_us/both_ways", "<=", 150
+        ),
+        Rule("bulk beside it ÷ alone", "aiocomm-gpu-spin", "bulk_kept/both_ways", ">=", 0.92),
+        Rule("weights 3:1, error of a share", "aiocomm-gpu-spin", "share_error", "<=", 0.05),
+        Rule("launches beside copies ÷ alone", "aiocomm-gpu-spin", "launches_kept", ">=", 0.96),
+    ),
+)

@@ -1,0 +1,45 @@
+"""Raw copies between two GPUs of two processes: what nothing above the copy engines can beat."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .gpu_driver import Driver
+from .sizes import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .control import Control
+    from .model import Metrics
+
+
+def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """Push, first one way, then both ways at once."""
+    large = int(arguments["large"])
+    driver = Driver(role % Driver(0).count())
+    own, into = driver.allocate(large), driver.allocate(large)
+    peer = driver.open(control.swap(into.handle()))
+    stream = driver.stream()
+    found: Metrics = {}
+
+    def rate(nbytes: int, count: int) -> float:
+        driver.copy(peer, own.address, nbytes, stream)
+        driver.wait(stream)
+        start = time.perf_counter()
+        for number in range(count):
+            driver.copy(peer + number % (large // nbytes) * nbytes, own.address, nbytes, stream)
+        driver.wait(stream)
+        return nbytes * count / (time.perf_counter() - start) / 1e9
+
+    for name, nbytes, count in (("1GiB", large, arguments["repeats"]), ("16MiB", 16 * MIB, 200)):
+        control.swap("one way")
+        if role == 0:
+            found[f"gbytes_s/{name}"] = rate(nbytes, count)
+        control.swap("one way done")
+    control.swap("both ways")
+    both = rate(large, 4 * arguments["repeats"])
+    found["gbytes_s_both/1GiB"] = min(both, control.swap(both))
+    control.swap("done")
+    return found

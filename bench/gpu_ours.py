@@ -1,0 +1,304 @@
+"""aiocomm between two GPUs of two processes, in each mode that a user can choose."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from . import figures, work
+from .gpu_driver import Driver, Kernel
+from .peers import ours
+from .sizes import KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .control import Control
+    from .gpu_driver import Memory
+    from .model import Metrics
+
+_PING, _LOAD, _END = 1, 2, 3  # tags
+
+
+async def _one_way(comm: Any, role: int, arrays: list[Memory], count: int, outstanding: int) -> float:
+    """Rate in GB/s; `outstanding` messages at once, each of its own array."""
+    await comm.barrier()
+    start = time.perf_counter()
+    open_: deque[Any] = deque()
+    for number in range(count):
+        array = arrays[number % len(arrays)]
+        if len(open_) == outstanding:
+            await open_.popleft()
+        open_.append(comm.send(array, 1) if role == 0 else comm.recv(array, 0))
+    for transfer in open_:
+        await transfer
+    return arrays[0].nbytes * count / (time.perf_counter() - start) / 1e9
+
+
+async def _both_ways(comm: Any, role: int, data: Memory, into: Memory, count: int) -> float:
+    await comm.barrier()
+    start = time.perf_counter()
+
+    async def all_of(operation: Any, array: Memory) -> None:
+        for _ in range(count):
+            await operation(array, 1 - role)
+
+    await asyncio.gather(all_of(comm.send, data), all_of(comm.recv, into))
+    return data.nbytes * count / (time.perf_counter() - start) / 1e9
+
+
+async def _ping_pong(channel: Any, role: int, data: Memory, into: Memory, count: int) -> list[float]:
+    halves = []
+    for _ in range(count):
+        start = time.perf_counter()
+        if role == 0:
+            await channel.send(data, 1, tag=_PING)
+            await channel.recv(into, 1, tag=_PING)
+        else:
+            await channel.recv(into, 0, tag=_PING)
+            await channel.send(data, 0, tag=_PING)
+        halves.append((time.perf_counter() - start) / 2)
+    return halves
+
+
+class _Load:
+    """Keeps messages from rank `source` to the other outstanding on a channel until it is stopped."""
+
+    def __init__(self, channel: Any, role: int, source: int, arrays: list[Memory]) -> None:
+        self._channel, self._role, self._source, self._arrays = channel, role, source, arrays
+        self._running = True
+        self.moved = 0
+        self.under_way = asyncio.Event()
+        self._task = asyncio.create_task(self._send() if role == source else self._receive())
+
+    async def _send(self) -> None:
+        other = 1 - self._role
+        open_ = deque((self._channel.send(a, other, tag=_LOAD), a) for a in self._arrays)
+        while self._running:
+            transfer, array = open_.popleft()
+            await transfer
+            self.moved += array.nbytes
+            self.under_way.set()
+            open_.append((self._channel.send(array, other, tag=_LOAD), array))
+        end = self._arrays[0][:16]
+        open_.extend((self._channel.send(end, other, tag=_LOAD), end) for _ in self._arrays)
+        for transfer, _ in open_:
+            await transfer
+
+    async def _receive(self) -> None:
+        open_ = deque((self._channel.recv(a, self._source, tag=_LOAD), a) for a in self._arrays)
+        self.under_way.set()
+        while open_:
+            transfer, array = open_.popleft()
+            status = await transfer
+            if status.nbytes != 16:
+                self.moved += status.nbytes
+                open_.append((self._channel.recv(array, self._source, tag=_LOAD), array))
+
+    async def stop(self) -> None:
+        self._running = False
+        await self._task
+
+
+async def _rate(comm: Any, loads: list[_Load], role: int, meanwhile: Any) -> tuple[float, Any]:
+    """Slowest rate of the loads that rank `role` drives while `meanwhile` runs."""
+    for load in loads:
+        await load.under_way.wait()
+    await comm.barrier()
+    start, before = time.perf_counter(), [load.moved for load in loads]
+    result = await meanwhile
+    elapsed = time.perf_counter() - start
+    await comm.barrier()
+    rates = [(load.moved - moved) / elapsed / 1e9 for load, moved in zip(loads, before, strict=True)]
+    for load in loads:
+        await load.stop()
+    return min(rates), result
+
+
+async def _sleep(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
+    """Measure everything; role 0's figures count."""
+    large, repeats, pings = int(arguments["large"]), int(arguments["repeats"]), int(arguments["pings"])
+    import aiocomm
+
+    urgent_data, urgent_into = driver.allocate(64 * KIB), driver.allocate(64 * KIB)
+    data, into = driver.allocate(large), driver.allocate(large)
+    mine = data if role == 0 else into
+    found: Metrics = {}
+    data.fill(3 + role)
+    await _one_way(comm, role, [mine], 2, 1)
+    if role == 1 and (into.read(0, 4096) != bytes([3]) * 4096 or into.read(large - 7, 7) != bytes([3]) * 7):
+        raise AssertionError("the bytes did not arrive")
+    found["gbytes_s/1GiB"] = await _one_way(comm, role, [mine], repeats, 1)
+    pieces = [mine[at * 16 * MIB : (at + 1) * 16 * MIB] for at in range(16)]
+    await _one_way(comm, role, pieces, 16, 8)
+    found["gbytes_s/16MiB"] = await _one_way(comm, role, pieces, 400, 8)
+    await _both_ways(comm, role, data, into, 2)
+    found["gbytes_s_both/1GiB"] = await _both_ways(comm, role, data, into, 4 * repeats)
+    await _ping_pong(comm, role, urgent_data, urgent_into, 200)
+    for nbytes, name in ((8, "8B"), (64 * KIB, "64KiB"), (MIB, "1MiB")):
+        a, b = (urgent_data, urgent_into) if nbytes <= 64 * KIB else (data, into)
+        halves = await _ping_pong(comm, role, a[:nbytes], b[:nbytes], pings)
+        found[f"half_us/{name}"] = statistics.median(halves) * 1e6
+        found[f"p99_us/{name}"] = figures.percentile(halves, 0.99) * 1e6
+    urgent = comm.channel("bench-urgent", priority=aiocomm.Priority.URGENT)
+    bulk = comm.channel("bench-bulk")
+    await _ping_pong(urgent, role, urgent_data, urgent_into, 100)
+    outgoing = [data[at * large // 4 : (at + 1) * large // 4] for at in range(4)]
+    incoming = [into[at * large // 4 : (at + 1) * large // 4] for at in range(4)]
+    one = outgoing if role == 0 else incoming
+    alone, _ = await _rate(comm, [_Load(bulk, role, 0, one)], role, _sleep(0.3))
+    kept, halves = await _rate(
+        comm,
+        [_Load(bulk, role, 0, one)],
+        role,
+        _ping_pong(urgent, role, urgent_data, urgent_into, pings),
+    )
+    found["urgent_us/one_way"] = statistics.median(halves) * 1e6
+    found["urgent_p99_us/one_way"] = figures.percentile(halves, 0.99) * 1e6
+    found["bulk_gbytes_s/alone"], found["bulk_gbytes_s/one_way"] = alone, kept
+    found["bulk_kept/one_way"] = kept / alone
+
+    def two_loads() -> list[_Load]:
+        return [
+            _Load(bulk, role, 0, outgoing if role == 0 else incoming),
+            _Load(bulk, role, 1, outgoing if role == 1 else incoming),
+        ]
+
+    alone, _ = await _rate(comm, two_loads(), role, _sleep(0.3))
+    kept, halves = await _rate(
+        comm, two_loads(), role, _ping_pong(urgent, role, urgent_data, urgent_into, pings)
+    )
+    found["urgent_us/both_ways"] = statistics.median(halves) * 1e6
+    found["urgent_p99_us/both_ways"] = figures.percentile(halves, 0.99) * 1e6
+    found["bulk_gbytes_s/both_alone"], found["bulk_gbytes_s/both_ways"] = alone, kept
+    found["bulk_kept/both_ways"] = kept / alone
+    found.update(await _shares(comm, role, one))
+    found.update(await _first_sends(comm, role, driver, urgent, urgent_data, urgent_into))
+    found.update(await _launches(comm, role, driver, bulk, one))
+    return found
+
+
+async def _shares(comm: Any, role: int, arrays: list[Memory]) -> Metrics:
+    heavy, light = comm.channel("bench-heavy", weight=3.0), comm.channel("bench-light", weight=1.0)
+    large, small = 16 * MIB, 4 * MIB
+    loads = [
+        _Load(
+            heavy,
+            role,
+            0,
+            [arrays[0][at * large : (at + 1) * large] for at in range(arrays[0].nbytes // large)][:8],
+        ),
+        _Load(
+            light,
+            role,
+            0,
+            [arrays[1][at * small : (at + 1) * small] for at in range(arrays[1].nbytes // small)][:16],
+        ),
+    ]
+    for load in loads:
+        await load.under_way.wait()
+    await asyncio.sleep(0.05)
+    before = [load.moved for load in loads]
+    await asyncio.sleep(0.5)
+    moved = [load.moved - b for load, b in zip(loads, before, strict=True)]
+    await comm.barrier()
+    for load in loads:
+        await load.stop()
+    share = moved[0] / max(1, sum(moved))
+    return {"share_of_3": share, "share_error": max(abs(share / 0.75 - 1), abs((1 - share) / 0.25 - 1))}
+
+
+async def _first_sends(
+    comm: Any, role: int, driver: Driver, urgent: Any, data: Memory, into: Memory
+) -> Metrics:
+    """Half round trips beside messages of memory never seen before, and beside the same ones again."""
+    fresh = [driver.allocate(4 * MIB) for _ in range(40)]
+    found: Metrics = {}
+
+    async def send_all() -> None:
+        for array in fresh:
+            await (comm.send(array, 1, tag=_END) if role == 0 else comm.recv(array, 0, tag=_END))
+
+    for name in ("first", "second"):
+        await comm.barrier()
+        task = asyncio.create_task(send_all())
+        halves = await _ping_pong(urgent, role, data, into, 1000)
+        await task
+        found[f"p99_us/beside_{name}"] = figures.percentile(halves, 0.99) * 1e6
+        found[f"max_us/beside_{name}"] = max(halves) * 1e6
+    return found
+
+
+async def _receive_all(comm: Any, arrays: list[Memory], count: int) -> None:
+    open_: deque[Any] = deque()
+    for number in range(count):
+        if len(open_) == 8:
+            await open_.popleft()
+        open_.append(comm.recv(arrays[number % len(arrays)], 0, tag=_END))
+    for transfer in open_:
+        await transfer
+
+
+async def _launches(comm: Any, role: int, driver: Driver, bulk: Any, arrays: list[Memory]) -> Metrics:
+    """Kernels per second that the loop's thread launches, alone and beside the busy copy thread."""
+    stream = driver.stream()
+    launch = Kernel(driver).launcher(stream)
+
+    def count() -> float:
+        start = time.perf_counter()
+        launched = 0
+        while time.perf_counter() - start < 0.06:
+            for _ in range(100):
+                launch()
+            launched += 100
+        driver.wait(stream)
+        return launched / (time.perf_counter() - start)
+
+    count()
+    await comm.barrier()
+    alone = count()
+    await comm.barrier()
+    # Submitted in advance: the loop's thread is busy with launching, and the copy thread goes on by itself.
+    count_ahead = 1500
+    small = [arrays[at // 4][at % 4 * 16 * MIB : (at % 4 + 1) * 16 * MIB] for at in range(16)]
+    ahead = [comm.send(small[0], 1, tag=_END) for _ in range(count_ahead)] if role == 0 else []
+    await comm.barrier()
+    beside = 0.0
+    if role == 0:
+        beside = count()
+    else:
+        await _receive_all(comm, small, count_ahead)
+    done_ahead = sum(transfer.done() for transfer in ahead)
+    for transfer in ahead:
+        await transfer
+    await comm.barrier()
+    again = count()
+    if role == 0 and done_ahead == count_ahead:
+        beside = math.nan  # the copies were over too early: nothing was measured
+    return {
+        "launches_s/alone": (alone + again) / 2,
+        "launches_s/beside": beside,
+        "launches_kept": beside / ((alone + again) / 2),
+    }
+
+
+def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """Run one mode."""
+    driver = Driver(role % Driver(0).count())
+
+    async def opened() -> Metrics:
+        comm = await ours.connect(role, control, "cuda")
+        try:
+            return await measure(comm, role, driver, arguments)
+        finally:
+            await comm.aclose()
+
+    return work.run_on(arguments["loop"], opened)

@@ -1,0 +1,181 @@
+"""The simulated driver: building it, and what a test may do to it.
+
+`choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler
+into a cache folder, as libcuda.so.1: that is what AIOCOMM_LIBCUDA names. The same library object serves
+native code and these bindings, so what is asked of it here concerns the driver that the link uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+__all__ = ["Engine", "Simulator", "build", "choose"]
+
+_SOURCE: Final = Path(__file__).parent / "cuda"
+_FLAGS: Final = ("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-pthread")
+_WAIT_MS: Final = 10_000  # after which an engine that should move does not
+
+
+class Engine(enum.IntEnum):
+    """The engines of a device; each runs on its own and in order."""
+
+    TO_DEVICE = 0
+    TO_HOST = 1
+    PEER = 2
+    LOCAL = 3
+    HOST_FUNCTIONS = 4
+
+
+@functools.cache
+def choose() -> Path | None:
+    """The simulated library, or None where the machine's own driver is to be tested: it has two GPUs.
+
+    FAKE_CUDA=1 asks for the simulated one there, too.
+    """
+    with contextlib.suppress(OSError):
+        real = ctypes.CDLL("libcuda.so.1") if not os.environ.get("FAKE_CUDA") else None
+        count = ctypes.c_int()
+        if (
+            real
+            and real.cuInit(0) == 0
+            and real.cuDeviceGetCount(ctypes.byref(count)) == 0
+            and count.value > 1
+        ):
+            return None
+    return build()
+
+
+@functools.cache
+def build() -> Path:
+    """Compile the library if it has changed. One copy per source text serves all processes."""
+    sources = sorted(_SOURCE.glob("*.[ch]pp"))
+    compiler = os.environ.get("CXX", "g++")
+    digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aiocomm-tests"
+    folder = cache / digest.hexdigest()[:16]
+    library = folder / "libcuda.so.1"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor(2) as workers:
+
+        def compiled(source: Path) -> str:
+            target = str(Path(scratch) / f"{source.stem}.o")
+            subprocess.run([compiler, *_FLAGS, "-c", str(source), "-o", target], check=True)
+            return target
+
+        objects = list(workers.map(compiled, (path for path in sources if path.suffix == ".cpp")))
+        built = Path(scratch) / library.name
+        subprocess.run([compiler, *_FLAGS, "-shared", *objects, "-o", str(built), "-ldl"], check=True)
+        folder.mkdir(exist_ok=True)
+        built.replace(library)  # at once: another process may have been faster
+    return library
+
+
+class Simulator:
+    """The simulated driver of this process, seen from a test."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        for name in ("fake_calls", "fake_counter", "fake_executed", "fake_ready"):
+            getattr(library, name).restype = ctypes.c_uint64
+        library.fake_held.restype = ctypes.c_int64
+
+    def fail(self, call: str, code: int, nth: int = 1, forever: bool = False) -> None:
+        """Let the `nth` call of a name from now on fail, and with `forever` all after it.
+
+        "*" is any call, "@engine" the execution of a queued copy or fill.
+        """
+        self._library.fake_fail(call.encode(), ctypes.c_uint64(nth), code, int(forever))
+
+    def lose(self, device: int, code: int = 46) -> None:
+        """Let a device fall off the bus: every call that concerns it gives `code`, nothing queued goes on."""
+        self._library.fake_lose_device(device, code)
+
+    def heal(self) -> None:
+        """Take back failures and lost devices. Broken contexts are as new; what was queued there is gone."""
+        self._library.fake_heal()
+
+    def calls(self, name: str) -> int:
+        """How often an entry point was called, by its name without version suffix."""
+        return int(self._library.fake_calls(name.encode()))
+
+    def counter(self, name: str) -> int:
+        """ "staged_copies" (without peer access), "pageable_copies", or "bytes" moved."""
+        return int(self._library.fake_counter(name.encode()))
+
+    def held(self, name: str) -> int:
+        """How many of a kind are live; the kinds are listed at `fake_held`."""
+        count = int(self._library.fake_held(name.encode()))
+        if count < 0:
+            raise ValueError(f"no such kind: {name}")
+        return count
+
+    def violations(self) -> list[str]:
+        """What would have been silent corruption on a GPU, since the last look, in this process."""
+        text = ctypes.create_string_buffer(1 << 16)
+        self._library.fake_take_violations(text, ctypes.c_size_t(len(text)))
+        return text.value.decode().splitlines()
+
+    def pause(self, device: int, engine: Engine) -> None:
+        """Let an engine finish what it is at, and then nothing more."""
+        self._check(self._library.fake_pause(device, engine))
+
+    def step(self, device: int, engine: Engine, count: int = 1) -> None:
+        """Let a paused engine execute `count` more operations."""
+        self._check(self._library.fake_step(device, engine, ctypes.c_uint64(count)))
+
+    def resume(self, device: int, engine: Engine) -> None:
+        """Let an engine run freely again."""
+        self._check(self._library.fake_resume(device, engine))
+
+    def stop_halfway(self, device: int, engine: Engine) -> None:
+        """Let an engine stop in the middle of its next copy."""
+        self._check(self._library.fake_stop_halfway(device, engine))
+
+    def executed(self, device: int, engine: Engine) -> int:
+        """How many operations an engine has executed in all."""
+        return int(self._library.fake_executed(device, engine))
+
+    def wait_ready(self, device: int, engine: Engine, count: int = 1) -> None:
+        """Block until so many operations could run on an engine, the one that it is at included."""
+        if not self._library.fake_wait_ready(device, engine, ctypes.c_uint64(count), _WAIT_MS):
+            raise TimeoutError(f"nothing came to engine {engine.name} of device {device}")
+
+    def wait_ready_on_any(self, devices: list[int], engine: Engine) -> None:
+        """Block until an operation could run on this engine of one of the devices."""
+        for _ in range(_WAIT_MS):
+            for device in devices:
+                if self._library.fake_wait_ready(device, engine, ctypes.c_uint64(1), 1):
+                    return
+        raise TimeoutError(f"nothing came to engine {engine.name} of devices {devices}")
+
+    def wait_executed(self, device: int, engine: Engine, count: int) -> None:
+        """Block until an engine has executed `count` operations in all."""
+        if not self._library.fake_wait_executed(device, engine, ctypes.c_uint64(count), _WAIT_MS):
+            raise TimeoutError(f"engine {engine.name} of device {device} does not get to {count} operations")
+
+    def reset(self) -> None:
+        """What every test leaves: no failures, all engines running, an empty book."""
+        self.heal()
+        for device in range(16):
+            for engine in Engine:
+                self._library.fake_resume(device, engine)
+        self.violations()
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise ValueError("no such device or engine, or it is not paused")

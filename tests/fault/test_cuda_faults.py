@@ -1,0 +1,432 @@
+"""The GPU link when something fails: driver calls, devices, peers, and memory that is freed and comes back.
+
+Ranks of one process reach each other's memory by its address, so what concerns CUDA IPC runs between
+processes. After each test the simulated driver must not have seen an access to memory that was not there
+(fixture `gpu`).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from fakes.gpu import DeviceArray, Driver, Kind, Stream
+from fakes.simulated import Engine, Simulator
+from harness import LIMIT_S, world
+
+import aiocomm
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
+
+LINKS = ("shm", "cuda")
+NBYTES = 3 << 20
+DEVICE_UNAVAILABLE, ILLEGAL_ADDRESS, UNKNOWN = 46, 700, 999
+
+CALLS = [
+    "cuCtxEnablePeerAccess",
+    "cuDeviceGet",
+    "cuDeviceGetUuid",
+    "cuDevicePrimaryCtxRetain",
+    "cuMemHostAlloc",
+    "cuMemHostGetDevicePointer",
+    "cuMemcpyAsync",
+    "cuPointerGetAttributes",
+    "cuStreamCreateWithPriority",
+    "cuStreamIsCapturing",
+    "cuStreamQuery",
+    "cuStreamWriteValue32",
+]
+
+
+def random(nbytes: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+async def outcome(call: Any) -> BaseException | None:
+    """What a transfer ends with; how a call is refused counts, too."""
+    try:
+        await call()
+    except aiocomm.AiocommError as error:
+        return error
+    return None
+
+
+async def outcomes(*calls: Any) -> list[BaseException | None]:
+    found: list[BaseException | None] = [None] * len(calls)
+
+    async def one(index: int) -> None:
+        found[index] = await outcome(calls[index])
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            for index in range(len(calls)):
+                group.start_soon(one, index)
+    return found
+
+
+async def the_first(events: Any, kind: type) -> Any:
+    with anyio.fail_after(LIMIT_S):
+        async for event in events:
+            if isinstance(event, kind):
+                return event
+    raise AssertionError("the events have ended")
+
+
+async def exchange(a: aiocomm.Communicator, b: aiocomm.Communicator, seed: int) -> list[BaseException | None]:
+    """GPU to GPU, GPU to host, host to GPU; what arrived without an error must be right."""
+    data = random(NBYTES, seed)
+    first, second = DeviceArray(NBYTES, device=0).write(data), DeviceArray(NBYTES, device=1)
+    host = np.zeros(NBYTES, np.uint8)
+    ended = []
+    for source, into in ((first, second), (first, host), (data, second)):
+        if isinstance(into, DeviceArray):
+            into.write(np.zeros(NBYTES, np.uint8))
+        # The deadline ends the half whose other half was refused.
+        both = await outcomes(
+            lambda source=source: a.send(source, 1, deadline=2.0),
+            lambda into=into: b.recv(into, 0, deadline=2.0),
+        )
+        if both[1] is None:
+            got = into.numpy() if isinstance(into, DeviceArray) else into
+            assert (got == data).all()
+        ended += both
+    return ended
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("call", CALLS)
+async def test_one_failing_call(simulator: Simulator, call: str, nth: int) -> None:
+    simulator.fail(call, UNKNOWN, nth)
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        for error in await exchange(a, b, nth):
+            assert error is None or isinstance(
+                error, aiocomm.LinkError | aiocomm.PeerError | aiocomm.DeadlineExceeded | aiocomm.UsageError
+            )
+        simulator.heal()
+        assert await exchange(a, b, nth + 1) == [None] * 6  # the pair and the device go on
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_that_always_fails(simulator: Simulator, call: str) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        simulator.fail(call, UNKNOWN, forever=True)
+        await exchange(a, b, 1)
+        into = bytearray(100)
+        assert await outcomes(lambda: a.send(bytes(100), 1), lambda: b.recv(into, 0)) == [None, None]
+        simulator.heal()
+
+
+async def test_an_error_names_the_device_and_the_drivers_code(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        simulator.fail("cuMemcpyAsync", UNKNOWN)
+        source, into = DeviceArray(NBYTES), DeviceArray(NBYTES, device=1)
+        ended = await outcomes(lambda: a.send(source, 1), lambda: b.recv(into, 0))
+        failed = [error for error in ended if isinstance(error, aiocomm.LinkError) and error.code == UNKNOWN]
+        assert len(failed) == 1
+        assert failed[0].code_name == "CUDA_ERROR_UNKNOWN"
+        assert "aiocomm doctor" in str(failed[0])
+
+
+@pytest.mark.parametrize("call", ["cuMemHostGetDevicePointer", "cuStreamCreateWithPriority"])
+async def test_a_device_that_does_not_start_leaves_nothing(simulator: Simulator, call: str) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, _):
+        array = DeviceArray(100, device=3)
+        gc.collect()
+        before = {kind: simulator.held(kind) for kind in ("streams", "pinned", "contexts")}
+        simulator.fail(call, UNKNOWN, 1 if call == "cuMemHostGetDevicePointer" else 3)
+        with pytest.raises(aiocomm.LinkError, match="GPU 3: cannot"):
+            await a.send(array, 1)
+        assert {kind: simulator.held(kind) for kind in before} == before
+
+
+async def test_a_broken_context_ends_its_transfers_and_leaves_other_devices(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        simulator.fail("@engine", ILLEGAL_ADDRESS)
+        source, into = DeviceArray(NBYTES, device=0), DeviceArray(NBYTES, device=1)
+        ended = await outcomes(lambda: a.send(source, 1), lambda: b.recv(into, 0))
+        assert any(isinstance(error, aiocomm.LinkError) for error in ended)
+        data = random(NBYTES)
+        third, fourth = DeviceArray(NBYTES, device=2).write(data), DeviceArray(NBYTES, device=3)
+        assert await outcomes(lambda: a.send(third, 1), lambda: b.recv(fourth, 0)) == [None, None]
+        assert (fourth.numpy() == data).all()
+        simulator.heal()
+
+
+async def test_a_lost_device_ends_what_it_moves(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        for device in (0, 1):
+            simulator.pause(device, Engine.PEER)
+        source, into = DeviceArray(NBYTES, device=0), DeviceArray(NBYTES, device=1)
+        sent, received = a.send(source, 1), b.recv(into, 0)
+        await anyio.to_thread.run_sync(simulator.wait_ready_on_any, [0, 1], Engine.PEER)
+        for device in (0, 1):
+            simulator.lose(device, DEVICE_UNAVAILABLE)
+        ended = await outcomes(lambda: sent, lambda: received)
+        assert all(isinstance(error, aiocomm.LinkError | aiocomm.PeerError) for error in ended)
+        assert any("DEVICE_UNAVAILABLE" in str(error) for error in ended)
+        assert await outcomes(lambda: a.send(b"x", 1), lambda: b.recv(bytearray(1), 0)) == [None, None]
+        simulator.heal()
+
+
+async def test_a_closed_gate_on_a_lost_device(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        stream, source = Stream(0), DeviceArray(NBYTES, device=0)
+        gate = stream.gate()
+        stream.fill(source, 1)
+        sent, received = a.send(source, 1, stream=stream), b.recv(DeviceArray(NBYTES, device=1), 0)
+        await outcomes(lambda: a.send(b"x", 1, tag=1), lambda: b.recv(bytearray(1), 0, tag=1))
+        simulator.lose(0, DEVICE_UNAVAILABLE)
+        sent.cancel()
+        ended = await outcomes(lambda: received)
+        assert isinstance(ended[0], aiocomm.TransferCancelled | aiocomm.LinkError)
+        simulator.heal()
+        gate.open()
+        stream.close()
+
+
+# ---------------------------------------------------------------- between processes
+
+
+async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> None:
+    """This process's engine is halfway into a copy to or from memory of a process that dies."""
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        array = DeviceArray(NBYTES, device=1)
+        while True:
+            await comm.recv(array, 0)
+
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - spawn tells of the killed worker
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            data = random(NBYTES)
+            source = DeviceArray(NBYTES, device=0).write(data)
+            await comm.send(source, 1)  # what is to be mapped is
+            simulator.stop_halfway(0, Engine.PEER)
+            executed = simulator.executed(0, Engine.PEER)
+            sent = comm.send(source, 1)
+            try:
+                await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
+                events = comm.events()
+                os.kill(comm.peers[0].pid, signal.SIGKILL)
+                await the_first(events, aiocomm.PeerLost)
+                assert not sent.done()  # the engine still has the buffer
+            finally:
+                simulator.resume(0, Engine.PEER)
+            with pytest.raises(aiocomm.PeerLostError):
+                await sent
+            await anyio.to_thread.run_sync(simulator.wait_executed, 0, Engine.PEER, executed + 1)
+            # The context is as good as before.
+            into = DeviceArray(NBYTES, device=1)
+            assert await outcomes(lambda: comm.send(source, 0), lambda: comm.recv(into, 0)) == [None, None]
+            assert (into.numpy() == data).all()
+
+
+async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator) -> None:
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Engine, Simulator
+
+        array = DeviceArray(NBYTES, device=1)
+        await comm.send(array, 0)
+        simulator = Simulator(driver().library)
+        for device in (0, 1):
+            simulator.stop_halfway(device, Engine.PEER)
+        sending = comm.send(array, 0)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 1, Engine.PEER)
+        await comm.send(b"halfway", 0, tag=1)
+        await sending
+
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - as above
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            into = DeviceArray(NBYTES, device=0)
+            await comm.recv(into, 1)
+            received = comm.recv(into, 1)
+            await comm.recv(bytearray(7), 1, tag=1)
+            os.kill(comm.peers[0].pid, signal.SIGKILL)
+            with pytest.raises(aiocomm.PeerLostError):
+                await received
+            data = random(NBYTES)
+            source = DeviceArray(NBYTES, device=1).write(data)
+            assert await outcomes(lambda: comm.send(source, 0), lambda: comm.recv(into, 0)) == [None, None]
+            assert (into.numpy() == data).all()
+
+
+async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        array = DeviceArray(NBYTES, device=1)
+        await comm.recv(array, 0)
+        await comm.send(array, 0)
+
+    with monkeypatch.context() as child:
+        child.setenv("FAKE_CUDA_FAIL", "cuIpcOpenMemHandle:1+:801")
+        simulator.fail("cuIpcOpenMemHandle", 801, forever=True)
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            events = comm.events()
+            data = random(NBYTES)
+            source, into = DeviceArray(NBYTES).write(data), DeviceArray(NBYTES)
+            await comm.send(source, 1)
+            await comm.recv(into, 1)
+            assert (into.numpy() == data).all()
+            event = await the_first(events, aiocomm.Fallback)
+            assert "801" in event.reason
+            assert "--ipc=host" in event.reason
+    simulator.heal()
+
+
+async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu: Driver) -> None:
+    times, nbytes = 1000, 70_000
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        into = DeviceArray(nbytes, device=1)
+        for turn in range(times):
+            await comm.recv(into, 0)
+            assert set(into.numpy().tolist()) == {turn % 251}, turn
+        await comm.send(b"all right", 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        addresses = set()
+        for turn in range(times):
+            source = DeviceArray(nbytes).write(np.full(nbytes, turn % 251, np.uint8))
+            addresses.add(source.address)
+            await comm.send(source, 1)
+            source.close()
+        assert len(addresses) < 10  # they do come back
+        answer = bytearray(9)
+        await comm.recv(answer, 1)
+        assert answer == b"all right"
+
+
+@pytest.mark.timeout(600)
+def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a coroutine, since it takes longer than one may; the same native code serves every loop."""
+    buffers, transfers, window, mappings = 1000, 100_000, 200, 200
+    monkeypatch.setenv("AIOCOMM_GPU_MAPPINGS", str(mappings))
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Simulator
+        from harness import held
+
+        simulator = Simulator(driver().library)
+        arrays = [DeviceArray(4096, device=1) for _ in range(buffers)]
+        before: dict[str, int] = {}
+        for start in range(0, transfers, window):
+            turn = [comm.recv(arrays[index % buffers], 0) for index in range(start, start + window)]
+            for transfer in turn:
+                await transfer
+            if start == transfers // 10:
+                before = held()
+        after = held()
+        assert after == before, (before, after)
+        assert simulator.held("imports") <= mappings
+        assert simulator.held("allocations") == buffers
+        await comm.send(b"x", 0)
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            arrays = [DeviceArray(4096).write(np.full(4096, index % 256)) for index in range(buffers)]
+            pinned = 0
+            for start in range(0, transfers, window):
+                turn = [comm.send(arrays[index % buffers], 1) for index in range(start, start + window)]
+                for transfer in turn:
+                    await transfer
+                if start == transfers // 10:
+                    pinned = simulator.held("pinned")
+            assert simulator.held("imports") <= mappings
+            assert simulator.held("pinned") == pinned
+            await comm.recv(bytearray(1), 1)
+
+    gc.collect()
+    before = {kind: simulator.held(kind) for kind in ("imports", "streams", "pinned", "references")}
+    anyio.run(main)
+    gc.collect()  # a communicator's devices go with it
+    assert {kind: simulator.held(kind) for kind in before} == before
+
+
+async def test_random_parts_arrive_byte_for_byte(gpu: Driver) -> None:
+    cases = []
+    generator = np.random.default_rng(7)
+    for _ in range(60):
+        nbytes = int(generator.integers(1, 1 << int(generator.integers(1, 23))))
+        kinds = [Kind.MALLOC, Kind.VMM, Kind.POOL, None]  # None: host memory
+        cases.append(
+            (
+                nbytes,
+                int(generator.integers(0, 5000)),
+                int(generator.integers(0, 5000)),
+                kinds[generator.integers(4)],
+                kinds[generator.integers(4)],
+            )
+        )
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        for nbytes, _, offset, _, kind in cases:
+            # A byte on each side shows what is written beyond.
+            room = np.full(nbytes + 2, 0xEE, np.uint8)
+            if kind is None:
+                await comm.recv(room[1:-1], 0)
+                back = room
+            else:
+                whole = DeviceArray(nbytes + 2, device=1, kind=kind, offset=offset).write(room)
+                await comm.recv(whole.part(1, nbytes), 0)
+                back = whole.numpy()
+                whole.close()
+            await comm.send(back, 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        for index, (nbytes, offset, _, kind, _) in enumerate(cases):
+            data = random(nbytes, index)
+            source = data if kind is None else DeviceArray(nbytes, kind=kind, offset=offset).write(data)
+            await comm.send(source, 1)
+            back = np.zeros(nbytes + 2, np.uint8)
+            await comm.recv(back, 1)
+            assert back[0] == back[-1] == 0xEE, cases[index]
+            assert np.array_equal(back[1:-1], data), cases[index]
+
+
+async def test_a_capture_elsewhere_in_the_process_is_not_broken(gpu: Driver) -> None:
+    """Transfers go on while a thread captures a graph in global mode, torch's default."""
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        data = random(NBYTES)
+        source, host = DeviceArray(NBYTES).write(data), np.zeros(NBYTES, np.uint8)
+        into, capturing = DeviceArray(NBYTES, device=1), Stream(2)
+        calls = [lambda: a.send(source, 1), lambda: b.recv(into, 0)]
+        capturing.begin_capture(0)
+        ended = await outcomes(*calls)
+        staged = await outcomes(lambda: a.send(source, 1), lambda: b.recv(host, 0))
+        assert capturing.end_capture() == 0
+        assert ended == staged == [None, None]
+        assert (host == data).all()
+        assert (into.numpy() == data).all()
+        capturing.close()
+
+
+async def test_nothing_is_left_when_a_world_ends(simulator: Simulator) -> None:
+    kinds = ("streams", "events", "imports", "pinned", "references", "contexts")
+
+    async def one() -> dict[str, int]:
+        async with world(2, links=LINKS, warmup=True) as (a, b):
+            assert await exchange(a, b, 1) == [None] * 6
+        del a, b
+        gc.collect()
+        return {kind: simulator.held(kind) for kind in kinds}
+
+    await one()  # the test's own contexts are there now, and garbage of earlier tests is gone
+    before = await one()
+    assert await one() == before

@@ -1,0 +1,152 @@
+"""GPU arrays that have DLPack only, cuda.core's buffers among them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from fakes import simulated
+from fakes.gpu import DeviceArray, Driver
+from harness import world
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import Pair
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensor of dlpack.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+class ByDlpack:
+    """A GPU array of float32 that has DLPack and nothing else."""
+
+    def __init__(
+        self, memory: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
+    ) -> None:
+        self._memory, self._shape, self._strides = memory, shape, strides
+        self.streams: list[int | None] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self._memory.device
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        self.streams.append(stream)
+        ndim = len(self._shape)
+        dims = (ctypes.c_int64 * ndim)(*self._shape)
+        steps = (ctypes.c_int64 * ndim)(*self._strides) if self._strides else None
+        self._kept = (dims, steps)
+        self._tensor = ManagedTensor(
+            self._memory.address - 4, 2, self._memory.device, ndim, 2, 32, 1, dims, steps, 4
+        )
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self._tensor), b"dltensor", None)
+
+
+@pytest.fixture
+async def pair(gpu: Driver) -> AsyncIterator[Pair]:
+    """Ranks 0 and 1, with GPU memory."""
+    async with world(2, links=("shm", "cuda"), warmup=True) as (a, b):
+        yield a, b
+
+
+async def both(*transfers: Any) -> list[Any]:
+    return [await transfer for transfer in transfers]
+
+
+async def test_dlpack_both_ways(pair: Pair) -> None:
+    a, b = pair
+    data = np.arange(24, dtype=np.float32).reshape(4, 6)
+    source = ByDlpack(DeviceArray((4, 6), np.float32, device=0).write(data), (4, 6))
+    target = DeviceArray((4, 6), np.float32, device=1)
+    await both(a.send(source, 1), b.recv(ByDlpack(target, (24,)), 0))
+    assert (target.numpy() == data).all()
+    assert source.streams == [-1]  # its library is not to synchronise: the transfer does
+    _, made = await both(a.send(source, 1), b.recv_array(0))
+    assert made.dtype == np.float32
+    assert (np.asarray(made) == data).all()
+
+
+async def test_dlpack_strides(pair: Pair) -> None:
+    a, b = pair
+    memory = DeviceArray((4, 6), np.float32).write(np.ones((4, 6)))
+    host = np.zeros((4, 6), np.float32)
+    await both(a.send(ByDlpack(memory, (4, 6), (6, 1)), 1), b.recv(host, 0))
+    assert host.all()
+    with pytest.raises(aiocomm.UsageError, match="not contiguous"):
+        a.send(ByDlpack(memory, (6, 4), (1, 6)), 1)
+
+
+async def test_what_cannot_be_exported_says_so(pair: Pair) -> None:
+    a, _ = pair
+
+    class Refusing(ByDlpack):
+        def __dlpack__(self, *, stream: int | None = None) -> Any:
+            raise BufferError("requires grad")
+
+    with pytest.raises(aiocomm.UsageError, match="requires grad"):
+        a.send(Refusing(DeviceArray(16), (4,)), 1)
+
+
+def test_buffers_of_cuda_core() -> None:
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        pytest.skip("cuda.core is not installed")
+    program = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from cuda.core import Buffer, Device
+from fakes.gpu import DeviceArray
+from aiocomm._device import describe
+device = Device(0); device.set_current()
+memory = DeviceArray(4096)
+buffer = Buffer.from_handle(memory.address, 4096)
+try:
+    kind = buffer.__dlpack_device__()
+except Exception as error:
+    print("skipped:", type(error).__name__, error); sys.exit()
+owner, address, nbytes, index, stream, form, shape = describe(buffer, False, device.create_stream())
+assert (address, nbytes, index) == (memory.address, 4096, 0), (address, nbytes, index)
+assert stream > 2
+print("described")
+"""
+    environment = {}
+    if (library := simulated.choose()) is not None:
+        environment = {"LD_LIBRARY_PATH": str(library.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("skipped"):
+        pytest.skip(done.stdout.strip())
+    assert done.stdout.strip() == "described"
