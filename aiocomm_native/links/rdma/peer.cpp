@@ -212,7 +212,8 @@ void RdmaPeer::stream() {
   while (chunk.payload && has_credit(kReserve)) {
     FrameHeader part = chunk.header;
     part.address += chunk.done;
-    part.payload_bytes = static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
+    part.payload_bytes =
+        static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
     emit(part, nullptr, chunk.payload + chunk.done, Wake::engine);
     chunk.done += part.payload_bytes;
     if (chunk.done == chunk.header.payload_bytes) chunk.payload = nullptr;
