@@ -196,6 +196,30 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   return Post::ok;
 }
 
+Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+  if (dead_) return Post::lost;
+  if (!open_ || streamed_.payload) {
+    remote_blocked_ = true;
+    return Post::again;
+  }
+  streamed_ = {header, payload, 0};
+  stream();
+  return streamed_.payload ? Post::pending : Post::ok;
+}
+
+void RdmaPeer::stream() {
+  Streamed& chunk = streamed_;
+  while (chunk.payload && has_credit(kReserve)) {
+    FrameHeader part = chunk.header;
+    part.address += chunk.done;
+    part.payload_bytes =
+        static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
+    emit(part, nullptr, chunk.payload + chunk.done, Wake::engine);
+    chunk.done += part.payload_bytes;
+    if (chunk.done == chunk.header.payload_bytes) chunk.payload = nullptr;
+  }
+}
+
 void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   uint32_t seq = sent_++;
   Prefix prefix{};
@@ -373,7 +397,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   constexpr size_t kHead = sizeof prefix + sizeof header;
   if (header.kind < FrameKind::eager || header.kind > FrameKind::link_private)
     wrong = "unknown frame kind";
-  else if (header.kind == FrameKind::data || header.kind == FrameKind::heartbeat)
+  else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
   else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
            from.nbytes != kHead + header.meta_bytes + header.payload_bytes)
@@ -390,7 +414,12 @@ bool RdmaPeer::deliver(const Arrived& from) {
       keys = {};
       std::copy_n(prefix.key, prefix.keys, keys.of.begin());
     }
-    if (header.kind != FrameKind::link_private)
+    if (header.kind == FrameKind::data) {
+      if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
+        std::memcpy(into, data + kHead, header.payload_bytes);
+        host_.sink().on_data(*this, header, header.payload_bytes);
+      }
+    } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);
   }
   rail.give_back(from.slot);
@@ -412,8 +441,13 @@ void RdmaPeer::tell_credit() {
 
 void RdmaPeer::unblock() {
   if (!open_) return;
+  bool streaming = streamed_.payload != nullptr;
+  stream();
+  if (streaming && !streamed_.payload)
+    host_.sink().on_sent(*this, streamed_.header.sop, streamed_.header.payload_bytes);
+  if (dead_) return;
   bool frames = blocked_ && has_credit(kReserve);
-  bool bulk = remote_blocked_ && best_lane(0);
+  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0);
   if (!frames && !bulk) return;
   if (frames) {
     blocked_ = false;

@@ -68,7 +68,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void start() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
-  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }
+  // What neither side's device can reach (it lies in a GPU) comes in frames, as credits allow; one chunk at a time.
+  Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   Post post_remote(const RemoteChunk& chunk) override;
   bool takes_offers() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
@@ -126,6 +127,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void violated(const char* what);
   void tell_credit();
   void unblock();
+  void stream();
   // recovery.cpp
   void lane_failed(Lane& lane, const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
@@ -158,12 +160,17 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
   uint32_t frames_registration_ = 0;
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};
-  std::atomic<uint32_t> due_{0};                    // as `sent_`, for the pollers
-  uint32_t sent_ = 0;                               // frames, that is the next sequence number
-  std::atomic<uint32_t> acked_{0};                  // of those, by the peer's device
-  uint32_t consumed_there_ = 0;                     // of those, by the peer
-  uint32_t expected_ = 0, told_ = 0;                // frames of the peer: handed over here, and told so
-  std::map<uint32_t, Arrived> early_;               // by sequence number
+  std::atomic<uint32_t> due_{0};      // as `sent_`, for the pollers
+  uint32_t sent_ = 0;                 // frames, that is the next sequence number
+  std::atomic<uint32_t> acked_{0};    // of those, by the peer's device
+  uint32_t consumed_there_ = 0;       // of those, by the peer
+  uint32_t expected_ = 0, told_ = 0;  // frames of the peer: handed over here, and told so
+  struct Streamed {
+    FrameHeader header{};
+    const std::byte* payload = nullptr;
+    uint64_t done = 0;
+  } streamed_;                         // the chunk of post_data that is on its way; no payload: none
+  std::map<uint32_t, Arrived> early_;  // by sequence number
   std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> free_chunks_;
