@@ -9,7 +9,7 @@ async with aiocomm.connect() as comm:
 """
 
 from aiocomm._version import __version__
-from aiocomm.arrays import empty
+from aiocomm.arrays import DeviceArray, empty
 from aiocomm.channel import Channel
 from aiocomm.communicator import Communicator
 from aiocomm.connecting import connect
@@ -69,6 +69,7 @@ __all__ = [
     "Communicator",
     "Completion",
     "DeadlineExceeded",
+    "DeviceArray",
     "Dispatched",
     "Event",
     "ExpertsLostError",

@@ -15,7 +15,7 @@ from aiocomm import _dlpack
 from aiocomm._streams import resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
-__all__ = ["NO_STREAM", "Description", "describe"]
+__all__ = ["NO_STREAM", "Description", "DeviceArray", "describe"]
 
 Description: TypeAlias = tuple[Any, int, int, int, int, str, tuple[int, ...]]
 """What keeps the memory, address, bytes, device (-1: wherever it is), stream handle, dtype, shape."""
@@ -52,7 +52,43 @@ _INTERFACE_FORMATS: Final = {
     "c8": "Zf",
     "c16": "Zd",
 }
+_TYPESTRS: Final = {form: f"<{name}" for name, form in _INTERFACE_FORMATS.items()}
 _formats: dict[Any, str] = {}  # by dtype of torch or CuPy: a look-up instead of making a string
+
+
+class DeviceArray:
+    """GPU memory that `recv_array(device=...)` has made, with the sender's shape and dtype.
+
+    `torch.as_tensor(x, device="cuda")` and `cupy.asarray(x)` are arrays over the same memory, and keep it
+    alive. Its memory goes back with the last of them, once the work on it is done. A dtype that the interface
+    cannot name (bfloat16) is shown as bytes: `torch.as_tensor(x, device="cuda").view(torch.bfloat16)`.
+    """
+
+    def __init__(
+        self, memory: Any, address: int, nbytes: int, device: int, form: str, shape: tuple[int, ...]
+    ) -> None:
+        self._memory = memory  # gives it back
+        typestr = _TYPESTRS.get(form)
+        if typestr is None or math.prod(shape) * int(typestr[2:]) != nbytes:
+            typestr, shape = "|u1", (nbytes,)
+        self.address = address
+        self.nbytes = nbytes
+        self.device = device
+        self.shape = shape
+        self.typestr = typestr
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "data": (self.address, False),
+            "shape": self.shape,
+            "strides": None,
+            "typestr": self.typestr,
+            "version": 3,
+        }
+
+    def __repr__(self) -> str:
+        return f"<aiocomm.DeviceArray {self.typestr} {self.shape} on GPU {self.device}>"
 
 
 def describe(array: Any, writable: bool, stream: Any = None) -> Description | None:

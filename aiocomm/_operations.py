@@ -134,8 +134,8 @@ class Operations:
         """Receive into an array; returns `Status(source, tag, nbytes)`.
 
         Args:
-            out: writable host or GPU array, or buffer, contiguous in C order, no smaller than the message. Only
-                bytes are matched: its dtype and shape are not compared with it.
+            out: writable host or GPU array, or buffer, contiguous in C order, no smaller than the message.
+                Only bytes are matched: its dtype and shape are not compared with it.
             src: rank of the sender, or ANY_SOURCE.
             tag: the message's tag, by default 0 as for `send`, or ANY_TAG.
             stream: of a GPU array: nothing is written before the work that this stream has now is done.
@@ -172,16 +172,28 @@ class Operations:
         tag: int = 0,
         channel: Channel | None = None,
         deadline: float | None = None,
+        device: int | None = None,
     ) -> Transfer[Any]:
         """Receive into a new array of the sender's dtype and shape; returns the array.
 
         `status` of the transfer tells source and tag.
+
+        Args:
+            src: rank of the sender, or ANY_SOURCE.
+            tag: the message's tag, or ANY_TAG.
+            device: index of the GPU on which to make a `DeviceArray`; None makes a NumPy array. Where the
+                sender's memory is does not matter.
         """
         index = 0 if channel is None else channel._index
         if self._closed or not self._here() or not -1 <= tag <= MAX_TAG or not -1 <= src < self._ranks:
             self._refuse(src=src, tag=tag)
         if channel is not None and channel._comm is not self:
             raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+        if device is not None:
+            try:
+                return self._engine.recv_on(src, index, tag, limit_of(deadline), device)
+            except (TypeError, ValueError) as error:
+                raise UsageError(str(error)) from None
         return self._recv(None, src, index, tag, limit_of(deadline))
 
     def channel(self, name: str, *, priority: Priority = Priority.NORMAL, weight: float = 1.0) -> Channel:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiocomm import errors
-from aiocomm._device import describe
+from aiocomm._device import DeviceArray, describe
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -106,6 +107,13 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
         return errors.LinkError(
             f"{what}: there is no host memory for staging it; send smaller pieces", 12, "ENOMEM"
         )
+    if number == errno.EOPNOTSUPP:
+        return errors.LinkError(
+            f"{what}: GPU memory does not travel over the link rdma in this version: leave it out for this pair "
+            "(AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
+            number,
+            "EOPNOTSUPP",
+        )
     if number <= 0:
         return errors.LinkError(
             f"{what}: the peer's GPU failed; its side of the transfer says how", 0, "peer"
@@ -164,4 +172,5 @@ def install() -> None:
         errors.LinkError,
         errors.UsageError,
         describe,
+        DeviceArray,
     )

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm._device import DeviceArray
 from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["as_buffer", "empty"]
+__all__ = ["DeviceArray", "as_buffer", "empty"]
 
 
 def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:

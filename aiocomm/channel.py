@@ -30,28 +30,48 @@ class Channel:
         self.weight = weight
 
     def send(
-        self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None, synchronous: bool = False
+        self,
+        array: Any,
+        dst: int,
+        *,
+        tag: int = 0,
+        deadline: float | None = None,
+        synchronous: bool = False,
+        stream: Any = None,
     ) -> Transfer[None]:
         """`Communicator.send` on this channel."""
-        return self._comm.send(array, dst, tag=tag, channel=self, deadline=deadline, synchronous=synchronous)
+        return self._comm.send(
+            array, dst, tag=tag, channel=self, deadline=deadline, synchronous=synchronous, stream=stream
+        )
 
     def send_nowait(
-        self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None
+        self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None, stream: Any = None
     ) -> Transfer[None]:
         """`Communicator.send_nowait` on this channel."""
-        return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline)
+        return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline, stream=stream)
 
     def recv(
-        self, out: Any, src: int = ANY_SOURCE, *, tag: int = 0, deadline: float | None = None
+        self,
+        out: Any,
+        src: int = ANY_SOURCE,
+        *,
+        tag: int = 0,
+        deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[Status]:
         """`Communicator.recv` on this channel."""
-        return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline)
+        return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline, stream=stream)
 
     def recv_array(
-        self, src: int = ANY_SOURCE, *, tag: int = 0, deadline: float | None = None
+        self,
+        src: int = ANY_SOURCE,
+        *,
+        tag: int = 0,
+        deadline: float | None = None,
+        device: int | None = None,
     ) -> Transfer[Any]:
         """`Communicator.recv_array` on this channel."""
-        return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline)
+        return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline, device=device)
 
     def put(
         self, array: Any, remote: RemoteRegion, *, notify: bytes | None = None, deadline: float | None = None

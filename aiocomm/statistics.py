@@ -22,7 +22,8 @@ class LinkStatistics:
     `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
     socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
     (through the ring or the sockets, chunk by chunk), `read` and `write` (by the RDMA device of the receiver,
-    of the sender). A message is counted at both ends.
+    of the sender), `device` (by a copy engine between two GPUs), `staged` (GPU memory by a detour). A message
+    is counted at both ends.
 
     `device` has counters of the link's own, for `rdma` of what was posted to devices and what came of it, in
     all and by device; see the how-to page on RDMA.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
 from .gpu_driver import Driver
-from .sizes import MIB
+from .sizes import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +39,20 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
         if role == 0:
             found[f"gbytes_s/{name}"] = rate(nbytes, count)
         control.swap("one way done")
+    control.swap("each awaited")
+    if role == 0:
+        start = time.perf_counter()
+        for _ in range(arguments["repeats"]):
+            driver.copy(peer, own.address, large, stream)
+            driver.wait(stream)
+        found["gbytes_s_serial/1GiB"] = large * arguments["repeats"] / (time.perf_counter() - start) / 1e9
+        seen = []
+        for _ in range(1000):
+            start = time.perf_counter()
+            driver.copy(peer, own.address, 64 * KIB, stream)
+            driver.wait(stream)
+            seen.append(time.perf_counter() - start)
+        found["copy_us/64KiB"] = statistics.median(seen) * 1e6
     control.swap("both ways")
     both = rate(large, 4 * arguments["repeats"])
     found["gbytes_s_both/1GiB"] = min(both, control.swap(both))

@@ -137,6 +137,9 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     if role == 1 and (into.read(0, 4096) != bytes([3]) * 4096 or into.read(large - 7, 7) != bytes([3]) * 7):
         raise AssertionError("the bytes did not arrive")
     found["gbytes_s/1GiB"] = await _one_way(comm, role, [mine], repeats, 1)
+    found["gbytes_s_serial/1GiB"] = found["gbytes_s/1GiB"]
+    halves_of = [mine[: large // 2], mine[large // 2 :]]
+    found["gbytes_s_two/512MiB"] = await _one_way(comm, role, halves_of, 2 * repeats, 2)
     pieces = [mine[at * 16 * MIB : (at + 1) * 16 * MIB] for at in range(16)]
     await _one_way(comm, role, pieces, 16, 8)
     found["gbytes_s/16MiB"] = await _one_way(comm, role, pieces, 400, 8)

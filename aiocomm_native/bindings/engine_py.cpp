@@ -261,6 +261,21 @@ nb::object recv(Self self, nb::handle object, int src, uint32_t channel, int64_t
   return start.submit();
 }
 
+nb::object recv_on(Self self, int src, uint32_t channel, int64_t tag, double deadline, int device) {
+  Mover* mover = self.p->engine->mover();
+  if (!mover) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+  std::unique_ptr<DeviceBuffer> buffer;
+  {
+    nb::gil_scoped_release release;
+    buffer = mover->reserve(device);
+  }
+  Start start(self, OpKind::recv, src, channel, deadline);
+  start.op->tag = tag;
+  start.op->allocate = true;
+  start.op->gpu = std::move(buffer);
+  return start.submit();
+}
+
 nb::object put(Self self, nb::handle object, int dst, uint32_t channel, uint64_t region, uint64_t offset,
                nb::object notify, double deadline) {
   Start start(self, OpKind::put, dst, channel, deadline);
@@ -383,17 +398,19 @@ void bind_engine(nb::module_& m) {
   m.def(
       "install_hooks",
       [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object cancelled,
-         nb::object link_error, nb::object usage_error, nb::object describe_device) {
+         nb::object link_error, nb::object usage_error, nb::object describe_device,
+         nb::object make_device_array) {
         hooks.make_error = make_error.release().ptr();
         hooks.make_array = make_array.release().ptr();
         hooks.trio_wait = trio_wait.release().ptr();
         hooks.cancelled_error = cancelled.release().ptr();
         hooks.link_error = link_error.release().ptr();
         hooks.usage_error = usage_error.release().ptr();
+        hooks.make_device_array = make_device_array.release().ptr();
         hooks.describe_device = describe_device.release().ptr();
       },
       "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a, "usage_error"_a,
-      "describe_device"_a);
+      "describe_device"_a, "make_device_array"_a);
   m.def(
       "available_links",
       [] {
@@ -426,6 +443,7 @@ void bind_engine(nb::module_& m) {
           "links"_a, "numbers"_a, "texts"_a)
       .def("send", send)
       .def("recv", recv, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
+      .def("recv_on", recv_on)
       .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("get", get)
       .def("drain", drain, "budget"_a = 256)

@@ -106,14 +106,15 @@ bool encode_meta(Op& op, const char* format, PyObject* shape) {
   return true;
 }
 
-PyObject* decode_meta(const Op& op, PyObject* memory) {
+namespace {
+
+// Format and shape as new references; a null one: a Python error is set.
+void read_meta(const Op& op, PyObject*& format, PyObject*& shape) {
   auto meta = op.meta.data();
   size_t dims = op.meta_bytes >= 16 ? static_cast<size_t>(meta[0]) : 0;
   size_t length = op.meta_bytes >= 16 ? static_cast<size_t>(meta[1]) : 0;
   bool plain = op.meta_bytes < 16 || dims > kMaxDims || length == 0 || length > kFormatBytes ||
                op.meta_bytes != 16 + 8 * dims;
-  PyObject* shape;
-  PyObject* format;
   if (plain) {
     format = PyUnicode_FromString("B");
     shape = Py_BuildValue("(K)", static_cast<unsigned long long>(op.nbytes));
@@ -127,12 +128,41 @@ PyObject* decode_meta(const Op& op, PyObject* memory) {
       PyTuple_SET_ITEM(shape, static_cast<Py_ssize_t>(i), PyLong_FromUnsignedLongLong(dim));
     }
   }
+}
+
+}  // namespace
+
+PyObject* decode_meta(const Op& op, PyObject* memory) {
+  PyObject *format, *shape;
+  read_meta(op, format, shape);
   PyObject* array = format && shape
                         ? PyObject_CallFunctionObjArgs(hooks.make_array, memory, format, shape, nullptr)
                         : nullptr;
   Py_XDECREF(format);
   Py_XDECREF(shape);
   return array;
+}
+
+PyObject* decode_device_meta(const Op& op, PyObject* memory, int device) {
+  PyObject *format, *shape;
+  read_meta(op, format, shape);
+  PyObject* array = nullptr;
+  if (format && shape)
+    array = PyObject_CallFunction(hooks.make_device_array, "OKKiOO", memory,
+                                  static_cast<unsigned long long>(reinterpret_cast<uint64_t>(op.data)),
+                                  static_cast<unsigned long long>(op.nbytes), device, format, shape);
+  Py_XDECREF(format);
+  Py_XDECREF(shape);
+  return array;
+}
+
+PyObject* new_device_memory(std::unique_ptr<DeviceBuffer> buffer) {
+  static constexpr char kName[] = "aiocomm device memory";
+  PyObject* capsule = PyCapsule_New(buffer.get(), kName, [](PyObject* self) {
+    delete static_cast<DeviceBuffer*>(PyCapsule_GetPointer(self, kName));
+  });
+  if (capsule) (void)buffer.release();
+  return capsule;
 }
 
 }  // namespace aiocomm::py

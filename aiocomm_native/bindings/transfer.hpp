@@ -16,13 +16,14 @@ namespace aiocomm::py {
 
 // Python callables that the package installs once (aiocomm/_native_hooks.py).
 struct Hooks {
-  PyObject* make_error = nullptr;       // (transfer, code, error, link, capacity, reason) -> exception
-  PyObject* make_array = nullptr;       // (memory, format, shape) -> array
-  PyObject* trio_wait = nullptr;        // (transfer) -> coroutine
-  PyObject* cancelled_error = nullptr;  // asyncio.CancelledError
-  PyObject* link_error = nullptr;       // aiocomm.LinkError
-  PyObject* usage_error = nullptr;      // aiocomm.UsageError
-  PyObject* describe_device = nullptr;  // (object, writable) -> tuple, or None: it is not device memory
+  PyObject* make_error = nullptr;         // (transfer, code, error, link, capacity, reason) -> exception
+  PyObject* make_array = nullptr;         // (memory, format, shape) -> array
+  PyObject* trio_wait = nullptr;          // (transfer) -> coroutine
+  PyObject* cancelled_error = nullptr;    // asyncio.CancelledError
+  PyObject* link_error = nullptr;         // aiocomm.LinkError
+  PyObject* usage_error = nullptr;        // aiocomm.UsageError
+  PyObject* make_device_array = nullptr;  // (memory, address, nbytes, device, format, shape) -> array
+  PyObject* describe_device = nullptr;    // (object, writable) -> tuple, or None: it is not device memory
 };
 extern Hooks hooks;
 
@@ -94,9 +95,11 @@ void encode_meta(Op& op, const Py_buffer& view);
 // The same for a format and a shape as they are; false: a Python error is set.
 bool encode_meta(Op& op, const char* format, PyObject* shape);
 PyObject* decode_meta(const Op& op, PyObject* memory);
+PyObject* decode_device_meta(const Op& op, PyObject* memory, int device);
 
 // A buffer that the engine allocated; frees it when the last array over it is gone.
 PyObject* new_memory(std::byte* data, uint64_t nbytes);
+PyObject* new_device_memory(std::unique_ptr<DeviceBuffer> buffer);  // a capsule that owns it
 PyObject* new_segment_memory(std::byte* base, uint64_t nbytes);
 int init_memory(PyObject* module);
 

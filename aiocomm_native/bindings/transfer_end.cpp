@@ -93,7 +93,13 @@ void take_failure(Transfer* t, const Op& op) {
 
 void take_success(Transfer* t, Op& op) {
   t->outcome = Outcome::done;
-  if (op.kind == OpKind::recv && op.allocate) {
+  if (op.kind == OpKind::recv && op.allocate && op.gpu) {
+    int device = op.gpu->device;
+    PyObject* memory = new_device_memory(std::move(op.gpu));
+    t->result = memory ? decode_device_meta(op, memory, device) : nullptr;
+    Py_XDECREF(memory);
+    op.data = nullptr;
+  } else if (op.kind == OpKind::recv && op.allocate) {
     PyObject* memory = new_memory(op.data, op.nbytes);
     op.data = nullptr;
     t->result = memory ? decode_meta(op, memory) : nullptr;
@@ -136,7 +142,7 @@ void end_transfer(Transfer* t) {
     t->outcome = Outcome::cancelled;
   else
     take_failure(t, *op);
-  if (op->allocate && op->data) std::free(op->data);
+  if (op->allocate && op->data && !op->gpu) std::free(op->data);
   t->engine->engine->release(op);
   let_go(t);
   run_callbacks(t);

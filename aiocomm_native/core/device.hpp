@@ -88,6 +88,7 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
+  bool allocates = false;  // a receive whose memory is made once the message's size is known
   uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
@@ -118,7 +119,6 @@ class MoverHost {
   virtual void begin_assist() = 0;
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
-  virtual bool loop_spins() const = 0;
   // A long copy is about to end: loops that spin are woken in time for it.
   virtual void ends_soon(OpId op) = 0;
 
@@ -136,6 +136,8 @@ class Mover {
   // caller has erred.
   virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device,
                                              uint64_t stream) = 0;
+  // A receive's memory that is made once its size is known: see allocate(). Without the token; throws as bind() does.
+  virtual std::unique_ptr<DeviceBuffer> reserve(int device) = 0;
   virtual int devices() const = 0;  // loads the driver; throws LinkFailure
   // Asks the peer's memory to be mapped for `device`; `waiter` hears by go_on where the answer is `opening`.
   virtual Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) = 0;
@@ -145,6 +147,8 @@ class Mover {
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
   // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
+  // The memory of a reserved buffer: its place is filled in. It goes back with the buffer.
+  virtual Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
   // Device memory of ours that any peer on this host can write, in place of the op's own: `buffer.relay` and a place
   // for it. Refused: too large, or no memory is left.
   virtual Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) = 0;

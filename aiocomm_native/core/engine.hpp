@@ -191,7 +191,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   bool assist() override;
   bool end_assist() override;
   void ends_soon(OpId op) override;
-  bool loop_spins() const override { return loop_spins_.load(std::memory_order_relaxed); }
+  bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
 
   // --- FrameSink (protocol_receive.cpp)
   void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,

@@ -4,6 +4,7 @@
 // A send's way:     send_device -> cts -> continue_send (again after every wait) -> push | stage_out
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <utility>
@@ -39,6 +40,10 @@ DeviceQueue& Engine::device_queue(int device, Lane lane) {
 // ---------------------------------------------------------------- announcing and answering
 
 Post Engine::send_device(Op& op, Peer& peer) {
+  if (peer.link->takes_offers()) {  // its device reads registered host memory only
+    fail_device(op, EOPNOTSUPP);
+    return Post::ok;
+  }
   const ChannelInfo& channel = channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
   mover_->offer(gpu, *peer.link);
@@ -73,6 +78,7 @@ void Engine::deliver_device(Op& op, Peer& peer, const FrameHeader& header, const
   op.state = OpState::moving;
   op.source_address = header.address;
   op.source_segment = header.segment;
+  if (peer.link->takes_offers() && header.kind != FrameKind::eager) return fail_device(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;
@@ -131,6 +137,13 @@ bool Engine::prefer_push(const Op& op, Peer& peer) const {
 void Engine::continue_receive(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
+  if (gpu.allocates && !op.data) {
+    Reach::State made = mover_->allocate(gpu, op.nbytes, op.id);
+    gpu.waiting = made == Reach::State::opening;
+    if (made == Reach::State::refused) return fail_device(op, 2);  // CUDA_ERROR_OUT_OF_MEMORY
+    if (made != Reach::State::ready) return;
+    op.data = reinterpret_cast<std::byte*>(gpu.place.address);
+  }
   if (gpu.role == Role::stage_in) return landing(op, 0, op.nbytes);  // came in its frame
   if (!gpu.from_device) {
     if (!has_bounce(op)) return;
@@ -497,10 +510,10 @@ void Engine::go_on(const OpId* ops, size_t count) {
     op->gpu->waiting = false;
     if (op->state != OpState::moving) continue;
     Peer* peer = find_peer(op->peer);
-    bool here =
-        op->gpu->role == Role::stage_in && !op->gpu->from_device;  // an eager message outlives its sender
+    bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;
+    Peer ghost;  // an eager message outlives its sender
     if (here)
-      landing(*op, 0, op->nbytes);
+      continue_receive(*op, peer ? *peer : ghost);
     else if (peer && peer->state == Peer::State::up)
       continue_device(*op, *peer);
   }
@@ -610,6 +623,7 @@ bool Engine::assist() {
   if (stopping_.load(std::memory_order_relaxed)) return false;
   // Peers need not ring while we look. The engine's thread may have marked itself asleep meanwhile.
   if (page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep) awake(page_->engine);
+  if (loop_spins()) return false;  // it looks by itself
   if (!token_.try_lock()) return false;
   drain_submissions();
   int did = closed_ ? 0 : poll_links();

@@ -225,7 +225,7 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
     return finish(op, Code::truncated);
   }
   op.nbytes = header.nbytes;
-  if (op.allocate && !make_room(op, header)) {
+  if (op.allocate && !op.gpu && !make_room(op, header)) {
     send_fin(peer, header.sop, Code::peer_cancelled, 0);
     return finish(op, Code::link_failed);
   }

@@ -3,6 +3,12 @@
 `choose()` says which driver is tested. `build()` compiles tests/fakes/cuda/ with the system's C++ compiler
 into a cache folder, as libcuda.so.1: that is what AIOCOMM_LIBCUDA names. The same library object serves
 native code and these bindings, so what is asked of it here concerns the driver that the link uses.
+
+Processes that are started with another driver in mind read it from the environment:
+FAKE_CUDA_DEVICES (4), FAKE_CUDA_MEMORY (bytes of each, 4 GiB), FAKE_CUDA_VERSION (13000), FAKE_CUDA_PEERS
+(1; 0: no peer access), FAKE_CUDA_HIDE (entry points that are missing, by comma), FAKE_CUDA_FAIL
+("name:nth:code", with "nth+" all from there on), FAKE_CUDA_LOST ("ordinal:code"), FAKE_CUDA_PAUSE
+("device:engine"), FAKE_CUDA_REPORT (file for accesses to what is not there), and CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream
 from fakes.simulated import Engine, Simulator
-from harness import LIMIT_S, world
+from harness import LIMIT_S, until, world
 
 import aiocomm
 
@@ -77,6 +77,29 @@ async def the_first(events: Any, kind: type) -> Any:
     raise AssertionError("the events have ended")
 
 
+async def one_way(send: Any, receive: Any) -> list[BaseException | None]:
+    """Both ends of a message, which end by themselves; where one is refused the other is cancelled."""
+    ended: list[BaseException | None] = [None, None]
+    transfers: list[Any] = [None, None]
+    for index, call in enumerate((send, receive)):
+        try:
+            transfers[index] = call()
+        except aiocomm.AiocommError as error:
+            ended[index] = error
+    for index, transfer in enumerate(transfers):
+        if transfer is not None and transfer.done():
+            ended[index] = transfer.exception()
+    for index in (0, 1):
+        if ended[1 - index] is not None and transfers[index] is not None:
+            transfers[index].cancel()
+    with anyio.fail_after(LIMIT_S):
+        for index, transfer in enumerate(transfers):
+            if transfer is not None:
+                await until(transfer.done)
+                ended[index] = None if transfer.cancelled() else transfer.exception()
+    return ended
+
+
 async def exchange(a: aiocomm.Communicator, b: aiocomm.Communicator, seed: int) -> list[BaseException | None]:
     """GPU to GPU, GPU to host, host to GPU; what arrived without an error must be right."""
     data = random(NBYTES, seed)
@@ -86,18 +109,18 @@ async def exchange(a: aiocomm.Communicator, b: aiocomm.Communicator, seed: int) 
     for source, into in ((first, second), (first, host), (data, second)):
         if isinstance(into, DeviceArray):
             into.write(np.zeros(NBYTES, np.uint8))
-        # The deadline ends the half whose other half was refused.
-        both = await outcomes(
-            lambda source=source: a.send(source, 1, deadline=2.0),
-            lambda into=into: b.recv(into, 0, deadline=2.0),
-        )
-        if both[1] is None:
+        both = await one_way(lambda source=source: a.send(source, 1), lambda into=into: b.recv(into, 0))
+        if both == [None, None]:
             got = into.numpy() if isinstance(into, DeviceArray) else into
             assert (got == data).all()
         ended += both
     return ended
 
 
+ONE_LOOP = pytest.mark.parametrize("anyio_backend", ["asyncio"])  # native code, the same for every loop
+
+
+@ONE_LOOP
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("call", CALLS)
 async def test_one_failing_call(simulator: Simulator, call: str, nth: int) -> None:
@@ -105,12 +128,13 @@ async def test_one_failing_call(simulator: Simulator, call: str, nth: int) -> No
     async with world(2, links=LINKS, warmup=True) as (a, b):
         for error in await exchange(a, b, nth):
             assert error is None or isinstance(
-                error, aiocomm.LinkError | aiocomm.PeerError | aiocomm.DeadlineExceeded | aiocomm.UsageError
+                error, aiocomm.LinkError | aiocomm.PeerError | aiocomm.UsageError
             )
         simulator.heal()
         assert await exchange(a, b, nth + 1) == [None] * 6  # the pair and the device go on
 
 
+@ONE_LOOP
 @pytest.mark.parametrize("call", CALLS)
 async def test_a_call_that_always_fails(simulator: Simulator, call: str) -> None:
     async with world(2, links=LINKS, warmup=True) as (a, b):
@@ -283,6 +307,90 @@ async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(
     simulator.heal()
 
 
+@ONE_LOOP
+async def test_failing_calls_between_processes(simulator: Simulator) -> None:
+    """What one process is refused, at either end and for either kind of memory, goes another way."""
+    calls = [
+        "cuIpcGetMemHandle",
+        "cuIpcOpenMemHandle",
+        "cuMemAlloc",
+        "cuPointerGetAttribute",
+        "cuMemHostAlloc",
+    ]
+    turns = [(call, kind, end) for call in calls for kind in (Kind.MALLOC, Kind.VMM) for end in (0, 1)]
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Simulator
+
+        simulator = Simulator(driver().library)
+        for call, kind, end in turns:
+            array = DeviceArray(NBYTES, device=1, kind=kind)
+            if end == 1:
+                simulator.fail(call, 999)
+            await comm.recv(array, 0)
+            simulator.heal()
+            await comm.send(array.numpy(), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        for index, (call, kind, end) in enumerate(turns):
+            data = random(NBYTES, index)
+            source, back = DeviceArray(NBYTES, kind=kind).write(data), np.zeros(NBYTES, np.uint8)
+            if end == 0:
+                simulator.fail(call, UNKNOWN)
+            await comm.send(source, 1)
+            simulator.heal()
+            await comm.recv(back, 1)
+            assert (back == data).all(), turns[index]
+
+
+async def test_memory_freed_behind_the_back_of_a_transfer(simulator: Simulator) -> None:
+    """An array keeps its memory as long as it is referred to; who frees by hand gets an error."""
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        await comm.recv(bytearray(1), 0, tag=1)  # the announcement is there, and its memory is gone
+        try:
+            await comm.recv(DeviceArray(NBYTES, device=1), 0, deadline=5.0)
+        except aiocomm.AiocommError as error:
+            await comm.send(type(error).__name__.encode().ljust(20), 0)
+        else:
+            await comm.send(b"received".ljust(20), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        source, said = DeviceArray(NBYTES), bytearray(20)
+        sent = comm.send(source, 1, deadline=5.0)
+        await comm.send(b"x", 1, tag=1)
+        source.close()
+        ended = await outcomes(lambda: sent, lambda: comm.recv(said, 1))
+        assert isinstance(ended[0], aiocomm.AiocommError)
+        assert ended[1] is None
+        assert said.strip() != b"received"
+
+
+async def test_a_stream_that_was_destroyed(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, _):
+        stream = Stream()
+        handle = stream.handle
+        stream.close()
+        with pytest.raises(aiocomm.UsageError, match="not a stream of this process"):
+            a.send(DeviceArray(16), 1, stream=handle)
+
+
+async def test_the_legacy_stream_while_a_stream_is_captured_that_waits_for_it(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, _):
+        array, capturing = DeviceArray(16), Stream(blocking=True)
+        capturing.begin_capture()
+        try:
+            with pytest.raises(aiocomm.UsageError, match="captured"):
+                a.send(array, 1, stream=0)
+        finally:
+            capturing.end_capture()
+            capturing.close()
+
+
+@ONE_LOOP
 async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu: Driver) -> None:
     times, nbytes = 1000, 70_000
 
@@ -357,6 +465,7 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
     assert {kind: simulator.held(kind) for kind in before} == before
 
 
+@ONE_LOOP
 async def test_random_parts_arrive_byte_for_byte(gpu: Driver) -> None:
     cases = []
     generator = np.random.default_rng(7)

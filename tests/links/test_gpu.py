@@ -108,6 +108,25 @@ async def test_the_array_a_receive_makes_has_dtype_and_shape(pair: Pair) -> None
     assert (array == data).all()
 
 
+@pytest.mark.parametrize("nbytes", [4, 64 << 10, 3 << 20])
+@pytest.mark.parametrize("source", ["gpu", "host"])
+async def test_an_array_made_on_a_gpu(pair: Pair, source: str, nbytes: int) -> None:
+    a, b = pair
+    data = random(nbytes).view(np.float32).reshape(1, -1)
+    array = DeviceArray(data.shape, np.float32).write(data) if source == "gpu" else data
+    _, made = await both(a.send(array, 1), b.recv_array(0, device=other_device()))
+    assert isinstance(made, aiocomm.DeviceArray)
+    assert (made.shape, made.typestr, made.device) == (data.shape, "<f4", other_device())
+    back = np.zeros_like(data)
+    await both(b.send(made, 0), a.recv(back, 1))
+    assert (back.view(np.uint32) == data.view(np.uint32)).all()
+
+
+async def test_a_device_that_is_not_there(pair: Pair) -> None:
+    with pytest.raises(aiocomm.UsageError, match="no GPU 99"):
+        pair[1].recv_array(0, device=99)
+
+
 async def test_to_oneself(pair: Pair) -> None:
     a, _ = pair
     data, into = random(2 << 20), DeviceArray(2 << 20)

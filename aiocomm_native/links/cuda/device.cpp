@@ -196,7 +196,7 @@ void Device::run() {
     uint64_t now = now_ns();
     did = collect(now) || did;
     did = open_gates() || did;
-    if (assisting && turn % 4 == 0 && !host_.loop_spins()) did = host_.assist() || did;
+    if (assisting && turn % 4 == 0) did = host_.assist() || did;
     if (did) {
       spin_until = now + spin_ns_;
       if (!assisting && spin_ns_) {

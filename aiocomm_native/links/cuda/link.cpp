@@ -97,6 +97,14 @@ CudaBuffer::~CudaBuffer() {
   mapping.reset();  // before the state, whose helper closes it
   if (Device* started = state->started(device)) started->give_back(gate);
   if (bounce) state->bounces.give_back(bounce);
+  if (own) {
+    // cuMemFree waits for the work that still uses it: on the helper's thread or, once that has ended, here.
+    auto free = [state = state.get(), memory = own, device = device] {
+      Device::Current current(*state->started(device));
+      state->driver.cuMemFree(memory);
+    };
+    if (!state->helper.submit(free)) free();
+  }
   if (relay) state->relays.give_back(device, relay, relay_size);
 }
 
@@ -165,17 +173,72 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   auto handle = reinterpret_cast<CUstream>(stream);
   int capturing = 0;
   CUresult code = state.driver.cuStreamIsCapturing(handle, &capturing);
-  if (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE)
+  // IMPLICIT: the legacy stream, while a stream that waits for it is captured.
+  if (code == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT ||
+      (code == CUDA_SUCCESS && capturing != CU_STREAM_CAPTURE_STATUS_NONE))
     throw DeviceUsage(
-        "the stream is being captured into a CUDA graph: a transfer cannot be part of one; send before or "
-        "after the "
-        "capture, or on another stream");
+        "the stream is being captured into a CUDA graph: a transfer cannot be part of one. Send before or "
+        "after the capture, or on another stream");
+  if (code == CUDA_ERROR_INVALID_HANDLE)
+    throw DeviceUsage("stream= is not a stream of this process (was it destroyed?): " +
+                      state.driver.describe(code));
   if (code == CUDA_SUCCESS) code = state.driver.cuStreamQuery(handle);
   if (code == CUDA_ERROR_NOT_READY)
     buffer->gate = owner.gate_behind(handle);
   else if (code != CUDA_SUCCESS)
     throw LinkFailure("work on the array's stream has failed: " + state.driver.describe(code), code);
   return buffer;
+}
+
+std::unique_ptr<DeviceBuffer> CudaLink::reserve(int device) {
+  State& state = this->state();
+  Device& owner = state.device(device);
+  auto buffer = std::make_unique<CudaBuffer>(state_);
+  buffer->device = device;
+  buffer->allocates = true;
+  buffer->place.owner = state.process;
+  buffer->place.device = static_cast<uint16_t>(device);
+  buffer->place.uuid = owner.uuid;
+  return buffer;
+}
+
+Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) {
+  auto& mine = static_cast<CudaBuffer&>(buffer);
+  {
+    std::lock_guard lock(state_->made_mutex);
+    if (auto it = state_->made.find(waiter); it != state_->made.end()) {
+      mine.own = it->second;
+      state_->made.erase(it);
+      if (!mine.own) return Reach::State::refused;
+    }
+  }
+  if (!mine.own) {
+    state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
+      CUdeviceptr memory = 0;
+      {
+        Device::Current current(*state->started(device));
+        if (state->driver.cuMemAlloc(&memory, nbytes) != CUDA_SUCCESS) memory = 0;
+      }
+      {
+        std::lock_guard lock(state->made_mutex);
+        state->made[waiter] = memory;
+      }
+      state->host.go_on(&waiter, 1);
+    });
+    return Reach::State::opening;
+  }
+  Allocation found;
+  try {
+    found = look_up(state_->driver, mine.own, nbytes);
+  } catch (const std::exception&) {
+    return Reach::State::refused;
+  }
+  mine.ipc = found.ipc;
+  mine.place.address = mine.own;
+  mine.place.base = found.base;
+  mine.place.extent = found.extent;
+  mine.place.buffer_id = found.buffer_id;
+  return Reach::State::ready;
 }
 
 void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {

@@ -33,6 +33,9 @@ class State {
   MoverHost& host;
   const uint64_t process;  // token
   Helper helper;
+  std::mutex made_mutex;
+  std::unordered_map<OpId, uint64_t>
+      made;  // memory that the helper has allocated for a receive; 0: it could not
   Mappings mappings;
   Bounces bounces;
   Relays relays;
@@ -57,6 +60,7 @@ struct CudaBuffer final : DeviceBuffer {
   std::shared_ptr<State> state;
   bool ipc = false;
   uint64_t relay_size = 0;
+  uint64_t own = 0;  // memory of an array that a receive has made
 };
 
 class CudaLink final : public Link, public Mover {
@@ -69,6 +73,8 @@ class CudaLink final : public Link, public Mover {
                                    bool) override;
 
   std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) override;
+  std::unique_ptr<DeviceBuffer> reserve(int device) override;
+  Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   int devices() const override;
   Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) override;
   void offer(DeviceBuffer& buffer, LinkPeer& peer) override;

@@ -8,14 +8,15 @@
 
 namespace aiocomm::cuda {
 
-void Helper::submit(std::function<void()> task) {
+bool Helper::submit(std::function<void()> task) {
   {
     std::lock_guard lock(mutex_);
-    if (stopping_) return;
+    if (stopping_) return false;
     tasks_.push_back(std::move(task));
     if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
   }
   wake_.notify_one();
+  return true;
 }
 
 void Helper::stop() {

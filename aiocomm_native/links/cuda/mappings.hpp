@@ -32,8 +32,8 @@ class Helper {
  public:
   explicit Helper(const Driver& driver) : driver_(driver) {}
   ~Helper() { stop(); }
-  void submit(std::function<void()> task);
-  void stop();  // after what was submitted
+  bool submit(std::function<void()> task);  // false: stopped
+  void stop();                              // after what was submitted
 
  private:
   void run();

@@ -1,0 +1,275 @@
+"""What a transfer costs the kernels beside it: ours, and NCCL's, between two GPUs of two processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from .gpu_driver import Driver
+from .peers import ours
+from .sizes import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .control import Control
+    from .model import Metrics
+
+
+def _kernels(torch: Any) -> dict[str, Callable[[], Any]]:
+    def square(n: int, m: int, k: int) -> Callable[[], Any]:
+        a = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        b = torch.randn(k, m, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(n, m, device="cuda", dtype=torch.bfloat16)
+        return lambda: torch.mm(a, b, out=out)
+
+    query = torch.randn(1, 32, 8192, 128, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1 << 28, device="cuda")
+    y = torch.empty_like(x)
+    return {
+        "matmul2048": square(2048, 4096, 4096),
+        "matmul8192": square(8192, 8192, 8192),
+        "attention8192": lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, query, query, is_causal=True
+        ),
+        "memory": lambda: torch.add(x, 1.0, out=y),
+    }
+
+
+def _rate(torch: Any, kernel: Callable[[], Any], seconds: float) -> float:
+    """Kernels per second; the loop runs ahead of the GPU by a few dozen launches only."""
+    stream = torch.cuda.current_stream()
+    done, start = 0, time.perf_counter()
+    events: list[Any] = []
+    while time.perf_counter() - start < seconds:
+        for _ in range(8):
+            kernel()
+        event = torch.cuda.Event()
+        event.record(stream)
+        events.append(event)
+        done += 8
+        if len(events) > 4:
+            events.pop(0).synchronize()
+    torch.cuda.synchronize()
+    return done / (time.perf_counter() - start)
+
+
+def _measure(torch: Any, begin: Callable[[], None], end: Callable[[], float], seconds: float) -> Metrics:
+    """Each kernel alone, beside the transfer, and alone again; `end` answers the rate in GB/s."""
+    found: Metrics = {}
+    for name, kernel in _kernels(torch).items():
+        for _ in range(8):
+            kernel()
+        torch.cuda.synchronize()
+        before = _rate(torch, kernel, seconds)
+        begin()
+        beside = _rate(torch, kernel, seconds)
+        moved = end()
+        alone = (before + _rate(torch, kernel, seconds)) / 2
+        found[f"kept/{name}"] = beside / alone
+        found[f"gbytes_s/{name}"] = moved
+        # Time lost per GB moved while the kernels ran.
+        found[f"lost_us_per_gb/{name}"] = max(0.0, 1 - beside / alone) / max(moved, 1e-9) * 1e6
+    return found
+
+
+def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """Bulk sends from rank 0, whose GPU computes, on a loop in a thread of its own; rank 1 only receives."""
+    import torch
+
+    torch.cuda.set_device(role)
+    arrays = [torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    running, wanted, stopping = threading.Event(), threading.Event(), threading.Event()
+    state: dict[str, float] = {}
+
+    async def main() -> None:
+        comm = await ours.connect(role, control, "cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while True:
+                if role == 0:
+                    while not wanted.is_set() and not stopping.is_set():  # noqa: ASYNC110 -- of a thread
+                        await asyncio.sleep(0.0005)
+                    go = bytearray([int(wanted.is_set())])
+                    await comm.send(go, 1)
+                else:
+                    go = bytearray(1)
+                    await comm.recv(go, 0)
+                if not go[0]:
+                    break
+                await _flow(comm, role, arrays, wanted, running, state)
+        await comm.barrier()
+        await comm.aclose()
+
+    if role == 1:
+        asyncio.run(main())
+        return {}
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+
+    def begin() -> None:
+        running.clear()
+        wanted.set()
+        running.wait()
+        state["start"], state["moved"] = time.perf_counter(), 0.0
+
+    def end() -> float:
+        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+        wanted.clear()
+        time.sleep(0.05)
+        return rate
+
+    found = _measure(torch, begin, end, arguments["seconds"])
+    stopping.set()
+    thread.join()
+    return found
+
+
+async def _flow(
+    comm: Any,
+    role: int,
+    arrays: list[Any],
+    wanted: threading.Event,
+    running: threading.Event,
+    state: dict[str, float],
+) -> None:
+    if role == 0:
+        open_ = [comm.send(array, 1, tag=1) for array in arrays]
+        number = 0
+        while wanted.is_set():
+            await open_[number % 4]
+            state["moved"] = state.get("moved", 0.0) + arrays[0].nbytes
+            running.set()
+            open_[number % 4] = comm.send(arrays[number % 4], 1, tag=1)
+            number += 1
+        end = arrays[0][:16]
+        open_ += [comm.send(end, 1, tag=1) for _ in arrays]
+        for transfer in open_:
+            await transfer
+        return
+    receives = [comm.recv(array, 0, tag=1) for array in arrays]
+    number, left = 0, 4
+    while left:
+        status = await receives[number % 4]
+        if status.nbytes == 16:
+            left -= 1
+        else:
+            receives[number % 4] = comm.recv(arrays[number % 4], 0, tag=1)
+        number += 1
+
+
+def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """The same by raw copies, which a thread keeps queued."""
+    import torch
+
+    torch.cuda.set_device(role)
+    torch.zeros(1, device="cuda")
+    driver = Driver(role)
+    memory = driver.allocate(64 * MIB)
+    peer = driver.open(control.swap(memory.handle()))
+    if role == 1:
+        control.recv()
+        return {}
+    stop = threading.Event()
+    threads: list[threading.Thread] = []
+    state = {"moved": 0.0, "start": 0.0}
+
+    def flow() -> None:
+        mine = Driver(role)  # the context, on this thread
+        streams = [mine.stream(), mine.stream()]
+        number = 0
+        while not stop.is_set():
+            stream = streams[number % 2]
+            mine.wait(stream)
+            mine.copy(peer, memory.address, memory.nbytes, stream)
+            state["moved"] += memory.nbytes
+            number += 1
+        for stream in streams:
+            mine.wait(stream)
+
+    def begin() -> None:
+        stop.clear()
+        threads.append(threading.Thread(target=flow))
+        threads[-1].start()
+        time.sleep(0.05)
+        state["start"], state["moved"] = time.perf_counter(), 0.0
+
+    def end() -> float:
+        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+        stop.set()
+        threads[-1].join()
+        return rate
+
+    found = _measure(torch, begin, end, arguments["seconds"])
+    control.send("end")
+    return found
+
+
+def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """The same by NCCL's send and recv, launched by a thread on a stream of their own."""
+    import torch
+    import torch.distributed as dist
+
+    mine = 20000 + os.getpid() % 20000
+    theirs = control.swap(mine)
+    torch.cuda.set_device(role)
+    dist.init_process_group(
+        "nccl",
+        init_method=f"tcp://127.0.0.1:{theirs if role else mine}",
+        rank=role,
+        world_size=2,
+        device_id=torch.device("cuda", role),
+    )
+    data = torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    state = {"moved": 0.0, "start": 0.0}
+    go = torch.zeros(1, dtype=torch.uint8, device="cuda")
+
+    def flow(stop: threading.Event) -> None:
+        torch.cuda.set_device(role)
+        with torch.cuda.stream(stream):
+            while True:
+                more = not stop.is_set()
+                if role == 0:
+                    go.fill_(int(more))
+                    dist.send(go, 1)
+                else:
+                    dist.recv(go, 0)
+                    more = bool(go.item())
+                if not more:
+                    return
+                for _ in range(8):
+                    if role == 0:
+                        dist.send(data, 1)
+                    else:
+                        dist.recv(data, 0)
+                stream.synchronize()
+                state["moved"] += 8 * data.nbytes
+
+    if role == 1:
+        while control.recv() == "begin":
+            flow(threading.Event())
+        return {}
+    stop = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def begin() -> None:
+        stop.clear()
+        control.send("begin")
+        threads.append(threading.Thread(target=flow, args=(stop,)))
+        threads[-1].start()
+        time.sleep(0.1)
+        state["start"], state["moved"] = time.perf_counter(), 0.0
+
+    def end() -> float:
+        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+        stop.set()
+        threads[-1].join()
+        return rate
+
+    found = _measure(torch, begin, end, arguments["seconds"])
+    control.send("end")
+    return found
