@@ -24,7 +24,8 @@ namespace {
 constexpr uint64_t kPartNs =
     20000000;  // how long a pair that is closed from here waits for its last words to arrive
 constexpr uint32_t kMaxRegistrations = 1 << 20;
-constexpr uint64_t kStallNs = 800000000;  // well over the transport's own retries
+constexpr uint64_t kStallNs = 800000000;   // well over the transport's own retries
+constexpr uint64_t kStallNsPerByte = 250;  // 4 MB/s: an emulated device that is short of processor time
 constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 
@@ -86,10 +87,16 @@ bool Lane::expects() const {
           peer.due_.load(std::memory_order_acquire) != peer.acked_.load(std::memory_order_relaxed));
 }
 
-// A device whose own port is down may report nothing at all.
+void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
+
+// A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
 void Lane::look(uint64_t now_ns) {
-  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + kStallNs) return;
-  if (!stalled.exchange(true)) failed(rail.name() + ": no word of what was posted");
+  uint64_t patience = kStallNs + bytes.load(std::memory_order_relaxed) * kStallNsPerByte;
+  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  std::unique_lock idle(posting, std::try_to_lock);
+  if (!idle || stalled.exchange(true)) return;
+  peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
+           Wake::engine);
 }
 
 void RdmaPeer::put(Event event, Wake wake) {
@@ -347,6 +354,11 @@ void RdmaPeer::handle(Event& event) {
       return;
     case Event::Kind::chunk:
       if (!dead_) chunk(*lanes_[event.lane], event.which, static_cast<int>(event.nbytes));
+      return;
+    case Event::Kind::stalled:
+      // With nowhere else to go it is better to wait: the peer's own signs of life decide.
+      if (!dead_ && another_lane(*lanes_[event.lane])) return lane_failed(*lanes_[event.lane], event.reason);
+      lanes_[event.lane]->stalled.store(false);
       return;
     case Event::Kind::failed:
       if (!dead_) lane_failed(*lanes_[event.lane], event.reason);

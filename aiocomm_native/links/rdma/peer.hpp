@@ -39,6 +39,7 @@ struct Lane final : Completions {
   void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
   void immediate(uint32_t value, uint32_t nbytes) override;
   void frame_sent(uint32_t seq) override;
+  void chunk_posted() override;
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
@@ -55,7 +56,7 @@ struct Lane final : Completions {
   std::atomic<bool> stalled{false};
   State state = State::connecting;  // under the token, as what follows
   uint32_t chunks = 0;              // in flight
-  uint64_t bytes = 0;
+  std::atomic<uint64_t> bytes{0};
   double rate = 1.0;  // bytes per ns, of late
   uint64_t last_done_ns = 0;
 };
@@ -92,7 +93,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
 
   struct Event {
-    enum class Kind : uint8_t { frame, immediate, chunk, failed } kind;
+    enum class Kind : uint8_t { frame, immediate, chunk, stalled, failed } kind;
     uint32_t lane = 0;
     uint32_t which = 0;   // slot, value or chunk
     uint32_t nbytes = 0;  // or errno
@@ -129,6 +130,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void unblock();
   void stream();
   // recovery.cpp
+  Lane* another_lane(const Lane& but);  // that is up
   void lane_failed(Lane& lane, const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
