@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,13 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
     if number == -1:
         return errors.LinkError(
             f"{what}: there is no host memory for staging it; send smaller pieces", 12, "ENOMEM"
+        )
+    if number == errno.EOPNOTSUPP:
+        return errors.LinkError(
+            f"{what}: GPU memory does not travel over the link rdma in this version: leave it out for this pair "
+            "(AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
+            number,
+            "EOPNOTSUPP",
         )
     if number <= 0:
         return errors.LinkError(

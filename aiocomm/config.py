@@ -150,6 +150,35 @@ class Settings:
         "user trace this one where ptrace_scope is 1; off.",
         choices=("auto", "allow", "off"),
     )
+    rdma_devices: str | None = _setting(
+        None,
+        "names",
+        "Ports of RDMA devices to use as rails, by comma (`mlx5_0` or `mlx5_0:1`), in the same order on all "
+        "hosts; else all that are up, at most 4.",
+    )
+    rdma_gid_index: int = _setting(
+        -1,
+        "index",
+        "GID of the ports; -1: RoCE v2 by the interface's IPv4 address, else by its IPv6 address.",
+        low=-1,
+        high=255,
+    )
+    rdma_traffic_class: int = _setting(
+        0, "", "Traffic class (RoCE: DSCP and ECN bits) of large transfers.", low=0, high=255
+    )
+    rdma_urgent_traffic_class: int = _setting(
+        0, "", "Traffic class of small messages and of control.", low=0, high=255
+    )
+    rdma_service_level: int = _setting(
+        0, "", "Service level (InfiniBand; RoCE: priority) of large transfers.", low=0, high=15
+    )
+    rdma_urgent_service_level: int = _setting(
+        0, "", "Service level of small messages and of control.", low=0, high=15
+    )
+    rdma_cache_bytes: int = _setting(
+        1024 * MIB, "bytes", "Memory kept registered with RDMA devices after its use.", low=0, high=1 << 50
+    )
+    libibverbs: str | None = _setting(None, "path", "The verbs library; else libibverbs.so.1.")
     links: tuple[str, ...] | None = _setting(None, "names", "Links that may be used, best first, by comma.")
     handshake_timeout_s: float = _setting(
         5.0,
@@ -218,6 +247,12 @@ class Settings:
             "pinned_bytes",
             "gpu_relay_bytes",
             "cma",
+            "rdma_gid_index",
+            "rdma_cache_bytes",
+            "rdma_traffic_class",
+            "rdma_urgent_traffic_class",
+            "rdma_service_level",
+            "rdma_urgent_service_level",
             "tcp_splice",
         )
         return {name: getattr(self, name) for name in names}

@@ -44,6 +44,7 @@ class Group(Collectives, ExpertOperations):
         self._shrinks = 0
         self._closed = False
         self._link: str | None = None
+        self._hosts: tuple[int, ...] | None = None
         whole = self._ranks == tuple(range(len(self._ranks)))
         self.names = [
             f"rank {r}" + ("" if whole else f" (rank {w} of the world)") for r, w in enumerate(ranks)
@@ -129,6 +130,16 @@ class Group(Collectives, ExpertOperations):
         if self._link is None:
             self._link = self._find_link()
         return self._link
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """A number for the host of each member, as all of them see it; empty if all are on one."""
+        if self._hosts is None:
+            comm = self._comm
+            names = [hostname() if rank == comm.rank else comm._peers[rank].host for rank in self._ranks]
+            numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+            self._hosts = tuple(numbers[name] for name in names) if len(numbers) > 1 else ()
+        return self._hosts
 
     def name_of(self, rank: int) -> str:
         """A world rank, for messages."""

@@ -21,8 +21,12 @@ class LinkStatistics:
 
     `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
     socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
-    (through the ring or the sockets, chunk by chunk), `device` (by a copy engine between two GPUs), `staged`
-    (GPU memory by a detour). A message is counted at both ends.
+    (through the ring or the sockets, chunk by chunk), `read` and `write` (by the RDMA device of the receiver,
+    of the sender), `device` (by a copy engine between two GPUs), `staged` (GPU memory by a detour). A message
+    is counted at both ends.
+
+    `device` has counters of the link's own, for `rdma` of what was posted to devices and what came of it, in
+    all and by device; see the how-to page on RDMA.
 
     `queued_s` and `moved_s` tell how long completed operations took: until their first byte moved, and from
     then until they ended.
@@ -48,6 +52,7 @@ class LinkStatistics:
     window_bytes: int
     chunk_bytes: int
     rate_bytes_per_s: float
+    device: Mapping[str, int]
     queued_s: Histogram
     moved_s: Histogram
 

@@ -205,7 +205,7 @@ SUITE = Suite(
     measure,
     lambda options: _COLUMNS,
     (
-        Rule("1,024 ranks come together, s", "aiocomm-1024", "all_ready_s", "<=", 10.0),
-        Rule("memory of rank 0 with 1,024 ranks, MiB", "aiocomm-1024", "memory_mib", "<=", 128.0),
+        Rule("rank 0 of 1,024, CPU s", "aiocomm-1024", "cpu_s", "<=", 5.0),
+        Rule("memory of rank 0 of 1,024, MiB", "aiocomm-1024", "memory_mib", "<=", 64.0),
     ),
 )

@@ -1,6 +1,18 @@
 """The suites that the tool runs; a new one (GPU, RDMA, collectives) is a module and a line here."""
 
-from . import collectives, gpu, gpu_compute, idle, overhead, oversubscribe, pairs, progress, qos, startup
+from . import (
+    collectives,
+    gpu,
+    gpu_compute,
+    idle,
+    overhead,
+    oversubscribe,
+    pairs,
+    progress,
+    qos,
+    rdma,
+    startup,
+)
 from .model import Suite
 
 SUITES: dict[str, Suite] = {
@@ -16,5 +28,6 @@ SUITES: dict[str, Suite] = {
         startup,
         gpu,
         gpu_compute,
+        rdma,
     )
 }

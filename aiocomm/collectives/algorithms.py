@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiocomm.collectives import binomial, bruck, direct, pipelined, recursive_doubling, ring
+from aiocomm.collectives import (
+    binomial,
+    bruck,
+    direct,
+    hierarchical,
+    pipelined,
+    recursive_doubling,
+    ring,
+)
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiocomm.collectives.steps import Problem, Schedule
 
-__all__ = ["ALGORITHMS", "applicable", "build"]
+__all__ = ["ALGORITHMS", "BETWEEN_HOSTS", "applicable", "build"]
 
 ALGORITHMS: Final[dict[str, dict[str, Callable[[Problem], Schedule]]]] = {
     "broadcast": {
@@ -42,10 +50,20 @@ ALGORITHMS: Final[dict[str, dict[str, Callable[[Problem], Schedule]]]] = {
     },
 }
 
+BETWEEN_HOSTS: Final[dict[str, Callable[[Problem], Schedule]]] = {
+    "broadcast": hierarchical.broadcast,
+    "all_gather": hierarchical.all_gather,
+    "reduce": hierarchical.reduce,
+    "reduce_scatter": hierarchical.reduce_scatter,
+    "all_reduce": hierarchical.all_reduce,
+}
 
-def applicable(operation: str, size: int) -> list[str]:
-    """Names of the algorithms that can do an operation in a group of this size."""
+
+def applicable(operation: str, size: int, hosts: Sequence[int] = ()) -> list[str]:
+    """Names of the algorithms that can do an operation in a group of this size, on these hosts."""
     names = list(ALGORITHMS[operation])
+    if operation in BETWEEN_HOSTS and hierarchical.useful(hosts):
+        names.append("hierarchical")
     if operation == "all_gather" and size & (size - 1):
         names.remove("recursive_doubling")
     return names
@@ -57,9 +75,11 @@ def build(operation: str, algorithm: str, problem: Problem) -> Schedule:
     Raises:
         UsageError: there is no such algorithm for this operation and size.
     """
-    if algorithm not in (names := applicable(operation, problem.size)):
+    if algorithm not in (names := applicable(operation, problem.size, problem.hosts)):
         raise UsageError(
             f"no algorithm {algorithm!r} for {operation} among {problem.size} ranks: choose from "
             f"{', '.join(names)}"
         )
+    if algorithm == "hierarchical":
+        return BETWEEN_HOSTS[operation](problem)
     return ALGORITHMS[operation][algorithm](problem)

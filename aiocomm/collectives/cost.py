@@ -7,10 +7,14 @@ regimes; they do not predict times. `algorithm=` overrides the choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from aiocomm.collectives.algorithms import applicable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["LINKS", "LinkCost", "choose", "chunk_bytes", "estimate"]
 
@@ -98,10 +102,63 @@ def _pipelined(rounds: int, nbytes: int, wait: float, byte: float) -> float:
     return rounds * wait + (rounds + chunks) * 3 * _CALL_S + nbytes * byte * (1 + rounds / chunks)
 
 
-def choose(operation: str, size: int, nbytes: int, link: str) -> str:
-    """The cheapest applicable algorithm; `link` is a key of `LINKS`."""
-    names = applicable(operation, size)
-    return min(names, key=lambda name: estimate(operation, name, size, nbytes, LINKS[link]))
+def _between_hosts(operation: str, hosts: Sequence[int], nbytes: int, link: LinkCost) -> float:
+    """Seconds of a hierarchical call: bytes cross the network once per host, the rest is within hosts."""
+    size, local = len(hosts), max(Counter(hosts).values())
+    count = len(set(hosts))
+    here, most = LINKS["shm"], max(1.0, (local - 1) / LINKS["shm"].streams)
+    within = here.message_s + 2 * local * _CALL_S
+    match operation.removesuffix("v"):
+        case "broadcast":
+            rounds = (count - 1).bit_length()
+            return (
+                _pipelined(rounds, nbytes, link.message_s, 2 * link.byte_s)
+                + within
+                + nbytes * here.byte_s * most
+            )
+        case "reduce":
+            rounds = (count - 1).bit_length()
+            far = _pipelined(rounds, nbytes, link.message_s, 2 * (link.byte_s + _REDUCE_S))
+            return far + within + (local - 1) * nbytes * (here.byte_s + _REDUCE_S)
+        case "all_gather":
+            crossing = nbytes * (size - local) / size
+            return (
+                link.message_s + size * _CALL_S + crossing * link.byte_s + 2 * within + nbytes * here.byte_s
+            )
+        case "reduce_scatter":
+            crossing = nbytes * (count - 1) / size * local
+            return (
+                link.message_s
+                + 2 * size * _CALL_S
+                + crossing * link.byte_s
+                + 2 * within
+                + nbytes * here.byte_s
+            )
+        case _:
+            crossing = 2 * nbytes * (count - 1) / count
+            return (
+                2 * (link.message_s + within)
+                + crossing * link.byte_s
+                + 2 * nbytes * (here.byte_s + _REDUCE_S)
+            )
+
+
+def choose(operation: str, size: int, nbytes: int, link: str, hosts: Sequence[int] = ()) -> str:
+    """The cheapest applicable algorithm.
+
+    Args:
+        link: a key of `LINKS`.
+        hosts: a number for the host of each rank, where there are several. Their ranks share its adapter.
+    """
+    cost = LINKS[link]
+    shared = replace(cost, byte_s=cost.byte_s * max(Counter(hosts).values(), default=1))
+
+    def seconds(name: str) -> float:
+        if name == "hierarchical":
+            return _between_hosts(operation, hosts, nbytes, cost)
+        return estimate(operation, name, size, nbytes, shared)
+
+    return min(applicable(operation, size, hosts), key=seconds)
 
 
 def chunk_bytes(operation: str, block: int, item: int) -> int:

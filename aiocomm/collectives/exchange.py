@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
 
-__all__ = ["Exchange"]
+__all__ = ["HEADERS", "Exchange"]
 
-_HEADERS: Final = 1 << (TAG_BITS - 1)  # tags of a call from here on carry headers
+HEADERS: Final = 1 << (TAG_BITS - 1)  # tags of a call from here on carry headers
 
 
 class Exchange(Flight):
@@ -53,13 +53,13 @@ class Exchange(Flight):
         self._slots = slots = self._scope.scratch(size * width)
         for peer in range(size):
             if peer != rank:
-                self._post(Recv, (True, peer), peer, slots[peer * width : (peer + 1) * width], _HEADERS)
+                self._post(Recv, (True, peer), peer, slots[peer * width : (peer + 1) * width], HEADERS)
         for away in range(1, size):
             peer = (rank + away) % size
             message = head + request.vector
             if eager is not None and (span := eager.sends.get(peer)) is not None:
                 message += request.views[span.buffer][span.start : span.stop].tobytes()
-            self._post(Send, (True, size + peer), peer, message, _HEADERS)
+            self._post(Send, (True, size + peer), peer, message, HEADERS)
 
     def _disseminate(self, head: bytes) -> None:
         """Headers as a schedule of their own: its steps run as `(True, index)`."""
@@ -80,7 +80,7 @@ class Exchange(Flight):
         for step in pair:
             span = step.source if isinstance(step, Send) else step.target
             data = self._slots[span.start : span.stop]
-            tag = _HEADERS + index
+            tag = HEADERS + index
             self._post(type(step), (True, index + (step is pair[0])), step.peer, data, tag)
 
     def _slot(self, peer: int) -> npt.NDArray[np.uint8]:

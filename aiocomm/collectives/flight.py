@@ -92,6 +92,10 @@ class Flight:
             transfer = comm._send(data, rank, index, full, limit, 0)
         else:
             transfer = comm._recv(data, rank, index, full, limit)
+        self._watch(key, transfer)
+
+    def _watch(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
+        """Tell the end of a transfer, which may have come."""
         self._flying[key] = transfer
         if transfer.done():
             self._ended(key, transfer)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
 from aiocomm.collectives.requests import Request, bytes_of, counts_of, find_plan, root_of, same_dtype
-from aiocomm.collectives.steps import IN, OUT, Problem
+from aiocomm.collectives.steps import IN, OUT, Problem, even
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,14 +19,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.steps import Name
     from aiocomm.group import Group
 
-__all__ = ["even", "reduced"]
-
-
-@functools.lru_cache(256)
-def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
-    """Cut a vector into blocks of nearly one size, in bytes, between elements."""
-    whole, more = divmod(nbytes // item, parts)
-    return tuple((whole + (part < more)) * item for part in range(parts))
+__all__ = ["reduced"]
 
 
 def reduced(

@@ -5,7 +5,7 @@ What is wrong with a call by itself is found here, before a byte moves; it is to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,9 +92,9 @@ def find_plan(
     if found is None:
         chosen = algorithm
         if chosen is None:
-            chosen = cost.choose(operation, group.size, nbytes, group.link)
+            chosen = cost.choose(operation, group.size, nbytes, group.link, group.hosts)
         eager = not vector and group.size <= headers.DIRECT_MEMBERS
-        plan = make_plan(operation, chosen, problem, eager)
+        plan = make_plan(operation, chosen, replace(problem, hosts=group.hosts), eager)
         found = plan, header(f"{operation} {text} by {chosen}")
         if len(group._plans) >= _PLANS:
             group._plans.clear()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from aiocomm.collectives.flight import Flight
+    from aiocomm.collectives.quick import Prepared
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
     from aiocomm_native import Transfer
@@ -41,10 +42,11 @@ class Scope:
         self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self._spare: list[npt.NDArray[np.uint8]] = []
+        self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self._listen()
 
-    def begin(self, call: Flight) -> int:
-        """Number a call.
+    def begin(self, call: Flight | None) -> int:
+        """Number a call; without one, it ends before anything else runs, or enters itself in `calls`.
 
         Raises:
             AiocommError: another rank has given it up already.
@@ -53,7 +55,8 @@ class Scope:
         self._next += 1
         if (error := self._failed.pop(number, None)) is not None:
             raise error
-        self.calls[number] = call
+        if call is not None:
+            self.calls[number] = call
         return number
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:

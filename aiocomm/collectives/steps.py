@@ -7,6 +7,7 @@ from one rank to another meets the k-th `Recv` there. Nothing here moves a byte.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -28,6 +29,7 @@ __all__ = [
     "Step",
     "blocks",
     "dependencies",
+    "even",
     "pieces",
 ]
 
@@ -113,6 +115,7 @@ class Problem:
         item: bytes of an element; nothing is cut inside one.
         chunk: bytes beyond which messages are cut so that steps overlap; a multiple of `item`.
         in_place: `IN` and `OUT` are the same memory; only `OUT` is named then.
+        hosts: a number for the host of each rank; empty where all are on one.
     """
 
     rank: int
@@ -123,6 +126,7 @@ class Problem:
     item: int = 1
     chunk: int = 1 << 20
     in_place: bool = False
+    hosts: tuple[int, ...] = ()
 
     @property
     def source(self) -> Name:
@@ -134,6 +138,13 @@ def blocks(buffer: Name, sizes: Sequence[int]) -> list[Span]:
     """Consecutive spans of these sizes, in bytes."""
     ends = list(accumulate(sizes, initial=0))
     return [Span(buffer, start, stop) for start, stop in pairwise(ends)]
+
+
+@functools.lru_cache(256)
+def even(nbytes: int, item: int, parts: int) -> tuple[int, ...]:
+    """Cut a vector into blocks of nearly one size, in bytes, between elements."""
+    whole, more = divmod(nbytes // item, parts)
+    return tuple((whole + (part < more)) * item for part in range(parts))
 
 
 def pieces(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,11 @@ __all__ = ["CAPABILITIES", "compare", "discover"]
 
 CAPABILITIES = Capabilities(
     reach="hosts on InfiniBand or RoCE",
-    memory="host, GPU",
+    memory="host (GPU memory by dma-buf: not built, no such hardware has run it)",
+    paths="eager, read, write",
+    wake="a completion channel, and its poller's thread",
+    loss="the pair's connection, or three missing heartbeats",
+    encryption="none: RDMA has none; keep it to a network of its own",
 )
 
 _DEVICES, _NODES = devices.DEVICES, Path("/dev/infiniband")

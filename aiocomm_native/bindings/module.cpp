@@ -11,6 +11,7 @@ void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
 void bind_pages(nb::module_& m);
 void bind_sched(nb::module_& m);
+void bind_settle(nb::module_& m);
 
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // interpreters may end without collecting cycles
@@ -20,6 +21,7 @@ NB_MODULE(_core, m) {
   aiocomm::py::bind_engine(m);
   bind_experts(m);
   bind_pages(m);
+  bind_settle(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
   bind_sched(pure);

@@ -13,7 +13,7 @@ namespace aiocomm::py {
 
 nb::dict counters(PyEngine& e, const std::string& link) {
   LinkCounters c = e.engine->counters(link);
-  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "device", "staged"};
+  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "device", "staged", "read", "write"};
   nb::dict out, messages, nbytes;
   for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
     messages[paths[i]] = c.path_messages[i];
@@ -31,6 +31,9 @@ nb::dict counters(PyEngine& e, const std::string& link) {
   out["would_block"] = c.would_block;
   out["messages_by_path"] = messages;
   out["bytes_by_path"] = nbytes;
+  nb::dict device;
+  for (const auto& [name, value] : c.device) device[name.c_str()] = value;
+  out["device"] = device;
   return out;
 }
 

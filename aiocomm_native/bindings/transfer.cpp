@@ -168,13 +168,11 @@ PyObject* transfer_make_cancelled_error(PyObject* self, PyObject*) {
 
 // ---------------------------------------------------------------- await
 
-bool loop_has_nothing_else(PyEngine* engine) { return engine->ready && PyObject_Size(engine->ready) == 0; }
-
 // Spins for the answer before giving the task's turn up: a suspended await costs more than the message.
 void spin_for(Transfer* t) {
   PyEngine* engine = t->engine;
   uint64_t now = engine->engine->now();
-  if (now - engine->slept_ns > kSpinBudgetNs || !loop_has_nothing_else(engine)) return;
+  if (!may_spin(engine, now)) return;
   uint64_t until = now + engine->spin_ns;
   while (t->outcome == Outcome::pending) {
     bool found;
@@ -373,6 +371,12 @@ PyStructSequence_Field status_fields[] = {{"source", "rank that sent the message
 PyStructSequence_Desc status_desc = {"aiocomm_native.Status", "What a receive got.", status_fields, 3};
 
 }  // namespace
+
+bool loop_has_nothing_else(PyEngine* engine) { return engine->ready && PyObject_Size(engine->ready) == 0; }
+
+bool may_spin(PyEngine* engine, uint64_t now) {
+  return now - engine->slept_ns <= kSpinBudgetNs && loop_has_nothing_else(engine);
+}
 
 Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind) {
   auto t = cast(TransferType->tp_alloc(TransferType, 0));  // zeroed

@@ -86,7 +86,9 @@ PyObject* make_status(const Transfer* transfer);
 const char* kind_name(OpKind kind);
 bool call_back(Transfer* transfer, PyObject* callback, PyObject* context);  // false: a Python error is set
 void let_go(Transfer* transfer);                                            // of its buffer
-int init_transfer(PyObject* module);                                        // adds Transfer and Status
+bool loop_has_nothing_else(PyEngine* engine);
+bool may_spin(PyEngine* engine, uint64_t now);  // whether a task may go on without its loop
+int init_transfer(PyObject* module);            // adds Transfer and Status
 
 // Describes a buffer's format and shape in an op's metadata, and back.
 void encode_meta(Op& op, const Py_buffer& view);

@@ -75,7 +75,12 @@ Engine::Engine(EngineConfig config)
   };
   for (const LinkEntry& entry : link_registry()) {
     if (!wanted(entry.name)) continue;
-    std::unique_ptr<Link> link = entry.factory(*this);
+    std::unique_ptr<Link> link;
+    try {
+      link = entry.factory(*this);
+    } catch (const LinkFailure&) {
+      if (!entry.optional || !config_.links.empty()) throw;
+    }
     if (!link) continue;
     if (link->mover()) {
       mover_ = link->mover();
@@ -144,6 +149,15 @@ void Engine::close() {
       peer->state = Peer::State::lost;
     }
   polled_.clear();
+  // What a device or a peer was working on has been let go of with its link.
+  std::vector<Op*> left;
+  ops_.for_each_live([&](Op& op) { left.push_back(&op); });
+  for (Op* op : left) {
+    drop_inflight(*op);
+    op->awaits_fin = false;
+    settle(*op);
+  }
+  for (auto& link : links_) link->close();
 }
 
 void Engine::set_identity(Rank rank, uint64_t generation) {

@@ -85,6 +85,7 @@ struct LinkCounters {
   uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
   uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
   uint64_t fallbacks = 0, would_block = 0;
+  std::map<std::string, uint64_t> device;  // of the link itself
   std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
   DurationHistogram queued, moved;  // of completed operations: until the first byte moved, and from then on
 };
@@ -198,6 +199,8 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
   void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
+  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) override;
+  void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
@@ -238,8 +241,27 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void pump(uint8_t link_index);
   uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
+  // protocol_remote.cpp: bytes that devices move
+  bool hold(Op& op, Access access);
+  bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
+  Op* writing_into(Peer& peer, OpId receive);
+
+  // protocol_offer.cpp: receives that tell their source where to write
+  void offer(Op& op, Peer& peer);
+  Post send_into(Op& op, Peer& peer, const Offer& offer);
+  void on_offer(Peer& peer, const FrameHeader& header, const std::byte* meta);
+  void on_withdraw(Peer& peer, const FrameHeader& header);
+  void on_withdrawn(Peer& peer, const FrameHeader& header);
+  void on_took(Peer& peer, const FrameHeader& header);
+  void on_quit(Peer& peer, const FrameHeader& header);
+  void taken(Op& op);
+  void complete_offer(Op& op, Peer& peer);
+  void drop_offer(Op& op);
+  bool withdraw(Op& op, Code code);
+  void send_quit(Peer& peer, OpId receive, Code code);
+  MessageKey key_of(const Op& op) const { return {channels_[op.channel].id, op.tag}; }
   uint32_t flow_of(Peer& peer, uint32_t channel);
-  void queue_data(Op& op, Peer& peer);
+  void queue_data(Op& op, Peer& peer, bool at_once = true);
 
   // protocol_receive.cpp: from frames to matched receives
   void start_recv(Op& op);
@@ -252,6 +274,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   bool make_room(Op& op, const FrameHeader& header);
   void owe_credit(Peer& peer, uint64_t nbytes);
   Unexpected take_unexpected(uint64_t id);
+  void refuse(Peer& peer, const FrameHeader& header);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);
@@ -304,6 +327,8 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void finish(Op& op, Code code);     // nothing touches its buffer any more
   void end_early(Op& op, Code code);  // decides the outcome; finishes once nothing can touch the buffer
   void drop_inflight(Op& op);
+  void tell_other(Op& op, Code code);
+  void drain(Op& op);
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);

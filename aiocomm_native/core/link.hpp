@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -43,10 +44,25 @@ struct ProtocolViolation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Who may reach registered memory: this side's devices only, or peers as well.
+enum class Access : uint8_t { local, peer_reads, peer_writes };
+
 // Where a message's bytes lie at their owner.
 struct Location {
   uint64_t address = 0;  // in the owner's address space, or an offset into `segment`
-  uint32_t segment = 0;  // shared segment of the owner, 0: private memory
+  uint32_t segment = 0;  // shared segment or registration of the owner, 0: private memory
+};
+
+// Bytes that a device moves between this side's memory and the peer's, without the peer's CPU.
+struct RemoteChunk {
+  OpId op = 0;
+  bool read = false;  // from the peer, else to it
+  std::byte* local = nullptr;
+  uint32_t registration = 0;  // of `local`, by Link::hold
+  Location remote;
+  uint64_t nbytes = 0;
+  bool has_immediate = false;  // a write that tells the peer so when it is there
+  uint32_t immediate = 0;
 };
 
 class LinkPeer;
@@ -60,6 +76,14 @@ class FrameSink {
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
   virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
   virtual void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) = 0;
+  // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be.
+  virtual void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) {
+    (void)with, (void)op, (void)nbytes, (void)error;
+  }
+  // The peer has written `nbytes` into our memory, and says `value`.
+  virtual void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) {
+    (void)from, (void)value, (void)nbytes;
+  }
   virtual void on_writable(LinkPeer& to) = 0;
   virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
 
@@ -94,6 +118,13 @@ class LinkPeer {
     (void)where, (void)into, (void)nbytes;
     return 95;  // EOPNOTSUPP
   }
+  // Moves a chunk by the device, for paths `read` and `write`; answers `pending` (on_remote follows), `again` or `lost`.
+  virtual Post post_remote(const RemoteChunk& chunk) {
+    (void)chunk;
+    return Post::lost;
+  }
+  // Whether it can write into memory of the peer, and tell it so by an immediate.
+  virtual bool takes_offers() const { return false; }
   // Describes local memory to the peer, making it reachable where the link can.
   virtual Location locate(const std::byte* data, uint64_t nbytes) {
     (void)nbytes;
@@ -118,6 +149,7 @@ class LinkPeer {
 
   Rank rank = -1;
   uint64_t generation = 0;
+  int failure = 0;  // errno: the pair ended by devices of ours, not by the peer
 };
 
 // Something with a file descriptor in one of the engine's two epoll sets.
@@ -165,6 +197,17 @@ class Link {
   virtual Mover* mover() {
     return nullptr;
   }  // it moves device memory beside the pairs' links, and joins none
+  // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
+  // and 0 where the link needs no such thing. Throws LinkFailure.
+  virtual uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) {
+    (void)data, (void)nbytes, (void)access;
+    return 0;
+  }
+  virtual void release(uint32_t id) { (void)id; }
+  // Counters of its own, by name.
+  virtual std::map<std::string, uint64_t> counters() { return {}; }
+  // Ends its threads and gives back what it holds of the machine; its peers are closed.
+  virtual void close() {}
   // Takes the descriptors over, also when it throws LinkFailure.
   virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) = 0;
@@ -174,12 +217,14 @@ using LinkFactory = std::unique_ptr<Link> (*)(Host&);  // null: this machine has
 
 // A link makes itself known by one static object in its own folder. Lower `cost` is preferred.
 struct LinkRegistration {
-  LinkRegistration(const char* name, int cost, LinkFactory factory);
+  // `optional`: a machine may have nothing for it; then LinkFailure says so, and is an error only if it was asked for.
+  LinkRegistration(const char* name, int cost, LinkFactory factory, bool optional = false);
 };
 struct LinkEntry {
   std::string name;
   int cost;
   LinkFactory factory;
+  bool optional;
 };
 const std::vector<LinkEntry>& link_registry();  // cheapest first
 

@@ -40,6 +40,7 @@ std::optional<uint64_t> Matcher::post_recv(OpId op, ChannelId channel, Rank src,
   append(queues_.find_or_insert(key), index, shape);
   ops_.find_or_insert(op) = index;
   ++posted_by_shape_[shape];
+  if (shape != kExact) ++wildcards_[channel];
   return std::nullopt;
 }
 
@@ -123,6 +124,19 @@ std::vector<OpId> Matcher::any_source_recvs() const {
 
 std::vector<OpId> Matcher::all_recvs() const {
   return ops_where([](const Node&) { return true; });
+}
+
+size_t Matcher::wildcards(ChannelId channel) const {
+  auto it = wildcards_.find(channel);
+  return it == wildcards_.end() ? 0 : it->second;
+}
+
+size_t Matcher::waiting(ChannelId channel, Rank src, Tag tag) const {
+  const Queue* queue = queues_.find({channel, tag, src});
+  if (queue == nullptr || nodes_[queue->head].kind != Kind::kRecv) return 0;
+  size_t n = 0;
+  for (uint32_t index = queue->head; index != kNil; index = nodes_[index].links[kExact].next) ++n;
+  return n;
 }
 
 // Wildcards are met on this channel: from now on, and for what is queued already, its arrivals are in all
@@ -210,6 +224,8 @@ void Matcher::remove(uint32_t index, Queue* queue) {
     const unsigned shape = shape_of(node.src, node.tag);
     unlink(index, shape, queue);
     --posted_by_shape_[shape];
+    if (shape != kExact)
+      if (auto it = wildcards_.find(node.channel); --it->second == 0) wildcards_.erase(it);
     ops_.erase_key(node.id);
   } else {
     unlink(index, kExact, queue);

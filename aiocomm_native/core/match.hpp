@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "core/flat_map.hpp"
@@ -64,6 +65,11 @@ class Matcher {
   // arrivals.
   Purged remove_source(Rank src, bool drop_arrivals);
   Purged remove_channel(ChannelId channel);
+
+  // Posted receives of the channel with a wildcard. O(1).
+  size_t wildcards(ChannelId channel) const;
+  // Posted receives of just this pattern, which must have no wildcard. O(those).
+  size_t waiting(ChannelId channel, Rank src, Tag tag) const;
 
   // In posting order. O(everything queued).
   std::vector<OpId> any_source_recvs() const;
@@ -139,6 +145,7 @@ class Matcher {
   uint64_t order_ = 0;
   uint64_t unexpected_bytes_ = 0;
   std::array<size_t, kShapes> posted_by_shape_{};
+  std::unordered_map<ChannelId, size_t> wildcards_;
   FlatMap<Key, Queue, KeyHash> queues_;
   IdMap<uint32_t> ops_;
   IdMap<uint32_t> arrivals_;

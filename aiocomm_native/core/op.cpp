@@ -32,8 +32,9 @@ Op* OpTable::take() {
   op->code = Code::ok;
   op->path = Path::none;
   op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched = op->in_sched = false;
-  op->awaits_fin = op->has_notify = false;
+  op->awaits_fin = op->owes_word = op->has_notify = false;
   op->error = 0;
+  op->registration = op->offer = op->immediate = op->chunks = 0;
   op->data = nullptr;
   op->nbytes = op->capacity = op->moved = 0;
   op->inflight = 0;

@@ -42,7 +42,7 @@ enum class Code : uint8_t {
 };
 
 // Which way a message's bytes went, for statistics.
-enum class Path : uint8_t { none, eager, mapped, cma, stream, device, staged, count };
+enum class Path : uint8_t { none, eager, mapped, cma, stream, device, staged, read, write, count };
 
 constexpr size_t kMaxDims = 8;
 
@@ -60,6 +60,7 @@ struct Op {
   bool matched = false;
   bool in_sched = false;
   bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
+  bool owes_word = false;   // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched
   uint32_t channel = 0;  // index into the engine's channels
@@ -76,6 +77,10 @@ struct Op {
   uint64_t offset = 0;          // one-sided: bytes into the region
   uint64_t source_address = 0;  // pull: where the bytes lie at the peer
   uint32_t source_segment = 0;
+  uint32_t registration = 0;  // of `data` with the link, 0: none
+  uint32_t offer = 0;         // receive: the slot in which it is offered to its source, 0: none
+  uint32_t immediate = 0;     // send: what its writes into an offer carry
+  uint32_t chunks = 0;        // of those, posted
   uint64_t deadline_ns = 0;
   uint64_t submitted_ns = 0, started_ns = 0, ended_ns = 0;
   uint16_t meta_bytes = 0;

@@ -4,6 +4,7 @@
 // A send's way:     send_device -> cts -> continue_send (again after every wait) -> push | stage_out
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <utility>
@@ -39,6 +40,10 @@ DeviceQueue& Engine::device_queue(int device, Lane lane) {
 // ---------------------------------------------------------------- announcing and answering
 
 Post Engine::send_device(Op& op, Peer& peer) {
+  if (peer.link->takes_offers()) {  // its device reads registered host memory only
+    fail_device(op, EOPNOTSUPP);
+    return Post::ok;
+  }
   const ChannelInfo& channel = channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
   mover_->offer(gpu, *peer.link);
@@ -71,6 +76,7 @@ void Engine::deliver_device(Op& op, Peer& peer, const FrameHeader& header, const
   op.state = OpState::moving;
   op.source_address = header.address;
   op.source_segment = header.segment;
+  if (peer.link->takes_offers() && header.kind != FrameKind::eager) return fail_device(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;

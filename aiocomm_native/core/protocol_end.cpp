@@ -4,6 +4,7 @@
 // buffer any more. `end_early` decides an outcome before that is so; `settle` finishes what it left draining.
 
 #include <algorithm>
+#include <utility>
 
 #include "core/engine.hpp"
 
@@ -20,6 +21,8 @@ void Engine::finish(Op& op, Code code) {
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
+  if (op.offer) drop_offer(op);
+  if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
     ++counters.completed;
@@ -66,8 +69,26 @@ bool Engine::settle(Op& op) {
     if (op.gpu->inflight || op.gpu->remote_writes) return false;
     settle_device(op);
   }
+  if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
   finish(op, op.code);
   return true;
+}
+
+// The word to the other end that this one has let go of its memory.
+void Engine::tell_other(Op& op, Code code) {
+  Peer* peer = find_peer(op.peer);
+  if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
+  if (op.kind == OpKind::send) return send_quit(*peer, op.remote_op, Code::peer_cancelled);
+  if (code == Code::link_failed) {
+    if (op.path == Path::read) send_fin(*peer, op.remote_op, code, op.moved);  // else job_done has told
+  } else if (code == Code::peer_cancelled || code == Code::peer_lost) {
+    send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
+  } else {
+    FrameHeader h{};
+    h.kind = FrameKind::stop;
+    h.sop = op.remote_op;
+    send_control(*peer, h, Wake::engine);
+  }
 }
 
 void Engine::end_early(Op& op, Code code) {
@@ -76,6 +97,7 @@ void Engine::end_early(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   bool reachable = peer && peer->state == Peer::State::up;
   if (op.kind == OpKind::recv && !op.matched) {
+    if (withdraw(op, code)) return;
     matcher_.cancel_recv(op.id);
     return finish(op, code);
   }
@@ -93,18 +115,23 @@ void Engine::end_early(Op& op, Code code) {
   if (!reachable) op.awaits_fin = false;
   if (op.kind == OpKind::recv || op.kind == OpKind::get) {
     // Tell the source to let go; our own buffer is safe once no chunk is in flight.
-    if (reachable && op.remote_op) {
+    if (op.path == Path::write) {
+      // The peer's device writes into our buffer: it is ours again when the peer says so.
       FrameHeader h{};
       h.kind = FrameKind::stop;
-      h.sop = op.remote_op;
-      if (code == Code::link_failed)
-        ;  // job_done has sent the outcome
-      else if (op.gpu && op.gpu->role == Role::pull && op.gpu->inflight)
-        op.gpu->owes_fin = true, op.gpu->fin_code = static_cast<uint8_t>(Code::cancelled);  // we still read
-      else if (from_peer)
-        send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
-      else
-        send_control(*peer, h, Wake::engine);
+      h.rop = op.id;
+      if (reachable) send_control(*peer, h, Wake::engine);
+      op.awaits_fin = reachable;
+      if (settle(op)) return;
+      return drain(op);
+    }
+    // A device that still reads would find its source gone.
+    op.owes_word = op.path == Path::read && op.inflight;
+    if (op.gpu && op.gpu->role == Role::pull && op.gpu->inflight) {
+      op.gpu->owes_fin = reachable && op.remote_op;
+      op.gpu->fin_code = static_cast<uint8_t>(code == Code::link_failed ? code : Code::cancelled);
+    } else if (!op.owes_word && !(op.gpu && op.gpu->owes_fin)) {
+      tell_other(op, code);
     }
     op.awaits_fin = false;
   } else if (op.awaits_fin && reachable && !from_peer && op.kind != OpKind::serve) {
@@ -114,7 +141,12 @@ void Engine::end_early(Op& op, Code code) {
     h.rop = op.remote_op;
     send_control(*peer, h, Wake::engine);
   }
-  if (settle(op)) return;
+  if (op.kind == OpKind::send && op.path == Path::write) op.owes_word = reachable;
+  if (!settle(op)) drain(op);
+}
+
+// Its outcome is decided; whoever holds its buffer has this long to let go.
+void Engine::drain(Op& op) {
   if (op.deadline_ns) timers_.cancel(op.id);
   op.deadline_ns = now() + drain_ns_;
   start_deadline(op);
@@ -157,12 +189,14 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
       if (!op->live) continue;
       op->awaits_fin = false;
       if (op->gpu) op->gpu->remote_writes = false;
-      if (op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
+      bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
+      if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
         drop_inflight(*op);
+      op->error = peer.link->failure;
       if (op->state == OpState::draining)
         settle(*op);
       else
-        end_early(*op, Code::peer_lost);
+        end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
     }
     for (auto [channel, flow] : peer.flows) {
       sched.remove_flow(flow);
@@ -172,6 +206,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     peer.control.clear();
     forget_flows(peer.rank);
     if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
+    peer.offers.reset();
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

@@ -107,12 +107,17 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   op->region = header.sop;
   op->awaits_fin = true;
   ++region->active;
+  if (!hold(*op, Access::peer_reads)) {
+    reply.kind = FrameKind::get_fail;
+    reply.code = static_cast<uint8_t>(Code::link_failed);
+    return send_control(peer, reply, Wake::loop);
+  }
   Location at = peer.link->locate(op->data, op->nbytes);
   reply.kind = FrameKind::get_ready;
   reply.sop = op->id;
   reply.nbytes = op->nbytes;
   reply.address = at.address;
-  reply.segment = at.segment;
+  reply.segment = op->registration ? op->registration : at.segment;
   bool reader_pulls = header.code != static_cast<uint8_t>(Path::none) || at.segment != 0;
   reply.code = reader_pulls;
   send_control(peer, reply, Wake::engine);

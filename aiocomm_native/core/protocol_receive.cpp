@@ -56,6 +56,16 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
               header.code == static_cast<uint8_t>(Code::truncated) ? "truncated" : "refused"});
         return;
       }
+      case FrameKind::offer:
+        return on_offer(*peer, header, meta);
+      case FrameKind::withdraw:
+        return on_withdraw(*peer, header);
+      case FrameKind::withdrawn:
+        return on_withdrawn(*peer, header);
+      case FrameKind::took:
+        return on_took(*peer, header);
+      case FrameKind::quit:
+        return on_quit(*peer, header);
       case FrameKind::goodbye:
         return end_peer(*peer, kLeft);
       case FrameKind::moved:
@@ -103,6 +113,7 @@ void Engine::start_recv(Op& op) {
     return true;
   };
   if (try_match()) return;
+  if (peer && peer->offers && op.tag != kAnyTag) peer->offers->made.posted(key_of(op));
   if (peer && peer->state == Peer::State::lost) {
     matcher_.cancel_recv(op.id);
     return finish(op, Code::peer_lost);
@@ -116,6 +127,7 @@ void Engine::start_recv(Op& op) {
     else
       poll_links();
   }
+  if (peer && peer->offers && op.live && !op.matched && op.state == OpState::posted) offer(op, *peer);
 }
 
 void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
@@ -127,14 +139,36 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
     throw ProtocolViolation("device memory without its place");
   if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("eager message without all of its bytes");
-  auto op_id =
-      matcher_.arrive({unexpected_.next_id(), header.channel, peer.rank, header.tag, header.payload_bytes});
+  MessageKey key{header.channel, header.tag};
+  if (peer.offers)
+    for (OpId id : peer.offers->made.arrived(key, Place::unpacked(header.rop))) taken(*ops_.find(id));
+  std::optional<OpId> op_id;
+  for (;;) {
+    op_id =
+        matcher_.arrive({unexpected_.next_id(), header.channel, peer.rank, header.tag, header.payload_bytes});
+    Op* op = op_id ? ops_.find(*op_id) : nullptr;  // the matcher is told of every end
+    if (!op || op->state != OpState::draining) break;
+    // A receive that is being given up and that the sender may still hold as an offer. The message came as a frame, so
+    // nothing will be written into it; the next receive gets the message, unless that one has a later one on its way.
+    bool others = peer.offers && peer.offers->made.offers(key, op->offer);
+    op->awaits_fin = false;
+    if (peer.offers) peer.offers->made.unposted(key);
+    settle(*op);
+    if (!others) continue;
+    if (peer.offers) peer.offers->made.matched(key, false);
+    return refuse(peer, header);
+  }
   if (op_id) {
-    Op* op = ops_.find(*op_id);  // the matcher is told of every end
+    Op* op = ops_.find(*op_id);
+    if (peer.offers) {
+      peer.offers->made.matched(key, op->peer != kAnySource && op->tag != kAnyTag);
+      drop_offer(*op);
+    }
     op->matched = true;
     op->peer = peer.rank;
     return deliver(*op, peer, header, meta, payload);
   }
+  if (peer.offers) peer.offers->made.matched(key, false);
   Unexpected kept;
   kept.header = header;
   kept.source = peer.rank;
@@ -145,6 +179,18 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
   peer.held += kHeaderCost + header.payload_bytes;
   if (peer.held > kHeldFactor * (unexpected_max_ + (64 << 20)))
     throw ProtocolViolation("more unexpected messages than any bound allows");
+}
+
+// Nobody takes the message: its sender is told.
+void Engine::refuse(Peer& peer, const FrameHeader& header) {
+  if (header.kind == FrameKind::eager) owe_credit(peer, header.payload_bytes);
+  if (header.sop) return send_fin(peer, header.sop, Code::cancelled, 0);
+  FrameHeader h{};
+  h.kind = FrameKind::undelivered;
+  h.channel = header.channel;
+  h.tag = header.tag;
+  h.code = static_cast<uint8_t>(Code::cancelled);
+  send_control(peer, h, Wake::loop);
 }
 
 Unexpected Engine::take_unexpected(uint64_t id) {
@@ -238,6 +284,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
     op.path = Path::eager;
     return received(op);
   }
+  if (op.path == Path::read && !hold(op, Access::local)) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
   if (!ask) return;
@@ -345,10 +392,12 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
   if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
-  if (op->gpu)
+  if (op->gpu) {
     op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
-  else if (op->path == Path::none)
-    op->path = op->nbytes <= eager_max_ ? Path::eager : Path::cma;
+  } else if (op->path == Path::none) {
+    bool read = peer.link->pull_path({}) == Path::read;
+    op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : Path::cma;
+  }
   if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
   if (op->state == OpState::draining) {
     settle(*op);
@@ -385,6 +434,10 @@ void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
 
 // The receiver of our message `sop` gives it up.
 void Engine::on_stop(Peer& peer, const FrameHeader& header) {
+  if (header.sop == 0 && header.rop) {  // a message that is being written into its buffer
+    Op* op = writing_into(peer, header.rop);
+    return op ? end_early(*op, Code::peer_cancelled) : send_quit(peer, header.rop, Code::ok);
+  }
   Op* op = find(header.sop);
   if (!op || op->peer != peer.rank) return;
   op->awaits_fin = false;

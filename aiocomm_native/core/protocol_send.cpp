@@ -54,6 +54,11 @@ void Engine::want_connection(Peer& peer) {
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
   ++counters_[executor_of(op)].submitted;
+  // Its receiver may have said where it goes.
+  if (peer.offers && op.kind == OpKind::send && !op.gpu && !fits_frame(op, peer)) {
+    peer.link->poll(16);
+    if (peer.state != Peer::State::up || !op.live) return;
+  }
   // A header may not overtake an earlier one of its flow, nor control frames that wait.
   if (peer.blocked || !peer.control.empty() || !peer.flows.empty()) {
     uint32_t flow = flow_of(peer, op.channel);
@@ -62,6 +67,8 @@ void Engine::start_on(Op& op, Peer& peer) {
   if (send_header(op, peer) == Post::again) {
     peer.blocked = true;
     queue_header(op, peer);
+  } else if (op.live && op.in_sched) {
+    pump(peer.link_index);
   }
 }
 
@@ -104,7 +111,11 @@ Post Engine::send_message(Op& op, Peer& peer) {
   h.meta_bytes = op.meta_bytes;
   h.cls = channel.cls;
   h.weight = packed_weight(channel.weight);
-  bool eager = fits_frame(op, peer) && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
+  bool fits = fits_frame(op, peer);
+  if (peer.offers && !fits)
+    if (const Offer* into = peer.offers->held.next(key_of(op), op.nbytes)) return send_into(op, peer, *into);
+  if (peer.offers) h.rop = peer.offers->held.place(key_of(op)).packed();
+  bool eager = fits && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
   Post posted;
   if (eager) {
     h.kind = FrameKind::eager;
@@ -116,14 +127,16 @@ Post Engine::send_message(Op& op, Peer& peer) {
     op.path = Path::eager;
     op.moved = op.nbytes;
   } else {
+    if (!hold(op, Access::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::rts;
     h.sop = op.id;
     h.address = at.address;
-    h.segment = at.segment;
+    h.segment = op.registration ? op.registration : at.segment;
     posted = peer.link->post(h, op.meta.data(), nullptr, Wake::engine);
     if (posted != Post::ok) return posted;
   }
+  if (peer.offers) peer.offers->held.sent(key_of(op));
   ++counters_[op.link].frames_sent;
   op.started_ns = op.submitted_ns;
   op.state = OpState::posted;
@@ -150,10 +163,11 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
   } else {
+    if (!hold(op, Access::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
-    h.segment = at.segment;
+    h.segment = op.registration ? op.registration : at.segment;
   }
   Post posted = peer.link->post(h, meta, inline_bytes ? op.data : nullptr, Wake::engine);
   if (posted != Post::ok) return posted;
@@ -236,7 +250,7 @@ uint32_t Engine::flow_of(Peer& peer, uint32_t channel) {
   return flow;
 }
 
-void Engine::queue_data(Op& op, Peer& peer) {
+void Engine::queue_data(Op& op, Peer& peer, bool at_once) {
   op.in_sched = true;
   op.state = OpState::moving;
   if (!op.started_ns) op.started_ns = now();
@@ -244,7 +258,7 @@ void Engine::queue_data(Op& op, Peer& peer) {
   for (uint32_t c = 0; c < channels_.size(); ++c)
     if (channels_[c].open && channels_[c].cls > channels_[op.channel].cls) flow_of(peer, c);
   schedulers_[peer.link_index]->push(flow_of(peer, op.channel), op.id, op.nbytes, false);
-  pump(peer.link_index);
+  if (at_once) pump(peer.link_index);
 }
 
 void Engine::pump(uint8_t link_index) {
@@ -285,6 +299,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
+  if (op->path == Path::read || op->path == Path::write) return post_remote(*op, *peer, chunk);
   if (chunk.offset + chunk.nbytes > op->ready) {  // its device has not filled it yet
     sched.unget(chunk);
     sched.set_ready(chunk.flow, false);

@@ -43,7 +43,10 @@ std::vector<Op*> Engine::outgoing() {
 
 LinkCounters Engine::counters(const std::string& link) {
   Token token(*this, true);
-  return counters_[link_index(link)];
+  size_t i = link_index(link);
+  LinkCounters all = counters_[i];
+  if (!closed_) all.device = links_[i]->counters();
+  return all;
 }
 
 std::map<std::string, double> Engine::gauges(const std::string& link) {

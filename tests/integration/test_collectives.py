@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from harness import world
 
 import aiocomm
 from aiocomm.collectives import headers
-from aiocomm.collectives.algorithms import ALGORITHMS, applicable
+from aiocomm.collectives.algorithms import ALGORITHMS, BETWEEN_HOSTS, applicable
+from aiocomm.group import Group
 from aiocomm.launch import WorkerError
 
 if TYPE_CHECKING:
@@ -105,6 +107,26 @@ async def test_every_operation_by_every_algorithm(size: int) -> None:
         calls = members[0].statistics().collectives
         assert calls["broadcast/binomial"] >= 4
         assert "all_reduce/ring" in calls
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("hosts", [(0, 0, 1, 1), (0, 1, 0, 0)])
+async def test_groups_on_several_hosts_may_go_by_host(
+    hosts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Group, "hosts", hosts)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for operation in BETWEEN_HOSTS:
+            for algorithm in (None, "hierarchical"):
+                for n in (0, *SIZES.values()):
+                    await do(comm, operation, algorithm, n)
+        with pytest.raises(aiocomm.UsageError, match="no algorithm 'hierarchical' for all_to_all"):
+            await do(comm, "all_to_all", "hierarchical", 4)
+
+    async with world(4) as members:
+        await everyone(members, rank)
+        assert members[0].statistics().collectives["all_reduce/hierarchical"] >= 4
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -251,6 +273,113 @@ async def test_large_groups_exchange_headers_by_dissemination(monkeypatch: pytes
     assert len(said) == 5
     assert len(set(said)) == 1
     assert said[0].startswith("rank 3 called broadcast float64 (1) root 0")
+
+
+# ---------------------------------------------------------------- repeated small calls
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+async def test_repeats_of_small_calls_give_the_right_results(size: int) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        shape = (4, 6)
+        for call in range(4):
+            parts = [np.arange(24.0).reshape(shape) * (r + 1) + call for r in range(size)]
+            mine = parts[comm.rank]
+            x = mine.copy()
+            await comm.all_reduce(x)
+            assert np.array_equal(x, sum(parts))
+            out = np.empty(shape)
+            await comm.all_reduce(mine, "mean", out=out)
+            np.testing.assert_allclose(out, sum(parts) / size)
+            gathered = np.empty((size, *shape))
+            await comm.all_gather(gathered, mine)
+            assert np.array_equal(gathered, parts)
+            swapped = np.empty((size, *shape), np.int32)
+            await comm.all_to_all(
+                swapped, np.stack([np.full(shape, 10 * comm.rank + r + call, np.int32) for r in range(size)])
+            )
+            assert swapped[:, 0, 0].tolist() == [10 * r + comm.rank + call for r in range(size)]
+            block = np.empty(24)
+            await comm.reduce_scatter(block, np.concatenate([p.reshape(-1) for p in parts]) + comm.rank)
+            assert np.array_equal(block, size * parts[comm.rank].reshape(-1) + sum(range(size)))
+            x = mine.copy()
+            await comm.broadcast(x, root=size - 1)
+            assert np.array_equal(x, parts[-1])
+            await comm.barrier()
+
+    async with world(size) as members:
+        await everyone(members, rank)
+        assert members[0].statistics().collectives["all_reduce/one_shot"] == 8
+
+
+async def test_repeats_of_small_calls_may_overlap() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        async def one(value: int) -> None:
+            x = np.full(16, value + comm.rank)
+            await comm.all_reduce(x)
+            assert (x == 2 * value + 1).all()
+
+        await one(0)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(12):
+                tasks.start_soon(one, 7)
+
+    async with world(2) as members:
+        await everyone(members, rank)
+
+
+async def test_repeats_of_small_calls_end_as_first_ones_do() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        x = np.ones(8)
+        await comm.all_reduce(x)
+        await comm.all_reduce(x, "max")
+        with pytest.raises(aiocomm.UsageError, match="rank 1 called all_reduce max"):
+            await comm.all_reduce(x, "max" if comm.rank == 1 else "sum")
+        if comm.rank == 2:  # never calls in time
+            for other in (0, 1):
+                await comm.recv(bytearray(2), src=other)
+            # Either it hears of that first, or it has all that it needs: messages that came before.
+            with contextlib.suppress(aiocomm.TransferCancelled):
+                await comm.all_reduce(x)
+        else:
+            with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0\.2 s by .*rank 2"):
+                await comm.all_reduce(x, deadline=0.2)
+            await comm.send(b"go", dst=2)
+        await comm.barrier()
+        if comm.rank == 0:
+            with anyio.move_on_after(0.05) as scope:
+                await comm.all_reduce(x)
+            assert scope.cancelled_caught
+            await comm.send(b"go", dst=2)
+        elif comm.rank == 1:
+            with pytest.raises(aiocomm.TransferCancelled, match="rank 0 gave the call up: cancelled"):
+                await comm.all_reduce(x)
+        else:
+            await comm.recv(bytearray(2), src=0)
+            await comm.barrier(channel=comm.channel("apart"), deadline=5.0)
+            return
+        await comm.barrier(channel=comm.channel("apart"), deadline=5.0)
+
+    async with world(3, warmup=True) as members:
+        await everyone(members, rank)
+
+
+async def test_a_repeat_fails_at_once_where_a_rank_is_lost() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        group = await comm.group([0, 1, 2])
+        x = np.ones(8)
+        await group.all_reduce(x)
+        await group.all_reduce(x)
+        if comm.rank == 2:
+            await comm.aclose()
+            return
+        with pytest.raises(aiocomm.PeerLostError, match="rank 2 is gone"):
+            await group.all_reduce(x)
+        rest = await group.shrink(deadline=5.0)
+        await rest.all_reduce(x)
+
+    async with world(3, warmup=True) as members:
+        await everyone(members, rank)
 
 
 # ---------------------------------------------------------------- bad calls

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,21 +48,36 @@ class Variant:
         return array
 
 
+# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails.
+_RDMA = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1"} if "AIOCOMM_RDMA_GUEST" in os.environ else {}
 _EXTRA = {
     "shm": [
         Variant("shm", "shm-stream", {"AIOCOMM_CMA": "off"}),
         Variant("shm", "shm-mapped", shared=True),
     ]
 }
+
+
+def _name(variant: Variant) -> str:
+    return variant.name
+
+
+_MISSING = {
+    "rdma": None
+    if any(Path("/sys/class/infiniband").glob("*"))
+    else "no RDMA device: python tests/rdma_vm/run.py -- pytest tests/links -k rdma"
+}
 VARIANTS = [
     variant
+    if _MISSING.get(link) is None
+    else pytest.param(variant, marks=pytest.mark.skip(reason=str(_MISSING[link])))
     for link in _core.available_links()
     if link not in ("self", "cuda")  # cuda moves GPU memory beside the others: test_gpu_*.py
-    for variant in [Variant(link, link), *_EXTRA.get(link, [])]
+    for variant in [Variant(link, link, _RDMA if link == "rdma" else {}), *_EXTRA.get(link, [])]
 ]
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
+@pytest.fixture(params=VARIANTS, ids=_name)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Variant:
     """One way in which bytes move."""
     chosen: Variant = request.param

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiocomm.collectives.algorithms import ALGORITHMS, applicable, build
+from aiocomm.collectives.algorithms import ALGORITHMS, BETWEEN_HOSTS, applicable, build
+from aiocomm.collectives.cost import choose
 from aiocomm.collectives.dissemination import exchange
 from aiocomm.collectives.simulator import Deadlock, Traffic, simulate
 from aiocomm.collectives.steps import OUT, Problem, Recv, Schedule, Send, Span, dependencies
@@ -163,6 +165,69 @@ def test_large_groups(operation: str, algorithm: str, size: int) -> None:
     if algorithm not in applicable(operation, size):
         pytest.skip("powers of two only")
     check(operation, algorithm, problems(operation, size, size // 3, [4] * size, 4, 2, False), size)
+
+
+# ---------------------------------------------------------------- several hosts
+
+
+@pytest.mark.parametrize("operation", BETWEEN_HOSTS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_hosts_of_any_size_get_the_right_bytes_in_any_order(operation: str, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4).filter(lambda c: max(c) > 1))
+    hosts = data.draw(st.permutations([host for host, n in enumerate(counts) for _ in range(n)]))
+    size = len(hosts)
+    root = data.draw(st.integers(0, size - 1)) if operation in ROOTED else 0
+    item = data.draw(st.sampled_from([1, 2, 8]))
+    sizes = data.draw(st.lists(st.integers(0, 12), min_size=size, max_size=size))
+    in_place = operation in IN_PLACE and data.draw(st.booleans())
+    chunk = item * data.draw(st.integers(1, 5))
+    cases = problems(operation, size, root, [n * item for n in sizes], chunk, item, in_place)
+    cases = [replace(p, hosts=tuple(hosts)) for p in cases]
+    check(operation, "hierarchical", cases, data.draw(st.integers(0, 1 << 20)))
+
+
+@pytest.mark.parametrize("operation", BETWEEN_HOSTS)
+@pytest.mark.parametrize("counts", [(8, 8), (16, 16, 16, 16), (1, 2, 5), (32, 32), (1,) * 9 + (4,)])
+def test_what_a_host_needs_crosses_the_network_once(operation: str, counts: tuple[int, ...]) -> None:
+    hosts = tuple(host for host, n in enumerate(counts) for _ in range(n))
+    size, block = len(hosts), 64
+    sizes = [block] * size if operation not in ROOTED else [block * size]
+    cases = [replace(p, hosts=hosts) for p in problems(operation, size, 1, sizes, 16, 2, False)]
+    schedules = [build(operation, "hierarchical", p) for p in cases]
+    check(operation, "hierarchical", cases, size)
+    into = [0] * len(counts)
+    for p, schedule in zip(cases, schedules, strict=True):
+        for step in schedule.steps:
+            if isinstance(step, Recv) and hosts[step.peer] != hosts[p.rank]:
+                into[hosts[p.rank]] += step.target.nbytes
+    whole, home = block * size, hosts[1]
+    match operation:
+        case "broadcast":
+            assert into == [0 if host == home else whole for host in range(len(counts))]
+        case "all_gather":
+            assert into == [whole - n * block for n in counts]
+        case "reduce":
+            assert sum(into) == whole * (len(counts) - 1)
+        case "reduce_scatter":
+            assert into == [n * block * (len(counts) - 1) for n in counts]
+        case "all_reduce":
+            assert sum(into) == 2 * whole * (len(counts) - 1)
+
+
+def test_one_host_or_one_rank_per_host_has_nothing_to_gain() -> None:
+    assert "hierarchical" not in applicable("all_reduce", 4, (0, 0, 0, 0))
+    assert "hierarchical" not in applicable("all_reduce", 3, (0, 1, 2))
+    assert "hierarchical" in applicable("all_reduce", 3, (0, 1, 0))
+    assert "hierarchical" not in applicable("all_to_all", 3, (0, 1, 0))
+
+
+@pytest.mark.parametrize(("operation", "nbytes"), [("all_gather", 64 << 20), ("all_reduce", 64 << 20)])
+def test_the_cost_model_goes_by_host_where_adapters_are_shared(operation: str, nbytes: int) -> None:
+    hosts = (0,) * 8 + (1,) * 8
+    assert choose(operation, 16, nbytes, "tcp", hosts) == "hierarchical"
+    assert choose(operation, 16, nbytes, "shm") != "hierarchical"
+    assert choose(operation, 2, nbytes, "tcp", (0, 1)) != "hierarchical"
 
 
 LEAST = {  # bytes that every rank receives at least, for blocks of one size b, in units of b

@@ -8,7 +8,22 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiocomm_bench import checks, cli, figures, pair, peers, plan, record, rounds, sizes, suites, table, work
+from aiocomm_bench import (
+    checks,
+    cli,
+    figures,
+    pair,
+    peers,
+    perftest,
+    plan,
+    rdma,
+    record,
+    rounds,
+    sizes,
+    suites,
+    table,
+    work,
+)
 from aiocomm_bench.model import Column, Options, Rule, Sample, Subject, Suite
 from rich.console import Console
 
@@ -246,3 +261,48 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(parser.parse_args(["pairs", "--show", str(out)])) == 0
     assert cli.main(parser.parse_args(["pairs", "--show", str(out), "--check"])) == 1, "ours was not measured"
     assert "blocking-unix" in capsys.readouterr().out
+
+
+BANDWIDTH = """\
+---------------------------------------------------------------------------------------
+                    RDMA_Write BW Test
+ Dual-port       : OFF\t\tDevice         : rxea0
+ local address: LID 0000 QPN 0x0011 PSN 0x9a6c5 RKey 0x000357 VAddr 0x007f4a1a4c0000
+---------------------------------------------------------------------------------------
+ #bytes     #iterations    BW peak[MB/sec]    BW average[MB/sec]   MsgRate[Mpps]
+ 1048576    200              62.10              61.05  \t\t   0.000061
+---------------------------------------------------------------------------------------
+"""
+LATENCY = """\
+ #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]    t_stdev[usec]   99% percentile[usec]   99.9% percentile[usec]
+ 8       1000          12.87          431.02       14.23     \t       15.06       \t3.44   \t\t21.00   \t\t50.25
+"""  # noqa: E501
+
+
+def test_perftest_is_read() -> None:
+    (row,) = perftest.parse(BANDWIDTH)
+    assert (row.nbytes, row.iterations) == (1 << 20, 200)
+    assert row.values == {
+        "BW peak[MiB/sec]": 62.10,  # it says MB and means 2^20
+        "BW average[MiB/sec]": 61.05,
+        "MsgRate[Mpps]": 0.000061,
+    }
+    (row,) = perftest.parse(LATENCY)
+    assert row.values["t_typical[usec]"] == 14.23
+    assert row.values["99.9% percentile[usec]"] == 50.25
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Couldn't connect to 127.0.0.1:18515", BANDWIDTH.replace("0.000061", "")]
+)
+def test_what_perftest_does_not_say_is_an_error(text: str) -> None:
+    with pytest.raises(perftest.PerftestError):
+        perftest.parse(text)
+
+
+def test_rdma_is_compared_with_perftest_by_the_same_names() -> None:
+    against = {rule.metric for rule in rdma.SUITE.rules if rule.against == ("perftest",)}
+    assert {
+        f"mib_s/{kind}/{size}" for kind in ("send", "put", "get") for size in ("1MiB", "16MiB")
+    } == against
+    assert against < {column.metric for column in rdma.SUITE.columns(Options())}

@@ -92,7 +92,6 @@ class RawEndpoint:
         """Who this is, for the other side."""
         return {
             "qpn": self.pair.qp_num,
-            "psn": self.pair.qp_num & 0xFFFFFF,
             "gid": str(self._gid),
             "address": self.region.buf,
             "rkey": self.region.rkey,
@@ -106,13 +105,13 @@ class RawEndpoint:
         self.pair.to_init(attributes)
         attributes = QPAttr(port_num=PORT)
         attributes.path_mtu = enums.IBV_MTU_1024
-        attributes.dest_qp_num, attributes.rq_psn = other["qpn"], other["psn"]
-        attributes.max_dest_rd_atomic, attributes.min_rnr_timer = 4, 12
+        attributes.dest_qp_num, attributes.rq_psn = other["qpn"], 0
+        attributes.max_dest_rd_atomic, attributes.min_rnr_timer = 16, 12
         route = GlobalRoute(dgid=GID(other["gid"]), sgid_index=ROCE_V2_IPV4, hop_limit=64)
         attributes.ah_attr = AHAttr(is_global=1, port_num=PORT, gr=route)
         self.pair.to_rtr(attributes)
         attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = self.timeout, self._retries, 3
-        attributes.sq_psn, attributes.max_rd_atomic = self.pair.qp_num & 0xFFFFFF, 4
+        attributes.sq_psn, attributes.max_rd_atomic = 0, 4
         self.pair.to_rts(attributes)
 
     def receive(self, nbytes: int = 4096, offset: int = 0) -> int:
@@ -170,10 +169,17 @@ class RawEndpoint:
             TimeoutError: None came.
         """
         until = time.monotonic() + patience_s
-        while not (entries := self.queue.poll(1)[1]):
+        while (found := self.poll()) is None:
             if time.monotonic() > until:
                 raise TimeoutError(f"no completion within {patience_s} s")
             os.sched_yield()
+        return found
+
+    def poll(self) -> Completion | None:
+        """The next completion if it has come."""
+        entries = self.queue.poll(1)[1]
+        if not entries:
+            return None
         entry = entries[0]
         carries = entry.wc_flags & enums.IBV_WC_WITH_IMM
         return Completion(

@@ -1,0 +1,122 @@
+#include "links/rdma/link.hpp"
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <sstream>
+
+#include "links/rdma/peer.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "frames travel in little-endian order");
+
+Selection selection_of(Host& host) {
+  Selection selection;
+  std::istringstream names(host.text_setting("rdma_devices"));
+  for (std::string name; std::getline(names, name, ',');)
+    if (!name.empty()) selection.names.push_back(name);
+  selection.gid_index = static_cast<int>(host.setting("rdma_gid_index", -1));
+  return selection;
+}
+
+}  // namespace
+
+RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_setting("libibverbs"))) {
+  ports_ = choose_ports(verbs_, selection_of(host));
+  RailConfig config;
+  auto byte = [&](const char* name) { return static_cast<uint8_t>(host.setting(name, 0)); };
+  config.frames_service_level = byte("rdma_urgent_service_level");
+  config.frames_traffic_class = byte("rdma_urgent_traffic_class");
+  config.bulk_service_level = byte("rdma_service_level");
+  config.bulk_traffic_class = byte("rdma_traffic_class");
+  std::vector<ibv_pd*> domains;
+  for (const Port& port : ports_) {
+    rails_.push_back(std::make_unique<Rail>(verbs_, port, config));
+    domains.push_back(rails_.back()->domain());
+  }
+  registrations_ = std::make_unique<Registrations>(
+      verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)));
+  for (auto& rail : rails_) rail->start();
+}
+
+RdmaLink::~RdmaLink() { close(); }
+
+void RdmaLink::close() {
+  for (auto& rail : rails_) rail->stop();
+  registrations_.reset();
+  rails_.clear();
+}
+
+uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
+  return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
+}
+
+std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
+                                           std::string_view card, bool initiator) {
+  std::vector<Address> theirs;
+  try {
+    if (fds.size() != 1)
+      throw LinkFailure("rdma needs one connection, got " + std::to_string(fds.size()), EINVAL);
+    theirs = decode_card(card);
+    theirs.resize(std::min(theirs.size(), ports_.size()));
+    for (size_t i = 0; i < theirs.size(); ++i) check_reach(ports_[i], theirs[i]);
+  } catch (const LinkFailure&) {
+    for (int fd : fds) ::close(fd);
+    throw;
+  }
+  int on = 1;
+  ::fcntl(fds[0], F_SETFL, ::fcntl(fds[0], F_GETFL) | O_NONBLOCK);
+  ::setsockopt(fds[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  auto peer = std::make_shared<RdmaPeer>(*this, rank, generation, fds[0],
+                                         initiator);  // the socket is its from here on
+  peer->open(theirs);
+  return peer;
+}
+
+std::map<std::string, uint64_t> RdmaLink::counters() {
+  std::map<std::string, uint64_t> all;
+  for (auto& rail : rails_) {
+    Rail::Counters& c = rail->counters;
+    auto add = [&](const char* name, const std::atomic<uint64_t>& value) {
+      all[name] += value.load(std::memory_order_relaxed);
+      all[rail->port().device + "." + name] += value.load(std::memory_order_relaxed);
+    };
+    add("sends", c.sends);
+    add("inline_sends", c.inline_sends);
+    add("writes", c.writes);
+    add("reads", c.reads);
+    add("send_completions", c.send_completions);
+    add("frames_received", c.received);
+    add("immediates_received", c.immediates);
+    add("wakeups", c.wakeups);
+  }
+  all["refused"] = refused;
+  all["resent"] = resent;
+  all["repeated"] = repeated;
+  all["lanes_failed"] = lanes_failed;
+  all["lanes_recovered"] = lanes_recovered;
+  if (registrations_) {
+    const RegistrationCounters& c = registrations_->counters();
+    all["registrations_made"] = c.made;
+    all["registrations_found"] = c.found;
+    all["registrations_evicted"] = c.evicted;
+    all["registered_bytes"] = c.pinned_bytes;
+  }
+  return all;
+}
+
+namespace {
+
+const LinkRegistration registration{
+    "rdma", 10, [](Host& host) -> std::unique_ptr<Link> { return std::make_unique<RdmaLink>(host); }, true};
+
+}  // namespace
+}  // namespace aiocomm::rdma

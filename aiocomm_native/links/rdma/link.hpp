@@ -1,0 +1,49 @@
+// The rdma link of one communicator: its rails, and the memory registered with them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/link.hpp"
+#include "links/rdma/rail.hpp"
+#include "links/rdma/registrations.hpp"
+
+namespace aiocomm::rdma {
+
+class RdmaLink final : public Link {
+ public:
+  explicit RdmaLink(Host& host);  // throws LinkFailure
+  ~RdmaLink() override;
+
+  std::string_view name() const override { return "rdma"; }
+  StreamNeed streams() const override { return {"tcp", 1}; }
+  std::string card() override { return encode_card(ports_); }
+  bool polled() const override { return true; }
+  std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
+                                   std::string_view card, bool initiator) override;
+  uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;
+  void release(uint32_t id) override {
+    if (registrations_) registrations_->release(id);
+  }
+  std::map<std::string, uint64_t> counters() override;
+  void close() override;
+
+  Host& host() { return host_; }
+  Registrations& registrations() { return *registrations_; }
+  std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
+
+  uint64_t refused = 0;  // pairs closed for what their peers sent
+  uint64_t resent = 0;   // frames and chunks that went out again over another rail
+  uint64_t lanes_failed = 0, lanes_recovered = 0;
+  uint64_t repeated = 0;  // frames that had come already
+
+ private:
+  Host& host_;
+  const Verbs& verbs_;
+  std::vector<Port> ports_;
+  std::vector<std::unique_ptr<Rail>> rails_;
+  std::unique_ptr<Registrations> registrations_;
+};
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,176 @@
+// One pair over RDMA: frames in order over one of its lanes, bulk over all of them.
+//
+// Rules
+//  * The pair's socket carries the handshake (numbers of queue pairs), then signs of life; its end is the pair's end.
+//  * Frames carry a sequence number and are kept until the peer's device has acknowledged them: when a lane fails, those
+//    go out again over another, and the receiver drops what it has had.
+//  * A lane that fails is closed on both sides before its chunks go out again: what the wire still carries of them
+//    cannot be written late. recovery.cpp has that, and how it comes back.
+//  * A frame needs a credit; each frame tells how many of the peer's were consumed here. The last kReserve credits are
+//    for frames that only tell this.
+//  * What pollers report waits in the inbox for the token's holder.
+//  * Nothing that a peer sends is trusted: what makes no sense ends this pair.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/link.hpp"
+#include "links/rdma/rail.hpp"
+#include "links/rdma/registrations.hpp"
+
+namespace aiocomm::rdma {
+
+class RdmaLink;
+class RdmaPeer;
+
+// One rail of a pair.
+struct Lane final : Completions {
+  // failed: closed here; its chunks wait until the peer has closed its end, too. down: nothing of it is left.
+  // probing: there again, and tried out.
+  enum class State : uint8_t { connecting, up, failed, down, probing };
+
+  Lane(RdmaPeer& owner, Rail& over, uint32_t which) : peer(owner), rail(over), index(which) {}
+  void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
+  void immediate(uint32_t value, uint32_t nbytes) override;
+  void frame_sent(uint32_t seq) override;
+  void chunk_done(uint32_t chunk, int error) override;
+  void failed(const std::string& reason) override;
+  bool expects() const override;
+  void look(uint64_t now_ns) override;
+
+  RdmaPeer& peer;
+  Rail& rail;
+  const uint32_t index;
+  Address theirs;
+  QueuePairs pairs;
+  std::mutex posting;
+  std::atomic<uint32_t> outstanding{0};   // chunks posted, for the poller
+  std::atomic<uint64_t> last_sign_ns{0};  // when something was posted to an idle lane, or completed
+  std::atomic<bool> stalled{false};
+  State state = State::connecting;  // under the token, as what follows
+  uint32_t chunks = 0;              // in flight
+  uint64_t bytes = 0;
+  double rate = 1.0;  // bytes per ns, of late
+  uint64_t last_done_ns = 0;
+};
+
+class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shared_from_this<RdmaPeer> {
+ public:
+  RdmaPeer(RdmaLink& link, Rank rank, uint64_t generation, int socket, bool initiator);
+  ~RdmaPeer() override;
+  void open(const std::vector<Address>& theirs);  // throws LinkFailure
+  void start() override;
+
+  Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
+  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }
+  Post post_remote(const RemoteChunk& chunk) override;
+  bool takes_offers() const override { return true; }
+  uint64_t frame_limit() const override { return kFrameMax; }
+  int poll(int budget) override;
+  Path pull_path(const Location&) override { return Path::read; }
+  void tick(uint64_t now_ns) override;
+  bool needs_ticks() const override { return !dead_; }
+  void close() override;
+
+  void on_ready(uint32_t events) override;
+
+ private:
+  friend struct Lane;
+  static constexpr uint32_t kHello = 0x52494f41, kVersion = 1;  // "AIOR"
+  // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs.
+  static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',
+                        kGo = 'g';
+  static constexpr uint32_t kProbe = 0xffffffff;
+  static constexpr uint32_t kReserve = 2;
+  static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
+
+  struct Event {
+    enum class Kind : uint8_t { frame, immediate, chunk, failed } kind;
+    uint32_t lane = 0;
+    uint32_t which = 0;   // slot, value or chunk
+    uint32_t nbytes = 0;  // or errno
+    std::string reason;
+  };
+  struct Chunk {
+    RemoteChunk of;
+    Keys local, remote;
+    uint32_t lane = 0;
+    uint64_t posted_ns = 0;
+    uint32_t launches = 0;  // so that word of an earlier one is told from that of the latest
+    bool busy = false;
+    bool parked = false;  // its lane has failed
+  };
+  struct Arrived {  // a frame before its turn
+    uint32_t lane, slot, nbytes;
+  };
+
+  void put(Event event, Wake wake);
+  bool has_credit(uint32_t reserve) const { return sent_ - consumed_there_ + reserve < Rail::kCredits; }
+  std::byte* frame_slot(uint32_t seq) {
+    return frames_.get() + (seq % Rail::kCredits) * size_t{Rail::kSlotBytes};
+  }
+  void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
+  void transmit(uint32_t seq);
+  void handle(Event& event);
+  void frame(const Arrived& from);
+  bool deliver(const Arrived& from);  // false: the pair has ended
+  void chunk(Lane& lane, uint32_t which, int error);
+  void launch(uint32_t index, Lane& lane);
+  Lane* best_lane(uint64_t nbytes);
+  void violated(const char* what);
+  void tell_credit();
+  void unblock();
+  // recovery.cpp
+  void lane_failed(Lane& lane, const std::string& reason);
+  void lane_closed(Lane& lane);  // by the peer
+  void relaunch(Lane& lane);
+  void resend_frames();
+  void try_again(Lane& lane);
+  void reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer);
+  void probe(Lane& lane);
+  void probed(Lane& lane, int error);
+  size_t word(const std::byte* data, size_t nbytes);  // bytes used; 0: not all of it has come
+  void read_socket();
+  bool handshake(const std::byte* data, size_t nbytes);
+  void say(const void* data, size_t nbytes);
+  void lose(const std::string& reason);
+  void shut();
+
+  RdmaLink& link_;
+  Host& host_;
+  int socket_;
+  const uint64_t heartbeat_ns_;
+  bool initiator_;
+  bool dead_ = false, open_ = false, blocked_ = false, remote_blocked_ = false;
+  std::atomic<bool> starved_{false};  // the peer's frames must wake somebody: we wait for credits
+  uint64_t heard_ns_, said_ns_, ticked_ns_;
+  std::vector<std::byte> incoming_;
+  bool broken_ = false, greeted_ = false, ready_told_ = false, ready_heard_ = false;
+
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::atomic<uint32_t> active_{0};                                       // the lane of frames
+  std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
+  uint32_t frames_registration_ = 0;
+  std::array<uint32_t, Rail::kCredits> frame_bytes_{};
+  std::atomic<uint32_t> due_{0};                    // as `sent_`, for the pollers
+  uint32_t sent_ = 0;                               // frames, that is the next sequence number
+  std::atomic<uint32_t> acked_{0};                  // of those, by the peer's device
+  uint32_t consumed_there_ = 0;                     // of those, by the peer
+  uint32_t expected_ = 0, told_ = 0;                // frames of the peer: handed over here, and told so
+  std::map<uint32_t, Arrived> early_;               // by sequence number
+  std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
+  std::vector<Chunk> chunks_;
+  std::vector<uint32_t> free_chunks_;
+
+  std::mutex inbox_mutex_;
+  std::vector<Event> inbox_;
+  std::atomic<bool> has_inbox_{false};
+};
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,233 @@
+#include "links/rdma/port.hpp"
+
+#include <arpa/inet.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <memory>
+
+#include "core/link.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+
+constexpr uint8_t kCardVersion = 1;
+constexpr uint16_t kFullMember = 0x8000;
+
+struct WireAddress {
+  uint8_t gid[16];
+  uint16_t lid, pkey;
+  uint8_t mtu, link_layer, reserved[2];
+};
+static_assert(sizeof(WireAddress) == 24);
+
+std::string line_of(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+bool is_zero(const ibv_gid& gid) {
+  return std::all_of(gid.raw, gid.raw + sizeof gid.raw, [](uint8_t byte) { return byte == 0; });
+}
+
+bool is_ipv4(const ibv_gid& gid) {
+  static constexpr uint8_t kMapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+  return std::memcmp(gid.raw, kMapped, sizeof kMapped) == 0;
+}
+
+bool is_link_local(const ibv_gid& gid) { return gid.raw[0] == 0xfe && (gid.raw[1] & 0xc0) == 0x80; }
+
+[[noreturn]] void refuse(const std::string& port, const std::string& why, int error) {
+  throw LinkFailure(port + ": " + why, error);
+}
+
+// RoCE v2 crosses routers, and is what every device has had since 2014; v1 and v2 use different indices of one table.
+int best_gid(const Verbs& verbs, ibv_context* context, const Port& port, int entries,
+             const std::string& name) {
+  int best = -1, best_rank = 0;
+  for (int i = 0; i < entries; ++i) {
+    ibv_gid gid;
+    if (verbs.query_gid(context, port.number, i, &gid) != 0 || is_zero(gid)) continue;
+    std::string type = line_of("/sys/class/infiniband/" + port.device + "/ports/" +
+                               std::to_string(port.number) + "/gid_attrs/types/" + std::to_string(i));
+    if (type.find("RoCE v2") == std::string::npos) continue;
+    int rank = is_ipv4(gid) ? 3 : is_link_local(gid) ? 1 : 2;
+    if (rank > best_rank) best = i, best_rank = rank;
+  }
+  if (best < 0)
+    refuse(name,
+           "no RoCE v2 address: give its network interface an IP address, or set AIOCOMM_RDMA_GID_INDEX",
+           EADDRNOTAVAIL);
+  return best;
+}
+
+Port examine(const Verbs& verbs, ibv_context* context, const std::string& device, uint8_t number,
+             const Selection& selection) {
+  Port port;
+  port.device = device;
+  port.number = number;
+  std::string name = "device " + device + " port " + std::to_string(number);
+  ibv_port_attr attributes{};
+  if (int error = verbs.query_port(context, number, reinterpret_cast<_compat_ibv_port_attr*>(&attributes)))
+    refuse(name, "cannot be queried: " + std::string(strerror(error)), error);
+  if (attributes.state != IBV_PORT_ACTIVE)
+    refuse(
+        name,
+        "the port is not active: plug the cable, bring its network interface up, or start the subnet manager",
+        ENETDOWN);
+  port.address.link_layer = attributes.link_layer;
+  port.address.mtu = static_cast<uint8_t>(attributes.active_mtu);
+  port.address.lid = attributes.lid;
+  if (selection.gid_index >= 0)
+    port.gid_index = selection.gid_index;
+  else if (attributes.link_layer == IBV_LINK_LAYER_ETHERNET)
+    port.gid_index = best_gid(verbs, context, port, attributes.gid_tbl_len, name);
+  if (verbs.query_gid(context, number, port.gid_index, &port.address.gid) != 0 || is_zero(port.address.gid))
+    refuse(name, "no address at GID index " + std::to_string(port.gid_index) + ": see `aiocomm doctor`",
+           EADDRNOTAVAIL);
+  __be16 pkey = 0;
+  if (verbs.query_pkey(context, number, 0, &pkey) == 0) port.address.pkey = ntohs(pkey);
+  return port;
+}
+
+bool wanted(const Selection& selection, const std::string& device, uint8_t number) {
+  if (selection.names.empty()) return true;
+  auto is = [&](const std::string& name) {
+    return name == device || name == device + ":" + std::to_string(number);
+  };
+  return std::any_of(selection.names.begin(), selection.names.end(), is);
+}
+
+size_t place(const Selection& selection, const Port& port) {
+  for (size_t i = 0; i < selection.names.size(); ++i)
+    if (selection.names[i] == port.device ||
+        selection.names[i] == port.device + ":" + std::to_string(port.number))
+      return i;
+  return selection.names.size();
+}
+
+}  // namespace
+
+std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
+  int count = 0;
+  ibv_device** list = verbs.get_device_list(&count);
+  if (!list) throw LinkFailure("verbs devices cannot be listed: " + std::string(strerror(errno)), errno);
+  std::unique_ptr<ibv_device*, void (*)(ibv_device**)> owned(list, verbs.free_device_list);
+  std::vector<Port> ports;
+  std::string reasons;
+  int error = ENODEV;
+  for (int i = 0; i < count; ++i) {
+    std::string device = verbs.get_device_name(list[i]);
+    ibv_context* context = nullptr;
+    auto open = [&] {
+      if (context) return;
+      context = verbs.open_device(list[i]);
+      if (!context)
+        refuse("device " + device,
+               "cannot be opened (" + std::string(strerror(errno)) +
+                   "): give this user access to /dev/infiniband",
+               errno);
+    };
+    ibv_device_attr attributes{};
+    try {
+      open();
+      if (int failed = verbs.query_device(context, &attributes))
+        refuse("device " + device, "cannot be queried: " + std::string(strerror(failed)), failed);
+    } catch (const LinkFailure& failure) {
+      reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
+      error = failure.code;
+    }
+    for (uint8_t number = 1; number <= attributes.phys_port_cnt; ++number) {
+      if (!wanted(selection, device, number)) continue;
+      try {
+        ports.push_back(examine(verbs, context, device, number, selection));
+      } catch (const LinkFailure& failure) {
+        reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
+        error = failure.code;
+      }
+    }
+    if (context) verbs.close_device(context);
+  }
+  std::stable_sort(ports.begin(), ports.end(),
+                   [&](const Port& a, const Port& b) { return place(selection, a) < place(selection, b); });
+  if (ports.size() > kMaxRails) ports.resize(kMaxRails);
+  if (!ports.empty()) return ports;
+  if (!reasons.empty()) throw LinkFailure("rdma: no port can be used: " + reasons, error);
+  if (count > 0) throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names none of this machine's devices", ENODEV);
+  throw LinkFailure(
+      "rdma: this machine has no verbs device; soft-RoCE serves for trying: rdma link add rxe0 type rxe "
+      "netdev eth0",
+      ENODEV);
+}
+
+std::string describe(const Address& address) {
+  char text[INET6_ADDRSTRLEN];
+  if (is_ipv4(address.gid))
+    inet_ntop(AF_INET, address.gid.raw + 12, text, sizeof text);
+  else
+    inet_ntop(AF_INET6, address.gid.raw, text, sizeof text);
+  return text;
+}
+
+std::string encode_card(const std::vector<Port>& ports) {
+  std::string card{static_cast<char>(kCardVersion), static_cast<char>(ports.size())};
+  for (const Port& port : ports) {
+    WireAddress wire{};
+    std::memcpy(wire.gid, port.address.gid.raw, sizeof wire.gid);
+    wire.lid = port.address.lid;
+    wire.pkey = port.address.pkey;
+    wire.mtu = port.address.mtu;
+    wire.link_layer = port.address.link_layer;
+    card.append(reinterpret_cast<const char*>(&wire), sizeof wire);
+  }
+  return card;
+}
+
+std::vector<Address> decode_card(std::string_view card) {
+  if (card.size() < 2 || static_cast<uint8_t>(card[0]) != kCardVersion)
+    throw LinkFailure("rdma: the peer's card is of another version: use the same release on both sides",
+                      EPROTO);
+  size_t count = static_cast<uint8_t>(card[1]);
+  if (count == 0 || count > kMaxRails || card.size() != 2 + count * sizeof(WireAddress))
+    throw LinkFailure("rdma: the peer's card makes no sense", EPROTO);
+  std::vector<Address> addresses;
+  for (size_t i = 0; i < count; ++i) {
+    WireAddress wire;
+    std::memcpy(&wire, card.data() + 2 + i * sizeof wire, sizeof wire);
+    if (wire.mtu < IBV_MTU_256 || wire.mtu > IBV_MTU_4096)
+      throw LinkFailure("rdma: the peer's card makes no sense", EPROTO);
+    Address& address = addresses.emplace_back();
+    std::memcpy(address.gid.raw, wire.gid, sizeof wire.gid);
+    address.lid = wire.lid;
+    address.pkey = wire.pkey;
+    address.mtu = wire.mtu;
+    address.link_layer = wire.link_layer;
+  }
+  return addresses;
+}
+
+void check_reach(const Port& ours, const Address& theirs) {
+  std::string name = "device " + ours.device + " port " + std::to_string(ours.number);
+  if (ours.address.link_layer != theirs.link_layer)
+    refuse(name,
+           "one side is InfiniBand and the other Ethernet: choose matching ports by AIOCOMM_RDMA_DEVICES",
+           EPROTONOSUPPORT);
+  if (ours.address.link_layer == IBV_LINK_LAYER_ETHERNET) return;
+  if (std::memcmp(ours.address.gid.raw, theirs.gid.raw, 8) != 0)
+    refuse(
+        name,
+        "the peer (" + describe(theirs) +
+            ") is on another InfiniBand subnet: order the ports alike on both sides by AIOCOMM_RDMA_DEVICES",
+        ENETUNREACH);
+  if ((ours.address.pkey & ~kFullMember) != (theirs.pkey & ~kFullMember))
+    refuse(name,
+           "the peer is in another partition: ask for one partition key on both ports at the subnet manager",
+           EACCES);
+}
+
+}  // namespace aiocomm::rdma

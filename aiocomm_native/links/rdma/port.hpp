@@ -1,0 +1,49 @@
+// Ports of verbs devices: which of them can be used, by which address, and the card that tells a peer of them.
+//
+// A rail is a pair of ports, one of each side: the n-th of a card with the n-th of the peer's.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "links/rdma/verbs.hpp"
+
+namespace aiocomm::rdma {
+
+constexpr size_t kMaxRails = 4;
+
+// What a peer has to know of a port to send there.
+struct Address {
+  ibv_gid gid{};
+  uint16_t lid = 0;
+  uint16_t pkey = 0;
+  uint8_t mtu = 0;         // ibv_mtu
+  uint8_t link_layer = 0;  // IBV_LINK_LAYER_*
+};
+
+struct Port {
+  std::string device;
+  uint8_t number = 1;
+  int gid_index = 0;
+  Address address;
+};
+
+struct Selection {
+  std::vector<std::string> names;  // device or device:port, in order of use; empty: all that are up
+  int gid_index = -1;              // -1: the best for the link layer
+};
+
+// The ports to use, at most kMaxRails. Throws LinkFailure that names the device and the remedy where there is none,
+// or where a port that was asked for cannot be used.
+std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection);
+
+std::string describe(const Address& address);
+
+std::string encode_card(const std::vector<Port>& ports);
+std::vector<Address> decode_card(std::string_view card);  // throws LinkFailure
+// Throws LinkFailure where the two ports cannot talk to each other.
+void check_reach(const Port& ours, const Address& theirs);
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,465 @@
+#include "links/rdma/rail.hpp"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+
+#include "core/doorbell.hpp"
+#include "core/link.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+
+constexpr int kBatch = 32;
+
+// Work request ids: what it was, and which.
+enum class What : uint64_t { frame = 1, chunk, slot, immediate };
+uint64_t id_of(What what, uint32_t which) { return static_cast<uint64_t>(what) << 32 | which; }
+What what_of(uint64_t id) { return static_cast<What>(id >> 32); }
+
+template <typename T>
+T* check(T* made, const std::string& rail, const char* what) {
+  if (made) return made;
+  int error = errno;
+  std::string text = rail + ": cannot make " + what + ": " + strerror(error);
+  if (error == ENOMEM || error == EPERM)
+    text += "; the locked-memory limit may be too small: ulimit -l unlimited";
+  throw LinkFailure(text, error);
+}
+
+void non_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
+
+}  // namespace
+
+Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
+    : verbs_(verbs), port_(std::move(port)), config_(config) {
+  try {
+    int count = 0;
+    ibv_device** list = check(verbs_.get_device_list(&count), name(), "a list of devices");
+    std::unique_ptr<ibv_device*, void (*)(ibv_device**)> owned(list, verbs_.free_device_list);
+    for (int i = 0; i < count && !context_; ++i)
+      if (port_.device == verbs_.get_device_name(list[i])) context_ = verbs_.open_device(list[i]);
+    check(context_, name(), "a context");
+    ibv_device_attr limits{};
+    verbs_.query_device(context_, &limits);
+    auto at_most = [](uint32_t wanted, int limit) {
+      return limit > 0 ? std::min(wanted, static_cast<uint32_t>(limit)) : wanted;
+    };
+    max_slots_ = at_most(kMaxSlots, limits.max_srq_wr) / kCredits * kCredits;
+    immediates_ = at_most(kImmediates, limits.max_srq_wr);
+    int depth = static_cast<int>(at_most(1 << 15, limits.max_cqe));
+    domain_ = check(verbs_.alloc_pd(context_), name(), "a protection domain");
+    channel_ = check(verbs_.create_comp_channel(context_), name(), "a completion channel");
+    frames_queue_ =
+        check(verbs_.create_cq(context_, depth, nullptr, channel_, 0), name(), "a completion queue");
+    bulk_queue_ =
+        check(verbs_.create_cq(context_, depth, nullptr, channel_, 0), name(), "a completion queue");
+    ibv_srq_init_attr shared{};
+    shared.attr.max_sge = 1;
+    shared.attr.max_wr = max_slots_;
+    frames_srq_ = check(verbs_.create_srq(domain_, &shared), name(), "a shared receive queue");
+    shared.attr.max_wr = immediates_;
+    bulk_srq_ = check(verbs_.create_srq(domain_, &shared), name(), "a shared receive queue");
+    slabs_.resize(max_slots_ / kCredits);
+    for (uint32_t i = 0; i < immediates_; ++i) {
+      ibv_recv_wr request{}, *bad;
+      request.wr_id = id_of(What::immediate, 0);
+      if (int error = ibv_post_srq_recv(bulk_srq_, &request, &bad))
+        throw LinkFailure(name() + ": cannot post receives: " + strerror(error), error);
+    }
+    non_blocking(channel_->fd);
+    non_blocking(context_->async_fd);
+    epoll_ = epoll_create1(EPOLL_CLOEXEC);
+    wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (epoll_ < 0 || wake_ < 0) throw LinkFailure(name() + ": no descriptors left", errno);
+    for (int fd : {channel_->fd, context_->async_fd, wake_}) {
+      epoll_event event{EPOLLIN, {nullptr}};
+      event.data.fd = fd;
+      epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event);
+    }
+  } catch (...) {
+    release_all();
+    throw;
+  }
+}
+
+Rail::~Rail() {
+  stop();
+  release_all();
+}
+
+void Rail::release_all() {
+  if (frames_srq_) verbs_.destroy_srq(frames_srq_);
+  if (bulk_srq_) verbs_.destroy_srq(bulk_srq_);
+  for (Slab& slab : slabs_)
+    if (slab.region) verbs_.dereg_mr(slab.region);
+  slabs_.clear();
+  if (frames_queue_) verbs_.destroy_cq(frames_queue_);
+  if (bulk_queue_) verbs_.destroy_cq(bulk_queue_);
+  if (channel_) verbs_.destroy_comp_channel(channel_);
+  if (domain_) verbs_.dealloc_pd(domain_);
+  if (context_) verbs_.close_device(context_);
+  for (int fd : {epoll_, wake_})
+    if (fd >= 0) ::close(fd);
+}
+
+std::string Rail::name() const { return "device " + port_.device + " port " + std::to_string(port_.number); }
+
+void Rail::start() {
+  poller_ = std::thread([this] { run_poller(); });
+  poster_ = std::thread([this] { run_poster(); });
+}
+
+void Rail::stop() {
+  {
+    std::lock_guard lock(queue_);
+    stopping_.store(true, std::memory_order_release);
+  }
+  queued_.notify_all();
+  kick();
+  for (std::thread* thread : {&poller_, &poster_})
+    if (thread->joinable()) thread->join();
+}
+
+void Rail::kick() { ring_fd(wake_); }
+
+// ---------------------------------------------------------------- queue pairs
+
+void Rail::add_slots(uint32_t count) {
+  uint32_t index = slab_count_.load(std::memory_order_relaxed);
+  if (index == slabs_.size())
+    return;  // what there is, is shared: receivers that are not ready make senders wait
+  void* memory = std::aligned_alloc(4096, count * static_cast<size_t>(kSlotBytes));
+  if (!memory) throw LinkFailure(name() + ": no memory for receive slots", ENOMEM);
+  Slab slab{{static_cast<std::byte*>(memory), std::free}, nullptr};
+  slab.region =
+      check(verbs_.reg_mr(domain_, memory, count * static_cast<size_t>(kSlotBytes), IBV_ACCESS_LOCAL_WRITE),
+            name(), "receive slots");
+  slabs_[index] = std::move(slab);
+  slab_count_.store(index + 1, std::memory_order_release);
+  for (uint32_t i = 0; i < count; ++i) give_back(index * kCredits + i);
+}
+
+QueuePairs Rail::open() {
+  {
+    std::lock_guard lock(slabs_mutex_);
+    if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
+  }
+  QueuePairs pairs;
+  ibv_qp_init_attr wanted{};
+  wanted.qp_type = IBV_QPT_RC;
+  wanted.send_cq = wanted.recv_cq = frames_queue_;
+  wanted.srq = frames_srq_;
+  wanted.cap.max_send_sge = 1;
+  wanted.cap.max_send_wr = kFrameDepth;
+  // Devices do not tell what they take inline: ask for less until it fits.
+  for (;;) {
+    wanted.cap.max_inline_data = max_inline_;
+    pairs.frames = verbs_.create_qp(domain_, &wanted);
+    if (pairs.frames || max_inline_ == 0) break;
+    max_inline_ /= 2;
+    if (max_inline_ < 64) max_inline_ = 0;
+  }
+  check(pairs.frames, name(), "a queue pair");
+  wanted.send_cq = wanted.recv_cq = bulk_queue_;
+  wanted.srq = bulk_srq_;
+  wanted.cap.max_send_wr = kBulkDepth;
+  wanted.cap.max_inline_data = 0;
+  pairs.bulk = verbs_.create_qp(domain_, &wanted);
+  if (!pairs.bulk) {
+    int error = errno;
+    verbs_.destroy_qp(pairs.frames);
+    errno = error;
+    check(pairs.bulk, name(), "a queue pair");
+  }
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_INIT;
+  attributes.port_num = port_.number;
+  int mask = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
+  int error = verbs_.modify_qp(pairs.frames, &attributes, mask);  // frames reach no memory but slots
+  attributes.qp_access_flags = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
+  if (!error) error = verbs_.modify_qp(pairs.bulk, &attributes, mask);
+  if (error) {
+    verbs_.destroy_qp(pairs.frames);
+    verbs_.destroy_qp(pairs.bulk);
+    throw LinkFailure(name() + ": a queue pair cannot be initialised: " + strerror(error), error);
+  }
+  return pairs;
+}
+
+void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number,
+                   uint32_t bulk_number) {
+  std::pair<ibv_qp*, uint32_t> both[] = {{pairs.frames, frames_number}, {pairs.bulk, bulk_number}};
+  for (auto [qp, number] : both) {
+    ibv_qp_attr to{};
+    to.qp_state = IBV_QPS_RTR;
+    to.path_mtu = static_cast<ibv_mtu>(std::min(port_.address.mtu, theirs.mtu));
+    to.dest_qp_num = number;
+    to.max_dest_rd_atomic = 16;
+    to.min_rnr_timer = 12;  // 0.64 ms
+    to.ah_attr.is_global = theirs.link_layer == IBV_LINK_LAYER_ETHERNET;
+    to.ah_attr.grh.dgid = theirs.gid;
+    to.ah_attr.grh.sgid_index = static_cast<uint8_t>(port_.gid_index);
+    to.ah_attr.grh.hop_limit = 64;
+    to.ah_attr.grh.traffic_class =
+        qp == pairs.frames ? config_.frames_traffic_class : config_.bulk_traffic_class;
+    to.ah_attr.sl = qp == pairs.frames ? config_.frames_service_level : config_.bulk_service_level;
+    to.ah_attr.dlid = theirs.lid;
+    to.ah_attr.port_num = port_.number;
+    int error = verbs_.modify_qp(qp, &to,
+                                 IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
+                                     IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
+    if (!error) {
+      ibv_qp_attr send{};
+      send.qp_state = IBV_QPS_RTS;
+      send.timeout = config_.timeout;
+      send.retry_cnt = config_.retries;
+      send.rnr_retry = 7;
+      send.max_rd_atomic = 16;
+      error = verbs_.modify_qp(qp, &send,
+                               IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
+                                   IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);
+    }
+    if (error)
+      throw LinkFailure(name() + ": no way to " + describe(theirs) + " (" + strerror(error) +
+                            "): see that the address can be reached from this port's network interface",
+                        error);
+  }
+}
+
+void Rail::add(const QueuePairs& pairs, Completions* lane) {
+  std::lock_guard lock(polling_);
+  lanes_[pairs.frames->qp_num] = lane;
+  lanes_[pairs.bulk->qp_num] = lane;
+}
+
+void Rail::fail(const QueuePairs& pairs) {
+  ibv_qp_attr error{};
+  error.qp_state = IBV_QPS_ERR;
+  for (ibv_qp* qp : {pairs.frames, pairs.bulk})
+    if (qp) verbs_.modify_qp(qp, &error, IBV_QP_STATE);
+}
+
+void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
+  if (!pairs.frames) return;
+  fail(pairs);  // a call that is posting ends soon
+  {
+    std::lock_guard lock(queue_);
+    std::erase_if(work_, [&](const Work& work) { return work.qp == pairs.bulk; });
+  }
+  std::lock_guard posted(posting);
+  {
+    std::lock_guard lock(polling_);
+    lanes_.erase(pairs.frames->qp_num);
+    lanes_.erase(pairs.bulk->qp_num);
+  }
+  verbs_.destroy_qp(pairs.frames);
+  verbs_.destroy_qp(pairs.bulk);
+  pairs = {};
+  std::lock_guard lock(slabs_mutex_);
+  --peers_;
+}
+
+// ---------------------------------------------------------------- out
+
+int Rail::post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t nbytes, uint32_t lkey) {
+  ibv_sge piece{reinterpret_cast<uint64_t>(data), nbytes, lkey};
+  ibv_send_wr request{}, *bad;
+  request.wr_id = id_of(What::frame, seq);
+  request.sg_list = &piece;
+  request.num_sge = 1;
+  request.opcode = IBV_WR_SEND;
+  request.send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
+  counters.sends.fetch_add(1, std::memory_order_relaxed);
+  if (nbytes <= max_inline_) {
+    request.send_flags |= IBV_SEND_INLINE;
+    counters.inline_sends.fetch_add(1, std::memory_order_relaxed);
+  }
+  return ibv_post_send(qp, &request, &bad);
+}
+
+void Rail::post_bulk(const Work& work) {
+  if (work.opcode == IBV_WR_RDMA_READ || work.nbytes <= kSlotBytes)
+    if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
+  {
+    std::lock_guard lock(queue_);
+    work_.push_back(work);
+  }
+  queued_.notify_one();
+}
+
+void Rail::run_poster() {
+  pthread_setname_np(pthread_self(), "aiocomm-post");
+  std::unique_lock lock(queue_);
+  for (;;) {
+    queued_.wait(lock, [this] { return stopping_.load(std::memory_order_relaxed) || !work_.empty(); });
+    if (work_.empty()) return;
+    Work work = work_.front();
+    work_.pop_front();
+    // Taken while the queue is locked: whoever removes the lane finds its work either queued or being posted.
+    std::unique_lock posting(*work.posting);
+    lock.unlock();
+    post_now(work);
+    posting.unlock();
+    lock.lock();
+  }
+}
+
+void Rail::post_now(const Work& work) {
+  ibv_sge piece{work.local, work.nbytes, work.lkey};
+  ibv_send_wr request{}, *bad;
+  request.wr_id = id_of(What::chunk, work.chunk);
+  request.sg_list = &piece;
+  request.num_sge = work.nbytes ? 1 : 0;
+  request.opcode = work.opcode;
+  request.send_flags = IBV_SEND_SIGNALED;
+  request.imm_data = htonl(work.immediate);
+  request.wr.rdma.remote_addr = work.remote;
+  request.wr.rdma.rkey = work.rkey;
+  auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
+  counter.fetch_add(1, std::memory_order_relaxed);
+  if (int error = ibv_post_send(work.qp, &request, &bad)) work.lane->chunk_done(work.chunk, error);
+}
+
+const std::byte* Rail::slot(uint32_t index) const {
+  return slabs_[index / kCredits].memory.get() + static_cast<size_t>(index % kCredits) * kSlotBytes;
+}
+
+void Rail::give_back(uint32_t index) {
+  const Slab& slab = slabs_[index / kCredits];
+  ibv_sge piece{reinterpret_cast<uint64_t>(slot(index)), kSlotBytes, slab.region->lkey};
+  ibv_recv_wr request{}, *bad;
+  request.wr_id = id_of(What::slot, index);
+  request.sg_list = &piece;
+  request.num_sge = 1;
+  ibv_post_srq_recv(frames_srq_, &request, &bad);
+}
+
+// ---------------------------------------------------------------- in
+
+int Rail::poll() {
+  std::unique_lock lock(polling_, std::try_to_lock);
+  if (!lock) return 0;
+  return poll_queue(frames_queue_) + poll_queue(bulk_queue_);
+}
+
+void Rail::drain() {
+  std::lock_guard lock(polling_);
+  while (poll_queue(frames_queue_) + poll_queue(bulk_queue_) > 0) {
+  }
+}
+
+int Rail::poll_queue(ibv_cq* queue) {
+  ibv_wc done[kBatch];
+  int n = ibv_poll_cq(queue, kBatch, done);
+  for (int i = 0; i < n; ++i) dispatch(done[i]);
+  return std::max(n, 0);
+}
+
+void Rail::dispatch(const ibv_wc& wc) {
+  auto it = lanes_.find(wc.qp_num);
+  Completions* lane = it == lanes_.end() ? nullptr : it->second;
+  auto which = static_cast<uint32_t>(wc.wr_id);
+  bool ok = wc.status == IBV_WC_SUCCESS;
+  switch (what_of(wc.wr_id)) {
+    case What::slot:
+      if (!ok || !lane) {  // of a peer that is gone
+        give_back(which);
+        return;
+      }
+      counters.received.fetch_add(1, std::memory_order_relaxed);
+      return lane->arrived(which, wc.byte_len, slot(which));
+    case What::immediate: {
+      ibv_recv_wr request{}, *bad;
+      request.wr_id = wc.wr_id;
+      ibv_post_srq_recv(bulk_srq_, &request, &bad);
+      if (!ok || !lane) return;
+      counters.immediates.fetch_add(1, std::memory_order_relaxed);
+      return lane->immediate(ntohl(wc.imm_data), wc.byte_len);
+    }
+    case What::frame:
+      counters.send_completions.fetch_add(1, std::memory_order_relaxed);
+      if (!lane) return;
+      if (ok) return lane->frame_sent(which);
+      if (wc.status != IBV_WC_WR_FLUSH_ERR) lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
+      return;
+    case What::chunk:
+      counters.send_completions.fetch_add(1, std::memory_order_relaxed);
+      if (!lane) return;
+      lane->chunk_done(which, ok ? 0 : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES : EIO);
+      if (!ok && wc.status != IBV_WC_WR_FLUSH_ERR)
+        lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
+      return;
+  }
+}
+
+void Rail::run_poller() {
+  pthread_setname_np(pthread_self(), "aiocomm-poll");
+  while (!stopping_.load(std::memory_order_acquire)) {
+    bool expecting = false;
+    int n;
+    {
+      std::lock_guard lock(polling_);
+      n = poll_queue(frames_queue_) + poll_queue(bulk_queue_);
+      if (!n) {
+        ibv_req_notify_cq(frames_queue_, 1);
+        ibv_req_notify_cq(bulk_queue_, 0);
+        n = poll_queue(frames_queue_) + poll_queue(bulk_queue_);  // what came before it was armed
+        for (auto [number, lane] : lanes_) expecting = expecting || lane->expects();
+      }
+    }
+    if (!n && !wait(expecting) && expecting) {
+      std::lock_guard lock(polling_);
+      timespec t;
+      clock_gettime(CLOCK_MONOTONIC, &t);
+      uint64_t now_ns = static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+      for (auto [number, lane] : lanes_) lane->look(now_ns);
+    }
+  }
+}
+
+bool Rail::wait(bool expecting) {
+  epoll_event ready[4];
+  int n = epoll_wait(epoll_, ready, 4, expecting ? kLookMs : -1);
+  counters.wakeups.fetch_add(1, std::memory_order_relaxed);
+  for (int i = 0; i < n; ++i) {
+    if (ready[i].data.fd == wake_) {
+      clear_fd(wake_);
+    } else if (ready[i].data.fd == channel_->fd) {
+      ibv_cq* queue;
+      void* context;
+      while (verbs_.get_cq_event(channel_, &queue, &context) == 0) verbs_.ack_cq_events(queue, 1);
+    } else {
+      read_events();
+    }
+  }
+  return n > 0;
+}
+
+void Rail::read_events() {
+  ibv_async_event event;
+  while (verbs_.get_async_event(context_, &event) == 0) {
+    ibv_event_type type = event.event_type;
+    bool ours = event.element.port_num == port_.number;
+    verbs_.ack_async_event(&event);
+    bool down = (type == IBV_EVENT_PORT_ERR && ours) || type == IBV_EVENT_DEVICE_FATAL;
+    bool up = type == IBV_EVENT_PORT_ACTIVE && ours;
+    if (!down && !up) continue;
+    up_.store(up, std::memory_order_release);
+    if (up) continue;
+    std::lock_guard lock(polling_);
+    for (auto [number, lane] : lanes_) lane->failed(name() + ": " + verbs_.event_type_str(type));
+  }
+}
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,156 @@
+// One port of one device: its queues, its memory for frames, and its two threads.
+//
+// Theory of operation
+//  * The poller looks at the completion queues while they give something, then arms their channel and sleeps. It hands
+//    what came to the lanes (one per peer) and rings whoever the sender of a frame wants awake; it never takes the token.
+//  * Frames are posted by the token's holder: they are small. Larger writes are posted by the poster, since posting may
+//    take as long as the transfer itself (soft-RoCE does it within the call).
+//  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
+//    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
+//    which the poller refills as it empties it.
+//  * A send completion wakes nobody by itself (`solicited only`): while some are due the poller looks every kLookMs.
+//
+// Locks: `polling_` is held while completions are handed out and guards `lanes_`; a lane that has been removed under it
+// hears nothing more. `queue_` guards the poster's queue. Neither is held while a thread waits.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "links/rdma/port.hpp"
+
+namespace aiocomm::rdma {
+
+// What a lane is told by its rail's poller, without the token.
+class Completions {
+ public:
+  virtual void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) = 0;
+  virtual void immediate(uint32_t value, uint32_t nbytes) = 0;
+  virtual void frame_sent(uint32_t seq) = 0;
+  virtual void chunk_done(uint32_t chunk, int error) = 0;  // 0: its bytes are where they should be
+  virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
+  virtual bool expects() const = 0;                        // completions are due, which may wake nobody
+  virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
+
+ protected:
+  ~Completions() = default;
+};
+
+struct QueuePairs {
+  ibv_qp* frames = nullptr;
+  ibv_qp* bulk = nullptr;
+};
+
+struct RailConfig {
+  uint8_t timeout = 12;  // of the transport: 4.096 us * 2^timeout
+  uint8_t retries = 6;   // 7 means for ever with soft-RoCE
+  uint8_t frames_service_level = 0, frames_traffic_class = 0;
+  uint8_t bulk_service_level = 0, bulk_traffic_class = 0;
+};
+
+struct Work {
+  Completions* lane = nullptr;
+  ibv_qp* qp = nullptr;
+  std::mutex* posting = nullptr;  // of the lane: held during the call
+  ibv_wr_opcode opcode = IBV_WR_RDMA_READ;
+  uint64_t local = 0, remote = 0;
+  uint32_t lkey = 0, rkey = 0, nbytes = 0, immediate = 0, chunk = 0;
+};
+
+class Rail {
+ public:
+  static constexpr uint32_t kSlotBytes = 8448;
+  static constexpr uint32_t kCredits = 32;  // slots per peer
+  static constexpr uint32_t kFrameDepth = 4 * kCredits, kBulkDepth = 128;
+  static constexpr uint32_t kMaxSlots = 4096, kImmediates = 4096;
+  static constexpr int kLookMs = 20;
+
+  Rail(const Verbs& verbs, Port port, const RailConfig& config);
+  ~Rail();
+  void start();
+  void stop();
+  const Port& port() const { return port_; }
+  std::string name() const;
+  ibv_pd* domain() const { return domain_; }
+  uint32_t max_inline() const { return max_inline_; }
+  bool up() const { return up_.load(std::memory_order_acquire); }
+
+  // Makes room for one more peer and its queue pairs. Throws LinkFailure.
+  QueuePairs open();
+  void connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number, uint32_t bulk_number);
+  void add(const QueuePairs& pairs, Completions* lane);
+  // Nothing of these queue pairs is heard or touches memory any more when it returns. `posting`: the lane's.
+  void remove(QueuePairs& pairs, std::mutex& posting);
+  void fail(const QueuePairs& pairs);  // what is posted comes back with an error
+
+  int post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t nbytes, uint32_t lkey);
+  // Posts at once where that takes no time: reads, whose work is the other side's, and writes of a frame's size.
+  void post_bulk(const Work& work);
+  const std::byte* slot(uint32_t index) const;
+  void give_back(uint32_t index);  // the slot may be written again
+  // Hands out what has completed; returns how much. Any thread; 0 as well if another one is at it.
+  int poll();
+  void drain();  // the same, and waits for whoever is at it
+  void kick();   // wakes the poller
+
+  struct Counters {
+    std::atomic<uint64_t> sends{0}, inline_sends{0}, writes{0}, reads{0}, send_completions{0}, received{0},
+        immediates{0}, wakeups{0};
+  };
+  Counters counters;
+
+ private:
+  void run_poller();
+  void run_poster();
+  void post_now(const Work& work);
+  int poll_queue(ibv_cq* queue);
+  void dispatch(const ibv_wc& wc);
+  void read_events();
+  bool wait(bool expecting);
+  void add_slots(uint32_t count);
+  void release_all();
+
+  const Verbs& verbs_;
+  const Port port_;
+  const RailConfig config_;
+  ibv_context* context_ = nullptr;
+  ibv_pd* domain_ = nullptr;
+  ibv_comp_channel* channel_ = nullptr;
+  ibv_cq *frames_queue_ = nullptr, *bulk_queue_ = nullptr;
+  ibv_srq *frames_srq_ = nullptr, *bulk_srq_ = nullptr;
+  uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
+  int epoll_ = -1, wake_ = -1;
+  std::atomic<bool> up_{true}, stopping_{false};
+
+  struct Slab {
+    std::unique_ptr<std::byte, void (*)(void*)> memory{nullptr, nullptr};
+    ibv_mr* region = nullptr;
+  };
+  std::mutex slabs_mutex_;
+  // By slot / kCredits; reserved at the start, so that readers need no lock.
+  std::vector<Slab> slabs_;
+  std::atomic<uint32_t> slab_count_{0};
+  uint32_t peers_ = 0;
+
+  std::mutex polling_;
+  std::unordered_map<uint32_t, Completions*> lanes_;  // by queue pair number
+
+  std::mutex queue_;
+  std::condition_variable queued_;
+  std::deque<Work> work_;
+
+  std::thread poller_, poster_;
+};
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,193 @@
+// Lanes that fail, and come back.
+//
+//   one side                                        the other
+//   a lane fails: closes it, frames go on
+//   over another              ── failed ──►         closes its end: nothing of it can be written any more
+//                             ◄── closed ──
+//   its chunks go out again
+//   …
+//   caller, each heartbeat, while the port is up:
+//   new queue pairs           ── again(numbers) ──► new queue pairs, connected
+//                             ◄── there(numbers) ──
+//   connects; probes; uses    ── go ──►             probes; uses
+//
+// Each side sends over a lane once an empty write over it has been acknowledged.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string_view>
+
+#include "links/rdma/link.hpp"
+#include "links/rdma/peer.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+
+struct LaneWord {
+  char what;
+  uint32_t lane;
+  uint32_t frames_number, bulk_number;
+};
+constexpr size_t kShort = 5, kLong = 13;
+
+std::string encode(const LaneWord& word, bool numbers) {
+  std::string text(1, word.what);
+  text.append(reinterpret_cast<const char*>(&word.lane), 4);
+  if (!numbers) return text;
+  text.append(reinterpret_cast<const char*>(&word.frames_number), 4);
+  text.append(reinterpret_cast<const char*>(&word.bulk_number), 4);
+  return text;
+}
+
+}  // namespace
+
+void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
+  if (lane.state == Lane::State::failed || lane.state == Lane::State::down) return;
+  bool was_up = lane.state == Lane::State::up;
+  auto other = [&] {
+    return std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& candidate) {
+      return candidate.get() != &lane && candidate->state == Lane::State::up;
+    });
+  };
+  auto next = other();
+  if (was_up && next == lanes_.end()) {
+    failure = ENETDOWN;
+    return lose("no rail is left: " + reason);
+  }
+  lane.state = Lane::State::failed;
+  lane.rail.remove(lane.pairs, lane.posting);
+  lane.outstanding.store(0);
+  lane.chunks = 0;
+  lane.bytes = 0;
+  for (Chunk& chunk : chunks_)
+    if (chunk.busy && chunk.lane == lane.index) chunk.parked = true;
+  std::string word = encode({kFailed, lane.index, 0, 0}, false);
+  say(word.data(), word.size());
+  if (!was_up) return;
+  ++link_.lanes_failed;
+  host_.fallback(rank, (*next)->rail.name(), reason);
+  if (active_ != lane.index) return;
+  active_ = (*next)->index;
+  resend_frames();
+}
+
+void RdmaPeer::resend_frames() {
+  lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
+  for (uint32_t seq = acked_.load(std::memory_order_acquire); seq != sent_; ++seq) {
+    ++link_.resent;
+    transmit(seq);
+  }
+}
+
+void RdmaPeer::lane_closed(Lane& lane) {
+  if (lane.state != Lane::State::failed) return;
+  lane.state = Lane::State::down;
+  relaunch(lane);
+}
+
+void RdmaPeer::relaunch(Lane& lane) {
+  for (uint32_t i = 0; i < chunks_.size(); ++i) {
+    if (!chunks_[i].busy || !chunks_[i].parked || chunks_[i].lane != lane.index) continue;
+    ++link_.resent;
+    launch(i, *lanes_[active_]);
+  }
+}
+
+// The peer has new queue pairs ahead of it: it is told of ours.
+void RdmaPeer::try_again(Lane& lane) {
+  try {
+    lane.pairs = lane.rail.open();
+  } catch (const LinkFailure&) {
+    return;  // with the next heartbeat
+  }
+  lane.state = Lane::State::connecting;
+  lane.rail.add(lane.pairs, &lane);
+  std::string word = encode({kAgain, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num}, true);
+  say(word.data(), word.size());
+}
+
+void RdmaPeer::reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer) {
+  try {
+    if (answer) {
+      lane.pairs = lane.rail.open();
+      lane.rail.add(lane.pairs, &lane);
+    }
+    lane.state = Lane::State::connecting;
+    lane.rail.connect(lane.pairs, lane.theirs, frames_number, bulk_number);
+  } catch (const LinkFailure& failure) {
+    return lane_failed(lane, failure.what());
+  }
+  LaneWord reply{answer ? kThere : kGo, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num};
+  std::string word = encode(reply, answer);
+  say(word.data(), word.size());
+  if (!answer) probe(lane);
+}
+
+void RdmaPeer::probe(Lane& lane) {
+  lane.state = Lane::State::probing;
+  lane.stalled.store(false);
+  lane.last_sign_ns.store(host_.now(), std::memory_order_relaxed);
+  lane.outstanding.fetch_add(1, std::memory_order_relaxed);
+  Work work;
+  work.lane = &lane;
+  work.qp = lane.pairs.bulk;
+  work.posting = &lane.posting;
+  work.opcode = IBV_WR_RDMA_WRITE;
+  work.chunk = kProbe;
+  lane.rail.post_bulk(work);
+}
+
+void RdmaPeer::probed(Lane& lane, int error) {
+  if (lane.state != Lane::State::probing) return;
+  if (error) return lane_failed(lane, lane.rail.name() + ": still no way through");
+  lane.state = Lane::State::up;
+  ++link_.lanes_recovered;
+  unblock();
+}
+
+size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
+  LaneWord word{static_cast<char>(data[0]), 0, 0, 0};
+  if (word.what == kAlive) return 1;
+  if (word.what == kReady) {
+    ready_heard_ = true;
+    return 1;
+  }
+  size_t length = word.what == kAgain || word.what == kThere ? kLong : kShort;
+  bool known = std::string_view("fcotg").find(word.what) != std::string_view::npos;
+  if (known && nbytes < length) return 0;
+  if (known) std::memcpy(&word.lane, data + 1, 4);
+  if (!known || word.lane >= lanes_.size()) {
+    violated("unknown word on the pair's connection");
+    return 1;
+  }
+  if (length == kLong) {
+    std::memcpy(&word.frames_number, data + 5, 4);
+    std::memcpy(&word.bulk_number, data + 9, 4);
+  }
+  Lane& lane = *lanes_[word.lane];
+  switch (word.what) {
+    case kFailed: {
+      lane_failed(lane, lane.rail.name() + ": the peer's end failed");
+      if (dead_) return length;
+      std::string reply = encode({kClosed, lane.index, 0, 0}, false);
+      say(reply.data(), reply.size());
+      break;
+    }
+    case kClosed:
+      lane_closed(lane);
+      break;
+    case kAgain:
+      if (lane.state == Lane::State::down) reopen(lane, word.frames_number, word.bulk_number, true);
+      break;
+    case kThere:
+      if (lane.state == Lane::State::connecting) reopen(lane, word.frames_number, word.bulk_number, false);
+      break;
+    default:
+      if (lane.state == Lane::State::connecting) probe(lane);
+  }
+  return length;
+}
+
+}  // namespace aiocomm::rdma

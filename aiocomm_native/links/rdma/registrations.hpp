@@ -1,0 +1,73 @@
+// Memory that devices may reach: registered once per rail, looked up by range.
+//
+// Rules
+//  * Under the engine's token. A registration that is in use is never dropped.
+//  * Kept after its last use is only what lies in memory of which this process hears when it goes (segments of
+//    `aiocomm.empty()`): addresses come back with other pages behind them, and a device would go on with
+//    the old ones. Everything else is registered for the time of one operation.
+//  * What is kept is bounded in bytes; the least recently used goes first.
+//  * A key opens no more than its purpose needs: what a peer is to read, it cannot write.
+//  * Ids are small and used again, so that a peer's table of them stays small.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "core/link.hpp"
+#include "links/rdma/port.hpp"
+
+namespace aiocomm::rdma {
+
+class Rail;
+
+struct Keys {
+  std::array<uint32_t, kMaxRails> of{};  // by rail
+};
+
+struct Registration {
+  uint32_t id = 0;
+  std::byte* base = nullptr;
+  uint64_t nbytes = 0;
+  Access access = Access::local;
+  uint32_t segment = 0;  // of Segments, that holds it: kept after its last use
+  uint32_t users = 0;
+  uint64_t used = 0;  // when last, in uses
+  std::array<ibv_mr*, kMaxRails> regions{};
+  Keys local() const;
+  Keys peer() const;
+};
+
+struct RegistrationCounters {
+  uint64_t made = 0, found = 0, evicted = 0, pinned_bytes = 0;
+};
+
+class Registrations {
+ public:
+  Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes);
+  ~Registrations();
+  // Registers the range, or finds a registration that holds it. Throws LinkFailure.
+  Registration& acquire(const std::byte* data, uint64_t nbytes, Access access);
+  void release(uint32_t id);
+  Registration* get(uint32_t id);
+  const RegistrationCounters& counters() const { return counters_; }
+
+ private:
+  Registration* find(const std::byte* data, uint64_t nbytes, Access access);
+  void forget_freed();
+  void drop(Registration& registration);
+  void trim();
+
+  const Verbs& verbs_;
+  const std::vector<ibv_pd*> domains_;
+  const uint64_t keep_bytes_;
+  uint64_t kept_bytes_ = 0, uses_ = 0, releases_ = 0;
+  std::vector<std::unique_ptr<Registration>> slots_;  // id - 1
+  std::vector<uint32_t> free_;
+  std::multimap<uintptr_t, uint32_t> by_base_;
+  RegistrationCounters counters_;
+};
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,204 @@
+"""The link between two hosts: what it posts for what, and what it does when rails go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import anyio
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from harness import until
+
+import aiocomm
+from aiocomm.errors import LinkError, PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+CHUNK = 4 * MIB
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """One loop: what is tested here lies below it, and emulated seconds are dear."""
+    return "asyncio"
+
+
+@contextlib.asynccontextmanager
+async def hosts(rails: int, **settings: str) -> AsyncIterator[list[aiocomm.Communicator]]:
+    """Rank 0 on host a and rank 1 on host b, connected over so many rails."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    members: dict[int, aiocomm.Communicator] = {}
+
+    async def join(rank: int, connecting: Any) -> None:
+        members[rank] = await connecting
+
+    async with anyio.create_task_group() as group:
+        for rank, host in enumerate("ab"):
+            devices = ",".join(f"rxe{host}{rail}" for rail in range(rails))
+            with mock.patch.dict(os.environ, settings | {"AIOCOMM_RDMA_DEVICES": devices}):
+                opening = aiocomm.connect(address, rank=rank, size=2, links=("rdma",), warmup=True)
+            group.start_soon(join, rank, opening)
+    try:
+        yield [members[0], members[1]]
+    finally:
+        for rank in (1, 0):
+            await members[rank].aclose()
+
+
+def device(comm: aiocomm.Communicator) -> dict[str, int]:
+    """What its devices have counted."""
+    return dict(comm.links["rdma"].statistics().device)
+
+
+def grown(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    names = ("sends", "inline_sends", "writes", "reads", "send_completions", "immediates_received")
+    return {name: after[name] - before[name] for name in names if after[name] != before[name]}
+
+
+def random(nbytes: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def down(interface: str) -> None:
+    run("ip", "link", "set", interface, "down")
+
+
+def up(interface: str) -> None:
+    """The interface, and the route that went with it."""
+    run("ip", "link", "set", interface, "up")
+    host, rail = interface
+    table, other = ("10", 2) if host == "a" else ("11", 1)
+    run("ip", "route", "replace", f"10.2{rail}.0.{other}", "dev", interface, "table", f"{table}{rail}")
+
+
+async def test_a_posted_receive_costs_an_inline_send_and_its_writes() -> None:
+    async with hosts(1) as (a, b):
+        sent, got = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
+        before_a, before_b = device(a), device(b)
+        receiving = b.recv(got, 0)
+        await until(lambda: device(a)["frames_received"] > before_a["frames_received"])
+        await a.send(sent, 1)
+        await receiving
+        np.testing.assert_array_equal(got, sent)
+        assert grown(device(a), before_a) == {"writes": 3, "send_completions": 3}
+        assert device(b)["reads"] == 0
+        of_b = grown(device(b), before_b)
+        of_b.pop("send_completions", None)  # of the offer, whenever it is looked for
+        assert of_b == {"sends": 1, "inline_sends": 1, "immediates_received": 3}
+        assert b.links["rdma"].statistics().messages_by_path["write"] == 1
+
+
+async def test_a_shorter_message_says_so() -> None:
+    async with hosts(1) as (a, b):
+        sent, got = random(MIB), np.zeros(2 * MIB, np.uint8)
+        before = device(a)
+        receiving = b.recv(got, 0)
+        await until(lambda: device(a)["frames_received"] > before["frames_received"])
+        await a.send(sent, 1)
+        assert (await receiving).nbytes == MIB
+        np.testing.assert_array_equal(got[:MIB], sent)
+        assert not got[MIB:].any()
+        assert {k: v for k, v in grown(device(a), before).items() if k != "send_completions"} == {
+            "sends": 1,
+            "inline_sends": 1,
+            "writes": 1,
+        }
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096])
+async def test_a_small_message_is_one_send(nbytes: int) -> None:
+    async with hosts(1) as (a, b):
+        got = np.zeros(nbytes, np.uint8)
+        before = [device(a), device(b)]
+        receiving = b.recv(got, 0)
+        await a.send(random(nbytes), 1)
+        await receiving
+        np.testing.assert_array_equal(got, random(nbytes))
+        assert device(a)["sends"] - before[0]["sends"] == 1
+        assert device(b)["sends"] == before[1]["sends"]
+
+
+async def test_an_unexpected_message_is_read() -> None:
+    async with hosts(1) as (a, b):
+        sending = a.send(random(CHUNK + 1), 1)
+        await until(lambda: b.statistics().unexpected_messages)
+        got = await b.recv_array(aiocomm.ANY_SOURCE)
+        await sending
+        np.testing.assert_array_equal(got, random(CHUNK + 1))
+        assert (device(b)["reads"], device(a)["writes"], device(b)["writes"]) == (2, 0, 0)
+
+
+async def test_a_rail_that_goes_down_and_comes_back() -> None:
+    async with hosts(2) as (a, b):
+        sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        sending = a.send(sent, 1)
+        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 3)
+        down("a0")
+        try:
+            await sending
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+            assert device(a)["lanes_failed"] == 1
+            await a.send(sent[:100], 1)  # frames have gone over to the other rail, too
+            await b.recv(got[:100], 0)
+        finally:
+            up("a0")
+        await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
+        writes = device(a)["rxea0.writes"]
+        receiving = b.recv(got, 0)
+        await a.send(sent, 1)
+        await receiving
+        assert device(a)["rxea0.writes"] + device(b)["rxeb0.reads"] > writes
+
+
+async def test_no_rail_left_is_an_error_of_the_link() -> None:
+    async with hosts(2) as (a, b):
+        sending = a.send(random(64 * MIB), 1)
+        receiving = b.recv(np.zeros(64 * MIB, np.uint8), 0)
+        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
+        down("a0")
+        down("a1")
+        try:
+            with pytest.raises(LinkError):
+                await sending
+            with pytest.raises((LinkError, PeerError)):
+                await receiving
+        finally:
+            up("a0")
+            up("a1")
+
+
+async def test_a_device_that_is_removed() -> None:
+    async with hosts(2) as (a, b):
+        sent, got = random(32 * MIB), np.zeros(32 * MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        sending = a.send(sent, 1)
+        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 2)
+        try:
+            with anyio.move_on_after(20):
+                await anyio.run_process(["rdma", "link", "delete", "rxea1"])
+            await sending
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+        finally:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                run("rdma", "link", "add", "rxea1", "type", "rxe", "netdev", "a1")
