@@ -10,7 +10,7 @@ import numpy as np
 
 import aiocomm
 
-RANKS, EXPERTS, CHOICES, HIDDEN = 3, 8, 2, 64
+RANKS, EXPERTS, CHOICES, HIDDEN = 3, 8, 2, 128
 MATRICES = np.random.default_rng(0).normal(size=(EXPERTS, HIDDEN, HIDDEN)).astype(np.float32) / 8
 ROUTER = np.random.default_rng(1).normal(size=(HIDDEN, EXPERTS)).astype(np.float32)
 SPREAD = [2, 0, 1, 2, 0, 1, 2, 0]  # the rank of each expert
@@ -51,7 +51,7 @@ async def layer(comm: aiocomm.Communicator, x: np.ndarray, placement: list[int] 
 async def work(comm: aiocomm.Communicator) -> None:
     random = np.random.default_rng(comm.rank + 10)
     for name, tokens, placement in (
-        ("prefill", 2000, None),
+        ("prefill", 6000, None),
         ("decode", 4 + comm.rank, None),
         ("decode, experts spread", 16, SPREAD),
     ):

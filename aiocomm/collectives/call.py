@@ -171,6 +171,9 @@ class Call(Exchange):
             if not self._waits[follower]:
                 heappush(self._ready, follower)
 
+    def _has_work(self) -> bool:
+        return bool(self._ready) or not (self._missing or self._judged)
+
     def _data_ended(self, index: int, nbytes: int | None) -> None:
         assert self._plan is not None
         step = self._plan.steps[index]

@@ -72,6 +72,10 @@ class Flight:
         """Note that a transfer of data has ended well; `nbytes` is what a receive got."""
         raise NotImplementedError
 
+    def _has_work(self) -> bool:
+        """Whether the call can go on by itself, while transfers are under way and nothing is wrong."""
+        return True
+
     # ------------------------------------------------------------ transfers
 
     def _post(
@@ -105,10 +109,10 @@ class Flight:
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
         is_header, index = key
         del self._flying[key]
-        self._gate.ring()
         if transfer.cancelled() or self._over:
             if not transfer.cancelled():
                 transfer.exception()
+            self._gate.ring()
             return
         if (error := transfer.exception()) is not None:
             if isinstance(error, PeerLostError) and transfer.kind == "send":
@@ -121,6 +125,10 @@ class Flight:
             self._header_ended(index)
         else:
             self._data_ended(index, transfer.result().nbytes if transfer.kind == "recv" else None)
+        # A turn of the task costs more than this: most ends only bring the last one nearer.
+        wrong = self._unsure or self._header_error is not None or self._data_error is not None
+        if wrong or not self._flying or self._has_work():
+            self._gate.ring()
 
     def _settle_sends(self) -> None:
         """Judge sends to ranks that are gone, now that it is known whether they left or were lost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio.lowlevel
 import numpy as np
 
 from aiocomm._operations import limit_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Collectives"]
 
 _SHAPES: Final = 256  # prepared per channel
+_INLINE: Final = 64  # calls that end without a wait, after which other tasks get a turn
 
 
 def _shape(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
@@ -83,11 +85,14 @@ class Collectives:
                 given = given.reshape(-1)
             if out is not None and out.ndim != 1:
                 out = out.reshape(-1)
-            if (begun := prepared.attempt(given, out, deadline)) is not None:
+            begun = prepared.attempt(given, out, deadline)
+            if begun is not None:
                 await begun.resume()
             counts[prepared.counted] += 1
             if prepared.mean:
                 np.divide(out, out.dtype.type(group.size), out=out)
+            if begun is None and not counts[prepared.counted] % _INLINE:
+                await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
             return
         try:
             request = make(group)

@@ -201,6 +201,9 @@ class QuickCall(Flight):
         self._begun = flying
         self._arrays = given, out
 
+    def _has_work(self) -> bool:
+        return not (self._missing or self._judged)
+
     def _header_ended(self, index: int) -> None:
         self._missing.discard(index)  # sends count from the size on
 

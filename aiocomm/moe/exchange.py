@@ -40,7 +40,7 @@ _HEAD_TAG: Final = 1
 _FOLLOWING: Final = 2  # tags of what follows, by its kind
 _SLOT_BYTES: Final = 2 << 20
 _SLOTS_BYTES: Final = 64 << 20  # of all ranks
-_RIDE_BYTES: Final = 256 << 10  # of a message whose rows ride; larger ones are worth a round of their own
+_RIDE_BYTES: Final = 1 << 20  # of a message whose rows ride; larger ones are worth a round of their own
 _INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
 
 

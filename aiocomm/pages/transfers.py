@@ -291,14 +291,16 @@ class _Mover:
         breath = time.monotonic() + _BREATH_S
         try:
             while more or self._flying or self._later:
-                while (more or self._later) and len(self._flying) < _WINDOW and self._error is None:
+                tired = False  # packing takes time, too
+                while (more or self._later) and self._has_room() and self._error is None and not tired:
                     transfer = self._next(jobs)
                     if more := transfer is not None:
                         assert transfer is not None
                         transfer.add_done_callback(self._done)
+                    tired = time.monotonic() > breath
                 if self._error is not None:
                     raise self._error
-                if self._flying:
+                if self._flying and not tired:
                     await self._gate.wait()
                 self._finish()
                 if time.monotonic() > breath:
@@ -310,6 +312,10 @@ class _Mover:
             await self._gate.wait_shielded(lambda: not self._flying)
         if self._error is not None:
             raise self._error
+
+    def _has_room(self) -> bool:
+        # What has ended counts until it was dealt with: transfers may end as fast as they are submitted.
+        return len(self._flying) + len(self._ended) < _WINDOW
 
     def _next(self, jobs: Iterator[Transfer[Any]]) -> Transfer[Any] | None:
         while self._later:

@@ -13,7 +13,8 @@ namespace aiocomm::py {
 
 nb::dict counters(PyEngine& e, const std::string& link) {
   LinkCounters c = e.engine->counters(link);
-  static const char* paths[] = {"none", "eager", "mapped", "cma", "stream", "device", "staged", "read", "write"};
+  static const char* paths[] = {"none",   "eager",  "mapped", "cma",  "stream",
+                                "device", "staged", "read",   "write"};
   nb::dict out, messages, nbytes;
   for (size_t i = 1; i < static_cast<size_t>(Path::count); ++i) {
     messages[paths[i]] = c.path_messages[i];

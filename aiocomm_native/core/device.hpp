@@ -89,7 +89,7 @@ struct DeviceBuffer {
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
   bool allocates = false;  // a receive whose memory is made once the message's size is known
-  uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
+  uint64_t relay = 0;      // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
 

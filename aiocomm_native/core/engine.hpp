@@ -245,6 +245,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   bool hold(Op& op, Access access);
   bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
   Op* writing_into(Peer& peer, OpId receive);
+  bool can_copy_from(Peer& peer) const;
 
   // protocol_offer.cpp: receives that tell their source where to write
   void offer(Op& op, Peer& peer);

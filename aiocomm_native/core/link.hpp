@@ -194,9 +194,6 @@ class Link {
   virtual StreamNeed streams() const = 0;
   virtual std::string card() { return {}; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
-  virtual Mover* mover() {
-    return nullptr;
-  }  // it moves device memory beside the pairs' links, and joins none
   // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
   // and 0 where the link needs no such thing. Throws LinkFailure.
   virtual uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) {
@@ -208,6 +205,9 @@ class Link {
   virtual std::map<std::string, uint64_t> counters() { return {}; }
   // Ends its threads and gives back what it holds of the machine; its peers are closed.
   virtual void close() {}
+  virtual Mover* mover() {
+    return nullptr;
+  }  // it moves device memory beside the pairs' links, and joins none
   // Takes the descriptors over, also when it throws LinkFailure.
   virtual std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) = 0;

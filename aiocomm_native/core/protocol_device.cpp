@@ -60,8 +60,10 @@ Post Engine::send_device(Op& op, Peer& peer) {
   h.meta_bytes = static_cast<uint16_t>(op.meta_bytes + sizeof gpu.place);
   h.cls = channel.cls;
   h.sop = op.id;
+  if (peer.offers) h.rop = peer.offers->held.place(key_of(op)).packed();
   Post posted = peer.link->post(h, meta.data(), nullptr, Wake::engine);
   if (posted != Post::ok) return posted;
+  if (peer.offers) peer.offers->held.sent(key_of(op));
   ++counters_[mover_index_].frames_sent;
   op.started_ns = op.submitted_ns;
   op.state = OpState::posted;
@@ -84,7 +86,7 @@ void Engine::deliver_device(Op& op, Peer& peer, const FrameHeader& header, const
     h.kind = FrameKind::cts;
     h.sop = header.sop;
     h.rop = op.id;
-    h.flags = peer.link->pull_path({0, 0}) != Path::none ? kReads : 0;
+    h.flags = can_copy_from(peer) ? kReads : 0;
     return send_control(peer, h, Wake::engine);
   }
   DeviceBuffer& gpu = *op.gpu;
@@ -234,7 +236,7 @@ void Engine::stage_in(Op& op, Peer& peer, bool ask) {
   h.kind = FrameKind::cts;
   h.sop = op.remote_op;
   h.rop = op.id;
-  h.flags = peer.link->pull_path({0, 0}) != Path::none ? kReads : 0;
+  h.flags = can_copy_from(peer) ? kReads : 0;
   send_control(peer, h, Wake::engine);
 }
 
@@ -563,7 +565,8 @@ void Engine::on_staged(Peer& peer, const FrameHeader& header) {
   op->source_address = header.address;
   op->source_segment = 0;
   op->path = peer.link->pull_path({header.address, 0});
-  if (op->path == Path::none) throw ProtocolViolation("memory that cannot be read was staged");
+  if (op->path == Path::none || op->path == Path::read)
+    throw ProtocolViolation("memory that cannot be read was staged");
   if (first) return queue_data(*op, peer);
   schedulers_[peer.link_index]->set_ready(flow_of(peer, op->channel), true);
   pump(peer.link_index);

@@ -127,10 +127,11 @@ void Engine::end_early(Op& op, Code code) {
     }
     // A device that still reads would find its source gone.
     op.owes_word = op.path == Path::read && op.inflight;
-    if (op.gpu && op.gpu->role == Role::pull && op.gpu->inflight) {
-      op.gpu->owes_fin = reachable && op.remote_op;
-      op.gpu->fin_code = static_cast<uint8_t>(code == Code::link_failed ? code : Code::cancelled);
-    } else if (!op.owes_word && !(op.gpu && op.gpu->owes_fin)) {
+    if (reachable && op.remote_op && code != Code::link_failed && op.gpu && op.gpu->role == Role::pull &&
+        op.gpu->inflight) {
+      op.gpu->owes_fin = true;  // we still read
+      op.gpu->fin_code = static_cast<uint8_t>(Code::cancelled);
+    } else if (!op.owes_word) {
       tell_other(op, code);
     }
     op.awaits_fin = false;
@@ -204,9 +205,9 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     }
     peer.flows.clear();
     peer.control.clear();
+    peer.offers.reset();
     forget_flows(peer.rank);
     if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
-    peer.offers.reset();
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

@@ -43,7 +43,7 @@ auto by_peer(F&& f) {
 // ---------------------------------------------------------------- the receiver's side
 
 void Engine::offer(Op& op, Peer& peer) {
-  if (op.gpu || op.allocate || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
+  if (op.allocate || op.gpu || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
   ChannelId channel = channels_[op.channel].id;
   MessageKey key = key_of(op);
   if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key))

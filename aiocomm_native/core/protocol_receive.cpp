@@ -276,6 +276,8 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
   op.source_address = header.address;
   op.source_segment = header.segment;
   Path path = peer.link->pull_path(from);
+  if (path == Path::read && op.gpu)
+    path = Path::none;  // what lands in a bounce buffer goes on chunk by chunk
   if (!op.live || peer.state != Peer::State::up) return;  // looking for the segment found the peer dead
   op.path = path;
   op.started_ns = now();

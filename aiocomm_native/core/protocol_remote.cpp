@@ -8,7 +8,7 @@ namespace aiocomm {
 bool Engine::hold(Op& op, Access access) {
   if (op.registration || op.nbytes == 0) return true;
   try {
-    op.registration = links_[op.link]->hold(op.data, op.nbytes, access);
+    op.registration = links_[op.link]->hold(host_data(op), op.nbytes, access);
     return true;
   } catch (const LinkFailure& failure) {
     op.error = failure.code;
@@ -25,7 +25,7 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   RemoteChunk what;
   what.op = op.id;
   what.read = op.path == Path::read;
-  what.local = op.data + chunk.offset;
+  what.local = host_data(op) + chunk.offset;
   what.registration = op.registration;
   what.remote = {op.source_address + chunk.offset, op.source_segment};
   what.nbytes = chunk.nbytes;
@@ -49,6 +49,12 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   op.inflight_bytes += chunk.nbytes;
   if (chunk.last) op.in_sched = false;
   return true;
+}
+
+// Whether this side's threads can read the peer's memory; a device's reads need it registered there.
+bool Engine::can_copy_from(Peer& peer) const {
+  Path path = peer.link->pull_path({});
+  return path != Path::none && path != Path::read;
 }
 
 // Our send that is being written into this receive of the peer's.

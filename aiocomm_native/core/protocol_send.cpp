@@ -299,12 +299,12 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
-  if (op->path == Path::read || op->path == Path::write) return post_remote(*op, *peer, chunk);
   if (chunk.offset + chunk.nbytes > op->ready) {  // its device has not filled it yet
     sched.unget(chunk);
     sched.set_ready(chunk.flow, false);
     return true;
   }
+  if (op->path == Path::read || op->path == Path::write) return post_remote(*op, *peer, chunk);
   bool pulls = op->path == Path::cma || op->path == Path::mapped;
   if (pulls) {
     if (jobs_ >= copy_limit(chunk.cls)) {

@@ -89,7 +89,7 @@ def _even(size: int) -> Any:
 @pytest.mark.parametrize("size", [1, 2, 4])
 async def test_a_layer_is_that_of_one_process(size: int, path: str) -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
-        for tokens, hidden in ((0, 8), (1, 8), (37, 64), (300, 700)):
+        for tokens, hidden in ((0, 8), (1, 8), (37, 64), (800, 700)):
             await layer(comm, tokens, hidden, path=path)
 
     async with world(size) as members:

@@ -3,8 +3,9 @@
     python tests/native/run_sanitized.py address,undefined tests/links tests/fault -k asyncio
     python tests/native/run_sanitized.py thread tests/links -k asyncio
 
-Needs the packages of the `test` extra, and g++ with its sanitizer libraries. The build is kept in build/, so that a second
-run compiles only what has changed. Exit status: pytest's, or 1 where a sanitizer has reported anything.
+Needs the packages of the `test` extra, and g++ with its sanitizer libraries. The build is kept in build/, so
+that a second run compiles only what has changed. Exit status: pytest's, or 1 where a sanitizer has reported
+anything.
 """
 
 from __future__ import annotations

@@ -85,11 +85,18 @@ def closure(names: Iterable[str]) -> set[str]:
 
 
 def _packages(site: Path) -> Iterator[Path]:
-    for name in closure(NEEDED):
-        for entry in importlib.metadata.files(name) or []:
-            path = Path(os.path.abspath(entry.locate()))
-            if path.is_relative_to(site) and path.is_file():
-                yield path
+    """Whole top-level folders: what was put into them since they were installed counts, too."""
+    tops = {
+        entry.parts[0]
+        for name in closure(NEEDED)
+        for entry in importlib.metadata.files(name) or []
+        if entry.parts[0] != ".."
+    }
+    for path in (site / top for top in sorted(tops)):
+        if path.is_dir():
+            yield from _below(path, ())
+        elif path.is_file():
+            yield path
 
 
 def _below(folder: Path, left_out: tuple[str, ...]) -> Iterator[Path]:

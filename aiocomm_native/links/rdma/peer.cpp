@@ -24,7 +24,8 @@ namespace {
 constexpr uint64_t kPartNs =
     20000000;  // how long a pair that is closed from here waits for its last words to arrive
 constexpr uint32_t kMaxRegistrations = 1 << 20;
-constexpr uint64_t kStallNs = 800000000;  // well over the transport's own retries
+constexpr uint64_t kStallNs = 800000000;   // well over the transport's own retries
+constexpr uint64_t kStallNsPerByte = 250;  // 4 MB/s: an emulated device that is short of processor time
 constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 
@@ -86,10 +87,16 @@ bool Lane::expects() const {
           peer.due_.load(std::memory_order_acquire) != peer.acked_.load(std::memory_order_relaxed));
 }
 
-// A device whose own port is down may report nothing at all.
+void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
+
+// A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
 void Lane::look(uint64_t now_ns) {
-  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + kStallNs) return;
-  if (!stalled.exchange(true)) failed(rail.name() + ": no word of what was posted");
+  uint64_t patience = kStallNs + bytes.load(std::memory_order_relaxed) * kStallNsPerByte;
+  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  std::unique_lock idle(posting, std::try_to_lock);
+  if (!idle || stalled.exchange(true)) return;
+  peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
+           Wake::engine);
 }
 
 void RdmaPeer::put(Event event, Wake wake) {
@@ -194,6 +201,30 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   }
   emit(header, meta, payload, wake);
   return Post::ok;
+}
+
+Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+  if (dead_) return Post::lost;
+  if (!open_ || streamed_.payload) {
+    remote_blocked_ = true;
+    return Post::again;
+  }
+  streamed_ = {header, payload, 0};
+  stream();
+  return streamed_.payload ? Post::pending : Post::ok;
+}
+
+void RdmaPeer::stream() {
+  Streamed& chunk = streamed_;
+  while (chunk.payload && has_credit(kReserve)) {
+    FrameHeader part = chunk.header;
+    part.address += chunk.done;
+    part.payload_bytes =
+        static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
+    emit(part, nullptr, chunk.payload + chunk.done, Wake::engine);
+    chunk.done += part.payload_bytes;
+    if (chunk.done == chunk.header.payload_bytes) chunk.payload = nullptr;
+  }
 }
 
 void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
@@ -324,6 +355,11 @@ void RdmaPeer::handle(Event& event) {
     case Event::Kind::chunk:
       if (!dead_) chunk(*lanes_[event.lane], event.which, static_cast<int>(event.nbytes));
       return;
+    case Event::Kind::stalled:
+      // With nowhere else to go it is better to wait: the peer's own signs of life decide.
+      if (!dead_ && another_lane(*lanes_[event.lane])) return lane_failed(*lanes_[event.lane], event.reason);
+      lanes_[event.lane]->stalled.store(false);
+      return;
     case Event::Kind::failed:
       if (!dead_) lane_failed(*lanes_[event.lane], event.reason);
       return;
@@ -373,7 +409,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   constexpr size_t kHead = sizeof prefix + sizeof header;
   if (header.kind < FrameKind::eager || header.kind > FrameKind::link_private)
     wrong = "unknown frame kind";
-  else if (header.kind == FrameKind::data || header.kind == FrameKind::heartbeat)
+  else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
   else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
            from.nbytes != kHead + header.meta_bytes + header.payload_bytes)
@@ -390,7 +426,12 @@ bool RdmaPeer::deliver(const Arrived& from) {
       keys = {};
       std::copy_n(prefix.key, prefix.keys, keys.of.begin());
     }
-    if (header.kind != FrameKind::link_private)
+    if (header.kind == FrameKind::data) {
+      if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
+        std::memcpy(into, data + kHead, header.payload_bytes);
+        host_.sink().on_data(*this, header, header.payload_bytes);
+      }
+    } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);
   }
   rail.give_back(from.slot);
@@ -412,8 +453,13 @@ void RdmaPeer::tell_credit() {
 
 void RdmaPeer::unblock() {
   if (!open_) return;
+  bool streaming = streamed_.payload != nullptr;
+  stream();
+  if (streaming && !streamed_.payload)
+    host_.sink().on_sent(*this, streamed_.header.sop, streamed_.header.payload_bytes);
+  if (dead_) return;
   bool frames = blocked_ && has_credit(kReserve);
-  bool bulk = remote_blocked_ && best_lane(0);
+  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0);
   if (!frames && !bulk) return;
   if (frames) {
     blocked_ = false;

@@ -39,6 +39,7 @@ struct Lane final : Completions {
   void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
   void immediate(uint32_t value, uint32_t nbytes) override;
   void frame_sent(uint32_t seq) override;
+  void chunk_posted() override;
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
@@ -55,7 +56,7 @@ struct Lane final : Completions {
   std::atomic<bool> stalled{false};
   State state = State::connecting;  // under the token, as what follows
   uint32_t chunks = 0;              // in flight
-  uint64_t bytes = 0;
+  std::atomic<uint64_t> bytes{0};
   double rate = 1.0;  // bytes per ns, of late
   uint64_t last_done_ns = 0;
 };
@@ -68,7 +69,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void start() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
-  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }
+  // What neither side's device can reach (it lies in a GPU) comes in frames, as credits allow; one chunk at a time.
+  Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   Post post_remote(const RemoteChunk& chunk) override;
   bool takes_offers() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
@@ -91,7 +93,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
 
   struct Event {
-    enum class Kind : uint8_t { frame, immediate, chunk, failed } kind;
+    enum class Kind : uint8_t { frame, immediate, chunk, stalled, failed } kind;
     uint32_t lane = 0;
     uint32_t which = 0;   // slot, value or chunk
     uint32_t nbytes = 0;  // or errno
@@ -126,7 +128,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void violated(const char* what);
   void tell_credit();
   void unblock();
+  void stream();
   // recovery.cpp
+  Lane* another_lane(const Lane& but);  // that is up
   void lane_failed(Lane& lane, const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
@@ -158,12 +162,17 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::unique_ptr<std::byte, void (*)(void*)> frames_{nullptr, nullptr};  // sent and not acknowledged
   uint32_t frames_registration_ = 0;
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};
-  std::atomic<uint32_t> due_{0};                    // as `sent_`, for the pollers
-  uint32_t sent_ = 0;                               // frames, that is the next sequence number
-  std::atomic<uint32_t> acked_{0};                  // of those, by the peer's device
-  uint32_t consumed_there_ = 0;                     // of those, by the peer
-  uint32_t expected_ = 0, told_ = 0;                // frames of the peer: handed over here, and told so
-  std::map<uint32_t, Arrived> early_;               // by sequence number
+  std::atomic<uint32_t> due_{0};      // as `sent_`, for the pollers
+  uint32_t sent_ = 0;                 // frames, that is the next sequence number
+  std::atomic<uint32_t> acked_{0};    // of those, by the peer's device
+  uint32_t consumed_there_ = 0;       // of those, by the peer
+  uint32_t expected_ = 0, told_ = 0;  // frames of the peer: handed over here, and told so
+  struct Streamed {
+    FrameHeader header{};
+    const std::byte* payload = nullptr;
+    uint64_t done = 0;
+  } streamed_;                         // the chunk of post_data that is on its way; no payload: none
+  std::map<uint32_t, Arrived> early_;  // by sequence number
   std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> free_chunks_;

@@ -328,7 +328,9 @@ void Rail::post_now(const Work& work) {
   request.wr.rdma.rkey = work.rkey;
   auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
   counter.fetch_add(1, std::memory_order_relaxed);
-  if (int error = ibv_post_send(work.qp, &request, &bad)) work.lane->chunk_done(work.chunk, error);
+  int error = ibv_post_send(work.qp, &request, &bad);
+  work.lane->chunk_posted();
+  if (error) work.lane->chunk_done(work.chunk, error);
 }
 
 const std::byte* Rail::slot(uint32_t index) const {

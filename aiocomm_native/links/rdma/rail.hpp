@@ -38,6 +38,7 @@ class Completions {
   virtual void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) = 0;
   virtual void immediate(uint32_t value, uint32_t nbytes) = 0;
   virtual void frame_sent(uint32_t seq) = 0;
+  virtual void chunk_posted() = 0;  // the call has returned, which may be when the bytes are through
   virtual void chunk_done(uint32_t chunk, int error) = 0;  // 0: its bytes are where they should be
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody

@@ -13,7 +13,6 @@
 //
 // Each side sends over a lane once an empty write over it has been acknowledged.
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string_view>
@@ -43,16 +42,17 @@ std::string encode(const LaneWord& word, bool numbers) {
 
 }  // namespace
 
+Lane* RdmaPeer::another_lane(const Lane& but) {
+  for (auto& lane : lanes_)
+    if (lane.get() != &but && lane->state == Lane::State::up) return lane.get();
+  return nullptr;
+}
+
 void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   if (lane.state == Lane::State::failed || lane.state == Lane::State::down) return;
   bool was_up = lane.state == Lane::State::up;
-  auto other = [&] {
-    return std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& candidate) {
-      return candidate.get() != &lane && candidate->state == Lane::State::up;
-    });
-  };
-  auto next = other();
-  if (was_up && next == lanes_.end()) {
+  Lane* next = another_lane(lane);
+  if (was_up && !next) {
     failure = ENETDOWN;
     return lose("no rail is left: " + reason);
   }
@@ -67,9 +67,9 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   say(word.data(), word.size());
   if (!was_up) return;
   ++link_.lanes_failed;
-  host_.fallback(rank, (*next)->rail.name(), reason);
+  host_.fallback(rank, next->rail.name(), reason);
   if (active_ != lane.index) return;
-  active_ = (*next)->index;
+  active_ = next->index;
   resend_frames();
 }
 

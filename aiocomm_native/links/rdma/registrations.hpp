@@ -1,4 +1,4 @@
-// Memory that devices may reach: registered once per rail, looked up by range.
+// Memory that devices may access: registered once per rail, looked up by range.
 //
 // Rules
 //  * Under the engine's token. A registration that is in use is never dropped.

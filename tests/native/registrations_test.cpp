@@ -1,0 +1,170 @@
+// needs: links/rdma/registrations.cpp core/segments.cpp
+//
+// The registration cache over a verbs library that only counts.
+
+#if __has_include(<infiniband/verbs.h>)
+
+#include "links/rdma/registrations.hpp"
+
+#include <sys/resource.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+#include <string>
+
+#include "core/segments.hpp"
+
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                \
+    }                                                                              \
+  } while (0)
+
+using namespace aiocomm;
+using namespace aiocomm::rdma;
+
+namespace {
+
+std::set<ibv_mr*> g_registered;
+int g_refuse = 0;
+int g_access = 0;
+
+Verbs counting() {
+  Verbs verbs{};
+  verbs.reg_mr = [](ibv_pd* domain, void* base, size_t nbytes, int access) -> ibv_mr* {
+    if (g_refuse) {
+      errno = g_refuse;
+      return nullptr;
+    }
+    g_access = access;
+    auto* region = new ibv_mr{};
+    region->pd = domain;
+    region->addr = base;
+    region->length = nbytes;
+    region->lkey = static_cast<uint32_t>(g_registered.size()) + 1;
+    region->rkey = region->lkey + 1000;
+    g_registered.insert(region);
+    return region;
+  };
+  verbs.dereg_mr = [](ibv_mr* region) {
+    CHECK(g_registered.erase(region) == 1);
+    delete region;
+    return 0;
+  };
+  return verbs;
+}
+
+void plain_memory_is_registered_for_one_use() {
+  Verbs verbs = counting();
+  ibv_pd one{}, two{};
+  Registrations cache(verbs, {&one, &two}, 1 << 20);
+  std::byte buffer[256];
+  Registration& first = cache.acquire(buffer, 256, Access::peer_reads);
+  CHECK(g_registered.size() == 2);  // on every rail
+  CHECK(g_access == IBV_ACCESS_REMOTE_READ);
+  CHECK(first.peer().of[0] != first.peer().of[1] && first.peer().of[2] == 0);
+  Registration& part = cache.acquire(buffer + 10, 100, Access::peer_reads);
+  CHECK(&part == &first && g_registered.size() == 2);
+  Registration& writable = cache.acquire(buffer, 256, Access::peer_writes);
+  CHECK(&writable != &first && g_registered.size() == 4);  // a key opens no more than its purpose needs
+  uint32_t id = first.id;
+  cache.release(writable.id);
+  cache.release(id);
+  CHECK(g_registered.size() == 2);
+  cache.release(id);
+  CHECK(g_registered.empty() && !cache.get(id));
+  CHECK(cache.acquire(buffer, 8, Access::local).id <= 2);  // ids are used again
+}
+
+void segments_stay_within_the_bound_and_as_long_as_they_live() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  Registrations cache(verbs, {&domain}, 3 << 16);
+  std::shared_ptr<Segment> segments[4];
+  for (auto& segment : segments) segment = Segments::of_process().allocate(1 << 16);
+  auto use = [&](int i) {
+    uint32_t id = cache.acquire(segments[i]->base + 100, 10, Access::local).id;
+    cache.release(id);
+  };
+  for (int i : {0, 1, 2, 0, 3}) use(i);
+  CHECK(g_registered.size() == 3 && cache.counters().evicted == 1);
+  uint64_t made = cache.counters().made;
+  use(0);
+  use(2);
+  use(3);
+  CHECK(cache.counters().made == made);
+  use(1);  // the one that was used least recently had gone
+  CHECK(cache.counters().made == made + 1);
+  uint32_t held = cache.acquire(segments[2]->base, 10, Access::local).id;
+  for (int i : {0, 1, 3}) use(i);
+  CHECK(cache.get(held));  // in use: never dropped
+  cache.release(held);
+  std::byte* base = segments[3]->base;
+  segments[3].reset();
+  Segments::of_process().release(base);
+  std::byte other[64];
+  cache.release(cache.acquire(other, 64, Access::local).id);
+  for (ibv_mr* region : g_registered) CHECK(region->addr != base);
+  for (auto& segment : segments)
+    if (segment) Segments::of_process().release(segment->base);
+}
+
+void what_a_peer_may_write_is_not_kept() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  Registrations cache(verbs, {&domain}, 1 << 20);
+  auto segment = Segments::of_process().allocate(1 << 16);
+  Registration& exposed = cache.acquire(segment->base + 64, 128, Access::peer_writes);
+  CHECK(exposed.base == segment->base + 64 && exposed.nbytes == 128);
+  cache.release(exposed.id);
+  CHECK(g_registered.empty());
+  Segments::of_process().release(segment->base);
+}
+
+void refusals_are_explained() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  Registrations cache(verbs, {&domain}, 1 << 20);
+  rlimit limit{};
+  getrlimit(RLIMIT_MEMLOCK, &limit);
+  rlimit small{4096, limit.rlim_max};
+  CHECK(setrlimit(RLIMIT_MEMLOCK, &small) == 0);
+  g_refuse = ENOMEM;
+  std::byte buffer[64];
+  std::string said;
+  int code = 0;
+  try {
+    cache.acquire(buffer, 64, Access::local);
+  } catch (const LinkFailure& failure) {
+    said = failure.what();
+    code = failure.code;
+  }
+  g_refuse = 0;
+  setrlimit(RLIMIT_MEMLOCK, &limit);
+  CHECK(code == ENOMEM);
+  CHECK(said.find("64 bytes") != std::string::npos && said.find("4 KiB") != std::string::npos);
+  CHECK(said.find("ulimit -l") != std::string::npos);
+  CHECK(g_registered.empty());
+}
+
+}  // namespace
+
+int main() {
+  plain_memory_is_registered_for_one_use();
+  CHECK(g_registered.empty());
+  segments_stay_within_the_bound_and_as_long_as_they_live();
+  CHECK(g_registered.empty());
+  what_a_peer_may_write_is_not_kept();
+  refusals_are_explained();
+}
+
+#else
+
+int main() {}
+
+#endif
