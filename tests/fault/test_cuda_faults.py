@@ -156,6 +156,24 @@ async def test_an_error_names_the_device_and_the_drivers_code(simulator: Simulat
         assert "aiocomm doctor" in str(failed[0])
 
 
+async def test_no_memory_for_the_array_that_a_receive_makes(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        data = random(NBYTES)
+        source = DeviceArray(NBYTES).write(data)
+        simulator.fail("cuMemAlloc", 2)
+        ended = await one_way(lambda: a.send(source, 1), lambda: b.recv_array(0, device=1))
+        assert isinstance(ended[1], aiocomm.LinkError | aiocomm.PeerError)
+        simulator.heal()
+        sent = a.send(source, 1)
+        array = await b.recv_array(0, device=1)
+        await sent
+        back = np.zeros(NBYTES, np.uint8)
+        received = a.recv(back, 1)
+        await b.send(array, 0)
+        await received
+        assert (back == data).all()
+
+
 @pytest.mark.parametrize("call", ["cuMemHostGetDevicePointer", "cuStreamCreateWithPriority"])
 async def test_a_device_that_does_not_start_leaves_nothing(simulator: Simulator, call: str) -> None:
     async with world(2, links=LINKS, warmup=True) as (a, _):
