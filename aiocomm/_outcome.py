@@ -109,8 +109,8 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
         )
     if number == errno.EOPNOTSUPP:
         return errors.LinkError(
-            f"{what}: GPU memory does not travel over the link rdma in this version: leave it out for this "
-            "pair (AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
+            f"{what}: GPU memory does not travel over the link rdma in this version: leave that link out "
+            "(AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
             number,
             "EOPNOTSUPP",
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+_NEED_DEVICES: Final = {"cuda": "none of its own", "rdma": "1 (tcp)"}  # not to be asked where there is none
 _PLACE: Final = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
 _RESULTS: Final = re.compile(r"<!-- results -->\n(.*?)<!-- /results -->", re.DOTALL)
 
@@ -84,6 +85,8 @@ def sockets(link: str) -> str:
     """Sockets that a pair needs on a link."""
     if not is_built(link):
         return "-"
+    if link in _NEED_DEVICES:
+        return _NEED_DEVICES[link]
     native = Settings().native()
     numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
     engine = _core.Engine([link], numbers, {})

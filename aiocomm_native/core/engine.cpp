@@ -75,12 +75,8 @@ Engine::Engine(EngineConfig config)
   };
   for (const LinkEntry& entry : link_registry()) {
     if (!wanted(entry.name)) continue;
-    std::unique_ptr<Link> link;
-    try {
-      link = entry.factory(*this);
-    } catch (const LinkFailure&) {
-      if (!entry.optional || !config_.links.empty()) throw;
-    }
+    if (entry.by_name && config_.links.empty()) continue;
+    std::unique_ptr<Link> link = entry.factory(*this);
     if (!link) continue;
     if (link->mover()) {
       mover_ = link->mover();

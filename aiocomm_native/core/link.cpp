@@ -11,8 +11,8 @@ std::vector<LinkEntry>& entries() {
 }
 }  // namespace
 
-LinkRegistration::LinkRegistration(const char* name, int cost, LinkFactory factory, bool optional) {
-  entries().push_back({name, cost, factory, optional});
+LinkRegistration::LinkRegistration(const char* name, int cost, LinkFactory factory, bool by_name) {
+  entries().push_back({name, cost, factory, by_name});
   std::stable_sort(entries().begin(), entries().end(),
                    [](const LinkEntry& a, const LinkEntry& b) { return a.cost < b.cost; });
 }

@@ -217,14 +217,14 @@ using LinkFactory = std::unique_ptr<Link> (*)(Host&);  // null: this machine has
 
 // A link makes itself known by one static object in its own folder. Lower `cost` is preferred.
 struct LinkRegistration {
-  // `optional`: a machine may have nothing for it; then LinkFailure says so, and is an error only if it was asked for.
-  LinkRegistration(const char* name, int cost, LinkFactory factory, bool optional = false);
+  // `by_name`: used only where it is asked for. Once a pair has taken it there is no way back to another link.
+  LinkRegistration(const char* name, int cost, LinkFactory factory, bool by_name = false);
 };
 struct LinkEntry {
   std::string name;
   int cost;
   LinkFactory factory;
-  bool optional;
+  bool by_name;
 };
 const std::vector<LinkEntry>& link_registry();  // cheapest first
 
