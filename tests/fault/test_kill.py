@@ -54,6 +54,8 @@ async def main():
             memory = np.ones(LARGE, np.uint8)
             region = comm.register(memory)
             waiting = comm.send(region.handle, 0, tag=5)
+        if role == "cold":
+            await asyncio.Event().wait()  # a receive would call rank 0
         await comm.recv(bytearray(1), 0, tag=99)
 
 asyncio.run(main())

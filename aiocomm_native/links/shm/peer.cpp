@@ -216,9 +216,9 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
     iovec local{&value, sizeof value}, remote{reinterpret_cast<void*>(hello.probe_address), sizeof value};
     ssize_t n = process_vm_readv(pid_, &local, 1, &remote, 1, 0);
     cma_ = n == sizeof value && value == hello.probe_value;
-    if (!cma_) error = n < 0 ? errno : ESRCH;
+    if (!cma_) error = n < 0 ? errno : EFAULT;
   }
-  if (!cma_)
+  if (!cma_ && error != ESRCH)  // that one has ended already, which its socket tells
     host_.fallback(rank, "stream",
                    error == ECANCELED
                        ? "cross-memory attach is switched off"
