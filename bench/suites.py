@@ -1,4 +1,4 @@
-"""The suites that the tool runs; a new one (GPU, RDMA, collectives) is a module and a line here."""
+"""The suites that the tool runs; a new one is a module and a line here."""
 
 from . import (
     collectives,
