@@ -1,5 +1,7 @@
 #include "sim.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -183,7 +185,11 @@ void Sim::pump() {
     for (size_t i = 0; i < active_.size(); ++i) moved |= advance(StreamPtr(active_[i]));
     std::erase_if(active_, [](const StreamPtr& stream) { return stream->queue.empty(); });
   }
-  if (polled_ && !std::exchange(poller_started_, true)) std::thread([this] { poll(); }).detach();
+  if (polled_ && !std::exchange(poller_started_, true))
+    std::thread([this] {
+      pthread_setname_np(pthread_self(), "fake-poller");  // else it has its maker's
+      poll();
+    }).detach();
   changed.notify_all();
 }
 
@@ -199,7 +205,10 @@ bool Sim::advance(const StreamPtr& stream) {
       engine.ready.emplace(op.sequence, stream);
       stream->offered = true;
       if (!std::exchange(engine.started, true))
-        std::thread([this, device, kind = op.engine] { run_engine(device, kind); }).detach();
+        std::thread([this, device, kind = op.engine] {
+          pthread_setname_np(pthread_self(), "fake-engine");  // else it has its maker's
+          run_engine(device, kind);
+        }).detach();
       return true;
     }
     complete_at_once(*stream, op);
