@@ -1,9 +1,35 @@
-"""The suites that the tool runs; a new one (GPU, RDMA, collectives) is a module and a line here."""
+"""The suites that the tool runs; a new one is a module and a line here."""
 
-from . import collectives, gpu, idle, moe, overhead, oversubscribe, pairs, progress, qos, rdma, startup
+from . import (
+    collectives,
+    gpu,
+    gpu_compute,
+    idle,
+    moe,
+    overhead,
+    oversubscribe,
+    pairs,
+    progress,
+    qos,
+    rdma,
+    startup,
+)
 from .model import Suite
 
 SUITES: dict[str, Suite] = {
     module.SUITE.name: module.SUITE
-    for module in (pairs, qos, progress, overhead, oversubscribe, idle, collectives, moe, startup, gpu, rdma)
+    for module in (
+        pairs,
+        qos,
+        progress,
+        overhead,
+        oversubscribe,
+        idle,
+        collectives,
+        moe,
+        startup,
+        gpu,
+        gpu_compute,
+        rdma,
+    )
 }

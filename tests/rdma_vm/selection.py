@@ -5,5 +5,5 @@
 _LOOPS = "test_a_posted_receive or test_a_send_under_way or test_one_sided or test_cancelling_the_task"
 SELECTED = f"guest or (rdma and asyncio) or (rdma and ({_LOOPS}))"
 ARGUMENTS = ("-v", "--durations=10", "--timeout=120", "-k", SELECTED, "tests/rdma_vm/guest", "tests/links")
-LIMIT_S = 600
+LIMIT_S = 900
 """For all of it, boot not included."""
