@@ -154,7 +154,8 @@ class RawEndpoint:
             num_sge=1,
             sg=[part],
             imm_data=0 if immediate is None else socket.htonl(immediate),
-            send_flags=enums.IBV_SEND_SIGNALED,
+            # Solicited: a receiver that sleeps until something asks for its attention is woken.
+            send_flags=enums.IBV_SEND_SIGNALED | enums.IBV_SEND_SOLICITED,
         )
         if opcode != "send":
             address, rkey = to

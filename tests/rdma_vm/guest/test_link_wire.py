@@ -48,7 +48,7 @@ def anyio_backend() -> str:
 async def comm(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[aiocomm.Communicator]:
     """Rank 0 on host a, over its first rail; the other member of its world says nothing."""
     monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "rxea0")
-    monkeypatch.setenv("AIOCOMM_HEARTBEAT_S", "60")  # the peer by hand gives no signs of life
+    monkeypatch.setenv("AIOCOMM_HEARTBEAT_S", "10")  # the peer by hand gives no signs of life
     async with world(2, links=("rdma",)) as (a, _):
         yield a
 
