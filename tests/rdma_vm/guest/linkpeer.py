@@ -99,7 +99,7 @@ class LinkPeer:
     def send(
         self, frame: Frame, key: int | None = None, *, seq: int | None = None, nbytes: int | None = None
     ) -> None:
-        """Post a frame, and wait until the other side's device has it.
+        """Post a frame.
 
         Args:
             frame: its lengths are derived from what it carries.

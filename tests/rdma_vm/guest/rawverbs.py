@@ -72,14 +72,14 @@ class RawEndpoint:
     """
 
     def __init__(
-        self, device: str, nbytes: int = 1 << 16, access: int = ALL_ACCESS, retries: int = 3
+        self, device: str, nbytes: int = 1 << 16, access: int = ALL_ACCESS, retries: int = 6
     ) -> None:
         self.context = Context(name=device)
         self.domain = PD(self.context)
         self.queue = CQ(self.context, _DEPTH * 2)
         self.region = MR(self.domain, nbytes, access)
         self.nbytes, self._retries = nbytes, retries
-        self.timeout = 12  # 4.096 µs · 2^12 = 17 ms
+        self.timeout = 14  # 4.096 µs · 2^14 = 67 ms: an emulated machine may stand still for longer than 17
         capacity = QPCap(max_send_wr=_DEPTH, max_recv_wr=_DEPTH, max_send_sge=1, max_recv_sge=1)
         wanted = QPInitAttr(
             qp_type=enums.IBV_QPT_RC, scq=self.queue, rcq=self.queue, cap=capacity, sq_sig_all=1
