@@ -197,7 +197,7 @@ async def test_what_is_offered_for_writing_cannot_be_read_and_the_other_way_roun
 
 
 IMMEDIATES = {
-    "a slot that was never offered": 77 << 20,
+    "a slot that was never offered": 77 << 20 | LAST_CHUNK,
     "slot 0": LAST_CHUNK,
 }
 
@@ -216,7 +216,7 @@ async def test_a_malformed_immediate_ends_that_pair_only(peer: LinkPeer, name: s
 
 FRAMES = {
     "unknown kind": (Frame(200), {}),
-    "kind of another link": (Frame(Kind.DATA), {}),
+    "kind of another link": (Frame(Kind.HEARTBEAT), {}),
     "longer than it is": (Frame(Kind.EAGER, nbytes=4, payload=b"four"), {"nbytes": 98}),
     "shorter than a header": (Frame(Kind.EAGER), {"nbytes": 40}),
     "beyond its credits": (Frame(LINK_PRIVATE), {"seq": 500}),
