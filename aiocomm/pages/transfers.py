@@ -290,7 +290,7 @@ class _Mover:
         more = True
         breath = time.monotonic() + _BREATH_S
         try:
-            while more or self._flying or self._later:
+            while more or self._flying or self._ended or self._later:
                 tired = False  # packing takes time, too
                 while (more or self._later) and self._has_room() and self._error is None and not tired:
                     transfer = self._next(jobs)
