@@ -60,12 +60,12 @@ class LinkStatistics:
     def collect(cls, engine: Engine, link: str) -> Self:
         """Read the native counters."""
         gauges = engine.gauges(link)
-        queued, moved = engine.histograms(link)
+        counters = engine.counters(link)
         return cls(
             link=link,
-            queued_s=Histogram.of(queued),
-            moved_s=Histogram.of(moved),
-            **engine.counters(link),
+            queued_s=Histogram.of(counters.pop("queued_s")),
+            moved_s=Histogram.of(counters.pop("moved_s")),
+            **counters,
             scheduled_bytes_by_channel=dict(engine.served_by_channel(link)),
             peers=int(gauges["peers"]),
             queued=int(gauges["queued"]),

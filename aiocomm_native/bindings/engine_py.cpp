@@ -22,7 +22,6 @@ namespace aiocomm::py {
 
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
-std::pair<std::vector<uint64_t>, std::vector<uint64_t>> histograms(PyEngine& engine, const std::string& link);
 
 PyEngine::~PyEngine() { clear(); }
 
@@ -560,7 +559,6 @@ void bind_engine(nb::module_& m) {
           "close", [](PyEngine& e) { e.engine->close(); }, release_gil())
       .def("release_descriptors", [](PyEngine& e) { e.engine->release_descriptors(); })
       .def("counters", counters)
-      .def("histograms", histograms)
       .def("gauges", [](PyEngine& e, const std::string& link) { return e.engine->gauges(link); })
       .def("served_by_channel",
            [](PyEngine& e, const std::string& link) { return e.engine->served_by_channel(link); })

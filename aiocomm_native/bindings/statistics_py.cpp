@@ -1,7 +1,6 @@
 // Counters as Python sees them.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -35,14 +34,10 @@ nb::dict counters(PyEngine& e, const std::string& link) {
   nb::dict device;
   for (const auto& [name, value] : c.device) device[name.c_str()] = value;
   out["device"] = device;
-  return out;
-}
-
-// Counts of completed operations by duration: (until their first byte moved, from then on).
-std::pair<std::vector<uint64_t>, std::vector<uint64_t>> histograms(PyEngine& e, const std::string& link) {
-  LinkCounters c = e.engine->counters(link);
   auto list = [](const DurationHistogram& h) { return std::vector(h.counts.begin(), h.counts.end()); };
-  return {list(c.queued), list(c.moved)};
+  out["queued_s"] = list(c.queued);
+  out["moved_s"] = list(c.moved);
+  return out;
 }
 
 }  // namespace aiocomm::py
