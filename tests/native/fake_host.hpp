@@ -67,6 +67,7 @@ class FakeHost final : public Host, public FrameSink {
   int loop_fd() const override { return -1; }
   int engine_fd() const override { return -1; }
   FrameSink& sink() override { return *this; }
+  MoverHost& mover_host() override { std::abort(); }  // links that move device memory are not tested here
   void fallback(Rank, const std::string&, const std::string&) override { ++fallbacks; }
 
   // FrameSink
