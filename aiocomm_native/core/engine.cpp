@@ -195,7 +195,7 @@ std::string Engine::text_setting(std::string_view name) const {
 bool Engine::submit(Op* op) {
   op->submitted_ns = now();
   // A send_nowait is answered by its call: it waits the microseconds for which another thread holds the token.
-  if (op->no_wait) token_.lock();
+  if (op->no_wait) token_.lock_first();
   if (op->no_wait || token_.try_lock()) {
     in_loop_thread_ = true;
     drain_submissions();

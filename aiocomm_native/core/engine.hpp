@@ -34,6 +34,7 @@
 #include "core/mpsc.hpp"
 #include "core/op.hpp"
 #include "core/patience.hpp"
+#include "core/priority_mutex.hpp"
 #include "core/peer.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
@@ -355,7 +356,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   Patience patience_;  // the loop's thread only
 
   // under the token
-  std::mutex token_;
+  PriorityMutex token_;
   bool in_loop_thread_ = false;
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;

@@ -5,7 +5,12 @@
 namespace aiocomm {
 
 void FairQueue::enter(FairNode& node) {
-  node.start_ = std::max(node.start_, heap_.empty() ? furthest_ : heap_.front()->start_);
+  node.start_ = std::max(node.start_, now());
+  re_enter(node);
+}
+
+void FairQueue::resume(FairNode& node) {
+  node.start_ = std::max(node.start_, now() - costliest_);
   re_enter(node);
 }
 
@@ -26,6 +31,7 @@ void FairQueue::leave(FairNode& node) {
 
 void FairQueue::charge(FairNode& node, uint64_t cost) {
   node.start_ += cost;
+  costliest_ = std::max<VirtualTime>(costliest_, cost);
   furthest_ = std::max(furthest_, node.start_);
   if (node.queued()) sift_down(node.position_, &node);
 }

@@ -90,7 +90,7 @@ std::vector<uint64_t> Scheduler::remove_flow(FlowId id) {
     dropped.push_back(item_pool_[flow.front()].id);
     remove_item(flow.front());
   }
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
   Group& group = flow.group;
   --registered_[group.cls];
   flows_.remove(flow);
@@ -106,7 +106,7 @@ void Scheduler::set_weight(uint64_t group, double weight) {
 void Scheduler::set_ready(FlowId id, bool ready) {
   Flow& flow = flow_at(id);
   flow.ready = ready;
-  refresh(flow, false);
+  refresh(flow, Entry::resumes);
 }
 
 void Scheduler::set_preempt(uint8_t cls, uint64_t ns) {
@@ -119,7 +119,7 @@ void Scheduler::push(FlowId id, uint64_t item, uint64_t nbytes, bool header) {
   require(items_.find(item) == nullptr, "this item is queued already");
   require(!header || nbytes <= config_.max_chunk, "a header is at most max_chunk long");
   insert_item({.id = item, .nbytes = nbytes, .order = order_++, .flow = &flow, .header = header});
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
 }
 
 std::optional<Scheduler::Chunk> Scheduler::next() {
@@ -153,7 +153,7 @@ std::optional<Scheduler::Chunk> Scheduler::next() {
   flow.backlog -= nbytes;
   if (chunk.last) {
     remove_item(flow.front());
-    refresh(flow, false);
+    refresh(flow, Entry::starts);
   }
   return chunk;
 }
@@ -185,7 +185,7 @@ void Scheduler::unget(const Chunk& chunk) {
   group.served -= chunk.nbytes;
   group.flows.refund(flow, charged(chunk.nbytes));
   classes_[group.cls].refund(group, group.cost(chunk.nbytes));
-  refresh(flow, true);
+  refresh(flow, Entry::refunded);
   if (undo_depth_ > 0 && undo_[(undo_top_ - 1) % kUndoDepth].serial == chunk.serial) {
     --undo_depth_;
     owed_ = undo_[--undo_top_ % kUndoDepth].owed;
@@ -199,7 +199,7 @@ std::optional<uint64_t> Scheduler::cancel(uint64_t id) {
   Flow& flow = *item.flow;
   const uint64_t remaining = item.nbytes - item.offset;
   remove_item(*index);
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
   return remaining;
 }
 
@@ -243,7 +243,7 @@ unsigned Scheduler::backlogged() const noexcept {
 }
 
 // Enters the flow and its group into the fair queues, or takes them out, as its items and readiness demand.
-void Scheduler::refresh(Flow& flow, bool refund) {
+void Scheduler::refresh(Flow& flow, Entry entry) {
   const bool active = flow.ready && !flow.empty();
   if (active == flow.queued()) return;
   Group& group = flow.group;
@@ -253,9 +253,18 @@ void Scheduler::refresh(Flow& flow, bool refund) {
     if (group.flows.empty()) groups.leave(group);
     return;
   }
-  refund ? group.flows.re_enter(flow) : group.flows.enter(flow);
-  if (group.queued()) return;
-  refund ? groups.re_enter(group) : groups.enter(group);
+  auto into = [entry](FairQueue& queue, FairNode& node) {
+    switch (entry) {
+      case Entry::starts:
+        return queue.enter(node);
+      case Entry::resumes:
+        return queue.resume(node);
+      case Entry::refunded:
+        return queue.re_enter(node);
+    }
+  };
+  into(group.flows, flow);
+  if (!group.queued()) into(groups, group);
 }
 
 void Scheduler::insert_item(const Item& item) {
