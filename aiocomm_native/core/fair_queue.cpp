@@ -9,8 +9,8 @@ void FairQueue::enter(FairNode& node) {
   re_enter(node);
 }
 
-void FairQueue::resume(FairNode& node) {
-  node.start_ = std::max(node.start_, now() - costliest_);
+void FairQueue::resume(FairNode& node, uint64_t credit) {
+  node.start_ = std::max(node.start_, now() - static_cast<VirtualTime>(credit));
   re_enter(node);
 }
 
@@ -31,7 +31,6 @@ void FairQueue::leave(FairNode& node) {
 
 void FairQueue::charge(FairNode& node, uint64_t cost) {
   node.start_ += cost;
-  costliest_ = std::max<VirtualTime>(costliest_, cost);
   furthest_ = std::max(furthest_, node.start_);
   if (node.queued()) sift_down(node.position_, &node);
 }

@@ -34,9 +34,9 @@ class FairQueue {
 
   // Becomes backlogged: starts no earlier than where the others stand now.
   void enter(FairNode& node);
-  // Was backlogged and could not be served: keeps its place, up to what the costliest charge made of the others. Whoever
-  // lost it each time that the transport is full would be served in turns, whatever the weights.
-  void resume(FairNode& node);
+  // Was backlogged and could not be served: keeps its place, but for what it lags by more than `credit`. Nodes that lost
+  // theirs each time that the transport is full would be served in turns, whatever the weights.
+  void resume(FairNode& node, uint64_t credit);
   // Becomes backlogged by a refund: keeps its start tag.
   void re_enter(FairNode& node);
   void leave(FairNode& node);
@@ -58,7 +58,6 @@ class FairQueue {
   VirtualTime now() const noexcept { return heap_.empty() ? furthest_ : heap_.front()->start_; }
 
   VirtualTime furthest_ = 0;  // at least every start tag given out
-  VirtualTime costliest_ = 0;
 };
 
 }  // namespace aiocomm

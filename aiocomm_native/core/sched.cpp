@@ -100,7 +100,9 @@ std::vector<uint64_t> Scheduler::remove_flow(FlowId id) {
 
 void Scheduler::set_weight(uint64_t group, double weight) {
   require(weight >= kMinWeight && weight <= kMaxWeight, "a weight must lie in [1/1024, 1024]");
-  group_at(group).cost_per_byte = static_cast<uint64_t>(std::llround(kCostOne / weight));
+  Group& changed = group_at(group);
+  changed.cost_per_byte = static_cast<uint64_t>(std::llround(kCostOne / weight));
+  dearest_[changed.cls] = std::max(dearest_[changed.cls], changed.cost_per_byte);
 }
 
 void Scheduler::set_ready(FlowId id, bool ready) {
@@ -253,18 +255,19 @@ void Scheduler::refresh(Flow& flow, Entry entry) {
     if (group.flows.empty()) groups.leave(group);
     return;
   }
-  auto into = [entry](FairQueue& queue, FairNode& node) {
+  auto into = [entry](FairQueue& queue, FairNode& node, uint64_t credit) {
     switch (entry) {
       case Entry::starts:
         return queue.enter(node);
       case Entry::resumes:
-        return queue.resume(node);
+        return queue.resume(node, credit);
       case Entry::refunded:
         return queue.re_enter(node);
     }
   };
-  into(group.flows, flow);
-  if (!group.queued()) into(groups, group);
+  // As far as a whole chunk of any other can have put it behind, and one more that was given back.
+  into(group.flows, flow, 2 * config_.max_chunk);
+  if (!group.queued()) into(groups, group, 2 * config_.max_chunk * dearest_[group.cls]);
 }
 
 void Scheduler::insert_item(const Item& item) {

@@ -149,6 +149,7 @@ class Scheduler {
   const int64_t share_;  // min_share in units of 1 / kShareOne
   std::array<FairQueue, kClasses> classes_;
   std::array<size_t, kClasses> registered_{};  // flows
+  std::array<uint64_t, kClasses> dearest_{};   // the greatest cost of a byte that a group has had
   std::array<uint64_t, kClasses> preempt_ns_;
   std::array<uint64_t, kClasses> in_flight_{};
   // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.
