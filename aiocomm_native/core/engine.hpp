@@ -215,7 +215,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void drain_submissions();
   void after_unlock();
   void ring_engine() {
-    if (assistants_.load(std::memory_order_relaxed))
+    if (assistants_.load(std::memory_order_relaxed) || loop_spins())
       ring_fd(engine_fd_);  // they keep the word awake, but set no timers
     else
       ring(page_->engine, engine_fd_);
@@ -358,6 +358,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   // under the token
   PriorityMutex token_;
   bool in_loop_thread_ = false;
+  bool spin_copies_ = false;  // a chunk waits for the spinning loop to copy it
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;
