@@ -29,6 +29,9 @@ OFFER_META: Final = struct.Struct("<QII")  # messages seen, immediate, start of 
 SLOT_NBYTES: Final = 8448
 LAST_CHUNK: Final = 1 << 16
 OFFER, WITHDRAW, WITHDRAWN, TOOK, QUIT, LINK_PRIVATE = range(17, 23)  # frame kinds of this link
+KEY_ASK, KEY_IS, KEY_REVOKE, KEY_REVOKED, NOTE = range(25, 30)
+WRITABLE: Final = 16  # flag of KEY_IS
+NOTE_MARK: Final = 0xFFF << 20  # in immediates, above the number of a notification
 _SLOTS: Final = 48
 _WAKE_LOOP: Final = 2
 
@@ -137,6 +140,13 @@ class LinkPeer:
             assert len(frame.payload) == frame.payload_bytes
             if frame.kind != LINK_PRIVATE and (not kinds or frame.kind in kinds):
                 return Arrival(frame, tuple(keys[:count]), done)
+
+    def has_no_frame(self) -> bool:
+        """Whether no frame has come that `receive` has not returned."""
+        while (done := self.frames.poll()) is not None:
+            if done.id in self._slots:
+                return False
+        return True
 
     async def _exactly(self, nbytes: int) -> bytes:
         data = b""
