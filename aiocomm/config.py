@@ -180,6 +180,13 @@ class Settings:
     )
     libibverbs: str | None = _setting(None, "path", "The verbs library; else libibverbs.so.1.")
     links: tuple[str, ...] | None = _setting(None, "names", "Links that may be used, best first, by comma.")
+    link_fallback: str = _setting(
+        "on",
+        "",
+        "A pair whose link has failed is connected again with its next operation: on, over the next link that "
+        "both ends have; off, over that link only.",
+        choices=("on", "off"),
+    )
     handshake_timeout_s: float = _setting(
         5.0,
         "seconds",

@@ -542,6 +542,10 @@ void bind_engine(nb::module_& m) {
           "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
           release_gil())
       .def(
+          "paired",
+          [](PyEngine& e, int rank, uint64_t generation) { return e.engine->paired(rank, generation); },
+          release_gil())
+      .def(
           "fail_connect",
           [](PyEngine& e, int rank, const std::string& reason) { e.engine->fail_connect(rank, reason); },
           release_gil())

@@ -388,6 +388,14 @@ void Engine::fallback(Rank rank, const std::string& path, const std::string& rea
   emit({EngineEvent::Kind::fallback, rank, 0, path, reason});
 }
 
+void Engine::part_down(Rank rank, const std::string& part, const std::string& reason) {
+  emit({EngineEvent::Kind::link_down, rank, 0, part, reason});
+}
+
+void Engine::part_up(Rank rank, const std::string& part) {
+  emit({EngineEvent::Kind::link_up, rank, 0, part, {}});
+}
+
 void Engine::run() {
   pthread_setname_np(pthread_self(), "aiocomm-engine");
   const auto heartbeat_ns = static_cast<uint64_t>(setting("heartbeat_s", 1.0) * 1e9);

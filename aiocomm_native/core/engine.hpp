@@ -122,6 +122,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
+  bool paired(Rank rank, uint64_t generation);  // its link is up
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them
@@ -181,6 +182,8 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
+  void part_down(Rank rank, const std::string& part, const std::string& reason) override;
+  void part_up(Rank rank, const std::string& part) override;
 
   MoverHost& mover_host() override { return *this; }
   Mover* mover() { return mover_; }
@@ -205,6 +208,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
+  void on_unsure(LinkPeer& to, const FrameHeader& header) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
  private:
@@ -355,6 +359,9 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
+  void break_pair(Peer& peer, const std::string& reason);
+  void end_link(Peer& peer);
+  void drop_announced(Peer& peer);
   void drop_attached(Peer& peer);
   void fail_hopeless_receives();
   Op* find(OpId id);

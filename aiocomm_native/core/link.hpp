@@ -86,6 +86,8 @@ class FrameSink {
     (void)from, (void)value, (void)nbytes;
   }
   virtual void on_writable(LinkPeer& to) = 0;
+  // The pair is about to be lost by devices of ours, and whether this frame has reached the peer is not known.
+  virtual void on_unsure(LinkPeer& to, const FrameHeader& header) { (void)to, (void)header; }
   virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
 
  protected:
@@ -152,7 +154,7 @@ class LinkPeer {
 
   Rank rank = -1;
   uint64_t generation = 0;
-  int failure = 0;  // errno: the pair ended by devices of ours, not by the peer
+  int failure = 0;  // errno: the pair ended by devices, not by the peer, which may be met by another link
 };
 
 // Something with a file descriptor in one of the engine's two epoll sets.
@@ -180,6 +182,9 @@ class Host {
   virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
+  // A part of a pair's link (a rail) is gone, or there again; the rest goes on.
+  virtual void part_down(Rank rank, const std::string& part, const std::string& reason) = 0;
+  virtual void part_up(Rank rank, const std::string& part) = 0;
 
  protected:
   ~Host() = default;

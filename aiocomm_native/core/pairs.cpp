@@ -92,6 +92,12 @@ void Engine::leave_peer(Rank rank, uint64_t generation) {
   if (peer->state != Peer::State::up) end_peer(*peer, kLeft);
 }
 
+bool Engine::paired(Rank rank, uint64_t generation) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  return peer && peer->generation == generation && peer->state == Peer::State::up;
+}
+
 void Engine::fail_connect(Rank rank, const std::string& reason) {
   Token token(*this);
   Peer* peer = find_peer(rank);

@@ -25,6 +25,10 @@ uint64_t now_ns() {
 
 }  // namespace
 
+std::string Lane::name() const {
+  return "rdma/" + rail.port().device + ":" + std::to_string(rail.port().number);
+}
+
 void Lane::arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) {
   Prefix prefix{};
   if (nbytes >= sizeof prefix) std::memcpy(&prefix, data, sizeof prefix);

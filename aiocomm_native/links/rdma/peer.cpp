@@ -85,6 +85,7 @@ void RdmaPeer::shut() {
   if (dead_) return;
   dead_ = true;
   for (auto& lane : lanes_) lane->rail.remove(lane->pairs, lane->posting);
+  link_.retire_rails();
   // No poller knows this pair any more.
   for (const Event& event : inbox_)
     if (event.kind == Event::Kind::frame) lanes_[event.lane]->rail.give_back(event.which);
@@ -253,6 +254,7 @@ void RdmaPeer::tick(uint64_t now_ns) {
     return lose(text);
   }
   if (broken_) return lose("the pair's connection takes no more words");
+  link_.look_for_devices(now_ns);
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);
   if (open_ && initiator_)
     for (auto& lane : lanes_)

@@ -36,6 +36,7 @@ struct Lane final : Completions {
   enum class State : uint8_t { connecting, up, failed, down, probing };
 
   Lane(RdmaPeer& owner, Rail& over, uint32_t which) : peer(owner), rail(over), index(which) {}
+  std::string name() const;  // for events
   void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
   void immediate(uint32_t value, uint32_t nbytes) override;
   void frame_sent(uint32_t seq) override;
@@ -86,9 +87,10 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
  private:
   friend struct Lane;
   static constexpr uint32_t kHello = 0x52494f41, kVersion = 1;  // "AIOR"
-  // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs.
+  // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs;
+  // kNoRail by the number of frames taken in.
   static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',
-                        kGo = 'g';
+                        kGo = 'g', kNoRail = 'n';
   static constexpr uint32_t kProbe = 0xffffffff;
   static constexpr uint32_t kReserve = 2;
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
@@ -136,6 +138,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
   void resend_frames();
+  void give_up(const std::string& reason);
   void try_again(Lane& lane);
   void reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer);
   void probe(Lane& lane);

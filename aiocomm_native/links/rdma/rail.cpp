@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <utility>
 
 #include "core/doorbell.hpp"
 #include "core/link.hpp"
@@ -50,6 +51,7 @@ Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
     for (int i = 0; i < count && !context_; ++i)
       if (port_.device == verbs_.get_device_name(list[i])) context_ = verbs_.open_device(list[i]);
     check(context_, name(), "a context");
+    node_ = context_->device->dev_name;
     ibv_device_attr limits{};
     verbs_.query_device(context_, &limits);
     auto at_most = [](uint32_t wanted, int limit) {
@@ -99,18 +101,40 @@ Rail::~Rail() {
 }
 
 void Rail::release_all() {
-  if (frames_srq_) verbs_.destroy_srq(frames_srq_);
-  if (bulk_srq_) verbs_.destroy_srq(bulk_srq_);
-  for (Slab& slab : slabs_)
-    if (slab.region) verbs_.dereg_mr(slab.region);
-  slabs_.clear();
-  if (frames_queue_) verbs_.destroy_cq(frames_queue_);
-  if (bulk_queue_) verbs_.destroy_cq(bulk_queue_);
-  if (channel_) verbs_.destroy_comp_channel(channel_);
-  if (domain_) verbs_.dealloc_pd(domain_);
-  if (context_) verbs_.close_device(context_);
-  for (int fd : {epoll_, wake_})
-    if (fd >= 0) ::close(fd);
+  auto give = [](auto*& held, auto release) {
+    if (held) release(held);
+    held = nullptr;
+  };
+  give(frames_srq_, verbs_.destroy_srq);
+  give(bulk_srq_, verbs_.destroy_srq);
+  for (Slab& slab : slabs_) give(slab.region, verbs_.dereg_mr);  // their bytes may still be looked at
+  give(frames_queue_, verbs_.destroy_cq);
+  give(bulk_queue_, verbs_.destroy_cq);
+  give(channel_, verbs_.destroy_comp_channel);
+  give(domain_, verbs_.dealloc_pd);
+  give(context_, verbs_.close_device);
+  for (int* fd : {&epoll_, &wake_})
+    if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
+}
+
+bool Rail::present() const { return ::access(("/sys/class/infiniband_verbs/" + node_).c_str(), F_OK) == 0; }
+
+void Rail::leave() {
+  up_.store(false, std::memory_order_release);
+  if (gone_.exchange(true)) return;
+  std::lock_guard lock(polling_);
+  for (auto [number, lane] : lanes_) lane->failed(name() + ": the device was removed");
+}
+
+bool Rail::idle_without_device() {
+  if (!gone() || !context_) return false;
+  std::lock_guard lock(polling_);
+  return lanes_.empty();
+}
+
+void Rail::retire() {
+  stop();
+  release_all();
 }
 
 std::string Rail::name() const { return "device " + port_.device + " port " + std::to_string(port_.number); }
@@ -131,7 +155,9 @@ void Rail::stop() {
     if (thread->joinable()) thread->join();
 }
 
-void Rail::kick() { ring_fd(wake_); }
+void Rail::kick() {
+  if (wake_ >= 0) ring_fd(wake_);
+}
 
 // ---------------------------------------------------------------- queue pairs
 
@@ -151,6 +177,7 @@ void Rail::add_slots(uint32_t count) {
 }
 
 QueuePairs Rail::open() {
+  if (gone()) throw LinkFailure(name() + ": the device was removed", ENODEV);
   {
     std::lock_guard lock(slabs_mutex_);
     if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
@@ -338,6 +365,7 @@ const std::byte* Rail::slot(uint32_t index) const {
 }
 
 void Rail::give_back(uint32_t index) {
+  if (!frames_srq_) return;
   const Slab& slab = slabs_[index / kCredits];
   ibv_sge piece{reinterpret_cast<uint64_t>(slot(index)), kSlotBytes, slab.region->lkey};
   ibv_recv_wr request{}, *bad;
@@ -351,13 +379,13 @@ void Rail::give_back(uint32_t index) {
 
 int Rail::poll() {
   std::unique_lock lock(polling_, std::try_to_lock);
-  if (!lock) return 0;
+  if (!lock || !context_) return 0;
   return poll_queue(frames_queue_) + poll_queue(bulk_queue_);
 }
 
 void Rail::drain() {
   std::lock_guard lock(polling_);
-  while (poll_queue(frames_queue_) + poll_queue(bulk_queue_) > 0) {
+  while (context_ && poll_queue(frames_queue_) + poll_queue(bulk_queue_) > 0) {
   }
 }
 
@@ -454,7 +482,11 @@ void Rail::read_events() {
     ibv_event_type type = event.event_type;
     bool ours = event.element.port_num == port_.number;
     verbs_.ack_async_event(&event);
-    bool down = (type == IBV_EVENT_PORT_ERR && ours) || type == IBV_EVENT_DEVICE_FATAL;
+    if (type == IBV_EVENT_DEVICE_FATAL) {
+      on_gone();
+      continue;
+    }
+    bool down = type == IBV_EVENT_PORT_ERR && ours;
     bool up = type == IBV_EVENT_PORT_ACTIVE && ours;
     if (!down && !up) continue;
     up_.store(up, std::memory_order_release);

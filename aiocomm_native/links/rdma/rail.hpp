@@ -87,6 +87,15 @@ class Rail {
   uint32_t max_inline() const { return max_inline_; }
   bool up() const { return up_.load(std::memory_order_acquire); }
 
+  // The kernel lets go of a removed device only when everything of it has been closed here. Under the token:
+  bool gone() const { return gone_.load(std::memory_order_acquire); }
+  bool present() const;                          // as far as the kernel's list of devices says
+  const std::string& node() const { return node_; }  // its file in /dev/infiniband
+  void leave();   // the device is gone: its lanes hear that they have failed
+  bool idle_without_device();  // no lane is left
+  void retire();  // then: closes everything of the device. The rail stays, and is good for nothing.
+  std::function<void()> on_gone;  // its device says that it is broken; told by the poller
+
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
   QueuePairs open();
   void connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number, uint32_t bulk_number);
@@ -132,7 +141,8 @@ class Rail {
   ibv_srq *frames_srq_ = nullptr, *bulk_srq_ = nullptr;
   uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
   int epoll_ = -1, wake_ = -1;
-  std::atomic<bool> up_{true}, stopping_{false};
+  std::atomic<bool> up_{true}, stopping_{false}, gone_{false};
+  std::string node_;
 
   struct Slab {
     std::unique_ptr<std::byte, void (*)(void*)> memory{nullptr, nullptr};

@@ -11,6 +11,8 @@
 //                             ◄── there(numbers) ──
 //   connects; probes; uses    ── go ──►             probes; uses
 //
+//   the last lane fails       ── no rail ──►        both ends of the pair end by their link, not by the peer
+//
 // Each side sends over a lane once an empty write over it has been acknowledged.
 
 #include <cerrno>
@@ -19,6 +21,7 @@
 
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
+#include "links/rdma/prefix.hpp"
 
 namespace aiocomm::rdma {
 
@@ -53,11 +56,13 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   bool was_up = lane.state == Lane::State::up;
   Lane* next = another_lane(lane);
   if (was_up && !next) {
-    failure = ENETDOWN;
-    return lose("no rail is left: " + reason);
+    std::string word = encode({kNoRail, expected_, 0, 0}, false);
+    say(word.data(), word.size());
+    return give_up("no rail is left: " + reason);
   }
   lane.state = Lane::State::failed;
   lane.rail.remove(lane.pairs, lane.posting);
+  link_.retire_rails();
   lane.outstanding.store(0);
   lane.chunks = 0;
   lane.bytes = 0;
@@ -67,10 +72,21 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   say(word.data(), word.size());
   if (!was_up) return;
   ++link_.lanes_failed;
-  host_.fallback(rank, next->rail.name(), reason);
+  host_.part_down(rank, lane.name(), reason);
   if (active_ != lane.index) return;
   active_ = next->index;
   resend_frames();
+}
+
+// Nothing reaches the peer any more, though it may live. Its frames that are here are taken in by nobody.
+void RdmaPeer::give_up(const std::string& reason) {
+  failure = ENETDOWN;
+  for (uint32_t seq = consumed_there_; seq != sent_; ++seq) {
+    FrameHeader header;
+    std::memcpy(&header, frame_slot(seq) + sizeof(Prefix), sizeof header);
+    host_.sink().on_unsure(*this, header);
+  }
+  lose(reason);
 }
 
 void RdmaPeer::resend_frames() {
@@ -144,6 +160,7 @@ void RdmaPeer::probed(Lane& lane, int error) {
   if (error) return lane_failed(lane, lane.rail.name() + ": still no way through");
   lane.state = Lane::State::up;
   ++link_.lanes_recovered;
+  host_.part_up(rank, lane.name());
   unblock();
 }
 
@@ -155,9 +172,17 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
     return 1;
   }
   size_t length = word.what == kAgain || word.what == kThere ? kLong : kShort;
-  bool known = std::string_view("fcotg").find(word.what) != std::string_view::npos;
+  bool known = std::string_view("fcotgn").find(word.what) != std::string_view::npos;
   if (known && nbytes < length) return 0;
   if (known) std::memcpy(&word.lane, data + 1, 4);
+  if (word.what == kNoRail) {  // and how many of our frames it has taken in
+    if (word.lane - consumed_there_ <= sent_ - consumed_there_) consumed_there_ = word.lane;
+    for (auto& lane : lanes_) lane->rail.drain();
+    while (!dead_ && poll(1 << 20) > 0) {  // what it had sent has come, or is lost
+    }
+    if (!dead_) give_up("no rail is left, as the peer says");
+    return length;
+  }
   if (!known || word.lane >= lanes_.size()) {
     violated("unknown word on the pair's connection");
     return 1;

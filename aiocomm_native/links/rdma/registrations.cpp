@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "core/link.hpp"
 #include "core/segments.hpp"
@@ -86,6 +87,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   fresh->users = 1;
   fresh->used = ++uses_;
   for (size_t i = 0; i < domains_.size(); ++i) {
+    if (!domains_[i]) continue;
     fresh->regions[i] = verbs_.reg_mr(domains_[i], fresh->base, nbytes, access_of(access));
     if (fresh->regions[i]) continue;
     int error = errno;
@@ -129,6 +131,12 @@ Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access
     if (found->access == access && it->first + found->nbytes >= begin + nbytes) return found;
   }
   return nullptr;
+}
+
+void Registrations::forget_rail(size_t rail) {
+  domains_[rail] = nullptr;
+  for (auto& slot : slots_)
+    if (ibv_mr* region = slot ? std::exchange(slot->regions[rail], nullptr) : nullptr) verbs_.dereg_mr(region);
 }
 
 Registration* Registrations::get(uint32_t id) {

@@ -52,6 +52,8 @@ class Registrations {
   Registration& acquire(const std::byte* data, uint64_t nbytes, Access access);
   void release(uint32_t id);
   Registration* get(uint32_t id);
+  // That rail's device is gone: nothing is registered with it any more.
+  void forget_rail(size_t rail);
   const RegistrationCounters& counters() const { return counters_; }
 
  private:
@@ -61,7 +63,7 @@ class Registrations {
   void trim();
 
   const Verbs& verbs_;
-  const std::vector<ibv_pd*> domains_;
+  std::vector<ibv_pd*> domains_;  // null: gone
   const uint64_t keep_bytes_;
   uint64_t kept_bytes_ = 0, uses_ = 0, releases_ = 0;
   std::vector<std::unique_ptr<Registration>> slots_;  // id - 1

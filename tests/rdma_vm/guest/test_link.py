@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from harness import until
 
 import aiocomm
-from aiocomm.errors import LinkError, PeerError
+from aiocomm.errors import LinkError
+from aiocomm.types import Fallback, LinkDown, LinkUp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +39,9 @@ def anyio_backend() -> str:
 
 
 @contextlib.asynccontextmanager
-async def hosts(rails: int, **settings: str) -> AsyncIterator[list[aiocomm.Communicator]]:
+async def hosts(
+    rails: int, *, links: tuple[str, ...] = ("rdma",), **settings: str
+) -> AsyncIterator[list[aiocomm.Communicator]]:
     """Rank 0 on host a and rank 1 on host b, connected over so many rails."""
     address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
     members: dict[int, aiocomm.Communicator] = {}
@@ -50,7 +53,7 @@ async def hosts(rails: int, **settings: str) -> AsyncIterator[list[aiocomm.Commu
         for rank, host in enumerate("ab"):
             devices = ",".join(f"rxe{host}{rail}" for rail in range(rails))
             with mock.patch.dict(os.environ, settings | {"AIOCOMM_RDMA_DEVICES": devices}):
-                opening = aiocomm.connect(address, rank=rank, size=2, links=("rdma",), warmup=True)
+                opening = aiocomm.connect(address, rank=rank, size=2, links=links, warmup=True)
             group.start_soon(join, rank, opening)
     try:
         yield [members[0], members[1]]
@@ -211,6 +214,7 @@ async def test_a_notification_rides_on_the_last_write() -> None:
 
 async def test_a_rail_that_goes_down_and_comes_back() -> None:
     async with hosts(2) as (a, b):
+        events = a.events()
         sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
         receiving = b.recv(got, 0)
         sending = a.send(sent, 1)
@@ -226,6 +230,10 @@ async def test_a_rail_that_goes_down_and_comes_back() -> None:
         finally:
             up("a0")
         await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
+        first = await anext(events)
+        assert isinstance(first, LinkDown)
+        assert (first.link, first.rank) == ("rdma/rxea0:1", 1)
+        assert await anext(events) == LinkUp("rdma/rxea0:1", 1)
         writes = device(a)["rxea0.writes"]
         receiving = b.recv(got, 0)
         await a.send(sent, 1)
@@ -264,20 +272,72 @@ async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> Non
         await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
 
 
-async def test_no_rail_left_is_an_error_of_the_link() -> None:
+async def lose_both_rails(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
+    """In the middle of a message; both ends say that it was the link."""
+    sending = a.send(random(64 * MIB), 1)
+    receiving = b.recv(np.zeros(64 * MIB, np.uint8), 0)
+    await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
+    down("a0")
+    down("a1")
+    with pytest.raises(LinkError):
+        await sending
+    with pytest.raises(LinkError):
+        await receiving
+
+
+async def test_no_rail_left_is_an_error_of_the_link_at_both_ends() -> None:
     async with hosts(2) as (a, b):
-        sending = a.send(random(64 * MIB), 1)
-        receiving = b.recv(np.zeros(64 * MIB, np.uint8), 0)
-        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
-        down("a0")
-        down("a1")
         try:
-            with pytest.raises((LinkError, PeerError)) as sender:
-                await sending
-            with pytest.raises((LinkError, PeerError)) as receiver:
-                await receiving
-            # Who notices first says so; to the other one it may look like a peer that closed the pair.
-            assert LinkError in (sender.type, receiver.type)
+            await lose_both_rails(a, b)
+            assert all(peer.alive for comm in (a, b) for peer in comm.peers)
         finally:
             up("a0")
             up("a1")
+        got = np.zeros(MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        await a.send(random(MIB), 1)  # connects anew, over the same link
+        await receiving
+        np.testing.assert_array_equal(got, random(MIB))
+
+
+async def test_no_rail_left_falls_back_to_tcp() -> None:
+    async with hosts(2, links=("rdma", "tcp")) as (a, b):
+        events = a.events()
+        try:
+            await lose_both_rails(a, b)
+            for nbytes in (100, 2 * MIB):
+                got = np.zeros(nbytes, np.uint8)
+                receiving = b.recv(got, 0)
+                await a.send(random(nbytes), 1)
+                await receiving
+                np.testing.assert_array_equal(got, random(nbytes))
+            assert a.links["tcp"].statistics().completed == 2
+            told = {}
+            while Fallback not in told:
+                event = await anext(events)
+                told[type(event)] = event
+            assert told[Fallback] == Fallback("rdma", 1, "tcp", "the link failed")
+            assert told[LinkDown].link == "rdma"
+            assert "no rail is left" in told[LinkDown].reason
+        finally:
+            up("a0")
+            up("a1")
+
+
+async def test_a_device_that_is_removed_in_use() -> None:
+    async with hosts(2) as (a, b):
+        sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        sending = a.send(sent, 1)
+        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 3)
+        await anyio.to_thread.run_sync(run, "rdma", "link", "delete", "rxea0")
+        try:
+            await sending
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+            assert device(a)["lanes_failed"] == 1
+            async with b.register(got) as region:
+                await a.put(sent[:MIB], a.remote(region.handle)[MIB : 2 * MIB])
+            np.testing.assert_array_equal(got[MIB : 2 * MIB], sent[:MIB])
+        finally:
+            run("rdma", "link", "add", "rxea0", "type", "rxe", "netdev", "a0")
