@@ -15,6 +15,7 @@
 
 #include "core/doorbell.hpp"
 #include "core/offers.hpp"
+#include "links/rdma/lanes.hpp"
 #include "links/rdma/link.hpp"
 
 namespace aiocomm::rdma {
@@ -24,8 +25,6 @@ namespace {
 constexpr uint64_t kPartNs =
     20000000;  // how long a pair that is closed from here waits for its last words to arrive
 constexpr uint32_t kMaxRegistrations = 1 << 20;
-constexpr uint64_t kStallNs = 800000000;   // well over the transport's own retries
-constexpr uint64_t kStallNsPerByte = 250;  // 4 MB/s: an emulated device that is short of processor time
 constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 
@@ -66,9 +65,7 @@ void Lane::immediate(uint32_t value, uint32_t nbytes) {
 
 void Lane::frame_sent(uint32_t seq) {
   last_sign_ns.store(now_ns(), std::memory_order_relaxed);
-  // By one thread at a time, under the rail's lock; a frame that went out twice is not unsent by the second word.
-  if (static_cast<int32_t>(seq + 1 - peer.acked_.load(std::memory_order_relaxed)) > 0)
-    peer.acked_.store(seq + 1, std::memory_order_release);
+  peer.acks_.one(seq);
 }
 
 void Lane::chunk_done(uint32_t chunk, int error) {
@@ -82,22 +79,26 @@ void Lane::failed(const std::string& reason) {
 }
 
 bool Lane::expects() const {
-  return outstanding.load(std::memory_order_relaxed) ||
+  return outstanding.load(std::memory_order_relaxed) || peer.starved_.load(std::memory_order_acquire) ||
          (peer.active_.load(std::memory_order_relaxed) == index &&
-          peer.due_.load(std::memory_order_acquire) != peer.acked_.load(std::memory_order_relaxed));
+          peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
 }
 
 void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
 
 // A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
 void Lane::look(uint64_t now_ns) {
-  uint64_t patience = kStallNs + bytes.load(std::memory_order_relaxed) * kStallNsPerByte;
-  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  bool due = outstanding.load(std::memory_order_relaxed) ||
+             peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before();
+  uint64_t patience = rail.transport().patience_ns;
+  if (!due || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
   std::unique_lock idle(posting, std::try_to_lock);
   if (!idle || stalled.exchange(true)) return;
   peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
            Wake::engine);
 }
+
+void Lane::attend() { peer.poll(1 << 20); }
 
 void RdmaPeer::put(Event event, Wake wake) {
   bool many;
@@ -107,6 +108,7 @@ void RdmaPeer::put(Event event, Wake wake) {
     many = inbox_.size() >= Rail::kCredits / 4;  // what nobody looks at uses credits up
     has_inbox_.store(true, std::memory_order_release);
   }
+  if (Attending::to(this)) return;
   if (wake == Wake::loop)
     ring(host_.wake_page().loop, host_.loop_fd());
   else if (wake != Wake::none || many || starved_.load(std::memory_order_acquire))
@@ -147,8 +149,8 @@ void RdmaPeer::open(const std::vector<Address>& theirs) {
 void RdmaPeer::start() {
   std::vector<uint32_t> hello{kHello, kVersion, static_cast<uint32_t>(lanes_.size())};
   for (auto& lane : lanes_) {
-    hello.push_back(lane->pairs.frames->qp_num);
-    hello.push_back(lane->pairs.bulk->qp_num);
+    Numbers numbers = lane->pairs.numbers();
+    hello.insert(hello.end(), numbers.begin(), numbers.end());
   }
   say(hello.data(), hello.size() * sizeof hello[0]);
   host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
@@ -158,7 +160,7 @@ void RdmaPeer::close() {
   if (dead_) return;
   // Closing the queue pairs takes back what the peer's device has not acknowledged.
   uint64_t until = host_.now() + kPartNs;
-  while (open_ && acked_.load(std::memory_order_acquire) != sent_ && host_.now() < until) {
+  while (open_ && acks_.all_before() != sent_ && host_.now() < until) {
     for (auto& lane : lanes_) lane->rail.poll();
     sched_yield();
   }
@@ -196,6 +198,7 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   if (!open_ || !has_credit(kReserve)) {
     blocked_ = true;
     starved_.store(open_, std::memory_order_release);
+    if (open_) lanes_[active_]->rail.kick();
     if (has_inbox_.load(std::memory_order_acquire)) ring(host_.wake_page().engine, host_.engine_fd());
     return Post::again;
   }
@@ -229,6 +232,9 @@ void RdmaPeer::stream() {
 
 void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   uint32_t seq = sent_++;
+  // A loop that computes gives no credits back, nor sees those that it gets: the engine does.
+  if (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2)
+    wake = Wake::engine;
   Prefix prefix{};
   prefix.seq = seq;
   prefix.consumed = told_ = expected_;
@@ -246,7 +252,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   nbytes += header.meta_bytes;
   if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
   frame_bytes_[seq % Rail::kCredits] = static_cast<uint32_t>(nbytes + header.payload_bytes);
-  if (due_.load(std::memory_order_relaxed) == acked_.load(std::memory_order_relaxed))
+  if (due_.load(std::memory_order_relaxed) == acks_.all_before())
     lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
   due_.store(sent_, std::memory_order_release);
   transmit(seq);
@@ -254,32 +260,41 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
 
 void RdmaPeer::transmit(uint32_t seq) {
   Lane& lane = *lanes_[active_];
+  Prefix prefix;
+  std::memcpy(&prefix, frame_slot(seq), sizeof prefix);
   uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
-  if (int error = lane.rail.post_frame(lane.pairs.frames, seq, frame_slot(seq),
-                                       frame_bytes_[seq % Rail::kCredits], lkey))
-    lane.failed(lane.rail.name() + ": posting failed: " + strerror(error));
+  auto post = [&] {
+    return lane.rail.post_frame(lane.pairs, static_cast<Wake>(prefix.wake), seq, frame_slot(seq),
+                                frame_bytes_[seq % Rail::kCredits], lkey);
+  };
+  int error = post();
+  if (error == ENOMEM) {  // the peer has given credits back for frames whose completions nobody has looked at
+    lane.rail.drain();
+    error = post();
+  }
+  if (error) lane.failed(lane.rail.name() + ": posting failed: " + strerror(error));
 }
 
-Lane* RdmaPeer::best_lane(uint64_t nbytes) {
-  Lane* best = nullptr;
-  double least = 0;
-  for (auto& lane : lanes_) {
-    if (lane->state != Lane::State::up || lane->chunks >= kLaneChunks) continue;
-    double due = static_cast<double>(lane->bytes + nbytes) / lane->rate;
-    if (!best || due < least) best = lane.get(), least = due;
+Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {
+  std::array<LaneLoad, kMaxRails> loads;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    const Lane& lane = *lanes_[i];
+    loads[i] = {lane.state == Lane::State::up && lane.chunks < kLaneChunks, lane.rail.port().node, lane.bytes,
+                lane.rate};
   }
-  return best;
+  size_t best = choose_lane(loads.data(), lanes_.size(), nbytes, node);
+  return best == kNoLane ? nullptr : lanes_[best].get();
 }
 
 Post RdmaPeer::post_remote(const RemoteChunk& what) {
   if (dead_) return Post::lost;
-  Lane* lane = open_ ? best_lane(what.nbytes) : nullptr;
+  Registration* local = link_.registrations().get(what.registration);
+  Lane* lane = open_ ? best_lane(what.nbytes, local ? local->node : kNoNode) : nullptr;
   if (!lane) {
     remote_blocked_ = true;
     return Post::again;
   }
   auto keys = remote_keys_.find(what.remote.segment);
-  Registration* local = link_.registrations().get(what.registration);
   if (keys == remote_keys_.end() || !local) {
     lose("protocol violation: memory that was never announced");
     return Post::lost;
@@ -311,7 +326,7 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   lane.bytes += chunk.of.nbytes;
   Work work;
   work.lane = &lane;
-  work.qp = lane.pairs.bulk;
+  work.qp = lane.pairs.bulk(lane.rail.transport().level[chunk.of.cls]);
   work.posting = &lane.posting;
   work.opcode = chunk.of.read            ? IBV_WR_RDMA_READ
                 : chunk.of.has_immediate ? IBV_WR_RDMA_WRITE_WITH_IMM
@@ -329,20 +344,27 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
 // ---------------------------------------------------------------- in
 
 int RdmaPeer::poll(int) {
-  if (dead_) return 0;
-  if (!has_inbox_.load(std::memory_order_acquire))
-    for (auto& lane : lanes_) lane->rail.poll();
-  if (!has_inbox_.load(std::memory_order_acquire)) return 0;
-  std::vector<Event> events;
-  {
-    std::lock_guard lock(inbox_mutex_);
-    events.swap(inbox_);
-    has_inbox_.store(false, std::memory_order_release);
+  int done = 0;
+  while (!dead_) {
+    if (!has_inbox_.load(std::memory_order_acquire)) {
+      Attending self(this);
+      for (auto& lane : lanes_) lane->rail.poll();
+    }
+    if (!has_inbox_.load(std::memory_order_acquire)) break;
+    std::vector<Event> events;
+    {
+      std::lock_guard lock(inbox_mutex_);
+      events.swap(inbox_);
+      has_inbox_.store(false, std::memory_order_release);
+    }
+    for (Event& event : events) handle(event);
+    done += static_cast<int>(events.size());
+    if (early_.empty()) break;  // else the frame before it came by the other queue
   }
-  for (Event& event : events) handle(event);
-  if (!dead_) tell_credit();
+  if (!done || dead_) return done;
+  tell_credit();
   if (!dead_) unblock();
-  return static_cast<int>(events.size());
+  return done;
 }
 
 void RdmaPeer::handle(Event& event) {
@@ -421,6 +443,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   ++expected_;
   if (!wrong) {
     consumed_there_ = prefix.consumed;
+    acks_.before(consumed_there_);
     if (prefix.keys && header.segment) {
       Keys& keys = remote_keys_[header.segment];
       keys = {};
@@ -459,7 +482,7 @@ void RdmaPeer::unblock() {
     host_.sink().on_sent(*this, streamed_.header.sop, streamed_.header.payload_bytes);
   if (dead_) return;
   bool frames = blocked_ && has_credit(kReserve);
-  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0);
+  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0, kNoNode);
   if (!frames && !bulk) return;
   if (frames) {
     blocked_ = false;
@@ -487,12 +510,14 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
     RemoteChunk of = done.of;
     lane_failed(lane, lane.rail.name() +
                           (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
-    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error);
+    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
     return;
   }
   --lane.chunks;
   lane.bytes -= done.of.nbytes;
   uint64_t now = host_.now();
+  uint64_t elapsed = now - std::max(done.posted_ns, link_.last_done_ns);
+  link_.last_done_ns = now;
   if (done.of.nbytes >= 64 << 10) {
     uint64_t began = std::max(done.posted_ns, lane.last_done_ns);
     double rate =
@@ -503,7 +528,7 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   RemoteChunk of = done.of;
   done.busy = false;
   free_chunks_.push_back(index);
-  host_.sink().on_remote(*this, of.op, of.nbytes, 0);
+  host_.sink().on_remote(*this, of.op, of.nbytes, 0, elapsed);
 }
 
 // ---------------------------------------------------------------- the socket: handshake and signs of life
@@ -532,7 +557,7 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
   incoming_.insert(incoming_.end(), data, data + nbytes);
   size_t used = 0;
   if (!greeted_) {
-    std::vector<uint32_t> hello(3 + 2 * lanes_.size());
+    std::vector<uint32_t> hello(3 + kQueuePairs * lanes_.size());
     if (incoming_.size() < hello.size() * sizeof hello[0]) return true;
     used = hello.size() * sizeof hello[0];
     std::memcpy(hello.data(), incoming_.data(), used);
@@ -544,7 +569,9 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
     std::string reason;
     for (auto& lane : lanes_) {
       try {
-        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index]);
+        Numbers numbers;
+        std::copy_n(hello.begin() + 3 + kQueuePairs * lane->index, kQueuePairs, numbers.begin());
+        lane->rail.connect(lane->pairs, lane->theirs, numbers);
         lane->state = Lane::State::up;
       } catch (const LinkFailure& failure) {
         lane->state = Lane::State::failed;
@@ -597,6 +624,8 @@ void RdmaPeer::tick(uint64_t now_ns) {
     return lose(text);
   }
   if (broken_) return lose("the pair's connection takes no more words");
+  for (auto& lane : lanes_)
+    if (lane->state == Lane::State::up) lane->look(now_ns);
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);
   if (open_ && initiator_)
     for (auto& lane : lanes_)
