@@ -143,6 +143,7 @@ void Engine::close() {
     if (peer && peer->link) {
       peer->link->close();
       peer->state = Peer::State::lost;
+      forget_holder(peer->rank);
     }
   polled_.clear();
   // What a device or a peer was working on has been let go of with its link.

@@ -96,6 +96,9 @@ struct RegionInfo {
   bool writable = false;
   bool closing = false;
   uint32_t active = 0;  // transfers of peers that use it now
+  uint32_t registration = 0;   // with `link`, whose devices peers reach it by; 0: none has asked
+  uint8_t link = 0;
+  std::vector<Rank> holders;  // of its key
 };
 
 class Engine final : public Host, public FrameSink, public MoverHost {
@@ -294,7 +297,26 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
   void region_idle(uint64_t id);
+  bool free_region(uint64_t id);
   void notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes);
+
+  // protocol_keys.cpp: put and get by devices
+  bool by_key(const Op& op, const Peer& peer) const;
+  Post access(Op& op, Peer& peer);
+  void begin_access(Op& op, Peer& peer, RegionKey& key);
+  void end_access(Op& op);
+  bool hold_back(const Op& op, const Scheduler::Chunk& chunk);
+  void release_held_back(const Op& op);
+  void drop_held_back(const Op& op);
+  void announce(const Op& op, Peer& peer);
+  void tell(Peer& peer, const std::vector<Note>& notes);
+  void on_key_ask(Peer& peer, const FrameHeader& header);
+  void on_key(Peer& peer, const FrameHeader& header);
+  void on_key_revoke(Peer& peer, const FrameHeader& header);
+  void on_key_revoked(Peer& peer, const FrameHeader& header);
+  void forget_holder(uint64_t region, Rank rank);
+  void forget_holder(Rank rank);
+  void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);
 
   // protocol_device.cpp: memory that no CPU reads
   Post send_device(Op& op, Peer& peer);
@@ -387,6 +409,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   UnexpectedStore unexpected_;  // by arrival id
   std::unordered_map<uint64_t, RegionInfo> regions_;
   uint64_t next_region_ = 1;
+  std::unordered_map<OpId, Scheduler::Chunk> held_back_;  // last chunks of puts that wait for the others
   TimerHeap timers_;
   uint64_t engine_sleeps_until_ = 0;  // 0: no timer armed
   uint32_t jobs_ = 0;                 // chunks with the copier

@@ -44,8 +44,9 @@ struct ProtocolViolation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Who may reach registered memory: this side's devices only, or peers as well.
-enum class Access : uint8_t { local, peer_reads, peer_writes };
+// Who may reach registered memory: this side's devices only, or peers as well. A region's registration is its own, and of
+// just its bytes: who has its key reaches nothing else, and nothing at all once it is released.
+enum class Access : uint8_t { local, peer_reads, peer_writes, region_reads, region_writes };
 
 // Where a message's bytes lie at their owner.
 struct Location {
@@ -127,6 +128,8 @@ class LinkPeer {
   }
   // Whether it can write into memory of the peer, and tell it so by an immediate.
   virtual bool takes_offers() const { return false; }
+  // Whether its devices reach registered regions of the peer, which then takes no part in puts and gets.
+  virtual bool reaches_regions() const { return false; }
   // Describes local memory to the peer, making it reachable where the link can.
   virtual Location locate(const std::byte* data, uint64_t nbytes) {
     (void)nbytes;

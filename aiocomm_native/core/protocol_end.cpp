@@ -22,6 +22,7 @@ void Engine::finish(Op& op, Code code) {
   op.live = false;
   op.ended_ns = now();
   if (op.offer) drop_offer(op);
+  if (op.has_key) end_access(op);
   if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
@@ -104,6 +105,7 @@ void Engine::end_early(Op& op, Code code) {
   if (op.in_sched) {
     schedulers_[op.link]->cancel(op.id);
     op.in_sched = false;
+    if (op.has_key) drop_held_back(op);
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
   if (op.gpu && op.gpu->in_sched) cancel_move(op);
@@ -206,6 +208,8 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     peer.flows.clear();
     peer.control.clear();
     peer.offers.reset();
+    peer.onesided.reset();
+    forget_holder(peer.rank);
     forget_flows(peer.rank);
     if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
   } else {

@@ -1,5 +1,7 @@
 // Bytes that devices move: memory held for them, chunks posted to them, and what comes of those.
 
+#include <cerrno>
+
 #include "core/engine.hpp"
 
 namespace aiocomm {
@@ -30,7 +32,11 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   what.remote = {op.source_address + chunk.offset, op.source_segment};
   what.nbytes = chunk.nbytes;
   what.cls = chunk.cls;
-  if (!what.read) {
+  if (op.kind == OpKind::put) {
+    if (hold_back(op, chunk)) return true;
+    what.has_immediate = op.has_notify && chunk.last;
+    what.immediate = kNoteMark | peer.onesided->announced;
+  } else if (!what.read) {
     what.has_immediate = op.immediate != 0;
     what.immediate = op.immediate | (chunk.last ? kLastChunk : 0) | (op.chunks & 0xffff);
   }
@@ -49,6 +55,7 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   ++op.inflight;
   op.inflight_bytes += chunk.nbytes;
   if (chunk.last) op.in_sched = false;
+  if (op.kind == OpKind::put && what.has_immediate) announce(op, peer);
   return true;
 }
 
@@ -80,13 +87,16 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint
   (op->path == Path::read ? counters.bytes_received : counters.bytes_sent) += nbytes;
   if (error && op->state != OpState::draining) {
     op->error = error;
-    end_early(*op, Code::link_failed);
+    // The owner's device refuses a key that was revoked.
+    end_early(*op, op->has_key && error == EACCES ? Code::stale : Code::link_failed);
   } else {
     op->moved += error ? 0 : nbytes;
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->moved == op->nbytes)
       op->path == Path::read ? received(*op) : finish(*op, Code::ok);
+    else if (op->has_key && op->inflight == 0)
+      release_held_back(*op);
   }
   pump(link_index);
 }

@@ -75,6 +75,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   Post post_remote(const RemoteChunk& chunk) override;
   bool takes_offers() const override { return true; }
+  bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
   Path pull_path(const Location&) override { return Path::read; }

@@ -19,6 +19,10 @@ int access_of(Access access) {
   switch (access) {
     case Access::peer_reads:
       return IBV_ACCESS_REMOTE_READ;
+    case Access::region_reads:
+      return IBV_ACCESS_REMOTE_READ;
+    case Access::region_writes:
+      return IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
     case Access::peer_writes:
       return IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
     default:
@@ -70,7 +74,8 @@ Registrations::~Registrations() {
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  if (Registration* found = find(data, nbytes, access)) {
+  bool region = access == Access::region_reads || access == Access::region_writes;
+  if (Registration* found = region ? nullptr : find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -79,8 +84,9 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   auto fresh = std::make_unique<Registration>();
   fresh->base = const_cast<std::byte*>(data);
   fresh->nbytes = nbytes;
-  // Who may write is told of the very range, and only for the time of one operation.
-  auto segment = access == Access::peer_writes ? nullptr : Segments::of_process().find(data, nbytes);
+  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
+  bool exact = region || access == Access::peer_writes;
+  auto segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
   if (segment) {
     fresh->base = segment->base;
     fresh->nbytes = nbytes = segment->nbytes;

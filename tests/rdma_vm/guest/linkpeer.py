@@ -31,6 +31,9 @@ OFFER_META: Final = struct.Struct("<QII")  # messages seen, immediate, start of 
 SLOT_NBYTES: Final = 8448
 LAST_CHUNK: Final = 1 << 16
 OFFER, WITHDRAW, WITHDRAWN, TOOK, QUIT, LINK_PRIVATE = range(17, 23)  # frame kinds of this link
+KEY_ASK, KEY_IS, KEY_REVOKE, KEY_REVOKED, NOTE = range(25, 30)
+WRITABLE: Final = 16  # flag of KEY_IS
+NOTE_MARK: Final = 0xFFF << 20  # in immediates, above the number of a notification
 _SLOTS: Final = 48
 _WAKE_LOOP: Final = 1
 _WAKE_ENGINE: Final = 2
@@ -156,6 +159,13 @@ class LinkPeer:
     def has_none(self) -> bool:
         """Whether no frame has come."""
         return self.express.has_none() and self.frames.has_none()
+
+    def has_no_frame(self) -> bool:
+        """Whether no frame has come that `receive` has not returned."""
+        while (done := self.frames.poll()) is not None:
+            if done.id in self._slots:
+                return False
+        return True
 
     async def _exactly(self, nbytes: int) -> bytes:
         data = b""

@@ -146,6 +146,69 @@ async def test_an_unexpected_message_is_read() -> None:
         assert (device(b)["reads"], device(a)["writes"], device(b)["writes"]) == (2, 0, 0)
 
 
+async def key(a: aiocomm.Communicator, remote: aiocomm.RemoteRegion) -> None:
+    """Have it asked for, and all that this takes acknowledged."""
+    await a.put(bytes(8), remote[:8])
+
+
+def frames(before: dict[str, int], after: dict[str, int]) -> int:
+    return after["frames_received"] - before["frames_received"]
+
+
+async def test_a_put_is_writes_and_costs_the_owner_nothing() -> None:
+    async with hosts(1) as (a, b):
+        sent, memory = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            before = device(a), device(b)
+            for nbytes in (2 * CHUNK + 5, 100):
+                await a.put(sent[:nbytes], remote[:nbytes])
+            np.testing.assert_array_equal(memory, sent)
+            assert device(a)["writes"] - before[0]["writes"] == 4
+            assert device(a)["sends"] == before[0]["sends"]
+            assert frames(before[1], device(b)) == 0
+            assert device(b)["immediates_received"] == before[1]["immediates_received"]
+            assert device(b)["sends"] == before[1]["sends"]
+            assert device(b)["reads"] == device(a)["reads"] == 0
+            assert a.links["rdma"].statistics().messages_by_path["write"] == 3
+
+
+async def test_a_get_is_reads_and_costs_the_owner_nothing() -> None:
+    async with hosts(1) as (a, b):
+        memory, got = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            memory[:8] = 1
+            before = device(a), device(b)
+            await a.get(remote, got)
+            np.testing.assert_array_equal(got, memory)
+            assert device(a)["reads"] - before[0]["reads"] == 3
+            assert device(a)["sends"] == before[0]["sends"]
+            assert device(b)["sends"] == before[1]["sends"]
+            assert frames(before[1], device(b)) == 0
+            assert a.links["rdma"].statistics().messages_by_path["read"] == 1
+
+
+async def test_a_notification_rides_on_the_last_write() -> None:
+    async with hosts(2) as (a, b):
+        sent, memory = random(4 * CHUNK + 5), np.zeros(4 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            before = device(a), device(b)
+            await a.put(sent, remote, notify=b"here")
+            note = await anext(b.notifications())
+            assert (note.source, note.payload, note.nbytes) == (0, b"here", sent.nbytes)
+            np.testing.assert_array_equal(memory, sent)
+            of_a = grown(device(a), before[0])
+            assert (of_a["writes"], of_a["sends"], of_a["inline_sends"]) == (5, 1, 1)
+            assert device(b)["immediates_received"] - before[1]["immediates_received"] == 1
+            assert frames(before[1], device(b)) == 1
+            assert device(b)["reads"] == 0
+
+
 async def test_a_rail_that_goes_down_and_comes_back() -> None:
     async with hosts(2) as (a, b):
         sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
@@ -168,6 +231,37 @@ async def test_a_rail_that_goes_down_and_comes_back() -> None:
         await a.send(sent, 1)
         await receiving
         assert device(a)["rxea0.writes"] + device(b)["rxeb0.reads"] > writes
+
+
+async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> None:
+    async with hosts(2) as (a, b):
+        nbytes, count = 16 * MIB, 6
+        memory = np.zeros(count * nbytes, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            sent = [random(nbytes + i)[:nbytes] for i in range(count)]
+            putting = [
+                a.put(block, remote[i * nbytes : (i + 1) * nbytes], notify=bytes((i,)))
+                for i, block in enumerate(sent)
+            ]
+            await putting[0]
+            down("a0")
+            try:
+                notes = b.notifications()
+                told = []
+                for _ in range(count):
+                    told.append((await anext(notes)).payload[0])
+                    i = told[-1]
+                    np.testing.assert_array_equal(memory[i * nbytes : (i + 1) * nbytes], sent[i])
+                for transfer in putting:
+                    await transfer
+                assert sorted(told) == list(range(count))
+                assert device(a)["lanes_failed"] == 1
+                await a.put(b"", remote[:0], notify=b"end")
+                assert (await anext(notes)).payload == b"end", "none came twice"
+            finally:
+                up("a0")
+        await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
 
 
 async def test_no_rail_left_is_an_error_of_the_link() -> None:
