@@ -162,10 +162,11 @@ class LinkPeer:
 
     def has_no_frame(self) -> bool:
         """Whether no frame has come that `receive` has not returned."""
-        while (done := self.frames.poll()) is not None:
-            if done.id in self._slots:
-                return False
-        return True
+        for end, slots in self._slots.items():
+            while (done := end.poll()) is not None:
+                if done.id in slots:
+                    return False
+        return not self._early
 
     async def _exactly(self, nbytes: int) -> bytes:
         data = b""
