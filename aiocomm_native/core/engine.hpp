@@ -168,12 +168,15 @@ class Engine final : public Host, public FrameSink, public MoverHost {
 
   int loop_fd() const override { return loop_fd_; }
   int express_fd() const { return express_epoll_; }
+  // Descriptors for the loop that tell what polling the links does not.
   bool has_express() const { return express_watched_.load(std::memory_order_relaxed) > 0; }
 
   // --- Host
   void watch(int fd, uint32_t events, Pollable* target, bool loop) override;
   void rewatch(int fd, uint32_t events, Pollable* target, bool loop) override;
   void unwatch(int fd, bool loop) override;
+  void watch_polled(int fd, Pollable* target) override;
+  void unwatch_polled(int fd) override;
   uint64_t now() const override;
   double setting(std::string_view name, double fallback) const override;
   std::string text_setting(std::string_view name) const override;
@@ -205,7 +208,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
   void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
-  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) override;
+  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
   void on_unsure(LinkPeer& to, const FrameHeader& header) override;
@@ -375,7 +378,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
 
   // wake-up
   int page_fd_ = -1, loop_fd_ = -1, engine_fd_ = -1, engine_epoll_ = -1, express_epoll_ = -1;
-  std::atomic<int> express_watched_{0};
+  std::atomic<int> express_watched_{0}, express_polled_{0};
   WakePage* page_ = nullptr;
   std::atomic<bool> stopping_{false};
   bool closed_ = false;

@@ -62,6 +62,7 @@ struct RemoteChunk {
   uint32_t registration = 0;  // of `local`, by Link::hold
   Location remote;
   uint64_t nbytes = 0;
+  uint8_t cls = 0;             // of its channel
   bool has_immediate = false;  // a write that tells the peer so when it is there
   uint32_t immediate = 0;
 };
@@ -77,9 +78,10 @@ class FrameSink {
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
   virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
   virtual void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) = 0;
-  // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be.
-  virtual void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) {
-    (void)with, (void)op, (void)nbytes, (void)error;
+  // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be. `elapsed_ns`: how
+  // long the link worked on it, that is, since its posting or the chunk before, whichever was later; 0: unknown.
+  virtual void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) {
+    (void)with, (void)op, (void)nbytes, (void)error, (void)elapsed_ns;
   }
   // The peer has written `nbytes` into our memory, and says `value`.
   virtual void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) {
@@ -171,6 +173,9 @@ class Host {
   virtual void watch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void rewatch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void unwatch(int fd, bool loop) = 0;
+  // For the user's event loop, and told by LinkPeer::poll as well: whoever polls need not look at it.
+  virtual void watch_polled(int fd, Pollable* target) { watch(fd, 1 /* EPOLLIN */, target, true); }
+  virtual void unwatch_polled(int fd) { unwatch(fd, true); }
   virtual uint64_t now() const = 0;  // monotonic, ns
   virtual double setting(std::string_view name, double fallback) const = 0;
   virtual std::string text_setting(std::string_view name) const = 0;

@@ -31,6 +31,7 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   what.registration = op.registration;
   what.remote = {op.source_address + chunk.offset, op.source_segment};
   what.nbytes = chunk.nbytes;
+  what.cls = chunk.cls;
   if (op.kind == OpKind::put) {
     if (hold_back(op, chunk)) return true;
     what.has_immediate = op.has_notify && chunk.last;
@@ -74,12 +75,12 @@ Op* Engine::writing_into(Peer& peer, OpId receive) {
   return found;
 }
 
-void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error) {
+void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint64_t elapsed_ns) {
   Peer* peer = peer_of(with);
   Op* op = peer ? find(id) : nullptr;  // its chunk in flight has kept it from ending
   if (!op || op->inflight == 0) return;
   uint8_t link_index = peer->link_index;
-  schedulers_[link_index]->complete(nbytes, 0, channels_[op->channel].cls);
+  schedulers_[link_index]->complete(nbytes, error ? 0 : elapsed_ns, channels_[op->channel].cls);
   --op->inflight;
   op->inflight_bytes -= nbytes;
   LinkCounters& counters = counters_[link_index];

@@ -1,8 +1,10 @@
 // Chunks of a pair: reads and writes by the devices, each over the lane that has least to do.
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 
+#include "links/rdma/lanes.hpp"
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
 
@@ -13,26 +15,26 @@ constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 }  // namespace
 
-Lane* RdmaPeer::best_lane(uint64_t nbytes) {
-  Lane* best = nullptr;
-  double least = 0;
-  for (auto& lane : lanes_) {
-    if (lane->state != Lane::State::up || lane->chunks >= kLaneChunks) continue;
-    double due = static_cast<double>(lane->bytes + nbytes) / lane->rate;
-    if (!best || due < least) best = lane.get(), least = due;
+Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {
+  std::array<LaneLoad, kMaxRails> loads;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    const Lane& lane = *lanes_[i];
+    loads[i] = {lane.state == Lane::State::up && lane.chunks < kLaneChunks, lane.rail.port().node, lane.bytes,
+                lane.rate};
   }
-  return best;
+  size_t best = choose_lane(loads.data(), lanes_.size(), nbytes, node);
+  return best == kNoLane ? nullptr : lanes_[best].get();
 }
 
 Post RdmaPeer::post_remote(const RemoteChunk& what) {
   if (dead_) return Post::lost;
-  Lane* lane = open_ ? best_lane(what.nbytes) : nullptr;
+  Registration* local = link_.registrations().get(what.registration);
+  Lane* lane = open_ ? best_lane(what.nbytes, local ? local->node : kNoNode) : nullptr;
   if (!lane) {
     remote_blocked_ = true;
     return Post::again;
   }
   auto keys = remote_keys_.find(what.remote.segment);
-  Registration* local = link_.registrations().get(what.registration);
   if (what.nbytes && (keys == remote_keys_.end() || !local)) {
     lose("protocol violation: memory that was never announced");
     return Post::lost;
@@ -64,7 +66,7 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   lane.bytes += chunk.of.nbytes;
   Work work;
   work.lane = &lane;
-  work.qp = lane.pairs.bulk;
+  work.qp = lane.pairs.bulk(lane.rail.transport().level[chunk.of.cls]);
   work.posting = &lane.posting;
   work.opcode = chunk.of.read            ? IBV_WR_RDMA_READ
                 : chunk.of.has_immediate ? IBV_WR_RDMA_WRITE_WITH_IMM
@@ -97,12 +99,14 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
     RemoteChunk of = done.of;
     lane_failed(lane, lane.rail.name() +
                           (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
-    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error);
+    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
     return;
   }
   --lane.chunks;
   lane.bytes -= done.of.nbytes;
   uint64_t now = host_.now();
+  uint64_t elapsed = now - std::max(done.posted_ns, link_.last_done_ns);
+  link_.last_done_ns = now;
   if (done.of.nbytes >= 64 << 10) {
     uint64_t began = std::max(done.posted_ns, lane.last_done_ns);
     double rate =
@@ -113,7 +117,7 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   RemoteChunk of = done.of;
   done.busy = false;
   free_chunks_.push_back(index);
-  host_.sink().on_remote(*this, of.op, of.nbytes, 0);
+  host_.sink().on_remote(*this, of.op, of.nbytes, 0, elapsed);
 }
 
 }  // namespace aiocomm::rdma

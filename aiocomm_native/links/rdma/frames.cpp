@@ -1,6 +1,7 @@
 // Frames of a pair: numbered, kept until acknowledged, counted by credits, handed over in order.
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "core/doorbell.hpp"
@@ -21,6 +22,7 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   if (!open_ || !has_credit(kReserve)) {
     blocked_ = true;
     starved_.store(open_, std::memory_order_release);
+    if (open_) lanes_[active_]->rail.kick();
     if (has_inbox_.load(std::memory_order_acquire)) ring(host_.wake_page().engine, host_.engine_fd());
     return Post::again;
   }
@@ -54,6 +56,9 @@ void RdmaPeer::stream() {
 
 void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   uint32_t seq = sent_++;
+  // A loop that computes gives no credits back, nor sees those that it gets: the engine does.
+  if (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2)
+    wake = Wake::engine;
   Prefix prefix{};
   prefix.seq = seq;
   prefix.consumed = told_ = expected_;
@@ -71,7 +76,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   nbytes += header.meta_bytes;
   if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
   frame_bytes_[seq % Rail::kCredits] = static_cast<uint32_t>(nbytes + header.payload_bytes);
-  if (due_.load(std::memory_order_relaxed) == acked_.load(std::memory_order_relaxed))
+  if (due_.load(std::memory_order_relaxed) == acks_.all_before())
     lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
   due_.store(sent_, std::memory_order_release);
   transmit(seq);
@@ -80,9 +85,18 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
 void RdmaPeer::transmit(uint32_t seq) {
   Lane& lane = *lanes_[active_];
   uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
-  if (int error = lane.rail.post_frame(lane.pairs.frames, seq, frame_slot(seq),
-                                       frame_bytes_[seq % Rail::kCredits], lkey))
-    lane.failed(lane.rail.name() + ": posting failed: " + strerror(error));
+  Prefix prefix;
+  std::memcpy(&prefix, frame_slot(seq), sizeof prefix);
+  auto post = [&] {
+    return lane.rail.post_frame(lane.pairs, static_cast<Wake>(prefix.wake), seq, frame_slot(seq),
+                                frame_bytes_[seq % Rail::kCredits], lkey);
+  };
+  int error = post();
+  if (error == ENOMEM) {  // the peer has given credits back for frames whose completions nobody has looked at
+    lane.rail.drain();
+    error = post();
+  }
+  if (error) lane.failed(lane.rail.name() + ": posting failed: " + strerror(error));
 }
 
 void RdmaPeer::tell_credit() {
@@ -149,6 +163,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   ++expected_;
   if (!wrong) {
     consumed_there_ = prefix.consumed;
+    acks_.before(consumed_there_);
     if (prefix.keys && header.segment) {
       Keys& keys = remote_keys_[header.segment];
       keys = {};

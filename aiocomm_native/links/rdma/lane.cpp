@@ -14,9 +14,6 @@ namespace aiocomm::rdma {
 
 namespace {
 
-constexpr uint64_t kStallNs = 800000000;   // well over the transport's own retries
-constexpr uint64_t kStallNsPerByte = 250;  // 4 MB/s: an emulated device that is short of processor time
-
 uint64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -43,9 +40,7 @@ void Lane::immediate(uint32_t value, uint32_t nbytes) {
 
 void Lane::frame_sent(uint32_t seq) {
   last_sign_ns.store(now_ns(), std::memory_order_relaxed);
-  // By one thread at a time, under the rail's lock; a frame that went out twice is not unsent by the second word.
-  if (static_cast<int32_t>(seq + 1 - peer.acked_.load(std::memory_order_relaxed)) > 0)
-    peer.acked_.store(seq + 1, std::memory_order_release);
+  peer.acks_.one(seq);
 }
 
 void Lane::chunk_done(uint32_t chunk, int error) {
@@ -59,22 +54,27 @@ void Lane::failed(const std::string& reason) {
 }
 
 bool Lane::expects() const {
-  return outstanding.load(std::memory_order_relaxed) ||
+  return outstanding.load(std::memory_order_relaxed) || peer.starved_.load(std::memory_order_acquire) ||
          (peer.active_.load(std::memory_order_relaxed) == index &&
-          peer.due_.load(std::memory_order_acquire) != peer.acked_.load(std::memory_order_relaxed));
+          peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
 }
 
 void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
 
 // A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
 void Lane::look(uint64_t now_ns) {
-  uint64_t patience = kStallNs + bytes.load(std::memory_order_relaxed) * kStallNsPerByte;
-  if (!expects() || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  bool due = outstanding.load(std::memory_order_relaxed) ||
+             (peer.active_.load(std::memory_order_relaxed) == index &&
+              peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
+  uint64_t patience = rail.transport().patience_ns;
+  if (!due || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
   std::unique_lock idle(posting, std::try_to_lock);
   if (!idle || stalled.exchange(true)) return;
   peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
            Wake::engine);
 }
+
+void Lane::attend() { peer.poll(1 << 20); }
 
 void RdmaPeer::put(Event event, Wake wake) {
   bool many;
@@ -84,6 +84,7 @@ void RdmaPeer::put(Event event, Wake wake) {
     many = inbox_.size() >= Rail::kCredits / 4;  // what nobody looks at uses credits up
     has_inbox_.store(true, std::memory_order_release);
   }
+  if (Attending::to(this)) return;
   if (wake == Wake::loop)
     ring(host_.wake_page().loop, host_.loop_fd());
   else if (wake != Wake::none || many || starved_.load(std::memory_order_acquire))

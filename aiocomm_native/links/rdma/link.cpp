@@ -37,19 +37,20 @@ Selection selection_of(Host& host) {
 
 RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_setting("libibverbs"))) {
   ports_ = choose_ports(verbs_, selection_of(host));
-  RailConfig config;
+  Transport transport;
   auto byte = [&](const char* name) { return static_cast<uint8_t>(host.setting(name, 0)); };
-  config.frames_service_level = byte("rdma_urgent_service_level");
-  config.frames_traffic_class = byte("rdma_urgent_traffic_class");
-  config.bulk_service_level = byte("rdma_service_level");
-  config.bulk_traffic_class = byte("rdma_traffic_class");
+  transport.frames = {byte("rdma_urgent_service_level"), byte("rdma_urgent_traffic_class")};
+  transport.map_classes(host.text_setting("rdma_service_level"), host.text_setting("rdma_traffic_class"));
+  transport.try_for(host.setting("rdma_retry_s", 2.0),
+                    static_cast<uint64_t>(host.setting("chunk_max", 4 << 20)));
   std::vector<ibv_pd*> domains;
   for (const Port& port : ports_) {
-    rails_.push_back(std::make_unique<Rail>(verbs_, port, config));
+    rails_.push_back(std::make_unique<Rail>(verbs_, port, transport));
     domains.push_back(rails_.back()->domain());
   }
   registrations_ = std::make_unique<Registrations>(
-      verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)));
+      verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
+      std::any_of(ports_.begin(), ports_.end(), [&](const Port& port) { return port.node != ports_[0].node; }));
   broken_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   host_.watch(broken_, EPOLLIN, this, false);
   nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
@@ -61,6 +62,7 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       one.leave();
       ring_fd(broken_);
     };
+    host.watch_polled(rail->express_fd(), rail.get());
     rail->start();
   }
 }
@@ -68,7 +70,10 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
 RdmaLink::~RdmaLink() { close(); }
 
 void RdmaLink::close() {
-  for (auto& rail : rails_) rail->stop();
+  for (auto& rail : rails_) {
+    if (rail->express_fd() >= 0) host_.unwatch_polled(rail->express_fd());
+    rail->stop();
+  }
   for (int* fd : {&broken_, &nodes_})
     if (int open = std::exchange(*fd, -1); open >= 0) {
       host_.unwatch(open, false);
@@ -102,6 +107,7 @@ void RdmaLink::look_for_devices(uint64_t now_ns) {
 void RdmaLink::retire_rails() {
   for (size_t i = 0; i < rails_.size(); ++i) {
     if (!rails_[i]->idle_without_device()) continue;
+    host_.unwatch_polled(rails_[i]->express_fd());
     registrations_->forget_rail(i);
     rails_[i]->retire();
   }

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "links/rdma/lanes.hpp"
 #include "links/rdma/link.hpp"
 
 namespace aiocomm::rdma {
@@ -57,8 +58,8 @@ void RdmaPeer::open(const std::vector<Address>& theirs) {
 void RdmaPeer::start() {
   std::vector<uint32_t> hello{kHello, kVersion, static_cast<uint32_t>(lanes_.size())};
   for (auto& lane : lanes_) {
-    hello.push_back(lane->pairs.frames->qp_num);
-    hello.push_back(lane->pairs.bulk->qp_num);
+    Numbers numbers = lane->pairs.numbers();
+    hello.insert(hello.end(), numbers.begin(), numbers.end());
   }
   say(hello.data(), hello.size() * sizeof hello[0]);
   host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
@@ -68,7 +69,7 @@ void RdmaPeer::close() {
   if (dead_) return;
   // Closing the queue pairs takes back what the peer's device has not acknowledged.
   uint64_t until = host_.now() + kPartNs;
-  while (open_ && acked_.load(std::memory_order_acquire) != sent_ && host_.now() < until) {
+  while (open_ && acks_.all_before() != sent_ && host_.now() < until) {
     for (auto& lane : lanes_) lane->rail.poll();
     sched_yield();
   }
@@ -103,20 +104,27 @@ void RdmaPeer::shut() {
 // ---------------------------------------------------------------- what has come
 
 int RdmaPeer::poll(int) {
-  if (dead_) return 0;
-  if (!has_inbox_.load(std::memory_order_acquire))
-    for (auto& lane : lanes_) lane->rail.poll();
-  if (!has_inbox_.load(std::memory_order_acquire)) return 0;
-  std::vector<Event> events;
-  {
-    std::lock_guard lock(inbox_mutex_);
-    events.swap(inbox_);
-    has_inbox_.store(false, std::memory_order_release);
+  int done = 0;
+  while (!dead_) {
+    if (!has_inbox_.load(std::memory_order_acquire)) {
+      Attending self(this);
+      for (auto& lane : lanes_) lane->rail.poll();
+    }
+    if (!has_inbox_.load(std::memory_order_acquire)) break;
+    std::vector<Event> events;
+    {
+      std::lock_guard lock(inbox_mutex_);
+      events.swap(inbox_);
+      has_inbox_.store(false, std::memory_order_release);
+    }
+    for (Event& event : events) handle(event);
+    done += static_cast<int>(events.size());
+    if (early_.empty()) break;  // else the frame before it came by the other queue
   }
-  for (Event& event : events) handle(event);
-  if (!dead_) tell_credit();
+  if (!done || dead_) return done;
+  tell_credit();
   if (!dead_) unblock();
-  return static_cast<int>(events.size());
+  return done;
 }
 
 void RdmaPeer::handle(Event& event) {
@@ -153,7 +161,7 @@ void RdmaPeer::unblock() {
     host_.sink().on_sent(*this, streamed_.header.sop, streamed_.header.payload_bytes);
   if (dead_) return;
   bool frames = blocked_ && has_credit(kReserve);
-  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0);
+  bool bulk = remote_blocked_ && !streamed_.payload && best_lane(0, kNoNode);
   if (!frames && !bulk) return;
   if (frames) {
     blocked_ = false;
@@ -189,7 +197,7 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
   incoming_.insert(incoming_.end(), data, data + nbytes);
   size_t used = 0;
   if (!greeted_) {
-    std::vector<uint32_t> hello(3 + 2 * lanes_.size());
+    std::vector<uint32_t> hello(3 + kQueuePairs * lanes_.size());
     if (incoming_.size() < hello.size() * sizeof hello[0]) return true;
     used = hello.size() * sizeof hello[0];
     std::memcpy(hello.data(), incoming_.data(), used);
@@ -201,7 +209,9 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
     std::string reason;
     for (auto& lane : lanes_) {
       try {
-        lane->rail.connect(lane->pairs, lane->theirs, hello[3 + 2 * lane->index], hello[4 + 2 * lane->index]);
+        Numbers numbers;
+        std::copy_n(hello.begin() + 3 + kQueuePairs * lane->index, kQueuePairs, numbers.begin());
+        lane->rail.connect(lane->pairs, lane->theirs, numbers);
         lane->state = Lane::State::up;
       } catch (const LinkFailure& failure) {
         lane->state = Lane::State::failed;
@@ -255,6 +265,8 @@ void RdmaPeer::tick(uint64_t now_ns) {
   }
   if (broken_) return lose("the pair's connection takes no more words");
   link_.look_for_devices(now_ns);
+  for (auto& lane : lanes_)
+    if (lane->state == Lane::State::up) lane->look(now_ns);
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);
   if (open_ && initiator_)
     for (auto& lane : lanes_)

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "core/link.hpp"
+#include "links/rdma/acks.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
 
@@ -45,6 +46,7 @@ struct Lane final : Completions {
   void failed(const std::string& reason) override;
   bool expects() const override;
   void look(uint64_t now_ns) override;
+  void attend() override;
 
   RdmaPeer& peer;
   Rail& rail;
@@ -86,7 +88,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
  private:
   friend struct Lane;
-  static constexpr uint32_t kHello = 0x52494f41, kVersion = 1;  // "AIOR"
+  static constexpr uint32_t kHello = 0x52494f41, kVersion = 2;  // "AIOR"
   // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs;
   // kNoRail by the number of frames taken in.
   static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',
@@ -127,7 +129,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool deliver(const Arrived& from);  // false: the pair has ended
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
-  Lane* best_lane(uint64_t nbytes);
+  Lane* best_lane(uint64_t nbytes, int node);
   void violated(const char* what);
   void tell_credit();
   void unblock();
@@ -140,7 +142,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void resend_frames();
   void give_up(const std::string& reason);
   void try_again(Lane& lane);
-  void reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer);
+  void reopen(Lane& lane, const Numbers& numbers, bool answer);
   void probe(Lane& lane);
   void probed(Lane& lane, int error);
   size_t word(const std::byte* data, size_t nbytes);  // bytes used; 0: not all of it has come
@@ -156,7 +158,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   const uint64_t heartbeat_ns_;
   bool initiator_;
   bool dead_ = false, open_ = false, blocked_ = false, remote_blocked_ = false;
-  std::atomic<bool> starved_{false};  // the peer's frames must wake somebody: we wait for credits
+  std::atomic<bool> starved_{false};  // we wait for credits: the pollers look for them
   uint64_t heard_ns_, said_ns_, ticked_ns_;
   std::vector<std::byte> incoming_;
   bool broken_ = false, greeted_ = false, ready_told_ = false, ready_heard_ = false;
@@ -168,7 +170,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};
   std::atomic<uint32_t> due_{0};      // as `sent_`, for the pollers
   uint32_t sent_ = 0;                 // frames, that is the next sequence number
-  std::atomic<uint32_t> acked_{0};    // of those, by the peer's device
+  Acks acks_;                         // of those, by the peer's device
   uint32_t consumed_there_ = 0;       // of those, by the peer
   uint32_t expected_ = 0, told_ = 0;  // frames of the peer: handed over here, and told so
   struct Streamed {

@@ -1,6 +1,8 @@
 #include "links/rdma/registrations.hpp"
 
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -41,6 +43,13 @@ std::string explain(uint64_t nbytes, int error) {
   return text;
 }
 
+// The page is there: it has been registered.
+int node_of(const void* address) {
+  constexpr unsigned long kNode = 1, kOfAddress = 2;  // MPOL_F_NODE, MPOL_F_ADDR
+  int node = -1;
+  return ::syscall(SYS_get_mempolicy, &node, nullptr, 0ul, address, kNode | kOfAddress) == 0 ? node : -1;
+}
+
 }  // namespace
 
 Keys Registration::local() const {
@@ -55,8 +64,9 @@ Keys Registration::peer() const {
   return keys;
 }
 
-Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes)
-    : verbs_(verbs), domains_(std::move(domains)), keep_bytes_(keep_bytes) {}
+Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes,
+                             bool by_node)
+    : verbs_(verbs), domains_(std::move(domains)), keep_bytes_(keep_bytes), by_node_(by_node) {}
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)
@@ -65,8 +75,8 @@ Registrations::~Registrations() {
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  bool region = access == Access::region_reads || access == Access::region_writes;
-  if (Registration* found = region ? nullptr : find(data, nbytes, access)) {
+  bool of_region = access == Access::region_reads || access == Access::region_writes;
+  if (Registration* found = of_region ? nullptr : find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -76,7 +86,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   fresh->base = const_cast<std::byte*>(data);
   fresh->nbytes = nbytes;
   // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
-  bool exact = region || access == Access::peer_writes;
+  bool exact = of_region || access == Access::peer_writes;
   auto segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
   if (segment) {
     fresh->base = segment->base;
@@ -95,6 +105,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
       if (region) verbs_.dereg_mr(region);
     throw LinkFailure(explain(nbytes, error), error);
   }
+  if (by_node_) fresh->node = node_of(fresh->base);
   uint32_t id;
   if (free_.empty()) {
     slots_.emplace_back();

@@ -30,11 +30,12 @@ from linkpeer import (
     NOTE_MARK,
     OFFER,
     OFFER_META,
+    VERSION,
     WITHDRAW,
     WITHDRAWN,
     WRITABLE,
     LinkPeer,
-    next_of,
+    completion_of,
 )
 
 import aiocomm
@@ -94,7 +95,7 @@ async def test_a_small_message_is_one_send_with_its_bytes(peer: LinkPeer) -> Non
     assert (arrival.completion.opcode, arrival.completion.immediate) == ("received", None)
     assert (arrival.frame.kind, arrival.frame.tag, arrival.frame.nbytes) == (Kind.EAGER, 7, 1000)
     assert arrival.frame.payload == x.tobytes()
-    assert peer.frames.has_none()
+    assert peer.has_none()
     assert peer.bulk.has_none()
 
 
@@ -107,7 +108,7 @@ async def test_a_posted_receive_says_where_to_write_and_is_written(peer: LinkPee
     for number, last in ((0, 0), (1, LAST_CHUNK)):
         to = address + number * half, key
         peer.bulk.post("write", half, offset=number * half, to=to, immediate=immediate | last | number)
-        assert (await next_of(peer.bulk)).status == "success"
+        assert (await completion_of(peer.bulk)).status == "success"
     status = await receiving
     assert status.nbytes == BIG
     assert out.tobytes() == x
@@ -129,7 +130,7 @@ async def test_an_offer_is_written_into_in_chunks_whose_immediates_count(peer: L
     sending = peer.comm.send(x, dst=2, tag=7)
     moved, number = 0, 0
     while moved < BIG:
-        done = await next_of(peer.bulk)
+        done = await completion_of(peer.bulk)
         assert done.opcode == "written with immediate", "nothing is read, nothing is written in silence"
         assert done.immediate is not None
         moved += done.nbytes
@@ -138,7 +139,7 @@ async def test_an_offer_is_written_into_in_chunks_whose_immediates_count(peer: L
     await sending
     assert peer.bulk.read_buffer(BIG) == x.tobytes()
     assert peer.bulk.has_none()
-    assert peer.frames.has_none(), "no word besides the writes"
+    assert peer.has_none(), "no word besides the writes"
 
 
 async def test_a_message_that_nobody_offered_for_is_announced_and_read(peer: LinkPeer) -> None:
@@ -148,7 +149,7 @@ async def test_a_message_that_nobody_offered_for_is_announced_and_read(peer: Lin
     (key,) = arrival.keys
     assert (arrival.frame.address, arrival.frame.nbytes) == (x.ctypes.data, BIG)
     peer.bulk.post("read", BIG, to=(arrival.frame.address, key))
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     assert peer.bulk.read_buffer(BIG) == x.tobytes()
     assert not sending.done(), "the sender keeps its buffer until it is told"
     peer.send(Frame(Kind.FIN, sop=arrival.frame.sop, nbytes=BIG))
@@ -159,11 +160,11 @@ async def test_a_key_is_refused_once_its_operation_has_ended(peer: LinkPeer) -> 
     receiving, out, address, key, immediate = await offered(peer)
     peer.bulk.write_buffer(b"x" * BIG)
     peer.bulk.post("write", BIG, to=(address, key), immediate=immediate | LAST_CHUNK)
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     await receiving
     out[:] = 7
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert (out == 7).all()
 
 
@@ -176,7 +177,7 @@ async def test_a_cancelled_receive_takes_its_key_back_before_it_ends(peer: LinkP
     await until(receiving.done)
     assert receiving.cancelled()
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert not out.any()
 
 
@@ -191,7 +192,7 @@ async def test_outside_of_what_is_offered_nothing_is_reached(
     (key,) = arrival.keys
     peer.bulk.write_buffer(b"!" * 16)
     peer.bulk.post("write", nbytes, to=(arrival.frame.address + before, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert not buffer.any()
 
 
@@ -201,7 +202,7 @@ async def test_what_is_offered_for_writing_cannot_be_read_and_the_other_way_roun
     arrival = await peer.receive(Kind.RTS)
     before = x.copy()
     peer.bulk.post("write", 8, to=(arrival.frame.address, arrival.keys[0]))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     np.testing.assert_array_equal(x, before)
 
 
@@ -256,7 +257,7 @@ async def test_a_notification_rides_on_the_last_write(comm: aiocomm.Communicator
             putting = comm.put(x, handle(peer, 77, nbytes), notify=b"done")
             if number == 0:
                 await give_key(peer, 77, nbytes)
-            done = await next_of(peer.bulk)
+            done = await completion_of(peer.bulk)
             assert (done.opcode, done.immediate) == ("written with immediate", NOTE_MARK | number)
             assert peer.bulk.read_buffer(nbytes) == x.tobytes(), "nothing comes after it"
             note = (await peer.receive(NOTE)).frame
@@ -268,7 +269,7 @@ async def test_a_notification_rides_on_the_last_write(comm: aiocomm.Communicator
 async def test_a_notification_without_bytes_is_an_immediate(peer: LinkPeer) -> None:
     putting = peer.comm.put(b"", handle(peer, 77, BIG)[8:8], notify=b"now")
     await give_key(peer, 77, BIG)
-    done = await next_of(peer.bulk)
+    done = await completion_of(peer.bulk)
     assert (done.nbytes, done.immediate) == (0, NOTE_MARK)
     assert (await peer.receive(NOTE)).frame.meta == b"now"
     await putting
@@ -311,7 +312,7 @@ async def test_a_region_is_reached_by_its_key_until_it_is_closed(peer: LinkPeer)
     x = array(BIG).tobytes()
     peer.bulk.write_buffer(x)
     peer.bulk.post("write", BIG, to=(memory.ctypes.data, key))
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     assert memory.tobytes() == x
     async with anyio.create_task_group() as group:
         group.start_soon(region.aclose)
@@ -319,13 +320,13 @@ async def test_a_region_is_reached_by_its_key_until_it_is_closed(peer: LinkPeer)
         assert asked.frame.rop == region._number
         memory_before = memory.copy()
         peer.bulk.post("write", 8, offset=8, to=(memory.ctypes.data, key))  # it is not ours to refuse yet
-        assert (await next_of(peer.bulk)).status == "success"
+        assert (await completion_of(peer.bulk)).status == "success"
         assert not region._free.is_set()
         peer.send(Frame(KEY_REVOKED, rop=region._number))
     assert memory[8:].tobytes() == memory_before[8:].tobytes()
     memory[:] = 7
     peer.bulk.post("write", 8, to=(memory.ctypes.data, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert (memory == 7).all()
 
 
@@ -346,11 +347,11 @@ async def test_a_regions_key_opens_that_region_only(peer: LinkPeer, writable: bo
     (key,) = arrival.keys
     assert bool(arrival.frame.flags & WRITABLE) == writable
     peer.bulk.post("read", 100, to=(arrival.frame.address, key))
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     assert peer.bulk.read_buffer(100) == b"\3" * 100
     address = arrival.frame.address + (50 if writable else 0)
     peer.bulk.post("write", 100, to=(address, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert (whole == 3).all()
 
 
@@ -363,7 +364,7 @@ async def test_notifications_of_a_peer_are_told_once_when_both_halves_are_there(
         to = arrival.frame.address, arrival.keys[0]
         for number in (1, 0, 1, 0):  # early, and repeated
             peer.bulk.post("write", 8, to=to, immediate=NOTE_MARK | number)
-            assert (await next_of(peer.bulk)).status == "success"
+            assert (await completion_of(peer.bulk)).status == "success"
         for number in range(2):
             peer.send(Frame(NOTE, channel=CHANNEL, rop=number, nbytes=8, meta=bytes((number,))))
         peer.send(Frame(NOTE, channel=CHANNEL, rop=2, nbytes=0, meta=b"last"))
@@ -388,7 +389,7 @@ async def test_a_peer_that_dies_has_no_key_any_more(peer: LinkPeer) -> None:
     await closing
     memory[:] = 7
     peer.bulk.post("write", 8, to=(arrival.frame.address, arrival.keys[0]))
-    assert (await next_of(peer.bulk)).status != "success"
+    assert (await completion_of(peer.bulk)).status != "success"
     assert (memory == 7).all()
 
 
@@ -437,8 +438,17 @@ async def test_a_malformed_frame_ends_that_pair_only(peer: LinkPeer, name: str) 
     assert next(other for other in peer.comm.peers if other.rank == 1).alive
 
 
+_PAIRS = (2, 3, 4, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    "hello", [HELLO.pack(1, 1, 1, 2, 3), HELLO.pack(MAGIC, 9, 1, 2, 3), HELLO.pack(MAGIC, 1, 4, 2, 3)]
+    "hello",
+    [
+        HELLO.pack(1, VERSION, 1, *_PAIRS),
+        HELLO.pack(MAGIC, 9, 1, *_PAIRS),
+        HELLO.pack(MAGIC, VERSION, 4, *_PAIRS),
+        HELLO.pack(MAGIC, VERSION, 1, *_PAIRS[:4], 5, 0),  # more levels of bulk than there are here
+    ],
 )
 async def test_a_greeting_of_another_kind_is_refused(comm: aiocomm.Communicator, hello: bytes) -> None:
     with LinkPeer(comm, 2) as stranger:
@@ -453,5 +463,5 @@ async def test_a_peer_that_dies_ends_its_receives_and_its_keys(peer: LinkPeer) -
         await receiving
     out[:] = 7
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status != "success"
+    assert (await completion_of(peer.bulk)).status != "success"
     assert (out == 7).all()
