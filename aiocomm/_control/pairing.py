@@ -356,7 +356,7 @@ class Pairing:
         """A peer that calls again has seen the link fail, perhaps before this end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s / 2):
-                while pair.connected.done() and not self._forget_failed(pair):
+                while pair.connected.done() and not self._forget_failed(pair):  # noqa: ASYNC110  (no event tells)
                     await asyncio.sleep(_PAUSE_S / 5)
 
     def _fail(self, pair: _Pair, reason: str) -> None:

@@ -302,6 +302,22 @@ async def test_a_revoked_key_is_given_back_and_not_used_again(peer: LinkPeer) ->
     assert peer.bulk.read_buffer(BIG) == bytes(BIG)
 
 
+async def test_what_devices_cannot_reach_is_served_by_its_owner(peer: LinkPeer) -> None:
+    x = array(BIG)
+    putting = peer.comm.put(x, handle(peer, 77, BIG), notify=b"done")
+    await peer.receive(KEY_ASK)
+    peer.send(Frame(KEY_IS, rop=77, code=8))
+    announced = await peer.receive(Kind.PUT_RTS)
+    assert (announced.frame.rop, announced.frame.address, announced.frame.meta) == (77, x.ctypes.data, b"done")
+    peer.bulk.post("read", BIG, to=(announced.frame.address, announced.keys[0]))
+    assert (await completion_of(peer.bulk)).status == "success"
+    assert peer.bulk.read_buffer(BIG) == x.tobytes()
+    peer.send(Frame(Kind.FIN, sop=announced.frame.sop, nbytes=BIG))
+    await putting
+    peer.comm.put(x[:8], handle(peer, 77, BIG)[:8])
+    assert (await peer.receive()).frame.kind == Kind.PUT, "it is not asked for again"
+
+
 async def test_a_region_is_reached_by_its_key_until_it_is_closed(peer: LinkPeer) -> None:
     memory = np.zeros(BIG, np.uint8)
     region = peer.comm.register(memory)
