@@ -198,8 +198,8 @@ class Settings:
     link_fallback: str = _setting(
         "on",
         "",
-        "A pair whose link has failed is connected again with its next operation: on, over the next link that "
-        "both ends have; off, over that link only.",
+        "A pair whose link has failed is connected again with its next operation: on, over the next link "
+        "that both ends have; off, over that link only.",
         choices=("on", "off"),
     )
     handshake_timeout_s: float = _setting(

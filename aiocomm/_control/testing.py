@@ -116,7 +116,8 @@ class RecordingEngine:
                 os.close(descriptor)
             raise LinkError(f"{link} is broken here")
         before = self.attached.get(rank)
-        if before is not None and before.generation == generation and before.link == link and rank not in self.broken_pairs:
+        same = before is not None and before.generation == generation and before.link == link
+        if same and rank not in self.broken_pairs:
             raise AssertionError(f"rank {rank} attached twice")
         for descriptor in before.fds if before is not None else ():
             os.close(descriptor)
@@ -140,8 +141,9 @@ class RecordingEngine:
         """Started, and not broken since."""
         with self._changed:
             attachment = self.attached.get(rank)
-            started = attachment is not None and self.started.get(rank) == attachment.link
-            return started and attachment.generation == generation and rank not in self.broken_pairs
+            if attachment is None or attachment.generation != generation or rank in self.broken_pairs:
+                return False
+            return self.started.get(rank) == attachment.link
 
     def break_pair(self, rank: int) -> None:
         """As if its link had failed."""

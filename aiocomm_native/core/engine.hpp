@@ -95,8 +95,8 @@ struct RegionInfo {
   uint64_t nbytes = 0;
   bool writable = false;
   bool closing = false;
-  uint32_t active = 0;  // transfers of peers that use it now
-  uint32_t registration = 0;   // with `link`, whose devices peers reach it by; 0: none has asked
+  uint32_t active = 0;        // transfers of peers that use it now
+  uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
   uint8_t link = 0;
   std::vector<Rank> holders;  // of its key
 };
@@ -122,7 +122,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
-  bool paired(Rank rank, uint64_t generation);  // its link is up
+  bool paired(Rank rank, uint64_t generation);              // its link is up
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them

@@ -40,9 +40,9 @@ enum class FrameKind : uint8_t {
   quit,       // nothing more will be written into `rop`; `code`
   link_private,  // consumed by the link itself
   moved,         // device memory: the sender's engine has written `rop`, or will not any more: `code`
-  staged,  // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
-  key_ask,      // how do devices reach region `rop`?
-  key_is,       // answer: `address`/`segment`, `nbytes`, kWritable; `code` stale, or link_failed: its owner serves it
+  staged,   // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
+  key_ask,  // how do devices reach region `rop`?
+  key_is,  // answer: `address`/`segment`, `nbytes`, kWritable; `code` stale, or link_failed: its owner serves it
   key_revoke,   // region `rop` closes: begin nothing more
   key_revoked,  // answer: nothing of ours is under way there any more
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put

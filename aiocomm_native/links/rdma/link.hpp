@@ -41,7 +41,7 @@ class RdmaLink final : public Link, public Pollable {
   uint64_t refused = 0;  // pairs closed for what their peers sent
   uint64_t resent = 0;   // frames and chunks that went out again over another rail
   uint64_t lanes_failed = 0, lanes_recovered = 0;
-  uint64_t repeated = 0;  // frames that had come already
+  uint64_t repeated = 0;      // frames that had come already
   uint64_t last_done_ns = 0;  // when a chunk was through, of whichever pair
 
  private:
@@ -50,8 +50,8 @@ class RdmaLink final : public Link, public Pollable {
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
-  int nodes_ = -1;      // inotify of /dev/infiniband
-  int broken_ = -1;     // rung by rails whose devices say so
+  int nodes_ = -1;   // inotify of /dev/infiniband
+  int broken_ = -1;  // rung by rails whose devices say so
   uint64_t looked_ns_ = 0;
 };
 

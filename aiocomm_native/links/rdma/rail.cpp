@@ -119,7 +119,8 @@ void Rail::release_all() {
   give(bulk_srq_, verbs_.destroy_srq);
   for (Slab& slab : slabs_) give(slab.region, verbs_.dereg_mr);  // their bytes may still be looked at
   for (ibv_cq** queue : {&express_queue_, &frames_queue_, &bulk_queue_}) give(*queue, verbs_.destroy_cq);
-  for (ibv_comp_channel** channel : {&channel_, &express_channel_}) give(*channel, verbs_.destroy_comp_channel);
+  for (ibv_comp_channel** channel : {&channel_, &express_channel_})
+    give(*channel, verbs_.destroy_comp_channel);
   give(domain_, verbs_.dealloc_pd);
   give(context_, verbs_.close_device);
   for (int* fd : {&epoll_, &wake_})
@@ -206,7 +207,8 @@ QueuePairs Rail::open() {
       if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
     }
     // Devices do not tell what they take inline: ask for less until it fits.
-    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) && max_inline_) {
+    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) &&
+           max_inline_) {
       max_inline_ /= 2;
       if (max_inline_ < 64) max_inline_ = 0;
     }
@@ -214,8 +216,7 @@ QueuePairs Rail::open() {
     pairs.all[1] =
         check(make_pair(frames_queue_, frames_srq_, kFrameDepth, max_inline_), name(), "a queue pair");
     for (size_t level = 0; level < transport_.bulk.size(); ++level)
-      pairs.all[2 + level] =
-          check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
+      pairs.all[2 + level] = check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
     for (size_t i = 0; i < pairs.all.size() && pairs.all[i]; ++i) {
       ibv_qp_attr attributes{};
       attributes.qp_state = IBV_QPS_INIT;

@@ -52,7 +52,7 @@ class Completions {
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody
   virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
-  virtual void attend() = 0;  // under the token: what has come is to be handled
+  virtual void attend() = 0;                               // under the token: what has come is to be handled
 
  protected:
   ~Completions() = default;
@@ -122,9 +122,9 @@ class Rail final : public Pollable {
 
   // The kernel lets go of a removed device only when everything of it has been closed here. Under the token:
   bool gone() const { return gone_.load(std::memory_order_acquire); }
-  bool present() const;                          // as far as the kernel's list of devices says
+  bool present() const;                              // as far as the kernel's list of devices says
   const std::string& node() const { return node_; }  // its file in /dev/infiniband
-  void leave();   // the device is gone: its lanes hear that they have failed
+  void leave();                // the device is gone: its lanes hear that they have failed
   bool idle_without_device();  // no lane is left
   void retire();  // then: closes everything of the device. The rail stays, and is good for nothing.
   std::function<void()> on_gone;  // its device says that it is broken; told by the poller

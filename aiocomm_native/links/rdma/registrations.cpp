@@ -147,7 +147,8 @@ Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access
 void Registrations::forget_rail(size_t rail) {
   domains_[rail] = nullptr;
   for (auto& slot : slots_)
-    if (ibv_mr* region = slot ? std::exchange(slot->regions[rail], nullptr) : nullptr) verbs_.dereg_mr(region);
+    if (ibv_mr* region = slot ? std::exchange(slot->regions[rail], nullptr) : nullptr)
+      verbs_.dereg_mr(region);
 }
 
 Registration* Registrations::get(uint32_t id) {

@@ -308,7 +308,11 @@ async def test_what_devices_cannot_reach_is_served_by_its_owner(peer: LinkPeer) 
     await peer.receive(KEY_ASK)
     peer.send(Frame(KEY_IS, rop=77, code=8))
     announced = await peer.receive(Kind.PUT_RTS)
-    assert (announced.frame.rop, announced.frame.address, announced.frame.meta) == (77, x.ctypes.data, b"done")
+    assert (announced.frame.rop, announced.frame.address, announced.frame.meta) == (
+        77,
+        x.ctypes.data,
+        b"done",
+    )
     peer.bulk.post("read", BIG, to=(announced.frame.address, announced.keys[0]))
     assert (await completion_of(peer.bulk)).status == "success"
     assert peer.bulk.read_buffer(BIG) == x.tobytes()
