@@ -4,8 +4,6 @@
 
 #if __has_include(<infiniband/verbs.h>)
 
-#include "links/rdma/port.hpp"
-
 #include <arpa/inet.h>
 
 #include <cerrno>
@@ -16,6 +14,7 @@
 #include <string>
 
 #include "core/link.hpp"
+#include "links/rdma/port.hpp"
 
 #define CHECK(condition)                                                           \
   do {                                                                             \
@@ -108,7 +107,8 @@ void one_machine() {
   g_machine = {.opens = false};
   complains(EACCES, {"device test_0", "give this user access to /dev/infiniband"}, [&] { choose(); });
   g_machine = {.state = IBV_PORT_DOWN};
-  complains(ENETDOWN, {"device test_0 port 1", "not active", "plug the cable", "subnet manager"}, [&] { choose(); });
+  complains(ENETDOWN, {"device test_0 port 1", "not active", "plug the cable", "subnet manager"},
+            [&] { choose(); });
   g_machine = {.layer = IBV_LINK_LAYER_ETHERNET};
   complains(EADDRNOTAVAIL, {"device test_0 port 1", "no RoCE v2 address", "IP address"}, [&] { choose(); });
   g_machine = {.address = false};
@@ -130,7 +130,8 @@ void two_ports() {
   check_reach(ours, at("fe80::2", 0x7fff));  // a limited member of the same partition
   complains(EACCES, {"device test_0 port 1", "another partition", "partition key"},
             [&] { check_reach(ours, at("fe80::2", 0x8001)); });
-  complains(ENETUNREACH, {"device test_0 port 1", "fec0::2", "another InfiniBand subnet", "AIOCOMM_RDMA_DEVICES"},
+  complains(ENETUNREACH,
+            {"device test_0 port 1", "fec0::2", "another InfiniBand subnet", "AIOCOMM_RDMA_DEVICES"},
             [&] { check_reach(ours, at("fec0::2")); });
   complains(EPROTONOSUPPORT, {"device test_0 port 1", "InfiniBand", "Ethernet", "AIOCOMM_RDMA_DEVICES"},
             [&] { check_reach(ours, at("::ffff:10.0.0.1", 0xffff, IBV_LINK_LAYER_ETHERNET)); });

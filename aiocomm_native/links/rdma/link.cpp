@@ -44,7 +44,8 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
   }
   registrations_ = std::make_unique<Registrations>(
       verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
-      std::any_of(ports_.begin(), ports_.end(), [&](const Port& port) { return port.node != ports_[0].node; }));
+      std::any_of(ports_.begin(), ports_.end(),
+                  [&](const Port& port) { return port.node != ports_[0].node; }));
   for (auto& rail : rails_) {
     host.watch_polled(rail->express_fd(), rail.get());
     rail->start();

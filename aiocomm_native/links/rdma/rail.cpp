@@ -181,7 +181,8 @@ QueuePairs Rail::open() {
       if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
     }
     // Devices do not tell what they take inline: ask for less until it fits.
-    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) && max_inline_) {
+    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) &&
+           max_inline_) {
       max_inline_ /= 2;
       if (max_inline_ < 64) max_inline_ = 0;
     }
@@ -189,8 +190,7 @@ QueuePairs Rail::open() {
     pairs.all[1] =
         check(make_pair(frames_queue_, frames_srq_, kFrameDepth, max_inline_), name(), "a queue pair");
     for (size_t level = 0; level < transport_.bulk.size(); ++level)
-      pairs.all[2 + level] =
-          check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
+      pairs.all[2 + level] = check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
     for (size_t i = 0; i < pairs.all.size() && pairs.all[i]; ++i) {
       ibv_qp_attr attributes{};
       attributes.qp_state = IBV_QPS_INIT;
@@ -315,7 +315,8 @@ void Rail::post_bulk(const Work& work) {
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
   {
     std::lock_guard lock(queue_);
-    auto before = std::find_if(work_.begin(), work_.end(), [&](const Work& other) { return other.cls < work.cls; });
+    auto before =
+        std::find_if(work_.begin(), work_.end(), [&](const Work& other) { return other.cls < work.cls; });
     work_.insert(before, work);
   }
   queued_.notify_one();
@@ -377,7 +378,9 @@ int Rail::poll() {
   return lock ? poll_queues() : 0;
 }
 
-int Rail::poll_queues() { return poll_queue(express_queue_) + poll_queue(frames_queue_) + poll_queue(bulk_queue_); }
+int Rail::poll_queues() {
+  return poll_queue(express_queue_) + poll_queue(frames_queue_) + poll_queue(bulk_queue_);
+}
 
 void Rail::drain() {
   std::lock_guard lock(polling_);

@@ -52,7 +52,7 @@ class Completions {
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody
   virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
-  virtual void attend() = 0;  // under the token: what has come is to be handled
+  virtual void attend() = 0;                               // under the token: what has come is to be handled
 
  protected:
   ~Completions() = default;
