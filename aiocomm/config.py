@@ -166,16 +166,16 @@ class Settings:
     rdma_retry_s: float = _setting(
         2.0,
         "seconds",
-        "The longest that an RDMA device tries to reach a peer before its rail is given up; rounded down to what "
-        "devices can be told.",
+        "The longest that an RDMA device tries to reach a peer before its rail is given up; rounded down to "
+        "what devices can be told.",
         low=1e-3,
         high=600.0,
     )
     rdma_traffic_class: str = _setting(
         "0",
         "",
-        "Traffic class (RoCE: DSCP and ECN bits) of large transfers; or four by comma, for channels of priority "
-        "low, normal, high, urgent.",
+        "Traffic class (RoCE: DSCP and ECN bits) of large transfers; or four by comma, for channels of "
+        "priority low, normal, high, urgent.",
         each=255,
     )
     rdma_urgent_traffic_class: int = _setting(
@@ -184,7 +184,8 @@ class Settings:
     rdma_service_level: str = _setting(
         "0",
         "",
-        "Service level (InfiniBand; RoCE: priority) of large transfers; or four by comma, as for the traffic class.",
+        "Service level (InfiniBand; RoCE: priority) of large transfers; or four by comma, as for the traffic "
+        "class.",
         each=15,
     )
     rdma_urgent_service_level: int = _setting(

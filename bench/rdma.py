@@ -10,8 +10,8 @@ Metrics:
     native_us/8B: Half of a round trip of two engines that poll, from a send's posting to its receive's
         completion, no Python between; median. perftest: ib_write_lat, of two polling loops.
     half_us/8B: The same by `await`.
-    p99_us/idle, p99_us/bulk: Half round trips of 1 KiB by `await` on an urgent channel, alone and beside 16 MiB
-        messages, four outstanding; `p99_times_idle` is their ratio.
+    p99_us/idle, p99_us/bulk: Half round trips of 1 KiB by `await` on an urgent channel, alone and beside
+        16 MiB messages, four outstanding; `p99_times_idle` is their ratio.
 
 Our arrays are those of `aiocomm.empty()`, which stay registered, as perftest's do.
 """

@@ -35,7 +35,8 @@ class Bare {
     Code code = op->code;
     int error = op->error;
     engine_.release(op);
-    if (code != Code::ok) throw LinkFailure("a round trip ended with code " + std::to_string(int(code)), error);
+    if (code != Code::ok)
+      throw LinkFailure("a round trip ended with code " + std::to_string(int(code)), error);
   }
 
   std::vector<Op*> others;  // transfers that have ended meanwhile
@@ -89,9 +90,10 @@ std::vector<double> half_trips(PyEngine& e, int peer, uint64_t nbytes, int count
 }  // namespace
 
 void bind_half_trips(nb::class_<PyEngine>& engine) {
-  engine.def("half_trips", half_trips, nb::arg("peer"), nb::arg("nbytes"), nb::arg("count"), nb::arg("first"),
-             "Half round trips of the loop's thread without Python between, in seconds. The peer calls it, too; "
-             "messages go over the default channel with tag 0.");
+  engine.def(
+      "half_trips", half_trips, nb::arg("peer"), nb::arg("nbytes"), nb::arg("count"), nb::arg("first"),
+      "Half round trips of the loop's thread without Python between, in seconds. The peer calls it, too; "
+      "messages go over the default channel with tag 0.");
 }
 
 }  // namespace aiocomm::py

@@ -232,7 +232,8 @@ void Engine::progress(bool rung) {
   for (int round = 0; more && round < kTurns; ++round) {
     Token token(*this, true);
     more = poll_links() >= kPollBudget;
-    if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0) dispatch_fds(express_epoll_, 0, true);
+    if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
+      dispatch_fds(express_epoll_, 0, true);
   }
   if (more) ring(page_->loop, loop_fd_);
 }

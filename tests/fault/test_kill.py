@@ -32,9 +32,7 @@ GUEST = "AIOCOMM_RDMA_GUEST" in os.environ
 TOLD_WITHIN_S = 3.0 if GUEST else 2.0
 # cuda carries no messages of its own; rdma needs a device, and is what the guest is for.
 LINKS = (
-    ["rdma"]
-    if GUEST
-    else [link for link in _core.available_links() if link not in ("self", "cuda", "rdma")]
+    ["rdma"] if GUEST else [link for link in _core.available_links() if link not in ("self", "cuda", "rdma")]
 )
 HOST_A = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1"} if GUEST else {}
 HOST_B = {"AIOCOMM_RDMA_DEVICES": "rxeb0,rxeb1"} if GUEST else {}

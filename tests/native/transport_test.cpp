@@ -67,7 +67,8 @@ void maps_classes() {
   CHECK((transport.bulk[2] == Level{2, 8}));
   transport.map_classes("1", "0,1,0,1");
   CHECK((transport.level == std::array<uint8_t, kClasses>{0, 1, 0, 1}));
-  for (const char* wrong : {"1,2", "1,2,3,4,5", "x", "1,,2,3", "-1", "256", "1 2", "1,2,3,x"}) CHECK(refused(wrong));
+  for (const char* wrong : {"1,2", "1,2,3,4,5", "x", "1,,2,3", "-1", "256", "1 2", "1,2,3,x"})
+    CHECK(refused(wrong));
 }
 
 void takes_the_rail_that_is_through_first() {
@@ -98,7 +99,7 @@ void acknowledges_in_any_order() {
   CHECK(acks.all_before() == 0);
   acks.one(0);
   CHECK(acks.all_before() == 3);
-  acks.one(1);  // went out twice
+  acks.one(1);   // went out twice
   acks.one(40);  // more than may be open
   CHECK(acks.all_before() == 3);
   acks.one(5);

@@ -12,9 +12,7 @@ namespace aiocomm::rdma {
 class Acks {
  public:
   // acquire: pairs with the release of whoever heard of them.
-  uint32_t all_before() const {
-    return static_cast<uint32_t>(state_.load(std::memory_order_acquire) >> 32);
-  }
+  uint32_t all_before() const { return static_cast<uint32_t>(state_.load(std::memory_order_acquire) >> 32); }
   void one(uint32_t seq) {
     change([&](uint32_t& base, uint32_t& seen) {
       if (seq - base >= 32) return false;  // it has been heard of
@@ -43,7 +41,8 @@ class Acks {
       if (!f(base, seen)) return;
       for (; seen & 1; seen >>= 1) ++base;
       next = static_cast<uint64_t>(base) << 32 | seen;
-    } while (!state_.compare_exchange_weak(state, next, std::memory_order_acq_rel, std::memory_order_relaxed));
+    } while (
+        !state_.compare_exchange_weak(state, next, std::memory_order_acq_rel, std::memory_order_relaxed));
   }
 
   std::atomic<uint64_t> state_{0};

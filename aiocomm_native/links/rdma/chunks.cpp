@@ -68,6 +68,7 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   work.lane = &lane;
   work.qp = lane.pairs.bulk(lane.rail.transport().level[chunk.of.cls]);
   work.posting = &lane.posting;
+  work.cls = chunk.of.cls;
   work.opcode = chunk.of.read            ? IBV_WR_RDMA_READ
                 : chunk.of.has_immediate ? IBV_WR_RDMA_WRITE_WITH_IMM
                                          : IBV_WR_RDMA_WRITE;

@@ -341,7 +341,9 @@ void Rail::post_bulk(const Work& work) {
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
   {
     std::lock_guard lock(queue_);
-    work_.push_back(work);
+    auto before =
+        std::find_if(work_.begin(), work_.end(), [&](const Work& other) { return other.cls < work.cls; });
+    work_.insert(before, work);
   }
   queued_.notify_one();
 }

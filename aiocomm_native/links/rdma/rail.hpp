@@ -74,6 +74,7 @@ struct Work {
   ibv_qp* qp = nullptr;
   std::mutex* posting = nullptr;  // of the lane: held during the call
   ibv_wr_opcode opcode = IBV_WR_RDMA_READ;
+  uint8_t cls = 0;  // of the channel: more urgent work is posted first
   uint64_t local = 0, remote = 0;
   uint32_t lkey = 0, rkey = 0, nbytes = 0, immediate = 0, chunk = 0;
 };

@@ -22,9 +22,9 @@ struct Transport {
 
   uint8_t timeout = 16;  // of one try: 4.096 us * 2^timeout
   uint64_t patience_ns = 2500000000;
-  Level frames;                            // small messages and control
-  std::vector<Level> bulk{Level{}};        // a queue pair for each
-  std::array<uint8_t, kClasses> level{};   // into `bulk`, by class
+  Level frames;                           // small messages and control
+  std::vector<Level> bulk{Level{}};       // a queue pair for each
+  std::array<uint8_t, kClasses> level{};  // into `bulk`, by class
 
   // The longest that the transport may try without an answer, all tries together: at least one of the shortest.
   // `largest`: bytes of one request.

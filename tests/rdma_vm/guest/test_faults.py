@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import secrets
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from harness import until
-from test_link import device, hosts, random
+from test_link import device, hosts, random, run
 
 import aiocomm
 
@@ -90,7 +89,7 @@ async def test_the_memory_of_a_killed_peer_is_never_written_again(
 @pytest.mark.parametrize("rails", [1, 2])
 async def test_packets_are_lost(rails: int) -> None:
     """One in a hundred on the first rail: the transport repeats them, and nobody gives a rail up."""
-    subprocess.run(["tc", "qdisc", "add", "dev", "a0", "root", "netem", "loss", "1%"], check=True)
+    run("tc", "qdisc", "add", "dev", "a0", "root", "netem", "loss", "1%")
     try:
         async with hosts(rails) as (a, b):
             for number in range(4):
@@ -112,4 +111,4 @@ async def test_packets_are_lost(rails: int) -> None:
                 np.testing.assert_array_equal(back, memory)
             assert device(a)["lanes_failed"] == 0
     finally:
-        subprocess.run(["tc", "qdisc", "del", "dev", "a0", "root"], check=True)
+        run("tc", "qdisc", "del", "dev", "a0", "root")

@@ -139,6 +139,56 @@ async def test_a_small_message_is_one_send(nbytes: int) -> None:
         assert device(b)["sends"] == before[1]["sends"]
 
 
+async def test_a_small_message_wakes_the_loop_alone() -> None:
+    async with hosts(1) as (a, b):
+        out, back = np.zeros(8, np.uint8), np.zeros(8, np.uint8)
+
+        async def round_trip() -> None:
+            there = b.recv(out, 0)
+            await a.send(back, 1)
+            await there
+            here = a.recv(back, 1)
+            await b.send(out, 0)
+            await here
+
+        await round_trip()
+        before = device(a)["wakeups"] + device(b)["wakeups"]
+        for _ in range(50):
+            await round_trip()
+        # Of 100 messages, whose acknowledgements the pollers may have been waiting for when it began.
+        assert device(a)["wakeups"] + device(b)["wakeups"] - before < 10
+
+
+async def test_classes_of_channels_travel_by_queue_pairs_of_their_own() -> None:
+    levels = {"AIOCOMM_RDMA_TRAFFIC_CLASS": "0,0,104,136", "AIOCOMM_RDMA_URGENT_TRAFFIC_CLASS": "136"}
+    async with hosts(2, **levels) as (a, b):
+        for priority in aiocomm.Priority:
+            one, other = (comm.channel(priority.name, priority=priority) for comm in (a, b))
+            sent, got = random(CHUNK + 9), np.zeros(CHUNK + 9, np.uint8)
+            receiving = other.recv(got, 0)
+            await one.send(sent, 1)
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+
+
+async def test_levels_that_differ_are_refused_by_name() -> None:
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    with mock.patch.dict(os.environ, {"AIOCOMM_RDMA_DEVICES": "rxea0"}):
+        one = aiocomm.connect(address, rank=0, size=2, links=("rdma",))
+    other_s = {"AIOCOMM_RDMA_DEVICES": "rxeb0", "AIOCOMM_RDMA_SERVICE_LEVEL": "0,0,1,1"}
+    with mock.patch.dict(os.environ, other_s):
+        other = aiocomm.connect(address, rank=1, size=2, links=("rdma",))
+    async with anyio.create_task_group() as group:
+        group.start_soon(_refused, one, 1)
+        group.start_soon(_refused, other, 0)
+
+
+async def _refused(connecting: Any, rank: int) -> None:
+    async with connecting as comm:
+        with pytest.raises(PeerError, match=r"AIOCOMM_RDMA_SERVICE_LEVEL|closed"):
+            await comm.send(b"x", rank, synchronous=True)
+
+
 async def test_an_unexpected_message_is_read() -> None:
     async with hosts(1) as (a, b):
         sending = a.send(random(CHUNK + 1), 1)
