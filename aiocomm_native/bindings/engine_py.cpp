@@ -22,6 +22,8 @@ namespace aiocomm::py {
 
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
+// half_trip_py.cpp
+void bind_half_trips(nb::class_<PyEngine>& engine);
 
 PyEngine::~PyEngine() { clear(); }
 
@@ -432,7 +434,9 @@ void bind_engine(nb::module_& m) {
       "nbytes"_a, "Memory in a shared segment that peers on this host can map.");
 
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<PyEngine>(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.")
+  nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
+  bind_half_trips(engine);
+  engine
       .def(
           "__init__",
           [](PyEngine* self, std::vector<std::string> links, std::map<std::string, double> numbers,
@@ -540,6 +544,10 @@ void bind_engine(nb::module_& m) {
           release_gil())
       .def(
           "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
+          release_gil())
+      .def(
+          "paired",
+          [](PyEngine& e, int rank, uint64_t generation) { return e.engine->paired(rank, generation); },
           release_gil())
       .def(
           "fail_connect",

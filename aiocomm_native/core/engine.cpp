@@ -145,6 +145,7 @@ void Engine::close() {
     if (peer && peer->link) {
       peer->link->close();
       peer->state = Peer::State::lost;
+      forget_holder(peer->rank);
     }
   polled_.clear();
   // What a device or a peer was working on has been let go of with its link.
@@ -233,7 +234,8 @@ void Engine::progress(bool rung) {
   for (int round = 0; more && round < kTurns; ++round) {
     Token token(*this, true);
     more = poll_links() >= kPollBudget;
-    if (has_express()) dispatch_fds(express_epoll_, 0, true);
+    if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
+      dispatch_fds(express_epoll_, 0, true);
   }
   if (more) ring(page_->loop, loop_fd_);
 }
@@ -396,6 +398,14 @@ void Engine::expire(uint64_t now) {
 void Engine::fallback(Rank rank, const std::string& path, const std::string& reason) {
   if (Peer* peer = find_peer(rank)) ++counters_[peer->link_index].fallbacks;
   emit({EngineEvent::Kind::fallback, rank, 0, path, reason});
+}
+
+void Engine::part_down(Rank rank, const std::string& part, const std::string& reason) {
+  emit({EngineEvent::Kind::link_down, rank, 0, part, reason});
+}
+
+void Engine::part_up(Rank rank, const std::string& part) {
+  emit({EngineEvent::Kind::link_up, rank, 0, part, {}});
 }
 
 void Engine::run() {

@@ -147,6 +147,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
 }
 
 Post Engine::send_put(Op& op, Peer& peer) {
+  if (by_key(op, peer)) return access(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -181,6 +182,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
 }
 
 Post Engine::send_get(Op& op, Peer& peer) {
+  if (by_key(op, peer)) return access(op, peer);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.channel = channels_[op.channel].id;
