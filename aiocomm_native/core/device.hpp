@@ -1,6 +1,6 @@
 // Memory that no CPU reads: what the core knows of it, and the contract of whoever moves it (links/cuda).
 //
-// Theory of operation (protocol_device.cpp)
+// Theory of operation (device_protocol.hpp)
 //  * A device message is announced by `rts` over the pair's link with the place of its bytes (kDevice). Once matched,
 //    the receiver either has its engine pull them, or answers `cts` with a place of its own, and the sender's engine
 //    pushes and says `moved`. Bulk is pushed, so that the other end's engine stays free for what is urgent; that goes

@@ -67,7 +67,7 @@ bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
   if (op.gpu) {
     if (op.gpu->inflight || op.gpu->remote_writes) return false;
-    settle_device(op);
+    device_.settle(op);
   }
   if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
   finish(op, op.code);
@@ -106,7 +106,7 @@ void Engine::end_early(Op& op, Code code) {
     op.in_sched = false;
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
-  if (op.gpu && op.gpu->in_sched) cancel_move(op);
+  if (op.gpu && op.gpu->in_sched) device_.cancel_move(op);
   if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it
 
   bool from_peer = code == Code::peer_cancelled || code == Code::peer_lost;
@@ -206,8 +206,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     peer.flows.clear();
     peer.control.clear();
     peer.offers.reset();
-    forget_flows(peer.rank);
-    if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
+    device_.forget(peer);
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {

@@ -102,7 +102,7 @@ bool Engine::fits_frame(const Op& op, const Peer& peer) const {
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
-  if (op.gpu && op.nbytes) return send_device(op, peer);
+  if (op.gpu && op.nbytes) return device_.announce(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;

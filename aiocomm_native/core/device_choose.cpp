@@ -1,0 +1,342 @@
+// Which way a message of device memory goes: what the two sides tell each other, and what they wait for.
+
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+namespace {
+constexpr uint64_t kPushFrom = 1 << 20;  // larger: bulk, which leaves the other end's engine free
+constexpr uint8_t kBulkClass = 1;        // and below: its messages never decide by load
+}  // namespace
+
+// ---------------------------------------------------------------- announcing and answering
+
+Post DeviceProtocol::announce(Op& op, Peer& peer) {
+  if (peer.link->takes_offers()) {  // its device reads registered host memory only
+    fail(op, EOPNOTSUPP);
+    return Post::ok;
+  }
+  const ChannelInfo& channel = engine_.channels_[op.channel];
+  DeviceBuffer& gpu = *op.gpu;
+  mover_->offer(gpu, *peer.link);
+  gpu.place.load = mover_->load(gpu.device);
+  std::array<std::byte, sizeof(Op::meta) + sizeof(DevicePlace)> meta;
+  std::memcpy(meta.data(), op.meta.data(), op.meta_bytes);
+  std::memcpy(meta.data() + op.meta_bytes, &gpu.place, sizeof gpu.place);
+  FrameHeader h{};
+  h.kind = FrameKind::rts;
+  h.flags = kDevice | (gpu.gate.open() ? 0 : kNotYet);
+  h.channel = channel.id;
+  h.tag = op.tag;
+  h.nbytes = op.nbytes;
+  h.meta_bytes = static_cast<uint16_t>(op.meta_bytes + sizeof gpu.place);
+  h.cls = channel.cls;
+  h.sop = op.id;
+  if (peer.offers) h.rop = peer.offers->held.place(engine_.key_of(op)).packed();
+  Post posted = peer.link->post(h, meta.data(), nullptr, Wake::engine);
+  if (posted != Post::ok) return posted;
+  if (peer.offers) peer.offers->held.sent(engine_.key_of(op));
+  ++engine_.counters_[index_].frames_sent;
+  op.started_ns = op.submitted_ns;
+  op.state = OpState::posted;
+  op.awaits_fin = true;
+  return Post::ok;
+}
+
+void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
+                             const std::byte* payload) {
+  op.started_ns = engine_.now();
+  op.state = OpState::moving;
+  op.source_address = header.address;
+  op.source_segment = header.segment;
+  if (peer.link->takes_offers() && header.kind != FrameKind::eager) return fail(op, EOPNOTSUPP);
+  if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
+    op.path = Path::stream;
+    op.ready = 0;
+    FrameHeader h{};
+    h.kind = FrameKind::cts;
+    h.sop = header.sop;
+    h.rop = op.id;
+    h.flags = engine_.can_copy_from(peer) ? kReads : 0;
+    return engine_.send_control(peer, h, Wake::engine);
+  }
+  DeviceBuffer& gpu = *op.gpu;
+  gpu.from_device = place != nullptr;
+  gpu.not_yet = header.flags & kNotYet;
+  if (place) {
+    std::memcpy(&gpu.theirs, place, sizeof gpu.theirs);
+    peer.device_owner = gpu.theirs.owner;
+  }
+  if (header.kind == FrameKind::eager) {
+    if (mover_->take_bounce(gpu, op.nbytes, 0) != Reach::State::ready) {
+      engine_.owe_credit(peer, header.payload_bytes);
+      return fail(op, 0);
+    }
+    std::memcpy(gpu.bounce, payload, header.payload_bytes);
+    engine_.owe_credit(peer, header.payload_bytes);
+    gpu.role = Role::stage_in;
+    op.moved = op.nbytes;
+  }
+  continue_receive(op, peer);
+}
+
+bool DeviceProtocol::wait_for_gate(Op& op) {
+  if (op.gpu->gate.open()) return false;
+  op.gpu->waiting = true;
+  mover_->await_gate(op.gpu->gate, op.gpu->device, op.id);
+  return true;
+}
+
+void DeviceProtocol::proceed(Op& op, Peer& peer) {
+  if (op.kind == OpKind::recv)
+    continue_receive(op, peer);
+  else
+    continue_send(op, peer);
+}
+
+bool DeviceProtocol::prefer_push(const Op& op, Peer& peer) const {
+  const DeviceBuffer& gpu = *op.gpu;
+  if (gpu.not_yet) return true;
+  if (op.nbytes > kPushFrom && engine_.channels_[op.channel].cls <= kBulkClass) return true;
+  WakePage* page = peer.link->page();
+  uint64_t theirs = page && gpu.theirs.device < WakePage::kDevices
+                        ? page->load[gpu.theirs.device].load(std::memory_order_relaxed)
+                        : gpu.theirs.load;
+  return engine_.page_->load[gpu.device].load(std::memory_order_relaxed) > theirs;
+}
+
+void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (wait_for_gate(op)) return;
+  if (gpu.allocates && !op.data) {
+    Reach::State made = mover_->allocate(gpu, op.nbytes, op.id);
+    gpu.waiting = made == Reach::State::opening;
+    if (made == Reach::State::refused) return fail(op, 2);  // CUDA_ERROR_OUT_OF_MEMORY
+    if (made != Reach::State::ready) return;
+    op.data = reinterpret_cast<std::byte*>(gpu.place.address);
+  }
+  if (gpu.role == Role::stage_in) return landing(op, 0, op.nbytes);  // came in its frame
+  if (!gpu.from_device) {
+    if (!has_bounce(op)) return;
+    gpu.role = Role::stage_in;
+    FrameHeader h{};
+    h.kind = FrameKind::rts;
+    h.sop = op.remote_op;
+    h.address = op.source_address;
+    h.segment = op.source_segment;
+    return engine_.start_rendezvous(op, peer, h, true);
+  }
+  bool push = prefer_push(op, peer);
+  if (push) {
+    mover_->offer(gpu, *peer.link);
+    if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
+  }
+  Reach reach = mover_->reach(gpu.device, gpu.theirs, *peer.link, op.id);
+  bool sane = gpu.theirs.address - gpu.theirs.base <= gpu.theirs.extent &&
+              op.nbytes <= gpu.theirs.extent - (gpu.theirs.address - gpu.theirs.base);
+  if (reach.state == Reach::State::opening) {
+    gpu.waiting = true;
+    return;
+  }
+  if (reach.state == Reach::State::ready && sane && !gpu.not_yet) {
+    gpu.role = Role::pull;
+    gpu.mapping = std::move(reach.mapping);
+    gpu.remote = reach.base + (gpu.theirs.address - gpu.theirs.base);
+    op.path = Path::device;
+    return queue_move(op, Lane::peer, op.nbytes);
+  }
+  if (!push) {
+    mover_->offer(gpu, *peer.link);
+    if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
+  }
+  // Neither can we read it (now), nor can the peer write ours: by memory of ours that it can, or by the host.
+  Reach::State relay = mover_->take_relay(gpu, op.nbytes, *peer.link, op.id);
+  if (relay == Reach::State::opening) {
+    gpu.waiting = true;
+    return;
+  }
+  staged_because(peer, reach.reason);
+  if (relay == Reach::State::ready) return answer_with_place(op, peer);
+  stage_in(op, peer, true);
+}
+
+// Counted for every message, told once.
+void DeviceProtocol::staged_because(Peer& peer, const std::string& reason) {
+  ++engine_.counters_[index_].fallbacks;
+  if (std::exchange(peer.told_staged, true)) return;
+  engine_.emit({EngineEvent::Kind::fallback, peer.rank, 0, "staged", reason});
+}
+
+void DeviceProtocol::answer_with_place(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  gpu.role = Role::pushed;
+  gpu.remote_writes = true;
+  op.path = Path::device;
+  FrameHeader h{};
+  h.kind = FrameKind::cts;
+  h.flags = kDevice;
+  h.sop = op.remote_op;
+  h.rop = op.id;
+  engine_.send_control(peer, h, Wake::engine, &gpu.place, sizeof gpu.place);
+}
+
+// False: it comes later, by go_on, or the op has failed.
+bool DeviceProtocol::has_bounce(Op& op, bool may_wait) {
+  if (op.gpu->bounce) return true;
+  switch (mover_->take_bounce(*op.gpu, op.nbytes, may_wait ? op.id : 0)) {
+    case Reach::State::ready:
+      return true;
+    case Reach::State::opening:
+      op.gpu->waiting = true;
+      return false;
+    default:
+      fail(op, 0);
+      return false;
+  }
+}
+
+// The sender brings the bytes to host memory; from there they come like any others.
+void DeviceProtocol::stage_in(Op& op, Peer& peer, bool ask) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (!has_bounce(op, ask)) return;
+  gpu.role = Role::stage_in;
+  op.path = Path::stream;
+  op.ready = 0;
+  if (!ask) return;
+  FrameHeader h{};
+  h.kind = FrameKind::cts;
+  h.sop = op.remote_op;
+  h.rop = op.id;
+  h.flags = engine_.can_copy_from(peer) ? kReads : 0;
+  engine_.send_control(peer, h, Wake::engine);
+}
+
+void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta) {
+  DeviceBuffer& gpu = *op.gpu;
+  op.state = OpState::moving;
+  op.started_ns = engine_.now();
+  if (header.flags & kDevice) {
+    std::memcpy(&gpu.theirs, meta, sizeof gpu.theirs);
+    peer.device_owner = gpu.theirs.owner;
+    gpu.role = Role::push;
+    gpu.owes_moved = true;
+    op.awaits_fin = false;  // from here on it is we who say when it is over
+  } else {
+    gpu.role = Role::stage_out;
+    gpu.can_pull = header.flags & kReads;
+  }
+  continue_send(op, peer);
+}
+
+void DeviceProtocol::continue_send(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (wait_for_gate(op)) return;
+  if (gpu.role == Role::stage_out) return stage_out(op, peer);
+  uint64_t within = gpu.theirs.address - gpu.theirs.base;
+  bool sane = within <= gpu.theirs.extent && op.nbytes <= gpu.theirs.extent - within;
+  if (!sane) return engine_.tear_down(peer, "protocol violation: a place outside its allocation");
+  Reach reach = mover_->reach(gpu.device, gpu.theirs, *peer.link, op.id);
+  if (reach.state == Reach::State::opening) {
+    gpu.waiting = true;
+    return;
+  }
+  if (reach.state == Reach::State::ready) {
+    gpu.mapping = std::move(reach.mapping);
+    gpu.remote = reach.base + within;
+    op.path = Path::device;
+    return queue_move(op, Lane::peer, op.nbytes);
+  }
+  staged_because(peer, reach.reason);
+  gpu.role = Role::stage_out;
+  gpu.owes_moved = false;
+  gpu.can_pull = false;
+  op.awaits_fin = true;
+  stage_out(op, peer);
+}
+
+void DeviceProtocol::stage_out(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (!has_bounce(op)) return;
+  op.ready = 0;
+  op.path = Path::stream;
+  queue_move(op, Lane::out, op.nbytes);
+  if (!gpu.can_pull && op.live && peer.state == Peer::State::up) engine_.queue_data(op, peer);
+}
+
+void DeviceProtocol::go_on(const OpId* ops, size_t count) {
+  Engine::Token token(engine_, Engine::Token::Spin{});
+  for (size_t i = 0; i < count; ++i) {
+    Op* op = engine_.find(ops[i]);
+    if (!op || !op->gpu || !op->gpu->waiting) continue;
+    op->gpu->waiting = false;
+    if (op->state != OpState::moving) continue;
+    Peer* peer = engine_.find_peer(op->peer);
+    bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;
+    Peer ghost;  // an eager message outlives its sender
+    if (here)
+      continue_receive(*op, peer ? *peer : ghost);
+    else if (peer && peer->state == Peer::State::up)
+      proceed(*op, *peer);
+  }
+}
+
+// ---------------------------------------------------------------- what the other side says
+
+void DeviceProtocol::send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes) {
+  FrameHeader h{};
+  h.kind = FrameKind::moved;
+  h.rop = rop;
+  h.code = static_cast<uint8_t>(code);
+  h.nbytes = nbytes;
+  engine_.send_control(peer, h, Wake::loop);
+}
+
+void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
+  Op* op = engine_.find(header.rop);
+  if (!op || op->peer != peer.rank || !op->gpu || op->gpu->role != Role::pushed || !op->gpu->remote_writes)
+    return;
+  op->gpu->remote_writes = false;
+  if (op->state == OpState::draining) {
+    engine_.settle(*op);
+    return;
+  }
+  auto code = static_cast<Code>(header.code);
+  if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code == Code::ok) {
+    if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");
+    op->moved = op->nbytes;
+    engine_.counters_[index_].bytes_received += op->moved;
+    if (!op->gpu->relay) return engine_.finish(*op, Code::ok);
+    op->gpu->role = Role::stage_in;
+    op->remote_op = 0;  // has ended there
+    return landing(*op, 0, op->nbytes);
+  }
+  op->remote_op = 0;  // has ended there
+  engine_.end_early(*op, code == Code::link_failed ? code : Code::peer_cancelled);
+}
+
+void DeviceProtocol::on_staged(Peer& peer, const FrameHeader& header) {
+  Op* op = engine_.find(header.rop);
+  if (!op || op->peer != peer.rank || op->kind != OpKind::recv || op->state != OpState::moving) return;
+  if (op->gpu && op->gpu->role != Role::stage_in) return;
+  if (header.nbytes > op->nbytes || (op->ready != 0 && header.nbytes <= op->ready))
+    throw ProtocolViolation("more staged than the message has");
+  bool first = op->ready == 0;
+  op->ready = header.nbytes;
+  op->source_address = header.address;
+  op->source_segment = 0;
+  op->path = peer.link->pull_path({header.address, 0});
+  if (op->path == Path::none || op->path == Path::read)
+    throw ProtocolViolation("memory that cannot be read was staged");
+  if (first) return engine_.queue_data(*op, peer);
+  engine_.schedulers_[peer.link_index]->set_ready(engine_.flow_of(peer, op->channel), true);
+  engine_.pump(peer.link_index);
+}
+
+}  // namespace aiocomm
