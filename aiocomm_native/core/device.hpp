@@ -7,6 +7,8 @@
 //    by whichever engine has less to do.
 //  * Where one end is host memory, or neither end can map the other's memory, the bytes go through host memory of the
 //    device's process (`bounce`): device to bounce, bounce over the pair's link, or the other way, chunk by chunk.
+//  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
+//    reader goes on as a receiver does.
 //  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
 //  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
 //    side is copying waits for that side's word.
@@ -136,6 +138,8 @@ class Mover {
   // caller has erred.
   virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device,
                                              uint64_t stream) = 0;
+  // Part of memory that bind() has described, which outlives it: for one access to a region. Does not fail.
+  virtual std::unique_ptr<DeviceBuffer> part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) = 0;
   // A receive's memory that is made once its size is known: see allocate(). Without the token; throws as bind() does.
   virtual std::unique_ptr<DeviceBuffer> reserve(int device) = 0;
   virtual int devices() const = 0;  // loads the driver; throws LinkFailure

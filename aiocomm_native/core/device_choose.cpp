@@ -18,20 +18,16 @@ constexpr uint8_t kBulkClass = 1;        // and below: its messages never decide
 // ---------------------------------------------------------------- announcing and answering
 
 Post DeviceProtocol::announce(Op& op, Peer& peer) {
-  if (peer.link->takes_offers()) {  // its device reads registered host memory only
-    fail(op, EOPNOTSUPP);
-    return Post::ok;
-  }
+  if (peer.link->takes_offers()) return refuse(op);
   const ChannelInfo& channel = engine_.channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
-  mover_->offer(gpu, *peer.link);
-  gpu.place.load = mover_->load(gpu.device);
+  const uint8_t flags = describe(op, peer);
   std::array<std::byte, sizeof(Op::meta) + sizeof(DevicePlace)> meta;
   std::memcpy(meta.data(), op.meta.data(), op.meta_bytes);
   std::memcpy(meta.data() + op.meta_bytes, &gpu.place, sizeof gpu.place);
   FrameHeader h{};
   h.kind = FrameKind::rts;
-  h.flags = kDevice | (gpu.gate.open() ? 0 : kNotYet);
+  h.flags = flags;
   h.channel = channel.id;
   h.tag = op.tag;
   h.nbytes = op.nbytes;
@@ -49,13 +45,43 @@ Post DeviceProtocol::announce(Op& op, Peer& peer) {
   return Post::ok;
 }
 
+uint8_t DeviceProtocol::describe(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  mover_->offer(gpu, *peer.link);
+  gpu.place.load = mover_->load(gpu.device);
+  return kDevice | (gpu.gate.open() ? 0 : kNotYet);
+}
+
+Post DeviceProtocol::refuse(Op& op) {
+  fail(op, EOPNOTSUPP);
+  return Post::ok;
+}
+
+void DeviceProtocol::serve(Op& op, Peer& peer) {
+  FrameHeader h{};
+  h.rop = op.remote_op;
+  if (peer.link->takes_offers()) {
+    h.kind = FrameKind::get_fail;
+    h.code = static_cast<uint8_t>(Code::link_failed);
+    engine_.send_control(peer, h, Wake::loop);
+    op.error = EOPNOTSUPP;
+    return engine_.finish(op, Code::link_failed);
+  }
+  h.kind = FrameKind::get_ready;
+  h.flags = describe(op, peer);
+  h.sop = op.id;
+  h.nbytes = op.nbytes;
+  engine_.send_control(peer, h, Wake::engine, &op.gpu->place, sizeof op.gpu->place);
+}
+
 void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
                              const std::byte* payload) {
   op.started_ns = engine_.now();
   op.state = OpState::moving;
   op.source_address = header.address;
   op.source_segment = header.segment;
-  if (peer.link->takes_offers() && header.kind != FrameKind::eager) return fail(op, EOPNOTSUPP);
+  const bool here = header.kind == FrameKind::eager || header.kind == FrameKind::put;  // in its frame
+  if (peer.link->takes_offers() && !here) return fail(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;
@@ -73,13 +99,10 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
     std::memcpy(&gpu.theirs, place, sizeof gpu.theirs);
     peer.device_owner = gpu.theirs.owner;
   }
-  if (header.kind == FrameKind::eager) {
-    if (mover_->take_bounce(gpu, op.nbytes, 0) != Reach::State::ready) {
-      engine_.owe_credit(peer, header.payload_bytes);
-      return fail(op, 0);
-    }
+  if (here) {
+    if (header.kind == FrameKind::eager) engine_.owe_credit(peer, header.payload_bytes);
+    if (mover_->take_bounce(gpu, op.nbytes, 0) != Reach::State::ready) return fail(op, 0);
     std::memcpy(gpu.bounce, payload, header.payload_bytes);
-    engine_.owe_credit(peer, header.payload_bytes);
     gpu.role = Role::stage_in;
     op.moved = op.nbytes;
   }
@@ -94,7 +117,7 @@ bool DeviceProtocol::wait_for_gate(Op& op) {
 }
 
 void DeviceProtocol::proceed(Op& op, Peer& peer) {
-  if (op.kind == OpKind::recv)
+  if (op.kind == OpKind::recv || op.kind == OpKind::get)
     continue_receive(op, peer);
   else
     continue_send(op, peer);
@@ -155,8 +178,11 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     mover_->offer(gpu, *peer.link);
     if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
   }
-  // Neither can we read it (now), nor can the peer write ours: by memory of ours that it can, or by the host.
-  Reach::State relay = mover_->take_relay(gpu, op.nbytes, *peer.link, op.id);
+  // Neither can we read it (now), nor can the peer write ours: by memory of ours that it can, or by the host. A put has
+  // ended once its sender has written: its bytes must be in place by then.
+  const bool into_region = op.kind == OpKind::recv && op.region != 0;
+  Reach::State relay =
+      into_region ? Reach::State::refused : mover_->take_relay(gpu, op.nbytes, *peer.link, op.id);
   if (relay == Reach::State::opening) {
     gpu.waiting = true;
     return;
@@ -312,9 +338,9 @@ void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
     if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");
     op->moved = op->nbytes;
     engine_.counters_[index_].bytes_received += op->moved;
-    if (!op->gpu->relay) return engine_.finish(*op, Code::ok);
-    op->gpu->role = Role::stage_in;
     op->remote_op = 0;  // has ended there
+    if (!op->gpu->relay) return engine_.received(*op);
+    op->gpu->role = Role::stage_in;
     return landing(*op, 0, op->nbytes);
   }
   op->remote_op = 0;  // has ended there
@@ -323,8 +349,9 @@ void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
 
 void DeviceProtocol::on_staged(Peer& peer, const FrameHeader& header) {
   Op* op = engine_.find(header.rop);
-  if (!op || op->peer != peer.rank || op->kind != OpKind::recv || op->state != OpState::moving) return;
-  if (op->gpu && op->gpu->role != Role::stage_in) return;
+  if (!op || op->peer != peer.rank || op->state != OpState::moving) return;
+  if (op->kind != OpKind::recv && op->kind != OpKind::get) return;
+  if (op->gpu ? op->gpu->role != Role::stage_in : op->ready == ~0ull) return;
   if (header.nbytes > op->nbytes || (op->ready != 0 && header.nbytes <= op->ready))
     throw ProtocolViolation("more staged than the message has");
   bool first = op->ready == 0;

@@ -19,9 +19,14 @@ void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
 // `error` 0: no host memory for staging.
 void DeviceProtocol::fail(Op& op, int error) {
   op.error = error ? error : -1;
-  if (op.kind == OpKind::recv && op.gpu) {
-    op.gpu->owes_fin = true;
-    op.gpu->fin_code = static_cast<uint8_t>(Code::link_failed);
+  if (op.kind == OpKind::recv || op.kind == OpKind::get) {
+    Peer* peer = engine_.find_peer(op.peer);
+    if (op.gpu) {
+      op.gpu->owes_fin = true;
+      op.gpu->fin_code = static_cast<uint8_t>(Code::link_failed);
+    } else if (peer) {
+      engine_.send_fin(*peer, op.remote_op, Code::link_failed, 0);
+    }
   }
   engine_.end_early(op, Code::link_failed);
 }
@@ -55,7 +60,9 @@ void DeviceProtocol::finish_writers() {
   uint64_t limit = engine_.now() + engine_.drain_ns_;
   auto writing = [&] {
     bool any = false;
-    engine_.ops_.for_each_live([&](Op& op) { any |= op.gpu && op.gpu->remote_writes; });
+    auto look = [&](Op& op) { any |= op.gpu && op.gpu->remote_writes; };
+    engine_.ops_.for_each_live(look);
+    engine_.served_.for_each_live(look);
     return any;
   };
   for (;;) {
@@ -63,9 +70,11 @@ void DeviceProtocol::finish_writers() {
     if (!writing()) return;
     engine_.poll_links();
     if (engine_.now() < limit) continue;
-    engine_.ops_.for_each_live([&](Op& op) {
+    auto give_up = [](Op& op) {
       if (op.gpu) op.gpu->remote_writes = false;
-    });
+    };
+    engine_.ops_.for_each_live(give_up);
+    engine_.served_.for_each_live(give_up);
     return;
   }
 }

@@ -34,6 +34,10 @@ class DeviceProtocol final : public MoverHost {
 
   // --- frames of the pair's link, and ops that the engine hands over
   Post announce(Op& op, Peer& peer);
+  // Makes the place of an op's memory known to the peer as far as that can be; returns flags for its frame.
+  uint8_t describe(Op& op, Peer& peer);
+  Post refuse(Op& op);             // on links whose devices reach registered host memory only
+  void serve(Op& op, Peer& peer);  // answers a get of a region in device memory
   // A receive has been matched, and its message or its buffer (or both) are device memory.
   void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
                const std::byte* payload);

@@ -95,7 +95,8 @@ struct RegionInfo {
   uint64_t nbytes = 0;
   bool writable = false;
   bool closing = false;
-  uint32_t active = 0;  // transfers of peers that use it now
+  uint32_t active = 0;                // transfers of peers that use it now
+  std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
 class Engine final : public Host, public FrameSink {
@@ -145,7 +146,8 @@ class Engine final : public Host, public FrameSink {
 
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
   void close_channel(uint32_t index);
-  uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable);
+  uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable,
+                      std::unique_ptr<DeviceBuffer> gpu = nullptr);
   bool close_region(uint64_t id);  // true: free at once; else region_free follows
   bool rank_known(Rank rank) const {
     return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire);
@@ -281,7 +283,7 @@ class Engine final : public Host, public FrameSink {
   // protocol_onesided.cpp
   void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
   void on_get(Peer& peer, const FrameHeader& header);
-  void on_get_ready(Peer& peer, const FrameHeader& header);
+  void on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
   void region_idle(uint64_t id);

@@ -41,7 +41,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::get:
         return on_get(*peer, header);
       case FrameKind::get_ready:
-        return on_get_ready(*peer, header);
+        return on_get_ready(*peer, header, meta);
       case FrameKind::get_fail:
         return on_get_fail(*peer, header);
       case FrameKind::credit:
@@ -300,7 +300,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
 void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta) {
   bool device = header.flags & kDevice;
   if (device && header.meta_bytes != sizeof(DevicePlace)) throw ProtocolViolation("no place to push to");
-  Op* op = ops_.find(header.sop);
+  Op* op = find(header.sop);
   if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) {
     if (device) device_.send_moved(peer, header.rop, Code::cancelled, 0);
     return;  // cancelled meanwhile

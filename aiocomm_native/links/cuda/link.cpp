@@ -95,7 +95,7 @@ void State::stop() {
 
 CudaBuffer::~CudaBuffer() {
   mapping.reset();  // before the state, whose helper closes it
-  if (Device* started = state->started(device)) started->give_back(gate);
+  if (Device* started = state->started(device); started && !borrows_gate) started->give_back(gate);
   if (bounce) state->bounces.give_back(bounce);
   if (own) {
     // cuMemFree waits for the work that still uses it: on the helper's thread or, once that has ended, here.
@@ -187,6 +187,19 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
     buffer->gate = owner.gate_behind(handle);
   else if (code != CUDA_SUCCESS)
     throw LinkFailure("work on the array's stream has failed: " + state.driver.describe(code), code);
+  return buffer;
+}
+
+std::unique_ptr<DeviceBuffer> CudaLink::part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) {
+  (void)nbytes;
+  auto& all = static_cast<const CudaBuffer&>(whole);
+  auto buffer = std::make_unique<CudaBuffer>(state_);
+  buffer->place = all.place;
+  buffer->place.address += offset;
+  buffer->device = all.device;
+  buffer->ipc = all.ipc;
+  buffer->gate = all.gate;
+  buffer->borrows_gate = true;
   return buffer;
 }
 

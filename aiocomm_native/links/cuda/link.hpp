@@ -59,6 +59,7 @@ struct CudaBuffer final : DeviceBuffer {
   ~CudaBuffer() override;
   std::shared_ptr<State> state;
   bool ipc = false;
+  bool borrows_gate = false;  // of the whole that it is part of
   uint64_t relay_size = 0;
   uint64_t own = 0;  // memory of an array that a receive has made
 };
@@ -73,6 +74,7 @@ class CudaLink final : public Link, public Mover {
                                    bool) override;
 
   std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) override;
+  std::unique_ptr<DeviceBuffer> part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) override;
   std::unique_ptr<DeviceBuffer> reserve(int device) override;
   Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   int devices() const override;
