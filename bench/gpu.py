@@ -68,6 +68,14 @@ _COLUMNS = (
     Column("urgent_us/both_ways", "under bulk\nboth ways, µs", 1),
     Column("urgent_p99_us/both_ways", "p99\nµs", 1),
     Column("bulk_kept/both_ways", "bulk ÷\nalone", 3, "higher"),
+    Column("put_gbytes_s/1GiB", "put 1 GiB\nGB/s", 1, "higher"),
+    Column("get_gbytes_s/1GiB", "get 1 GiB\nGB/s", 1, "higher"),
+    Column("pages_gbytes_s/strided", "pages of equal\nstride, GB/s", 1, "higher"),
+    Column("pages_get_gbytes_s/strided", "got,\nGB/s", 1, "higher"),
+    Column("pages_gbytes_s/scattered", "scattered\npages, GB/s", 1, "higher"),
+    Column("pages_get_gbytes_s/scattered", "got,\nGB/s", 1, "higher"),
+    Column("all_gather_gbytes_s/128MiB", "all_gather of\n128 MiB, GB/s", 1, "higher"),
+    Column("all_gather_us/64KiB", "of 64 KiB\nµs", 1),
     Column("share_of_3", "share of\nweight 3 of 4", 3, "neither"),
     Column("launches_kept", "launches ÷\nalone", 3, "higher"),
     Column("p99_us/beside_first", "p99 beside\nfirst sends, µs", 1),
@@ -95,6 +103,13 @@ SUITE = Suite(
             "urgent under bulk both ways, p99, µs", "aiocomm-gpu-spin", "urgent_p99_us/both_ways", "<=", 150
         ),
         Rule("bulk beside it ÷ alone", "aiocomm-gpu-spin", "bulk_kept/both_ways", ">=", 0.92),
+        Rule("put 1 GiB ÷ raw", "aiocomm-gpu-spin", "put_gbytes_s/1GiB", ">=", 0.98, _FLOOR),
+        Rule(
+            "pages of equal stride ÷ raw 2-D", "aiocomm-gpu-spin", "pages_gbytes_s/strided", ">=", 0.95, _FLOOR
+        ),
+        Rule(
+            "scattered pages ÷ raw batch", "aiocomm-gpu-spin", "pages_gbytes_s/scattered", ">=", 0.97, _FLOOR
+        ),
         Rule("weights 3:1, error of a share", "aiocomm-gpu-spin", "share_error", "<=", 0.05),
         Rule("launches beside copies ÷ alone", "aiocomm-gpu-spin", "launches_kept", ">=", 0.96),
     ),

@@ -1,10 +1,13 @@
 // Operations as Python submits them. They are made per message: positional arguments only.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <utility>
 
 #include "bindings/device_py.hpp"
@@ -115,13 +118,14 @@ struct Start {
   nb::object submit() {
     t->tag = op->tag;
     uint64_t written = op->allocate ? 0 : op->nbytes;
+    const bool by_rows = op->gpu && op->gpu->rows;  // its memory is shared with others
     PyObject* handle = reinterpret_cast<PyObject*>(t);
     Py_INCREF(handle);  // the engine's reference, until end_transfer
     if (!e.on_submit.empty()) report();
     bool ended = e.engine->submit(op);
     if (ended) {
       end_transfer(t);
-    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written) {
+    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written && !by_rows) {
       // The op may have ended on another thread, but is taken back only by drain(), on this one.
       e.receiving.emplace(op->data, written);
       t->tracked = true;
@@ -183,19 +187,22 @@ nb::object recv_on(Self self, int src, uint32_t channel, int64_t tag, double dea
   return start.submit();
 }
 
+void set_notification(Start& start, nb::handle notify) {
+  if (notify.is_none()) return;
+  char* data;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(notify.ptr(), &data, &size) < 0) start.give_up();
+  start.op->notify.assign(data, static_cast<size_t>(size));
+  start.op->has_notify = true;
+}
+
 nb::object put(Self self, nb::handle object, int dst, uint32_t channel, uint64_t region, uint64_t offset,
                nb::object notify, double deadline) {
   Start start(self, OpKind::put, dst, channel, deadline);
   start.memory(object.ptr(), false);
   start.op->region = region;
   start.op->offset = offset;
-  if (!notify.is_none()) {
-    char* data;
-    Py_ssize_t size;
-    if (PyBytes_AsStringAndSize(notify.ptr(), &data, &size) < 0) start.give_up();
-    start.op->notify.assign(data, static_cast<size_t>(size));
-    start.op->has_notify = true;
-  }
+  set_notification(start, notify);
   return start.submit();
 }
 
@@ -206,6 +213,81 @@ nb::object get(Self self, nb::handle object, int src, uint32_t channel, uint64_t
   start.claim();
   start.op->region = region;
   start.op->offset = offset;
+  return start.submit();
+}
+
+using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// The bytes that rows cover: [low, high).
+struct Cover {
+  __int128 low = 0, high = 0;
+  bool any = false;
+  void add(int64_t at, int64_t step, int64_t count, int64_t nbytes) {
+    const __int128 last = static_cast<__int128>(at) + static_cast<__int128>(step) * (count - 1);
+    const __int128 first = std::min<__int128>(at, last), end = std::max<__int128>(at, last) + nbytes;
+    low = any ? std::min(low, first) : first;
+    high = any ? std::max(high, end) : end;
+    any = true;
+  }
+};
+
+// Rows between memory of ours and a region, by offsets in bytes into each; see core/rows.hpp.
+void take_rows(Start& start, bool outgoing, const Integers& from, const Integers& from_step,
+               const Integers& to, const Integers& to_step, const Integers& nbytes, const Integers& count) {
+  for (const Integers* one : {&from_step, &to, &to_step, &nbytes, &count})
+    if (one->size() != from.size()) {
+      PyErr_SetString(PyExc_ValueError, "lists of one length");
+      start.give_up();
+    }
+  Op& op = *start.op;
+  if (!op.gpu || from.size() == 0) {
+    PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
+    start.give_up();
+  }
+  Cover ours, theirs;
+  bool good = true;
+  for (size_t i = 0; i < from.size() && good; ++i) {
+    good = nbytes(i) > 0 && count(i) > 0;
+    (outgoing ? ours : theirs).add(from(i), from_step(i), count(i), nbytes(i));
+    (outgoing ? theirs : ours).add(to(i), to_step(i), count(i), nbytes(i));
+  }
+  if (!good || ours.low < 0 || ours.high > op.nbytes || theirs.low < 0 || theirs.high > (1ll << 56)) {
+    PyErr_SetString(PyExc_ValueError, "rows outside the memory");
+    start.give_up();
+  }
+  const auto low = static_cast<uint64_t>(theirs.low);
+  auto rows = std::make_unique<RowList>();
+  for (size_t i = 0; i < from.size(); ++i)
+    rows->add({static_cast<uint64_t>(from(i)) - (outgoing ? 0 : low),
+               static_cast<uint64_t>(to(i)) - (outgoing ? low : 0), from_step(i), to_step(i),
+               static_cast<uint64_t>(nbytes(i)), static_cast<uint64_t>(count(i))});
+  op.offset += low;
+  op.gpu->reach = static_cast<uint64_t>(theirs.high - theirs.low);
+  op.nbytes = op.capacity = start.t->nbytes = rows->nbytes();
+  op.gpu->rows = std::move(rows);
+}
+
+nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel, uint64_t region,
+                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
+                    const Integers& to_step, const Integers& nbytes, const Integers& count, nb::object notify,
+                    double deadline) {
+  Start start(self, OpKind::put, dst, channel, deadline);
+  start.memory(description.ptr(), false);
+  start.op->region = region;
+  start.op->offset = offset;
+  take_rows(start, true, from, from_step, to, to_step, nbytes, count);
+  set_notification(start, notify);
+  return start.submit();
+}
+
+nb::object get_rows(Self self, nb::tuple description, int src, uint32_t channel, uint64_t region,
+                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
+                    const Integers& to_step, const Integers& nbytes, const Integers& count, double deadline) {
+  Start start(self, OpKind::get, src, channel, deadline);
+  start.memory(description.ptr(), true);
+  start.op->region = region;
+  start.op->offset = offset;
+  take_rows(start, false, from, from_step, to, to_step, nbytes, count);
   return start.submit();
 }
 
@@ -228,6 +310,9 @@ void bind_operations(nb::class_<PyEngine>& engine) {
       .def("recv_on", recv_on)
       .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("get", get)
+      .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("get_rows", get_rows)
       .def(
           "add_region",
           [](PyEngine& e, nb::handle object, bool writable) {
@@ -241,6 +326,15 @@ void bind_operations(nb::class_<PyEngine>& engine) {
             return std::pair(e.engine->add_region(base, nbytes, writable), nbytes);
           },
           nb::arg("buffer"), nb::arg("writable"))
+      .def(
+          "check_device_memory",
+          [](PyEngine& e, nb::tuple description) {
+            DeviceView view;
+            if (!e.engine->mover()) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+            if (!read_description(description.ptr(), view) || !bind_device(*e.engine->mover(), view))
+              throw nb::python_error();
+          },
+          nb::arg("description"), "Refuses what no transfer could move.")
       .def("add_device_region", add_device_region, nb::arg("description"), nb::arg("writable"))
       .def(
           "close_region", [](PyEngine& e, uint64_t id) { return e.engine->close_region(id); },

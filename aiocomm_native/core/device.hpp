@@ -9,6 +9,8 @@
 //    device's process (`bounce`): device to bounce, bounce over the pair's link, or the other way, chunk by chunk.
 //  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
 //    reader goes on as a receiver does.
+//  * An access to rows that lie apart (`rows`) is for whoever asks for it to do, with its own engine and both sides'
+//    memory mapped; if that cannot be, it ends as `unreachable`, and each row is put or got by itself.
 //  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
 //  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
 //    side is copying waits for that side's word.
@@ -22,6 +24,7 @@
 #include <vector>
 
 #include "core/ids.hpp"
+#include "core/rows.hpp"
 
 namespace aiocomm {
 
@@ -90,8 +93,11 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
-  bool allocates = false;  // a receive whose memory is made once the message's size is known
-  uint64_t relay = 0;      // pushed: device memory of ours that the peer can write, where `data` is not
+  bool allocates = false;         // a receive whose memory is made once the message's size is known
+  std::unique_ptr<RowList> rows;  // put, get: not all of the memory, but these rows of it
+  bool by_rows = false;           // the peer's op has rows of this memory
+  uint64_t reach = 0;             // bytes of the peer's memory that it is about; 0: as many as the op has
+  uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
 
@@ -102,6 +108,9 @@ struct MoveJob {
   uint8_t device = 0, cls = 0;
   Lane lane = Lane::peer;
   int error = 0;  // the driver's
+  const RowList* rows =
+      nullptr;           // of the op: `to` and `from` are where offsets count from; else of the chunk
+  uint64_t slow_ns = 0;  // that it takes longer than one copy of its size
 };
 
 struct Reach {

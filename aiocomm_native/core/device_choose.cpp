@@ -67,6 +67,11 @@ void DeviceProtocol::serve(Op& op, Peer& peer) {
     op.error = EOPNOTSUPP;
     return engine_.finish(op, Code::link_failed);
   }
+  if (op.gpu->by_rows) {  // nobody but the reader moves them, and it does not wait for our stream
+    op.state = OpState::moving;
+    if (wait_for_gate(op)) return;
+    op.state = OpState::posted;
+  }
   h.kind = FrameKind::get_ready;
   h.flags = describe(op, peer);
   h.sop = op.id;
@@ -119,6 +124,8 @@ bool DeviceProtocol::wait_for_gate(Op& op) {
 void DeviceProtocol::proceed(Op& op, Peer& peer) {
   if (op.kind == OpKind::recv || op.kind == OpKind::get)
     continue_receive(op, peer);
+  else if (op.kind == OpKind::serve && op.gpu->by_rows)
+    serve(op, peer);
   else
     continue_send(op, peer);
 }
@@ -155,6 +162,13 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     h.segment = op.source_segment;
     return engine_.start_rendezvous(op, peer, h, true);
   }
+  if (gpu.by_rows) {
+    mover_->offer(gpu, *peer.link);
+    if (gpu.place.exported != Export::none) return answer_with_place(op, peer);
+    engine_.send_fin(peer, op.remote_op, Code::unreachable, 0);
+    return engine_.finish(op, Code::unreachable);
+  }
+  if (gpu.rows) return move_rows(op, peer, Role::pull);
   bool push = prefer_push(op, peer);
   if (push) {
     mover_->offer(gpu, *peer.link);
@@ -245,6 +259,8 @@ void DeviceProtocol::stage_in(Op& op, Peer& peer, bool ask) {
 
 void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta) {
   DeviceBuffer& gpu = *op.gpu;
+  if (gpu.by_rows || (gpu.rows && !(header.flags & kDevice)))
+    throw ProtocolViolation("rows are moved by whoever asked for them");
   op.state = OpState::moving;
   op.started_ns = engine_.now();
   if (header.flags & kDevice) {
@@ -264,6 +280,7 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
   if (gpu.role == Role::stage_out) return stage_out(op, peer);
+  if (gpu.rows) return move_rows(op, peer, Role::push);
   uint64_t within = gpu.theirs.address - gpu.theirs.base;
   bool sane = within <= gpu.theirs.extent && op.nbytes <= gpu.theirs.extent - within;
   if (!sane) return engine_.tear_down(peer, "protocol violation: a place outside its allocation");
@@ -284,6 +301,27 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
   gpu.can_pull = false;
   op.awaits_fin = true;
   stage_out(op, peer);
+}
+
+void DeviceProtocol::move_rows(Op& op, Peer& peer, Role role) {
+  DeviceBuffer& gpu = *op.gpu;
+  uint64_t within = gpu.theirs.address - gpu.theirs.base;
+  if (within > gpu.theirs.extent || gpu.reach > gpu.theirs.extent - within)
+    return engine_.tear_down(peer, "protocol violation: a place outside its allocation");
+  Reach reach = mover_->reach(gpu.device, gpu.theirs, *peer.link, op.id);
+  if (reach.state == Reach::State::opening) {
+    gpu.waiting = true;
+    return;
+  }
+  if (reach.state == Reach::State::refused) {
+    staged_because(peer, reach.reason);
+    return engine_.end_early(op, Code::unreachable);
+  }
+  gpu.role = role;
+  gpu.mapping = std::move(reach.mapping);
+  gpu.remote = reach.base + within;
+  op.path = Path::device;
+  queue_move(op, Lane::peer, op.nbytes);
 }
 
 void DeviceProtocol::stage_out(Op& op, Peer& peer) {
@@ -333,7 +371,7 @@ void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
     return;
   }
   auto code = static_cast<Code>(header.code);
-  if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   if (code == Code::ok) {
     if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");
     op->moved = op->nbytes;

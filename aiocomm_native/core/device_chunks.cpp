@@ -115,9 +115,11 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.lane = queue.lane;
     job.cls = chunk->cls;
     job.posted_ns = engine_.now();
-    uint64_t ours = reinterpret_cast<uint64_t>(op->data) + chunk->offset;
-    uint64_t other = queue.lane == Lane::peer ? gpu.remote + chunk->offset
-                                              : reinterpret_cast<uint64_t>(gpu.bounce) + chunk->offset;
+    const uint64_t skip = gpu.rows ? 0 : chunk->offset;
+    job.rows = gpu.rows.get();
+    uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
+    uint64_t other =
+        queue.lane == Lane::peer ? gpu.remote + skip : reinterpret_cast<uint64_t>(gpu.bounce) + chunk->offset;
     bool incoming = gpu.role == Role::pull || queue.lane == Lane::in;
     job.to = incoming ? ours : other;
     job.from = incoming ? other : ours;

@@ -81,6 +81,7 @@ class DeviceProtocol final : public MoverHost {
   void answer_with_place(Op& op, Peer& peer);
   void staged_because(Peer& peer, const std::string& reason);
   void stage_out(Op& op, Peer& peer);
+  void move_rows(Op& op, Peer& peer, Role role);
   bool wait_for_gate(Op& op);
   bool has_bounce(Op& op, bool may_wait = true);
 

@@ -49,6 +49,7 @@ enum FrameFlags : uint8_t {
   kDevice = 2,
   kNotYet = 4,  // rts, put_rts, get_ready: the bytes are not there yet; the sender pushes when they are
   kReads = 8,   // cts: the receiver can read the sender's host memory
+  kRows = 16,   // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };
 
 struct FrameHeader {

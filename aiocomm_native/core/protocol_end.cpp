@@ -79,7 +79,9 @@ void Engine::tell_other(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
   if (op.kind == OpKind::send) return send_quit(*peer, op.remote_op, Code::peer_cancelled);
-  if (code == Code::link_failed) {
+  if (code == Code::unreachable) {  // of a get; a put says so by `moved`
+    send_fin(*peer, op.remote_op, Code::cancelled, 0);
+  } else if (code == Code::link_failed) {
     if (op.path == Path::read) send_fin(*peer, op.remote_op, code, op.moved);  // else job_done has told
   } else if (code == Code::peer_cancelled || code == Code::peer_lost) {
     send_fin(*peer, op.remote_op, Code::cancelled, op.moved);

@@ -60,7 +60,11 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (from_device && (header.kind != FrameKind::put_rts || header.payload_bytes != sizeof(DevicePlace) ||
                       header.nbytes == 0))
     throw ProtocolViolation("device memory without its place");
-  Code code = check_region(header.rop, offset, header.nbytes, true, &region);
+  const bool by_rows = header.flags & kRows;
+  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
+  Code code = check_region(header.rop, offset, reach, true, &region);
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
   if (header.kind == FrameKind::put && (!region->gpu || header.nbytes == 0)) {
     if (header.payload_bytes) std::memcpy(region->base + offset, payload, header.payload_bytes);
@@ -83,7 +87,10 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->has_notify = header.flags & kHasNotify;
   op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
   ++region->active;
-  if (region->gpu && op->nbytes) op->gpu = mover()->part(*region->gpu, offset, op->nbytes);
+  if (region->gpu && op->nbytes) {
+    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu->by_rows = by_rows;
+  }
   if (op->gpu || from_device)
     return device_.deliver(*op, peer, header, from_device ? payload : nullptr, payload);
   start_rendezvous(*op, peer, header, true);
@@ -92,7 +99,10 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
 void Engine::on_get(Peer& peer, const FrameHeader& header) {
   RegionInfo* region = nullptr;
   auto offset = static_cast<uint64_t>(header.tag);
-  Code code = check_region(header.sop, offset, header.nbytes, false, &region);
+  const bool by_rows = header.flags & kRows;
+  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  Code code = check_region(header.sop, offset, reach, false, &region);
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
   FrameHeader reply{};
   reply.rop = header.rop;
   if (code != Code::ok) {
@@ -116,7 +126,8 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   op->awaits_fin = true;
   ++region->active;
   if (region->gpu && op->nbytes) {
-    op->gpu = mover()->part(*region->gpu, offset, op->nbytes);
+    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu->by_rows = by_rows;
     return device_.serve(*op, peer);
   }
   if (!hold(*op, Access::peer_reads)) {
@@ -155,6 +166,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
+  if (op->gpu && op->gpu->rows && !on_device) throw ProtocolViolation("rows of host memory");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);
@@ -168,7 +180,7 @@ void Engine::on_get_fail(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.rop);
   if (!op || op->kind != OpKind::get || op->peer != peer.rank) return;
   auto code = static_cast<Code>(header.code);
-  if (code == Code::ok || code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code == Code::ok || code > kLastCode) throw ProtocolViolation("unknown outcome");
   finish(*op, code);
 }
 

@@ -321,7 +321,8 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     op->started_ns = now();
     op->state = OpState::moving;
   }
-  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && op->state == OpState::moving) {
+  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && !op->gpu->by_rows &&
+      op->state == OpState::moving) {
     Peer* peer = find_peer(source);  // it cannot map our memory, and sends the bytes over the link
     op->gpu->remote_writes = false;
     device_.stage_in(*op, *peer, false);
@@ -393,7 +394,7 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   if (!op || op->peer != peer.rank || !op->awaits_fin) return;
   op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
-  if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   if (op->gpu) {
     op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {

@@ -168,6 +168,10 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put_rts;
     h.flags |= device_.describe(op, peer);
     h.payload_bytes = sizeof op.gpu->place;
+    if (op.gpu->rows) {
+      h.flags |= kRows;
+      h.address = op.gpu->reach;
+    }
     payload = reinterpret_cast<const std::byte*>(&op.gpu->place);
   } else {
     if (!hold(op, Access::peer_reads)) return Post::ok;
@@ -191,6 +195,10 @@ Post Engine::send_get(Op& op, Peer& peer) {
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
+  if (op.gpu && op.gpu->rows) {
+    h.flags |= kRows;
+    h.address = op.gpu->reach;
+  }
   h.channel = channels_[op.channel].id;
   h.cls = channels_[op.channel].cls;
   h.weight = packed_weight(channels_[op.channel].weight);
