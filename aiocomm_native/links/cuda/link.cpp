@@ -257,7 +257,7 @@ Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId wait
 void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
   auto& mine = static_cast<CudaBuffer&>(buffer);
   if (mine.place.exported != Export::none) return;
-  if (peer.process() == ::getpid()) {
+  if (peer.process() == pid_) {
     mine.place.exported = Export::ipc;  // its address is enough
   } else if (peer.process() >= 0 && mine.ipc &&
              state_->handle_of(mine.place, mine.device, mine.place.handle)) {
@@ -266,7 +266,7 @@ void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
 }
 
 Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) {
-  if (peer.process() == ::getpid()) return within_process(device, theirs, waiter);
+  if (peer.process() == pid_) return within_process(device, theirs, waiter);
   if (peer.process() < 0) return {Reach::State::refused, 0, nullptr, "the peer's GPU is on another host"};
   if (theirs.exported == Export::none)
     return {

@@ -1,6 +1,8 @@
 // The cuda link: GPU memory on one host, moved by copy engines beside the pairs' own links.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <memory>
 #include <mutex>
@@ -102,6 +104,7 @@ class CudaLink final : public Link, public Mover {
   std::array<Known, 256> known_{};  // the loop's thread only
 
   Host& host_;
+  const int pid_ = ::getpid();  // asked for with every message
   std::mutex mutex_;
   std::shared_ptr<State> state_;
   std::unordered_map<uint64_t, bool> peered_;  // pairs of devices; false: being enabled
