@@ -41,14 +41,17 @@ def _blocks(
             driver.copy_batch(to, source, block, stream)
 
         for name, queue in (("strided", strided), ("scattered", scattered)):
-            times = []
-            for _ in range(8):
-                driver.wait(stream)
-                start = time.perf_counter()
-                queue()
-                driver.wait(stream)
-                times.append(time.perf_counter() - start)
-            found[f"pages_gbytes_s/{name}"] = gpu_blocks.BLOCKS * block / statistics.median(times[2:]) / 1e9
+            for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.AT_ONCE, "pages_gbytes_s")):
+                times = []
+                for _ in range(8):
+                    driver.wait(stream)
+                    start = time.perf_counter()
+                    for _ in range(calls):
+                        queue()
+                    driver.wait(stream)
+                    times.append(time.perf_counter() - start)
+                moved = calls * gpu_blocks.BLOCKS * block
+                found[f"{key}/{name}"] = moved / statistics.median(times[2:]) / 1e9
     control.swap("blocks done")
     return found
 

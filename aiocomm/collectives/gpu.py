@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm._device import NO_STREAM, part_of
+from aiocomm._device import NO_STREAM, itemsize_of, part_of
 from aiocomm._operations import on_gpu
 from aiocomm.errors import LinkError, UsageError
 
@@ -62,7 +62,7 @@ class GpuArray:
         self._described = described
         self.nbytes = nbytes
         self.shape = (count,)
-        self.dtype = _Type(_NAMES.get(form, form), nbytes // max(1, count))
+        self.dtype = _Type(_NAMES.get(form, form), itemsize_of(described))
 
     @property
     def address(self) -> int:

@@ -303,7 +303,9 @@ class Collectives:
         """
         await self._collect(
             "all_gatherv",
-            lambda g: requests.moved(g, "all_gatherv", out, x, algorithm=algorithm, counts=counts, stream=stream),
+            lambda g: requests.moved(
+                g, "all_gatherv", out, x, algorithm=algorithm, counts=counts, stream=stream
+            ),
             channel,
             deadline,
         )
@@ -353,7 +355,9 @@ class Collectives:
         """
         await self._collect(
             "all_to_allv",
-            lambda g: requests.moved(g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts, stream=stream),
+            lambda g: requests.moved(
+                g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts, stream=stream
+            ),
             channel,
             deadline,
         )

@@ -39,8 +39,8 @@ def reduced(
     root = root_of(group, root)
     if any(one is not None and on_gpu(group._comm._engine, one, False, None) for one in (x, out)):
         raise UsageError(
-            f"{operation} computes, and this version computes in host memory only: copy the array to the host "
-            "(`.cpu()`, `.get()`), or gather the parts on the GPU and reduce them there"
+            f"{operation} computes, and this version computes in host memory only: copy the array to the "
+            "host (`.cpu()`, `.get()`), or gather the parts on the GPU and reduce them there"
         )
     gets = operation != "reduce" or rank == root
     in_place = out is None

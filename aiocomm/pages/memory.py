@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from aiocomm._device import describe, is_read_only
+from aiocomm._device import describe, is_read_only, itemsize_of
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def form_of(array: Any) -> Form:
         raise UsageTypeError(
             f"Pages takes NumPy arrays and GPU arrays, not {type(array).__name__}: numpy.from_dlpack(x)"
         )
-    _, _, nbytes, _, _, form, shape = described
-    return Form(True, shape, nbytes // max(1, math.prod(shape)), form)
+    _, _, _, _, _, form, shape = described
+    return Form(True, shape, itemsize_of(described), form)
 
 
 def is_writable(array: Any) -> bool:
@@ -73,7 +73,9 @@ def bytes_of(array: Any, writable: bool, stream: Any) -> Bytes:
     """
     if isinstance(array, np.ndarray):
         if stream is not None:
-            raise UsageError("stream= belongs to GPU arrays, and these pages are in host memory: leave it out")
+            raise UsageError(
+                "stream= belongs to GPU arrays, and these pages are in host memory: leave it out"
+            )
         return array.reshape(-1).view(np.uint8)
     described = describe(array, writable, stream)
     assert described is not None  # as when the pages were made

@@ -1,10 +1,10 @@
 """Moves pages between processes with the communicator's one-sided transfers.
 
-GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself. Else, or where that
-engine does not reach the peer's memory, one put or get per range that is contiguous at the peer; where the
-local side is scattered, rows of host memory are packed into (or unpacked from) staging memory, and rows of GPU
-memory are put or got by themselves. Several transfers are under way at once, across layers, too; a layer's note
-follows when all of the layer has ended, and the notification when all has.
+GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself. Else, or where
+that engine does not reach the peer's memory, one put or get per range that is contiguous at the peer; where
+the local side is scattered, rows of host memory are packed into (or unpacked from) staging memory, and rows
+of GPU memory are put or got by themselves. Several transfers are under way at once, across layers, too; a
+layer's note follows when all of the layer has ended, and the notification when all has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import secrets
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,9 +100,7 @@ async def put_layers(
     planned = []
     for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
         remote.check(take)
-        planned.append(
-            await _planned(pages, remote, pages.layout, give, remote.layout, take, at_target=True)
-        )
+        planned.append(await _planned(pages, remote, pages.layout, give, remote.layout, take, at_target=True))
         mover.check(remote)
     notes = _Notes(mover, remotes[0], len(layers))
 
@@ -163,9 +161,7 @@ async def _planned(
     """Plan for the way that is to be tried first."""
     if pages.on_gpu and remote.by_rows:
         copies = await plan_copies(source, give, target, take)
-        return _Plan(
-            copies, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target)
-        )
+        return _Plan(copies, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
     return _Plan(None, lambda: ranges)
 
@@ -213,7 +209,7 @@ def _put_ranges(
             for at, length in _rows(ranges, first, last):
                 begun()
                 yield mover.put(region, far, part_of(local, at, length), None, ended)
-                far += length  # noqa: PLW2901
+                far += length
             continue
         if last - first == 1:
             at = int(ranges.near[first])
@@ -231,7 +227,7 @@ def _get_ranges(mover: Mover, region: Any, local: Bytes, plan: _Plan) -> Jobs:
         if isinstance(local, tuple):
             for at, length in _rows(ranges, first, last):
                 yield mover.get(region, far, part_of(local, at, length), _nothing)
-                far += length  # noqa: PLW2901
+                far += length
         elif last - first == 1:
             at = int(ranges.near[first])
             yield mover.get(region, far, local[at : at + nbytes], _nothing)

@@ -1,6 +1,7 @@
 #include "bindings/device_py.hpp"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include <cstdlib>
 #include <cstring>

@@ -45,7 +45,8 @@ struct DevicePlace {
   std::array<std::byte, 64> handle{};
   uint16_t device = 0;  // ordinal at the owner
   Export exported = Export::none;
-  std::array<uint8_t, 5> reserved{};
+  uint8_t plain = 0;  // by cudaMalloc: GPUs with peer access reach it by its address
+  std::array<uint8_t, 4> reserved{};
 };
 static_assert(sizeof(DevicePlace) == 136);
 

@@ -62,8 +62,14 @@ async def test_all_gather(comms: list[aiocomm.Communicator], count: int, algorit
         inside[comm.rank * count : (comm.rank + 1) * count] = block(comm.rank, count)
         whole = on_gpu(comm.rank, inside)
         own = whole.part(comm.rank * count * 2, count * 2)
-        view = type("View", (), {"__cuda_array_interface__": own.__cuda_array_interface__ | {
-            "typestr": "<i2", "shape": (count,)}})()
+        view = type(
+            "View",
+            (),
+            {
+                "__cuda_array_interface__": own.__cuda_array_interface__
+                | {"typestr": "<i2", "shape": (count,)}
+            },
+        )()
         await comm.all_gather(whole, view, algorithm=algorithm)
         assert np.array_equal(whole.numpy(), expected)
 

@@ -8,7 +8,6 @@ import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
-from fakes.simulated import Simulator
 from harness import LIMIT_S, world
 
 import aiocomm
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from conftest import Pair
+    from fakes.simulated import Simulator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
@@ -232,7 +232,8 @@ async def test_a_cancelled_put_leaves_nothing_under_way(pair: Pair) -> None:
     stream = Stream()
     ours, theirs = on("gpu", cache(4)), on("gpu", cache(None), other_device())
     gate = stream.gate()
-    stream.fill(DeviceArray(1), 1)
+    busy = DeviceArray(1)
+    stream.fill(busy, 1)
     lease = await b.lease_pages(theirs)
     remote = a.remote_pages(lease.handle)
     with pytest.raises(aiocomm.DeadlineExceeded):

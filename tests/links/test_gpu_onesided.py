@@ -237,7 +237,8 @@ async def test_cancelled_behind_a_stream(pair: Pair, local: str, remote: str, si
     a, b = pair
     stream = Stream()
     gate = stream.gate()
-    stream.fill(DeviceArray(1), 1)
+    busy = DeviceArray(1)
+    stream.fill(busy, 1)
     zeros = np.zeros(2 << 20, np.uint8)
     whole, array = memory(remote, zeros, other_device()), memory(local, zeros)
     held = {"stream": stream}
@@ -260,7 +261,8 @@ async def test_a_deadline(pair: Pair) -> None:
     a, b = pair
     stream = Stream()
     gate = stream.gate()
-    stream.fill(DeviceArray(1), 1)
+    busy = DeviceArray(1)
+    stream.fill(busy, 1)
     async with b.register(DeviceArray(4096)) as region:
         with pytest.raises(aiocomm.DeadlineExceeded):
             await a.put(DeviceArray(4096), a.remote(region.handle), stream=stream, deadline=0.01)

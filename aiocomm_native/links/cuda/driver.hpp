@@ -177,6 +177,7 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17;
   X(cuMemMap, 10020,                                                                                     \
     CUresult(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))             \
   X(cuMemUnmap, 10020, CUresult(CUdeviceptr, size_t))                                                    \
+  X(cuMemGetAccess, 10020, CUresult(unsigned long long*, const CUmemLocation*, CUdeviceptr))             \
   X(cuMemSetAccess, 10020, CUresult(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t))
 
 // The same for what older drivers lack: null there.

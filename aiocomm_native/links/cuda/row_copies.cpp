@@ -5,6 +5,8 @@ namespace aiocomm::cuda {
 namespace {
 constexpr size_t kBatch = 1024;             // copies per call: about what the driver queues without waiting
 constexpr int64_t kMostPitch = 0x7fffffff;  // CU_DEVICE_ATTRIBUTE_MAX_PITCH of every device there is
+// A 2-D copy costs 2.6 us and 0.1 us a row, a copy in a batch 0.6 us, one by itself 2.6 us.
+constexpr uint64_t kFewRows = 6;
 constexpr uint64_t kCopyNs = 500, kRowNs = 50;  // that a copy, or a row of a 2-D one, takes beside its bytes
 
 bool is_pitch(int64_t step, uint64_t width) {
@@ -14,9 +16,10 @@ bool is_pitch(int64_t step, uint64_t width) {
 
 CUresult RowCopies::queue(const Driver& driver, MoveJob& job, CUstream stream) {
   CUresult code = CUDA_SUCCESS;
+  const uint64_t few = driver.cuMemcpyBatchAsync && !no_batches_ ? kFewRows : 1;
   job.rows->cut(job.offset, job.nbytes, [&](const Rows& rows) {
     if (code != CUDA_SUCCESS) return;
-    if (rows.count > 1 && is_pitch(rows.from_step, rows.nbytes) && is_pitch(rows.to_step, rows.nbytes)) {
+    if (rows.count > few && is_pitch(rows.from_step, rows.nbytes) && is_pitch(rows.to_step, rows.nbytes)) {
       CUDA_MEMCPY2D plane{};
       plane.srcMemoryType = plane.dstMemoryType = CU_MEMORYTYPE_UNIFIED;
       plane.srcDevice = job.from + rows.from;
