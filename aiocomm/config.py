@@ -133,7 +133,7 @@ class Settings:
         "auto",
         "",
         "Send large payloads from the caller's pages instead of copying them: auto, within a host while the "
-        "two ends run on different cores; on; off.",
+        "two ends run on different cores and the message is no larger than 128 MiB; on; off.",
         choices=("auto", "on", "off"),
     )
     heartbeat_s: float = _setting(
@@ -163,14 +163,30 @@ class Settings:
         low=-1,
         high=255,
     )
-    rdma_traffic_class: int = _setting(
-        0, "", "Traffic class (RoCE: DSCP and ECN bits) of large transfers.", low=0, high=255
+    rdma_retry_s: float = _setting(
+        2.0,
+        "seconds",
+        "The longest that an RDMA device tries to reach a peer before its rail is given up; rounded down to "
+        "what devices can be told.",
+        low=1e-3,
+        high=600.0,
+    )
+    rdma_traffic_class: str = _setting(
+        "0",
+        "",
+        "Traffic class (RoCE: DSCP and ECN bits) of large transfers; or four by comma, for channels of "
+        "priority low, normal, high, urgent.",
+        each=255,
     )
     rdma_urgent_traffic_class: int = _setting(
         0, "", "Traffic class of small messages and of control.", low=0, high=255
     )
-    rdma_service_level: int = _setting(
-        0, "", "Service level (InfiniBand; RoCE: priority) of large transfers.", low=0, high=15
+    rdma_service_level: str = _setting(
+        "0",
+        "",
+        "Service level (InfiniBand; RoCE: priority) of large transfers; or four by comma, as for the traffic "
+        "class.",
+        each=15,
     )
     rdma_urgent_service_level: int = _setting(
         0, "", "Service level of small messages and of control.", low=0, high=15
@@ -180,6 +196,13 @@ class Settings:
     )
     libibverbs: str | None = _setting(None, "path", "The verbs library; else libibverbs.so.1.")
     links: tuple[str, ...] | None = _setting(None, "names", "Links that may be used, best first, by comma.")
+    link_fallback: str = _setting(
+        "on",
+        "",
+        "A pair whose link has failed is connected again with its next operation: on, over the next link "
+        "that both ends have; off, over that link only.",
+        choices=("on", "off"),
+    )
     handshake_timeout_s: float = _setting(
         5.0,
         "seconds",
@@ -249,6 +272,7 @@ class Settings:
             "cma",
             "rdma_gid_index",
             "rdma_cache_bytes",
+            "rdma_retry_s",
             "rdma_traffic_class",
             "rdma_urgent_traffic_class",
             "rdma_service_level",
@@ -403,6 +427,15 @@ def _seconds(text: str) -> float:
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if "choices" in limits and value not in limits["choices"]:
         raise UsageError(f"{variable(name)} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if "each" in limits:
+        words = [word.strip() for word in value.split(",")]
+        if len(words) not in (1, 4) or any(
+            not (word.isascii() and word.isdigit()) or int(word) > limits["each"] for word in words
+        ):
+            raise UsageError(
+                f"{variable(name)} must be a number from 0 to {limits['each']}, or four of them by comma "
+                f"(low, normal, high, urgent), not {value!r}"
+            )
     if "low" in limits and not value >= limits["low"]:  # also catches NaN
         raise UsageError(f"{variable(name)} must be at least {limits['low']} {limits['unit']}, not {value}")
     if "high" in limits and value > limits["high"]:

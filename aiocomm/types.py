@@ -113,7 +113,7 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class LinkUp:
-    """A link to a peer is connected."""
+    """A link to a peer is connected, or one of its rails (`rdma/device:port`) is there again."""
 
     link: str
     rank: int
@@ -121,7 +121,7 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """A link to a peer was lost; others may remain."""
+    """A link to a peer was lost, or one of its rails (`rdma/device:port`); others may remain."""
 
     link: str
     rank: int

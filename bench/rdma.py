@@ -7,7 +7,13 @@ Metrics:
     mib_s/send/SIZE, mib_s/put/SIZE: 2^20 bytes per second, `_WINDOW` messages outstanding, from the first
         post until the last is awaited; perftest: ib_write_bw of 1 MiB.
     mib_s/get/SIZE: The same of reads; perftest: ib_read_bw of 1 MiB.
-    half_us/8B: Half of a round trip by `await`, median; perftest: ib_write_lat, of two polling loops.
+    native_us/8B: Half of a round trip of two engines that poll, from a send's posting to its receive's
+        completion, no Python between; median. perftest: ib_write_lat, of two polling loops.
+    half_us/8B: The same by `await`.
+    p99_us/idle, p99_us/bulk: Half round trips of 1 KiB by `await` on an urgent channel, alone and beside
+        16 MiB messages, four outstanding; `p99_times_idle` is their ratio.
+
+Our arrays are those of `aiocomm.empty()`, which stay registered, as perftest's do.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from . import pair, perftest, work
+from . import figures, pair, perftest, qos, work
 from .model import Column, Rule, Subject, Suite
 from .peers import ours
 from .sizes import MIB, show
@@ -38,6 +44,7 @@ _SIZES: Final = (MIB, 16 * MIB)
 _WINDOW: Final = 4
 _WARM: Final = 20
 _ROUND_TRIPS: Final = 300
+_NATIVE_TRIPS: Final = 2000
 _MIBS: Final = 96  # per figure
 
 
@@ -57,18 +64,19 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
 
     async def main() -> Metrics:
         comm = await ours.connect(role, control, link)
-        found = await _latency(comm, role)
+        found = await _latency(comm, role, control)
         if link == "rdma":
             for nbytes in _SIZES:
                 count = max(_WINDOW, arguments["mibs"] * MIB // nbytes)
                 found |= await _bulk(comm, role, control, nbytes, count)
+            found |= await _urgent(comm, role, arguments["trips"])
         await ours.Ours(comm).finish(control)
         return found
 
     return work.run_on("asyncio", main)
 
 
-async def _latency(comm: Any, role: int) -> Metrics:
+async def _latency(comm: Any, role: int, control: Control) -> Metrics:
     data, halves = np.ones(8, np.uint8), []
     for number in range(_WARM + _ROUND_TRIPS):
         start = time.perf_counter()
@@ -80,11 +88,37 @@ async def _latency(comm: Any, role: int) -> Metrics:
             await comm.send(data, dst=0)
         if number >= _WARM:
             halves.append((time.perf_counter() - start) / 2)
-    return {"half_us/8B": statistics.median(halves) * 1e6}
+    await asyncio.to_thread(control.swap, "native")
+    native = comm._engine.half_trips(1 - role, 8, _NATIVE_TRIPS, role == 0)[_WARM:]
+    return {"half_us/8B": statistics.median(halves) * 1e6, "native_us/8B": statistics.median(native) * 1e6}
+
+
+async def _urgent(comm: Any, role: int, count: int) -> Metrics:
+    import aiocomm
+
+    urgent = comm.channel("bench-urgent", priority=aiocomm.Priority.URGENT)
+    bulk = comm.channel("bench-bulk")
+    await qos.ping_pong(urgent, role, _WARM)
+    idle = figures.percentile(await qos.ping_pong(urgent, role, count), 0.99)
+    halves, rate = await qos.under_load(urgent, bulk, role, count)
+    busy = figures.percentile(halves, 0.99)
+    return {
+        "p99_us/idle": idle * 1e6,
+        "p99_us/bulk": busy * 1e6,
+        "p99_times_idle": busy / idle,
+        "mib_s/bulk": rate * 1e9 / MIB,
+    }
 
 
 async def _bulk(comm: Any, role: int, control: Control, nbytes: int, count: int) -> Metrics:
-    buffers = [np.full(nbytes, role + 1, np.uint8) for _ in range(_WINDOW)]
+    import aiocomm
+
+    def full(value: int) -> Any:
+        array = aiocomm.empty(nbytes, np.uint8)
+        array.fill(value)
+        return array
+
+    buffers = [full(role + 1) for _ in range(_WINDOW)]
     found: Metrics = {}
 
     async def together() -> float:
@@ -107,7 +141,7 @@ async def _bulk(comm: Any, role: int, control: Control, nbytes: int, count: int)
     found[f"mib_s/send/{show(nbytes)}"] = rate(start)
     if role == 1 and any(buffer[0] != 1 or buffer[-1] != 1 for buffer in buffers):
         raise RuntimeError("what was received is not what was sent")
-    region = comm.register(np.full(nbytes, 3, np.uint8))
+    region = comm.register(full(3))
     remote = await comm.exchange(region, with_=1 - role)
     for name in ("put", "get"):
         start = await together()
@@ -128,7 +162,7 @@ def _perftest(between: tuple[str, str], options: Options) -> Metrics:
     write = perftest.run("ib_write_bw", server, client, "-s", str(MIB), "-n", count)
     read = perftest.run("ib_read_bw", server, client, "-s", str(MIB), "-n", count)
     latency = perftest.run("ib_write_lat", server, client, "-s", "8", "-n", "1000")
-    found = {"half_us/8B": latency.values["t_typical[usec]"]}
+    found = {"native_us/8B": latency.values["t_typical[usec]"]}
     for nbytes in _SIZES:
         for name, row in (("send", write), ("put", write), ("get", read)):
             found[f"mib_s/{name}/{show(nbytes)}"] = row.values["BW average[MiB/sec]"]
@@ -161,14 +195,19 @@ def measure(name: str, options: Options) -> Metrics:
     if name == "perftest":
         return _perftest(between, options)
     link = name.removeprefix("aiocomm-")
-    arguments = {"link": link, "devices": between, "mibs": _MIBS // 3 if options.quick else _MIBS}
+    mibs, trips = (_MIBS // 3, 200) if options.quick else (_MIBS, 500)
+    arguments = {"link": link, "devices": between, "mibs": mibs, "trips": trips}
     return pair.run(f"{__name__}:child", arguments, options.timeout_s)[0]
 
 
 _FIGURES: Final = tuple((kind, n) for kind in ("send", "put", "get") for n in _SIZES)
 _COLUMNS: Final = (
     *(Column(f"mib_s/{kind}/{show(n)}", f"{kind}\n{show(n)}, MiB/s", 1, "higher") for kind, n in _FIGURES),
-    Column("half_us/8B", "half trip\n8 B, µs", 1),
+    Column("native_us/8B", "half trip\n8 B, µs", 1),
+    Column("half_us/8B", "by await,\n8 B, µs", 1),
+    Column("p99_us/idle", "urgent\np99, µs", 1),
+    Column("p99_us/bulk", "under\nbulk p99", 1),
+    Column("p99_times_idle", "p99 ÷\nidle", 2),
 )
 _PERFTEST: Final = ("perftest",)
 
@@ -183,6 +222,8 @@ SUITE = Suite(
             Rule(f"{kind} {show(n)}", "aiocomm-rdma", f"mib_s/{kind}/{show(n)}", ">=", 0.9, _PERFTEST)
             for kind, n in _FIGURES
         ),
+        Rule("8 B half trip without Python", "aiocomm-rdma", "native_us/8B", "<=", 1.3, _PERFTEST),
+        Rule("urgent p99 under bulk ÷ idle p99", "aiocomm-rdma", "p99_times_idle", "<=", 3.0),
         Rule("8 B half trip by await", "aiocomm-rdma", "half_us/8B", "<=", 1.0, ("aiocomm-tcp",)),
     ),
 )

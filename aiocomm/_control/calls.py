@@ -80,14 +80,17 @@ async def call_links(
     dial: Dial,
     commit: Callable[[], None],
     on_fallback: Fallback,
+    choose: Callable[[list[str]], list[str]],
 ) -> str:
     """Try links as the caller. Returns the one that both engines took.
+
+    `choose` may leave out some of those that both have.
 
     Raises:
         LinkError: none works; the message says why for each.
         OSError, ProtocolError: the peer broke off.
     """
-    links = common_links(me, peer, engine)
+    links = choose(common_links(me, peer, engine))
     if not links:
         ours, theirs = ", ".join(me.links) or "none", ", ".join(peer.links) or "none"
         where = "one host" if me.host_id == peer.host_id else "different hosts"

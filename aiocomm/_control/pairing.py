@@ -25,6 +25,8 @@ Rules:
    closes the connection, so that the two never disagree about what is attached for longer than one of them
    lives.
 4. A newer offer of a peer replaces its older one: a caller has one call at a time.
+5. A pair whose link fails while its peer lives is made anew when it is next wanted, over another link where
+   that is allowed. Whichever end calls first waits until the other's engine has let go of the old one.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
@@ -65,6 +67,7 @@ class _Pair:
     calling: asyncio.Task[None] | None = None
     answering: asyncio.Task[None] | None = None
     committed: bool = False  # an attach has been handed to the engine
+    failed: list[str] = field(default_factory=list)  # links that it had, until they failed
 
 
 class Pairing:
@@ -75,6 +78,7 @@ class Pairing:
         engine: gets the links.
         dial: opens an authenticated connection to a peer, over "unix" or "tcp".
         timeout_s: of one call.
+        fall_back: whether a pair whose link has failed may take another one.
         on_fallback: told of (failed link, rank, link tried next, reason).
     """
 
@@ -85,8 +89,10 @@ class Pairing:
         dial: Dial,
         timeout_s: float,
         on_fallback: Callable[[str, int, str, str], None],
+        fall_back: bool = True,
     ) -> None:
         self._card = card
+        self._fall_back = fall_back
         self._engine = engine
         self._dial = dial
         self._timeout_s = timeout_s
@@ -131,6 +137,7 @@ class Pairing:
         if pair is None:
             self._wanted.add(rank)
             return
+        self._forget_failed(pair)
         pair.wanted = True
         self._call_if_needed(pair)
 
@@ -237,6 +244,7 @@ class Pairing:
                 self._dial,
                 lambda: self._commit(pair, limit),
                 self._on_fallback,
+                lambda links: self._choose(pair, links),
             )
 
     # Answering
@@ -249,6 +257,8 @@ class Pairing:
         if pair is None:
             await stream.send(messages.OfferAnswer("refuse", "this process does not know the caller"))
             return
+        if pair.connected.done():
+            await self._let_go(pair)
         if pair.committed or pair.connected.done():
             await stream.send(messages.OfferAnswer("done", "the pair is connected already"))
             return
@@ -316,6 +326,38 @@ class Pairing:
     def _connect(self, pair: _Pair, link: str) -> None:
         if not pair.connected.done():
             pair.connected.set_result(link)
+            if pair.failed and link not in pair.failed:
+                self._on_fallback(pair.failed[-1], pair.card.rank, link, "the link failed")
+
+    # Links that fail
+
+    def _choose(self, pair: _Pair, links: list[str]) -> list[str]:
+        """Of the links that both ends have, those that the pair may take."""
+        if not pair.failed:
+            return links
+        if not self._fall_back:
+            return [link for link in links if link == pair.failed[-1]]
+        return [link for link in links if link not in pair.failed] or links
+
+    def _forget_failed(self, pair: _Pair) -> bool:
+        """Whether the pair can be made anew: it was connected, and its link has failed."""
+        connected = pair.connected
+        if not connected.done() or connected.cancelled() or connected.exception() is not None:
+            return False
+        if self._engine.paired(pair.card.rank, pair.card.generation):
+            return False
+        pair.failed.append(connected.result())
+        pair.connected = asyncio.get_running_loop().create_future()
+        pair.connected.add_done_callback(_retrieve)
+        pair.wanted = pair.committed = False
+        return True
+
+    async def _let_go(self, pair: _Pair) -> None:
+        """A peer that calls again has seen the link fail, perhaps before this end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s / 2):
+                while pair.connected.done() and not self._forget_failed(pair):  # noqa: ASYNC110  (no event tells)
+                    await asyncio.sleep(_PAUSE_S / 5)
 
     def _fail(self, pair: _Pair, reason: str) -> None:
         """No connection. A later wish tries again."""

@@ -167,7 +167,12 @@ class ControlPlane:
         card = self._card(welcome.rank, welcome.generation, endpoints.addresses)
         self._engine.set_identity(welcome.rank, welcome.generation)
         self._pairing = Pairing(
-            card, self._engine, endpoints.dial, self._settings.handshake_timeout_s, self._fell_back
+            card,
+            self._engine,
+            endpoints.dial,
+            self._settings.handshake_timeout_s,
+            self._fell_back,
+            self._settings.link_fallback == "on",
         )
         self._stack.push_async_callback(self._pairing.aclose)
         for rank in self._early:

@@ -59,6 +59,7 @@ class RecordingEngine:
     started: dict[int, str] = field(default_factory=dict)
     detached: list[tuple[int, str]] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
+    broken_pairs: set[int] = field(default_factory=set)
     lost: dict[tuple[int, int], str] = field(default_factory=dict)
     left: list[tuple[int, int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -115,7 +116,8 @@ class RecordingEngine:
                 os.close(descriptor)
             raise LinkError(f"{link} is broken here")
         before = self.attached.get(rank)
-        if before is not None and before.generation == generation and before.link == link:
+        same = before is not None and before.generation == generation and before.link == link
+        if same and rank not in self.broken_pairs:
             raise AssertionError(f"rank {rank} attached twice")
         for descriptor in before.fds if before is not None else ():
             os.close(descriptor)
@@ -128,7 +130,24 @@ class RecordingEngine:
         """Record which link was started."""
         attachment = self.attached[rank]
         assert attachment.generation == generation
-        self._note(lambda: self.started.__setitem__(rank, attachment.link))
+
+        def start() -> None:
+            self.started[rank] = attachment.link
+            self.broken_pairs.discard(rank)
+
+        self._note(start)
+
+    def paired(self, rank: int, generation: int) -> bool:
+        """Started, and not broken since."""
+        with self._changed:
+            attachment = self.attached.get(rank)
+            if attachment is None or attachment.generation != generation or rank in self.broken_pairs:
+                return False
+            return self.started.get(rank) == attachment.link
+
+    def break_pair(self, rank: int) -> None:
+        """As if its link had failed."""
+        self._note(lambda: self.broken_pairs.add(rank))
 
     def detach(self, rank: int, generation: int) -> None:
         """Take back what was attached."""

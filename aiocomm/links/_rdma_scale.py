@@ -27,7 +27,9 @@ INLINE_NBYTES: Final = 512
 REQUEST_NBYTES: Final = 64
 """Of a send queue's entry, without what is inline; of a receive's, and of a completion."""
 COMPLETIONS: Final = 1 << 15
-"""Entries of each of a rail's two completion queues."""
+"""Entries of each of a rail's three completion queues."""
+QUEUE_PAIRS: Final = 3
+"""Per peer and rail: frames for its loop, other frames, bulk; one more for each further service level."""
 CARD_NBYTES: Final = 189
 """Of a process's card with two addresses and three links, as the rendezvous tells it."""
 TAG_NBYTES: Final = 16
@@ -89,14 +91,14 @@ def cost(world: int, connected: int | None = None, rails: int = 2) -> Cost:
         raise ValueError(f"{peers} of {others} peers over {rails} rails")
     slots = min(peers * CREDITS, MAX_SLOTS)
     frame_queue = FRAME_DEPTH * (REQUEST_NBYTES + INLINE_NBYTES)
-    per_peer_queues = frame_queue + BULK_DEPTH * REQUEST_NBYTES
-    shared_queues = (MAX_SLOTS + IMMEDIATES + 2 * COMPLETIONS) * REQUEST_NBYTES
+    per_peer_queues = 2 * frame_queue + BULK_DEPTH * REQUEST_NBYTES
+    shared_queues = (MAX_SLOTS + IMMEDIATES + 3 * COMPLETIONS) * REQUEST_NBYTES
     frames = -(-others // CARDS_PER_FRAME)
     told = others * CARD_NBYTES + frames * (HEADER_NBYTES + TAG_NBYTES)
     return Cost(
         world=world,
         connected=peers,
-        queue_pairs=2 * peers * rails,
+        queue_pairs=QUEUE_PAIRS * peers * rails,
         receive_nbytes=slots * SLOT_NBYTES * rails,
         send_nbytes=peers * CREDITS * SLOT_NBYTES,
         queue_nbytes=(peers * per_peer_queues + shared_queues) * rails,

@@ -19,6 +19,8 @@ namespace aiocomm::py {
 void bind_operations(nb::class_<PyEngine>& engine);
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
+// half_trip_py.cpp
+void bind_half_trips(nb::class_<PyEngine>& engine);
 
 PyEngine::~PyEngine() { clear(); }
 
@@ -218,6 +220,7 @@ void bind_engine(nb::module_& m) {
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
   bind_operations(engine);
+  bind_half_trips(engine);
   engine
       .def(
           "__init__",
@@ -306,6 +309,10 @@ void bind_engine(nb::module_& m) {
           release_gil())
       .def(
           "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
+          release_gil())
+      .def(
+          "paired",
+          [](PyEngine& e, int rank, uint64_t generation) { return e.engine->paired(rank, generation); },
           release_gil())
       .def(
           "fail_connect",

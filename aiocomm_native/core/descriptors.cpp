@@ -26,6 +26,18 @@ void Engine::unwatch(int fd, bool loop) {
     express_watched_.fetch_sub(1, std::memory_order_relaxed);
 }
 
+void Engine::watch_polled(int fd, Pollable* target) {
+  watch(fd, EPOLLIN, target, true);
+  express_watched_.fetch_sub(1, std::memory_order_relaxed);
+  express_polled_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Engine::unwatch_polled(int fd) {
+  unwatch(fd, true);
+  express_watched_.fetch_add(1, std::memory_order_relaxed);
+  express_polled_.fetch_sub(1, std::memory_order_relaxed);
+}
+
 void Engine::dispatch_fds(int epoll, int timeout_ms, bool locked) {
   epoll_event events[32];
   int n = epoll_wait(epoll, events, 32, timeout_ms);

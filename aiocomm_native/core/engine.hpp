@@ -35,6 +35,7 @@
 #include "core/op.hpp"
 #include "core/patience.hpp"
 #include "core/peer.hpp"
+#include "core/priority_mutex.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
 #include "core/unexpected.hpp"
@@ -95,7 +96,10 @@ struct RegionInfo {
   uint64_t nbytes = 0;
   bool writable = false;
   bool closing = false;
-  uint32_t active = 0;                // transfers of peers that use it now
+  uint32_t active = 0;        // transfers of peers that use it now
+  uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
+  uint8_t link = 0;
+  std::vector<Rank> holders;          // of its key
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
@@ -120,6 +124,7 @@ class Engine final : public Host, public FrameSink {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
+  bool paired(Rank rank, uint64_t generation);              // its link is up
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them
@@ -166,12 +171,15 @@ class Engine final : public Host, public FrameSink {
 
   int loop_fd() const override { return loop_fd_; }
   int express_fd() const { return express_epoll_; }
+  // Descriptors for the loop that tell what polling the links does not.
   bool has_express() const { return express_watched_.load(std::memory_order_relaxed) > 0; }
 
   // --- Host
   void watch(int fd, uint32_t events, Pollable* target, bool loop) override;
   void rewatch(int fd, uint32_t events, Pollable* target, bool loop) override;
   void unwatch(int fd, bool loop) override;
+  void watch_polled(int fd, Pollable* target) override;
+  void unwatch_polled(int fd) override;
   uint64_t now() const override;
   double setting(std::string_view name, double fallback) const override;
   std::string text_setting(std::string_view name) const override;
@@ -180,6 +188,8 @@ class Engine final : public Host, public FrameSink {
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
+  void part_down(Rank rank, const std::string& part, const std::string& reason) override;
+  void part_up(Rank rank, const std::string& part) override;
 
   MoverHost& mover_host() override { return device_; }
   Mover* mover() { return device_.mover(); }
@@ -194,9 +204,10 @@ class Engine final : public Host, public FrameSink {
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
   void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
-  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) override;
+  void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
+  void on_unsure(LinkPeer& to, const FrameHeader& header) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
  private:
@@ -210,8 +221,8 @@ class Engine final : public Host, public FrameSink {
   void drain_submissions();
   void after_unlock();
   void ring_engine() {
-    if (device_.assisted())
-      ring_fd(engine_fd_);  // copy threads keep the word awake, but set no timers
+    if (device_.assisted() || loop_spins())
+      ring_fd(engine_fd_);  // they keep the word awake, but set no timers
     else
       ring(page_->engine, engine_fd_);
   }
@@ -287,7 +298,26 @@ class Engine final : public Host, public FrameSink {
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
   void region_idle(uint64_t id);
+  bool free_region(uint64_t id);
   void notify(Rank source, const std::byte* payload, size_t payload_bytes, uint64_t nbytes);
+
+  // protocol_keys.cpp: put and get by devices
+  bool by_key(const Op& op, const Peer& peer) const;
+  Post access(Op& op, Peer& peer);
+  void begin_access(Op& op, Peer& peer, RegionKey& key);
+  void end_access(Op& op);
+  bool hold_back(const Op& op, const Scheduler::Chunk& chunk);
+  void release_held_back(const Op& op);
+  void drop_held_back(const Op& op);
+  void announce(const Op& op, Peer& peer);
+  void tell(Peer& peer, const std::vector<Note>& notes);
+  void on_key_ask(Peer& peer, const FrameHeader& header);
+  void on_key(Peer& peer, const FrameHeader& header);
+  void on_key_revoke(Peer& peer, const FrameHeader& header);
+  void on_key_revoked(Peer& peer, const FrameHeader& header);
+  void forget_holder(uint64_t region, Rank rank);
+  void forget_holder(Rank rank);
+  void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);
 
   // protocol_end.cpp: every way an op ends
   void finish(Op& op, Code code);     // nothing touches its buffer any more
@@ -298,6 +328,9 @@ class Engine final : public Host, public FrameSink {
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
+  void break_pair(Peer& peer, const std::string& reason);
+  void end_link(Peer& peer);
+  void drop_announced(Peer& peer);
   void drop_attached(Peer& peer);
   void fail_hopeless_receives();
   Op* find(OpId id);
@@ -311,7 +344,7 @@ class Engine final : public Host, public FrameSink {
 
   // wake-up
   int page_fd_ = -1, loop_fd_ = -1, engine_fd_ = -1, engine_epoll_ = -1, express_epoll_ = -1;
-  std::atomic<int> express_watched_{0};
+  std::atomic<int> express_watched_{0}, express_polled_{0};
   WakePage* page_ = nullptr;
   std::atomic<bool> stopping_{false};
   bool closed_ = false;
@@ -320,8 +353,9 @@ class Engine final : public Host, public FrameSink {
   Patience patience_;  // the loop's thread only
 
   // under the token
-  std::mutex token_;
+  PriorityMutex token_;
   bool in_loop_thread_ = false;
+  bool spin_copies_ = false;  // a chunk waits for the spinning loop to copy it
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;
@@ -349,6 +383,7 @@ class Engine final : public Host, public FrameSink {
   UnexpectedStore unexpected_;  // by arrival id
   std::unordered_map<uint64_t, RegionInfo> regions_;
   uint64_t next_region_ = 1;
+  std::unordered_map<OpId, Scheduler::Chunk> held_back_;  // last chunks of puts that wait for the others
   TimerHeap timers_;
   uint64_t engine_sleeps_until_ = 0;  // 0: no timer armed
   uint32_t jobs_ = 0;                 // chunks with the copier

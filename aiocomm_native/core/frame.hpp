@@ -6,7 +6,8 @@
 //    the receiver pulls it where the link can read the sender's memory, else answers `cts` and the sender pushes
 //    `data` frames. Either way the receiver ends it with `fin`.
 //  * `put` is a message that is matched by region instead of by tag; `get` asks the owner of a region to serve it.
-//    Memory is therefore only ever written by the process that owns it.
+//    Memory is then only ever written by the process that owns it. Where devices reach it there are no such frames:
+//    see protocol_keys.cpp.
 //  * Nothing in a header is trusted: ids are looked up, ranges are checked, and a frame that makes no sense closes
 //    the pair that sent it.
 #pragma once
@@ -39,7 +40,13 @@ enum class FrameKind : uint8_t {
   quit,       // nothing more will be written into `rop`; `code`
   link_private,  // consumed by the link itself
   moved,         // device memory: the sender's engine has written `rop`, or will not any more: `code`
-  staged,  // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
+  staged,   // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
+  key_ask,  // how do devices reach region `rop`?
+  key_is,  // answer: `address`/`segment`, `nbytes`, kWritable; `code` stale, or link_failed: its owner serves it
+  key_revoke,   // region `rop` closes: begin nothing more
+  key_revoked,  // answer: nothing of ours is under way there any more
+  note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
+  last_kind = note,
 };
 
 enum FrameFlags : uint8_t {
@@ -47,9 +54,10 @@ enum FrameFlags : uint8_t {
   // rts, cts, get_ready: metadata ends with a DevicePlace; put_rts: the payload is one; get: the reader's memory is a
   // device's, so nothing is sent before it asks
   kDevice = 2,
-  kNotYet = 4,  // rts, put_rts, get_ready: the bytes are not there yet; the sender pushes when they are
-  kReads = 8,   // cts: the receiver can read the sender's host memory
-  kRows = 16,   // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
+  kNotYet = 4,     // rts, put_rts, get_ready: the bytes are not there yet; the sender pushes when they are
+  kReads = 8,      // cts: the receiver can read the sender's host memory
+  kWritable = 16,  // key_is
+  kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };
 
 struct FrameHeader {

@@ -44,8 +44,9 @@ struct ProtocolViolation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Who may reach registered memory: this side's devices only, or peers as well.
-enum class Access : uint8_t { local, peer_reads, peer_writes };
+// Who may reach registered memory: this side's devices only, or peers as well. A region's registration is its own, and of
+// just its bytes: who has its key reaches nothing else, and nothing at all once it is released.
+enum class Access : uint8_t { local, peer_reads, peer_writes, region_reads, region_writes };
 
 // Where a message's bytes lie at their owner.
 struct Location {
@@ -61,6 +62,7 @@ struct RemoteChunk {
   uint32_t registration = 0;  // of `local`, by Link::hold
   Location remote;
   uint64_t nbytes = 0;
+  uint8_t cls = 0;             // of its channel
   bool has_immediate = false;  // a write that tells the peer so when it is there
   uint32_t immediate = 0;
 };
@@ -76,15 +78,18 @@ class FrameSink {
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
   virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
   virtual void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) = 0;
-  // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be.
-  virtual void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error) {
-    (void)with, (void)op, (void)nbytes, (void)error;
+  // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be. `elapsed_ns`: how
+  // long the link worked on it, that is, since its posting or the chunk before, whichever was later; 0: unknown.
+  virtual void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) {
+    (void)with, (void)op, (void)nbytes, (void)error, (void)elapsed_ns;
   }
   // The peer has written `nbytes` into our memory, and says `value`.
   virtual void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) {
     (void)from, (void)value, (void)nbytes;
   }
   virtual void on_writable(LinkPeer& to) = 0;
+  // The pair is about to be lost by devices of ours, and whether this frame has reached the peer is not known.
+  virtual void on_unsure(LinkPeer& to, const FrameHeader& header) { (void)to, (void)header; }
   virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
 
  protected:
@@ -125,6 +130,8 @@ class LinkPeer {
   }
   // Whether it can write into memory of the peer, and tell it so by an immediate.
   virtual bool takes_offers() const { return false; }
+  // Whether its devices reach registered regions of the peer, which then takes no part in puts and gets.
+  virtual bool reaches_regions() const { return false; }
   // Describes local memory to the peer, making it reachable where the link can.
   virtual Location locate(const std::byte* data, uint64_t nbytes) {
     (void)nbytes;
@@ -149,7 +156,7 @@ class LinkPeer {
 
   Rank rank = -1;
   uint64_t generation = 0;
-  int failure = 0;  // errno: the pair ended by devices of ours, not by the peer
+  int failure = 0;  // errno: the pair ended by devices, not by the peer, which may be met by another link
 };
 
 // Something with a file descriptor in one of the engine's two epoll sets.
@@ -166,6 +173,9 @@ class Host {
   virtual void watch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void rewatch(int fd, uint32_t events, Pollable* target, bool loop) = 0;
   virtual void unwatch(int fd, bool loop) = 0;
+  // For the user's event loop, and told by LinkPeer::poll as well: whoever polls need not look at it.
+  virtual void watch_polled(int fd, Pollable* target) { watch(fd, 1 /* EPOLLIN */, target, true); }
+  virtual void unwatch_polled(int fd) { unwatch(fd, true); }
   virtual uint64_t now() const = 0;  // monotonic, ns
   virtual double setting(std::string_view name, double fallback) const = 0;
   virtual std::string text_setting(std::string_view name) const = 0;
@@ -177,6 +187,9 @@ class Host {
   virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
+  // A part of a pair's link (a rail) is gone, or there again; the rest goes on.
+  virtual void part_down(Rank rank, const std::string& part, const std::string& reason) = 0;
+  virtual void part_up(Rank rank, const std::string& part) = 0;
 
  protected:
   ~Host() = default;

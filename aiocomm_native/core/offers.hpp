@@ -103,7 +103,8 @@ class OffersHeld {
 // The receiver's side, for one peer.
 class OffersMade {
  public:
-  static constexpr uint32_t kSlots = 4095;  // offers pending at once
+  static constexpr uint32_t kSlots =
+      4094;  // offers pending at once; the slot of all bits is another's (notes.hpp)
   static constexpr uint32_t kWindow = 512;  // chunks of a message that may overtake one another
 
   struct Made {

@@ -53,6 +53,7 @@ void Engine::start_pair(Rank rank, uint64_t generation) {
       peer->state == Peer::State::lost)
     return;  // it died meanwhile
   peer->offers = peer->link->takes_offers() ? std::make_unique<Offers>() : nullptr;
+  peer->onesided = peer->link->reaches_regions() ? std::make_unique<OneSided>() : nullptr;
   peer->state = Peer::State::up;
   if (links_[peer->link_index]->polled()) polled_.push_back(peer->link.get());
   if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, link_names_[peer->link_index], {}});
@@ -89,6 +90,12 @@ void Engine::leave_peer(Rank rank, uint64_t generation) {
   if (!peer || peer->generation != generation) return;
   peer->leaving = true;
   if (peer->state != Peer::State::up) end_peer(*peer, kLeft);
+}
+
+bool Engine::paired(Rank rank, uint64_t generation) {
+  Token token(*this);
+  Peer* peer = find_peer(rank);
+  return peer && peer->generation == generation && peer->state == Peer::State::up;
 }
 
 void Engine::fail_connect(Rank rank, const std::string& reason) {

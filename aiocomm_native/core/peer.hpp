@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/ids.hpp"
+#include "core/keys.hpp"
 #include "core/link.hpp"
 #include "core/offers.hpp"
 
@@ -32,7 +33,8 @@ struct Peer {
   bool blocked = false;  // the link answered `again`; on_writable clears it
   uint8_t link_index = 0;
   std::shared_ptr<LinkPeer> link;
-  std::unique_ptr<Offers> offers;  // where the link takes them
+  std::unique_ptr<Offers> offers;      // where the link takes them
+  std::unique_ptr<OneSided> onesided;  // where devices reach regions
   std::string lost_reason;
   std::vector<OpId> waiting;         // submitted before the pair was connected, in order
   std::deque<ControlFrame> control;  // frames that must go out, before any message

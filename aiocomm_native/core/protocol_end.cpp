@@ -22,6 +22,7 @@ void Engine::finish(Op& op, Code code) {
   op.live = false;
   op.ended_ns = now();
   if (op.offer) drop_offer(op);
+  if (op.has_key) end_access(op);
   if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
@@ -106,6 +107,7 @@ void Engine::end_early(Op& op, Code code) {
   if (op.in_sched) {
     schedulers_[op.link]->cancel(op.id);
     op.in_sched = false;
+    if (op.has_key) drop_held_back(op);
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
   if (op.gpu && op.gpu->in_sched) device_.cancel_move(op);
@@ -157,8 +159,21 @@ void Engine::drain(Op& op) {
 
 // ---------------------------------------------------------------- peers
 
+void Engine::on_unsure(LinkPeer& to, const FrameHeader& header) {
+  Peer* peer = peer_of(to);
+  // Of all that has ended here already; other operations end with the pair.
+  if (!peer || header.kind != FrameKind::eager || header.sop) return;
+  auto it = channel_by_id_.find(header.channel);
+  emit({EngineEvent::Kind::undelivered, peer->rank, static_cast<uint64_t>(header.tag),
+        it == channel_by_id_.end() ? std::string("?") : channels_[it->second].name,
+        "the link failed: it may not have arrived"});
+}
+
 void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
-  if (Peer* peer = peer_of(link_peer)) end_peer(*peer, peer->leaving ? kLeft : reason);
+  Peer* peer = peer_of(link_peer);
+  if (!peer) return;
+  if (link_peer.failure && !peer->leaving) return break_pair(*peer, reason);
+  end_peer(*peer, peer->leaving ? kLeft : reason);
 }
 
 // The pair is closed by us: the other side sees a lost peer, too.
@@ -178,37 +193,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   peer.state = Peer::State::lost;
   peer.lost_reason = reason;
   if (peer.link) {
-    polled_.erase(std::remove(polled_.begin(), polled_.end(), peer.link.get()), polled_.end());
-    peer.link->close();
-    Scheduler& sched = *schedulers_[peer.link_index];
-    retired_.push_back(peer.link);
-    std::vector<Op*> live;
-    auto collect = [&](Op& op) {
-      if (op.peer == peer.rank) live.push_back(&op);
-    };
-    ops_.for_each_live(collect);
-    served_.for_each_live(collect);
-    for (Op* op : live) {
-      if (!op->live) continue;
-      op->awaits_fin = false;
-      if (op->gpu) op->gpu->remote_writes = false;
-      bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
-      if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
-        drop_inflight(*op);
-      op->error = peer.link->failure;
-      if (op->state == OpState::draining)
-        settle(*op);
-      else
-        end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
-    }
-    for (auto [channel, flow] : peer.flows) {
-      sched.remove_flow(flow);
-      flows_[flow].rank = kAnySource;  // nobody's
-    }
-    peer.flows.clear();
-    peer.control.clear();
-    peer.offers.reset();
-    device_.forget(peer);
+    end_link(peer);
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {
@@ -218,7 +203,67 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
       if (op->live) end_early(*op, Code::peer_lost);
   }
   peer.waiting.clear();
-  // Announcements whose bytes stayed at the peer are void; eager messages have arrived and stay.
+  drop_announced(peer);
+  if (peer.rank != rank_) emit({EngineEvent::Kind::peer_lost, peer.rank, peer.generation, reason, {}});
+  fail_hopeless_receives();
+}
+
+// Its link has failed, but not the peer: what was under way has failed with it, and the next operation connects anew.
+void Engine::break_pair(Peer& peer, const std::string& reason) {
+  peer.state = Peer::State::known;
+  peer.lost_reason = reason;
+  const std::string name = link_names_[peer.link_index];
+  end_link(peer);
+  peer.link.reset();  // still among the retired: it is on the stack
+  peer.blocked = false;
+  peer.eager_unconsumed = peer.credit_owed = peer.held = 0;
+  drop_announced(peer);
+  // Eager messages that came over the old link stay; no word of them goes over the new one.
+  unexpected_.each([&](Unexpected& kept) {
+    if (kept.source == peer.rank) kept.generation = ~0ull;
+  });
+  emit({EngineEvent::Kind::link_down, peer.rank, 0, name, reason});
+}
+
+// What the pair's link was working on ends.
+void Engine::end_link(Peer& peer) {
+  polled_.erase(std::remove(polled_.begin(), polled_.end(), peer.link.get()), polled_.end());
+  peer.link->close();
+  Scheduler& sched = *schedulers_[peer.link_index];
+  retired_.push_back(peer.link);
+  std::vector<Op*> live;
+  auto collect = [&](Op& op) {
+    if (op.peer == peer.rank) live.push_back(&op);
+  };
+  ops_.for_each_live(collect);
+  served_.for_each_live(collect);
+  for (Op* op : live) {
+    if (!op->live) continue;
+    op->awaits_fin = false;
+    if (op->gpu) op->gpu->remote_writes = false;
+    bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
+    if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
+      drop_inflight(*op);
+    op->error = peer.link->failure;
+    if (op->state == OpState::draining)
+      settle(*op);
+    else
+      end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
+  }
+  for (auto [channel, flow] : peer.flows) {
+    sched.remove_flow(flow);
+    flows_[flow].rank = kAnySource;  // nobody's
+  }
+  peer.flows.clear();
+  peer.control.clear();
+  peer.offers.reset();
+  peer.onesided.reset();
+  forget_holder(peer.rank);
+  device_.forget(peer);
+}
+
+// Announcements whose bytes stayed at the peer are void; eager messages have arrived and stay.
+void Engine::drop_announced(Peer& peer) {
   auto void_now = [&](const Unexpected& kept) {
     return kept.source == peer.rank && kept.header.kind != FrameKind::eager;
   };
@@ -226,8 +271,6 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
     matcher_.drop_arrival(id);
     take_unexpected(id);
   }
-  if (peer.rank != rank_) emit({EngineEvent::Kind::peer_lost, peer.rank, peer.generation, reason, {}});
-  fail_hopeless_receives();
 }
 
 // A wildcard receive can still be served while anybody is left; with nobody left it would wait for ever.

@@ -89,6 +89,7 @@ void Engine::on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) {
   if (!peer || !peer->offers) return;
   OffersMade::Slot* slot;
   try {
+    if (is_note(value) && peer->onesided) return tell(*peer, peer->onesided->due.written(note_of(value)));
     slot = peer->offers->made.chunk(value, nbytes);
   } catch (const std::invalid_argument& illegal) {
     return tear_down(*peer, std::string("protocol violation: ") + illegal.what());

@@ -1,7 +1,9 @@
-// Regions, put and get. Memory is written only by the process that owns it: a put is pulled (or received) by the
-// owner of the region, a get by the reader, so that closing a region is a local decision.
+// Regions; put and get where no device reaches them. Memory is then written only by the process that owns it: a put is
+// pulled (or received) by the owner of the region, a get by the reader, so that closing a region is a local decision.
+// protocol_keys.cpp has the rest.
 
 #include <cstring>
+#include <utility>
 
 #include "core/engine.hpp"
 #include "core/token.hpp"
@@ -12,7 +14,11 @@ uint64_t Engine::add_region(std::byte* base, uint64_t nbytes, bool writable,
                             std::unique_ptr<DeviceBuffer> gpu) {
   Token token(*this, true);
   uint64_t id = next_region_++;
-  regions_[id] = RegionInfo{base, nbytes, writable, false, 0, std::move(gpu)};
+  RegionInfo& region = regions_[id];
+  region.base = base;
+  region.nbytes = nbytes;
+  region.writable = writable;
+  region.gpu = std::move(gpu);
   return id;
 }
 
@@ -20,16 +26,27 @@ bool Engine::close_region(uint64_t id) {
   Token token(*this, true);
   auto it = regions_.find(id);
   if (it == regions_.end()) return true;
-  it->second.closing = true;
-  if (it->second.active) return false;
+  if (std::exchange(it->second.closing, true)) return false;
+  FrameHeader h{};
+  h.kind = FrameKind::key_revoke;
+  h.rop = id;
+  for (Rank rank : it->second.holders) send_control(*find_peer(rank), h, Wake::engine);
+  return free_region(id);
+}
+
+// Once nobody uses it any more.
+bool Engine::free_region(uint64_t id) {
+  auto it = regions_.find(id);
+  RegionInfo& region = it->second;
+  if (region.active || !region.holders.empty()) return false;
+  if (region.registration) links_[region.link]->release(region.registration);
   regions_.erase(it);
   return true;
 }
 
 void Engine::region_idle(uint64_t id) {
   auto it = regions_.find(id);
-  if (it == regions_.end() || --it->second.active || !it->second.closing) return;
-  regions_.erase(it);
+  if (it == regions_.end() || --it->second.active || !it->second.closing || !free_region(id)) return;
   emit({EngineEvent::Kind::region_free, rank_, id, {}, {}});
 }
 

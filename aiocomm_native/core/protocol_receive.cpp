@@ -72,6 +72,16 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return device_.on_moved(*peer, header);
       case FrameKind::staged:
         return device_.on_staged(*peer, header);
+      case FrameKind::key_ask:
+        return on_key_ask(*peer, header);
+      case FrameKind::key_is:
+        return on_key(*peer, header);
+      case FrameKind::key_revoke:
+        return on_key_revoke(*peer, header);
+      case FrameKind::key_revoked:
+        return on_key_revoked(*peer, header);
+      case FrameKind::note:
+        return on_note(*peer, header, meta);
       case FrameKind::heartbeat:
         return;
       default:

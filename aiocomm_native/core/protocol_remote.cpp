@@ -1,5 +1,7 @@
 // Bytes that devices move: memory held for them, chunks posted to them, and what comes of those.
 
+#include <cerrno>
+
 #include "core/engine.hpp"
 
 namespace aiocomm {
@@ -29,7 +31,12 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   what.registration = op.registration;
   what.remote = {op.source_address + chunk.offset, op.source_segment};
   what.nbytes = chunk.nbytes;
-  if (!what.read) {
+  what.cls = chunk.cls;
+  if (op.kind == OpKind::put) {
+    if (hold_back(op, chunk)) return true;
+    what.has_immediate = op.has_notify && chunk.last;
+    what.immediate = kNoteMark | peer.onesided->announced;
+  } else if (!what.read) {
     what.has_immediate = op.immediate != 0;
     what.immediate = op.immediate | (chunk.last ? kLastChunk : 0) | (op.chunks & 0xffff);
   }
@@ -48,6 +55,7 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   ++op.inflight;
   op.inflight_bytes += chunk.nbytes;
   if (chunk.last) op.in_sched = false;
+  if (op.kind == OpKind::put && what.has_immediate) announce(op, peer);
   return true;
 }
 
@@ -67,25 +75,28 @@ Op* Engine::writing_into(Peer& peer, OpId receive) {
   return found;
 }
 
-void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error) {
+void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint64_t elapsed_ns) {
   Peer* peer = peer_of(with);
   Op* op = peer ? find(id) : nullptr;  // its chunk in flight has kept it from ending
   if (!op || op->inflight == 0) return;
   uint8_t link_index = peer->link_index;
-  schedulers_[link_index]->complete(nbytes, 0, channels_[op->channel].cls);
+  schedulers_[link_index]->complete(nbytes, error ? 0 : elapsed_ns, channels_[op->channel].cls);
   --op->inflight;
   op->inflight_bytes -= nbytes;
   LinkCounters& counters = counters_[link_index];
   (op->path == Path::read ? counters.bytes_received : counters.bytes_sent) += nbytes;
   if (error && op->state != OpState::draining) {
     op->error = error;
-    end_early(*op, Code::link_failed);
+    // The owner's device refuses a key that was revoked.
+    end_early(*op, op->has_key && error == EACCES ? Code::stale : Code::link_failed);
   } else {
     op->moved += error ? 0 : nbytes;
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->moved == op->nbytes)
       op->path == Path::read ? received(*op) : finish(*op, Code::ok);
+    else if (op->has_key && op->inflight == 0)
+      release_held_back(*op);
   }
   pump(link_index);
 }

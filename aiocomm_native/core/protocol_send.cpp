@@ -8,7 +8,8 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
+constexpr uint64_t kSpinCopy = 1 << 20;  // the most that a spinning loop copies by itself at a time
+constexpr uint64_t kHeaderCost = 64;     // what a message without bytes costs its receiver
 
 uint16_t packed_weight(double weight) {
   double w = weight * 16;
@@ -147,6 +148,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
 
 Post Engine::send_put(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (by_key(op, peer)) return access(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -192,6 +194,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
 
 Post Engine::send_get(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (by_key(op, peer)) return access(op, peer);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
@@ -339,7 +342,10 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     ++op->inflight;
     ++jobs_;
     if (chunk.last) op->in_sched = false;
-    copier_->submit(std::move(job));
+    // A loop that spins has nothing better to do, and is sooner at it than a thread that must be woken.
+    bool here = in_loop_thread_ && loop_spins() && jobs_ == 1 && job.nbytes <= kSpinCopy;
+    spin_copies_ |= here;
+    copier_->submit(std::move(job), !here);
     return true;
   }
   FrameHeader h{};

@@ -83,6 +83,12 @@ class UnexpectedStore {
     return it == announced_.end() ? std::nullopt : std::optional(it->second);
   }
 
+  template <typename F>
+  void each(F&& f) {
+    for (Unexpected& message : slots_)
+      if (message.source >= 0) f(message);
+  }
+
   template <typename Predicate>
   std::vector<uint64_t> select(Predicate&& predicate) const {
     std::vector<uint64_t> ids;

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
-DEVICE, ROWS = 2, 16  # flags
+DEVICE, ROWS = 2, 32  # flags
 NBYTES = 100_000
 PLACE = struct.Struct("<6Q16s64sH6x")
 

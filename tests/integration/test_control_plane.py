@@ -318,6 +318,50 @@ def test_a_broken_link_falls_back_to_the_next(where: str, members: Callable[...,
         engine.wait(lambda engine, other=1 - rank: engine.started.get(other) == "tcp")
     # The caller had taken the link when the called side could not: it lets go without a word.
     assert engines[0].detached == ([(1, "shm")] if where == "called" else [])
+
+
+def up(*engines: RecordingEngine) -> None:
+    """Wait until ranks 0 and 1 are connected at both ends."""
+    for rank, engine in enumerate(engines):
+        engine.wait(lambda engine, other=1 - rank: engine.paired(other, engine.peers.get(other, 0)))
+
+
+@pytest.mark.parametrize("caller", [0, 1])
+def test_a_pair_whose_link_fails_is_made_anew_over_the_next(
+    caller: int, members: Callable[..., Member]
+) -> None:
+    address = fresh_address()
+    engines = [RecordingEngine(label=b"%d" % rank) for rank in range(2)]
+    world = [members(address, rank, 2, engine=engine) for rank, engine in enumerate(engines)]
+    world[0].plane.request_pair(1)
+    up(*engines)
+    engines[caller].break_pair(1 - caller)
+    world[caller].plane.request_pair(1 - caller)  # before the other end has seen it fail
+    engines[1 - caller].break_pair(caller)
+    for rank, engine in enumerate(engines):
+        engine.wait(lambda engine, other=1 - rank: engine.started.get(other) == "tcp")
+        fallback = engine.wait(
+            lambda engine: [event for event in engine.events if isinstance(event, Fallback)]
+        )
+        assert fallback == [Fallback("shm", 1 - rank, "tcp", "the link failed")]
+
+
+def test_without_fallback_a_pair_is_made_anew_over_the_link_it_had(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    engines = [RecordingEngine(label=b"%d" % rank) for rank in range(2)]
+    settings = Settings(link_fallback="off")
+    world = [
+        members(address, rank, 2, engine=engine, settings=settings) for rank, engine in enumerate(engines)
+    ]
+    world[0].plane.request_pair(1)
+    up(*engines)
+    for rank, engine in enumerate(engines):
+        engine.break_pair(1 - rank)
+    world[0].plane.request_pair(1)
+    up(*engines)
+    for rank, engine in enumerate(engines):
+        assert engine.started == {1 - rank: "shm"}
+        assert not [event for event in engine.events if isinstance(event, Fallback)]
     assert engines[1].detached == []
     assert not any(engine.lost for engine in engines)
 

@@ -69,6 +69,8 @@ class FakeHost final : public Host, public FrameSink {
   FrameSink& sink() override { return *this; }
   MoverHost& mover_host() override { std::abort(); }  // links that move device memory are not tested here
   void fallback(Rank, const std::string&, const std::string&) override { ++fallbacks; }
+  void part_down(Rank, const std::string&, const std::string&) override { ++parts_down; }
+  void part_up(Rank, const std::string&) override { --parts_down; }
 
   // FrameSink
   void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
@@ -120,7 +122,7 @@ class FakeHost final : public Host, public FrameSink {
   std::function<bool(LinkPeer&, const FrameHeader&)> frame_hook;
   std::function<void()> writable_hook, sent_hook;
   std::string lost;
-  int writable = 0, fallbacks = 0;
+  int writable = 0, fallbacks = 0, parts_down = 0;
   uint64_t frozen_now = 0;
 
  private:

@@ -303,6 +303,7 @@ def test_what_perftest_does_not_say_is_an_error(text: str) -> None:
 def test_rdma_is_compared_with_perftest_by_the_same_names() -> None:
     against = {rule.metric for rule in rdma.SUITE.rules if rule.against == ("perftest",)}
     assert {
-        f"mib_s/{kind}/{size}" for kind in ("send", "put", "get") for size in ("1MiB", "16MiB")
+        "native_us/8B",
+        *(f"mib_s/{kind}/{size}" for kind in ("send", "put", "get") for size in ("1MiB", "16MiB")),
     } == against
     assert against < {column.metric for column in rdma.SUITE.columns(Options())}

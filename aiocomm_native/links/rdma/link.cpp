@@ -3,19 +3,25 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/inotify.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <bit>
 #include <sstream>
+#include <utility>
 
+#include "core/doorbell.hpp"
 #include "links/rdma/peer.hpp"
 
 namespace aiocomm::rdma {
 
 namespace {
 
+constexpr uint64_t kLookNs = 1000000000;
 static_assert(std::endian::native == std::endian::little, "frames travel in little-endian order");
 
 Selection selection_of(Host& host) {
@@ -31,28 +37,81 @@ Selection selection_of(Host& host) {
 
 RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_setting("libibverbs"))) {
   ports_ = choose_ports(verbs_, selection_of(host));
-  RailConfig config;
+  Transport transport;
   auto byte = [&](const char* name) { return static_cast<uint8_t>(host.setting(name, 0)); };
-  config.frames_service_level = byte("rdma_urgent_service_level");
-  config.frames_traffic_class = byte("rdma_urgent_traffic_class");
-  config.bulk_service_level = byte("rdma_service_level");
-  config.bulk_traffic_class = byte("rdma_traffic_class");
+  transport.frames = {byte("rdma_urgent_service_level"), byte("rdma_urgent_traffic_class")};
+  transport.map_classes(host.text_setting("rdma_service_level"), host.text_setting("rdma_traffic_class"));
+  transport.try_for(host.setting("rdma_retry_s", 2.0),
+                    static_cast<uint64_t>(host.setting("chunk_max", 4 << 20)));
   std::vector<ibv_pd*> domains;
   for (const Port& port : ports_) {
-    rails_.push_back(std::make_unique<Rail>(verbs_, port, config));
+    rails_.push_back(std::make_unique<Rail>(verbs_, port, transport));
     domains.push_back(rails_.back()->domain());
   }
   registrations_ = std::make_unique<Registrations>(
-      verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)));
-  for (auto& rail : rails_) rail->start();
+      verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
+      std::any_of(ports_.begin(), ports_.end(),
+                  [&](const Port& port) { return port.node != ports_[0].node; }));
+  broken_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  host_.watch(broken_, EPOLLIN, this, false);
+  nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+  if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) >= 0)
+    host_.watch(nodes_, EPOLLIN, this, false);
+  for (auto& rail : rails_) {
+    Rail& one = *rail;
+    rail->on_gone = [this, &one] {
+      one.leave();
+      ring_fd(broken_);
+    };
+    host.watch_polled(rail->express_fd(), rail.get());
+    rail->start();
+  }
 }
 
 RdmaLink::~RdmaLink() { close(); }
 
 void RdmaLink::close() {
-  for (auto& rail : rails_) rail->stop();
+  for (auto& rail : rails_) {
+    if (rail->express_fd() >= 0) host_.unwatch_polled(rail->express_fd());
+    rail->stop();
+  }
+  for (int* fd : {&broken_, &nodes_})
+    if (int open = std::exchange(*fd, -1); open >= 0) {
+      host_.unwatch(open, false);
+      ::close(open);
+    }
   registrations_.reset();
   rails_.clear();
+}
+
+void RdmaLink::on_ready(uint32_t) {
+  clear_fd(broken_);
+  alignas(inotify_event) char text[4096];
+  for (ssize_t n; nodes_ >= 0 && (n = ::read(nodes_, text, sizeof text)) > 0;)
+    for (ssize_t at = 0; at < n;) {
+      auto event = reinterpret_cast<inotify_event*>(text + at);
+      at += static_cast<ssize_t>(sizeof *event + event->len);
+      for (auto& rail : rails_)
+        if (event->len && rail->node() == event->name) rail->leave();
+    }
+  retire_rails();
+}
+
+void RdmaLink::look_for_devices(uint64_t now_ns) {
+  if (now_ns < looked_ns_ + kLookNs) return;
+  looked_ns_ = now_ns;
+  for (auto& rail : rails_)
+    if (!rail->gone() && !rail->present()) rail->leave();
+  retire_rails();
+}
+
+void RdmaLink::retire_rails() {
+  for (size_t i = 0; i < rails_.size(); ++i) {
+    if (!rails_[i]->idle_without_device()) continue;
+    host_.unwatch_polled(rails_[i]->express_fd());
+    registrations_->forget_rail(i);
+    rails_[i]->retire();
+  }
 }
 
 uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {

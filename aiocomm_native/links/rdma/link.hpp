@@ -11,7 +11,7 @@
 
 namespace aiocomm::rdma {
 
-class RdmaLink final : public Link {
+class RdmaLink final : public Link, public Pollable {
  public:
   explicit RdmaLink(Host& host);  // throws LinkFailure
   ~RdmaLink() override;
@@ -29,6 +29,11 @@ class RdmaLink final : public Link {
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 
+  // Devices that are removed while they are used: their rails are taken out, and everything of them is closed.
+  void on_ready(uint32_t events) override;
+  void look_for_devices(uint64_t now_ns);  // now and then: not everywhere does the kernel tell
+  void retire_rails();                     // those without a device, once no pair uses them
+
   Host& host() { return host_; }
   Registrations& registrations() { return *registrations_; }
   std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
@@ -36,7 +41,8 @@ class RdmaLink final : public Link {
   uint64_t refused = 0;  // pairs closed for what their peers sent
   uint64_t resent = 0;   // frames and chunks that went out again over another rail
   uint64_t lanes_failed = 0, lanes_recovered = 0;
-  uint64_t repeated = 0;  // frames that had come already
+  uint64_t repeated = 0;      // frames that had come already
+  uint64_t last_done_ns = 0;  // when a chunk was through, of whichever pair
 
  private:
   Host& host_;
@@ -44,6 +50,9 @@ class RdmaLink final : public Link {
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
+  int nodes_ = -1;   // inotify of /dev/infiniband
+  int broken_ = -1;  // rung by rails whose devices say so
+  uint64_t looked_ns_ = 0;
 };
 
 }  // namespace aiocomm::rdma

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "core/link.hpp"
+#include "links/rdma/acks.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
 
@@ -36,6 +37,7 @@ struct Lane final : Completions {
   enum class State : uint8_t { connecting, up, failed, down, probing };
 
   Lane(RdmaPeer& owner, Rail& over, uint32_t which) : peer(owner), rail(over), index(which) {}
+  std::string name() const;  // for events
   void arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) override;
   void immediate(uint32_t value, uint32_t nbytes) override;
   void frame_sent(uint32_t seq) override;
@@ -44,6 +46,7 @@ struct Lane final : Completions {
   void failed(const std::string& reason) override;
   bool expects() const override;
   void look(uint64_t now_ns) override;
+  void attend() override;
 
   RdmaPeer& peer;
   Rail& rail;
@@ -73,6 +76,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
   Post post_remote(const RemoteChunk& chunk) override;
   bool takes_offers() const override { return true; }
+  bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
   Path pull_path(const Location&) override { return Path::read; }
@@ -84,10 +88,11 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
  private:
   friend struct Lane;
-  static constexpr uint32_t kHello = 0x52494f41, kVersion = 1;  // "AIOR"
-  // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs.
+  static constexpr uint32_t kHello = 0x52494f41, kVersion = 2;  // "AIOR"
+  // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs;
+  // kNoRail by the number of frames taken in.
   static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',
-                        kGo = 'g';
+                        kGo = 'g', kNoRail = 'n';
   static constexpr uint32_t kProbe = 0xffffffff;
   static constexpr uint32_t kReserve = 2;
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
@@ -124,7 +129,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool deliver(const Arrived& from);  // false: the pair has ended
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
-  Lane* best_lane(uint64_t nbytes);
+  Lane* best_lane(uint64_t nbytes, int node);
   void violated(const char* what);
   void tell_credit();
   void unblock();
@@ -135,8 +140,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
   void resend_frames();
+  void give_up(const std::string& reason);
   void try_again(Lane& lane);
-  void reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer);
+  void reopen(Lane& lane, const Numbers& numbers, bool answer);
   void probe(Lane& lane);
   void probed(Lane& lane, int error);
   size_t word(const std::byte* data, size_t nbytes);  // bytes used; 0: not all of it has come
@@ -152,7 +158,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   const uint64_t heartbeat_ns_;
   bool initiator_;
   bool dead_ = false, open_ = false, blocked_ = false, remote_blocked_ = false;
-  std::atomic<bool> starved_{false};  // the peer's frames must wake somebody: we wait for credits
+  std::atomic<bool> starved_{false};  // we wait for credits: the pollers look for them
   uint64_t heard_ns_, said_ns_, ticked_ns_;
   std::vector<std::byte> incoming_;
   bool broken_ = false, greeted_ = false, ready_told_ = false, ready_heard_ = false;
@@ -164,7 +170,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::array<uint32_t, Rail::kCredits> frame_bytes_{};
   std::atomic<uint32_t> due_{0};      // as `sent_`, for the pollers
   uint32_t sent_ = 0;                 // frames, that is the next sequence number
-  std::atomic<uint32_t> acked_{0};    // of those, by the peer's device
+  Acks acks_;                         // of those, by the peer's device
   uint32_t consumed_there_ = 0;       // of those, by the peer
   uint32_t expected_ = 0, told_ = 0;  // frames of the peer: handed over here, and told so
   struct Streamed {

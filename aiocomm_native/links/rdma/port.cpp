@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -71,6 +72,8 @@ Port examine(const Verbs& verbs, ibv_context* context, const std::string& device
   Port port;
   port.device = device;
   port.number = number;
+  std::string node = line_of("/sys/class/infiniband/" + device + "/device/numa_node");
+  port.node = node.empty() ? -1 : std::atoi(node.c_str());
   std::string name = "device " + device + " port " + std::to_string(number);
   ibv_port_attr attributes{};
   if (int error = verbs.query_port(context, number, reinterpret_cast<_compat_ibv_port_attr*>(&attributes)))

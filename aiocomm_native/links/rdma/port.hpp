@@ -27,6 +27,7 @@ struct Port {
   std::string device;
   uint8_t number = 1;
   int gid_index = 0;
+  int node = -1;  // of NUMA, where its device is; -1: the machine has one only, or does not tell
   Address address;
 };
 

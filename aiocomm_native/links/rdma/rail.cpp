@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <utility>
 
 #include "core/doorbell.hpp"
 #include "core/link.hpp"
@@ -41,8 +42,14 @@ void non_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLO
 
 }  // namespace
 
-Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
-    : verbs_(verbs), port_(std::move(port)), config_(config) {
+Numbers QueuePairs::numbers() const {
+  Numbers numbers{};
+  for (size_t i = 0; i < all.size(); ++i) numbers[i] = all[i] ? all[i]->qp_num : 0;
+  return numbers;
+}
+
+Rail::Rail(const Verbs& verbs, Port port, const Transport& transport)
+    : verbs_(verbs), port_(std::move(port)), transport_(transport) {
   try {
     int count = 0;
     ibv_device** list = check(verbs_.get_device_list(&count), name(), "a list of devices");
@@ -50,6 +57,7 @@ Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
     for (int i = 0; i < count && !context_; ++i)
       if (port_.device == verbs_.get_device_name(list[i])) context_ = verbs_.open_device(list[i]);
     check(context_, name(), "a context");
+    node_ = context_->device->dev_name;
     ibv_device_attr limits{};
     verbs_.query_device(context_, &limits);
     auto at_most = [](uint32_t wanted, int limit) {
@@ -59,11 +67,16 @@ Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
     immediates_ = at_most(kImmediates, limits.max_srq_wr);
     int depth = static_cast<int>(at_most(1 << 15, limits.max_cqe));
     domain_ = check(verbs_.alloc_pd(context_), name(), "a protection domain");
-    channel_ = check(verbs_.create_comp_channel(context_), name(), "a completion channel");
-    frames_queue_ =
-        check(verbs_.create_cq(context_, depth, nullptr, channel_, 0), name(), "a completion queue");
-    bulk_queue_ =
-        check(verbs_.create_cq(context_, depth, nullptr, channel_, 0), name(), "a completion queue");
+    for (ibv_comp_channel** channel : {&channel_, &express_channel_}) {
+      *channel = check(verbs_.create_comp_channel(context_), name(), "a completion channel");
+      non_blocking((*channel)->fd);
+    }
+    auto queue = [&](ibv_comp_channel* channel) {
+      return check(verbs_.create_cq(context_, depth, nullptr, channel, 0), name(), "a completion queue");
+    };
+    express_queue_ = queue(express_channel_);
+    frames_queue_ = queue(channel_);
+    bulk_queue_ = queue(channel_);
     ibv_srq_init_attr shared{};
     shared.attr.max_sge = 1;
     shared.attr.max_wr = max_slots_;
@@ -77,7 +90,6 @@ Rail::Rail(const Verbs& verbs, Port port, const RailConfig& config)
       if (int error = ibv_post_srq_recv(bulk_srq_, &request, &bad))
         throw LinkFailure(name() + ": cannot post receives: " + strerror(error), error);
     }
-    non_blocking(channel_->fd);
     non_blocking(context_->async_fd);
     epoll_ = epoll_create1(EPOLL_CLOEXEC);
     wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -99,23 +111,46 @@ Rail::~Rail() {
 }
 
 void Rail::release_all() {
-  if (frames_srq_) verbs_.destroy_srq(frames_srq_);
-  if (bulk_srq_) verbs_.destroy_srq(bulk_srq_);
-  for (Slab& slab : slabs_)
-    if (slab.region) verbs_.dereg_mr(slab.region);
-  slabs_.clear();
-  if (frames_queue_) verbs_.destroy_cq(frames_queue_);
-  if (bulk_queue_) verbs_.destroy_cq(bulk_queue_);
-  if (channel_) verbs_.destroy_comp_channel(channel_);
-  if (domain_) verbs_.dealloc_pd(domain_);
-  if (context_) verbs_.close_device(context_);
-  for (int fd : {epoll_, wake_})
-    if (fd >= 0) ::close(fd);
+  auto give = [](auto*& held, auto release) {
+    if (held) release(held);
+    held = nullptr;
+  };
+  give(frames_srq_, verbs_.destroy_srq);
+  give(bulk_srq_, verbs_.destroy_srq);
+  for (Slab& slab : slabs_) give(slab.region, verbs_.dereg_mr);  // their bytes may still be looked at
+  for (ibv_cq** queue : {&express_queue_, &frames_queue_, &bulk_queue_}) give(*queue, verbs_.destroy_cq);
+  for (ibv_comp_channel** channel : {&channel_, &express_channel_})
+    give(*channel, verbs_.destroy_comp_channel);
+  give(domain_, verbs_.dealloc_pd);
+  give(context_, verbs_.close_device);
+  for (int* fd : {&epoll_, &wake_})
+    if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
+}
+
+bool Rail::present() const { return ::access(("/sys/class/infiniband_verbs/" + node_).c_str(), F_OK) == 0; }
+
+void Rail::leave() {
+  up_.store(false, std::memory_order_release);
+  if (gone_.exchange(true)) return;
+  std::lock_guard lock(polling_);
+  for (Completions* lane : all_lanes_) lane->failed(name() + ": the device was removed");
+}
+
+bool Rail::idle_without_device() {
+  if (!gone() || !context_) return false;
+  std::lock_guard lock(polling_);
+  return lanes_.empty();
+}
+
+void Rail::retire() {
+  stop();
+  release_all();
 }
 
 std::string Rail::name() const { return "device " + port_.device + " port " + std::to_string(port_.number); }
 
 void Rail::start() {
+  ibv_req_notify_cq(express_queue_, 1);
   poller_ = std::thread([this] { run_poller(); });
   poster_ = std::thread([this] { run_poster(); });
 }
@@ -131,7 +166,9 @@ void Rail::stop() {
     if (thread->joinable()) thread->join();
 }
 
-void Rail::kick() { ring_fd(wake_); }
+void Rail::kick() {
+  if (wake_ >= 0) ring_fd(wake_);
+}
 
 // ---------------------------------------------------------------- queue pairs
 
@@ -150,83 +187,94 @@ void Rail::add_slots(uint32_t count) {
   for (uint32_t i = 0; i < count; ++i) give_back(index * kCredits + i);
 }
 
-QueuePairs Rail::open() {
-  {
-    std::lock_guard lock(slabs_mutex_);
-    if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
-  }
-  QueuePairs pairs;
+ibv_qp* Rail::make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t inline_bytes) {
   ibv_qp_init_attr wanted{};
   wanted.qp_type = IBV_QPT_RC;
-  wanted.send_cq = wanted.recv_cq = frames_queue_;
-  wanted.srq = frames_srq_;
+  wanted.send_cq = wanted.recv_cq = queue;
+  wanted.srq = receives;
   wanted.cap.max_send_sge = 1;
-  wanted.cap.max_send_wr = kFrameDepth;
-  // Devices do not tell what they take inline: ask for less until it fits.
-  for (;;) {
-    wanted.cap.max_inline_data = max_inline_;
-    pairs.frames = verbs_.create_qp(domain_, &wanted);
-    if (pairs.frames || max_inline_ == 0) break;
-    max_inline_ /= 2;
-    if (max_inline_ < 64) max_inline_ = 0;
-  }
-  check(pairs.frames, name(), "a queue pair");
-  wanted.send_cq = wanted.recv_cq = bulk_queue_;
-  wanted.srq = bulk_srq_;
-  wanted.cap.max_send_wr = kBulkDepth;
-  wanted.cap.max_inline_data = 0;
-  pairs.bulk = verbs_.create_qp(domain_, &wanted);
-  if (!pairs.bulk) {
-    int error = errno;
-    verbs_.destroy_qp(pairs.frames);
-    errno = error;
-    check(pairs.bulk, name(), "a queue pair");
-  }
-  ibv_qp_attr attributes{};
-  attributes.qp_state = IBV_QPS_INIT;
-  attributes.port_num = port_.number;
-  int mask = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
-  int error = verbs_.modify_qp(pairs.frames, &attributes, mask);  // frames reach no memory but slots
-  attributes.qp_access_flags = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
-  if (!error) error = verbs_.modify_qp(pairs.bulk, &attributes, mask);
-  if (error) {
-    verbs_.destroy_qp(pairs.frames);
-    verbs_.destroy_qp(pairs.bulk);
-    throw LinkFailure(name() + ": a queue pair cannot be initialised: " + strerror(error), error);
+  wanted.cap.max_send_wr = depth;
+  wanted.cap.max_inline_data = inline_bytes;
+  return verbs_.create_qp(domain_, &wanted);
+}
+
+QueuePairs Rail::open() {
+  if (gone()) throw LinkFailure(name() + ": the device was removed", ENODEV);
+  QueuePairs pairs;
+  try {
+    {
+      std::lock_guard lock(slabs_mutex_);
+      if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
+    }
+    // Devices do not tell what they take inline: ask for less until it fits.
+    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) &&
+           max_inline_) {
+      max_inline_ /= 2;
+      if (max_inline_ < 64) max_inline_ = 0;
+    }
+    check(pairs.all[0], name(), "a queue pair");
+    pairs.all[1] =
+        check(make_pair(frames_queue_, frames_srq_, kFrameDepth, max_inline_), name(), "a queue pair");
+    for (size_t level = 0; level < transport_.bulk.size(); ++level)
+      pairs.all[2 + level] = check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
+    for (size_t i = 0; i < pairs.all.size() && pairs.all[i]; ++i) {
+      ibv_qp_attr attributes{};
+      attributes.qp_state = IBV_QPS_INIT;
+      attributes.port_num = port_.number;
+      // Frames reach no memory but slots.
+      attributes.qp_access_flags = i < 2 ? 0 : IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
+      int mask = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
+      if (int error = verbs_.modify_qp(pairs.all[i], &attributes, mask))
+        throw LinkFailure(name() + ": a queue pair cannot be initialised: " + strerror(error), error);
+    }
+  } catch (...) {
+    destroy(pairs);
+    throw;
   }
   return pairs;
 }
 
-void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number,
-                   uint32_t bulk_number) {
-  std::pair<ibv_qp*, uint32_t> both[] = {{pairs.frames, frames_number}, {pairs.bulk, bulk_number}};
-  for (auto [qp, number] : both) {
+void Rail::destroy(QueuePairs& pairs) {
+  for (ibv_qp*& qp : pairs.all)
+    if (qp) verbs_.destroy_qp(std::exchange(qp, nullptr));
+  std::lock_guard lock(slabs_mutex_);
+  --peers_;
+}
+
+void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers) {
+  for (size_t i = 0; i < pairs.all.size(); ++i) {
+    if (!pairs.all[i] != !numbers[i])
+      throw LinkFailure(name() +
+                            ": the peer has another number of service levels: set AIOCOMM_RDMA_SERVICE_LEVEL "
+                            "and AIOCOMM_RDMA_TRAFFIC_CLASS alike on all hosts",
+                        EPROTO);
+    if (!pairs.all[i]) continue;
+    const Level& level = i < 2 ? transport_.frames : transport_.bulk[i - 2];
     ibv_qp_attr to{};
     to.qp_state = IBV_QPS_RTR;
     to.path_mtu = static_cast<ibv_mtu>(std::min(port_.address.mtu, theirs.mtu));
-    to.dest_qp_num = number;
+    to.dest_qp_num = numbers[i];
     to.max_dest_rd_atomic = 16;
     to.min_rnr_timer = 12;  // 0.64 ms
     to.ah_attr.is_global = theirs.link_layer == IBV_LINK_LAYER_ETHERNET;
     to.ah_attr.grh.dgid = theirs.gid;
     to.ah_attr.grh.sgid_index = static_cast<uint8_t>(port_.gid_index);
     to.ah_attr.grh.hop_limit = 64;
-    to.ah_attr.grh.traffic_class =
-        qp == pairs.frames ? config_.frames_traffic_class : config_.bulk_traffic_class;
-    to.ah_attr.sl = qp == pairs.frames ? config_.frames_service_level : config_.bulk_service_level;
+    to.ah_attr.grh.traffic_class = level.traffic;
+    to.ah_attr.sl = level.service;
     to.ah_attr.dlid = theirs.lid;
     to.ah_attr.port_num = port_.number;
-    int error = verbs_.modify_qp(qp, &to,
+    int error = verbs_.modify_qp(pairs.all[i], &to,
                                  IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
                                      IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
     if (!error) {
       ibv_qp_attr send{};
       send.qp_state = IBV_QPS_RTS;
-      send.timeout = config_.timeout;
-      send.retry_cnt = config_.retries;
+      send.timeout = transport_.timeout;
+      send.retry_cnt = Transport::kRetries;
       send.rnr_retry = 7;
       send.max_rd_atomic = 16;
-      error = verbs_.modify_qp(qp, &send,
+      error = verbs_.modify_qp(pairs.all[i], &send,
                                IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
                                    IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);
     }
@@ -239,53 +287,53 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, uint32_t fram
 
 void Rail::add(const QueuePairs& pairs, Completions* lane) {
   std::lock_guard lock(polling_);
-  lanes_[pairs.frames->qp_num] = lane;
-  lanes_[pairs.bulk->qp_num] = lane;
+  for (ibv_qp* qp : pairs.all)
+    if (qp) lanes_[qp->qp_num] = lane;
+  all_lanes_.push_back(lane);
 }
 
 void Rail::fail(const QueuePairs& pairs) {
   ibv_qp_attr error{};
   error.qp_state = IBV_QPS_ERR;
-  for (ibv_qp* qp : {pairs.frames, pairs.bulk})
+  for (ibv_qp* qp : pairs.all)
     if (qp) verbs_.modify_qp(qp, &error, IBV_QP_STATE);
 }
 
 void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
-  if (!pairs.frames) return;
+  if (!pairs) return;
   fail(pairs);  // a call that is posting ends soon
   {
     std::lock_guard lock(queue_);
-    std::erase_if(work_, [&](const Work& work) { return work.qp == pairs.bulk; });
+    std::erase_if(work_, [&](const Work& work) { return work.posting == &posting; });
   }
   std::lock_guard posted(posting);
   {
     std::lock_guard lock(polling_);
-    lanes_.erase(pairs.frames->qp_num);
-    lanes_.erase(pairs.bulk->qp_num);
+    if (auto lane = lanes_.find(pairs.all[0]->qp_num); lane != lanes_.end())
+      std::erase(all_lanes_, lane->second);
+    for (ibv_qp* qp : pairs.all)
+      if (qp) lanes_.erase(qp->qp_num);
   }
-  verbs_.destroy_qp(pairs.frames);
-  verbs_.destroy_qp(pairs.bulk);
-  pairs = {};
-  std::lock_guard lock(slabs_mutex_);
-  --peers_;
+  destroy(pairs);
 }
 
 // ---------------------------------------------------------------- out
 
-int Rail::post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t nbytes, uint32_t lkey) {
+int Rail::post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
+                     uint32_t lkey) {
   ibv_sge piece{reinterpret_cast<uint64_t>(data), nbytes, lkey};
   ibv_send_wr request{}, *bad;
   request.wr_id = id_of(What::frame, seq);
   request.sg_list = &piece;
   request.num_sge = 1;
   request.opcode = IBV_WR_SEND;
-  request.send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
+  request.send_flags = IBV_SEND_SIGNALED | (wake == Wake::none ? 0 : IBV_SEND_SOLICITED);
   counters.sends.fetch_add(1, std::memory_order_relaxed);
   if (nbytes <= max_inline_) {
     request.send_flags |= IBV_SEND_INLINE;
     counters.inline_sends.fetch_add(1, std::memory_order_relaxed);
   }
-  return ibv_post_send(qp, &request, &bad);
+  return ibv_post_send(pairs.frames(wake), &request, &bad);
 }
 
 void Rail::post_bulk(const Work& work) {
@@ -293,7 +341,9 @@ void Rail::post_bulk(const Work& work) {
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
   {
     std::lock_guard lock(queue_);
-    work_.push_back(work);
+    auto before =
+        std::find_if(work_.begin(), work_.end(), [&](const Work& other) { return other.cls < work.cls; });
+    work_.insert(before, work);
   }
   queued_.notify_one();
 }
@@ -338,6 +388,7 @@ const std::byte* Rail::slot(uint32_t index) const {
 }
 
 void Rail::give_back(uint32_t index) {
+  if (!frames_srq_) return;
   const Slab& slab = slabs_[index / kCredits];
   ibv_sge piece{reinterpret_cast<uint64_t>(slot(index)), kSlotBytes, slab.region->lkey};
   ibv_recv_wr request{}, *bad;
@@ -351,14 +402,36 @@ void Rail::give_back(uint32_t index) {
 
 int Rail::poll() {
   std::unique_lock lock(polling_, std::try_to_lock);
-  if (!lock) return 0;
-  return poll_queue(frames_queue_) + poll_queue(bulk_queue_);
+  return lock ? poll_queues() : 0;
+}
+
+int Rail::poll_queues() {
+  if (!context_) return 0;
+  return poll_queue(express_queue_) + poll_queue(frames_queue_) + poll_queue(bulk_queue_);
 }
 
 void Rail::drain() {
   std::lock_guard lock(polling_);
-  while (poll_queue(frames_queue_) + poll_queue(bulk_queue_) > 0) {
+  while (poll_queues() > 0) {
   }
+}
+
+// The loop was woken by frames for it. The channel has told once and tells again only of what comes after it is armed:
+// what came before that is found by this look.
+void Rail::on_ready(uint32_t) {
+  if (!context_) return;
+  ibv_cq* queue;
+  void* context;
+  if (verbs_.get_cq_event(express_channel_, &queue, &context) == 0) verbs_.ack_cq_events(queue, 1);
+  ibv_req_notify_cq(express_queue_, 1);
+  {
+    std::lock_guard lock(polling_);
+    Attending all(nullptr);
+    poll_queues();
+    attended_ = all_lanes_;
+  }
+  // None of them is freed while the token is held; one that has ended meanwhile has nothing to say.
+  for (Completions* lane : attended_) lane->attend();
 }
 
 int Rail::poll_queue(ibv_cq* queue) {
@@ -422,6 +495,7 @@ void Rail::run_poller() {
     }
     if (!n && !wait(expecting) && expecting) {
       std::lock_guard lock(polling_);
+      poll_queue(express_queue_);
       timespec t;
       clock_gettime(CLOCK_MONOTONIC, &t);
       uint64_t now_ns = static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
@@ -454,7 +528,11 @@ void Rail::read_events() {
     ibv_event_type type = event.event_type;
     bool ours = event.element.port_num == port_.number;
     verbs_.ack_async_event(&event);
-    bool down = (type == IBV_EVENT_PORT_ERR && ours) || type == IBV_EVENT_DEVICE_FATAL;
+    if (type == IBV_EVENT_DEVICE_FATAL) {
+      on_gone();
+      continue;
+    }
+    bool down = type == IBV_EVENT_PORT_ERR && ours;
     bool up = type == IBV_EVENT_PORT_ACTIVE && ours;
     if (!down && !up) continue;
     up_.store(up, std::memory_order_release);

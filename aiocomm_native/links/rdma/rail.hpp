@@ -1,14 +1,20 @@
 // One port of one device: its queues, its memory for frames, and its two threads.
 //
 // Theory of operation
-//  * The poller looks at the completion queues while they give something, then arms their channel and sleeps. It hands
+//  * The sender of a frame chooses who wakes (Wake), and with that the queue pair: frames for the event loop complete in
+//    the express queue, whose channel the loop itself watches, so that a small message wakes one thread. All others
+//    complete in the poller's queues.
+//  * The poller looks at its queues while they give something, then arms their channel and sleeps. It hands
 //    what came to the lanes (one per peer) and rings whoever the sender of a frame wants awake; it never takes the token.
+//    It looks at the express queue only now and then, while something is due: whoever polls the pair does so anyway.
 //  * Frames are posted by the token's holder: they are small. Larger writes are posted by the poster, since posting may
 //    take as long as the transfer itself (soft-RoCE does it within the call).
 //  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
 //    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
 //    which the poller refills as it empties it.
 //  * A send completion wakes nobody by itself (`solicited only`): while some are due the poller looks every kLookMs.
+//  * Bulk has a queue pair for each service level and traffic class that classes of channels are mapped to, so that one
+//    class does not stand behind another in a send queue.
 //
 // Locks: `polling_` is held while completions are handed out and guards `lanes_`; a lane that has been removed under it
 // hears nothing more. `queue_` guards the poster's queue. Neither is held while a thread waits.
@@ -26,9 +32,12 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "core/link.hpp"
 #include "links/rdma/port.hpp"
+#include "links/rdma/transport.hpp"
 
 namespace aiocomm::rdma {
 
@@ -43,21 +52,21 @@ class Completions {
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody
   virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
+  virtual void attend() = 0;                               // under the token: what has come is to be handled
 
  protected:
   ~Completions() = default;
 };
 
-struct QueuePairs {
-  ibv_qp* frames = nullptr;
-  ibv_qp* bulk = nullptr;
-};
+constexpr size_t kQueuePairs = 2 + kClasses;
+using Numbers = std::array<uint32_t, kQueuePairs>;  // of queue pairs; 0: there is none
 
-struct RailConfig {
-  uint8_t timeout = 12;  // of the transport: 4.096 us * 2^timeout
-  uint8_t retries = 6;   // 7 means for ever with soft-RoCE
-  uint8_t frames_service_level = 0, frames_traffic_class = 0;
-  uint8_t bulk_service_level = 0, bulk_traffic_class = 0;
+struct QueuePairs {
+  std::array<ibv_qp*, kQueuePairs> all{};
+  ibv_qp* frames(Wake wake) const { return all[wake == Wake::loop ? 0 : 1]; }
+  ibv_qp* bulk(uint8_t level) const { return all[2 + level]; }
+  explicit operator bool() const { return all[0] != nullptr; }
+  Numbers numbers() const;
 };
 
 struct Work {
@@ -65,11 +74,32 @@ struct Work {
   ibv_qp* qp = nullptr;
   std::mutex* posting = nullptr;  // of the lane: held during the call
   ibv_wr_opcode opcode = IBV_WR_RDMA_READ;
+  uint8_t cls = 0;  // of the channel: more urgent work is posted first
   uint64_t local = 0, remote = 0;
   uint32_t lkey = 0, rkey = 0, nbytes = 0, immediate = 0, chunk = 0;
 };
 
-class Rail {
+// While it lives, this thread looks at what it hands out itself, and rings nobody for it: `whom`, or everybody.
+class Attending {
+ public:
+  explicit Attending(const void* whom)
+      : before_(std::exchange(any_, true)), whom_before_(std::exchange(whom_, whom)) {}
+  ~Attending() {
+    any_ = before_;
+    whom_ = whom_before_;
+  }
+  Attending(const Attending&) = delete;
+  Attending& operator=(const Attending&) = delete;
+  static bool to(const void* whom) { return any_ && (!whom_ || whom_ == whom); }
+
+ private:
+  static inline thread_local bool any_ = false;
+  static inline thread_local const void* whom_ = nullptr;
+  const bool before_;
+  const void* const whom_before_;
+};
+
+class Rail final : public Pollable {
  public:
   static constexpr uint32_t kSlotBytes = 8448;
   static constexpr uint32_t kCredits = 32;  // slots per peer
@@ -77,7 +107,7 @@ class Rail {
   static constexpr uint32_t kMaxSlots = 4096, kImmediates = 4096;
   static constexpr int kLookMs = 20;
 
-  Rail(const Verbs& verbs, Port port, const RailConfig& config);
+  Rail(const Verbs& verbs, Port port, const Transport& transport);
   ~Rail();
   void start();
   void stop();
@@ -86,16 +116,30 @@ class Rail {
   ibv_pd* domain() const { return domain_; }
   uint32_t max_inline() const { return max_inline_; }
   bool up() const { return up_.load(std::memory_order_acquire); }
+  const Transport& transport() const { return transport_; }
+  // For the event loop to watch; on_ready is what it calls.
+  int express_fd() const { return express_channel_ ? express_channel_->fd : -1; }
+  void on_ready(uint32_t events) override;
+
+  // The kernel lets go of a removed device only when everything of it has been closed here. Under the token:
+  bool gone() const { return gone_.load(std::memory_order_acquire); }
+  bool present() const;                              // as far as the kernel's list of devices says
+  const std::string& node() const { return node_; }  // its file in /dev/infiniband
+  void leave();                // the device is gone: its lanes hear that they have failed
+  bool idle_without_device();  // no lane is left
+  void retire();  // then: closes everything of the device. The rail stays, and is good for nothing.
+  std::function<void()> on_gone;  // its device says that it is broken; told by the poller
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
   QueuePairs open();
-  void connect(const QueuePairs& pairs, const Address& theirs, uint32_t frames_number, uint32_t bulk_number);
+  void connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers);
   void add(const QueuePairs& pairs, Completions* lane);
   // Nothing of these queue pairs is heard or touches memory any more when it returns. `posting`: the lane's.
   void remove(QueuePairs& pairs, std::mutex& posting);
   void fail(const QueuePairs& pairs);  // what is posted comes back with an error
 
-  int post_frame(ibv_qp* qp, uint32_t seq, const std::byte* data, uint32_t nbytes, uint32_t lkey);
+  int post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
+                 uint32_t lkey);
   // Posts at once where that takes no time: reads, whose work is the other side's, and writes of a frame's size.
   void post_bulk(const Work& work);
   const std::byte* slot(uint32_t index) const;
@@ -116,23 +160,27 @@ class Rail {
   void run_poster();
   void post_now(const Work& work);
   int poll_queue(ibv_cq* queue);
+  int poll_queues();
   void dispatch(const ibv_wc& wc);
   void read_events();
   bool wait(bool expecting);
   void add_slots(uint32_t count);
+  ibv_qp* make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t inline_bytes);
+  void destroy(QueuePairs& pairs);
   void release_all();
 
   const Verbs& verbs_;
   const Port port_;
-  const RailConfig config_;
+  const Transport transport_;
   ibv_context* context_ = nullptr;
   ibv_pd* domain_ = nullptr;
-  ibv_comp_channel* channel_ = nullptr;
-  ibv_cq *frames_queue_ = nullptr, *bulk_queue_ = nullptr;
+  ibv_comp_channel *channel_ = nullptr, *express_channel_ = nullptr;
+  ibv_cq *express_queue_ = nullptr, *frames_queue_ = nullptr, *bulk_queue_ = nullptr;
   ibv_srq *frames_srq_ = nullptr, *bulk_srq_ = nullptr;
   uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
   int epoll_ = -1, wake_ = -1;
-  std::atomic<bool> up_{true}, stopping_{false};
+  std::atomic<bool> up_{true}, stopping_{false}, gone_{false};
+  std::string node_;
 
   struct Slab {
     std::unique_ptr<std::byte, void (*)(void*)> memory{nullptr, nullptr};
@@ -146,6 +194,8 @@ class Rail {
 
   std::mutex polling_;
   std::unordered_map<uint32_t, Completions*> lanes_;  // by queue pair number
+  std::vector<Completions*> all_lanes_;               // each once
+  std::vector<Completions*> attended_;                // of the token's holder
 
   std::mutex queue_;
   std::condition_variable queued_;

@@ -11,6 +11,8 @@
 //                             ◄── there(numbers) ──
 //   connects; probes; uses    ── go ──►             probes; uses
 //
+//   the last lane fails       ── no rail ──►        both ends of the pair end by their link, not by the peer
+//
 // Each side sends over a lane once an empty write over it has been acknowledged.
 
 #include <cerrno>
@@ -19,6 +21,7 @@
 
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
+#include "links/rdma/prefix.hpp"
 
 namespace aiocomm::rdma {
 
@@ -27,16 +30,15 @@ namespace {
 struct LaneWord {
   char what;
   uint32_t lane;
-  uint32_t frames_number, bulk_number;
+  Numbers numbers{};
 };
-constexpr size_t kShort = 5, kLong = 13;
+constexpr size_t kShort = 5, kLong = kShort + sizeof(Numbers);
 
 std::string encode(const LaneWord& word, bool numbers) {
   std::string text(1, word.what);
   text.append(reinterpret_cast<const char*>(&word.lane), 4);
   if (!numbers) return text;
-  text.append(reinterpret_cast<const char*>(&word.frames_number), 4);
-  text.append(reinterpret_cast<const char*>(&word.bulk_number), 4);
+  text.append(reinterpret_cast<const char*>(word.numbers.data()), sizeof word.numbers);
   return text;
 }
 
@@ -53,29 +55,42 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   bool was_up = lane.state == Lane::State::up;
   Lane* next = another_lane(lane);
   if (was_up && !next) {
-    failure = ENETDOWN;
-    return lose("no rail is left: " + reason);
+    std::string word = encode({kNoRail, expected_}, false);
+    say(word.data(), word.size());
+    return give_up("no rail is left: " + reason);
   }
   lane.state = Lane::State::failed;
   lane.rail.remove(lane.pairs, lane.posting);
+  link_.retire_rails();
   lane.outstanding.store(0);
   lane.chunks = 0;
   lane.bytes = 0;
   for (Chunk& chunk : chunks_)
     if (chunk.busy && chunk.lane == lane.index) chunk.parked = true;
-  std::string word = encode({kFailed, lane.index, 0, 0}, false);
+  std::string word = encode({kFailed, lane.index}, false);
   say(word.data(), word.size());
   if (!was_up) return;
   ++link_.lanes_failed;
-  host_.fallback(rank, next->rail.name(), reason);
+  host_.part_down(rank, lane.name(), reason);
   if (active_ != lane.index) return;
   active_ = next->index;
   resend_frames();
 }
 
+// Nothing reaches the peer any more, though it may live. Its frames that are here are taken in by nobody.
+void RdmaPeer::give_up(const std::string& reason) {
+  failure = ENETDOWN;
+  for (uint32_t seq = consumed_there_; seq != sent_; ++seq) {
+    FrameHeader header;
+    std::memcpy(&header, frame_slot(seq) + sizeof(Prefix), sizeof header);
+    host_.sink().on_unsure(*this, header);
+  }
+  lose(reason);
+}
+
 void RdmaPeer::resend_frames() {
   lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
-  for (uint32_t seq = acked_.load(std::memory_order_acquire); seq != sent_; ++seq) {
+  for (uint32_t seq = acks_.all_before(); seq != sent_; ++seq) {
     ++link_.resent;
     transmit(seq);
   }
@@ -104,22 +119,22 @@ void RdmaPeer::try_again(Lane& lane) {
   }
   lane.state = Lane::State::connecting;
   lane.rail.add(lane.pairs, &lane);
-  std::string word = encode({kAgain, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num}, true);
+  std::string word = encode({kAgain, lane.index, lane.pairs.numbers()}, true);
   say(word.data(), word.size());
 }
 
-void RdmaPeer::reopen(Lane& lane, uint32_t frames_number, uint32_t bulk_number, bool answer) {
+void RdmaPeer::reopen(Lane& lane, const Numbers& numbers, bool answer) {
   try {
     if (answer) {
       lane.pairs = lane.rail.open();
       lane.rail.add(lane.pairs, &lane);
     }
     lane.state = Lane::State::connecting;
-    lane.rail.connect(lane.pairs, lane.theirs, frames_number, bulk_number);
+    lane.rail.connect(lane.pairs, lane.theirs, numbers);
   } catch (const LinkFailure& failure) {
     return lane_failed(lane, failure.what());
   }
-  LaneWord reply{answer ? kThere : kGo, lane.index, lane.pairs.frames->qp_num, lane.pairs.bulk->qp_num};
+  LaneWord reply{answer ? kThere : kGo, lane.index, lane.pairs.numbers()};
   std::string word = encode(reply, answer);
   say(word.data(), word.size());
   if (!answer) probe(lane);
@@ -132,7 +147,7 @@ void RdmaPeer::probe(Lane& lane) {
   lane.outstanding.fetch_add(1, std::memory_order_relaxed);
   Work work;
   work.lane = &lane;
-  work.qp = lane.pairs.bulk;
+  work.qp = lane.pairs.bulk(0);
   work.posting = &lane.posting;
   work.opcode = IBV_WR_RDMA_WRITE;
   work.chunk = kProbe;
@@ -144,34 +159,40 @@ void RdmaPeer::probed(Lane& lane, int error) {
   if (error) return lane_failed(lane, lane.rail.name() + ": still no way through");
   lane.state = Lane::State::up;
   ++link_.lanes_recovered;
+  host_.part_up(rank, lane.name());
   unblock();
 }
 
 size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
-  LaneWord word{static_cast<char>(data[0]), 0, 0, 0};
+  LaneWord word{static_cast<char>(data[0]), 0};
   if (word.what == kAlive) return 1;
   if (word.what == kReady) {
     ready_heard_ = true;
     return 1;
   }
   size_t length = word.what == kAgain || word.what == kThere ? kLong : kShort;
-  bool known = std::string_view("fcotg").find(word.what) != std::string_view::npos;
+  bool known = std::string_view("fcotgn").find(word.what) != std::string_view::npos;
   if (known && nbytes < length) return 0;
   if (known) std::memcpy(&word.lane, data + 1, 4);
+  if (word.what == kNoRail) {  // and how many of our frames it has taken in
+    if (word.lane - consumed_there_ <= sent_ - consumed_there_) consumed_there_ = word.lane;
+    for (auto& lane : lanes_) lane->rail.drain();
+    while (!dead_ && poll(1 << 20) > 0) {  // what it had sent has come, or is lost
+    }
+    if (!dead_) give_up("no rail is left, as the peer says");
+    return length;
+  }
   if (!known || word.lane >= lanes_.size()) {
     violated("unknown word on the pair's connection");
     return 1;
   }
-  if (length == kLong) {
-    std::memcpy(&word.frames_number, data + 5, 4);
-    std::memcpy(&word.bulk_number, data + 9, 4);
-  }
+  if (length == kLong) std::memcpy(word.numbers.data(), data + kShort, sizeof word.numbers);
   Lane& lane = *lanes_[word.lane];
   switch (word.what) {
     case kFailed: {
       lane_failed(lane, lane.rail.name() + ": the peer's end failed");
       if (dead_) return length;
-      std::string reply = encode({kClosed, lane.index, 0, 0}, false);
+      std::string reply = encode({kClosed, lane.index}, false);
       say(reply.data(), reply.size());
       break;
     }
@@ -179,10 +200,10 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
       lane_closed(lane);
       break;
     case kAgain:
-      if (lane.state == Lane::State::down) reopen(lane, word.frames_number, word.bulk_number, true);
+      if (lane.state == Lane::State::down) reopen(lane, word.numbers, true);
       break;
     case kThere:
-      if (lane.state == Lane::State::connecting) reopen(lane, word.frames_number, word.bulk_number, false);
+      if (lane.state == Lane::State::connecting) reopen(lane, word.numbers, false);
       break;
     default:
       if (lane.state == Lane::State::connecting) probe(lane);

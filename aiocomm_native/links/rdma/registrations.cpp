@@ -1,10 +1,13 @@
 #include "links/rdma/registrations.hpp"
 
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "core/link.hpp"
 #include "core/segments.hpp"
@@ -17,6 +20,10 @@ int access_of(Access access) {
   switch (access) {
     case Access::peer_reads:
       return IBV_ACCESS_REMOTE_READ;
+    case Access::region_reads:
+      return IBV_ACCESS_REMOTE_READ;
+    case Access::region_writes:
+      return IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
     case Access::peer_writes:
       return IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
     default:
@@ -36,6 +43,13 @@ std::string explain(uint64_t nbytes, int error) {
   return text;
 }
 
+// The page is there: it has been registered.
+int node_of(const void* address) {
+  constexpr unsigned long kNode = 1, kOfAddress = 2;  // MPOL_F_NODE, MPOL_F_ADDR
+  int node = -1;
+  return ::syscall(SYS_get_mempolicy, &node, nullptr, 0ul, address, kNode | kOfAddress) == 0 ? node : -1;
+}
+
 }  // namespace
 
 Keys Registration::local() const {
@@ -50,8 +64,9 @@ Keys Registration::peer() const {
   return keys;
 }
 
-Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes)
-    : verbs_(verbs), domains_(std::move(domains)), keep_bytes_(keep_bytes) {}
+Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes,
+                             bool by_node)
+    : verbs_(verbs), domains_(std::move(domains)), keep_bytes_(keep_bytes), by_node_(by_node) {}
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)
@@ -60,7 +75,8 @@ Registrations::~Registrations() {
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  if (Registration* found = find(data, nbytes, access)) {
+  bool of_region = access == Access::region_reads || access == Access::region_writes;
+  if (Registration* found = of_region ? nullptr : find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -69,8 +85,9 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   auto fresh = std::make_unique<Registration>();
   fresh->base = const_cast<std::byte*>(data);
   fresh->nbytes = nbytes;
-  // Who may write is told of the very range, and only for the time of one operation.
-  auto segment = access == Access::peer_writes ? nullptr : Segments::of_process().find(data, nbytes);
+  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
+  bool exact = of_region || access == Access::peer_writes;
+  auto segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
   if (segment) {
     fresh->base = segment->base;
     fresh->nbytes = nbytes = segment->nbytes;
@@ -80,6 +97,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   fresh->users = 1;
   fresh->used = ++uses_;
   for (size_t i = 0; i < domains_.size(); ++i) {
+    if (!domains_[i]) continue;
     fresh->regions[i] = verbs_.reg_mr(domains_[i], fresh->base, nbytes, access_of(access));
     if (fresh->regions[i]) continue;
     int error = errno;
@@ -87,6 +105,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
       if (region) verbs_.dereg_mr(region);
     throw LinkFailure(explain(nbytes, error), error);
   }
+  if (by_node_) fresh->node = node_of(fresh->base);
   uint32_t id;
   if (free_.empty()) {
     slots_.emplace_back();
@@ -123,6 +142,13 @@ Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access
     if (found->access == access && it->first + found->nbytes >= begin + nbytes) return found;
   }
   return nullptr;
+}
+
+void Registrations::forget_rail(size_t rail) {
+  domains_[rail] = nullptr;
+  for (auto& slot : slots_)
+    if (ibv_mr* region = slot ? std::exchange(slot->regions[rail], nullptr) : nullptr)
+      verbs_.dereg_mr(region);
 }
 
 Registration* Registrations::get(uint32_t id) {

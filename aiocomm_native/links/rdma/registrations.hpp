@@ -35,6 +35,7 @@ struct Registration {
   uint32_t segment = 0;  // of Segments, that holds it: kept after its last use
   uint32_t users = 0;
   uint64_t used = 0;  // when last, in uses
+  int node = -1;      // of NUMA, where its first page lies; -1: not asked, or not told
   std::array<ibv_mr*, kMaxRails> regions{};
   Keys local() const;
   Keys peer() const;
@@ -46,12 +47,15 @@ struct RegistrationCounters {
 
 class Registrations {
  public:
-  Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes);
+  // `by_node`: the rails are on several NUMA nodes, so that it matters where memory lies.
+  Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes, bool by_node = false);
   ~Registrations();
   // Registers the range, or finds a registration that holds it. Throws LinkFailure.
   Registration& acquire(const std::byte* data, uint64_t nbytes, Access access);
   void release(uint32_t id);
   Registration* get(uint32_t id);
+  // That rail's device is gone: nothing is registered with it any more.
+  void forget_rail(size_t rail);
   const RegistrationCounters& counters() const { return counters_; }
 
  private:
@@ -61,8 +65,9 @@ class Registrations {
   void trim();
 
   const Verbs& verbs_;
-  const std::vector<ibv_pd*> domains_;
+  std::vector<ibv_pd*> domains_;  // null: gone
   const uint64_t keep_bytes_;
+  const bool by_node_;
   uint64_t kept_bytes_ = 0, uses_ = 0, releases_ = 0;
   std::vector<std::unique_ptr<Registration>> slots_;  // id - 1
   std::vector<uint32_t> free_;

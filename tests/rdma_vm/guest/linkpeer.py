@@ -1,7 +1,7 @@
 """The other end of an rdma pair, made by hand with pyverbs: says what a test wants, shows what comes.
 
 To the engine under test it is another process on host b: all that the engine has of it is a socket, a card
-and the numbers of two queue pairs.
+and the numbers of three queue pairs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ if TYPE_CHECKING:
     import aiocomm
 
 PREFIX: Final = struct.Struct("<IIBBH4II")  # seq, consumed, wake, keys, reserved, key by rail, reserved
-HELLO: Final = struct.Struct("<IIIII")  # magic, version, rails, queue pairs of frames and of bulk
+# magic, version, rails; queue pairs: frames for the loop, other frames, bulk by level (none: 0)
+HELLO: Final = struct.Struct("<III6I")
+VERSION: Final = 2
 MAGIC: Final = 0x52494F41
 OFFER_META: Final = struct.Struct("<QII")  # messages seen, immediate, start of a count
 SLOT_NBYTES: Final = 8448
 LAST_CHUNK: Final = 1 << 16
 OFFER, WITHDRAW, WITHDRAWN, TOOK, QUIT, LINK_PRIVATE = range(17, 23)  # frame kinds of this link
+KEY_ASK, KEY_IS, KEY_REVOKE, KEY_REVOKED, NOTE = range(25, 30)
+WRITABLE: Final = 16  # flag of KEY_IS
+NOTE_MARK: Final = 0xFFF << 20  # in immediates, above the number of a notification
 _SLOTS: Final = 48
-_WAKE_LOOP: Final = 2
+_WAKE_LOOP: Final = 1
+_WAKE_ENGINE: Final = 2
 
 
 @dataclass
@@ -54,10 +60,12 @@ class LinkPeer:
 
     def __init__(self, comm: aiocomm.Communicator, rank: int, nbytes: int = 4 << 20) -> None:
         self.comm, self.rank, self.generation = comm, rank, 1000 + rank
+        self.express = RawEndpoint("rxeb0", _SLOTS * SLOT_NBYTES)
         self.frames = RawEndpoint("rxeb0", 2 * _SLOTS * SLOT_NBYTES)
         self.bulk = RawEndpoint("rxeb0", nbytes)
         self._sent = self._seen = 0
-        self._slots: dict[int, int] = {}
+        self._slots: dict[RawEndpoint, dict[int, int]] = {self.express: {}, self.frames: {}}
+        self._early: dict[int, Arrival] = {}
         self.socket, theirs = socket.socketpair()
         comm._meet(Peer(rank, "b", os.getpid(), (), ("rdma",), True, None, self.generation))
         comm._engine.add_peer(rank, self.generation)
@@ -69,7 +77,7 @@ class LinkPeer:
 
     def __exit__(self, *error: object) -> None:
         self.socket.close()
-        for end in (self.frames, self.bulk):
+        for end in (self.express, self.frames, self.bulk):
             end.close()
 
     def _card(self) -> bytes:
@@ -78,18 +86,22 @@ class LinkPeer:
         return bytes((1, 1)) + gid + rest
 
     async def meet(self, hello: bytes | None = None) -> Self:
-        """Swap greetings, connect both queue pairs, and swap words of readiness."""
-        mine = HELLO.pack(MAGIC, 1, 1, self.frames.pair.qp_num, self.bulk.pair.qp_num)
+        """Swap greetings, connect the queue pairs, and swap words of readiness."""
+        ends = (self.express, self.frames, self.bulk)
+        mine = HELLO.pack(MAGIC, VERSION, 1, *(end.pair.qp_num for end in ends), 0, 0, 0)
         self.socket.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self.socket, mine if hello is None else hello)
-        magic, version, rails, frames, bulk = HELLO.unpack(await self._exactly(HELLO.size))
-        assert (magic, version, rails) == (MAGIC, 1, 1)
+        magic, version, rails, *numbers = HELLO.unpack(await self._exactly(HELLO.size))
+        assert (magic, version, rails) == (MAGIC, VERSION, 1)
+        assert all(numbers[:3])
+        assert not any(numbers[3:])
         gid = _gid_of("rxea0")
-        self.frames.connect({"qpn": frames, "gid": gid})
-        self.bulk.connect({"qpn": bulk, "gid": gid})
-        for slot in range(_SLOTS):
-            self._slots[self.frames.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
+        for end, number in zip(ends, numbers[:3], strict=True):
+            end.connect({"qpn": number, "gid": gid})
+        for end, slots in self._slots.items():
+            for slot in range(_SLOTS):
+                slots[end.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
         for _ in range(_SLOTS):
             self.bulk.receive(0)
         await loop.sock_sendall(self.socket, b"r")
@@ -110,7 +122,7 @@ class LinkPeer:
         frame.meta_bytes, frame.payload_bytes = len(frame.meta), len(frame.payload)
         number = self._sent if seq is None else seq
         keys = (0 if key is None else key, 0, 0, 0)
-        prefix = PREFIX.pack(number, self._seen, _WAKE_LOOP, 0 if key is None else 1, 0, *keys, 0)
+        prefix = PREFIX.pack(number, self._seen, _WAKE_ENGINE, 0 if key is None else 1, 0, *keys, 0)
         record = prefix + frame.pack()
         self._sent += 1
         at = (_SLOTS + number % _SLOTS) * SLOT_NBYTES
@@ -120,23 +132,41 @@ class LinkPeer:
     async def receive(self, *kinds: int) -> Arrival:
         """The next frame, or the next of these kinds. What completes on the way must have succeeded."""
         while True:
-            done = await next_of(self.frames)
-            assert done.status == "success", done
-            slot = self._slots.pop(done.id, None)
-            if slot is None:  # a frame of ours has arrived
-                continue
-            record = self.frames.read_buffer(done.nbytes, slot * SLOT_NBYTES)
-            self._slots[self.frames.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
+            while self._seen not in self._early:  # what overtook it came by the other queue pair
+                self._take(*await next_of(self.express, self.frames))
+            arrival = self._early.pop(self._seen)
             self._seen += 1
-            seq, _, _, count, _, *keys, _ = PREFIX.unpack_from(record)
-            assert seq == self._seen - 1, "frames come in order"
-            frame = Frame(*HEADER.unpack_from(record, PREFIX.size))
-            at = PREFIX.size + HEADER.size
-            frame.meta = record[at : at + frame.meta_bytes]
-            frame.payload = record[at + frame.meta_bytes :]
-            assert len(frame.payload) == frame.payload_bytes
-            if frame.kind != LINK_PRIVATE and (not kinds or frame.kind in kinds):
-                return Arrival(frame, tuple(keys[:count]), done)
+            if arrival.frame.kind != LINK_PRIVATE and (not kinds or arrival.frame.kind in kinds):
+                return arrival
+
+    def _take(self, end: RawEndpoint, done: Completion) -> None:
+        assert done.status == "success", done
+        slot = self._slots[end].pop(done.id, None)
+        if slot is None:  # a frame of ours has arrived
+            return
+        record = end.read_buffer(done.nbytes, slot * SLOT_NBYTES)
+        self._slots[end][end.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
+        seq, _, wake, count, _, *keys, _ = PREFIX.unpack_from(record)
+        assert (wake == _WAKE_LOOP) == (end is self.express), "the queue pair is that of who is to wake"
+        assert seq >= self._seen, "no frame comes twice"
+        frame = Frame(*HEADER.unpack_from(record, PREFIX.size))
+        at = PREFIX.size + HEADER.size
+        frame.meta = record[at : at + frame.meta_bytes]
+        frame.payload = record[at + frame.meta_bytes :]
+        assert len(frame.payload) == frame.payload_bytes
+        self._early[seq] = Arrival(frame, tuple(keys[:count]), done)
+
+    def has_none(self) -> bool:
+        """Whether no frame has come."""
+        return self.express.has_none() and self.frames.has_none()
+
+    def has_no_frame(self) -> bool:
+        """Whether no frame has come that `receive` has not returned."""
+        for end, slots in self._slots.items():
+            while (done := end.poll()) is not None:
+                if done.id in slots:
+                    return False
+        return not self._early
 
     async def _exactly(self, nbytes: int) -> bytes:
         data = b""
@@ -147,14 +177,20 @@ class LinkPeer:
         return data
 
 
-async def next_of(end: RawEndpoint) -> Completion:
-    """The next completion; the loop runs meanwhile."""
+async def next_of(*ends: RawEndpoint) -> tuple[RawEndpoint, Completion]:
+    """The next completion of one of these; the loop runs meanwhile."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            done = end.poll()
-            if done is not None:
-                return done
+            for end in ends:
+                done = end.poll()
+                if done is not None:
+                    return end, done
             await asyncio.sleep(0)
+
+
+async def completion_of(end: RawEndpoint) -> Completion:
+    """The next completion."""
+    return (await next_of(end))[1]
 
 
 def _gid_of(device: str) -> str:

@@ -21,6 +21,7 @@ from harness import until
 
 import aiocomm
 from aiocomm.errors import LinkError, PeerError
+from aiocomm.types import Fallback, LinkDown, LinkUp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +39,9 @@ def anyio_backend() -> str:
 
 
 @contextlib.asynccontextmanager
-async def hosts(rails: int, **settings: str) -> AsyncIterator[list[aiocomm.Communicator]]:
+async def hosts(
+    rails: int, *, links: tuple[str, ...] = ("rdma",), **settings: str
+) -> AsyncIterator[list[aiocomm.Communicator]]:
     """Rank 0 on host a and rank 1 on host b, connected over so many rails."""
     address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
     members: dict[int, aiocomm.Communicator] = {}
@@ -50,7 +53,7 @@ async def hosts(rails: int, **settings: str) -> AsyncIterator[list[aiocomm.Commu
         for rank, host in enumerate("ab"):
             devices = ",".join(f"rxe{host}{rail}" for rail in range(rails))
             with mock.patch.dict(os.environ, settings | {"AIOCOMM_RDMA_DEVICES": devices}):
-                opening = aiocomm.connect(address, rank=rank, size=2, links=("rdma",), warmup=True)
+                opening = aiocomm.connect(address, rank=rank, size=2, links=links, warmup=True)
             group.start_soon(join, rank, opening)
     try:
         yield [members[0], members[1]]
@@ -136,6 +139,56 @@ async def test_a_small_message_is_one_send(nbytes: int) -> None:
         assert device(b)["sends"] == before[1]["sends"]
 
 
+async def test_a_small_message_wakes_the_loop_alone() -> None:
+    async with hosts(1) as (a, b):
+        out, back = np.zeros(8, np.uint8), np.zeros(8, np.uint8)
+
+        async def round_trip() -> None:
+            there = b.recv(out, 0)
+            await a.send(back, 1)
+            await there
+            here = a.recv(back, 1)
+            await b.send(out, 0)
+            await here
+
+        await round_trip()
+        before = device(a)["wakeups"] + device(b)["wakeups"]
+        for _ in range(50):
+            await round_trip()
+        # Of 100 messages, whose acknowledgements the pollers may have been waiting for when it began.
+        assert device(a)["wakeups"] + device(b)["wakeups"] - before < 10
+
+
+async def test_classes_of_channels_travel_by_queue_pairs_of_their_own() -> None:
+    levels = {"AIOCOMM_RDMA_TRAFFIC_CLASS": "0,0,104,136", "AIOCOMM_RDMA_URGENT_TRAFFIC_CLASS": "136"}
+    async with hosts(2, **levels) as (a, b):
+        for priority in aiocomm.Priority:
+            one, other = (comm.channel(priority.name, priority=priority) for comm in (a, b))
+            sent, got = random(CHUNK + 9), np.zeros(CHUNK + 9, np.uint8)
+            receiving = other.recv(got, 0)
+            await one.send(sent, 1)
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+
+
+async def test_levels_that_differ_are_refused_by_name() -> None:
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    with mock.patch.dict(os.environ, {"AIOCOMM_RDMA_DEVICES": "rxea0"}):
+        one = aiocomm.connect(address, rank=0, size=2, links=("rdma",))
+    other_s = {"AIOCOMM_RDMA_DEVICES": "rxeb0", "AIOCOMM_RDMA_SERVICE_LEVEL": "0,0,1,1"}
+    with mock.patch.dict(os.environ, other_s):
+        other = aiocomm.connect(address, rank=1, size=2, links=("rdma",))
+    async with anyio.create_task_group() as group:
+        group.start_soon(_refused, one, 1)
+        group.start_soon(_refused, other, 0)
+
+
+async def _refused(connecting: Any, rank: int) -> None:
+    async with connecting as comm:
+        with pytest.raises((LinkError, PeerError), match=r"AIOCOMM_RDMA_SERVICE_LEVEL|closed"):
+            await comm.send(b"x", rank, synchronous=True)
+
+
 async def test_an_unexpected_message_is_read() -> None:
     async with hosts(1) as (a, b):
         sending = a.send(random(CHUNK + 1), 1)
@@ -146,8 +199,72 @@ async def test_an_unexpected_message_is_read() -> None:
         assert (device(b)["reads"], device(a)["writes"], device(b)["writes"]) == (2, 0, 0)
 
 
+async def key(a: aiocomm.Communicator, remote: aiocomm.RemoteRegion) -> None:
+    """Have it asked for, and all that this takes acknowledged."""
+    await a.put(bytes(8), remote[:8])
+
+
+def frames(before: dict[str, int], after: dict[str, int]) -> int:
+    return after["frames_received"] - before["frames_received"]
+
+
+async def test_a_put_is_writes_and_costs_the_owner_nothing() -> None:
+    async with hosts(1) as (a, b):
+        sent, memory = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            before = device(a), device(b)
+            for nbytes in (2 * CHUNK + 5, 100):
+                await a.put(sent[:nbytes], remote[:nbytes])
+            np.testing.assert_array_equal(memory, sent)
+            assert device(a)["writes"] - before[0]["writes"] == 4
+            assert device(a)["sends"] == before[0]["sends"]
+            assert frames(before[1], device(b)) == 0
+            assert device(b)["immediates_received"] == before[1]["immediates_received"]
+            assert device(b)["sends"] == before[1]["sends"]
+            assert device(b)["reads"] == device(a)["reads"] == 0
+            assert a.links["rdma"].statistics().messages_by_path["write"] == 3
+
+
+async def test_a_get_is_reads_and_costs_the_owner_nothing() -> None:
+    async with hosts(1) as (a, b):
+        memory, got = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            memory[:8] = 1
+            before = device(a), device(b)
+            await a.get(remote, got)
+            np.testing.assert_array_equal(got, memory)
+            assert device(a)["reads"] - before[0]["reads"] == 3
+            assert device(a)["sends"] == before[0]["sends"]
+            assert device(b)["sends"] == before[1]["sends"]
+            assert frames(before[1], device(b)) == 0
+            assert a.links["rdma"].statistics().messages_by_path["read"] == 1
+
+
+async def test_a_notification_rides_on_the_last_write() -> None:
+    async with hosts(2) as (a, b):
+        sent, memory = random(4 * CHUNK + 5), np.zeros(4 * CHUNK + 5, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            await key(a, remote)
+            before = device(a), device(b)
+            await a.put(sent, remote, notify=b"here")
+            note = await anext(b.notifications())
+            assert (note.source, note.payload, note.nbytes) == (0, b"here", sent.nbytes)
+            np.testing.assert_array_equal(memory, sent)
+            of_a = grown(device(a), before[0])
+            assert (of_a["writes"], of_a["sends"], of_a["inline_sends"]) == (5, 1, 1)
+            assert device(b)["immediates_received"] - before[1]["immediates_received"] == 1
+            assert frames(before[1], device(b)) == 1
+            assert device(b)["reads"] == 0
+
+
 async def test_a_rail_that_goes_down_and_comes_back() -> None:
     async with hosts(2) as (a, b):
+        events = a.events()
         sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
         receiving = b.recv(got, 0)
         sending = a.send(sent, 1)
@@ -163,6 +280,10 @@ async def test_a_rail_that_goes_down_and_comes_back() -> None:
         finally:
             up("a0")
         await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
+        first = await anext(events)
+        assert isinstance(first, LinkDown)
+        assert (first.link, first.rank) == ("rdma/rxea0:1", 1)
+        assert await anext(events) == LinkUp("rdma/rxea0:1", 1)
         writes = device(a)["rxea0.writes"]
         receiving = b.recv(got, 0)
         await a.send(sent, 1)
@@ -170,20 +291,103 @@ async def test_a_rail_that_goes_down_and_comes_back() -> None:
         assert device(a)["rxea0.writes"] + device(b)["rxeb0.reads"] > writes
 
 
-async def test_no_rail_left_is_an_error_of_the_link() -> None:
+async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> None:
     async with hosts(2) as (a, b):
-        sending = a.send(random(64 * MIB), 1)
-        receiving = b.recv(np.zeros(64 * MIB, np.uint8), 0)
-        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
-        down("a0")
-        down("a1")
+        nbytes, count = 16 * MIB, 6
+        memory = np.zeros(count * nbytes, np.uint8)
+        async with b.register(memory) as region:
+            remote = a.remote(region.handle)
+            sent = [random(nbytes + i)[:nbytes] for i in range(count)]
+            putting = [
+                a.put(block, remote[i * nbytes : (i + 1) * nbytes], notify=bytes((i,)))
+                for i, block in enumerate(sent)
+            ]
+            await putting[0]
+            down("a0")
+            try:
+                notes = b.notifications()
+                told = []
+                for _ in range(count):
+                    told.append((await anext(notes)).payload[0])
+                    i = told[-1]
+                    np.testing.assert_array_equal(memory[i * nbytes : (i + 1) * nbytes], sent[i])
+                for transfer in putting:
+                    await transfer
+                assert sorted(told) == list(range(count))
+                assert device(a)["lanes_failed"] == 1
+                await a.put(b"", remote[:0], notify=b"end")
+                assert (await anext(notes)).payload == b"end", "none came twice"
+            finally:
+                up("a0")
+        await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
+
+
+async def lose_both_rails(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
+    """In the middle of a message; both ends say that it was the link."""
+    sending = a.send(random(64 * MIB), 1)
+    receiving = b.recv(np.zeros(64 * MIB, np.uint8), 0)
+    await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
+    down("a0")
+    down("a1")
+    with pytest.raises(LinkError):
+        await sending
+    with pytest.raises(LinkError):
+        await receiving
+
+
+async def test_no_rail_left_is_an_error_of_the_link_at_both_ends() -> None:
+    async with hosts(2) as (a, b):
         try:
-            with pytest.raises((LinkError, PeerError)) as sender:
-                await sending
-            with pytest.raises((LinkError, PeerError)) as receiver:
-                await receiving
-            # Who notices first says so; to the other one it may look like a peer that closed the pair.
-            assert LinkError in (sender.type, receiver.type)
+            await lose_both_rails(a, b)
+            assert all(peer.alive for comm in (a, b) for peer in comm.peers)
         finally:
             up("a0")
             up("a1")
+        got = np.zeros(MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        await a.send(random(MIB), 1)  # connects anew, over the same link
+        await receiving
+        np.testing.assert_array_equal(got, random(MIB))
+
+
+async def test_no_rail_left_falls_back_to_tcp() -> None:
+    async with hosts(2, links=("rdma", "tcp")) as (a, b):
+        events = a.events()
+        try:
+            await lose_both_rails(a, b)
+            for nbytes in (100, 2 * MIB):
+                got = np.zeros(nbytes, np.uint8)
+                receiving = b.recv(got, 0)
+                await a.send(random(nbytes), 1)
+                await receiving
+                np.testing.assert_array_equal(got, random(nbytes))
+            assert a.links["tcp"].statistics().completed == 2
+            told = {}
+            while Fallback not in told:
+                event = await anext(events)
+                told[type(event)] = event
+            assert told[Fallback] == Fallback("rdma", 1, "tcp", "the link failed")
+            assert told[LinkDown].link == "rdma"
+            assert "no rail is left" in told[LinkDown].reason
+        finally:
+            up("a0")
+            up("a1")
+
+
+async def test_a_device_that_is_removed_in_use() -> None:
+    async with hosts(2) as (a, b):
+        sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
+        receiving = b.recv(got, 0)
+        sending = a.send(sent, 1)
+        await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 3)
+        await anyio.to_thread.run_sync(run, "rdma", "link", "delete", "rxea0")
+        try:
+            await sending
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+            assert device(a)["lanes_failed"] == 1
+            async with b.register(got) as region:
+                await a.put(sent[:MIB], a.remote(region.handle)[MIB : 2 * MIB])
+            np.testing.assert_array_equal(got[MIB : 2 * MIB], sent[:MIB])
+        finally:
+            run("rdma", "link", "add", "rxea0", "type", "rxe", "netdev", "a0")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import numpy as np
 import pytest
 
@@ -17,15 +19,23 @@ from fault.rawpeer import Frame, Kind, default_channel
 from harness import until, world
 from linkpeer import (
     HELLO,
+    KEY_ASK,
+    KEY_IS,
+    KEY_REVOKE,
+    KEY_REVOKED,
     LAST_CHUNK,
     LINK_PRIVATE,
     MAGIC,
+    NOTE,
+    NOTE_MARK,
     OFFER,
     OFFER_META,
+    VERSION,
     WITHDRAW,
     WITHDRAWN,
+    WRITABLE,
     LinkPeer,
-    next_of,
+    completion_of,
 )
 
 import aiocomm
@@ -85,7 +95,7 @@ async def test_a_small_message_is_one_send_with_its_bytes(peer: LinkPeer) -> Non
     assert (arrival.completion.opcode, arrival.completion.immediate) == ("received", None)
     assert (arrival.frame.kind, arrival.frame.tag, arrival.frame.nbytes) == (Kind.EAGER, 7, 1000)
     assert arrival.frame.payload == x.tobytes()
-    assert peer.frames.has_none()
+    assert peer.has_none()
     assert peer.bulk.has_none()
 
 
@@ -98,7 +108,7 @@ async def test_a_posted_receive_says_where_to_write_and_is_written(peer: LinkPee
     for number, last in ((0, 0), (1, LAST_CHUNK)):
         to = address + number * half, key
         peer.bulk.post("write", half, offset=number * half, to=to, immediate=immediate | last | number)
-        assert (await next_of(peer.bulk)).status == "success"
+        assert (await completion_of(peer.bulk)).status == "success"
     status = await receiving
     assert status.nbytes == BIG
     assert out.tobytes() == x
@@ -120,7 +130,7 @@ async def test_an_offer_is_written_into_in_chunks_whose_immediates_count(peer: L
     sending = peer.comm.send(x, dst=2, tag=7)
     moved, number = 0, 0
     while moved < BIG:
-        done = await next_of(peer.bulk)
+        done = await completion_of(peer.bulk)
         assert done.opcode == "written with immediate", "nothing is read, nothing is written in silence"
         assert done.immediate is not None
         moved += done.nbytes
@@ -129,7 +139,7 @@ async def test_an_offer_is_written_into_in_chunks_whose_immediates_count(peer: L
     await sending
     assert peer.bulk.read_buffer(BIG) == x.tobytes()
     assert peer.bulk.has_none()
-    assert peer.frames.has_none(), "no word besides the writes"
+    assert peer.has_none(), "no word besides the writes"
 
 
 async def test_a_message_that_nobody_offered_for_is_announced_and_read(peer: LinkPeer) -> None:
@@ -139,7 +149,7 @@ async def test_a_message_that_nobody_offered_for_is_announced_and_read(peer: Lin
     (key,) = arrival.keys
     assert (arrival.frame.address, arrival.frame.nbytes) == (x.ctypes.data, BIG)
     peer.bulk.post("read", BIG, to=(arrival.frame.address, key))
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     assert peer.bulk.read_buffer(BIG) == x.tobytes()
     assert not sending.done(), "the sender keeps its buffer until it is told"
     peer.send(Frame(Kind.FIN, sop=arrival.frame.sop, nbytes=BIG))
@@ -150,11 +160,11 @@ async def test_a_key_is_refused_once_its_operation_has_ended(peer: LinkPeer) -> 
     receiving, out, address, key, immediate = await offered(peer)
     peer.bulk.write_buffer(b"x" * BIG)
     peer.bulk.post("write", BIG, to=(address, key), immediate=immediate | LAST_CHUNK)
-    assert (await next_of(peer.bulk)).status == "success"
+    assert (await completion_of(peer.bulk)).status == "success"
     await receiving
     out[:] = 7
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert (out == 7).all()
 
 
@@ -167,7 +177,7 @@ async def test_a_cancelled_receive_takes_its_key_back_before_it_ends(peer: LinkP
     await until(receiving.done)
     assert receiving.cancelled()
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert not out.any()
 
 
@@ -182,7 +192,7 @@ async def test_outside_of_what_is_offered_nothing_is_reached(
     (key,) = arrival.keys
     peer.bulk.write_buffer(b"!" * 16)
     peer.bulk.post("write", nbytes, to=(arrival.frame.address + before, key))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     assert not buffer.any()
 
 
@@ -192,8 +202,215 @@ async def test_what_is_offered_for_writing_cannot_be_read_and_the_other_way_roun
     arrival = await peer.receive(Kind.RTS)
     before = x.copy()
     peer.bulk.post("write", 8, to=(arrival.frame.address, arrival.keys[0]))
-    assert (await next_of(peer.bulk)).status == "remote access error"
+    assert (await completion_of(peer.bulk)).status == "remote access error"
     np.testing.assert_array_equal(x, before)
+
+
+# ---------------------------------------------------------------- one-sided
+
+
+def handle(peer: LinkPeer, region: int, nbytes: int) -> aiocomm.RemoteRegion:
+    """What `comm` would have been told of a region of the peer's."""
+    return aiocomm.RemoteRegion(peer.comm, peer.rank, peer.generation, region, 0, nbytes, True)
+
+
+async def give_key(peer: LinkPeer, region: int, nbytes: int) -> int:
+    """Answer the question for the key of `peer.bulk`; returns the address."""
+    card = peer.bulk.card()
+    asked = await peer.receive(KEY_ASK)
+    assert asked.frame.rop == region
+    answer = Frame(
+        KEY_IS, flags=WRITABLE, rop=region, address=card["address"], nbytes=nbytes, segment=9, code=0
+    )
+    peer.send(answer, key=card["rkey"])
+    return int(card["address"])
+
+
+async def test_a_put_is_writes_and_no_word(peer: LinkPeer) -> None:
+    x = array(BIG)
+    putting = peer.comm.put(x, handle(peer, 77, BIG))
+    await give_key(peer, 77, BIG)
+    await putting
+    assert peer.bulk.read_buffer(BIG) == x.tobytes()
+    assert peer.bulk.has_none(), "no immediate"
+    await peer.comm.put(x[:8], handle(peer, 77, BIG)[8:16])
+    assert peer.bulk.read_buffer(16) == x[:8].tobytes() * 2
+    assert peer.has_no_frame(), "the key is asked for once"
+
+
+async def test_a_get_is_reads_and_no_word(peer: LinkPeer) -> None:
+    x, got = array(BIG), np.zeros(BIG - 8, np.uint8)
+    peer.bulk.write_buffer(x.tobytes())
+    getting = peer.comm.get(handle(peer, 77, BIG)[8:], got)
+    await give_key(peer, 77, BIG)
+    await getting
+    np.testing.assert_array_equal(got, x[8:])
+    assert peer.has_no_frame()
+
+
+async def test_a_notification_rides_on_the_last_write(comm: aiocomm.Communicator) -> None:
+    nbytes = 12 << 20  # several chunks
+    with LinkPeer(comm, 2, nbytes) as peer:
+        await peer.meet()
+        for number in range(2):
+            x = array(nbytes, number)
+            putting = comm.put(x, handle(peer, 77, nbytes), notify=b"done")
+            if number == 0:
+                await give_key(peer, 77, nbytes)
+            done = await completion_of(peer.bulk)
+            assert (done.opcode, done.immediate) == ("written with immediate", NOTE_MARK | number)
+            assert peer.bulk.read_buffer(nbytes) == x.tobytes(), "nothing comes after it"
+            note = (await peer.receive(NOTE)).frame
+            assert (note.rop, note.nbytes, note.meta, note.channel) == (number, nbytes, b"done", CHANNEL)
+            await putting
+            assert peer.bulk.has_none()
+
+
+async def test_a_notification_without_bytes_is_an_immediate(peer: LinkPeer) -> None:
+    putting = peer.comm.put(b"", handle(peer, 77, BIG)[8:8], notify=b"now")
+    await give_key(peer, 77, BIG)
+    done = await completion_of(peer.bulk)
+    assert (done.nbytes, done.immediate) == (0, NOTE_MARK)
+    assert (await peer.receive(NOTE)).frame.meta == b"now"
+    await putting
+
+
+async def test_what_the_key_does_not_open_is_refused_here(peer: LinkPeer) -> None:
+    remote = handle(peer, 77, 2 * BIG)
+    putting = peer.comm.put(array(16), remote[BIG - 8 : BIG + 8])
+    await give_key(peer, 77, BIG)
+    with pytest.raises(aiocomm.UsageError, match="outside"):
+        await putting
+    with pytest.raises(aiocomm.UsageError, match="outside"):
+        await peer.comm.get(remote[BIG - 8 : BIG + 8], bytearray(16))
+    assert peer.bulk.read_buffer(BIG) == bytes(BIG)
+
+
+async def test_a_revoked_key_is_given_back_and_not_used_again(peer: LinkPeer) -> None:
+    remote = handle(peer, 77, BIG)
+    putting = peer.comm.put(array(BIG), remote)
+    await give_key(peer, 77, BIG)
+    await putting
+    peer.send(Frame(KEY_REVOKE, rop=77))
+    assert (await peer.receive(KEY_REVOKED)).frame.rop == 77
+    peer.bulk.write_buffer(bytes(BIG))
+    putting = peer.comm.put(array(BIG), remote)
+    await peer.receive(KEY_ASK)
+    peer.send(Frame(KEY_IS, rop=77, code=6))
+    with pytest.raises(aiocomm.StaleHandleError):
+        await putting
+    assert peer.bulk.read_buffer(BIG) == bytes(BIG)
+
+
+async def test_what_devices_cannot_reach_is_served_by_its_owner(peer: LinkPeer) -> None:
+    x = array(BIG)
+    putting = peer.comm.put(x, handle(peer, 77, BIG), notify=b"done")
+    await peer.receive(KEY_ASK)
+    peer.send(Frame(KEY_IS, rop=77, code=8))
+    announced = await peer.receive(Kind.PUT_RTS)
+    assert (announced.frame.rop, announced.frame.address, announced.frame.meta) == (
+        77,
+        x.ctypes.data,
+        b"done",
+    )
+    peer.bulk.post("read", BIG, to=(announced.frame.address, announced.keys[0]))
+    assert (await completion_of(peer.bulk)).status == "success"
+    assert peer.bulk.read_buffer(BIG) == x.tobytes()
+    peer.send(Frame(Kind.FIN, sop=announced.frame.sop, nbytes=BIG))
+    await putting
+    peer.comm.put(x[:8], handle(peer, 77, BIG)[:8])
+    assert (await peer.receive()).frame.kind == Kind.PUT, "it is not asked for again"
+
+
+async def test_a_region_is_reached_by_its_key_until_it_is_closed(peer: LinkPeer) -> None:
+    memory = np.zeros(BIG, np.uint8)
+    region = peer.comm.register(memory)
+    peer.send(Frame(KEY_ASK, rop=region._number))
+    arrival = await peer.receive(KEY_IS)
+    (key,) = arrival.keys
+    assert (arrival.frame.address, arrival.frame.nbytes) == (memory.ctypes.data, BIG)
+    x = array(BIG).tobytes()
+    peer.bulk.write_buffer(x)
+    peer.bulk.post("write", BIG, to=(memory.ctypes.data, key))
+    assert (await completion_of(peer.bulk)).status == "success"
+    assert memory.tobytes() == x
+    async with anyio.create_task_group() as group:
+        group.start_soon(region.aclose)
+        asked = await peer.receive(KEY_REVOKE)
+        assert asked.frame.rop == region._number
+        memory_before = memory.copy()
+        peer.bulk.post("write", 8, offset=8, to=(memory.ctypes.data, key))  # it is not ours to refuse yet
+        assert (await completion_of(peer.bulk)).status == "success"
+        assert not region._free.is_set()
+        peer.send(Frame(KEY_REVOKED, rop=region._number))
+    assert memory[8:].tobytes() == memory_before[8:].tobytes()
+    memory[:] = 7
+    peer.bulk.post("write", 8, to=(memory.ctypes.data, key))
+    assert (await completion_of(peer.bulk)).status == "remote access error"
+    assert (memory == 7).all()
+
+
+async def test_a_closed_region_has_no_key(peer: LinkPeer) -> None:
+    region = peer.comm.register(np.zeros(100, np.uint8))
+    await region.aclose()
+    peer.send(Frame(KEY_ASK, rop=region._number))
+    assert (await peer.receive(KEY_IS)).frame.code == 6
+
+
+@pytest.mark.parametrize("writable", [True, False])
+async def test_a_regions_key_opens_that_region_only(peer: LinkPeer, writable: bool) -> None:
+    whole = aiocomm.empty(BIG, np.uint8)
+    whole.fill(3)
+    region = peer.comm.register(whole[4096 : 4096 + 100], writable=writable)
+    peer.send(Frame(KEY_ASK, rop=region._number))
+    arrival = await peer.receive(KEY_IS)
+    (key,) = arrival.keys
+    assert bool(arrival.frame.flags & WRITABLE) == writable
+    peer.bulk.post("read", 100, to=(arrival.frame.address, key))
+    assert (await completion_of(peer.bulk)).status == "success"
+    assert peer.bulk.read_buffer(100) == b"\3" * 100
+    address = arrival.frame.address + (50 if writable else 0)
+    peer.bulk.post("write", 100, to=(address, key))
+    assert (await completion_of(peer.bulk)).status == "remote access error"
+    assert (whole == 3).all()
+
+
+async def test_notifications_of_a_peer_are_told_once_when_both_halves_are_there(peer: LinkPeer) -> None:
+    memory = np.zeros(BIG, np.uint8)
+    notes = peer.comm.notifications()
+    async with peer.comm.register(memory) as region:
+        peer.send(Frame(KEY_ASK, rop=region._number))
+        arrival = await peer.receive(KEY_IS)
+        to = arrival.frame.address, arrival.keys[0]
+        for number in (1, 0, 1, 0):  # early, and repeated
+            peer.bulk.post("write", 8, to=to, immediate=NOTE_MARK | number)
+            assert (await completion_of(peer.bulk)).status == "success"
+        for number in range(2):
+            peer.send(Frame(NOTE, channel=CHANNEL, rop=number, nbytes=8, meta=bytes((number,))))
+        peer.send(Frame(NOTE, channel=CHANNEL, rop=2, nbytes=0, meta=b"last"))
+        peer.bulk.post("write", 0, to=to, immediate=NOTE_MARK | 2)
+        told = [(await anext(notes)).payload for _ in range(3)]
+        assert told == [b"\0", b"\1", b"last"]
+        closing = asyncio.create_task(region.aclose())
+        await peer.receive(KEY_REVOKE)
+        peer.send(Frame(KEY_REVOKED, rop=region._number))
+        await closing
+
+
+async def test_a_peer_that_dies_has_no_key_any_more(peer: LinkPeer) -> None:
+    memory = np.zeros(BIG, np.uint8)
+    region = peer.comm.register(memory)
+    peer.send(Frame(KEY_ASK, rop=region._number))
+    arrival = await peer.receive(KEY_IS)
+    closing = asyncio.create_task(region.aclose())
+    await peer.receive(KEY_REVOKE)
+    assert not closing.done()
+    peer.socket.close()
+    await closing
+    memory[:] = 7
+    peer.bulk.post("write", 8, to=(arrival.frame.address, arrival.keys[0]))
+    assert (await completion_of(peer.bulk)).status != "success"
+    assert (memory == 7).all()
 
 
 IMMEDIATES = {
@@ -224,6 +441,11 @@ FRAMES = {
         Frame(OFFER, tag=7, nbytes=8, sop=1 << 32, segment=1, meta=bytes(16)),
         {"key": 1},
     ),
+    "key that nobody asked for": (Frame(KEY_IS, rop=1, nbytes=8, segment=1), {"key": 1}),
+    "key revoked that was never given": (Frame(KEY_REVOKE, rop=1), {}),
+    "key given back unasked": (Frame(KEY_REVOKED, rop=1), {}),
+    "notification out of order": (Frame(NOTE, rop=1), {}),
+    "notification without a number": (Frame(NOTE, rop=1 << 20), {}),
     "offer without a key": (Frame(OFFER, tag=7, nbytes=8, meta=OFFER_META.pack(0, 1 << 20, 1)), {}),
 }
 
@@ -236,8 +458,17 @@ async def test_a_malformed_frame_ends_that_pair_only(peer: LinkPeer, name: str) 
     assert next(other for other in peer.comm.peers if other.rank == 1).alive
 
 
+_PAIRS = (2, 3, 4, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    "hello", [HELLO.pack(1, 1, 1, 2, 3), HELLO.pack(MAGIC, 9, 1, 2, 3), HELLO.pack(MAGIC, 1, 4, 2, 3)]
+    "hello",
+    [
+        HELLO.pack(1, VERSION, 1, *_PAIRS),
+        HELLO.pack(MAGIC, 9, 1, *_PAIRS),
+        HELLO.pack(MAGIC, VERSION, 4, *_PAIRS),
+        HELLO.pack(MAGIC, VERSION, 1, *_PAIRS[:4], 5, 0),  # more levels of bulk than there are here
+    ],
 )
 async def test_a_greeting_of_another_kind_is_refused(comm: aiocomm.Communicator, hello: bytes) -> None:
     with LinkPeer(comm, 2) as stranger:
@@ -252,5 +483,5 @@ async def test_a_peer_that_dies_ends_its_receives_and_its_keys(peer: LinkPeer) -
         await receiving
     out[:] = 7
     peer.bulk.post("write", 8, to=(address, key))
-    assert (await next_of(peer.bulk)).status != "success"
+    assert (await completion_of(peer.bulk)).status != "success"
     assert (out == 7).all()

@@ -1,0 +1,244 @@
+// Put and get by devices: who has a region's key writes into it and reads from it, and its owner's CPU moves nothing.
+//
+//   initiator                                   owner
+//   first use of a region     ── key_ask ──►    registers it, once for all peers
+//                             ◄── key_is ──     where it is, how large, whether it may be written
+//   checks every access by that; a put           ══ write, write, … ══►
+//   with a notification       ── note ──►  ══ write with immediate ══►   told when both are there
+//   a get                     ◄══ read, read, … ══
+//
+//                             ◄── key_revoke ── closes the region
+//   begins nothing more; what has begun ends
+//                             ── key_revoked ──► with the last peer's word: deregisters, the memory is free
+//
+// A peer that ends has no queue pairs any more: its word is not needed. One that falls silent ends by its heartbeats.
+
+#include <algorithm>
+#include <utility>
+
+#include "core/engine.hpp"
+
+namespace aiocomm {
+
+namespace {
+
+constexpr uint64_t kMaxRegion = 1ull << 56;
+
+FrameHeader about(FrameKind kind, uint64_t region) {
+  FrameHeader h{};
+  h.kind = kind;
+  h.rop = region;
+  return h;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the initiator's side
+
+// Whether the devices move this op's bytes, as far as is known.
+bool Engine::by_key(const Op& op, const Peer& peer) const {
+  if (!peer.onesided || op.gpu) return false;
+  auto it = peer.onesided->keys.find(op.region);
+  return it == peer.onesided->keys.end() || it->second.state != RegionKey::State::by_owner;
+}
+
+Post Engine::access(Op& op, Peer& peer) {
+  auto& keys = peer.onesided->keys;
+  auto it = keys.find(op.region);
+  if (it == keys.end()) {
+    Post posted = peer.link->post(about(FrameKind::key_ask, op.region), nullptr, nullptr, Wake::engine);
+    if (posted != Post::ok) return posted;
+    ++counters_[op.link].frames_sent;
+    it = keys.try_emplace(op.region).first;
+  }
+  if (it->second.state == RegionKey::State::held) {
+    begin_access(op, peer, it->second);
+  } else {
+    op.state = OpState::posted;
+    it->second.waiting.push_back(op.id);
+  }
+  return Post::ok;
+}
+
+void Engine::begin_access(Op& op, Peer& peer, RegionKey& key) {
+  bool write = op.kind == OpKind::put;
+  if (key.revoked) return finish(op, Code::stale);
+  if (op.offset > key.nbytes || op.nbytes > key.nbytes - op.offset) return finish(op, Code::out_of_range);
+  if (write && !key.writable) return finish(op, Code::read_only);
+  op.path = write ? Path::write : Path::read;
+  if (op.nbytes == 0 && !op.has_notify) return finish(op, Code::ok);
+  if (!hold(op, Access::local)) return;
+  op.source_address = key.address + op.offset;
+  op.source_segment = key.registration;
+  op.has_key = true;
+  ++key.uses;
+  queue_data(op, peer, false);
+}
+
+void Engine::end_access(Op& op) {
+  op.has_key = false;
+  drop_held_back(op);
+  Peer* peer = find_peer(op.peer);
+  if (!peer || !peer->onesided) return;
+  auto it = peer->onesided->keys.find(op.region);
+  if (it == peer->onesided->keys.end() || --it->second.uses || !it->second.revoked) return;
+  peer->onesided->keys.erase(it);
+  send_control(*peer, about(FrameKind::key_revoked, op.region), Wake::engine);
+}
+
+void Engine::on_key(Peer& peer, const FrameHeader& header) {
+  if (!peer.onesided) throw ProtocolViolation("a key where devices reach nothing");
+  auto it = peer.onesided->keys.find(header.rop);
+  if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::asked)
+    throw ProtocolViolation("a key that nobody asked for");
+  auto code = static_cast<Code>(header.code);
+  if (code != Code::ok && code != Code::stale && code != Code::link_failed)
+    throw ProtocolViolation("unknown outcome");
+  if (code == Code::ok && (header.nbytes > kMaxRegion || (header.nbytes && !header.segment)))
+    throw ProtocolViolation("a key to no memory");
+  std::vector<OpId> waiting = std::exchange(it->second.waiting, {});
+  if (code == Code::stale) {
+    peer.onesided->keys.erase(it);
+  } else {
+    RegionKey& key = it->second;
+    key.state = code == Code::ok ? RegionKey::State::held : RegionKey::State::by_owner;
+    key.address = header.address;
+    key.nbytes = header.nbytes;
+    key.registration = header.segment;
+    key.writable = header.flags & kWritable;
+  }
+  for (OpId id : waiting) {
+    Op* op = find(id);
+    if (!op || op->state != OpState::posted) continue;  // given up meanwhile
+    if (code == Code::ok) {
+      begin_access(*op, peer, it->second);
+    } else if (code == Code::stale) {
+      finish(*op, Code::stale);
+    } else {
+      op->state = OpState::queued;
+      if (send_header(*op, peer) != Post::again) continue;
+      peer.blocked = true;
+      queue_header(*op, peer);
+    }
+  }
+  pump(peer.link_index);
+}
+
+void Engine::on_key_revoke(Peer& peer, const FrameHeader& header) {
+  if (!peer.onesided) throw ProtocolViolation("a key where devices reach nothing");
+  uint64_t region = header.rop;
+  auto it = peer.onesided->keys.find(region);
+  if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::held)
+    throw ProtocolViolation("a key is revoked that was never given");
+  it->second.revoked = true;
+  ++it->second.uses;  // ours, while we look
+  std::vector<Op*> idle;
+  ops_.for_each_live([&](Op& op) {
+    if (op.has_key && op.peer == peer.rank && op.region == region && !op.moved && !op.inflight)
+      idle.push_back(&op);
+  });
+  for (Op* op : idle) end_early(*op, Code::stale);
+  if (--it->second.uses) return;
+  peer.onesided->keys.erase(it);
+  send_control(peer, about(FrameKind::key_revoked, region), Wake::engine);
+}
+
+// The write that carries a notification waits until all others of its put are acknowledged.
+bool Engine::hold_back(const Op& op, const Scheduler::Chunk& chunk) {
+  if (!op.has_notify || !chunk.last || op.inflight == 0) return false;
+  held_back_.emplace(op.id, chunk);
+  return true;
+}
+
+void Engine::release_held_back(const Op& op) {
+  if (auto it = held_back_.find(op.id); it != held_back_.end()) {
+    schedulers_[op.link]->unget(it->second);
+    held_back_.erase(it);
+  }
+}
+
+void Engine::drop_held_back(const Op& op) {
+  if (auto it = held_back_.find(op.id); it != held_back_.end()) {
+    schedulers_[op.link]->complete(it->second.nbytes, 0, it->second.cls);
+    held_back_.erase(it);
+  }
+}
+
+void Engine::announce(const Op& op, Peer& peer) {
+  FrameHeader h = about(FrameKind::note, peer.onesided->announced);
+  peer.onesided->announced = (peer.onesided->announced + 1) % NotesDue::kNumbers;
+  h.channel = channels_[op.channel].id;
+  h.nbytes = op.nbytes;
+  send_control(peer, h, Wake::loop, op.notify.data(), op.notify.size());
+}
+
+// ---------------------------------------------------------------- the owner's side
+
+void Engine::on_key_ask(Peer& peer, const FrameHeader& header) {
+  if (!peer.onesided) throw ProtocolViolation("a key where devices reach nothing");
+  RegionInfo* region = nullptr;
+  Code code = check_region(header.rop, 0, 0, false, &region);
+  FrameHeader reply = about(FrameKind::key_is, header.rop);
+  if (code == Code::ok && region->gpu) code = Code::link_failed;  // no device of this link reaches it
+  if (code == Code::ok && region->nbytes && !region->registration) {
+    Access access = region->writable ? Access::region_writes : Access::region_reads;
+    try {
+      region->registration = links_[peer.link_index]->hold(region->base, region->nbytes, access);
+      region->link = peer.link_index;
+    } catch (const LinkFailure& failure) {
+      code = Code::link_failed;
+      fallback(peer.rank, "put and get served by the region's owner", failure.what());
+    }
+  }
+  reply.code = static_cast<uint8_t>(code);
+  if (code == Code::ok) {
+    reply.address = reinterpret_cast<uint64_t>(region->base);
+    reply.nbytes = region->nbytes;
+    reply.segment = region->registration;
+    reply.flags = region->writable ? kWritable : 0;
+    if (std::find(region->holders.begin(), region->holders.end(), peer.rank) == region->holders.end())
+      region->holders.push_back(peer.rank);
+  }
+  send_control(peer, reply, Wake::engine);
+}
+
+void Engine::on_key_revoked(Peer& peer, const FrameHeader& header) {
+  auto it = regions_.find(header.rop);
+  if (it == regions_.end() || !it->second.closing) throw ProtocolViolation("a key is given back unasked");
+  forget_holder(header.rop, peer.rank);
+}
+
+void Engine::forget_holder(uint64_t id, Rank rank) {
+  RegionInfo& region = regions_.at(id);
+  if (std::erase(region.holders, rank) && region.closing && free_region(id))
+    emit({EngineEvent::Kind::region_free, rank_, id, {}, {}});
+}
+
+// The pair has ended: nothing of the peer's reaches our memory any more.
+void Engine::forget_holder(Rank rank) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, region] : regions_)
+    if (std::find(region.holders.begin(), region.holders.end(), rank) != region.holders.end())
+      ids.push_back(id);
+  for (uint64_t id : ids) forget_holder(id, rank);
+}
+
+void Engine::on_note(Peer& peer, const FrameHeader& header, const std::byte* payload) {
+  if (!peer.onesided) throw ProtocolViolation("a notification where devices reach nothing");
+  Note note{header.channel, header.nbytes,
+            std::string(reinterpret_cast<const char*>(payload), header.meta_bytes)};
+  if (header.rop >= NotesDue::kNumbers) throw ProtocolViolation("a notification without a number");
+  try {
+    tell(peer, peer.onesided->due.announced(static_cast<uint32_t>(header.rop), std::move(note)));
+  } catch (const std::invalid_argument& illegal) {
+    throw ProtocolViolation(illegal.what());
+  }
+}
+
+void Engine::tell(Peer& peer, const std::vector<Note>& notes) {
+  for (const Note& note : notes)
+    notify(peer.rank, reinterpret_cast<const std::byte*>(note.payload.data()), note.payload.size(),
+           note.nbytes);
+}
+
+}  // namespace aiocomm

@@ -1,0 +1,124 @@
+// Chunks of a pair: reads and writes by the devices, each over the lane that has least to do.
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+
+#include "links/rdma/lanes.hpp"
+#include "links/rdma/link.hpp"
+#include "links/rdma/peer.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+constexpr uint32_t kLaunchBits = 12;
+constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
+}  // namespace
+
+Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {
+  std::array<LaneLoad, kMaxRails> loads;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    const Lane& lane = *lanes_[i];
+    loads[i] = {lane.state == Lane::State::up && lane.chunks < kLaneChunks, lane.rail.port().node, lane.bytes,
+                lane.rate};
+  }
+  size_t best = choose_lane(loads.data(), lanes_.size(), nbytes, node);
+  return best == kNoLane ? nullptr : lanes_[best].get();
+}
+
+Post RdmaPeer::post_remote(const RemoteChunk& what) {
+  if (dead_) return Post::lost;
+  Registration* local = link_.registrations().get(what.registration);
+  Lane* lane = open_ ? best_lane(what.nbytes, local ? local->node : kNoNode) : nullptr;
+  if (!lane) {
+    remote_blocked_ = true;
+    return Post::again;
+  }
+  auto keys = remote_keys_.find(what.remote.segment);
+  if (what.nbytes && (keys == remote_keys_.end() || !local)) {
+    lose("protocol violation: memory that was never announced");
+    return Post::lost;
+  }
+  if (free_chunks_.empty()) {
+    free_chunks_.push_back(static_cast<uint32_t>(chunks_.size()));
+    chunks_.emplace_back();
+  }
+  uint32_t index = free_chunks_.back();
+  free_chunks_.pop_back();
+  Chunk& chunk = chunks_[index];
+  chunk.of = what;
+  chunk.local = what.nbytes ? local->local() : Keys{};  // no bytes, no keys: only the immediate goes
+  chunk.remote = what.nbytes ? keys->second : Keys{};
+  chunk.busy = true;
+  launch(index, *lane);
+  return Post::pending;
+}
+
+void RdmaPeer::launch(uint32_t index, Lane& lane) {
+  Chunk& chunk = chunks_[index];
+  chunk.lane = lane.index;
+  chunk.posted_ns = host_.now();
+  chunk.parked = false;
+  ++chunk.launches;
+  if (lane.outstanding.fetch_add(1, std::memory_order_relaxed) == 0)
+    lane.last_sign_ns.store(chunk.posted_ns, std::memory_order_relaxed);
+  ++lane.chunks;
+  lane.bytes += chunk.of.nbytes;
+  Work work;
+  work.lane = &lane;
+  work.qp = lane.pairs.bulk(lane.rail.transport().level[chunk.of.cls]);
+  work.posting = &lane.posting;
+  work.cls = chunk.of.cls;
+  work.opcode = chunk.of.read            ? IBV_WR_RDMA_READ
+                : chunk.of.has_immediate ? IBV_WR_RDMA_WRITE_WITH_IMM
+                                         : IBV_WR_RDMA_WRITE;
+  work.local = reinterpret_cast<uint64_t>(chunk.of.local);
+  work.remote = chunk.of.remote.address;
+  work.lkey = chunk.local.of[lane.index];
+  work.rkey = chunk.remote.of[lane.index];
+  work.nbytes = static_cast<uint32_t>(chunk.of.nbytes);
+  work.immediate = chunk.of.immediate;
+  work.chunk = index << kLaunchBits | (chunk.launches & ((1u << kLaunchBits) - 1));
+  lane.rail.post_bulk(work);
+}
+
+void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
+  if (which == kProbe) return probed(lane, error);
+  uint32_t index = which >> kLaunchBits;
+  if (index >= chunks_.size()) return;
+  Chunk& done = chunks_[index];
+  if (!done.busy || done.parked || done.lane != lane.index ||
+      ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
+    return;  // of an earlier launch
+  // The peer's device refused the access: it would do so on any lane.
+  bool refused = error == EACCES;
+  if (error) {
+    if (refused) {
+      done.busy = false;
+      free_chunks_.push_back(index);
+    }
+    RemoteChunk of = done.of;
+    lane_failed(lane, lane.rail.name() +
+                          (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
+    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
+    return;
+  }
+  --lane.chunks;
+  lane.bytes -= done.of.nbytes;
+  uint64_t now = host_.now();
+  uint64_t elapsed = now - std::max(done.posted_ns, link_.last_done_ns);
+  link_.last_done_ns = now;
+  if (done.of.nbytes >= 64 << 10) {
+    uint64_t began = std::max(done.posted_ns, lane.last_done_ns);
+    double rate =
+        static_cast<double>(done.of.nbytes) / static_cast<double>(std::max<uint64_t>(now - began, 1));
+    lane.rate += 0.25 * (rate - lane.rate);
+  }
+  lane.last_done_ns = now;
+  RemoteChunk of = done.of;
+  done.busy = false;
+  free_chunks_.push_back(index);
+  host_.sink().on_remote(*this, of.op, of.nbytes, 0, elapsed);
+}
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,185 @@
+// Frames of a pair: numbered, kept until acknowledged, counted by credits, handed over in order.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "core/doorbell.hpp"
+#include "links/rdma/link.hpp"
+#include "links/rdma/peer.hpp"
+#include "links/rdma/prefix.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+constexpr uint32_t kMaxRegistrations = 1 << 20;
+}
+
+// ---------------------------------------------------------------- out
+
+Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
+  if (dead_) return Post::lost;
+  if (!open_ || !has_credit(kReserve)) {
+    blocked_ = true;
+    starved_.store(open_, std::memory_order_release);
+    if (open_) lanes_[active_]->rail.kick();
+    if (has_inbox_.load(std::memory_order_acquire)) ring(host_.wake_page().engine, host_.engine_fd());
+    return Post::again;
+  }
+  emit(header, meta, payload, wake);
+  return Post::ok;
+}
+
+Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+  if (dead_) return Post::lost;
+  if (!open_ || streamed_.payload) {
+    remote_blocked_ = true;
+    return Post::again;
+  }
+  streamed_ = {header, payload, 0};
+  stream();
+  return streamed_.payload ? Post::pending : Post::ok;
+}
+
+void RdmaPeer::stream() {
+  Streamed& chunk = streamed_;
+  while (chunk.payload && has_credit(kReserve)) {
+    FrameHeader part = chunk.header;
+    part.address += chunk.done;
+    part.payload_bytes =
+        static_cast<uint32_t>(std::min<uint64_t>(4096, chunk.header.payload_bytes - chunk.done));
+    emit(part, nullptr, chunk.payload + chunk.done, Wake::engine);
+    chunk.done += part.payload_bytes;
+    if (chunk.done == chunk.header.payload_bytes) chunk.payload = nullptr;
+  }
+}
+
+void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
+  uint32_t seq = sent_++;
+  // A loop that computes gives no credits back, nor sees those that it gets: the engine does.
+  if (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2)
+    wake = Wake::engine;
+  Prefix prefix{};
+  prefix.seq = seq;
+  prefix.consumed = told_ = expected_;
+  prefix.wake = static_cast<uint8_t>(wake);
+  if (Registration* named = header.segment ? link_.registrations().get(header.segment) : nullptr) {
+    Keys keys = named->peer();
+    prefix.keys = static_cast<uint8_t>(lanes_.size());
+    std::copy_n(keys.of.begin(), lanes_.size(), prefix.key);
+  }
+  std::byte* at = frame_slot(seq);
+  std::memcpy(at, &prefix, sizeof prefix);
+  std::memcpy(at + sizeof prefix, &header, sizeof header);
+  size_t nbytes = sizeof prefix + sizeof header;
+  if (header.meta_bytes) std::memcpy(at + nbytes, meta, header.meta_bytes);
+  nbytes += header.meta_bytes;
+  if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
+  frame_bytes_[seq % Rail::kCredits] = static_cast<uint32_t>(nbytes + header.payload_bytes);
+  if (due_.load(std::memory_order_relaxed) == acks_.all_before())
+    lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
+  due_.store(sent_, std::memory_order_release);
+  transmit(seq);
+}
+
+void RdmaPeer::transmit(uint32_t seq) {
+  Lane& lane = *lanes_[active_];
+  uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
+  Prefix prefix;
+  std::memcpy(&prefix, frame_slot(seq), sizeof prefix);
+  auto post = [&] {
+    return lane.rail.post_frame(lane.pairs, static_cast<Wake>(prefix.wake), seq, frame_slot(seq),
+                                frame_bytes_[seq % Rail::kCredits], lkey);
+  };
+  int error = post();
+  if (error == ENOMEM) {  // the peer has given credits back for frames whose completions nobody has looked at
+    lane.rail.drain();
+    error = post();
+  }
+  if (error) lane.failed(lane.rail.name() + ": posting failed: " + strerror(error));
+}
+
+void RdmaPeer::tell_credit() {
+  if (expected_ - told_ < Rail::kCredits / 2 || !open_ || !has_credit(0)) return;
+  FrameHeader header{};
+  header.kind = FrameKind::link_private;
+  emit(header, nullptr, nullptr, Wake::engine);
+}
+
+// ---------------------------------------------------------------- in
+
+void RdmaPeer::frame(const Arrived& from) {
+  Rail& rail = lanes_[from.lane]->rail;
+  if (dead_) return rail.give_back(from.slot);
+  heard_ns_ = host_.now();
+  Prefix prefix;
+  if (from.nbytes < sizeof prefix + sizeof(FrameHeader)) {
+    rail.give_back(from.slot);
+    return violated("a frame that is too short");
+  }
+  std::memcpy(&prefix, rail.slot(from.slot), sizeof prefix);
+  auto ahead = static_cast<int32_t>(prefix.seq - expected_);
+  if (ahead < 0 ||
+      early_.contains(prefix.seq)) {  // it came over a lane that failed before its word came back
+    ++link_.repeated;
+    return rail.give_back(from.slot);
+  }
+  if (ahead >= static_cast<int32_t>(Rail::kCredits)) {
+    rail.give_back(from.slot);
+    return violated("a frame beyond its credits");
+  }
+  if (ahead > 0) {
+    early_[prefix.seq] = from;
+    return;
+  }
+  if (!deliver(from)) return;
+  for (auto it = early_.begin(); it != early_.end() && it->first == expected_; it = early_.begin()) {
+    Arrived next = it->second;
+    early_.erase(it);
+    if (!deliver(next)) return;
+  }
+}
+
+bool RdmaPeer::deliver(const Arrived& from) {
+  Rail& rail = lanes_[from.lane]->rail;
+  const std::byte* data = rail.slot(from.slot);
+  Prefix prefix;
+  FrameHeader header;
+  std::memcpy(&prefix, data, sizeof prefix);
+  std::memcpy(&header, data + sizeof prefix, sizeof header);
+  const char* wrong = nullptr;
+  constexpr size_t kHead = sizeof prefix + sizeof header;
+  if (header.kind < FrameKind::eager || header.kind > FrameKind::last_kind)
+    wrong = "unknown frame kind";
+  else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
+    wrong = "a frame that does not belong here";
+  else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
+           from.nbytes != kHead + header.meta_bytes + header.payload_bytes)
+    wrong = "a frame of another length than it says";
+  else if (prefix.consumed - consumed_there_ > sent_ - consumed_there_)
+    wrong = "credit for frames that were never sent";
+  else if (prefix.keys > kMaxRails || (prefix.keys && header.segment > kMaxRegistrations))
+    wrong = "keys of more rails than there can be";
+  ++expected_;
+  if (!wrong) {
+    consumed_there_ = prefix.consumed;
+    acks_.before(consumed_there_);
+    if (prefix.keys && header.segment) {
+      Keys& keys = remote_keys_[header.segment];
+      keys = {};
+      std::copy_n(prefix.key, prefix.keys, keys.of.begin());
+    }
+    if (header.kind == FrameKind::data) {
+      if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
+        std::memcpy(into, data + kHead, header.payload_bytes);
+        host_.sink().on_data(*this, header, header.payload_bytes);
+      }
+    } else if (header.kind != FrameKind::link_private)
+      host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);
+  }
+  rail.give_back(from.slot);
+  if (wrong && !dead_) violated(wrong);
+  return !dead_;
+}
+
+}  // namespace aiocomm::rdma

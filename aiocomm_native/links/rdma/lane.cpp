@@ -1,0 +1,94 @@
+// What a rail's poller tells a lane, without the token: it is put into the pair's inbox, and somebody is woken for it.
+
+#include <cstring>
+#include <ctime>
+#include <utility>
+
+#include "core/doorbell.hpp"
+#include "core/notes.hpp"
+#include "core/offers.hpp"
+#include "links/rdma/peer.hpp"
+#include "links/rdma/prefix.hpp"
+
+namespace aiocomm::rdma {
+
+namespace {
+
+uint64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
+
+}  // namespace
+
+std::string Lane::name() const {
+  return "rdma/" + rail.port().device + ":" + std::to_string(rail.port().number);
+}
+
+void Lane::arrived(uint32_t slot, uint32_t nbytes, const std::byte* data) {
+  Prefix prefix{};
+  if (nbytes >= sizeof prefix) std::memcpy(&prefix, data, sizeof prefix);
+  peer.put({RdmaPeer::Event::Kind::frame, index, slot, nbytes, {}}, static_cast<Wake>(prefix.wake));
+}
+
+void Lane::immediate(uint32_t value, uint32_t nbytes) {
+  // With the last chunk a receive ends, or a notification is told, and a task runs; the others only have to be counted.
+  peer.put({RdmaPeer::Event::Kind::immediate, index, value, nbytes, {}},
+           is_note(value) || value & kLastChunk ? Wake::loop : Wake::none);
+}
+
+void Lane::frame_sent(uint32_t seq) {
+  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
+  peer.acks_.one(seq);
+}
+
+void Lane::chunk_done(uint32_t chunk, int error) {
+  outstanding.fetch_sub(1, std::memory_order_relaxed);
+  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
+  peer.put({RdmaPeer::Event::Kind::chunk, index, chunk, static_cast<uint32_t>(error), {}}, Wake::engine);
+}
+
+void Lane::failed(const std::string& reason) {
+  peer.put({RdmaPeer::Event::Kind::failed, index, 0, 0, reason}, Wake::engine);
+}
+
+bool Lane::expects() const {
+  return outstanding.load(std::memory_order_relaxed) || peer.starved_.load(std::memory_order_acquire) ||
+         (peer.active_.load(std::memory_order_relaxed) == index &&
+          peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
+}
+
+void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
+
+// A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
+void Lane::look(uint64_t now_ns) {
+  bool due = outstanding.load(std::memory_order_relaxed) ||
+             (peer.active_.load(std::memory_order_relaxed) == index &&
+              peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
+  uint64_t patience = rail.transport().patience_ns;
+  if (!due || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  std::unique_lock idle(posting, std::try_to_lock);
+  if (!idle || stalled.exchange(true)) return;
+  peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
+           Wake::engine);
+}
+
+void Lane::attend() { peer.poll(1 << 20); }
+
+void RdmaPeer::put(Event event, Wake wake) {
+  bool many;
+  {
+    std::lock_guard lock(inbox_mutex_);
+    inbox_.push_back(std::move(event));
+    many = inbox_.size() >= Rail::kCredits / 4;  // what nobody looks at uses credits up
+    has_inbox_.store(true, std::memory_order_release);
+  }
+  if (Attending::to(this)) return;
+  if (wake == Wake::loop)
+    ring(host_.wake_page().loop, host_.loop_fd());
+  else if (wake != Wake::none || many || starved_.load(std::memory_order_acquire))
+    ring(host_.wake_page().engine, host_.engine_fd());
+}
+
+}  // namespace aiocomm::rdma

@@ -1,0 +1,165 @@
+// needs: links/rdma/port.cpp
+//
+// What is wrong with ports and between them: each error names the device, and what to do.
+
+#if __has_include(<infiniband/verbs.h>)
+
+#include <arpa/inet.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#include "core/link.hpp"
+#include "links/rdma/port.hpp"
+
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                \
+    }                                                                              \
+  } while (0)
+
+using namespace aiocomm;
+using namespace aiocomm::rdma;
+
+namespace {
+
+// A machine with one device that nothing but this test knows, so the kernel tells nothing of its addresses.
+struct Machine {
+  bool device = true, opens = true;
+  ibv_port_state state = IBV_PORT_ACTIVE;
+  uint8_t layer = IBV_LINK_LAYER_INFINIBAND;
+  bool address = true;
+} g_machine;
+
+Verbs pretended() {
+  static ibv_device device{};
+  static ibv_device* list[] = {&device, nullptr};
+  static ibv_context context{};
+  Verbs verbs{};
+  verbs.get_device_list = [](int* count) {
+    *count = g_machine.device;
+    return list;
+  };
+  verbs.free_device_list = [](ibv_device**) {};
+  verbs.get_device_name = [](ibv_device*) -> const char* { return "test_0"; };
+  verbs.open_device = [](ibv_device*) -> ibv_context* {
+    errno = EACCES;
+    return g_machine.opens ? &context : nullptr;
+  };
+  verbs.close_device = [](ibv_context*) { return 0; };
+  verbs.query_device = [](ibv_context*, ibv_device_attr* attributes) {
+    attributes->phys_port_cnt = 1;
+    return 0;
+  };
+  verbs.query_port = [](ibv_context*, uint8_t, _compat_ibv_port_attr* out) {
+    auto attributes = reinterpret_cast<ibv_port_attr*>(out);
+    attributes->state = g_machine.state;
+    attributes->link_layer = g_machine.layer;
+    attributes->active_mtu = IBV_MTU_4096;
+    attributes->gid_tbl_len = 4;
+    return 0;
+  };
+  verbs.query_gid = [](ibv_context*, uint8_t, int, ibv_gid* gid) {
+    std::memset(gid, 0, sizeof *gid);
+    if (g_machine.address) inet_pton(AF_INET6, "fe80::1:2:3:4", gid->raw);
+    return 0;
+  };
+  verbs.query_pkey = [](ibv_context*, uint8_t, int, __be16* key) {
+    *key = htons(0xffff);
+    return 0;
+  };
+  return verbs;
+}
+
+void complains(int code, std::initializer_list<const char*> words, const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const LinkFailure& failure) {
+    std::string text = failure.what();
+    for (const char* word : words)
+      if (text.find(word) == std::string::npos) {
+        std::fprintf(stderr, "'%s' does not say '%s'\n", text.c_str(), word);
+        std::abort();
+      }
+    CHECK(failure.code == code);
+    return;
+  }
+  std::fprintf(stderr, "no complaint of %s\n", *words.begin());
+  std::abort();
+}
+
+void one_machine() {
+  Verbs verbs = pretended();
+  auto choose = [&](Selection selection = {}) { return choose_ports(verbs, selection); };
+  g_machine = {};
+  CHECK(choose().size() == 1 && choose()[0].address.pkey == 0xffff);
+  CHECK(choose({{"test_0:1"}}).size() == 1);
+  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"test_0:2"}}); });
+  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"other"}}); });
+  g_machine = {.device = false};
+  complains(ENODEV, {"no verbs device", "rdma link add"}, [&] { choose(); });
+  g_machine = {.opens = false};
+  complains(EACCES, {"device test_0", "give this user access to /dev/infiniband"}, [&] { choose(); });
+  g_machine = {.state = IBV_PORT_DOWN};
+  complains(ENETDOWN, {"device test_0 port 1", "not active", "plug the cable", "subnet manager"},
+            [&] { choose(); });
+  g_machine = {.layer = IBV_LINK_LAYER_ETHERNET};
+  complains(EADDRNOTAVAIL, {"device test_0 port 1", "no RoCE v2 address", "IP address"}, [&] { choose(); });
+  g_machine = {.address = false};
+  complains(EADDRNOTAVAIL, {"device test_0 port 1", "GID index 0", "aiocomm doctor"}, [&] { choose(); });
+}
+
+Address at(const char* gid, uint16_t partition = 0xffff, uint8_t layer = IBV_LINK_LAYER_INFINIBAND) {
+  Address address;
+  inet_pton(AF_INET6, gid, address.gid.raw);
+  address.pkey = partition;
+  address.mtu = IBV_MTU_4096;
+  address.link_layer = layer;
+  return address;
+}
+
+void two_ports() {
+  Port ours{"test_0", 1, 0, -1, at("fe80::1")};
+  check_reach(ours, at("fe80::2"));
+  check_reach(ours, at("fe80::2", 0x7fff));  // a limited member of the same partition
+  complains(EACCES, {"device test_0 port 1", "another partition", "partition key"},
+            [&] { check_reach(ours, at("fe80::2", 0x8001)); });
+  complains(ENETUNREACH,
+            {"device test_0 port 1", "fec0::2", "another InfiniBand subnet", "AIOCOMM_RDMA_DEVICES"},
+            [&] { check_reach(ours, at("fec0::2")); });
+  complains(EPROTONOSUPPORT, {"device test_0 port 1", "InfiniBand", "Ethernet", "AIOCOMM_RDMA_DEVICES"},
+            [&] { check_reach(ours, at("::ffff:10.0.0.1", 0xffff, IBV_LINK_LAYER_ETHERNET)); });
+  Port roce{"test_0", 1, 0, -1, at("::ffff:10.0.0.1", 0xffff, IBV_LINK_LAYER_ETHERNET)};
+  check_reach(roce, at("::ffff:10.9.0.1", 0xffff, IBV_LINK_LAYER_ETHERNET));  // routers are not our matter
+}
+
+void cards() {
+  std::vector<Port> ports{{"test_0", 1, 0, -1, at("fe80::1")}, {"test_1", 1, 0, -1, at("fe80::2", 0x8001)}};
+  std::string card = encode_card(ports);
+  auto addresses = decode_card(card);
+  CHECK(addresses.size() == 2 && addresses[1].pkey == 0x8001 && addresses[0].mtu == IBV_MTU_4096);
+  complains(EPROTO, {"another version", "same release"}, [&] { decode_card("\x09" + card.substr(1)); });
+  complains(EPROTO, {"another version"}, [&] { decode_card(""); });
+  complains(EPROTO, {"makes no sense"}, [&] { decode_card(card.substr(0, card.size() - 1)); });
+  complains(EPROTO, {"makes no sense"}, [&] { decode_card(card.substr(0, 1) + "\x09" + card.substr(2)); });
+  ports[0].address.mtu = 77;
+  complains(EPROTO, {"makes no sense"}, [&] { decode_card(encode_card(ports)); });
+}
+
+}  // namespace
+
+int main() {
+  one_machine();
+  two_ports();
+  cards();
+}
+
+#else
+int main() {}  // built without the headers of libibverbs, as the link is
+#endif
