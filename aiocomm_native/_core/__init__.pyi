@@ -33,11 +33,6 @@ class Engine:
 
     def __init__(self, links: Sequence[str], numbers: Mapping[str, float], texts: Mapping[str, str]) -> None: ...
 
-    def half_trips(self, peer: int, nbytes: int, count: int, first: bool) -> list[float]:
-        """
-        Half round trips of the loop's thread without Python between, in seconds. The peer calls it, too; messages go over the default channel with tag 0.
-        """
-
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
 
     def recv(self, arg0: object | None, arg1: int, arg2: int, arg3: int, arg4: float, /) -> Transfer[Any]: ...
@@ -60,6 +55,11 @@ class Engine:
     def add_device_region(self, description: tuple[Any, ...], writable: bool) -> tuple[int, int]: ...
 
     def close_region(self, arg: int, /) -> bool: ...
+
+    def half_trips(self, peer: int, nbytes: int, count: int, first: bool) -> list[float]:
+        """
+        Half round trips of the loop's thread without Python between, in seconds. The peer calls it, too; messages go over the default channel with tag 0.
+        """
 
     def drain(self, budget: int = 256) -> int: ...
 
