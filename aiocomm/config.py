@@ -133,7 +133,7 @@ class Settings:
         "auto",
         "",
         "Send large payloads from the caller's pages instead of copying them: auto, within a host while the "
-        "two ends run on different cores; on; off.",
+        "two ends run on different cores and the message is no larger than 128 MiB; on; off.",
         choices=("auto", "on", "off"),
     )
     heartbeat_s: float = _setting(

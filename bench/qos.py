@@ -189,5 +189,6 @@ SUITE = Suite(
     (
         Rule("urgent p99 under bulk ÷ idle p99", "aiocomm-shm", "p99_times_idle/channels", "<=", 3.0),
         Rule("weights 3:1, error of a share", "aiocomm-shm", "share_error", "<=", 0.05),
+        Rule("weights 3:1, error of a share", "aiocomm-tcp", "share_error", "<=", 0.05),
     ),
 )

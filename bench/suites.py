@@ -2,6 +2,7 @@
 
 from . import (
     collectives,
+    faults,
     gpu,
     gpu_compute,
     idle,
@@ -25,6 +26,7 @@ SUITES: dict[str, Suite] = {
         overhead,
         oversubscribe,
         idle,
+        faults,
         collectives,
         moe,
         startup,

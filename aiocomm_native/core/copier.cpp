@@ -1,9 +1,10 @@
 #include "core/copier.hpp"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <utility>
+
+#include "core/slice.hpp"
 
 namespace aiocomm {
 
@@ -22,17 +23,24 @@ void Copier::stop() {
   workers_.clear();
 }
 
-void Copier::submit(CopyJob job) {
-  bool wake;
+void Copier::submit(CopyJob job, bool wake) {
   {
     std::lock_guard lock(mutex_);
     queue_.push_back(std::move(job));
-    // Threads are started on first use: most processes never move a large message.
-    if (workers_.size() < static_cast<size_t>(threads_) && sleeping_ == 0 && !stopping_)
-      workers_.emplace_back([this] { work(); });
-    wake = sleeping_ > 0;
   }
-  if (wake) wake_.notify_one();
+  if (wake) rouse();
+}
+
+void Copier::rouse() {
+  {
+    std::lock_guard lock(mutex_);
+    if (queue_.empty()) return;
+    // Threads are started on first use: most processes never move a large message.
+    if (sleeping_ == 0 && workers_.size() < static_cast<size_t>(threads_) && !stopping_)
+      workers_.emplace_back([this] { work(); });
+    if (sleeping_ == 0) return;
+  }
+  wake_.notify_one();
 }
 
 bool Copier::run_one() {
@@ -55,8 +63,7 @@ void Copier::run(CopyJob& job) {
 void Copier::work() {
   pthread_setname_np(pthread_self(), "aiocomm-copy");
   // Throughput work: waking it must not take the core from an event loop in the middle of its turn.
-  sched_param plain{};
-  pthread_setschedparam(pthread_self(), SCHED_BATCH, &plain);
+  take_short_slices(SCHED_BATCH);
   for (;;) {
     CopyJob job;
     {

@@ -34,7 +34,9 @@ class Copier {
   Copier(int threads, std::function<void(CopyJob&)> finish);
   ~Copier();
   void stop();  // waits for running jobs; drops none: the queue must be empty or its jobs are run
-  void submit(CopyJob job);
+  // `wake` false: the caller is about to call run_one(), or rouse() where it will not.
+  void submit(CopyJob job, bool wake = true);
+  void rouse();
   bool run_one();  // the calling thread helps; false: nothing queued
   int threads() const { return threads_; }
 

@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <new>
+#include <utility>
 
+#include "core/slice.hpp"
 #include "core/token.hpp"
 
 namespace aiocomm {
@@ -196,7 +198,7 @@ std::string Engine::text_setting(std::string_view name) const {
 bool Engine::submit(Op* op) {
   op->submitted_ns = now();
   // A send_nowait is answered by its call: it waits the microseconds for which another thread holds the token.
-  if (op->no_wait) token_.lock();
+  if (op->no_wait) token_.lock_first();
   if (op->no_wait || token_.try_lock()) {
     in_loop_thread_ = true;
     drain_submissions();
@@ -248,16 +250,23 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
-  bool found = false, taken = false;
+  bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
+    // Peers need not wake the engine's thread for what is seen here.
+    if (page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep) {
+      awake(page_->engine);
+      covers = true;
+    }
     if (token_.try_lock()) {
       in_loop_thread_ = true;
       drain_submissions();
       poll_links();
       if (has_express()) dispatch_fds(express_epoll_, 0, true);
       in_loop_thread_ = false;
+      bool copies = std::exchange(spin_copies_, false);
       token_.unlock();
       after_unlock();
+      if (copies && copier_->run_one()) last = now();
     }
     uint64_t t = now();
     taken = t - last > kTakenNs;
@@ -265,7 +274,9 @@ bool Engine::spin(uint64_t until_ns) {
     last = t;
     relax();
   }
+  if (covers) prepare_sleep(page_->engine);  // what comes after this look rings
   loop_spins_.store(false, std::memory_order_relaxed);
+  if (covers) anything_to_poll();
   found = found || has_completed();
   if (patient && until_ns > began) patience_.spun(found, taken, last);
   return found;
@@ -399,6 +410,7 @@ void Engine::part_up(Rank rank, const std::string& part) {
 
 void Engine::run() {
   pthread_setname_np(pthread_self(), "aiocomm-engine");
+  take_short_slices();
   const auto heartbeat_ns = static_cast<uint64_t>(setting("heartbeat_s", 1.0) * 1e9);
   uint64_t next_tick = kNever, spin_until = 0;
   while (!stopping_.load(std::memory_order_acquire)) {

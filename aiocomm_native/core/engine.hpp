@@ -34,6 +34,7 @@
 #include "core/mpsc.hpp"
 #include "core/op.hpp"
 #include "core/patience.hpp"
+#include "core/priority_mutex.hpp"
 #include "core/peer.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
@@ -224,7 +225,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void drain_submissions();
   void after_unlock();
   void ring_engine() {
-    if (assistants_.load(std::memory_order_relaxed))
+    if (assistants_.load(std::memory_order_relaxed) || loop_spins())
       ring_fd(engine_fd_);  // they keep the word awake, but set no timers
     else
       ring(page_->engine, engine_fd_);
@@ -387,8 +388,9 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   Patience patience_;  // the loop's thread only
 
   // under the token
-  std::mutex token_;
+  PriorityMutex token_;
   bool in_loop_thread_ = false;
+  bool spin_copies_ = false;  // a chunk waits for the spinning loop to copy it
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;

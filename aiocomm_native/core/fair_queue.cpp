@@ -5,7 +5,12 @@
 namespace aiocomm {
 
 void FairQueue::enter(FairNode& node) {
-  node.start_ = std::max(node.start_, heap_.empty() ? furthest_ : heap_.front()->start_);
+  node.start_ = std::max(node.start_, now());
+  re_enter(node);
+}
+
+void FairQueue::resume(FairNode& node, uint64_t credit) {
+  node.start_ = std::max(node.start_, now() - static_cast<VirtualTime>(credit));
   re_enter(node);
 }
 

@@ -34,6 +34,9 @@ class FairQueue {
 
   // Becomes backlogged: starts no earlier than where the others stand now.
   void enter(FairNode& node);
+  // Was backlogged and could not be served: keeps its place, but for what it lags by more than `credit`. Nodes that lost
+  // theirs each time that the transport is full would be served in turns, whatever the weights.
+  void resume(FairNode& node, uint64_t credit);
   // Becomes backlogged by a refund: keeps its start tag.
   void re_enter(FairNode& node);
   void leave(FairNode& node);
@@ -52,6 +55,8 @@ class FairQueue {
   void sift_down(size_t at, FairNode* node) noexcept;
 
   std::vector<FairNode*> heap_;
+  VirtualTime now() const noexcept { return heap_.empty() ? furthest_ : heap_.front()->start_; }
+
   VirtualTime furthest_ = 0;  // at least every start tag given out
 };
 

@@ -8,6 +8,7 @@
 namespace aiocomm {
 
 namespace {
+constexpr uint64_t kSpinCopy = 1 << 20;  // the most that a spinning loop copies by itself at a time
 constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
 
 uint16_t packed_weight(double weight) {
@@ -324,7 +325,10 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     ++op->inflight;
     ++jobs_;
     if (chunk.last) op->in_sched = false;
-    copier_->submit(std::move(job));
+    // A loop that spins has nothing better to do, and is sooner at it than a thread that must be woken.
+    bool here = in_loop_thread_ && loop_spins() && jobs_ == 1 && job.nbytes <= kSpinCopy;
+    spin_copies_ |= here;
+    copier_->submit(std::move(job), !here);
     return true;
   }
   FrameHeader h{};

@@ -90,7 +90,7 @@ std::vector<uint64_t> Scheduler::remove_flow(FlowId id) {
     dropped.push_back(item_pool_[flow.front()].id);
     remove_item(flow.front());
   }
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
   Group& group = flow.group;
   --registered_[group.cls];
   flows_.remove(flow);
@@ -100,13 +100,15 @@ std::vector<uint64_t> Scheduler::remove_flow(FlowId id) {
 
 void Scheduler::set_weight(uint64_t group, double weight) {
   require(weight >= kMinWeight && weight <= kMaxWeight, "a weight must lie in [1/1024, 1024]");
-  group_at(group).cost_per_byte = static_cast<uint64_t>(std::llround(kCostOne / weight));
+  Group& changed = group_at(group);
+  changed.cost_per_byte = static_cast<uint64_t>(std::llround(kCostOne / weight));
+  dearest_[changed.cls] = std::max(dearest_[changed.cls], changed.cost_per_byte);
 }
 
 void Scheduler::set_ready(FlowId id, bool ready) {
   Flow& flow = flow_at(id);
   flow.ready = ready;
-  refresh(flow, false);
+  refresh(flow, Entry::resumes);
 }
 
 void Scheduler::set_preempt(uint8_t cls, uint64_t ns) {
@@ -119,7 +121,7 @@ void Scheduler::push(FlowId id, uint64_t item, uint64_t nbytes, bool header) {
   require(items_.find(item) == nullptr, "this item is queued already");
   require(!header || nbytes <= config_.max_chunk, "a header is at most max_chunk long");
   insert_item({.id = item, .nbytes = nbytes, .order = order_++, .flow = &flow, .header = header});
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
 }
 
 std::optional<Scheduler::Chunk> Scheduler::next() {
@@ -153,7 +155,7 @@ std::optional<Scheduler::Chunk> Scheduler::next() {
   flow.backlog -= nbytes;
   if (chunk.last) {
     remove_item(flow.front());
-    refresh(flow, false);
+    refresh(flow, Entry::starts);
   }
   return chunk;
 }
@@ -185,7 +187,7 @@ void Scheduler::unget(const Chunk& chunk) {
   group.served -= chunk.nbytes;
   group.flows.refund(flow, charged(chunk.nbytes));
   classes_[group.cls].refund(group, group.cost(chunk.nbytes));
-  refresh(flow, true);
+  refresh(flow, Entry::refunded);
   if (undo_depth_ > 0 && undo_[(undo_top_ - 1) % kUndoDepth].serial == chunk.serial) {
     --undo_depth_;
     owed_ = undo_[--undo_top_ % kUndoDepth].owed;
@@ -199,7 +201,7 @@ std::optional<uint64_t> Scheduler::cancel(uint64_t id) {
   Flow& flow = *item.flow;
   const uint64_t remaining = item.nbytes - item.offset;
   remove_item(*index);
-  refresh(flow, false);
+  refresh(flow, Entry::starts);
   return remaining;
 }
 
@@ -243,7 +245,7 @@ unsigned Scheduler::backlogged() const noexcept {
 }
 
 // Enters the flow and its group into the fair queues, or takes them out, as its items and readiness demand.
-void Scheduler::refresh(Flow& flow, bool refund) {
+void Scheduler::refresh(Flow& flow, Entry entry) {
   const bool active = flow.ready && !flow.empty();
   if (active == flow.queued()) return;
   Group& group = flow.group;
@@ -253,9 +255,19 @@ void Scheduler::refresh(Flow& flow, bool refund) {
     if (group.flows.empty()) groups.leave(group);
     return;
   }
-  refund ? group.flows.re_enter(flow) : group.flows.enter(flow);
-  if (group.queued()) return;
-  refund ? groups.re_enter(group) : groups.enter(group);
+  auto into = [entry](FairQueue& queue, FairNode& node, uint64_t credit) {
+    switch (entry) {
+      case Entry::starts:
+        return queue.enter(node);
+      case Entry::resumes:
+        return queue.resume(node, credit);
+      case Entry::refunded:
+        return queue.re_enter(node);
+    }
+  };
+  // As far as a whole chunk of any other can have put it behind, and one more that was given back.
+  into(group.flows, flow, 2 * config_.max_chunk);
+  if (!group.queued()) into(groups, group, 2 * config_.max_chunk * dearest_[group.cls]);
 }
 
 void Scheduler::insert_item(const Item& item) {

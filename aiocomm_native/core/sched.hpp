@@ -8,7 +8,7 @@
 //   - Between the groups (channels) of a class: start-time fair queueing by bytes / weight. Between the flows
 //     of a group: the same with equal weights. An item of no bytes is charged as one byte.
 //   - A flow that is not ready, or has nothing queued, is not backlogged: it keeps its items and earns no
-//     credit.
+//     credit. One that becomes ready again keeps its place (FairQueue::resume).
 //   - Window: an urgent chunk waits for the less urgent bytes posted before it. Therefore, where flows of
 //     class u are registered (backlogged or not), the classes below u keep at most rate * preempt_ns(u) bytes
 //     in flight together, and their chunks are half of that. Where none is, chunks are max_chunk and the window
@@ -133,7 +133,8 @@ class Scheduler {
   unsigned choose_class(unsigned backlogged) noexcept;
   void account_share(unsigned cls, uint64_t nbytes, unsigned backlogged) noexcept;
   uint64_t preempt_window(unsigned cls) const noexcept;
-  void refresh(Flow& flow, bool refund);
+  enum class Entry : uint8_t { starts, resumes, refunded };
+  void refresh(Flow& flow, Entry entry);
   void insert_item(const Item& item);
   void remove_item(uint32_t index);
 
@@ -148,6 +149,7 @@ class Scheduler {
   const int64_t share_;  // min_share in units of 1 / kShareOne
   std::array<FairQueue, kClasses> classes_;
   std::array<size_t, kClasses> registered_{};  // flows
+  std::array<uint64_t, kClasses> dearest_{};   // the greatest cost of a byte that a group has had
   std::array<uint64_t, kClasses> preempt_ns_;
   std::array<uint64_t, kClasses> in_flight_{};
   // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.

@@ -20,7 +20,10 @@ class Engine::Token {
     engine_.drain_submissions();
   }
   explicit Token(Engine& engine, bool loop_thread = false) : engine_(engine) {
-    engine_.token_.lock();
+    if (loop_thread)
+      engine_.token_.lock_first();
+    else
+      engine_.token_.lock();
     engine_.in_loop_thread_ = loop_thread;
     engine_.drain_submissions();
   }

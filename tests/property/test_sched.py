@@ -244,8 +244,11 @@ TestScheduler = SchedMachine.TestCase
 fresh_items = itertools.count()
 
 
-def keep_full(sched: Any, flows: dict[int, list[int]], nbytes: int) -> dict[int, int]:
-    """Serves about `nbytes` while every flow (message sizes in a cycle) stays backlogged; bytes by flow."""
+def keep_full(sched: Any, flows: dict[int, list[int]], nbytes: int, room: int = 0) -> dict[int, int]:
+    """Serves about `nbytes` while every flow (message sizes in a cycle) stays backlogged; bytes by flow.
+
+    With `room`, the transport is full after so many chunks: it refuses every flow, and then has room again.
+    """
     taken = dict.fromkeys(flows, 0)
     pushed = dict.fromkeys(flows, 0)
     while sum(taken.values()) < nbytes:
@@ -253,9 +256,16 @@ def keep_full(sched: Any, flows: dict[int, list[int]], nbytes: int) -> dict[int,
             while sched.backlog(flow) < 4096:
                 sched.push(flow, next(fresh_items), sizes[pushed[flow] % len(sizes)])
                 pushed[flow] += 1
-        chunk = sched.next()
-        taken[chunk.flow] += chunk.nbytes
-        sched.complete(chunk.nbytes, 0, chunk.cls)
+        for _ in range(room or 1):
+            chunk = sched.next()
+            taken[chunk.flow] += chunk.nbytes
+            sched.complete(chunk.nbytes, 0, chunk.cls)
+        if room:
+            while (refused := sched.next()) is not None:
+                sched.unget(refused)
+                sched.set_ready(refused.flow, False)
+            for flow in flows:
+                sched.set_ready(flow, True)
     return taken
 
 
@@ -266,18 +276,19 @@ message_sizes = st.lists(st.integers(1, 8192), min_size=1, max_size=4).filter(la
 @given(
     groups=st.lists(st.tuples(st.floats(0.3, 5), st.integers(1, 3), message_sizes), min_size=2, max_size=4),
     before=st.integers(0, 50_000),
+    room=st.integers(0, 3),
 )
-def test_weights_hold_by_bytes(groups: list[tuple[float, int, list[int]]], before: int) -> None:
-    """Over any backlogged interval, whatever the message sizes and the number of peers of a channel."""
+def test_weights_hold_by_bytes(groups: list[tuple[float, int, list[int]]], before: int, room: int) -> None:
+    """Over any backlogged interval: whatever the sizes, the peers of a channel, and a transport that is full."""
     sched = Scheduler(**SMALL)
     flows: dict[int, list[int]] = {}
     for group, (weight, peers, sizes) in enumerate(groups):
         for peer in range(peers):
             sched.add_flow(group * 8 + peer, 1, weight, group)
             flows[group * 8 + peer] = [sizes[(peer + i) % len(sizes)] for i in range(len(sizes))]
-    keep_full(sched, flows, before)
+    keep_full(sched, flows, before, room)
     least = min(weight for weight, _, _ in groups) / sum(weight for weight, _, _ in groups)
-    taken = keep_full(sched, flows, round(2 * 1024 / least / 0.05))
+    taken = keep_full(sched, flows, round(2 * 1024 / least / 0.05), room)
     total = sum(taken.values())
     for group, (weight, peers, _) in enumerate(groups):
         of_peers = [taken[group * 8 + peer] for peer in range(peers)]

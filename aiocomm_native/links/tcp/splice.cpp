@@ -11,9 +11,10 @@
 
 namespace aiocomm::tcp {
 
-bool SpliceSender::pays(int socket, size_t nbytes) const {
+bool SpliceSender::pays(int socket, size_t nbytes, uint64_t message_bytes) const {
   if (nbytes < kLeast) return false;
   if (mode_ == Splice::always) return true;
+  if (message_bytes > kGreatestMessage) return false;
   int core = -1;  // that handled the last acknowledgement: over loopback, the receiver's
   socklen_t size = sizeof core;
   return ::getsockopt(socket, SOL_SOCKET, SO_INCOMING_CPU, &core, &size) != 0 || core != ::sched_getcpu();

@@ -1,0 +1,34 @@
+// A mutex that the loop's thread gets before all others.
+//
+// std::mutex is handed to nobody: a thread that gives it back and asks again at once, as one that empties a socket turn by
+// turn does, wins again and again over one that sleeps for it. Here the others stand back while the first one waits.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+
+namespace aiocomm {
+
+class PriorityMutex {
+ public:
+  void lock() {
+    for (uint32_t n; (n = waiting_.load(std::memory_order_acquire)) != 0;)
+      waiting_.wait(n, std::memory_order_acquire);
+    mutex_.lock();
+  }
+  void lock_first() {
+    if (mutex_.try_lock()) return;
+    waiting_.fetch_add(1, std::memory_order_release);
+    mutex_.lock();
+    if (waiting_.fetch_sub(1, std::memory_order_release) == 1) waiting_.notify_all();
+  }
+  bool try_lock() { return mutex_.try_lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  std::mutex mutex_;
+  std::atomic<uint32_t> waiting_{0};  // of lock_first()
+};
+
+}  // namespace aiocomm
