@@ -127,7 +127,7 @@ bool prepare_to_sleep(PyEngine& e) {
 
 void woken(PyEngine& e) {
   e.slept_ns = e.engine->now();
-  e.engine->loop_wakes();
+  e.engine->loop_wakes(e.slept_ns);
 }
 
 template <PyObject* PyEngine::* Member>

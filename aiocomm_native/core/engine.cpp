@@ -249,6 +249,8 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
+  const uint64_t asked = until_ns > began ? until_ns - began : 0;
+  until_ns = began + patience_.stretched(asked);
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
@@ -277,7 +279,7 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && until_ns > began) patience_.spun(found, taken, last);
+  if (patient && asked) patience_.spun(found, taken, began, last, asked);
   return found;
 }
 

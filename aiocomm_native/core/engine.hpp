@@ -146,7 +146,10 @@ class Engine final : public Host, public FrameSink {
   std::vector<Rank> take_connect_wanted();
   bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
   void loop_sleeps() { prepare_sleep(page_->loop); }
-  void loop_wakes() { awake(page_->loop); }
+  void loop_wakes(uint64_t now_ns) {
+    awake(page_->loop);
+    patience_.woke(now_ns);
+  }
   bool anything_to_poll();
 
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
