@@ -1,8 +1,7 @@
 """What pytest runs inside the guest. Emulated seconds are dear: what other machines can test is not here."""
 
-# The guest's own tests; that the link keeps the promises of every link, on asyncio; and that cancelling does on trio, too,
-# which has its own way of it. All of it on all loops: `run.py --limit 1800 -- pytest tests/links tests/fault/test_kill.py
-# -k rdma`.
+# The guest's own tests; that the link keeps the promises of every link, on asyncio; and that cancelling does
+# on trio, too, which has its own way of it. README.md has the command for all of it on all loops.
 SELECTED = "guest or (rdma and (asyncio or (trio and test_cancel)))"
 ARGUMENTS = (
     "-v",
