@@ -5,23 +5,15 @@
 
 #include "core/notes.hpp"
 
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-using namespace aiocomm;
+#include "check.hpp"
 
-#define CHECK(condition)                                                                             \
-  do {                                                                                               \
-    if (!(condition)) {                                                                              \
-      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
-      std::abort();                                                                                  \
-    }                                                                                                \
-  } while (0)
+using namespace aiocomm;
 
 namespace {
 

@@ -2,16 +2,7 @@
 
 #include "core/patience.hpp"
 
-#include <cstdio>
-#include <cstdlib>
-
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                                                \
-    }                                                                              \
-  } while (0)
+#include "check.hpp"
 
 namespace {
 

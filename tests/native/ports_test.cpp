@@ -13,16 +13,9 @@
 #include <functional>
 #include <string>
 
+#include "check.hpp"
 #include "core/link.hpp"
 #include "links/rdma/port.hpp"
-
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                                                \
-    }                                                                              \
-  } while (0)
 
 using namespace aiocomm;
 using namespace aiocomm::rdma;
