@@ -5,15 +5,23 @@
 
 #include "core/notes.hpp"
 
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "check.hpp"
-
 using namespace aiocomm;
+
+#define CHECK(condition)                                                                             \
+  do {                                                                                               \
+    if (!(condition)) {                                                                              \
+      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
+      std::abort();                                                                                  \
+    }                                                                                                \
+  } while (0)
 
 namespace {
 
