@@ -66,14 +66,13 @@ class Driver:
         plan.srcDevice, plan.srcPitch = source
         self("cuMemcpy2DAsync_v2", ctypes.byref(plan), stream)
 
-    def copy_batch(
+    def batch(
         self, to: Sequence[int], source: Sequence[int], nbytes: int, stream: ctypes.c_void_p
-    ) -> None:
-        """Queue many copies of one size by one call, as CUDA 12.8 has it."""
+    ) -> Callable[[], None]:
+        """Make a function that queues many copies of one size by one call, as CUDA 12.8 has it."""
         count = len(to)
         kind = _Attributes(order=_IN_STREAM_ORDER, flags=_OVERLAP)
-        self(
-            "cuMemcpyBatchAsync",
+        arguments = (
             (ctypes.c_uint64 * count)(*to),
             (ctypes.c_uint64 * count)(*source),
             (ctypes.c_size_t * count)(*[nbytes] * count),
@@ -84,6 +83,7 @@ class Driver:
             ctypes.byref(ctypes.c_size_t(0)),
             stream,
         )
+        return lambda: self("cuMemcpyBatchAsync", *arguments)
 
     def wait(self, stream: ctypes.c_void_p) -> None:
         """Wait for a stream."""

@@ -35,10 +35,8 @@ def _blocks(
 
         give_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 1)
         take_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 2)
-
-        def scattered() -> None:
-            to, source = ([at + n * block for n in ns] for at, ns in ((peer, take_all), (own, give_all)))
-            driver.copy_batch(to, source, block, stream)
+        to, source = ([at + n * block for n in ns] for at, ns in ((peer, take_all), (own, give_all)))
+        scattered = driver.batch(to, source, block, stream)
 
         for name, queue in (("strided", strided), ("scattered", scattered)):
             for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.AT_ONCE, "pages_gbytes_s")):

@@ -108,10 +108,10 @@ struct MoveJob {
   uint64_t posted_ns = 0, ended_ns = 0;
   uint8_t device = 0, cls = 0;
   Lane lane = Lane::peer;
-  int error = 0;  // the driver's
-  const RowList* rows =
-      nullptr;           // of the op: `to` and `from` are where offsets count from; else of the chunk
-  uint64_t slow_ns = 0;  // that it takes longer than one copy of its size
+  int error = 0;                  // the driver's
+  bool local = false;             // within one device: by none of the engines between devices
+  const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
+  uint64_t slow_ns = 0;           // that it takes longer than one copy of its size
 };
 
 struct Reach {

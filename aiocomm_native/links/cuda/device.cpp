@@ -18,6 +18,7 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
+constexpr size_t kLocal = 5;   // the stream of copies within the device
 constexpr size_t kBatch = 16;  // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
@@ -172,6 +173,7 @@ void Device::give_back(const Gate& gate) {
 // ---------------------------------------------------------------- the thread
 
 size_t Device::stream_of(const MoveJob& job) {
+  if (job.local) return kLocal;
   if (job.lane == Lane::out) return 3;
   if (job.lane == Lane::in) return 4;
   if (job.cls > 1) return 2;
@@ -350,8 +352,8 @@ uint64_t Device::expected_end() const {
     const Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
     const MoveJob& job = stream.inflight.front().second;
-    uint64_t end =
-        std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60) + job.slow_ns;
+    const uint64_t rate = i < 3 ? 400 : i == kLocal ? 1000 : 60;  // bytes per ns
+    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / rate + job.slow_ns;
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;

@@ -67,8 +67,8 @@ class Device {
   std::array<std::byte, 16> uuid{};
 
  private:
-  static constexpr size_t kStreams =
-      5;  // two for bulk and one for what is urgent between devices, to and from the host
+  // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
+  static constexpr size_t kStreams = 6;
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
