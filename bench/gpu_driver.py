@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "libcuda.so.1"
 _LAZY_PEER_ACCESS = 1
+_PORTABLE = 1
 _NON_BLOCKING = 1
 _NO_TIMING = 2
 _UNIFIED = 4
@@ -46,6 +47,17 @@ class Driver:
         memory = Memory(self, address.value, nbytes)
         memory.fill(1)
         return memory
+
+    def pinned(self, nbytes: int) -> int:
+        """Address of host memory that the device reaches by itself."""
+        address = ctypes.c_void_p()
+        self("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), _PORTABLE)
+        return address.value or 0
+
+    def call(self, name: str, *arguments: Any) -> Callable[[], int]:
+        """One of the driver's functions with its arguments bound, to be timed."""
+        function = getattr(self._library, name)
+        return lambda: int(function(*arguments))
 
     def stream(self) -> ctypes.c_void_p:
         """A stream of its own."""
@@ -96,6 +108,10 @@ class Driver:
         self("cuIpcOpenMemHandle_v2", ctypes.byref(address), packed, _LAZY_PEER_ACCESS)
         return address.value
 
+    def close(self, address: int) -> None:
+        """Drop what `open` has mapped."""
+        self("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
 
 class Kernel:
     """A kernel that does nothing, so that what a launch costs is all there is."""
@@ -144,6 +160,14 @@ class Memory:
     ) -> None:
         self.driver, self.address, self.nbytes = driver, address, nbytes
         self.shape = shape or (nbytes,)
+        # Made once, as by libraries whose arrays are native: what is measured is not the making of a dict.
+        self.__cuda_array_interface__ = {
+            "shape": self.shape,
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
 
     def shaped(self, *shape: int) -> Memory:
         """The first bytes of it, with another shape."""
@@ -152,16 +176,6 @@ class Memory:
     def __getitem__(self, part: slice) -> Memory:
         start, stop, _ = part.indices(self.nbytes)
         return Memory(self.driver, self.address + start, stop - start)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "strides": None,
-            "version": 3,
-        }
 
     def handle(self) -> bytes:
         """For another process to open."""

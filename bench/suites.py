@@ -5,6 +5,7 @@ from . import (
     faults,
     gpu,
     gpu_compute,
+    gpu_mixed,
     idle,
     moe,
     overhead,
@@ -32,6 +33,7 @@ SUITES: dict[str, Suite] = {
         startup,
         gpu,
         gpu_compute,
+        gpu_mixed,
         rdma,
     )
 }

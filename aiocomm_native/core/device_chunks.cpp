@@ -129,8 +129,8 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
         queue.lane == Lane::peer && gpu.theirs.owner == gpu.place.owner && gpu.theirs.device == gpu.device;
     if (queue.lane == Lane::peer && !job.local)
       engine_.page_->load[queue.device].fetch_add(chunk->nbytes, std::memory_order_relaxed);
-    // The copy of a small message takes about as long as its receiver's loop takes to wake up.
-    if (gpu.role == Role::pull && job.nbytes <= kEarlyWake) engine_.wake_loop();
+    // The copy of a small message takes about as long as a loop takes to wake up.
+    job.early = gpu.role == Role::pull && op->nbytes <= kEarlyWake;
     if (!mover_->post(job)) queue.overflow.push_back(job);
   }
 }
