@@ -3,6 +3,7 @@
 # Usage: bench/gpu_machine.sh STEP... ; the steps, in the order in which they are named:
 #   bench      suite `gpu`, three rounds            quick      one short round of it
 #   mixed      suite `gpu-mixed`                    compute    suite `gpu-compute`
+#   ring       suite `gpu-ring`, of all GPUs
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
 #   examples   the examples for GPUs                sanitizer  a few tests under compute-sanitizer
@@ -61,6 +62,7 @@ for step in "$@"; do
   bench) suite gpu --rounds 3 ;;
   quick) suite gpu --quick --rounds 1 ;;
   mixed) suite gpu-mixed --rounds 3 ;;
+  ring) suite gpu-ring --rounds 3 ;;
   compute) suite gpu-compute --rounds 2 ;;
   tests) tests ;;
   real)

@@ -6,6 +6,7 @@ from . import (
     gpu,
     gpu_compute,
     gpu_mixed,
+    gpu_ring,
     idle,
     moe,
     overhead,
@@ -34,6 +35,7 @@ SUITES: dict[str, Suite] = {
         gpu,
         gpu_compute,
         gpu_mixed,
+        gpu_ring,
         rdma,
     )
 }
