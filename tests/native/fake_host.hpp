@@ -2,11 +2,11 @@
 // sink that writes down what it is told. Nothing here waits on time except `until`, which gives up.
 #pragma once
 
-#include <atomic>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>

@@ -42,8 +42,7 @@ Io BulkLane::outside(Call call) {
 }
 
 Io BulkLane::write_some(const Outgoing& frame, uint64_t turn) {
-  uint64_t paid =
-      frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
+  uint64_t paid = frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
   const std::byte* rest = frame.payload + paid;
   size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
   bool splices =
@@ -55,9 +54,8 @@ Io BulkLane::write_some(const Outgoing& frame, uint64_t turn) {
   iovec parts[2];
   int count = 0;
   if (frame.done < sizeof frame.header)
-    parts[count++] = {
-        const_cast<std::byte*>(reinterpret_cast<const std::byte*>(&frame.header)) + frame.done,
-        sizeof frame.header - frame.done};
+    parts[count++] = {const_cast<std::byte*>(reinterpret_cast<const std::byte*>(&frame.header)) + frame.done,
+                      sizeof frame.header - frame.done};
   if (want && !splices) parts[count++] = {const_cast<std::byte*>(rest), want};
   return stream_->write(parts, count, splices);
 }

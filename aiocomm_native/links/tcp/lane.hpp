@@ -36,7 +36,7 @@ class Lane : public Pollable {
   virtual void readable() = 0;
   virtual void writable() = 0;
   virtual bool aborts() const { return false; }  // whether what is on the way is dropped at the end
-  virtual void quiesce() {}  // returns once no thread is in a call on the stream
+  virtual void quiesce() {}                      // returns once no thread is in a call on the stream
   // Tells the engine's set what this lane waits for; returns early where nothing changes.
   void want_write(bool yes);
   void want_chase(bool yes);
