@@ -391,6 +391,17 @@ void Engine::after_unlock() {
   }
 }
 
+void Engine::leave_token() {
+  token_.unlock();
+  after_unlock();
+}
+
+void Engine::enter_token() {
+  token_.lock();
+  in_loop_thread_ = false;
+  drain_submissions();
+}
+
 int Engine::poll_links() {
   int did = 0;
   for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll(kPollBudget);

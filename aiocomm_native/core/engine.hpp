@@ -2,7 +2,7 @@
 //
 // Theory of operation
 //  * One lock, the *token*, guards everything here. It is held for microseconds: frames are handled and chunks are
-//    chosen under it, bytes are copied without it (Copier).
+//    chosen under it, bytes are copied without it (Copier, Host::leave_token).
 //  * Whoever is awake makes progress. The loop's thread submits with try_lock; if another thread holds the token, the
 //    op goes through a lock-free queue which every holder empties before and after it lets go, so nothing is stranded.
 //  * The sender of a frame chooses which thread of the receiver wakes: the loop's for small messages (one wake-up and
@@ -190,6 +190,8 @@ class Engine final : public Host, public FrameSink {
   int wake_page_fd() const override { return page_fd_; }
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
+  void leave_token() override;
+  void enter_token() override;
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;
@@ -205,7 +207,7 @@ class Engine final : public Host, public FrameSink {
   void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                 const std::byte* payload) override;
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
-  void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
+  void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes, const std::byte* into) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
   void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
