@@ -18,7 +18,7 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kNever = ~0ull;
-constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
+constexpr uint64_t kTakenNs = 300000;     // a gap this long in a spin: the core was given to someone else
 constexpr uint64_t kMostLinger = 100000;  // ns
 constexpr int kTurns = 4;
 constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns

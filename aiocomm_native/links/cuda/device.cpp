@@ -26,8 +26,8 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kWakeNs = 80000;
 constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
-constexpr uint64_t kEarlyNs = 20000;                  // that a copy takes at most whose end is announced at once
-constexpr double kMostRate = 400;                     // between devices, in bytes per ns
+constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
+constexpr double kMostRate = 400;     // between devices, in bytes per ns
 
 uint64_t now_ns() {
   timespec t;

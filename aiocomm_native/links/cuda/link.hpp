@@ -33,8 +33,9 @@ class State {
 
   const Driver& driver;
   MoverHost& host;
-  const uint64_t process;               // token
-  std::atomic<uint64_t> described = 0;  // messages' memory so far: where there are some, memory may be freed, too
+  const uint64_t process;  // token
+  std::atomic<uint64_t> described =
+      0;  // messages' memory so far: where there are some, memory may be freed, too
   Helper helper;
   std::mutex made_mutex;
   std::unordered_map<OpId, uint64_t>
