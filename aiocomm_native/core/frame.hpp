@@ -46,7 +46,9 @@ enum class FrameKind : uint8_t {
   key_revoke,   // region `rop` closes: begin nothing more
   key_revoked,  // answer: nothing of ours is under way there any more
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
-  last_kind = note,
+  soon,  // a copy of device memory that the loop waits for ends within about `nbytes` ns: it is woken in time
+  freed,  // device memory at `address` with buffer id `rop` is the sender's no more: mappings of it are to be dropped
+  last_kind = freed,
 };
 
 enum FrameFlags : uint8_t {

@@ -84,6 +84,10 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return on_note(*peer, header, meta);
       case FrameKind::heartbeat:
         return;
+      case FrameKind::freed:
+        return device_.on_freed(*peer, header);
+      case FrameKind::soon:
+        return expect(header.nbytes);
       default:
         throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));
     }
