@@ -21,7 +21,7 @@ _PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl", "nixl-gpu": 
     _MODES, "gpu_ours"
 )
 
-NAMES = tuple(_PROGRAMS)
+NAMES = (*_PROGRAMS, "copies-writes", "copies-words")
 
 
 def _missing(name: str) -> str:
