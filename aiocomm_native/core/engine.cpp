@@ -465,9 +465,13 @@ void Engine::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     awake(page_->engine);
     int did;
+    std::vector<std::shared_ptr<LinkPeer>> gone;  // what they map is given back without the token
     {
       Token token(*this);
-      retired_.clear();  // no event of theirs is in this thread's hands here
+      gone.swap(retired_);  // no event of theirs is in this thread's hands here
+      if (!gone.empty())
+        for (auto& peer : peers_)
+          if (peer && peer->state == Peer::State::lost) peer->link.reset();
       did = poll_links();
       uint64_t t = now();
       expire(t);
@@ -487,6 +491,7 @@ void Engine::run() {
       else if (t < spin_until)
         did = 1;
     }
+    gone.clear();
     while (copier_->run_one()) did = 1;
     if (did) continue;
     prepare_sleep(page_->engine);
