@@ -136,12 +136,13 @@ class RecordingEngine:
 
         self._note(start)
 
-    def paired(self, rank: int, generation: int) -> bool:
+    def pair_state(self, rank: int, generation: int) -> str:
         """Started, and not broken since."""
         with self._changed:
             attachment = self.attached.get(rank)
             started = attachment is not None and self.started.get(rank) == attachment.link
-            return started and attachment.generation == generation and rank not in self.broken_pairs
+            up = started and attachment.generation == generation and rank not in self.broken_pairs
+            return "up" if up else "failed"
 
     def break_pair(self, rank: int) -> None:
         """As if its link had failed."""

@@ -353,7 +353,7 @@ def test_without_fallback_a_pair_is_made_anew_over_the_link_it_had(members: Call
         engine.break_pair(1 - rank)
     world[0].plane.request_pair(1)
     for rank, engine in enumerate(engines):
-        engine.wait(lambda engine, other=1 - rank: engine.paired(other, engine.peers[other]))
+        engine.wait(lambda engine, other=1 - rank: engine.pair_state(other, engine.peers[other]) == "up")
         assert engine.started == {1 - rank: "shm"}
         assert not [event for event in engine.events if isinstance(event, Fallback)]
     assert engines[1].detached == []
