@@ -85,7 +85,6 @@ struct LinkCounters {
   uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
   uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
   uint64_t fallbacks = 0, would_block = 0;
-  uint64_t rested = 0;  // idle pairs closed
   std::map<std::string, uint64_t> device;  // of the link itself
   std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
   DurationHistogram queued, moved;  // of completed operations: until the first byte moved, and from then on

@@ -61,7 +61,6 @@ void Engine::on_resting(Peer& peer, const FrameHeader& header) {
 
 // Closes the pair; nothing is lost by it.
 void Engine::rest(Peer& peer) {
-  ++counters_[peer.link_index].rested;
   peer.resting = false;
   peer.rested = true;
   let_go_of_link(peer, false);
