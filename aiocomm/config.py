@@ -206,8 +206,7 @@ class Settings:
     pair_idle_s: float = _setting(
         0.0,
         "seconds",
-        "A connection with a peer on another host that nobody has used for so long is closed, until it is used "
-        "again; 0: never.",
+        "A connection with a peer that has not been used for so long is closed until it is needed; 0: never.",
         low=0.0,
     )
     handshake_timeout_s: float = _setting(

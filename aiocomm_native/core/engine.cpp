@@ -425,11 +425,12 @@ void Engine::run() {
       expire(t);
       bool ticking = false;
       for (auto& peer : peers_)
-        if (peer && peer->state == Peer::State::up && peer->link->needs_ticks()) {
-          ticking = true;
-          if (t >= next_tick) peer->link->tick(t);
-          if (t >= next_tick && rest_ns_ && peer->state == Peer::State::up)
-            look_at_rest(*peer, t, heartbeat_ns);
+        if (peer && peer->state == Peer::State::up) {
+          bool ticks = peer->link->needs_ticks(), rests = rest_ns_ && peer->rank != rank_;
+          ticking = ticking || ticks || rests;
+          if (t < next_tick) continue;
+          if (ticks) peer->link->tick(t);
+          if (rests && peer->state == Peer::State::up) look_at_rest(*peer, t, heartbeat_ns);
         }
       if (!ticking)
         next_tick = kNever;

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 LINKS = [
+    "shm",
     "tcp",
     *(["rdma"] if "AIOCOMM_RDMA_GUEST" in os.environ and "rdma" in _core.available_links() else []),
 ]
@@ -52,7 +53,7 @@ async def swap(pair: Pair, nbytes: int) -> None:
 
 
 async def test_an_idle_pair_is_closed_and_connected_again(pair: Pair) -> None:
-    a, b = pair
+    a, _ = pair
     events = a.events()
     for nbytes in (10, 1 << 20):
         await closed(pair)
