@@ -15,7 +15,7 @@ from aiocomm import _dlpack
 from aiocomm._streams import resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
-__all__ = ["NO_STREAM", "Description", "DeviceArray", "describe"]
+__all__ = ["NO_STREAM", "Description", "DeviceArray", "describe", "is_read_only", "itemsize_of", "part_of"]
 
 Description: TypeAlias = tuple[Any, int, int, int, int, str, tuple[int, ...]]
 """What keeps the memory, address, bytes, device (-1: wherever it is), stream handle, dtype, shape."""
@@ -140,6 +140,37 @@ def describe(array: Any, writable: bool, stream: Any = None) -> Description | No
     if interface is not None:
         return _from_interface(array, interface, writable, stream)
     return _from_dlpack(array, stream) if _dlpack.device_kind(array) == _dlpack.CUDA else None
+
+
+def itemsize_of(described: Description) -> int:
+    """Bytes of an element, also of an array that has none."""
+    _, _, nbytes, _, _, form, shape = described
+    if count := math.prod(shape):
+        return nbytes // count
+    typestr = _TYPESTRS.get(form)
+    digits = typestr[2:] if typestr else "".join(one for one in form if one.isdigit())  # bfloat16
+    bits = int(digits or 8)
+    return bits if typestr else max(1, bits // 8)
+
+
+def is_read_only(array: Any) -> bool:
+    """Whether a GPU array says that it must not be written (JAX's do)."""
+    if type(array).__module__.partition(".")[0] == "torch":
+        return False  # its interface is slow, and never says so
+    interface = getattr(array, "__cuda_array_interface__", None)
+    return interface is not None and bool(interface["data"][1])
+
+
+def part_of(described: Description, start: int, nbytes: int, stream: int | None = None) -> Description:
+    """Bytes of described memory.
+
+    Args:
+        start: of the first, in bytes.
+        nbytes: how many.
+        stream: handle of a stream instead of the described one.
+    """
+    array, address, _, device, handle, _, _ = described
+    return array, address + start, nbytes, device, handle if stream is None else stream, "B", (nbytes,)
 
 
 def _from_dlpack(array: Any, stream: Any) -> Description:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from aiocomm._device import describe
+import numpy as np
+
+from aiocomm._device import describe, is_read_only, part_of
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
@@ -15,12 +17,13 @@ from aiocomm.types import ANY_SOURCE, MAX_TAG, Notification, Peer, Priority, Sta
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from aiocomm._device import Description
     from aiocomm._queues import Mailbox
     from aiocomm.pages.streaming import LayerNotes
     from aiocomm_native import Transfer
     from aiocomm_native._core import Engine
 
-__all__ = ["NO_DEADLINE", "Operations", "limit_of", "overlapping"]
+__all__ = ["NO_DEADLINE", "Operations", "limit_of", "on_gpu", "overlapping"]
 
 _SYNCHRONOUS, _NO_WAIT = 1, 2
 NO_DEADLINE = -1.0
@@ -223,17 +226,27 @@ class Operations:
 
     # ------------------------------------------------------------ one-sided
 
-    def register(self, array: Any, *, writable: bool | None = None) -> Region:
+    def register(self, array: Any, *, writable: bool | None = None, stream: Any = None) -> Region:
         """Register an array for puts and gets of peers.
 
         Close the region before the memory is used for anything else.
 
         Args:
-            array: host array or buffer, contiguous in C order.
+            array: host or GPU array, or buffer, contiguous in C order.
             writable: whether peers may put; default: whether the array is writable.
+            stream: of a GPU array: peers' accesses wait for the work that this stream has now. Default: the
+                current stream of the array's library. Work that is queued later is not waited for: let it end
+                before peers are told to access what it writes, or reads.
         """
         if self._closed or not self._here():
             self._refuse()
+        if (described := on_gpu(self._engine, array, bool(writable), stream)) is not None:
+            if writable is None:
+                writable = not is_read_only(array)
+            number, nbytes = self._engine.add_device_region(described, writable)
+            region = Region(self, number, nbytes, writable, described)
+            self._regions[number] = region
+            return region
         view = as_buffer(array, False)
         if writable is None:
             writable = not view.readonly
@@ -265,19 +278,27 @@ class Operations:
         notify: bytes | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[None]:
         """Write an array into a peer's region; ends when the bytes are in place there.
 
         Args:
-            array: host array or buffer, contiguous in C order, no larger than `remote`.
+            array: host or GPU array, or buffer, contiguous in C order, no larger than `remote`, which may be
+                host or GPU memory.
             notify: at most 4,096 bytes that the owner gets from `notifications()` after the data.
+            stream: of a GPU array: as for `send`.
         """
         index = self._check_remote(remote, channel)
         if notify is not None and not (isinstance(notify, bytes) and len(notify) <= 4096):
             raise UsageError("notify takes at most 4,096 bytes")
-        view = as_buffer(array, False)
-        if view.nbytes > remote.nbytes:
-            raise UsageError(f"{view.nbytes} bytes do not fit into a remote region of {remote.nbytes}")
+        view = on_gpu(self._engine, array, False, stream)
+        if view is None:
+            view = as_buffer(array, False)
+            nbytes = view.nbytes
+        else:
+            nbytes = view[2]
+        if nbytes > remote.nbytes:
+            raise UsageError(f"{nbytes} bytes do not fit into a remote region of {remote.nbytes}")
         limit = limit_of(deadline)
         return self._engine.put(view, remote.rank, index, remote._number, remote._start, notify, limit)
 
@@ -288,20 +309,29 @@ class Operations:
         *,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[None]:
-        """Read a peer's region into an array of the same number of bytes or more."""
+        """Read a peer's region into an array of the same number of bytes or more.
+
+        Args:
+            into: writable host or GPU array, or buffer, contiguous in C order; `remote` may be host or GPU
+                memory.
+            stream: of a GPU array: as for `recv`.
+        """
         index = self._check_remote(remote, channel)
-        view = as_buffer(into, True)
-        if view.nbytes < remote.nbytes:
-            raise UsageError(
-                f"a remote region of {remote.nbytes} bytes does not fit into {view.nbytes}: narrow it"
-            )
+        wanted = remote.nbytes
+        described = on_gpu(self._engine, into, True, stream)
+        if described is not None:
+            have, view = described[2], part_of(described, 0, min(wanted, described[2]))
+        else:
+            view = as_buffer(into, True)
+            have = view.nbytes
+            view = (view.cast("B") if have else view)[:wanted]
+        if have < wanted:
+            raise UsageError(f"a remote region of {wanted} bytes does not fit into {have}: narrow it")
         limit = limit_of(deadline)
-        flat = view.cast("B") if view.nbytes else view
         try:
-            return self._engine.get(
-                flat[: remote.nbytes], remote.rank, index, remote._number, remote._start, limit
-            )
+            return self._engine.get(view, remote.rank, index, remote._number, remote._start, limit)
         except ValueError as error:
             overlapping(error)
             raise
@@ -361,6 +391,19 @@ def on_stream(array: Any, writable: bool, stream: Any) -> Any:
             f"stream= belongs to GPU arrays, and {type(array).__name__} is in host memory: leave it out"
         )
     return described
+
+
+def on_gpu(engine: Engine, array: Any, writable: bool, stream: Any) -> Description | None:
+    """Describe a GPU array; None: it is a host array.
+
+    Raises:
+        UsageError: it is not contiguous, or `stream` is given for a host array.
+    """
+    if stream is not None:
+        return on_stream(array, writable, stream)  # type: ignore[no-any-return]
+    if isinstance(array, np.ndarray | bytes | bytearray | memoryview) or not engine.has_mover():
+        return None
+    return describe(array, writable)
 
 
 def _seconds(deadline: float) -> float:

@@ -35,6 +35,7 @@ class _Code(enum.IntEnum):
     CLOSED = 9
     WOULD_BLOCK = 10
     READ_ONLY = 11
+    UNREACHABLE = 12
 
 
 def make_error(
@@ -93,6 +94,12 @@ def make_error(
             return errors.ClosedError(f"{what}{over}: the communicator or the channel was closed")
         case _Code.WOULD_BLOCK:
             return errors.WouldBlock(f"{what}{over}: cannot be handed over at once; await send() instead")
+        case _Code.UNREACHABLE:
+            return errors.LinkError(
+                f"{what}{over}: this process's GPU does not reach the peer's memory: move each row by itself",
+                errno.EXDEV,
+                "EXDEV",
+            )
         case _ if link == "cuda":
             return _device_failure(what + over, number)
         case _:

@@ -74,14 +74,22 @@ class Channel:
         return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline, device=device)
 
     def put(
-        self, array: Any, remote: RemoteRegion, *, notify: bytes | None = None, deadline: float | None = None
+        self,
+        array: Any,
+        remote: RemoteRegion,
+        *,
+        notify: bytes | None = None,
+        deadline: float | None = None,
+        stream: Any = None,
     ) -> Transfer[None]:
         """`Communicator.put` on this channel."""
-        return self._comm.put(array, remote, notify=notify, channel=self, deadline=deadline)
+        return self._comm.put(array, remote, notify=notify, channel=self, deadline=deadline, stream=stream)
 
-    def get(self, remote: RemoteRegion, into: Any, *, deadline: float | None = None) -> Transfer[None]:
+    def get(
+        self, remote: RemoteRegion, into: Any, *, deadline: float | None = None, stream: Any = None
+    ) -> Transfer[None]:
         """`Communicator.get` on this channel."""
-        return self._comm.get(remote, into, channel=self, deadline=deadline)
+        return self._comm.get(remote, into, channel=self, deadline=deadline, stream=stream)
 
     @property
     def closed(self) -> bool:

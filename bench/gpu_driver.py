@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 LIBRARY = "libcuda.so.1"
 _LAZY_PEER_ACCESS = 1
 _NON_BLOCKING = 1
 _NO_TIMING = 2
+_UNIFIED = 4
+_IN_STREAM_ORDER, _OVERLAP = 1, 1
 
 
 class Driver:
@@ -54,6 +57,34 @@ class Driver:
         """Queue a copy."""
         self("cuMemcpyAsync", ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(nbytes), stream)
 
+    def copy_rows(
+        self, to: tuple[int, int], source: tuple[int, int], nbytes: int, rows: int, stream: ctypes.c_void_p
+    ) -> None:
+        """Queue a 2-D copy: `to` and `source` are an address and the bytes from a row to the next."""
+        plan = _Plane(srcType=_UNIFIED, dstType=_UNIFIED, width=nbytes, height=rows)
+        plan.dstDevice, plan.dstPitch = to
+        plan.srcDevice, plan.srcPitch = source
+        self("cuMemcpy2DAsync_v2", ctypes.byref(plan), stream)
+
+    def copy_batch(
+        self, to: Sequence[int], source: Sequence[int], nbytes: int, stream: ctypes.c_void_p
+    ) -> None:
+        """Queue many copies of one size by one call, as CUDA 12.8 has it."""
+        count = len(to)
+        kind = _Attributes(order=_IN_STREAM_ORDER, flags=_OVERLAP)
+        self(
+            "cuMemcpyBatchAsync",
+            (ctypes.c_uint64 * count)(*to),
+            (ctypes.c_uint64 * count)(*source),
+            (ctypes.c_size_t * count)(*[nbytes] * count),
+            ctypes.c_size_t(count),
+            ctypes.byref(kind),
+            ctypes.byref(ctypes.c_size_t(0)),
+            ctypes.c_size_t(1),
+            ctypes.byref(ctypes.c_size_t(0)),
+            stream,
+        )
+
     def wait(self, stream: ctypes.c_void_p) -> None:
         """Wait for a stream."""
         self("cuStreamSynchronize", stream)
@@ -85,6 +116,22 @@ class Kernel:
         return lambda: int(launch(*arguments))
 
 
+class _Plane(ctypes.Structure):  # CUDA_MEMCPY2D
+    _fields_ = (
+        *(
+            (side + name, ctypes.c_uint if name == "Type" else ctypes.c_uint64)
+            for side in ("src", "dst")
+            for name in ("XInBytes", "Y", "Type", "Host", "Device", "Array", "Pitch")
+        ),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    )
+
+
+class _Attributes(ctypes.Structure):  # CUmemcpyAttributes
+    _fields_ = (("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint))
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * 64),)
 
@@ -92,8 +139,15 @@ class _Handle(ctypes.Structure):
 class Memory:
     """An allocation; slices share it. What aiocomm takes as a GPU array."""
 
-    def __init__(self, driver: Driver, address: int, nbytes: int) -> None:
+    def __init__(
+        self, driver: Driver, address: int, nbytes: int, shape: tuple[int, ...] | None = None
+    ) -> None:
         self.driver, self.address, self.nbytes = driver, address, nbytes
+        self.shape = shape or (nbytes,)
+
+    def shaped(self, *shape: int) -> Memory:
+        """The first bytes of it, with another shape."""
+        return Memory(self.driver, self.address, math.prod(shape), shape)
 
     def __getitem__(self, part: slice) -> Memory:
         start, stop, _ = part.indices(self.nbytes)
@@ -102,7 +156,7 @@ class Memory:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
-            "shape": (self.nbytes,),
+            "shape": self.shape,
             "typestr": "|u1",
             "data": (self.address, False),
             "strides": None,

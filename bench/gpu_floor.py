@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
+from . import gpu_blocks
 from .gpu_driver import Driver
 from .sizes import KIB, MIB
 
@@ -14,6 +15,45 @@ if TYPE_CHECKING:
 
     from .control import Control
     from .model import Metrics
+
+
+def _blocks(
+    driver: Driver, own: int, peer: int, stream: Any, control: Control, role: int
+) -> dict[str, float]:
+    """Blocks of pages: as 2-D copies where they have a stride in common, else as a batch."""
+    control.swap("blocks")
+    found = {}
+    if role == 0:
+        layers, available, block = gpu_blocks.STRIDED
+        give = gpu_blocks.pages(gpu_blocks.PAGES, available, 1)
+        take = gpu_blocks.pages(gpu_blocks.PAGES, available, 2)
+        pitch = available * block
+
+        def strided() -> None:
+            for a, b in zip(give, take, strict=True):
+                driver.copy_rows((peer + b * block, pitch), (own + a * block, pitch), block, layers, stream)
+
+        give_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 1)
+        take_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 2)
+
+        def scattered() -> None:
+            to, source = ([at + n * block for n in ns] for at, ns in ((peer, take_all), (own, give_all)))
+            driver.copy_batch(to, source, block, stream)
+
+        for name, queue in (("strided", strided), ("scattered", scattered)):
+            for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.AT_ONCE, "pages_gbytes_s")):
+                times = []
+                for _ in range(8):
+                    driver.wait(stream)
+                    start = time.perf_counter()
+                    for _ in range(calls):
+                        queue()
+                    driver.wait(stream)
+                    times.append(time.perf_counter() - start)
+                moved = calls * gpu_blocks.BLOCKS * block
+                found[f"{key}/{name}"] = moved / statistics.median(times[2:]) / 1e9
+    control.swap("blocks done")
+    return found
 
 
 def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
@@ -46,6 +86,7 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             driver.copy(peer, own.address, large, stream)
             driver.wait(stream)
         found["gbytes_s_serial/1GiB"] = large * arguments["repeats"] / (time.perf_counter() - start) / 1e9
+        found["put_gbytes_s/1GiB"] = found["gbytes_s_serial/1GiB"]
         seen = []
         for _ in range(1000):
             start = time.perf_counter()
@@ -53,6 +94,7 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             driver.wait(stream)
             seen.append(time.perf_counter() - start)
         found["copy_us/64KiB"] = statistics.median(seen) * 1e6
+    found.update(_blocks(driver, own.address, peer, stream, control, role))
     control.swap("both ways")
     both = rate(large, 4 * arguments["repeats"])
     found["gbytes_s_both/1GiB"] = min(both, control.swap(both))

@@ -16,7 +16,9 @@ nvidia-smi --query-gpu=name,driver_version,pstate,clocks.sm --format=csv,noheade
 nvidia-smi topo -m | head -4
 case "$*" in *tests*)
   python3 -P -m pytest -q -p no:cacheprovider --timeout 120 \
-    tests/links/test_gpu.py tests/links/test_gpu_arrays.py tests/unit/test_fake_driver.py tests/fault/test_cuda_faults.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
+    tests/links/test_gpu.py tests/links/test_gpu_arrays.py tests/links/test_gpu_onesided.py \
+    tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
+    tests/unit/test_fake_driver.py tests/fault/test_cuda_faults.py 2>&1 | tee "$out/gpu-tests.log" | tail -40 ;;
 esac
 case "$*" in *bench*)
   quick=; rounds=3

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from . import figures, work
+from . import figures, gpu_blocks, work
 from .gpu_driver import Driver, Kernel
 from .peers import ours
 from .sizes import KIB, MIB
@@ -183,9 +183,90 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     found["urgent_p99_us/both_ways"] = figures.percentile(halves, 0.99) * 1e6
     found["bulk_gbytes_s/both_alone"], found["bulk_gbytes_s/both_ways"] = alone, kept
     found["bulk_kept/both_ways"] = kept / alone
+    found.update(await _one_sided(comm, role, data, into, repeats))
+    found.update(await _pages(comm, role, data, into))
+    found.update(await _gathers(comm, role, data, into, repeats))
     found.update(await _shares(comm, role, one))
     found.update(await _first_sends(comm, role, driver, urgent, urgent_data, urgent_into))
     found.update(await _launches(comm, role, driver, bulk, one))
+    return found
+
+
+async def _one_sided(comm: Any, role: int, data: Memory, into: Memory, repeats: int) -> Metrics:
+    """Rank 0 puts into and gets from memory of rank 1, which does nothing."""
+    found: Metrics = {}
+    async with comm.register(into) as region:
+        remote = await comm.exchange(region, 1 - role)
+        await comm.barrier()
+        if role == 0:
+            for name, call in (("put", comm.put), ("get", lambda x, r: comm.get(r, x))):
+                await call(data, remote)
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    await call(data, remote)
+                found[f"{name}_gbytes_s/1GiB"] = data.nbytes * repeats / (time.perf_counter() - start) / 1e9
+        await comm.barrier()
+    return found
+
+
+async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
+    """Blocks of pages by put_pages and get_pages, to be held against raw 2-D copies and raw batches."""
+    import aiocomm
+
+    found: Metrics = {}
+    for name, shape, axis, count in (
+        ("strided", gpu_blocks.STRIDED, 1, gpu_blocks.PAGES),
+        ("scattered", gpu_blocks.SCATTERED, 0, gpu_blocks.BLOCKS),
+    ):
+        ours = aiocomm.Pages(data.shaped(*shape), page_axis=axis)
+        async with await comm.lease_pages(aiocomm.Pages(into.shaped(*shape), page_axis=axis)) as lease:
+            theirs = bytearray(len(lease.handle))
+            receiving = comm.recv(theirs, 1 - role, tag=_END)
+            await comm.send(lease.handle, 1 - role, tag=_END)
+            await receiving
+            remote = comm.remote_pages(bytes(theirs))
+            give, take = (gpu_blocks.pages(count, shape[axis], seed) for seed in (1, 2))
+            await comm.barrier()
+            if role == 0:
+
+                def put() -> Any:
+                    return comm.put_pages(ours, give, remote, take)  # noqa: B023
+
+                def get() -> Any:
+                    return comm.get_pages(remote, take, ours, give)  # noqa: B023
+
+                for key, call, calls in (
+                    ("pages_one_gbytes_s", put, 1),
+                    ("pages_gbytes_s", put, gpu_blocks.AT_ONCE),
+                    ("pages_get_gbytes_s", get, gpu_blocks.AT_ONCE),
+                ):
+                    times = []
+                    for _ in range(8):
+                        start = time.perf_counter()
+                        await asyncio.gather(*[call() for _ in range(calls)])
+                        times.append(time.perf_counter() - start)
+                    moved = calls * gpu_blocks.BLOCKS * gpu_blocks.BLOCK
+                    found[f"{key}/{name}"] = moved / statistics.median(times[2:]) / 1e9
+            await comm.barrier()
+    return found
+
+
+async def _gathers(comm: Any, role: int, data: Memory, into: Memory, repeats: int) -> Metrics:
+    """all_gather of two ranks: bytes that each sends, per second; small ones in µs."""
+    found: Metrics = {}
+    for name, nbytes, count in (("128MiB", 128 * MIB, repeats), ("1MiB", MIB, 300), ("64KiB", 64 * KIB, 300)):
+        out, x = into[: 2 * nbytes], data[:nbytes]
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            await comm.all_gather(out, x)
+            times.append(time.perf_counter() - start)
+        median = statistics.median(times[len(times) // 4 :])
+        if nbytes >= 16 * MIB:
+            found[f"all_gather_gbytes_s/{name}"] = nbytes / median / 1e9
+        else:
+            found[f"all_gather_us/{name}"] = median * 1e6
+    await comm.barrier()
     return found
 
 

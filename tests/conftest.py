@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import hypothesis
 import pytest
 from fakes import gpu as gpus
 from fakes import simulated
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 # Children of tests import what is installed: a checkout as working folder is not looked into.
 os.environ["PYTHONSAFEPATH"] = "1"
+
+# No test is timed: a machine that is busy with other work is slow, not wrong.
+hypothesis.settings.register_profile(
+    "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("project")
 
 BACKENDS = {
     "asyncio": ("asyncio", {}),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from aiocomm.collectives import (
     binomial,
     bruck,
+    chain,
     direct,
     hierarchical,
     pipelined,
@@ -27,6 +28,7 @@ ALGORITHMS: Final[dict[str, dict[str, Callable[[Problem], Schedule]]]] = {
         "direct": direct.broadcast,
         "binomial": binomial.broadcast,
         "pipelined": pipelined.broadcast,
+        "chain": chain.broadcast,
     },
     "scatter": {"direct": direct.scatter, "binomial": binomial.scatter},
     "gather": {"direct": direct.gather, "binomial": binomial.gather},

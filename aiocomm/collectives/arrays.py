@@ -61,9 +61,9 @@ def _lost_dtype(x: Any) -> Any:
 
 
 @functools.cache
-def dtype_name(dtype: np.dtype[Any]) -> str:
+def dtype_name(dtype: Any) -> str:
     """The name that all ranks compare; another byte order is another dtype."""
-    return dtype.name if dtype.isnative else dtype.str
+    return str(dtype.name if getattr(dtype, "isnative", True) else dtype.str)
 
 
 @functools.cache

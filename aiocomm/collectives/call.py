@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
+    from aiocomm.collectives.steps import Span
 
 __all__ = ["Call"]
 
@@ -141,14 +142,30 @@ class Call(Exchange):
             step = plan.steps[index]
             if isinstance(step, Send | Recv):
                 span = step.source if isinstance(step, Send) else step.target
-                data = self._request.views[span.buffer][span.start : span.stop]
+                data = self._part(span, not plan.waits[index])
                 self._post(type(step), (False, index), step.peer, data, 1 + plan.numbers[index])
+                continue
+            if self._request.on_gpu:
+                self._copy_on_gpu(index, step)
                 continue
             self._local(step)
             self._end(index)
             if time.monotonic() > breath:
                 await anyio.lowlevel.checkpoint()
                 breath = time.monotonic() + _BREATH_S
+
+    def _part(self, span: Span, first: bool) -> Any:
+        """Bytes of a buffer; of a GPU's, they wait for its stream where no earlier step of the call has."""
+        view = self._request.views[span.buffer]
+        if self._request.on_gpu:
+            return view.part(span.start, span.stop, first)
+        return view[span.start : span.stop]
+
+    def _copy_on_gpu(self, index: int, step: Any) -> None:
+        """Copy as a message to oneself: `Copy` is the only local step of GPU arrays."""
+        here, tag = self._group.rank, 1 + index
+        self._post(Recv, (False, index), here, self._part(step.target, True), tag)
+        self._post(Send, (False, ~index), here, self._part(step.source, True), tag)
 
     def _local(self, step: Any) -> None:
         views, request = self._request.views, self._request
@@ -176,6 +193,8 @@ class Call(Exchange):
 
     def _data_ended(self, index: int, nbytes: int | None) -> None:
         assert self._plan is not None
+        if index < 0:  # the sending half of a copy
+            return
         step = self._plan.steps[index]
         if nbytes is not None and isinstance(step, Recv) and nbytes != step.target.nbytes:
             self._data_error = UsageError(f"{nbytes} bytes came where {step.target.nbytes} were expected")

@@ -61,6 +61,10 @@ def estimate(operation: str, algorithm: str, size: int, nbytes: int, link: LinkC
             return rounds * (wait + _CALL_S + nbytes * byte)
         case "broadcast", "pipelined":
             return _pipelined(rounds, nbytes, wait, 2 * byte)
+        case "broadcast", "chain":
+            chunks = max(1, -(-nbytes // chunk_bytes("broadcast", nbytes, 1)))
+            passed_on = 1 + max(0, others - 1) / chunks
+            return others * wait + (others + chunks) * 2 * _CALL_S + nbytes * byte * passed_on
         case "reduce", "direct":
             return wait + out_of_root + others * nbytes * _REDUCE_S
         case "reduce", "binomial":
@@ -158,7 +162,8 @@ def choose(operation: str, size: int, nbytes: int, link: str, hosts: Sequence[in
             return _between_hosts(operation, hosts, nbytes, cost)
         return estimate(operation, name, size, nbytes, shared)
 
-    return min(applicable(operation, size, hosts), key=seconds)
+    # A chain is what GPUs choose; among processes that share a host's memory it has not been measured.
+    return min((name for name in applicable(operation, size, hosts) if name != "chain"), key=seconds)
 
 
 def chunk_bytes(operation: str, block: int, item: int) -> int:

@@ -43,7 +43,9 @@ class Collectives:
     All ranks call the same operations in the same order on a channel; calls on different channels, and calls
     of one channel that overlap, do not wait for each other. Common to all:
 
-    - Arrays are host arrays of any library, contiguous in C order. `out` and `x` are seen as flat.
+    - Arrays are host arrays of any library, contiguous in C order. `out` and `x` are seen as flat. Where
+      nothing is computed they may be GPU arrays, on all ranks.
+    - `stream`: of GPU arrays, as for `send` and `recv`.
     - `root` is a rank of the group.
     - `algorithm`: instead of the one that the cost model chooses; the same on all ranks.
     - `channel`: whose priority and weight apply, default `comm.default`.
@@ -142,6 +144,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Copy the root's array to all ranks.
 
@@ -150,10 +153,10 @@ class Collectives:
         """
         await self._collect(
             "broadcast",
-            lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm),
+            lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(x, None, "broadcast", root, algorithm),
+            _shape(x, None, "broadcast", root, algorithm) if stream is None else None,
             None,
             x,
         )
@@ -167,6 +170,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Give each rank its block of the root's array.
 
@@ -176,7 +180,7 @@ class Collectives:
         """
         await self._collect(
             "scatter",
-            lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm),
+            lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
         )
@@ -190,6 +194,7 @@ class Collectives:
         *,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """`scatter` of blocks of different size.
 
@@ -200,7 +205,7 @@ class Collectives:
         """
         await self._collect(
             "scatterv",
-            lambda g: requests.moved(g, "scatterv", out, x, root=root, counts=counts),
+            lambda g: requests.moved(g, "scatterv", out, x, root=root, counts=counts, stream=stream),
             channel,
             deadline,
         )
@@ -214,6 +219,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Bring the arrays of all ranks to the root.
 
@@ -223,7 +229,7 @@ class Collectives:
         """
         await self._collect(
             "gather",
-            lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm),
+            lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
         )
@@ -237,6 +243,7 @@ class Collectives:
         *,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """`gather` of blocks of different size.
 
@@ -247,7 +254,7 @@ class Collectives:
         """
         await self._collect(
             "gatherv",
-            lambda g: requests.moved(g, "gatherv", out, x, root=root, counts=counts),
+            lambda g: requests.moved(g, "gatherv", out, x, root=root, counts=counts, stream=stream),
             channel,
             deadline,
         )
@@ -260,6 +267,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Bring the arrays of all ranks to all ranks.
 
@@ -269,10 +277,10 @@ class Collectives:
         """
         await self._collect(
             "all_gather",
-            lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm),
+            lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(out, x, "all_gather", algorithm),
+            _shape(out, x, "all_gather", algorithm) if stream is None else None,
             x,
             out,
         )
@@ -286,6 +294,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """`all_gather` of blocks of different size.
 
@@ -294,7 +303,9 @@ class Collectives:
         """
         await self._collect(
             "all_gatherv",
-            lambda g: requests.moved(g, "all_gatherv", out, x, algorithm=algorithm, counts=counts),
+            lambda g: requests.moved(
+                g, "all_gatherv", out, x, algorithm=algorithm, counts=counts, stream=stream
+            ),
             channel,
             deadline,
         )
@@ -307,6 +318,7 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Block j of rank i becomes block i of rank j.
 
@@ -316,10 +328,10 @@ class Collectives:
         """
         await self._collect(
             "all_to_all",
-            lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm),
+            lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(out, x, "all_to_all", algorithm),
+            _shape(out, x, "all_to_all", algorithm) if stream is None else None,
             x,
             out,
         )
@@ -333,6 +345,7 @@ class Collectives:
         *,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """`all_to_all` of blocks of different size.
 
@@ -342,7 +355,9 @@ class Collectives:
         """
         await self._collect(
             "all_to_allv",
-            lambda g: requests.moved(g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts),
+            lambda g: requests.moved(
+                g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts, stream=stream
+            ),
             channel,
             deadline,
         )

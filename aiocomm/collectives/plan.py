@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from aiocomm.collectives import gpu
 from aiocomm.collectives.algorithms import build
 from aiocomm.collectives.cost import chunk_bytes
 from aiocomm.collectives.steps import Copy, Recv, Reduce, Send, dependencies
@@ -41,14 +42,17 @@ class Plan:
     eager: Eager | None
 
 
-def make_plan(operation: str, algorithm: str, problem: Problem, eager: bool) -> Plan:
+def make_plan(operation: str, algorithm: str, problem: Problem, eager: bool, on_gpu: bool = False) -> Plan:
     """Build the schedule and work out everything that is the same at every call.
 
     Args:
         eager: small messages may travel with the headers.
+        on_gpu: the arrays are.
     """
     largest = max((*problem.receives, *problem.sends, 1))
-    problem = replace(problem, chunk=chunk_bytes(operation, largest, problem.item))
+    item = problem.item
+    chunk = gpu.chunk_bytes(largest, item) if on_gpu else chunk_bytes(operation, largest, item)
+    problem = replace(problem, chunk=chunk)
     schedule = build(operation, algorithm, problem)
     needed = dependencies(schedule.steps)
     followers: list[list[int]] = [[] for _ in needed]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm._operations import on_gpu
 from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
 from aiocomm.collectives.requests import Request, bytes_of, counts_of, find_plan, root_of, same_dtype
 from aiocomm.collectives.steps import IN, OUT, Problem, even
@@ -36,6 +37,11 @@ def reduced(
     """reduce, all_reduce, reduce_scatter."""
     size, rank = group.size, group.rank
     root = root_of(group, root)
+    if any(one is not None and on_gpu(group._comm._engine, one, False, None) for one in (x, out)):
+        raise UsageError(
+            f"{operation} computes, and this version computes in host memory only: copy the array to the "
+            "host (`.cpu()`, `.get()`), or gather the parts on the GPU and reduce them there"
+        )
     gets = operation != "reduce" or rank == root
     in_place = out is None
     source = flat(x, "x", writable=in_place and gets)

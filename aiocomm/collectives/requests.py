@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.collectives import cost, headers
+from aiocomm.collectives import cost, gpu, headers
 from aiocomm.collectives.arrays import dtype_name, flat
+from aiocomm.collectives.gpu import GpuArray
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.plan import Plan, make_plan
 from aiocomm.collectives.steps import IN, OUT, Problem
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.steps import Name
     from aiocomm.group import Group
 
-    Array = NDArray[Any]
+    Array = NDArray[Any] | GpuArray
 
 __all__ = [
     "Request",
@@ -56,11 +57,12 @@ class Request:
     operation: str
     header: bytes
     plan: Plan | None = None
-    views: dict[Name, NDArray[np.uint8]] = field(default_factory=dict)
+    views: dict[Name, Any] = field(default_factory=dict)  # flat bytes, or `GpuArray`
     vector: bytes = b""
+    on_gpu: bool = False
     dtype: Any = None
     ufunc: np.ufunc | None = None
-    result: Array | None = None  # to be divided by the number of ranks
+    result: NDArray[Any] | None = None  # to be divided by the number of ranks
 
 
 def refused(operation: str, error: UsageError) -> Request:
@@ -73,8 +75,21 @@ def barrier() -> Request:
     return Request("barrier", header("barrier"))
 
 
-def bytes_of(array: Array) -> NDArray[np.uint8]:
-    return array.view(np.uint8)
+def bytes_of(array: Array) -> Any:
+    return array if isinstance(array, GpuArray) else array.view(np.uint8)
+
+
+def _flat(group: Group, x: Any, name: str, writable: bool, stream: Any) -> Array:
+    on_gpu = gpu.flat(group._comm, x, name, writable, stream)
+    return flat(x, name, writable) if on_gpu is None else on_gpu
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if isinstance(a, GpuArray) and isinstance(b, GpuArray):
+        return a.address < b.address + b.nbytes and b.address < a.address + a.nbytes
+    if isinstance(a, GpuArray) or isinstance(b, GpuArray):
+        raise UsageError("one array is in host memory, and one on a GPU: copy one of them")
+    return bool(np.may_share_memory(a, b))
 
 
 def find_plan(
@@ -85,16 +100,23 @@ def find_plan(
     nbytes: int,
     text: str,
     vector: bool = False,
+    on_gpu: bool = False,
 ) -> tuple[Plan, bytes]:
     """The plan and the header, which say the same at every call of this kind."""
+    if on_gpu:
+        text += " on GPUs"  # all ranks' arrays are, or none's: their small data travel differently
     key = (operation, algorithm, problem, text)
     found = group._plans.get(key)
     if found is None:
         chosen = algorithm
-        if chosen is None:
+        if chosen is None and on_gpu:
+            chosen = gpu.choose(operation, group.size, nbytes)
+        elif chosen is None:
             chosen = cost.choose(operation, group.size, nbytes, group.link, group.hosts)
-        eager = not vector and group.size <= headers.DIRECT_MEMBERS
-        plan = make_plan(operation, chosen, replace(problem, hosts=group.hosts), eager)
+        eager = not vector and not on_gpu and group.size <= headers.DIRECT_MEMBERS
+        plan = make_plan(operation, chosen, replace(problem, hosts=group.hosts), eager, on_gpu)
+        if on_gpu:
+            gpu.check_plan(plan)
         found = plan, header(f"{operation} {text} by {chosen}")
         if len(group._plans) >= _PLANS:
             group._plans.clear()
@@ -135,6 +157,7 @@ def moved(
     algorithm: str | None = None,
     counts: Sequence[int] | None = None,
     send_counts: Sequence[int] | None = None,
+    stream: Any = None,
 ) -> Request:
     """broadcast, scatter, gather, all_gather, all_to_all, and those with counts."""
     size, rank = group.size, group.rank
@@ -143,14 +166,15 @@ def moved(
     rooted = kind in ("scatter", "gather")
     gives = kind != "broadcast" and not (kind == "scatter" and rank != root)
     takes = not (kind == "gather" and rank != root)
-    source = flat(x, "x") if gives else None
-    target = (
-        flat(out, "out" if gives else "x", writable=rank != root or kind != "broadcast") if takes else None
-    )
+    source = _flat(group, x, "x", False, stream) if gives else None
+    written = rank != root or kind != "broadcast"
+    target = _flat(group, out, "out" if gives else "x", written, stream) if takes else None
     some = target if source is None else source
     assert some is not None
+    apart = source is None or target is None or not _overlap(target, source)
     if source is not None and target is not None:
         same_dtype(target, source)
+    on_gpu = isinstance(some, GpuArray)
     item = some.dtype.itemsize
     sends: tuple[int, ...] = ()
     receives: tuple[int, ...] = ()
@@ -177,7 +201,7 @@ def moved(
             sends = (receives[rank],) if kind == "gather" else ()
             nbytes = sum(receives)
             said = f"{per if counts is not None else own}"
-            if target is not None and np.may_share_memory(target, source):
+            if not apart:
                 in_place = _own_place(target, source, sum(per[:rank]))  # type: ignore[arg-type]
         case "scatter":
             own = target.shape[0]  # type: ignore[union-attr]
@@ -209,7 +233,6 @@ def moved(
             vector = [*give, *take]
             nbytes = 0
             said = "counts"
-    apart = source is None or target is None or not np.may_share_memory(source, target)
     if kind in ("all_to_all", "scatter") and not apart:
         raise UsageError("out and x overlap")
     text = f"{dtype_name(some.dtype)} ({said})" + (f" root {root}" if rooted or kind == "broadcast" else "")
@@ -222,13 +245,14 @@ def moved(
         nbytes,
         text,
         vector=bool(vector),
+        on_gpu=on_gpu,
     )
-    views: dict[Name, NDArray[np.uint8]] = {}
+    views: dict[Name, Any] = {}
     if source is not None:
         views[IN] = bytes_of(source)
     if target is not None:
         views[OUT] = bytes_of(target)
-    return Request(operation, head, plan, views, np.array(vector, np.int64).tobytes())
+    return Request(operation, head, plan, views, np.array(vector, np.int64).tobytes(), on_gpu)
 
 
 def _vectors(
@@ -265,7 +289,10 @@ def _vectors(
 
 def _own_place(target: Array, source: Array, start: int) -> bool:
     """Whether x is this rank's own block of out."""
-    place = target[start : start + source.shape[0]]
-    if place.ctypes.data != source.ctypes.data:
+    if _address(target) + start * source.dtype.itemsize != _address(source):
         raise UsageError("x overlaps out, but is not this rank's own block of it")
     return True
+
+
+def _address(array: Array) -> int:
+    return array.address if isinstance(array, GpuArray) else array.ctypes.data

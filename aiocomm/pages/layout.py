@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm.errors import UsageError
+from aiocomm.pages.memory import form_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from aiocomm.pages.lease import PageLease
+    from aiocomm.pages.memory import Form
 
 __all__ = ["Layout", "Pages"]
 
@@ -105,22 +105,24 @@ class Pages:
     shape; the tokens per page may differ where `token_axis` is given.
 
     Args:
-        arrays: a host array, or several of one shape and dtype, contiguous in C order. Read-only ones can be
-            sources only.
+        arrays: an array, or several of one shape and dtype, contiguous in C order: all NumPy's, or all GPU
+            arrays of any library. Read-only ones can be sources only.
         page_axis: the axis that counts pages.
         token_axis: the axis that counts tokens in a page, if pages of different size are to be matched.
     """
 
     def __init__(self, arrays: Any, page_axis: int = 0, token_axis: int | None = None) -> None:
-        self.arrays: list[NDArray[Any]] = _checked(arrays)
-        first = self.arrays[0]
-        page = _axis("page_axis", page_axis, first.ndim)
-        token = None if token_axis is None else _axis("token_axis", token_axis, first.ndim)
+        self.arrays: list[Any] = list(arrays) if isinstance(arrays, list | tuple) else [arrays]
+        first = _common_form(self.arrays)
+        self.on_gpu = first.on_gpu
+        axes_there_are = len(first.shape)
+        page = _axis("page_axis", page_axis, axes_there_are)
+        token = None if token_axis is None else _axis("token_axis", token_axis, axes_there_are)
         if token == page:
             raise UsageError("page_axis and token_axis are the same axis")
         if token is not None and token > page:
             token -= 1
-        axes = [axis for axis in range(first.ndim) if axis != page]
+        axes = [axis for axis in range(axes_there_are) if axis != page]
         self.layout = Layout(
             tuple(range(len(self.arrays))),
             first.shape[page],
@@ -128,7 +130,7 @@ class Pages:
             tuple(first.shape[axis] for axis in axes),
             tuple(first.strides[axis] for axis in axes),
             0,
-            first.itemsize,
+            first.item,
             token,
             page,
         )
@@ -173,24 +175,19 @@ class Pages:
         )
 
 
-def _checked(arrays: Any) -> list[NDArray[Any]]:
-    several = list(arrays) if isinstance(arrays, list | tuple) else [arrays]
-    if not several:
+def _common_form(arrays: Sequence[Any]) -> Form:
+    if not arrays:
         raise UsageError("Pages needs at least one array")
-    for array in several:
-        if not isinstance(array, np.ndarray):
-            raise UsageTypeError(
-                f"Pages takes NumPy arrays, not {type(array).__name__}: numpy.from_dlpack(x)"
-            )
-        if array.dtype.hasobject:
-            raise UsageTypeError("the array holds Python objects, which are addresses in this process")
-        if not array.flags.c_contiguous:
-            raise UsageError("the arrays must be contiguous in C order: use planes() and slice() for views")
-        if (array.shape, array.dtype) != (several[0].shape, several[0].dtype):
-            raise UsageError(f"arrays differ: {array.shape} {array.dtype} and {several[0].shape}")
-        if array.ndim < 2:
-            raise UsageError("an array of pages has a page axis and at least one other")
-    return several
+    forms = [form_of(array) for array in arrays]
+    first = forms[0]
+    for form in forms:
+        if form.on_gpu != first.on_gpu:
+            raise UsageError("some arrays are in host memory, and some on a GPU: make Pages of each kind")
+        if form != first:
+            raise UsageError(f"arrays differ: {form.shape} {form.dtype} and {first.shape}")
+    if len(first.shape) < 2:
+        raise UsageError("an array of pages has a page axis and at least one other")
+    return first
 
 
 def _axis(name: str, axis: int, ndim: int) -> int:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PageLease", "RemotePages"]
 
-# magic, version, number of the lease, bytes of the layout, pages, bytes of a region's handle
-_HEAD: Final = struct.Struct("<4sHQIII")
+# magic, version, number of the lease, bytes of the layout, pages, bytes of a region's handle, on a GPU
+_HEAD: Final = struct.Struct("<4sHQIII?")
 _MAGIC: Final = b"aioP"
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 class PageLease:
@@ -49,7 +49,9 @@ class PageLease:
         self._closed = False
 
     @classmethod
-    async def assign(cls, comm: Operations, pages: Pages, indices: Sequence[int] | None) -> PageLease:
+    async def assign(
+        cls, comm: Operations, pages: Pages, indices: Sequence[int] | None, stream: Any = None
+    ) -> PageLease:
         """Lease pages, and end the leases that hold any of them."""
         wanted = np.arange(pages.count) if indices is None else np.asarray(indices, np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= pages.count):
@@ -59,7 +61,7 @@ class PageLease:
         for lease in list(pages._leases):
             if np.isin(wanted, lease._indices).any():
                 await lease.aclose()
-        regions = [comm.register(pages.arrays[plane]) for plane in pages.layout.planes]
+        regions = [comm.register(pages.arrays[plane], stream=stream) for plane in pages.layout.planes]
         lease = cls(comm, pages, wanted.tolist(), regions)
         pages._leases.append(lease)
         return lease
@@ -71,7 +73,8 @@ class PageLease:
             raise ClosedError("the lease has ended")
         layout = json.dumps(asdict(self._pages.layout)).encode()
         handles = [region.handle for region in self._regions]
-        head = _HEAD.pack(_MAGIC, _VERSION, self._number, len(layout), len(self._indices), len(handles[0]))
+        sizes = len(layout), len(self._indices), len(handles[0])
+        head = _HEAD.pack(_MAGIC, _VERSION, self._number, *sizes, self._pages.on_gpu)
         return b"".join((head, layout, self._indices.tobytes(), *handles))
 
     def layers(
@@ -117,17 +120,20 @@ class PageLease:
 class RemotePages:
     """A peer's leased pages: the target of `put_pages` and the source of `get_pages`."""
 
-    def __init__(self, number: int, layout: Layout, leased: Any, regions: dict[int, RemoteRegion]) -> None:
+    def __init__(
+        self, number: int, layout: Layout, leased: Any, regions: dict[int, RemoteRegion], by_rows: list[bool]
+    ) -> None:
         self._number = number
         self.layout = layout
         self._leased = leased
         self._regions = regions
+        self._by_rows = by_rows  # one, shared with all views
 
     @classmethod
     def from_handle(cls, comm: Operations, handle: bytes) -> Self:
         """Parse and check a handle."""
         try:
-            magic, version, number, layout_bytes, count, handle_bytes = _HEAD.unpack_from(handle)
+            magic, version, number, layout_bytes, count, handle_bytes, on_gpu = _HEAD.unpack_from(handle)
             if (magic, version) != (_MAGIC, _VERSION):
                 raise ValueError("magic")
             start = _HEAD.size + layout_bytes
@@ -142,7 +148,7 @@ class RemotePages:
         except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
-        return cls(number, layout, leased, regions)
+        return cls(number, layout, leased, regions, [on_gpu])
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
         """Some of the arrays, e.g. those of one layer."""
@@ -157,7 +163,16 @@ class RemotePages:
         return [self._view(layout) for layout in self.layout.layers(axis, arrays)]
 
     def _view(self, layout: Layout) -> RemotePages:
-        return RemotePages(self._number, layout, self._leased, self._regions)
+        return RemotePages(self._number, layout, self._leased, self._regions, self._by_rows)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows that lie apart may be moved as one operation, by a GPU's engine."""
+        return self._by_rows[0]
+
+    def refuse_rows(self) -> None:
+        """Note that no engine of this process reaches the pages."""
+        self._by_rows[0] = False
 
     @property
     def rank(self) -> int:

@@ -19,7 +19,9 @@ __all__ = ["PageOperations"]
 class PageOperations:
     """What a communicator does with `Pages`."""
 
-    async def lease_pages(self, pages: Pages, indices: Sequence[int] | None = None) -> PageLease:
+    async def lease_pages(
+        self, pages: Pages, indices: Sequence[int] | None = None, *, stream: Any = None
+    ) -> PageLease:
         """Let peers reach pages of this process, and end the leases that held any of them.
 
         Waits for accesses under way through those; afterwards what their holders send is refused with
@@ -27,8 +29,9 @@ class PageOperations:
 
         Args:
             indices: pages; default: all.
+            stream: of GPU pages: as for `register`.
         """
-        return await PageLease.assign(cast("Any", self), pages, indices)
+        return await PageLease.assign(cast("Any", self), pages, indices, stream)
 
     def remote_pages(self, handle: bytes) -> RemotePages:
         """Make remote pages of a peer's `lease.handle`.
@@ -49,6 +52,7 @@ class PageOperations:
         notify: bytes | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Write pages into a peer's pages; ends when all bytes are in place there.
 
@@ -56,6 +60,8 @@ class PageOperations:
             give: pages of this process.
             take: the peer's pages, for each page of `give`; with other page sizes, for as many tokens.
             notify: at most 4,096 bytes that the owner gets from `notifications()` after all data.
+            stream: of GPU pages: nothing is read before the work that this stream has when it is submitted is
+                done. Default: the current stream of the arrays' library.
 
         Raises:
             UsageError: an index is out of range or not leased, a target comes twice, or the layouts do not
@@ -65,7 +71,7 @@ class PageOperations:
         Cancelling stops between chunks; pages that were under way are undefined.
         """
         comm = cast("Any", self)
-        await transfers.put_pages(comm, pages, give, remote, take, notify, channel, deadline)
+        await transfers.put_pages(comm, pages, give, remote, take, notify, channel, deadline, stream)
 
     async def put_layers(
         self,
@@ -77,6 +83,7 @@ class PageOperations:
         notify: bytes | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Write pages layer by layer; the owner sees each as it arrives, by `lease.layers()`.
 
@@ -88,12 +95,13 @@ class PageOperations:
             remotes: views of the peer's pages, one per layer: `remote.layers(...)`.
             take: the peer's pages, as for `put_pages`.
             notify: as for `put_pages`: once, after the last layer.
+            stream: as for `put_pages`.
 
         Errors and cancellation are those of `put_pages`; the owner's iteration then ends with
         `TransferCancelled`.
         """
         comm = cast("Any", self)
-        await transfers.put_layers(comm, layers, give, remotes, take, notify, channel, deadline)
+        await transfers.put_layers(comm, layers, give, remotes, take, notify, channel, deadline, stream)
 
     async def get_pages(
         self,
@@ -104,6 +112,7 @@ class PageOperations:
         *,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
     ) -> None:
         """Read a peer's pages into pages of this process. Arguments and errors as for `put_pages`."""
-        await transfers.get_pages(cast("Any", self), remote, give, pages, take, channel, deadline)
+        await transfers.get_pages(cast("Any", self), remote, give, pages, take, channel, deadline, stream)

@@ -1,4 +1,4 @@
-"""What links that move ranges need of a plan: ranges contiguous at the peer, and their local rows."""
+"""Plans as they are moved: by rows as they are, or by ranges contiguous at the peer with their local rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm.pages.layout import Layout
+    from aiocomm.pages.planner import Copies
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Ranges", "plan_ranges"]
+__all__ = ["Ranges", "plan_copies", "plan_ranges", "ranges_of"]
 
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
@@ -62,11 +63,20 @@ async def plan_ranges(
     """
     from_, to = page_list(give), page_list(take)
     if len(from_) + len(to) <= _INLINE:
-        return _ranges(source, from_, target, to, at_target)
-    return await anyio.to_thread.run_sync(_ranges, source, from_, target, to, at_target)
+        return ranges_of(source, from_, target, to, at_target)
+    return await anyio.to_thread.run_sync(ranges_of, source, from_, target, to, at_target)
 
 
-def _ranges(source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool) -> Ranges:
+async def plan_copies(source: Layout, give: Sequence[int], target: Layout, take: Sequence[int]) -> Copies:
+    """Plan for engines that take rows, as `plan_ranges`."""
+    from_, to = page_list(give), page_list(take)
+    if len(from_) + len(to) <= _INLINE:
+        return one_pair(source, from_, target, to)
+    return await anyio.to_thread.run_sync(one_pair, source, from_, target, to)
+
+
+def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool) -> Ranges:
+    """See `plan_ranges`."""
     kept = _kept[at_target]
     if (found := kept.find(source, give, target, take)) is not None:
         return found

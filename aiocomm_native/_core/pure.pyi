@@ -2,6 +2,7 @@
 
 """Matching, scheduling and deadlines, without I/O: for tests."""
 
+from collections.abc import Sequence
 from typing import overload
 
 
@@ -37,6 +38,11 @@ class Matcher:
 
     @property
     def capacity(self) -> int: ...
+
+def cut_rows(rows: Sequence[tuple[int, int, int, int, int, int]], offset: int, nbytes: int) -> list[tuple[int, int, int, int, int, int]]:
+    """
+    Bytes of a list of (from, to, from_step, to_step, nbytes, count), as rows.
+    """
 
 class Chunk:
     @property

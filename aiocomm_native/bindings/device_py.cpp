@@ -1,7 +1,16 @@
 #include "bindings/device_py.hpp"
 
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include "bindings/transfer.hpp"
+#include "core/link.hpp"
+
+namespace nb = nanobind;
 
 namespace aiocomm::py {
 
@@ -74,6 +83,37 @@ Found read_interface(PyObject* object, bool writable, DeviceView& out) {
   Found found = read(interface, writable, out);
   Py_DECREF(interface);
   return found;
+}
+
+bool read_description(PyObject* description, DeviceView& out) {
+  PyObject* array;
+  unsigned long long address, nbytes, stream;
+  if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &out.device, &stream, &out.format,
+                        &out.shape))
+    return false;
+  out.address = address, out.nbytes = nbytes, out.stream = stream;
+  return true;
+}
+
+std::unique_ptr<DeviceBuffer> bind_device(Mover& mover, const DeviceView& view) {
+  std::unique_ptr<DeviceBuffer> made;
+  PyObject* refusal = nullptr;
+  std::string reason;
+  int code = 0;
+  Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
+      try {
+    made = mover.bind(view.address, view.nbytes, view.device, view.stream);
+  } catch (const LinkFailure& failure) {
+    refusal = hooks.link_error, reason = failure.what(), code = failure.code;
+  } catch (const std::exception& usage) {
+    refusal = hooks.usage_error, reason = usage.what();
+  }
+  Py_END_ALLOW_THREADS if (refusal) {
+    nb::object args = refusal == hooks.link_error ? nb::object(nb::make_tuple(reason, code))
+                                                  : nb::object(nb::make_tuple(reason));
+    PyErr_SetObject(refusal, args.ptr());
+  }
+  return made;
 }
 
 }  // namespace aiocomm::py

@@ -4,6 +4,9 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <memory>
+
+#include "core/device.hpp"
 
 namespace aiocomm::py {
 
@@ -11,7 +14,7 @@ struct DeviceView {
   uint64_t address = 0, nbytes = 0, stream = 0;
   int device = -1;
   const char* format = "B";
-  PyObject* shape = nullptr;  // new reference to a tuple
+  PyObject* shape = nullptr;  // a tuple; of read_interface a new reference
 };
 
 enum class Found : uint8_t { error, nothing, view, ask };
@@ -19,5 +22,11 @@ enum class Found : uint8_t { error, nothing, view, ask };
 // Reads `__cuda_array_interface__` of a contiguous array. `ask`: it takes aiocomm/_device.py to tell (torch, whose
 // interface is slow and names no stream; strides; dtypes without a buffer format).
 Found read_interface(PyObject* object, bool writable, DeviceView& out);
+
+// Reads a description, whose shape is borrowed; false: a Python error is set.
+bool read_description(PyObject* description, DeviceView& out);
+
+// Has the driver describe the memory, without the GIL; null: a Python error is set.
+std::unique_ptr<DeviceBuffer> bind_device(Mover& mover, const DeviceView& view);
 
 }  // namespace aiocomm::py

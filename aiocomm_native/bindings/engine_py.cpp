@@ -1,5 +1,4 @@
-// The engine as Python sees it. The calls made per message take positional arguments only; aiocomm/communicator.py
-// gives them their public form.
+// The engine as Python sees it; aiocomm/communicator.py gives its calls their public form.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
@@ -7,10 +6,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
-#include <cstring>
-
-#include "bindings/device_py.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
@@ -20,6 +15,8 @@ using namespace nb::literals;
 
 namespace aiocomm::py {
 
+// operations_py.cpp
+void bind_operations(nb::class_<PyEngine>& engine);
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
 // half_trip_py.cpp
@@ -90,219 +87,6 @@ bool PyEngine::after_submit() {
 
 namespace {
 
-enum StartFlags : int { kSynchronous = 1, kNoWait = 2 };
-
-struct Start {
-  PyEngine& e;
-  Transfer* t;
-  Op* op;
-  bool good = true;
-
-  Start(nb::pointer_and_handle<PyEngine> self, OpKind kind, int peer, uint32_t channel, double deadline)
-      : e(*self.p), t(new_transfer(self.h.ptr(), self.p, kind)), op(nullptr) {
-    if (!t) throw nb::python_error();
-    op = e.engine->new_op();
-    op->kind = kind;
-    op->peer = peer;
-    op->channel = channel;
-    op->cookie = t;
-    op->link = 0;
-    t->op = op;
-    t->peer = peer;
-    t->channel = channel;
-    if (deadline >= 0) op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
-  }
-
-  // Nothing was submitted: takes everything back and raises the error that is set.
-  [[noreturn]] void give_up() {
-    e.engine->release(op);
-    t->op = nullptr;
-    t->outcome = Outcome::cancelled;
-    Py_DECREF(t);
-    throw nb::python_error();
-  }
-
-  void buffer(PyObject* object, bool writable) {
-    int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-    if (PyObject_GetBuffer(object, &t->view, flags) != 0) give_up();
-    t->has_view = true;
-    if (t->view.format && std::strchr(t->view.format, 'O')) {
-      PyErr_SetString(PyExc_TypeError,
-                      "Python objects");  // as_buffer() says more, or finds that it is only a name
-      give_up();
-    }
-    op->data = static_cast<std::byte*>(t->view.buf);
-    op->nbytes = op->capacity = static_cast<uint64_t>(t->view.len);
-    t->nbytes = op->nbytes;
-  }
-
-  // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
-  void memory(PyObject* object, bool writable) {
-    if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
-    DeviceView view;
-    Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
-    if (found == Found::error) give_up();
-    if (found == Found::view) {
-      t->keep = Py_NewRef(object);
-      device_memory(view);
-      Py_DECREF(view.shape);
-      return;
-    }
-    PyObject* description = PyTuple_CheckExact(object)
-                                ? Py_NewRef(object)
-                                : PyObject_CallFunction(hooks.describe_device, "Oi", object, writable);
-    if (!description) give_up();
-    if (description == Py_None) {
-      Py_DECREF(description);
-      return buffer(object, writable);
-    }
-    t->keep = description;
-    PyObject* array;
-    unsigned long long address, nbytes, stream;
-    if (!PyArg_ParseTuple(description, "OKKiKsO", &array, &address, &nbytes, &view.device, &stream,
-                          &view.format, &view.shape))
-      give_up();
-    view.address = address, view.nbytes = nbytes, view.stream = stream;
-    device_memory(view);
-  }
-
-  void device_memory(const DeviceView& view) {
-    PyObject* refusal = nullptr;
-    std::string reason;
-    int code = 0;
-    Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
-        try {
-      op->gpu = e.engine->mover()->bind(view.address, view.nbytes, view.device, view.stream);
-    } catch (const LinkFailure& failure) {
-      refusal = hooks.link_error, reason = failure.what(), code = failure.code;
-    } catch (const std::exception& usage) {
-      refusal = hooks.usage_error, reason = usage.what();
-    }
-    Py_END_ALLOW_THREADS if (refusal) {
-      nb::object args = refusal == hooks.link_error ? nb::object(nb::make_tuple(reason, code))
-                                                    : nb::object(nb::make_tuple(reason));
-      PyErr_SetObject(refusal, args.ptr());
-      give_up();
-    }
-    op->data = reinterpret_cast<std::byte*>(view.address);
-    op->nbytes = op->capacity = view.nbytes;
-    t->nbytes = view.nbytes;
-    if (!encode_meta(*op, view.format, view.shape)) give_up();
-  }
-
-  // Two transfers that write one buffer would mix their bytes.
-  void claim() {
-    if (op->nbytes == 0) return;
-    auto& busy = e.receiving;
-    auto after = busy.lower_bound(op->data);
-    bool clash = after != busy.end() && op->data + op->nbytes > after->first;
-    if (!clash && after != busy.begin()) {
-      auto before = std::prev(after);
-      clash = before->first + before->second > op->data;
-    }
-    if (clash) {
-      PyErr_SetString(PyExc_ValueError, "overlap");
-      give_up();
-    }
-  }
-
-  nb::object submit() {
-    t->tag = op->tag;
-    uint64_t written = op->allocate ? 0 : op->nbytes;
-    PyObject* handle = reinterpret_cast<PyObject*>(t);
-    Py_INCREF(handle);  // the engine's reference, until end_transfer
-    if (!e.on_submit.empty()) report();
-    bool ended = e.engine->submit(op);
-    if (ended) {
-      end_transfer(t);
-    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written) {
-      // The op may have ended on another thread, but is taken back only by drain(), on this one.
-      e.receiving.emplace(op->data, written);
-      t->tracked = true;
-    }
-    nb::object result = nb::steal(handle);
-    if (!e.after_submit()) throw nb::python_error();
-    return result;
-  }
-
-  void report() {
-    static const char* names[] = {"send", "recv", "put", "get"};
-    auto observer = e.on_submit.find(op->gpu ? e.engine->executor_of(*op) : e.engine->likely_link(op->peer));
-    if (observer == e.on_submit.end()) return;
-    PyObject* r = PyObject_CallFunction(
-        observer->second, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
-        op->peer, e.engine->channel(op->channel).name.c_str(), static_cast<unsigned long long>(op->nbytes));
-    if (!r) PyErr_WriteUnraisable(observer->second);
-    Py_XDECREF(r);
-  }
-};
-
-using Self = nb::pointer_and_handle<PyEngine>;
-
-nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline,
-                int flags) {
-  Start start(self, OpKind::send, dst, channel, deadline);
-  start.memory(object.ptr(), false);
-  start.op->tag = tag;
-  start.op->synchronous = flags & kSynchronous;
-  start.op->no_wait = flags & kNoWait;
-  if (!start.op->gpu) encode_meta(*start.op, start.t->view);
-  return start.submit();
-}
-
-nb::object recv(Self self, nb::handle object, int src, uint32_t channel, int64_t tag, double deadline) {
-  Start start(self, OpKind::recv, src, channel, deadline);
-  start.op->tag = tag;
-  if (object.is_none()) {
-    start.op->allocate = true;
-  } else {
-    start.memory(object.ptr(), true);
-    start.claim();
-  }
-  return start.submit();
-}
-
-nb::object recv_on(Self self, int src, uint32_t channel, int64_t tag, double deadline, int device) {
-  Mover* mover = self.p->engine->mover();
-  if (!mover) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
-  std::unique_ptr<DeviceBuffer> buffer;
-  {
-    nb::gil_scoped_release release;
-    buffer = mover->reserve(device);
-  }
-  Start start(self, OpKind::recv, src, channel, deadline);
-  start.op->tag = tag;
-  start.op->allocate = true;
-  start.op->gpu = std::move(buffer);
-  return start.submit();
-}
-
-nb::object put(Self self, nb::handle object, int dst, uint32_t channel, uint64_t region, uint64_t offset,
-               nb::object notify, double deadline) {
-  Start start(self, OpKind::put, dst, channel, deadline);
-  start.buffer(object.ptr(), false);
-  start.op->region = region;
-  start.op->offset = offset;
-  if (!notify.is_none()) {
-    char* data;
-    Py_ssize_t size;
-    if (PyBytes_AsStringAndSize(notify.ptr(), &data, &size) < 0) start.give_up();
-    start.op->notify.assign(data, static_cast<size_t>(size));
-    start.op->has_notify = true;
-  }
-  return start.submit();
-}
-
-nb::object get(Self self, nb::handle object, int src, uint32_t channel, uint64_t region, uint64_t offset,
-               double deadline) {
-  Start start(self, OpKind::get, src, channel, deadline);
-  start.buffer(object.ptr(), true);
-  start.claim();
-  start.op->region = region;
-  start.op->offset = offset;
-  return start.submit();
-}
-
 int drain_after(PyEngine& e, int budget, bool rung) {
   {
     nb::gil_scoped_release release;
@@ -343,7 +127,7 @@ bool prepare_to_sleep(PyEngine& e) {
 
 void woken(PyEngine& e) {
   e.slept_ns = e.engine->now();
-  e.engine->loop_wakes();
+  e.engine->loop_wakes(e.slept_ns);
 }
 
 template <PyObject* PyEngine::* Member>
@@ -435,6 +219,7 @@ void bind_engine(nb::module_& m) {
 
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
+  bind_operations(engine);
   bind_half_trips(engine);
   engine
       .def(
@@ -444,11 +229,6 @@ void bind_engine(nb::module_& m) {
             new (self) PyEngine(EngineConfig{std::move(links), std::move(numbers), std::move(texts)});
           },
           "links"_a, "numbers"_a, "texts"_a)
-      .def("send", send)
-      .def("recv", recv, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
-      .def("recv_on", recv_on)
-      .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
-      .def("get", get)
       .def("drain", drain, "budget"_a = 256)
       .def("drain_express", drain_express)
       .def("spin", spin, "seconds"_a)
@@ -490,21 +270,6 @@ void bind_engine(nb::module_& m) {
           "name"_a, "cls"_a, "weight"_a, release_gil())
       .def(
           "close_channel", [](PyEngine& e, uint32_t index) { e.engine->close_channel(index); }, release_gil())
-      .def(
-          "add_region",
-          [](PyEngine& e, nb::handle object, bool writable) {
-            Py_buffer view;
-            if (PyObject_GetBuffer(object.ptr(), &view,
-                                   PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) != 0)
-              throw nb::python_error();
-            auto base = static_cast<std::byte*>(view.buf);
-            auto nbytes = static_cast<uint64_t>(view.len);
-            PyBuffer_Release(&view);  // the caller keeps the object until close_region says it is free
-            return std::pair(e.engine->add_region(base, nbytes, writable), nbytes);
-          },
-          "buffer"_a, "writable"_a)
-      .def(
-          "close_region", [](PyEngine& e, uint64_t id) { return e.engine->close_region(id); }, release_gil())
       .def(
           "set_identity",
           [](PyEngine& e, int rank, uint64_t generation) {

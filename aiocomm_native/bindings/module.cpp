@@ -10,6 +10,7 @@ void bind_engine(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
 void bind_pages(nb::module_& m);
+void bind_rows(nb::module_& m);
 void bind_sched(nb::module_& m);
 void bind_settle(nb::module_& m);
 
@@ -24,5 +25,6 @@ NB_MODULE(_core, m) {
   bind_settle(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
+  bind_rows(pure);
   bind_sched(pure);
 }

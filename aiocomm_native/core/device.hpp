@@ -1,12 +1,16 @@
 // Memory that no CPU reads: what the core knows of it, and the contract of whoever moves it (links/cuda).
 //
-// Theory of operation (protocol_device.cpp)
+// Theory of operation (device_protocol.hpp)
 //  * A device message is announced by `rts` over the pair's link with the place of its bytes (kDevice). Once matched,
 //    the receiver either has its engine pull them, or answers `cts` with a place of its own, and the sender's engine
 //    pushes and says `moved`. Bulk is pushed, so that the other end's engine stays free for what is urgent; that goes
 //    by whichever engine has less to do.
 //  * Where one end is host memory, or neither end can map the other's memory, the bytes go through host memory of the
 //    device's process (`bounce`): device to bounce, bounce over the pair's link, or the other way, chunk by chunk.
+//  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
+//    reader goes on as a receiver does.
+//  * An access to rows that lie apart (`rows`) is for whoever asks for it to do, with its own engine and both sides'
+//    memory mapped; if that cannot be, it ends as `unreachable`, and each row is put or got by itself.
 //  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
 //  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
 //    side is copying waits for that side's word.
@@ -20,6 +24,7 @@
 #include <vector>
 
 #include "core/ids.hpp"
+#include "core/rows.hpp"
 
 namespace aiocomm {
 
@@ -40,7 +45,8 @@ struct DevicePlace {
   std::array<std::byte, 64> handle{};
   uint16_t device = 0;  // ordinal at the owner
   Export exported = Export::none;
-  std::array<uint8_t, 5> reserved{};
+  uint8_t plain = 0;  // by cudaMalloc: GPUs with peer access reach it by its address
+  std::array<uint8_t, 4> reserved{};
 };
 static_assert(sizeof(DevicePlace) == 136);
 
@@ -88,8 +94,11 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
-  bool allocates = false;  // a receive whose memory is made once the message's size is known
-  uint64_t relay = 0;      // pushed: device memory of ours that the peer can write, where `data` is not
+  bool allocates = false;         // a receive whose memory is made once the message's size is known
+  std::unique_ptr<RowList> rows;  // put, get: not all of the memory, but these rows of it
+  bool by_rows = false;           // the peer's op has rows of this memory
+  uint64_t reach = 0;             // bytes of the peer's memory that it is about; 0: as many as the op has
+  uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
 
@@ -100,6 +109,9 @@ struct MoveJob {
   uint8_t device = 0, cls = 0;
   Lane lane = Lane::peer;
   int error = 0;  // the driver's
+  const RowList* rows =
+      nullptr;           // of the op: `to` and `from` are where offsets count from; else of the chunk
+  uint64_t slow_ns = 0;  // that it takes longer than one copy of its size
 };
 
 struct Reach {
@@ -136,6 +148,8 @@ class Mover {
   // caller has erred.
   virtual std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device,
                                              uint64_t stream) = 0;
+  // Part of memory that bind() has described, which outlives it: for one access to a region. Does not fail.
+  virtual std::unique_ptr<DeviceBuffer> part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) = 0;
   // A receive's memory that is made once its size is known: see allocate(). Without the token; throws as bind() does.
   virtual std::unique_ptr<DeviceBuffer> reserve(int device) = 0;
   virtual int devices() const = 0;  // loads the driver; throws LinkFailure

@@ -68,7 +68,7 @@ Engine::Engine(EngineConfig config)
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
   copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
 
-  preempt_ns_ = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
+  const auto preempt_ns = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
   SchedConfig sched;
   sched.max_chunk = static_cast<uint64_t>(number(config_, "chunk_max", 4 << 20));
   sched.min_share = number(config_, "min_share", 0.05);
@@ -82,14 +82,13 @@ Engine::Engine(EngineConfig config)
     std::unique_ptr<Link> link = entry.factory(*this);
     if (!link) continue;
     if (link->mover()) {
-      mover_ = link->mover();
-      mover_index_ = static_cast<uint8_t>(links_.size());
+      device_.use(link->mover(), static_cast<uint8_t>(links_.size()), preempt_ns);
       spin_tries_ = setting("gpu_spin_s", 0) > 0 ? 1000 : 0;
     }
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));
     schedulers_.push_back(std::make_unique<Scheduler>(sched));
-    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns_);
+    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
   }
   counters_.resize(links_.size());
   thread_ = std::thread([this] { run(); });
@@ -135,12 +134,12 @@ void Engine::close() {
         end_early(*op, Code::closed);
       }
   }
-  if (mover_) await_remote_writers();
+  device_.finish_writers();
   stopping_ = true;
   ring_fd(engine_fd_);
   if (thread_.joinable()) thread_.join();
   copier_->stop();  // running chunks end; nothing touches a buffer after this
-  if (mover_) mover_->stop();
+  device_.stop();
   Token token(*this);
   for (auto& peer : peers_)
     if (peer && peer->link) {
@@ -251,6 +250,8 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
+  const uint64_t asked = until_ns > began ? until_ns - began : 0;
+  until_ns = began + patience_.stretched(asked);
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
@@ -279,7 +280,7 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && until_ns > began) patience_.spun(found, taken, last);
+  if (patient && asked) patience_.spun(found, taken, began, last, asked);
   return found;
 }
 

@@ -28,7 +28,7 @@
 
 #include "core/copier.hpp"
 #include "core/device.hpp"
-#include "core/device_queue.hpp"
+#include "core/device_protocol.hpp"
 #include "core/link.hpp"
 #include "core/match.hpp"
 #include "core/mpsc.hpp"
@@ -99,10 +99,11 @@ struct RegionInfo {
   uint32_t active = 0;        // transfers of peers that use it now
   uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
   uint8_t link = 0;
-  std::vector<Rank> holders;  // of its key
+  std::vector<Rank> holders;          // of its key
+  std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
-class Engine final : public Host, public FrameSink, public MoverHost {
+class Engine final : public Host, public FrameSink {
  public:
   explicit Engine(EngineConfig config);
   ~Engine();
@@ -145,12 +146,16 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   std::vector<Rank> take_connect_wanted();
   bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
   void loop_sleeps() { prepare_sleep(page_->loop); }
-  void loop_wakes() { awake(page_->loop); }
+  void loop_wakes(uint64_t now_ns) {
+    awake(page_->loop);
+    patience_.woke(now_ns);
+  }
   bool anything_to_poll();
 
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
   void close_channel(uint32_t index);
-  uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable);
+  uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable,
+                      std::unique_ptr<DeviceBuffer> gpu = nullptr);
   bool close_region(uint64_t id);  // true: free at once; else region_free follows
   bool rank_known(Rank rank) const {
     return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire);
@@ -189,18 +194,11 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;
 
-  MoverHost& mover_host() override { return *this; }
-  Mover* mover() { return mover_; }
+  MoverHost& mover_host() override { return device_; }
+  Mover* mover() { return device_.mover(); }
   // The link whose counters an op belongs to.
-  uint8_t executor_of(const Op& op) const { return op.gpu ? mover_index_ : op.link; }
+  uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 
-  // --- MoverHost (protocol_device.cpp)
-  void moved(MoveJob* jobs, size_t count) override;
-  void go_on(const OpId* ops, size_t count) override;
-  void begin_assist() override;
-  bool assist() override;
-  bool end_assist() override;
-  void ends_soon(OpId op) override;
   bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
 
   // --- FrameSink (protocol_receive.cpp)
@@ -218,6 +216,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
  private:
   class Token;  // scoped lock that empties the submission queue before and after
   friend class Token;
+  friend class DeviceProtocol;
 
   // engine.cpp: threads, queues, time
   void run();
@@ -225,7 +224,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void drain_submissions();
   void after_unlock();
   void ring_engine() {
-    if (assistants_.load(std::memory_order_relaxed) || loop_spins())
+    if (device_.assisted() || loop_spins())
       ring_fd(engine_fd_);  // they keep the word awake, but set no timers
     else
       ring(page_->engine, engine_fd_);
@@ -298,7 +297,7 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   // protocol_onesided.cpp
   void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
   void on_get(Peer& peer, const FrameHeader& header);
-  void on_get_ready(Peer& peer, const FrameHeader& header);
+  void on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
   void region_idle(uint64_t id);
@@ -322,37 +321,6 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   void forget_holder(uint64_t region, Rank rank);
   void forget_holder(Rank rank);
   void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);
-
-  // protocol_device.cpp: memory that no CPU reads
-  Post send_device(Op& op, Peer& peer);
-  void deliver_device(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
-                      const std::byte* payload);
-  void continue_device(Op& op, Peer& peer);
-  void continue_receive(Op& op, Peer& peer);
-  void continue_send(Op& op, Peer& peer);
-  bool prefer_push(const Op& op, Peer& peer) const;
-  void answer_with_place(Op& op, Peer& peer);
-  void staged_because(Peer& peer, const std::string& reason);
-  void stage_in(Op& op, Peer& peer, bool announced_on_device);
-  void stage_out(Op& op, Peer& peer);
-  void on_device_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);
-  void on_moved(Peer& peer, const FrameHeader& header);
-  void on_staged(Peer& peer, const FrameHeader& header);
-  void send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes);
-  void landing(Op& op, uint64_t offset, uint64_t nbytes);
-  void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
-  void fail_device(Op& op, int error);
-  bool wait_for_gate(Op& op);
-  const Scheduler& device_sched(Lane lane, const Scheduler& otherwise) const;
-  bool has_bounce(Op& op, bool may_wait = true);
-  DeviceQueue& device_queue(int device, Lane lane);
-  void queue_move(Op& op, Lane lane, uint64_t nbytes);
-  void pump_device(DeviceQueue& queue);
-  void limit_window(DeviceQueue& queue);
-  void cancel_move(Op& op);
-  void forget_flows(Rank rank);
-  void settle_device(Op& op);
-  void await_remote_writers();
 
   // protocol_rest.cpp: idle pairs
   bool is_idle(const Peer& peer);
@@ -444,13 +412,9 @@ class Engine final : public Host, public FrameSink, public MoverHost {
   BoundedQueue<Op*> completed_;
   std::unique_ptr<Copier> copier_;
 
-  Mover* mover_ = nullptr;  // one of links_
-  uint8_t mover_index_ = 0;
   int spin_tries_ = 0;
-  uint64_t preempt_ns_ = 100000;
-  std::vector<std::unique_ptr<DeviceQueue>> device_queues_;
   std::atomic<bool> loop_spins_{false};
-  std::atomic<int> assistants_{0};  // copy threads that look for the engine's thread, which sleeps
+  DeviceProtocol device_{*this};
 };
 
 }  // namespace aiocomm

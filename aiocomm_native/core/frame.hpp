@@ -19,7 +19,7 @@ namespace aiocomm {
 enum class FrameKind : uint8_t {
   eager = 1,    // message with its bytes; `sop` nonzero: the sender waits for `fin` (synchronous send)
   rts,          // announcement: `address`/`segment` say where the bytes lie at the sender
-  cts,          // the receiver has a buffer: push to `rop`
+  cts,          // the receiver (of a put: the owner; of a get: the reader) has a buffer: push to `rop`
   data,         // bytes for `rop` at offset `address`
   fin,          // ends the peer's op `sop` (its message) with `code`; `nbytes` moved
   cancel,       // the sender of message `sop` gives it up: answer with `fin`
@@ -53,10 +53,13 @@ enum class FrameKind : uint8_t {
 
 enum FrameFlags : uint8_t {
   kHasNotify = 1,  // put: metadata is a notification's payload
-  kDevice = 2,     // rts, cts: metadata ends with a DevicePlace
-  kNotYet = 4,     // rts: the bytes are not there yet; the sender pushes when they are
+  // rts, cts, get_ready: metadata ends with a DevicePlace; put_rts: the payload is one; get: the reader's memory is a
+  // device's, so nothing is sent before it asks
+  kDevice = 2,
+  kNotYet = 4,     // rts, put_rts, get_ready: the bytes are not there yet; the sender pushes when they are
   kReads = 8,      // cts: the receiver can read the sender's host memory
   kWritable = 16,  // key_is
+  kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };
 
 struct FrameHeader {

@@ -39,7 +39,9 @@ enum class Code : uint8_t {
   closed,
   would_block,
   read_only,
+  unreachable,  // rows of device memory that this side's engine cannot reach: another way is to be tried
 };
+constexpr Code kLastCode = Code::unreachable;
 
 // Which way a message's bytes went, for statistics.
 enum class Path : uint8_t { none, eager, mapped, cma, stream, device, staged, read, write, count };

@@ -68,7 +68,7 @@ bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin) return false;
   if (op.gpu) {
     if (op.gpu->inflight || op.gpu->remote_writes) return false;
-    settle_device(op);
+    device_.settle(op);
   }
   if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
   finish(op, op.code);
@@ -80,7 +80,9 @@ void Engine::tell_other(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
   if (op.kind == OpKind::send) return send_quit(*peer, op.remote_op, Code::peer_cancelled);
-  if (code == Code::link_failed) {
+  if (code == Code::unreachable) {  // of a get; a put says so by `moved`
+    send_fin(*peer, op.remote_op, Code::cancelled, 0);
+  } else if (code == Code::link_failed) {
     if (op.path == Path::read) send_fin(*peer, op.remote_op, code, op.moved);  // else job_done has told
   } else if (code == Code::peer_cancelled || code == Code::peer_lost) {
     send_fin(*peer, op.remote_op, Code::cancelled, op.moved);
@@ -108,7 +110,7 @@ void Engine::end_early(Op& op, Code code) {
     if (op.has_key) drop_held_back(op);
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
   }
-  if (op.gpu && op.gpu->in_sched) cancel_move(op);
+  if (op.gpu && op.gpu->in_sched) device_.cancel_move(op);
   if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it
 
   bool from_peer = code == Code::peer_cancelled || code == Code::peer_lost;
@@ -262,8 +264,7 @@ void Engine::end_link(Peer& peer, bool with_ops) {
   peer.offers.reset();
   peer.onesided.reset();
   forget_holder(peer.rank);
-  forget_flows(peer.rank);
-  if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
+  device_.forget(peer);
 }
 
 // Announcements whose bytes stayed at the peer are void; eager messages have arrived and stay.

@@ -179,6 +179,7 @@ void Engine::on_key_ask(Peer& peer, const FrameHeader& header) {
   RegionInfo* region = nullptr;
   Code code = check_region(header.rop, 0, 0, false, &region);
   FrameHeader reply = about(FrameKind::key_is, header.rop);
+  if (code == Code::ok && region->gpu) code = Code::link_failed;  // no device of this link reaches it
   if (code == Code::ok && region->nbytes && !region->registration) {
     Access access = region->writable ? Access::region_writes : Access::region_reads;
     try {

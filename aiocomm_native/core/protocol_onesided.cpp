@@ -10,13 +10,15 @@
 
 namespace aiocomm {
 
-uint64_t Engine::add_region(std::byte* base, uint64_t nbytes, bool writable) {
+uint64_t Engine::add_region(std::byte* base, uint64_t nbytes, bool writable,
+                            std::unique_ptr<DeviceBuffer> gpu) {
   Token token(*this, true);
   uint64_t id = next_region_++;
   RegionInfo& region = regions_[id];
   region.base = base;
   region.nbytes = nbytes;
   region.writable = writable;
+  region.gpu = std::move(gpu);
   return id;
 }
 
@@ -69,11 +71,19 @@ void Engine::notify(Rank source, const std::byte* payload, size_t payload_bytes,
 void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload) {
   RegionInfo* region = nullptr;
   auto offset = static_cast<uint64_t>(header.tag);
+  const bool from_device = header.flags & kDevice;
   if (header.kind == FrameKind::put && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("put without all of its bytes");
-  Code code = check_region(header.rop, offset, header.nbytes, true, &region);
+  if (from_device && (header.kind != FrameKind::put_rts || header.payload_bytes != sizeof(DevicePlace) ||
+                      header.nbytes == 0))
+    throw ProtocolViolation("device memory without its place");
+  const bool by_rows = header.flags & kRows;
+  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
+  Code code = check_region(header.rop, offset, reach, true, &region);
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
-  if (header.kind == FrameKind::put) {
+  if (header.kind == FrameKind::put && (!region->gpu || header.nbytes == 0)) {
     if (header.payload_bytes) std::memcpy(region->base + offset, payload, header.payload_bytes);
     counters_[peer.link_index].bytes_received += header.payload_bytes;
     if (header.flags & kHasNotify) notify(peer.rank, meta, header.meta_bytes, header.nbytes);
@@ -94,13 +104,22 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->has_notify = header.flags & kHasNotify;
   op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
   ++region->active;
+  if (region->gpu && op->nbytes) {
+    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu->by_rows = by_rows;
+  }
+  if (op->gpu || from_device)
+    return device_.deliver(*op, peer, header, from_device ? payload : nullptr, payload);
   start_rendezvous(*op, peer, header, true);
 }
 
 void Engine::on_get(Peer& peer, const FrameHeader& header) {
   RegionInfo* region = nullptr;
   auto offset = static_cast<uint64_t>(header.tag);
-  Code code = check_region(header.sop, offset, header.nbytes, false, &region);
+  const bool by_rows = header.flags & kRows;
+  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  Code code = check_region(header.sop, offset, reach, false, &region);
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
   FrameHeader reply{};
   reply.rop = header.rop;
   if (code != Code::ok) {
@@ -123,6 +142,11 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   op->region = header.sop;
   op->awaits_fin = true;
   ++region->active;
+  if (region->gpu && op->nbytes) {
+    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu->by_rows = by_rows;
+    return device_.serve(*op, peer);
+  }
   if (!hold(*op, Access::peer_reads)) {
     reply.kind = FrameKind::get_fail;
     reply.code = static_cast<uint8_t>(Code::link_failed);
@@ -137,13 +161,16 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   bool reader_pulls = header.code != static_cast<uint8_t>(Path::none) || at.segment != 0;
   reply.code = reader_pulls;
   send_control(peer, reply, Wake::engine);
-  if (!reader_pulls && op->live && op->nbytes) {
+  if (!reader_pulls && op->live && op->nbytes && !(header.flags & kDevice)) {
     op->path = Path::stream;
     queue_data(*op, peer);
   }
 }
 
-void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
+void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta) {
+  const bool on_device = header.flags & kDevice;
+  if (header.meta_bytes != (on_device ? sizeof(DevicePlace) : 0))
+    throw ProtocolViolation("device memory without its place");
   Op* op = ops_.find(header.rop);
   bool overtaken = op && op->state == OpState::moving && op->path == Path::stream;
   if (!op || op->kind != OpKind::get || op->peer != peer.rank ||
@@ -156,6 +183,9 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header) {
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
+  if (op->gpu && op->gpu->rows && !on_device) throw ProtocolViolation("rows of host memory");
+  if ((op->gpu || on_device) && op->nbytes)
+    return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);
   op->path = Path::stream;
   op->started_ns = now();
@@ -167,7 +197,7 @@ void Engine::on_get_fail(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.rop);
   if (!op || op->kind != OpKind::get || op->peer != peer.rank) return;
   auto code = static_cast<Code>(header.code);
-  if (code == Code::ok || code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code == Code::ok || code > kLastCode) throw ProtocolViolation("unknown outcome");
   finish(*op, code);
 }
 

@@ -42,7 +42,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::get:
         return on_get(*peer, header);
       case FrameKind::get_ready:
-        return on_get_ready(*peer, header);
+        return on_get_ready(*peer, header, meta);
       case FrameKind::get_fail:
         return on_get_fail(*peer, header);
       case FrameKind::credit:
@@ -70,9 +70,9 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::goodbye:
         return end_peer(*peer, kLeft);
       case FrameKind::moved:
-        return on_moved(*peer, header);
+        return device_.on_moved(*peer, header);
       case FrameKind::staged:
-        return on_staged(*peer, header);
+        return device_.on_staged(*peer, header);
       case FrameKind::key_ask:
         return on_key_ask(*peer, header);
       case FrameKind::key_is:
@@ -245,7 +245,7 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
     return finish(op, Code::link_failed);
   }
   if (place || (op.gpu && header.nbytes))
-    return deliver_device(op, peer, header, place ? meta + op.meta_bytes : nullptr, payload);
+    return device_.deliver(op, peer, header, place ? meta + op.meta_bytes : nullptr, payload);
   if (header.kind == FrameKind::eager) return deliver_eager(op, peer, header, payload);
   start_rendezvous(op, peer, header, true);
 }
@@ -315,14 +315,14 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
 void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta) {
   bool device = header.flags & kDevice;
   if (device && header.meta_bytes != sizeof(DevicePlace)) throw ProtocolViolation("no place to push to");
-  Op* op = ops_.find(header.sop);
+  Op* op = find(header.sop);
   if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) {
-    if (device) send_moved(peer, header.rop, Code::cancelled, 0);
+    if (device) device_.send_moved(peer, header.rop, Code::cancelled, 0);
     return;  // cancelled meanwhile
   }
   if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
   op->remote_op = header.rop;
-  if (op->gpu) return on_device_cts(*op, peer, header, meta);
+  if (op->gpu) return device_.on_cts(*op, peer, header, meta);
   op->path = Path::stream;
   queue_data(*op, peer);
 }
@@ -336,10 +336,11 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     op->started_ns = now();
     op->state = OpState::moving;
   }
-  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && op->state == OpState::moving) {
+  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && !op->gpu->by_rows &&
+      op->state == OpState::moving) {
     Peer* peer = find_peer(source);  // it cannot map our memory, and sends the bytes over the link
     op->gpu->remote_writes = false;
-    stage_in(*op, *peer, false);
+    device_.stage_in(*op, *peer, false);
     if (!op->live) return nullptr;
   }
   if (op->gpu && !op->gpu->bounce) return nullptr;
@@ -362,7 +363,7 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes)
   op->moved += nbytes;
   op->remote_op = header.sop;
   if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");
-  if (op->gpu) return arriving(*op, header, nbytes);
+  if (op->gpu) return device_.arriving(*op, header, nbytes);
   if (op->moved == op->nbytes) received(*op);
 }
 
@@ -384,7 +385,7 @@ void Engine::job_done(CopyJob& job) {
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->gpu)
-      landing(*op, static_cast<uint64_t>(job.into - op->gpu->bounce), job.nbytes);
+      device_.landing(*op, static_cast<uint64_t>(job.into - op->gpu->bounce), job.nbytes);
     else if (op->moved == op->nbytes)
       received(*op);
   }
@@ -408,7 +409,7 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   if (!op || op->peer != peer.rank || !op->awaits_fin) return;
   op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
-  if (code > Code::read_only) throw ProtocolViolation("unknown outcome");
+  if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   if (op->gpu) {
     op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {

@@ -9,7 +9,7 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kSpinCopy = 1 << 20;  // the most that a spinning loop copies by itself at a time
-constexpr uint64_t kHeaderCost = 64;  // what a message without bytes costs its receiver
+constexpr uint64_t kHeaderCost = 64;     // what a message without bytes costs its receiver
 
 uint16_t packed_weight(double weight) {
   double w = weight * 16;
@@ -104,7 +104,7 @@ bool Engine::fits_frame(const Op& op, const Peer& peer) const {
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
-  if (op.gpu && op.nbytes) return send_device(op, peer);
+  if (op.gpu && op.nbytes) return device_.announce(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -148,6 +148,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
 }
 
 Post Engine::send_put(Op& op, Peer& peer) {
+  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
   if (by_key(op, peer)) return access(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
@@ -162,9 +163,19 @@ Post Engine::send_put(Op& op, Peer& peer) {
   h.rop = op.region;
   auto meta = reinterpret_cast<const std::byte*>(op.notify.data());
   bool inline_bytes = fits_frame(op, peer);
+  const std::byte* payload = inline_bytes ? op.data : nullptr;
   if (inline_bytes) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
+  } else if (op.gpu) {  // its place is the payload: the notification may take all that metadata can
+    h.kind = FrameKind::put_rts;
+    h.flags |= device_.describe(op, peer);
+    h.payload_bytes = sizeof op.gpu->place;
+    if (op.gpu->rows) {
+      h.flags |= kRows;
+      h.address = op.gpu->reach;
+    }
+    payload = reinterpret_cast<const std::byte*>(&op.gpu->place);
   } else {
     if (!hold(op, Access::peer_reads)) return Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
@@ -172,7 +183,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.address = at.address;
     h.segment = op.registration ? op.registration : at.segment;
   }
-  Post posted = peer.link->post(h, meta, inline_bytes ? op.data : nullptr, Wake::engine);
+  Post posted = peer.link->post(h, meta, payload, Wake::engine);
   if (posted != Post::ok) return posted;
   ++counters_[op.link].frames_sent;
   op.started_ns = now();
@@ -183,9 +194,15 @@ Post Engine::send_put(Op& op, Peer& peer) {
 }
 
 Post Engine::send_get(Op& op, Peer& peer) {
+  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
   if (by_key(op, peer)) return access(op, peer);
   FrameHeader h{};
   h.kind = FrameKind::get;
+  h.flags = op.gpu && op.nbytes ? kDevice : 0;
+  if (op.gpu && op.gpu->rows) {
+    h.flags |= kRows;
+    h.address = op.gpu->reach;
+  }
   h.channel = channels_[op.channel].id;
   h.cls = channels_[op.channel].cls;
   h.weight = packed_weight(channels_[op.channel].weight);

@@ -52,9 +52,9 @@ LinkCounters Engine::counters(const std::string& link) {
 std::map<std::string, double> Engine::gauges(const std::string& link) {
   Token token(*this, true);
   size_t i = link_index(link);
-  const bool device = mover_ && i == mover_index_;
+  const bool device = device_.mover() && i == device_.index();
   Scheduler none;
-  const Scheduler& sched = !device ? *schedulers_[i] : device_sched(Lane::peer, none);
+  const Scheduler& sched = !device ? *schedulers_[i] : device_.sched_of(Lane::peer, none);
   size_t peers = 0;
   for (auto& peer : peers_)
     peers +=
@@ -71,24 +71,13 @@ std::map<std::string, double> Engine::gauges(const std::string& link) {
           {"in_flight", static_cast<double>(ops_.in_use())}};
 }
 
-// The first device's: a process rarely uses more than one.
-const Scheduler& Engine::device_sched(Lane lane, const Scheduler& otherwise) const {
-  for (const auto& queue : device_queues_)
-    if (queue && queue->lane == lane) return queue->sched;
-  return otherwise;
-}
-
 std::vector<std::pair<std::string, uint64_t>> Engine::served_by_channel(const std::string& link) {
   Token token(*this, true);
   size_t i = link_index(link);
   std::vector<std::pair<std::string, uint64_t>> out;
-  if (mover_ && i == mover_index_) {
+  if (device_.mover() && i == device_.index()) {
     for (uint32_t c = 0; c < channels_.size(); ++c) {
-      uint64_t served = 0;
-      for (const auto& queue : device_queues_)
-        if (queue &&
-            std::any_of(queue->flows.begin(), queue->flows.end(), [&](auto& f) { return f.channel == c; }))
-          served += queue->sched.served(c);
+      const uint64_t served = device_.served(c);
       if (served) out.emplace_back(channels_[c].name, served);
     }
     return out;

@@ -52,7 +52,14 @@ class Kind(enum.IntEnum):
     UNDELIVERED = 14
     HEARTBEAT = 15
     GOODBYE = 16
-    LINK_PRIVATE = 17
+    OFFER = 17
+    WITHDRAW = 18
+    WITHDRAWN = 19
+    TOOK = 20
+    QUIT = 21
+    LINK_PRIVATE = 22
+    MOVED = 23
+    STAGED = 24
 
 
 @dataclass

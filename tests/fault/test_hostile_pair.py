@@ -76,6 +76,9 @@ NONSENSE: dict[str, Callable[[], Frame]] = {
     "metadata too long": lambda: Frame(Kind.EAGER, channel=CHANNEL, nbytes=0, meta=bytes(4000)),
     "a message of 2^64 bytes": lambda: Frame(Kind.RTS, channel=CHANNEL, nbytes=2**64 - 1, sop=1, meta=META),
     "put without its bytes": lambda: Frame(Kind.PUT, nbytes=100, rop=1, sop=1),
+    "a place that is none": lambda: Frame(Kind.PUT_RTS, flags=2, nbytes=10, rop=1, sop=1, payload=b"short"),
+    "rows of host memory": lambda: Frame(Kind.PUT_RTS, flags=32, nbytes=10, address=10, rop=1, sop=1),
+    "an answer without a place": lambda: Frame(Kind.GET_READY, flags=2, nbytes=10, rop=1, sop=1),
     "credit for nothing": lambda: Frame(Kind.CREDIT, nbytes=2**63),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aiocomm.errors import UsageError
 from aiocomm.pages import Pages, planner
 from aiocomm.pages.planner import Copies, page_list, plan
-from aiocomm.pages.ranges import _ranges
+from aiocomm.pages.ranges import ranges_of
 from aiocomm_native import _core
 
 
@@ -161,7 +161,7 @@ def test_ranges_hold_every_row_once() -> None:
     source.arrays[0][:] = rng.integers(0, 256, source.arrays[0].shape)
     for at_target in (True, False):
         near, far = (source, target) if at_target else (target, source)
-        found = _ranges(source.layout, page_list(give), target.layout, page_list(take), at_target)
+        found = ranges_of(source.layout, page_list(give), target.layout, page_list(take), at_target)
         assert sum(found.nbytes) == int(found.rows.sum()) == 30 * 12
         moved = np.zeros_like(target.arrays[0]).reshape(-1)
         for start, nbytes, first, last in zip(

@@ -239,7 +239,7 @@ bool Device::issue() {
     size_t index = stream_of(job);
     Stream& stream = streams_[index];
     int code = lost_;
-    if (!code) code = driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
+    if (!code) code = copy(job, stream);
     if (code != CUDA_SUCCESS) {
       job.error = code;
       job.ended_ns = now_ns();
@@ -256,6 +256,13 @@ bool Device::issue() {
   for (size_t i = 0; i < kStreams; ++i)
     if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);
   return did;
+}
+
+int Device::copy(MoveJob& job, Stream& stream) {
+  if (!job.rows) return driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
+  int code = row_copies_.queue(driver, job, stream.handle);
+  if (code != CUDA_SUCCESS) driver.cuStreamSynchronize(stream.handle);  // some may be under way
+  return code;
 }
 
 // Has the stream write how far it is, behind what it was given.
@@ -311,7 +318,9 @@ void Device::finish() {
 // A stream that has failed writes nothing.
 void Device::watch(Stream& stream, uint64_t now) {
   const MoveJob& first = stream.inflight.front().second;
-  if (now < first.posted_ns + kOverdueNs + first.nbytes || now < stream.looked_ns + kLookNs) return;
+  if (now < first.posted_ns + kOverdueNs + first.nbytes + 2 * first.slow_ns ||
+      now < stream.looked_ns + kLookNs)
+    return;
   stream.looked_ns = now;
   CUresult code = driver.cuStreamQuery(stream.handle);
   if (code != CUDA_SUCCESS && code != CUDA_ERROR_NOT_READY) fail(stream, code);
@@ -341,7 +350,8 @@ uint64_t Device::expected_end() const {
     const Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
     const MoveJob& job = stream.inflight.front().second;
-    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60);
+    uint64_t end =
+        std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60) + job.slow_ns;
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;
@@ -357,7 +367,7 @@ void Device::announce_end(uint64_t now) {
   for (size_t i = 0; i < 3; ++i) {
     if (streams_[i].inflight.empty()) continue;
     const MoveJob& job = streams_[i].inflight.front().second;
-    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400;
+    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400 + job.slow_ns;
     if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_))
       continue;
     announced_ = job.op;

@@ -23,6 +23,7 @@
 #include "core/doorbell.hpp"
 #include "core/mpsc.hpp"
 #include "links/cuda/driver.hpp"
+#include "links/cuda/row_copies.hpp"
 
 namespace aiocomm::cuda {
 
@@ -79,6 +80,7 @@ class Device {
   void run();
   void release();
   bool issue();
+  int copy(MoveJob& job, Stream& stream);
   void tell(Stream& stream);
   bool collect(uint64_t now);
   bool open_gates();
@@ -103,6 +105,7 @@ class Device {
   int lost_ = 0;               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
+  RowCopies row_copies_;
   std::vector<MoveJob> finished_;
   std::vector<GateWait> gates_;
 

@@ -29,17 +29,22 @@ void load(Driver& driver) {
                      std::to_string(driver.version % 1000 / 10) + "): 12.0 or newer (driver 525) is needed";
     return;
   }
-  auto find = [&](const char* name, int since) {
+  auto find = [&](const char* name, int since, bool needed) {
     void* function = nullptr;
     if (resolve(name, &function, since, kDefaultFlags, nullptr) != CUDA_SUCCESS || !function) {
-      if (driver.refusal.empty())
+      function = nullptr;
+      if (needed && driver.refusal.empty())
         driver.refusal = "the CUDA driver lacks " + std::string(name) + ": update it (12.0 or newer)";
     }
     return function;
   };
 #define AIOCOMM_CUDA_LOAD(name, since, ...) \
-  driver.name = reinterpret_cast<std::add_pointer_t<__VA_ARGS__>>(find(#name, since));
+  driver.name = reinterpret_cast<std::add_pointer_t<__VA_ARGS__>>(find(#name, since, true));
   AIOCOMM_CUDA_ENTRY_POINTS(AIOCOMM_CUDA_LOAD)
+#undef AIOCOMM_CUDA_LOAD
+#define AIOCOMM_CUDA_LOAD(name, since, ...) \
+  driver.name = reinterpret_cast<std::add_pointer_t<__VA_ARGS__>>(find(#name, since, false));
+  AIOCOMM_CUDA_OPTIONAL_ENTRY_POINTS(AIOCOMM_CUDA_LOAD)
 #undef AIOCOMM_CUDA_LOAD
   if (!driver.usable()) return;
   if (CUresult code = driver.cuInit(0); code != CUDA_SUCCESS) {

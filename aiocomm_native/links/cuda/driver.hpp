@@ -49,6 +49,11 @@ struct CUmemAccessDesc {
   CUmemLocation location;
   int flags;
 };
+struct CUmemcpyAttributes {
+  int srcAccessOrder;
+  CUmemLocation srcLocHint, dstLocHint;
+  unsigned flags;
+};
 struct CUDA_MEMCPY2D {
   size_t srcXInBytes, srcY;
   unsigned srcMemoryType;
@@ -99,6 +104,8 @@ constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0, CU_STREAM_CAPTURE_MODE_RELAXED 
 constexpr int CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1;
 constexpr int CU_MEM_LOCATION_TYPE_DEVICE = 1;
 constexpr int CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3;
+constexpr int CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1;
+constexpr unsigned CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1;
 constexpr unsigned CU_MEMORYTYPE_HOST = 1, CU_MEMORYTYPE_DEVICE = 2, CU_MEMORYTYPE_UNIFIED = 4;
 
 constexpr int CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING = 41;
@@ -170,13 +177,21 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17;
   X(cuMemMap, 10020,                                                                                     \
     CUresult(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))             \
   X(cuMemUnmap, 10020, CUresult(CUdeviceptr, size_t))                                                    \
+  X(cuMemGetAccess, 10020, CUresult(unsigned long long*, const CUmemLocation*, CUdeviceptr))             \
   X(cuMemSetAccess, 10020, CUresult(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t))
+
+// The same for what older drivers lack: null there.
+#define AIOCOMM_CUDA_OPTIONAL_ENTRY_POINTS(X)                                                          \
+  X(cuMemcpyBatchAsync, 12080,                                                                         \
+    CUresult(const CUdeviceptr*, const CUdeviceptr*, const size_t*, size_t, const CUmemcpyAttributes*, \
+             const size_t*, size_t, size_t*, CUstream))
 
 constexpr int kOldestDriver = 12000;  // CUDA 12: cuGetProcAddress_v2 and cuStreamWriteValue's second form
 
 struct Driver {
 #define AIOCOMM_CUDA_MEMBER(name, version, ...) std::add_pointer_t<__VA_ARGS__> name = nullptr;
   AIOCOMM_CUDA_ENTRY_POINTS(AIOCOMM_CUDA_MEMBER)
+  AIOCOMM_CUDA_OPTIONAL_ENTRY_POINTS(AIOCOMM_CUDA_MEMBER)
 #undef AIOCOMM_CUDA_MEMBER
 
   int version = 0;      // e.g. 13000

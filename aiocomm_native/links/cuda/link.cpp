@@ -95,7 +95,7 @@ void State::stop() {
 
 CudaBuffer::~CudaBuffer() {
   mapping.reset();  // before the state, whose helper closes it
-  if (Device* started = state->started(device)) started->give_back(gate);
+  if (Device* started = state->started(device); started && !borrows_gate) started->give_back(gate);
   if (bounce) state->bounces.give_back(bounce);
   if (own) {
     // cuMemFree waits for the work that still uses it: on the helper's thread or, once that has ended, here.
@@ -168,6 +168,7 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   buffer->place.owner = state.process;
   buffer->place.device = static_cast<uint16_t>(found.device);
   buffer->place.uuid = owner.uuid;
+  buffer->place.plain = found.ipc;
   if (stream == kNoStream) return buffer;
   Device::Current current(owner);
   auto handle = reinterpret_cast<CUstream>(stream);
@@ -187,6 +188,19 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
     buffer->gate = owner.gate_behind(handle);
   else if (code != CUDA_SUCCESS)
     throw LinkFailure("work on the array's stream has failed: " + state.driver.describe(code), code);
+  return buffer;
+}
+
+std::unique_ptr<DeviceBuffer> CudaLink::part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) {
+  (void)nbytes;
+  auto& all = static_cast<const CudaBuffer&>(whole);
+  auto buffer = std::make_unique<CudaBuffer>(state_);
+  buffer->place = all.place;
+  buffer->place.address += offset;
+  buffer->device = all.device;
+  buffer->ipc = all.ipc;
+  buffer->gate = all.gate;
+  buffer->borrows_gate = true;
   return buffer;
 }
 
@@ -234,6 +248,7 @@ Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId wait
     return Reach::State::refused;
   }
   mine.ipc = found.ipc;
+  mine.place.plain = found.ipc;
   mine.place.address = mine.own;
   mine.place.base = found.base;
   mine.place.extent = found.extent;
@@ -244,8 +259,9 @@ Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId wait
 void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
   auto& mine = static_cast<CudaBuffer&>(buffer);
   if (mine.place.exported != Export::none) return;
-  if (peer.process() == ::getpid()) {
-    mine.place.exported = Export::ipc;  // its address is enough
+  if (peer.process() == pid_) {
+    // Its address is enough. Other memory may not be mapped for the other's GPU: it is ours that moves it.
+    if (mine.place.plain) mine.place.exported = Export::ipc;
   } else if (peer.process() >= 0 && mine.ipc &&
              state_->handle_of(mine.place, mine.device, mine.place.handle)) {
     mine.place.exported = Export::ipc;
@@ -253,7 +269,7 @@ void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
 }
 
 Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) {
-  if (peer.process() == ::getpid()) return within_process(device, theirs, waiter);
+  if (peer.process() == pid_) return within_process(device, theirs, waiter);
   if (peer.process() < 0) return {Reach::State::refused, 0, nullptr, "the peer's GPU is on another host"};
   if (theirs.exported == Export::none)
     return {
@@ -268,6 +284,14 @@ Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpI
 Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waiter) {
   if (theirs.device == device || theirs.device >= state_->driver.devices)
     return {Reach::State::ready, theirs.base, {}, {}};
+  if (!theirs.plain) {
+    unsigned long long flags = 0;
+    CUmemLocation here{CU_MEM_LOCATION_TYPE_DEVICE, device};
+    CUresult code = state_->driver.cuMemGetAccess(&flags, &here, theirs.address);
+    if (code == CUDA_SUCCESS && flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+      return {Reach::State::refused, 0, nullptr,
+              "the memory is mapped for its own GPU only (cuMemSetAccess): allocate it by cudaMalloc"};
+  }
   uint64_t pair = static_cast<uint64_t>(device) << 32 | theirs.device;
   {
     std::lock_guard lock(mutex_);
@@ -342,6 +366,7 @@ Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPee
     return Reach::State::refused;
   }
   mine.place.exported = Export::ipc;
+  mine.place.plain = 1;
   return Reach::State::ready;
 }
 

@@ -1,6 +1,8 @@
 // The cuda link: GPU memory on one host, moved by copy engines beside the pairs' own links.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <memory>
 #include <mutex>
@@ -59,6 +61,7 @@ struct CudaBuffer final : DeviceBuffer {
   ~CudaBuffer() override;
   std::shared_ptr<State> state;
   bool ipc = false;
+  bool borrows_gate = false;  // of the whole that it is part of
   uint64_t relay_size = 0;
   uint64_t own = 0;  // memory of an array that a receive has made
 };
@@ -73,6 +76,7 @@ class CudaLink final : public Link, public Mover {
                                    bool) override;
 
   std::unique_ptr<DeviceBuffer> bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) override;
+  std::unique_ptr<DeviceBuffer> part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) override;
   std::unique_ptr<DeviceBuffer> reserve(int device) override;
   Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   int devices() const override;
@@ -100,6 +104,7 @@ class CudaLink final : public Link, public Mover {
   std::array<Known, 256> known_{};  // the loop's thread only
 
   Host& host_;
+  const int pid_ = ::getpid();  // asked for with every message
   std::mutex mutex_;
   std::shared_ptr<State> state_;
   std::unordered_map<uint64_t, bool> peered_;  // pairs of devices; false: being enabled

@@ -44,7 +44,7 @@ class SelfPeer final : public LinkPeer {
   }
 
   Path pull_path(const Location&) override { return Path::mapped; }
-  int process() const override { return getpid(); }
+  int process() const override { return pid_; }
   WakePage* page() override { return &host_.wake_page(); }
 
   int pull(const Location& where, std::byte* into, size_t nbytes) override {
@@ -60,6 +60,7 @@ class SelfPeer final : public LinkPeer {
     std::vector<std::byte> meta, payload;
   };
   Host& host_;
+  const int pid_ = getpid();
   std::deque<Held> queue_;
   bool polling_ = false, closed_ = false;
 };

@@ -209,6 +209,11 @@ typedef struct CUipcEventHandle_st {
 typedef struct CUuuid_st {
   char bytes[16];
 } CUuuid;
+typedef struct CUmemcpyAttributes_st {
+  int srcAccessOrder;
+  CUmemLocation srcLocHint, dstLocHint;
+  unsigned flags;
+} CUmemcpyAttributes;
 typedef struct CUDA_MEMCPY2D_st {
   size_t srcXInBytes;
   size_t srcY;

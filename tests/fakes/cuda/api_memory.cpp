@@ -322,6 +322,25 @@ FAKE_API cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D* copy, CUstream on) {
   return queue_copy(call, on, std::move(op));
 }
 
+#ifndef FAKE_CUDA_REAL_HEADER  // whose form of it depends on its version: this is CUDA 12.8's
+FAKE_API cuMemcpyBatchAsync(const CUdeviceptr* to, const CUdeviceptr* from, const size_t* nbytes,
+                            size_t count, const CUmemcpyAttributes* attributes, const size_t* first,
+                            size_t kinds, size_t* failed, CUstream on) {
+  Call call("cuMemcpyBatchAsync", Needs::context);
+  if (call) return call.code;
+  *failed = SIZE_MAX;
+  if (!count || kinds != 1 || first[0] != 0 || attributes[0].srcAccessOrder < 1 ||
+      attributes[0].srcAccessOrder > 3 || !on || on == CU_STREAM_LEGACY)
+    return CUDA_ERROR_INVALID_VALUE;
+  for (size_t i = 0; i < count; ++i) {
+    Op op(Op::Kind::copy);
+    op.to = to[i], op.from = from[i], op.width = nbytes[i];
+    if (CUresult code = queue_copy(call, on, std::move(op))) return *failed = i, code;
+  }
+  return CUDA_SUCCESS;
+}
+#endif
+
 FAKE_API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t count, CUstream on) {
   return fill_async("cuMemsetD8Async", to, value, 1, count, on);
 }

@@ -204,6 +204,16 @@ FAKE_API cuMemUnmap(CUdeviceptr address, size_t nbytes) {
   return CUDA_SUCCESS;
 }
 
+FAKE_API cuMemGetAccess(unsigned long long* flags, const CUmemLocation* where, CUdeviceptr address) {
+  Call call("cuMemGetAccess", Needs::init);
+  if (call) return call.code;
+  RangePtr range = sim().memory->find(address);
+  if (!range || range->origin != Origin::vmm || !is_device(where->id)) return CUDA_ERROR_INVALID_VALUE;
+  *flags =
+      range->access >> where->id & 1 ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  return CUDA_SUCCESS;
+}
+
 FAKE_API cuMemSetAccess(CUdeviceptr address, size_t nbytes, const CUmemAccessDesc* wanted, size_t count) {
   Call call("cuMemSetAccess", Needs::init);
   if (call) return call.code;

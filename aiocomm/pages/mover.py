@@ -1,0 +1,190 @@
+"""Keeps transfers of pages under way."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio.lowlevel
+
+from aiocomm._operations import limit_of, overlapping
+from aiocomm.collectives.gate import Gate
+from aiocomm.errors import DeadlineExceeded, LinkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aiocomm.channel import Channel
+    from aiocomm.communicator import Communicator
+    from aiocomm.pages.lease import RemotePages
+    from aiocomm.pages.planner import Copies, Integers
+    from aiocomm_native import Transfer
+
+__all__ = ["Mover"]
+
+_WINDOW: Final = 64  # transfers under way
+_BREATH_S: Final = 1e-3  # of work after which other tasks get a turn
+
+
+def _nothing() -> None:
+    pass
+
+
+def _rows(
+    copies: Copies,
+) -> tuple[Integers, Integers, Integers, Integers, Integers, Integers]:
+    return (
+        copies.source,
+        copies.source_stride,
+        copies.target,
+        copies.target_stride,
+        copies.nbytes,
+        copies.rows,
+    )
+
+
+class Mover:
+    """Keeps a window of transfers under way; the first failure ends all."""
+
+    def __init__(self, comm: Communicator, channel: Channel | None, deadline: float | None) -> None:
+        self.comm = comm
+        self._channel = channel
+        self._index = 0
+        self._gate = Gate(comm._backend)
+        limit = limit_of(deadline)
+        self._ends = None if deadline is None else time.monotonic() + limit
+        self._flying: dict[Transfer[Any], Callable[[], object]] = {}
+        self._instead: dict[Transfer[Any], Callable[[], Iterator[Transfer[Any]]]] = {}
+        self._ended: list[Callable[[], object]] = []
+        self._later: list[Iterator[Transfer[Any]]] = []
+        self._error: BaseException | None = None
+
+    def check(self, remote: RemotePages) -> None:
+        """Refuse what no transfer of these pages could do."""
+        for plane in remote.layout.planes:
+            self._index = self.comm._check_remote(remote._regions[plane], self._channel)
+
+    def _left(self) -> float:
+        if self._ends is None:
+            return -1.0
+        if (left := self._ends - time.monotonic()) <= 0:
+            raise DeadlineExceeded("the deadline passed before all pages had moved")
+        return left
+
+    def forever(self) -> None:
+        """Drop the deadline."""
+        self._ends = None
+
+    def put(
+        self, region: Any, far: int, data: Any, text: bytes | None, ended: Callable[[], object]
+    ) -> Transfer[Any]:
+        """Submit a put; `ended` is called when it has ended well."""
+        engine, at = self.comm._engine, region._start + far
+        transfer = engine.put(data, region.rank, self._index, region._number, at, text, self._left())
+        self._flying[transfer] = ended
+        return transfer
+
+    def put_rows(
+        self,
+        region: Any,
+        data: Any,
+        copies: Copies,
+        ended: Callable[[], object],
+        instead: Callable[[], Iterator[Transfer[Any]]],
+    ) -> Transfer[Any]:
+        """Submit a put of rows of GPU memory, as `put`; `instead` makes what follows if it cannot be done."""
+        where = data, region.rank, self._index, region._number, region._start
+        transfer = self.comm._engine.put_rows(*where, *_rows(copies), None, self._left())
+        self._flying[transfer], self._instead[transfer] = ended, instead
+        return transfer
+
+    def get_rows(
+        self, region: Any, into: Any, copies: Copies, instead: Callable[[], Iterator[Transfer[Any]]]
+    ) -> Transfer[Any]:
+        """Submit a get of rows, as `put_rows`."""
+        where = into, region.rank, self._index, region._number, region._start
+        transfer = self.comm._engine.get_rows(*where, *_rows(copies), self._left())
+        self._flying[transfer], self._instead[transfer] = _nothing, instead
+        return transfer
+
+    def get(self, region: Any, far: int, into: Any, ended: Callable[[], object]) -> Transfer[Any]:
+        """Submit a get, as `put`."""
+        engine, at = self.comm._engine, region._start + far
+        try:
+            transfer = engine.get(into, region.rank, self._index, region._number, at, self._left())
+        except ValueError as error:
+            overlapping(error)
+            raise
+        self._flying[transfer] = ended
+        return transfer
+
+    def later(self, more: Iterator[Transfer[Any]]) -> None:
+        """Submit these before what is left of `run`'s jobs."""
+        self._later.append(more)
+
+    async def notify(self, remote: RemotePages, text: bytes | None) -> None:
+        """Tell the owner that all is in place."""
+        if text is not None:
+            region = remote._regions[remote.layout.planes[0]]
+            await self.run(iter([self.put(region, 0, b"", text, _nothing)]))
+
+    async def run(self, jobs: Iterator[Transfer[Any]]) -> None:
+        """Submit what `jobs` yields, a window at a time.
+
+        Nothing is under way afterwards, whatever happens. Other tasks get a turn also where transfers end as
+        fast as they are submitted.
+        """
+        more = True
+        breath = time.monotonic() + _BREATH_S
+        try:
+            while more or self._flying or self._ended or self._later:
+                tired = False  # packing takes time, too
+                while (more or self._later) and self._has_room() and self._error is None and not tired:
+                    transfer = self._next(jobs)
+                    if more := transfer is not None:
+                        assert transfer is not None
+                        transfer.add_done_callback(self._done)
+                    tired = time.monotonic() > breath
+                if self._error is not None:
+                    raise self._error
+                if self._flying and not tired:
+                    await self._gate.wait()
+                self._finish()
+                if time.monotonic() > breath:
+                    await anyio.lowlevel.checkpoint()
+                    breath = time.monotonic() + _BREATH_S
+        finally:
+            for transfer in list(self._flying):
+                transfer.cancel()
+            await self._gate.wait_shielded(lambda: not self._flying)
+        if self._error is not None:
+            raise self._error
+
+    def _has_room(self) -> bool:
+        # What has ended counts until it was dealt with: transfers may end as fast as they are submitted.
+        return len(self._flying) + len(self._ended) < _WINDOW
+
+    def _next(self, jobs: Iterator[Transfer[Any]]) -> Transfer[Any] | None:
+        while self._later:
+            if (transfer := next(self._later[0], None)) is not None:
+                return transfer
+            del self._later[0]
+        return next(jobs, None)
+
+    def _finish(self) -> None:
+        while self._ended:
+            self._ended.pop()()
+
+    def _done(self, transfer: Transfer[Any]) -> None:
+        ended, instead = self._flying.pop(transfer), self._instead.pop(transfer, None)
+        self._gate.ring()
+        if transfer.cancelled():
+            return
+        if (error := transfer.exception()) is not None:
+            if instead is not None and isinstance(error, LinkError) and error.code == errno.EXDEV:
+                self._later.append(instead())
+                return
+            self._error = self._error or error
+        else:
+            self._ended.append(ended)

@@ -1,0 +1,344 @@
+// Operations as Python submits them. They are made per message: positional arguments only.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <memory>
+#include <utility>
+
+#include "bindings/device_py.hpp"
+#include "bindings/transfer.hpp"
+
+namespace nb = nanobind;
+
+namespace aiocomm::py {
+
+namespace {
+
+enum StartFlags : int { kSynchronous = 1, kNoWait = 2 };
+
+struct Start {
+  PyEngine& e;
+  Transfer* t;
+  Op* op;
+  bool good = true;
+
+  Start(nb::pointer_and_handle<PyEngine> self, OpKind kind, int peer, uint32_t channel, double deadline)
+      : e(*self.p), t(new_transfer(self.h.ptr(), self.p, kind)), op(nullptr) {
+    if (!t) throw nb::python_error();
+    op = e.engine->new_op();
+    op->kind = kind;
+    op->peer = peer;
+    op->channel = channel;
+    op->cookie = t;
+    op->link = 0;
+    t->op = op;
+    t->peer = peer;
+    t->channel = channel;
+    if (deadline >= 0) op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
+  }
+
+  // Nothing was submitted: takes everything back and raises the error that is set.
+  [[noreturn]] void give_up() {
+    e.engine->release(op);
+    t->op = nullptr;
+    t->outcome = Outcome::cancelled;
+    Py_DECREF(t);
+    throw nb::python_error();
+  }
+
+  void buffer(PyObject* object, bool writable) {
+    int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object, &t->view, flags) != 0) give_up();
+    t->has_view = true;
+    if (t->view.format && std::strchr(t->view.format, 'O')) {
+      PyErr_SetString(PyExc_TypeError,
+                      "Python objects");  // as_buffer() says more, or finds that it is only a name
+      give_up();
+    }
+    op->data = static_cast<std::byte*>(t->view.buf);
+    op->nbytes = op->capacity = static_cast<uint64_t>(t->view.len);
+    t->nbytes = op->nbytes;
+  }
+
+  // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
+  void memory(PyObject* object, bool writable) {
+    if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
+    DeviceView view;
+    Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
+    if (found == Found::error) give_up();
+    if (found == Found::view) {
+      t->keep = Py_NewRef(object);
+      device_memory(view);
+      Py_DECREF(view.shape);
+      return;
+    }
+    PyObject* description = PyTuple_CheckExact(object)
+                                ? Py_NewRef(object)
+                                : PyObject_CallFunction(hooks.describe_device, "Oi", object, writable);
+    if (!description) give_up();
+    if (description == Py_None) {
+      Py_DECREF(description);
+      return buffer(object, writable);
+    }
+    t->keep = description;
+    if (!read_description(description, view)) give_up();
+    device_memory(view);
+  }
+
+  void device_memory(const DeviceView& view) {
+    op->gpu = bind_device(*e.engine->mover(), view);
+    if (!op->gpu) give_up();
+    op->data = reinterpret_cast<std::byte*>(view.address);
+    op->nbytes = op->capacity = view.nbytes;
+    t->nbytes = view.nbytes;
+    if (!encode_meta(*op, view.format, view.shape)) give_up();
+  }
+
+  // Two transfers that write one buffer would mix their bytes.
+  void claim() {
+    if (op->nbytes == 0) return;
+    auto& busy = e.receiving;
+    auto after = busy.lower_bound(op->data);
+    bool clash = after != busy.end() && op->data + op->nbytes > after->first;
+    if (!clash && after != busy.begin()) {
+      auto before = std::prev(after);
+      clash = before->first + before->second > op->data;
+    }
+    if (clash) {
+      PyErr_SetString(PyExc_ValueError, "overlap");
+      give_up();
+    }
+  }
+
+  nb::object submit() {
+    t->tag = op->tag;
+    uint64_t written = op->allocate ? 0 : op->nbytes;
+    const bool by_rows = op->gpu && op->gpu->rows;  // its memory is shared with others
+    PyObject* handle = reinterpret_cast<PyObject*>(t);
+    Py_INCREF(handle);  // the engine's reference, until end_transfer
+    if (!e.on_submit.empty()) report();
+    bool ended = e.engine->submit(op);
+    if (ended) {
+      end_transfer(t);
+    } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written && !by_rows) {
+      // The op may have ended on another thread, but is taken back only by drain(), on this one.
+      e.receiving.emplace(op->data, written);
+      t->tracked = true;
+    }
+    nb::object result = nb::steal(handle);
+    if (!e.after_submit()) throw nb::python_error();
+    return result;
+  }
+
+  void report() {
+    static const char* names[] = {"send", "recv", "put", "get"};
+    auto observer = e.on_submit.find(op->gpu ? e.engine->executor_of(*op) : e.engine->likely_link(op->peer));
+    if (observer == e.on_submit.end()) return;
+    PyObject* r = PyObject_CallFunction(
+        observer->second, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
+        op->peer, e.engine->channel(op->channel).name.c_str(), static_cast<unsigned long long>(op->nbytes));
+    if (!r) PyErr_WriteUnraisable(observer->second);
+    Py_XDECREF(r);
+  }
+};
+
+using Self = nb::pointer_and_handle<PyEngine>;
+
+nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline,
+                int flags) {
+  Start start(self, OpKind::send, dst, channel, deadline);
+  start.memory(object.ptr(), false);
+  start.op->tag = tag;
+  start.op->synchronous = flags & kSynchronous;
+  start.op->no_wait = flags & kNoWait;
+  if (!start.op->gpu) encode_meta(*start.op, start.t->view);
+  return start.submit();
+}
+
+nb::object recv(Self self, nb::handle object, int src, uint32_t channel, int64_t tag, double deadline) {
+  Start start(self, OpKind::recv, src, channel, deadline);
+  start.op->tag = tag;
+  if (object.is_none()) {
+    start.op->allocate = true;
+  } else {
+    start.memory(object.ptr(), true);
+    start.claim();
+  }
+  return start.submit();
+}
+
+nb::object recv_on(Self self, int src, uint32_t channel, int64_t tag, double deadline, int device) {
+  Mover* mover = self.p->engine->mover();
+  if (!mover) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+  std::unique_ptr<DeviceBuffer> buffer;
+  {
+    nb::gil_scoped_release release;
+    buffer = mover->reserve(device);
+  }
+  Start start(self, OpKind::recv, src, channel, deadline);
+  start.op->tag = tag;
+  start.op->allocate = true;
+  start.op->gpu = std::move(buffer);
+  return start.submit();
+}
+
+void set_notification(Start& start, nb::handle notify) {
+  if (notify.is_none()) return;
+  char* data;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(notify.ptr(), &data, &size) < 0) start.give_up();
+  start.op->notify.assign(data, static_cast<size_t>(size));
+  start.op->has_notify = true;
+}
+
+nb::object put(Self self, nb::handle object, int dst, uint32_t channel, uint64_t region, uint64_t offset,
+               nb::object notify, double deadline) {
+  Start start(self, OpKind::put, dst, channel, deadline);
+  start.memory(object.ptr(), false);
+  start.op->region = region;
+  start.op->offset = offset;
+  set_notification(start, notify);
+  return start.submit();
+}
+
+nb::object get(Self self, nb::handle object, int src, uint32_t channel, uint64_t region, uint64_t offset,
+               double deadline) {
+  Start start(self, OpKind::get, src, channel, deadline);
+  start.memory(object.ptr(), true);
+  start.claim();
+  start.op->region = region;
+  start.op->offset = offset;
+  return start.submit();
+}
+
+using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// The bytes that rows cover: [low, high).
+struct Cover {
+  __int128 low = 0, high = 0;
+  bool any = false;
+  void add(int64_t at, int64_t step, int64_t count, int64_t nbytes) {
+    const __int128 last = static_cast<__int128>(at) + static_cast<__int128>(step) * (count - 1);
+    const __int128 first = std::min<__int128>(at, last), end = std::max<__int128>(at, last) + nbytes;
+    low = any ? std::min(low, first) : first;
+    high = any ? std::max(high, end) : end;
+    any = true;
+  }
+};
+
+// Rows between memory of ours and a region, by offsets in bytes into each; see core/rows.hpp.
+void take_rows(Start& start, bool outgoing, const Integers& from, const Integers& from_step,
+               const Integers& to, const Integers& to_step, const Integers& nbytes, const Integers& count) {
+  for (const Integers* one : {&from_step, &to, &to_step, &nbytes, &count})
+    if (one->size() != from.size()) {
+      PyErr_SetString(PyExc_ValueError, "lists of one length");
+      start.give_up();
+    }
+  Op& op = *start.op;
+  if (!op.gpu || from.size() == 0) {
+    PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
+    start.give_up();
+  }
+  Cover ours, theirs;
+  bool good = true;
+  for (size_t i = 0; i < from.size() && good; ++i) {
+    good = nbytes(i) > 0 && count(i) > 0;
+    (outgoing ? ours : theirs).add(from(i), from_step(i), count(i), nbytes(i));
+    (outgoing ? theirs : ours).add(to(i), to_step(i), count(i), nbytes(i));
+  }
+  if (!good || ours.low < 0 || ours.high > op.nbytes || theirs.low < 0 || theirs.high > (1ll << 56)) {
+    PyErr_SetString(PyExc_ValueError, "rows outside the memory");
+    start.give_up();
+  }
+  const auto low = static_cast<uint64_t>(theirs.low);
+  auto rows = std::make_unique<RowList>();
+  for (size_t i = 0; i < from.size(); ++i)
+    rows->add({static_cast<uint64_t>(from(i)) - (outgoing ? 0 : low),
+               static_cast<uint64_t>(to(i)) - (outgoing ? low : 0), from_step(i), to_step(i),
+               static_cast<uint64_t>(nbytes(i)), static_cast<uint64_t>(count(i))});
+  op.offset += low;
+  op.gpu->reach = static_cast<uint64_t>(theirs.high - theirs.low);
+  op.nbytes = op.capacity = start.t->nbytes = rows->nbytes();
+  op.gpu->rows = std::move(rows);
+}
+
+nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel, uint64_t region,
+                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
+                    const Integers& to_step, const Integers& nbytes, const Integers& count, nb::object notify,
+                    double deadline) {
+  Start start(self, OpKind::put, dst, channel, deadline);
+  start.memory(description.ptr(), false);
+  start.op->region = region;
+  start.op->offset = offset;
+  take_rows(start, true, from, from_step, to, to_step, nbytes, count);
+  set_notification(start, notify);
+  return start.submit();
+}
+
+nb::object get_rows(Self self, nb::tuple description, int src, uint32_t channel, uint64_t region,
+                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
+                    const Integers& to_step, const Integers& nbytes, const Integers& count, double deadline) {
+  Start start(self, OpKind::get, src, channel, deadline);
+  start.memory(description.ptr(), true);
+  start.op->region = region;
+  start.op->offset = offset;
+  take_rows(start, false, from, from_step, to, to_step, nbytes, count);
+  return start.submit();
+}
+
+// The caller keeps what the tuple names until close_region says that it is free.
+std::pair<uint64_t, uint64_t> add_device_region(PyEngine& e, nb::tuple description, bool writable) {
+  if (!e.engine->mover()) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+  DeviceView view;
+  if (!read_description(description.ptr(), view)) throw nb::python_error();
+  std::unique_ptr<DeviceBuffer> gpu = bind_device(*e.engine->mover(), view);
+  if (!gpu) throw nb::python_error();
+  auto base = reinterpret_cast<std::byte*>(view.address);
+  return {e.engine->add_region(base, view.nbytes, writable, std::move(gpu)), view.nbytes};
+}
+
+}  // namespace
+
+void bind_operations(nb::class_<PyEngine>& engine) {
+  engine.def("send", send)
+      .def("recv", recv, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
+      .def("recv_on", recv_on)
+      .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("get", get)
+      .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("get_rows", get_rows)
+      .def(
+          "add_region",
+          [](PyEngine& e, nb::handle object, bool writable) {
+            Py_buffer view;
+            if (PyObject_GetBuffer(object.ptr(), &view,
+                                   PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) != 0)
+              throw nb::python_error();
+            auto base = static_cast<std::byte*>(view.buf);
+            auto nbytes = static_cast<uint64_t>(view.len);
+            PyBuffer_Release(&view);  // the caller keeps the object until close_region says it is free
+            return std::pair(e.engine->add_region(base, nbytes, writable), nbytes);
+          },
+          nb::arg("buffer"), nb::arg("writable"))
+      .def(
+          "check_device_memory",
+          [](PyEngine& e, nb::tuple description) {
+            DeviceView view;
+            if (!e.engine->mover()) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+            if (!read_description(description.ptr(), view) || !bind_device(*e.engine->mover(), view))
+              throw nb::python_error();
+          },
+          nb::arg("description"), "Refuses what no transfer could move.")
+      .def("add_device_region", add_device_region, nb::arg("description"), nb::arg("writable"))
+      .def(
+          "close_region", [](PyEngine& e, uint64_t id) { return e.engine->close_region(id); },
+          nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace aiocomm::py

@@ -1,0 +1,143 @@
+// How transfers of device memory end, and the engine's progress by copy threads.
+
+#include <algorithm>
+#include <utility>
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
+  mover_ = mover;
+  index_ = index;
+  preempt_ns_ = preempt_ns;
+}
+
+// ---------------------------------------------------------------- ends
+
+// `error` 0: no host memory for staging.
+void DeviceProtocol::fail(Op& op, int error) {
+  op.error = error ? error : -1;
+  if (op.kind == OpKind::recv || op.kind == OpKind::get) {
+    Peer* peer = engine_.find_peer(op.peer);
+    if (op.gpu) {
+      op.gpu->owes_fin = true;
+      op.gpu->fin_code = static_cast<uint8_t>(Code::link_failed);
+    } else if (peer) {
+      engine_.send_fin(*peer, op.remote_op, Code::link_failed, 0);
+    }
+  }
+  engine_.end_early(op, Code::link_failed);
+}
+
+// What was put off while our engine was at work, or the other side's.
+void DeviceProtocol::settle(Op& op) {
+  DeviceBuffer& gpu = *op.gpu;
+  Peer* peer = engine_.find_peer(op.peer);
+  if (!peer || peer->state != Peer::State::up) return;
+  if (std::exchange(gpu.owes_moved, false))
+    send_moved(*peer, op.remote_op, op.code == Code::link_failed ? Code::link_failed : Code::cancelled, 0);
+  if (std::exchange(gpu.owes_fin, false))
+    engine_.send_fin(*peer, op.remote_op, static_cast<Code>(gpu.fin_code), op.moved);
+}
+
+// The peer is gone.
+void DeviceProtocol::forget(Peer& peer) {
+  for (auto& queue : queues_) {
+    if (!queue) continue;
+    std::erase_if(queue->flows, [&](const DeviceQueue::Flow& flow) {
+      if (flow.rank == peer.rank) queue->sched.remove_flow(flow.id);
+      return flow.rank == peer.rank;
+    });
+  }
+  if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
+}
+
+// Before memory is given back at close, peers whose engines write it have their word to say.
+void DeviceProtocol::finish_writers() {
+  if (!mover_) return;
+  uint64_t limit = engine_.now() + engine_.drain_ns_;
+  auto writing = [&] {
+    bool any = false;
+    auto look = [&](Op& op) { any |= op.gpu && op.gpu->remote_writes; };
+    engine_.ops_.for_each_live(look);
+    engine_.served_.for_each_live(look);
+    return any;
+  };
+  for (;;) {
+    Engine::Token token(engine_);
+    if (!writing()) return;
+    engine_.poll_links();
+    if (engine_.now() < limit) continue;
+    auto give_up = [](Op& op) {
+      if (op.gpu) op.gpu->remote_writes = false;
+    };
+    engine_.ops_.for_each_live(give_up);
+    engine_.served_.for_each_live(give_up);
+    return;
+  }
+}
+
+void DeviceProtocol::stop() {
+  if (mover_) mover_->stop();
+}
+
+// ---------------------------------------------------------------- statistics
+
+// The first device's: a process rarely uses more than one.
+const Scheduler& DeviceProtocol::sched_of(Lane lane, const Scheduler& otherwise) const {
+  for (const auto& queue : queues_)
+    if (queue && queue->lane == lane) return queue->sched;
+  return otherwise;
+}
+
+uint64_t DeviceProtocol::served(uint32_t channel) const {
+  uint64_t served = 0;
+  for (const auto& queue : queues_)
+    if (queue && std::any_of(queue->flows.begin(), queue->flows.end(),
+                             [&](const auto& flow) { return flow.channel == channel; }))
+      served += queue->sched.served(channel);
+  return served;
+}
+
+// ---------------------------------------------------------------- progress by copy threads
+
+void DeviceProtocol::begin_assist() { assistants_.fetch_add(1, std::memory_order_relaxed); }
+
+bool DeviceProtocol::assist() {
+  if (engine_.stopping_.load(std::memory_order_relaxed)) return false;
+  // Peers need not ring while we look. The engine's thread may have marked itself asleep meanwhile.
+  if (engine_.page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep)
+    awake(engine_.page_->engine);
+  if (engine_.loop_spins()) return false;  // it looks by itself
+  if (!engine_.token_.try_lock()) return false;
+  engine_.drain_submissions();
+  int did = engine_.closed_ ? 0 : engine_.poll_links();
+  engine_.token_.unlock();
+  engine_.after_unlock();
+  return did > 0;
+}
+
+// The loops, ours and the other side's, sleep through a long copy. One that is woken a little early and spins sees the
+// end at once.
+void DeviceProtocol::ends_soon(OpId id) {
+  Engine::Token token(engine_, Engine::Token::Spin{});
+  Op* op = engine_.find(id);
+  if (!op || !op->gpu || op->state != OpState::moving) return;
+  engine_.wake_loop();
+  Peer* peer = engine_.find_peer(op->peer);
+  if (op->gpu->role != Role::push || !peer || peer->state != Peer::State::up) return;
+  FrameHeader h{};
+  h.kind = FrameKind::heartbeat;
+  engine_.send_control(*peer, h, Wake::loop);
+}
+
+bool DeviceProtocol::end_assist() {
+  assistants_.fetch_sub(1, std::memory_order_relaxed);
+  prepare_sleep(engine_.page_->engine);
+  Engine::Token token(engine_);
+  return !engine_.closed_ && engine_.poll_links() > 0;
+}
+
+}  // namespace aiocomm

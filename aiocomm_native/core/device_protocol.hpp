@@ -1,0 +1,105 @@
+// The part of the engine's protocol that concerns memory which no CPU reads; device.hpp tells how it moves.
+//
+// A receive's way:  deliver -> continue_receive (again after every wait) -> pull | pushed | stage_in
+// A send's way:     announce -> cts -> continue_send (again after every wait) -> push | stage_out
+//
+// One per engine, whose token guards it all. In three files: what is chosen (device_choose.cpp), chunks on their way
+// (device_chunks.cpp), and ends and progress (device_ends.cpp).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/device.hpp"
+#include "core/device_queue.hpp"
+#include "core/link.hpp"
+#include "core/op.hpp"
+#include "core/peer.hpp"
+
+namespace aiocomm {
+
+class Engine;
+
+class DeviceProtocol final : public MoverHost {
+ public:
+  explicit DeviceProtocol(Engine& engine) : engine_(engine) {}
+
+  // Before any operation: `index` is that of the mover's link.
+  void use(Mover* mover, uint8_t index, uint64_t preempt_ns);
+  Mover* mover() const { return mover_; }
+  uint8_t index() const { return index_; }
+
+  // --- frames of the pair's link, and ops that the engine hands over
+  Post announce(Op& op, Peer& peer);
+  // Makes the place of an op's memory known to the peer as far as that can be; returns flags for its frame.
+  uint8_t describe(Op& op, Peer& peer);
+  Post refuse(Op& op);             // on links whose devices reach registered host memory only
+  void serve(Op& op, Peer& peer);  // answers a get of a region in device memory
+  // A receive has been matched, and its message or its buffer (or both) are device memory.
+  void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
+               const std::byte* payload);
+  void on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);
+  void on_moved(Peer& peer, const FrameHeader& header);
+  void on_staged(Peer& peer, const FrameHeader& header);
+  void send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes);
+  void stage_in(Op& op, Peer& peer, bool ask);
+  // Bytes of a staged message have come to the bounce: on to the device.
+  void landing(Op& op, uint64_t offset, uint64_t nbytes);
+  void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
+
+  // --- ends
+  void cancel_move(Op& op);
+  void settle(Op& op);
+  void forget(Peer& peer);  // it is gone
+  void finish_writers();    // peers that write our memory have their word to say
+  void stop();              // without the token
+
+  // --- statistics
+  const Scheduler& sched_of(Lane lane, const Scheduler& otherwise) const;
+  uint64_t served(uint32_t channel) const;
+
+  // Copy threads look for the engine's thread, which sleeps.
+  bool assisted() const { return assistants_.load(std::memory_order_relaxed) != 0; }
+
+  // --- MoverHost
+  void moved(MoveJob* jobs, size_t count) override;
+  void go_on(const OpId* ops, size_t count) override;
+  void begin_assist() override;
+  bool assist() override;
+  bool end_assist() override;
+  void ends_soon(OpId op) override;
+
+ private:
+  // device_choose.cpp
+  void proceed(Op& op, Peer& peer);
+  void continue_receive(Op& op, Peer& peer);
+  void continue_send(Op& op, Peer& peer);
+  bool prefer_push(const Op& op, Peer& peer) const;
+  void answer_with_place(Op& op, Peer& peer);
+  void staged_because(Peer& peer, const std::string& reason);
+  void stage_out(Op& op, Peer& peer);
+  void move_rows(Op& op, Peer& peer, Role role);
+  bool wait_for_gate(Op& op);
+  bool has_bounce(Op& op, bool may_wait = true);
+
+  // device_chunks.cpp
+  DeviceQueue& queue_of(int device, Lane lane);
+  void queue_move(Op& op, Lane lane, uint64_t nbytes);
+  void pump(DeviceQueue& queue);
+  void limit_window(DeviceQueue& queue);
+
+  // device_ends.cpp
+  void fail(Op& op, int error);
+
+  Engine& engine_;
+  Mover* mover_ = nullptr;
+  uint8_t index_ = 0;
+  uint64_t preempt_ns_ = 100000;
+  std::vector<std::unique_ptr<DeviceQueue>> queues_;
+  std::atomic<int> assistants_{0};
+};
+
+}  // namespace aiocomm

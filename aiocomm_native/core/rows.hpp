@@ -1,0 +1,65 @@
+// Many equal rows at equal distances, as one operation of device memory. Pure.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace aiocomm {
+
+// `count` rows of `nbytes` bytes; offsets and steps in bytes, into memory whose addresses are not known here.
+struct Rows {
+  uint64_t from = 0, to = 0;
+  int64_t from_step = 0, to_step = 0;
+  uint64_t nbytes = 0, count = 0;
+};
+
+// A list of them, whose bytes are counted one after the other, so that schedulers may cut it anywhere.
+class RowList {
+ public:
+  void add(const Rows& rows) {
+    before_.push_back(total_);
+    rows_.push_back(rows);
+    total_ += rows.nbytes * rows.count;
+  }
+  uint64_t nbytes() const { return total_; }
+  size_t size() const { return rows_.size(); }
+
+  // Calls `f(rows)` for what bytes [offset, offset + nbytes) consist of: whole rows together, cut ones by themselves.
+  template <class F>
+  void cut(uint64_t offset, uint64_t nbytes, F&& f) const {
+    auto at = static_cast<size_t>(std::upper_bound(before_.begin(), before_.end(), offset) - before_.begin());
+    for (size_t i = at - 1; nbytes && i < rows_.size(); ++i) {
+      const Rows& rows = rows_[i];
+      uint64_t skip = offset - before_[i];
+      uint64_t take = std::min(nbytes, rows.nbytes * rows.count - skip);
+      offset += take;
+      nbytes -= take;
+      auto part = [&](uint64_t row, uint64_t start, uint64_t width, uint64_t count) {
+        f(Rows{rows.from + row * static_cast<uint64_t>(rows.from_step) + start,
+               rows.to + row * static_cast<uint64_t>(rows.to_step) + start, rows.from_step, rows.to_step,
+               width, count});
+      };
+      uint64_t row = skip / rows.nbytes, inside = skip % rows.nbytes;
+      if (inside) {
+        const uint64_t width = std::min(take, rows.nbytes - inside);
+        part(row++, inside, width, 1);
+        take -= width;
+      }
+      if (uint64_t whole = take / rows.nbytes) {
+        part(row, 0, rows.nbytes, whole);
+        row += whole;
+        take -= whole * rows.nbytes;
+      }
+      if (take) part(row, 0, take, 1);
+    }
+  }
+
+ private:
+  std::vector<Rows> rows_;
+  std::vector<uint64_t> before_;  // bytes before each
+  uint64_t total_ = 0;
+};
+
+}  // namespace aiocomm
