@@ -22,8 +22,8 @@ def run(main: Coroutine[Any, Any, T], *, spin: float = 0.0, debug: bool | None =
     Args:
         main: the program.
         spin: seconds for which the loop polls for completions before it sleeps. 50e-6 halves the latency of
-            small messages and more; it costs a core while messages flow and for `spin` after the last one (up to
-            4 times that where answers come a little later).
+            small messages and more; it costs a core while messages flow and for `spin` after the last one, or
+            up to 4 times that where answers come a little later.
         debug: asyncio's debug mode.
 
     Raises:

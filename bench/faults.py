@@ -1,4 +1,4 @@
-"""Suite `faults`: how soon those who wait for a process are told that it was killed, at each step of the protocol.
+"""Suite `faults`: how soon whoever waits for a process is told that it was killed, at each step of the protocol.
 
 Rank 0 starts a process, brings it to a step, kills it by SIGKILL, and takes the time from just before the
 kill until each of its own waiting transfers has raised `PeerLostError`. The kernel's own work on the dead
@@ -95,21 +95,30 @@ async def _told(transfer: Awaitable[object], killed: list[float]) -> float | Non
     return None
 
 
+def _start(step: str, address: str, link: str) -> subprocess.Popen[bytes]:
+    program = f"import {__package__}.faults as f; f.victim({step!r}, {address!r}, {link!r})"
+    return subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Return once it stands still."""
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 async def _kill(step: str, link: str) -> list[float]:
     """Return the seconds after which each waiter was told."""
     import aiocomm
 
     address = f"unix://@aiocomm-bench-{secrets.token_hex(8)}"
-    program = f"import {__package__}.faults as f; f.victim({step!r}, {address!r}, {link!r})"
-    process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE)
+    process = _start(step, address, link)
     try:
         comm = await aiocomm.connect(address, rank=0, size=2, links=(link,), deadline=60.0)
         assert process.stdout is not None
         if (await asyncio.to_thread(process.stdout.readline)).strip() != b"ready":
             raise RuntimeError(f"the process that was to be killed at {step!r} did not come up")
         if step == "called":
-            os.kill(process.pid, signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            _stop(process)
         killed = [0.0]
         waiters = [asyncio.create_task(_told(t, killed)) for t in await _waiting(comm, step)]
         await asyncio.sleep(0)

@@ -87,7 +87,9 @@ Engine::Engine(EngineConfig config)
     }
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));
-    schedulers_.push_back(std::make_unique<Scheduler>(sched));
+    SchedConfig own = sched;
+    own.max_chunk = std::min(own.max_chunk, links_.back()->largest_chunk());
+    schedulers_.push_back(std::make_unique<Scheduler>(own));
     for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
   }
   counters_.resize(links_.size());

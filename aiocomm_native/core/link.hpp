@@ -206,6 +206,8 @@ class Link {
   virtual std::string_view name() const = 0;
   virtual StreamNeed streams() const = 0;
   virtual std::string card() { return {}; }
+  // The most bytes of one post_remote.
+  virtual uint64_t largest_chunk() const { return ~0ull; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
   // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
   // and 0 where the link needs no such thing. Throws LinkFailure.

@@ -362,6 +362,50 @@ async def test_failing_calls_between_processes(simulator: Simulator) -> None:
             assert (back == data).all(), turns[index]
 
 
+@ONE_LOOP
+@pytest.mark.parametrize("cma", ["allow", "off"])
+async def test_memory_in_blocks_moves_directly_where_descriptors_may_be_taken(
+    simulator: Simulator, cma: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VMM, as torch's expandable segments are; an address that comes back means what it means then."""
+    times, exported = 30, simulator.calls("cuMemExportToShareableHandle")
+    monkeypatch.setenv("AIOCOMM_CMA", cma)
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+        from harness import held
+
+        before: dict[str, int] = {}
+        for turn in range(times):
+            into = DeviceArray(5 << 20, device=1, kind=Kind.VMM)
+            await comm.recv(into, 0)
+            await comm.send(into.numpy(), 0)
+            into.close()
+            if turn == times // 2:
+                before = held()
+        after = held()
+        assert after["descriptors"] <= before["descriptors"] + 8, (before, after)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        back, addresses = np.zeros(5 << 20, np.uint8), set()
+        for turn in range(times):
+            data = random(5 << 20, turn)
+            source = DeviceArray(5 << 20, kind=Kind.VMM).write(data)
+            addresses.add(source.address)
+            await comm.send(source, 1)
+            await comm.recv(back, 1)
+            assert (back == data).all(), turn
+            source.close()
+        assert len(addresses) < times
+        statistics = comm.links["cuda"].statistics()
+        assert statistics.messages_by_path["device"] == times
+        if cma == "allow":
+            assert statistics.fallbacks == 0
+            assert simulator.held("mappings") <= 3 * 4  # what is mapped of the other's, at most the last few
+        else:
+            assert simulator.calls("cuMemExportToShareableHandle") == exported
+
+
 async def test_memory_freed_behind_the_back_of_a_transfer(simulator: Simulator) -> None:
     """An array keeps its memory as long as it is referred to; who frees by hand gets an error."""
 
@@ -409,8 +453,11 @@ async def test_the_legacy_stream_while_a_stream_is_captured_that_waits_for_it(gp
 
 
 @ONE_LOOP
-async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu: Driver) -> None:
-    times, nbytes = 1000, 70_000
+@pytest.mark.parametrize(("kind", "times"), [(Kind.MALLOC, 1000), (Kind.VMM, 200)])
+async def test_an_address_that_is_freed_and_allocated_anew_many_times(
+    gpu: Driver, kind: Kind, times: int
+) -> None:
+    nbytes = 70_000
 
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray
@@ -424,7 +471,7 @@ async def test_an_address_that_is_freed_and_allocated_anew_a_thousand_times(gpu:
     async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
         addresses = set()
         for turn in range(times):
-            source = DeviceArray(nbytes).write(np.full(nbytes, turn % 251, np.uint8))
+            source = DeviceArray(nbytes, kind=kind).write(np.full(nbytes, turn % 251, np.uint8))
             addresses.add(source.address)
             await comm.send(source, 1)
             source.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
+from fakes.simulated import Engine
 from harness import LIMIT_S, world
 
 import aiocomm
@@ -243,6 +246,84 @@ async def test_a_cancelled_put_leaves_nothing_under_way(pair: Pair) -> None:
     await lease.aclose()
     assert not any(array.any() for array in back(theirs))
     stream.close()
+
+
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_cancelled_in_the_middle(simulator: Simulator, pair: Pair, kind: str) -> None:
+    """The call ends, and the lease, only when the engine has let go of what it was at."""
+    a, b = pair
+    data = [np.random.default_rng(0).integers(1, 255, (300, 4096)).astype(np.uint8)]
+    ours, theirs = on("gpu", data), on("gpu", [np.zeros_like(data[0])], 1)
+    give = np.random.default_rng(1).permutation(300)
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    simulator.stop_halfway(0, Engine.PEER)
+    scope, ended, closed = anyio.CancelScope(), anyio.Event(), anyio.Event()
+
+    async def move() -> None:
+        with scope:
+            if kind == "put":
+                await a.put_pages(ours, give, remote, np.arange(300))
+            else:
+                await a.get_pages(remote, give, ours, np.arange(300))
+        ended.set()
+
+    async def close() -> None:
+        await lease.aclose()
+        closed.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(move)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
+        tasks.start_soon(close)
+        scope.cancel()
+        receiving = b.recv(bytearray(1), 0)
+        await a.send(b"x", 1)
+        await receiving
+        assert not ended.is_set()
+        assert not closed.is_set()
+        simulator.resume(0, Engine.PEER)
+        with anyio.fail_after(LIMIT_S):
+            await ended.wait()
+            await closed.wait()
+    assert scope.cancelled_caught
+    async with await b.lease_pages(theirs) as again:
+        await a.put_pages(ours, give, a.remote_pages(again.handle), np.arange(300))
+
+
+async def test_the_owner_killed_in_the_middle(simulator: Simulator) -> None:
+    shape = (300, 4096)
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        async with await comm.lease_pages(aiocomm.Pages(DeviceArray(shape, device=1))) as lease:
+            await comm.send(lease.handle, 0)
+            await comm.recv(bytearray(1), 0)
+
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - spawn tells of the killed worker
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            remote = comm.remote_pages((await comm.recv_array(1)).tobytes())
+            ours = aiocomm.Pages(DeviceArray(shape))
+            give, take = (np.random.default_rng(seed).permutation(300) for seed in (1, 2))
+            await comm.put_pages(ours, give, remote, take)
+            simulator.stop_halfway(0, Engine.PEER)
+            async with anyio.create_task_group() as tasks:
+
+                async def put() -> None:
+                    with pytest.raises(aiocomm.PeerLostError):
+                        await comm.put_pages(ours, give, remote, take)
+
+                events = comm.events()
+                tasks.start_soon(put)
+                await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
+                os.kill(comm.peers[0].pid, signal.SIGKILL)
+                async for event in events:
+                    if isinstance(event, aiocomm.PeerLost):
+                        break
+                simulator.resume(0, Engine.PEER)
+            with pytest.raises(aiocomm.AiocommError):
+                await comm.get_pages(remote, take, ours, give)
 
 
 @pytest.mark.parametrize("kind", [Kind.MALLOC, Kind.POOL])

@@ -279,7 +279,7 @@ message_sizes = st.lists(st.integers(1, 8192), min_size=1, max_size=4).filter(la
     room=st.integers(0, 3),
 )
 def test_weights_hold_by_bytes(groups: list[tuple[float, int, list[int]]], before: int, room: int) -> None:
-    """Over any backlogged interval: whatever the sizes, the peers of a channel, and a transport that is full."""
+    """Over any backlogged interval: whatever the sizes, a channel's peers, and a transport that is full."""
     sched = Scheduler(**SMALL)
     flows: dict[int, list[int]] = {}
     for group, (weight, peers, sizes) in enumerate(groups):

@@ -322,7 +322,5 @@ def test_service_levels_are_one_for_all_or_one_per_class(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["16", "-1", "1,2", "0,0,3,16", "0,0,3,4,5", "urgent", "1,,2,3", "²"])
 def test_what_is_no_service_level_is_refused(text: str) -> None:
-    with pytest.raises(
-        UsageError, match="RDMA_SERVICE_LEVEL must be a number from 0 to 15, or four"
-    ):
+    with pytest.raises(UsageError, match="RDMA_SERVICE_LEVEL must be a number from 0 to 15, or four"):
         Settings.from_environment({"AIOCOMM_RDMA_SERVICE_LEVEL": text})

@@ -120,6 +120,8 @@ constexpr int CU_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11;
 constexpr int CU_POINTER_ATTRIBUTE_RANGE_SIZE = 12;
 constexpr int CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES = 14;
 constexpr int CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17;
+constexpr int CU_POINTER_ATTRIBUTE_MAPPING_SIZE = 18, CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR = 19;
+constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
 
 // X(name, version for cuGetProcAddress, signature). The symbol of a v2 entry point has the suffix _v2, as in cuda.h.
 #define AIOCOMM_CUDA_ENTRY_POINTS(X)                                                                     \

@@ -37,6 +37,7 @@ State::State(const Driver& d, Host& h)
       process(process_token()),
       helper(driver),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
+      exports(driver),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
       relays(driver, static_cast<uint64_t>(h.setting("gpu_relay_bytes", 1 << 30))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
@@ -66,22 +67,6 @@ Device& State::device(int ordinal) {
   return *fresh;
 }
 
-bool State::handle_of(const DevicePlace& place, int ordinal, std::array<std::byte, 64>& handle) {
-  std::lock_guard lock(mutex_);
-  auto it = exported_.find(place.base);
-  if (it == exported_.end() || it->second.buffer_id != place.buffer_id) {
-    Exported fresh{place.buffer_id, false, {}};
-    CUipcMemHandle made;
-    Device::Current current(*started(ordinal));
-    fresh.possible = driver.cuIpcGetMemHandle(&made, place.base) == CUDA_SUCCESS;
-    std::memcpy(fresh.handle.data(), made.reserved, sizeof made.reserved);
-    if (exported_.size() > 65536) exported_.clear();
-    it = exported_.insert_or_assign(place.base, fresh).first;
-  }
-  handle = it->second.handle;
-  return it->second.possible;
-}
-
 void State::stop() {
   {
     std::lock_guard lock(mutex_);
@@ -90,6 +75,7 @@ void State::stop() {
   for (auto& device : devices_)
     if (Device* started = device.load()) started->stop();
   mappings.clear();
+  exports.clear();
   helper.stop();
 }
 
@@ -150,6 +136,7 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   State& state = this->state();
   auto buffer = std::make_unique<CudaBuffer>(state_);
   buffer->place.address = address;
+  buffer->nbytes = nbytes;
   if (nbytes == 0) {
     buffer->device = device < 0 ? 0 : device;
     state.device(buffer->device);
@@ -192,11 +179,11 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
 }
 
 std::unique_ptr<DeviceBuffer> CudaLink::part(const DeviceBuffer& whole, uint64_t offset, uint64_t nbytes) {
-  (void)nbytes;
   auto& all = static_cast<const CudaBuffer&>(whole);
   auto buffer = std::make_unique<CudaBuffer>(state_);
   buffer->place = all.place;
   buffer->place.address += offset;
+  buffer->nbytes = nbytes;
   buffer->device = all.device;
   buffer->ipc = all.ipc;
   buffer->gate = all.gate;
@@ -247,6 +234,7 @@ Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId wait
   } catch (const std::exception&) {
     return Reach::State::refused;
   }
+  mine.nbytes = nbytes;
   mine.ipc = found.ipc;
   mine.place.plain = found.ipc;
   mine.place.address = mine.own;
@@ -262,9 +250,12 @@ void CudaLink::offer(DeviceBuffer& buffer, LinkPeer& peer) {
   if (peer.process() == pid_) {
     // Its address is enough. Other memory may not be mapped for the other's GPU: it is ours that moves it.
     if (mine.place.plain) mine.place.exported = Export::ipc;
-  } else if (peer.process() >= 0 && mine.ipc &&
-             state_->handle_of(mine.place, mine.device, mine.place.handle)) {
-    mine.place.exported = Export::ipc;
+  } else if (peer.process() >= 0 && mine.ipc) {
+    if (state_->exports.handle_of(mine.place, *state_->started(mine.device), mine.place.handle))
+      mine.place.exported = Export::ipc;
+  } else if (peer.process() >= 0 && peer.pull_path({}) == Path::cma) {
+    // Whoever may read this process's memory may take its descriptors; that we may read theirs is the sign.
+    if (state_->exports.blocks_of(mine.place, mine.nbytes)) mine.place.exported = Export::descriptor;
   }
 }
 
@@ -272,12 +263,11 @@ Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpI
   if (peer.process() == pid_) return within_process(device, theirs, waiter);
   if (peer.process() < 0) return {Reach::State::refused, 0, nullptr, "the peer's GPU is on another host"};
   if (theirs.exported == Export::none)
-    return {
-        Reach::State::refused, 0, nullptr,
-        "the memory cannot be shared between processes (of a pool of cudaMallocAsync, or several mappings): "
-        "allocate it by cudaMalloc"};
+    return {Reach::State::refused, 0, nullptr,
+            "the memory cannot be shared between processes (of a pool of cudaMallocAsync, VMM memory without "
+            "descriptors or in many blocks, or AIOCOMM_CMA is off): allocate it by cudaMalloc"};
   Device* own = state_->started(device);
-  return state_->mappings.reach(own->context, device, theirs, -1, waiter);
+  return state_->mappings.reach(own->context, device, theirs, peer.process(), waiter);
 }
 
 // Communicators of one process, and messages to oneself.
@@ -361,7 +351,10 @@ Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPee
   mine.place.extent = mine.relay_size;
   CUresult known =
       state_->driver.cuPointerGetAttribute(&mine.place.buffer_id, CU_POINTER_ATTRIBUTE_BUFFER_ID, mine.relay);
-  if (known != CUDA_SUCCESS || !state_->handle_of(mine.place, mine.device, mine.place.handle)) {
+  if (known == CUDA_SUCCESS &&
+      !state_->exports.handle_of(mine.place, *state_->started(mine.device), mine.place.handle))
+    known = CUDA_ERROR_NOT_SUPPORTED;
+  if (known != CUDA_SUCCESS) {
     state_->relays.give_back(mine.device, std::exchange(mine.relay, 0), mine.relay_size);
     return Reach::State::refused;
   }

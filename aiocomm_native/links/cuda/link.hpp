@@ -11,6 +11,7 @@
 
 #include "core/link.hpp"
 #include "links/cuda/device.hpp"
+#include "links/cuda/exports.hpp"
 #include "links/cuda/mappings.hpp"
 #include "links/cuda/memory.hpp"
 
@@ -27,8 +28,6 @@ class State {
   Device* started(int ordinal) const {
     return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire);
   }
-  // A legacy handle of the allocation; false: it has none. Any thread.
-  bool handle_of(const DevicePlace& place, int device, std::array<std::byte, 64>& handle);
   void stop();
 
   const Driver& driver;
@@ -39,6 +38,7 @@ class State {
   std::unordered_map<OpId, uint64_t>
       made;  // memory that the helper has allocated for a receive; 0: it could not
   Mappings mappings;
+  Exports exports;
   Bounces bounces;
   Relays relays;
 
@@ -48,18 +48,13 @@ class State {
   std::mutex mutex_;
   bool stopped_ = false;
   std::array<std::atomic<Device*>, kDevices> devices_{};
-  struct Exported {
-    uint64_t buffer_id;
-    bool possible;
-    std::array<std::byte, 64> handle;
-  };
-  std::unordered_map<uint64_t, Exported> exported_;  // by base
 };
 
 struct CudaBuffer final : DeviceBuffer {
   explicit CudaBuffer(std::shared_ptr<State> owner) : state(std::move(owner)) {}
   ~CudaBuffer() override;
   std::shared_ptr<State> state;
+  uint64_t nbytes = 0;
   bool ipc = false;
   bool borrows_gate = false;  // of the whole that it is part of
   uint64_t relay_size = 0;

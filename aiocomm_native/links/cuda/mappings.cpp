@@ -1,10 +1,13 @@
 #include "links/cuda/mappings.hpp"
 
 #include <pthread.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstring>
 #include <utility>
+
+#include "links/cuda/exports.hpp"
 
 namespace aiocomm::cuda {
 
@@ -51,10 +54,14 @@ struct Mappings::Mapping {
       : driver_(driver), helper_(helper), context_(context) {}
   ~Mapping() {
     if (!base) return;
-    auto close = [&driver = driver_, context = context_, base = base, reserved = reserved] {
+    auto close = [&driver = driver_, context = context_, base = base, reserved = reserved, blocks = blocks] {
       driver.cuCtxSetCurrent(context);
       if (reserved) {
-        driver.cuMemUnmap(base, reserved);
+        uint64_t at = base;
+        for (uint64_t size : blocks) {
+          driver.cuMemUnmap(at, size);
+          at += size;
+        }
         driver.cuMemAddressFree(base, reserved);
       } else {
         driver.cuIpcCloseMemHandle(base);
@@ -63,7 +70,8 @@ struct Mappings::Mapping {
     helper_.submit(close);
   }
   CUdeviceptr base = 0;
-  size_t reserved = 0;  // VMM: bytes of the address range
+  size_t reserved = 0;           // VMM: bytes of the address range
+  std::vector<uint64_t> blocks;  // VMM: bytes of what is mapped there, one after the other
 
  private:
   const Driver& driver_;
@@ -76,11 +84,10 @@ bool Mappings::knows(int device, const DevicePlace& theirs) {
   return entries_.count({theirs.owner, theirs.base, theirs.buffer_id, device}) != 0;
 }
 
-Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, int descriptor, OpId waiter) {
+Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, int process, OpId waiter) {
   Key key{theirs.owner, theirs.base, theirs.buffer_id, device};
   std::lock_guard lock(mutex_);
   if (auto it = entries_.find(key); it != entries_.end()) {
-    if (descriptor >= 0) ::close(descriptor);
     Entry& entry = it->second;
     ages_.splice(ages_.end(), ages_, entry.age);
     if (entry.state == Reach::State::opening) entry.waiters.push_back(waiter);
@@ -105,7 +112,7 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
   entry.age = ages_.insert(ages_.end(), key);
   entry.extent = theirs.extent;
   entry.waiters.push_back(waiter);
-  helper_.submit([this, context, key, theirs, descriptor] { open(context, key, theirs, descriptor); });
+  helper_.submit([this, context, key, theirs, process] { open(context, key, theirs, process); });
   return {Reach::State::opening, 0, nullptr, {}};
 }
 
@@ -114,43 +121,113 @@ void Mappings::drop(std::unordered_map<Key, Entry, Hash>::iterator it) {
   entries_.erase(it);
 }
 
-void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int descriptor) {
-  driver_.cuCtxSetCurrent(context);
-  auto mapping = std::make_shared<Mapping>(driver_, helper_, context);
+// The first step that fails, and how.
+struct Mappings::Attempt {
   CUresult code = CUDA_SUCCESS;
   std::string step;
-  auto tried = [&](const char* what, CUresult result) {
+  bool tried(const char* what, CUresult result) {
     if (code == CUDA_SUCCESS && result != CUDA_SUCCESS) code = result, step = what;
     return code == CUDA_SUCCESS;
-  };
+  }
+};
+
+namespace {
+
+// Another process's descriptors, by its table of them (exports.hpp).
+class TakenBlocks {
+ public:
+  TakenBlocks(const DevicePlace& theirs, int process) {
+    BlockHandle handle;
+    std::memcpy(&handle, theirs.handle.data(), sizeof handle);
+    process_ = static_cast<int>(syscall(SYS_pidfd_open, process, 0));
+    if (process_ < 0) return;
+    const int shared = take(handle.table);
+    if (shared < 0) return;
+    taken_.push_back(shared);
+    if (!valid(shared, handle.number) || table_.count == 0 || table_.count > kMostBlocks) return;
+    const BlockTable read = table_;
+    uint64_t total = 0;
+    for (uint32_t i = 0; i < read.count; ++i) {
+      const int one = take(read.descriptors[i]);
+      if (one < 0) return;
+      taken_.push_back(one);
+      total += read.sizes[i];
+    }
+    // Its owner clears the number before it closes any of them: those that were taken are what the place means.
+    good_ = valid(shared, handle.number) && total == theirs.extent;
+    table_ = read;
+  }
+  ~TakenBlocks() {
+    for (int one : taken_) ::close(one);
+    if (process_ >= 0) ::close(process_);
+  }
+  TakenBlocks(const TakenBlocks&) = delete;
+  TakenBlocks& operator=(const TakenBlocks&) = delete;
+
+  bool good() const { return good_; }
+  size_t count() const { return table_.count; }
+  uint64_t size(size_t i) const { return table_.sizes[i]; }
+  int descriptor(size_t i) const { return taken_[i + 1]; }
+
+ private:
+  int take(int theirs) { return static_cast<int>(syscall(SYS_pidfd_getfd, process_, theirs, 0)); }
+  bool valid(int shared, uint64_t number) {
+    return pread(shared, &table_, sizeof table_, 0) == static_cast<ssize_t>(sizeof table_) && number != 0 &&
+           table_.number == number;
+  }
+  int process_ = -1;
+  BlockTable table_;
+  std::vector<int> taken_;  // the table's, then the blocks'
+  bool good_ = false;
+};
+
+}  // namespace
+
+void Mappings::map_blocks(Attempt& attempt, Mapping& mapping, int device, const DevicePlace& theirs,
+                          int process) {
+  TakenBlocks blocks(theirs, process);
+  if (!blocks.good()) {
+    attempt.tried("pidfd_getfd", CUDA_ERROR_INVALID_HANDLE);
+    return;
+  }
+  CUdeviceptr base = 0;
+  if (!attempt.tried("cuMemAddressReserve", driver_.cuMemAddressReserve(&base, theirs.extent, 0, 0, 0)))
+    return;
+  mapping.base = base;
+  mapping.reserved = theirs.extent;
+  uint64_t at = base;
+  for (size_t i = 0; i < blocks.count(); ++i) {
+    CUmemGenericAllocationHandle handle = 0;
+    auto descriptor = reinterpret_cast<void*>(static_cast<intptr_t>(blocks.descriptor(i)));
+    if (!attempt.tried("cuMemImportFromShareableHandle",
+                       driver_.cuMemImportFromShareableHandle(&handle, descriptor,
+                                                              CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)))
+      return;
+    const bool mapped = attempt.tried("cuMemMap", driver_.cuMemMap(at, blocks.size(i), 0, handle, 0));
+    driver_.cuMemRelease(handle);  // the mapping holds the memory
+    if (!mapped) return;
+    mapping.blocks.push_back(blocks.size(i));
+    at += blocks.size(i);
+  }
+  CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  attempt.tried("cuMemSetAccess", driver_.cuMemSetAccess(base, theirs.extent, &access, 1));
+}
+
+void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process) {
+  driver_.cuCtxSetCurrent(context);
+  auto mapping = std::make_shared<Mapping>(driver_, helper_, context);
+  Attempt attempt;
   if (theirs.exported == Export::ipc) {
     CUipcMemHandle handle;
     std::memcpy(handle.reserved, theirs.handle.data(), sizeof handle.reserved);
     CUdeviceptr base = 0;
-    if (tried("cuIpcOpenMemHandle",
-              driver_.cuIpcOpenMemHandle(&base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)))
+    if (attempt.tried("cuIpcOpenMemHandle",
+                      driver_.cuIpcOpenMemHandle(&base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)))
       mapping->base = base;
   } else {
-    CUmemGenericAllocationHandle handle = 0;
-    CUdeviceptr base = 0;
-    CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, key.device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-    if (tried("cuMemImportFromShareableHandle",
-              driver_.cuMemImportFromShareableHandle(
-                  &handle, reinterpret_cast<void*>(static_cast<intptr_t>(descriptor)),
-                  CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR))) {
-      if (tried("cuMemAddressReserve", driver_.cuMemAddressReserve(&base, theirs.extent, 0, 0, 0))) {
-        if (tried("cuMemMap", driver_.cuMemMap(base, theirs.extent, 0, handle, 0))) {
-          mapping->base = base;
-          mapping->reserved = theirs.extent;
-          tried("cuMemSetAccess", driver_.cuMemSetAccess(base, theirs.extent, &access, 1));
-        } else {
-          driver_.cuMemAddressFree(base, theirs.extent);
-        }
-      }
-      driver_.cuMemRelease(handle);  // the mapping holds the memory
-    }
+    map_blocks(attempt, *mapping, key.device, theirs, process);
   }
-  if (descriptor >= 0) ::close(descriptor);
+  const CUresult code = attempt.code;
   std::vector<OpId> waiters;
   {
     std::lock_guard lock(mutex_);
@@ -163,7 +240,8 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int descript
       entry.mapping = std::move(mapping);
     } else {
       entry.state = Reach::State::refused;
-      entry.reason = "the peer's GPU memory cannot be mapped: " + step + " gives " + driver_.describe(code);
+      entry.reason =
+          "the peer's GPU memory cannot be mapped: " + attempt.step + " gives " + driver_.describe(code);
       if (code == CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)
         entry.reason += "; the two GPUs have no peer access (nvidia-smi topo -p2p r)";
       else if (code == CUDA_ERROR_INVALID_DEVICE || code == CUDA_ERROR_NO_DEVICE)

@@ -49,7 +49,8 @@ class Mappings {
  public:
   Mappings(const Driver& driver, MoverHost& host, Helper& helper, size_t limit)
       : driver_(driver), host_(host), helper_(helper), limit_(limit) {}
-  Reach reach(CUcontext context, int device, const DevicePlace& theirs, int descriptor, OpId waiter);
+  // `process`: theirs, as the kernel numbers it here.
+  Reach reach(CUcontext context, int device, const DevicePlace& theirs, int process, OpId waiter);
   bool knows(int device, const DevicePlace& theirs);
   void forget(uint64_t owner);
   void clear();
@@ -77,7 +78,9 @@ class Mappings {
     uint64_t extent = 0;
   };
 
-  void open(CUcontext context, Key key, DevicePlace theirs, int descriptor);
+  struct Attempt;
+  void open(CUcontext context, Key key, DevicePlace theirs, int process);
+  void map_blocks(Attempt& attempt, Mapping& mapping, int device, const DevicePlace& theirs, int process);
   void drop(std::unordered_map<Key, Entry, Hash>::iterator it);
 
   const Driver& driver_;

@@ -111,7 +111,7 @@ int RdmaPeer::poll(int) {
       for (auto& lane : lanes_) lane->rail.poll();
     }
     if (!has_inbox_.load(std::memory_order_acquire)) break;
-    std::vector<Event> events;
+    std::vector<Event> events = std::move(spare_);  // handling may come back here
     {
       std::lock_guard lock(inbox_mutex_);
       events.swap(inbox_);
@@ -119,6 +119,8 @@ int RdmaPeer::poll(int) {
     }
     for (Event& event : events) handle(event);
     done += static_cast<int>(events.size());
+    events.clear();
+    spare_ = std::move(events);
     if (early_.empty()) break;  // else the frame before it came by the other queue
   }
   if (!done || dead_) return done;

@@ -185,6 +185,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
   std::mutex inbox_mutex_;
   std::vector<Event> inbox_;
+  std::vector<Event> spare_;  // storage of events that have been handled; under the token
   std::atomic<bool> has_inbox_{false};
 };
 

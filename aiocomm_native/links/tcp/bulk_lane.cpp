@@ -35,8 +35,8 @@ bool BulkLane::write_front(uint64_t turn) {
         frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
     const std::byte* rest = frame.payload + paid;
     size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
-    bool splices = !splice_.refused() &&
-                   (splice_.holding() || splice_.pays(stream_->fd(), want, frame.header.nbytes));
+    bool splices =
+        !splice_.refused() && (splice_.holding() || splice_.pays(stream_->fd(), want, frame.header.nbytes));
     if (frame.done >= sizeof frame.header && splices) {
       spliced_ = true;
       io = splice_.send(stream_->fd(), rest, want);

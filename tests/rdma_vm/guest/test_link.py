@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
-CHUNK = 4 * MIB
+CHUNK = MIB
 
 
 @pytest.fixture
