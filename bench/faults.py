@@ -1,4 +1,4 @@
-"""Suite `faults`: how soon whoever waits for a process is told that it was killed, at each step of the protocol.
+"""Suite `faults`: how soon whoever waits for a process learns that it was killed, at each step of a transfer.
 
 Rank 0 starts a process, brings it to a step, kills it by SIGKILL, and takes the time from just before the
 kill until each of its own waiting transfers has raised `PeerLostError`. The kernel's own work on the dead

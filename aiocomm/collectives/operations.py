@@ -28,6 +28,10 @@ _INLINE: Final = 64  # calls that end without a wait, after which other tasks ge
 
 def _shape(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
     """What a call depends on, where its arrays need no look: NumPy's own, contiguous, apart."""
+    if out is None:
+        if type(given) is not np.ndarray or not given.flags.c_contiguous:
+            return None
+        return given.dtype, given.size, None, None, *more
     if type(out) is not np.ndarray or not out.flags.carray:
         return None
     if given is None:
@@ -178,11 +182,15 @@ class Collectives:
             out: one block.
             x: `size` blocks, in the order of the ranks; at the root only.
         """
+        given = x if self._members().rank == root else None
         await self._collect(
             "scatter",
             lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
+            _shape(out, given, "scatter", root, algorithm) if stream is None else None,
+            given,
+            out,
         )
 
     async def scatterv(
@@ -227,11 +235,15 @@ class Collectives:
             out: `size` blocks, in the order of the ranks; at the root only, elsewhere None.
             x: one block; at the root it may be its own block of `out`.
         """
+        into = out if self._members().rank == root else None
         await self._collect(
             "gather",
             lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
+            _shape(into, x, "gather", root, algorithm) if stream is None else None,
+            x,
+            into,
         )
 
     async def gatherv(
@@ -380,11 +392,18 @@ class Collectives:
             op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype.
             out: the result; at the root only.
         """
+        into = None
+        if self._members().rank == root:
+            into = x if out is None else out
+        given = None if into is x else x
         await self._collect(
             "reduce",
             lambda g: reductions.reduced(g, "reduce", x, op, out=out, root=root, algorithm=algorithm),
             channel,
             deadline,
+            _shape(into, given, "reduce", root, op, algorithm),
+            given,
+            into,
         )
 
     async def reduce_scatter(

@@ -88,7 +88,10 @@ Engine::Engine(EngineConfig config)
     link_names_.push_back(entry.name);
     links_.push_back(std::move(link));
     SchedConfig own = sched;
-    own.max_chunk = std::min(own.max_chunk, links_.back()->largest_chunk());
+    ChunkLimits limits = links_.back()->chunk_limits();
+    own.max_chunk = std::min(own.max_chunk, limits.max_chunk);
+    own.min_chunk = limits.min_chunk;
+    own.min_window = limits.min_window;
     schedulers_.push_back(std::make_unique<Scheduler>(own));
     for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
   }

@@ -200,14 +200,21 @@ struct StreamNeed {
   int count = 0;
 };
 
+// Of what is posted to a link at a time, in bytes; settings may say less. The smaller ones bound what an urgent message
+// waits for where the link is slow.
+struct ChunkLimits {
+  uint64_t min_chunk = 64 << 10;
+  uint64_t max_chunk = ~0ull;
+  uint64_t min_window = 256 << 10;
+};
+
 class Link {
  public:
   virtual ~Link() = default;
   virtual std::string_view name() const = 0;
   virtual StreamNeed streams() const = 0;
   virtual std::string card() { return {}; }
-  // The most bytes of one post_remote.
-  virtual uint64_t largest_chunk() const { return ~0ull; }
+  virtual ChunkLimits chunk_limits() const { return {}; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
   // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
   // and 0 where the link needs no such thing. Throws LinkFailure.

@@ -305,7 +305,26 @@ async def test_repeats_of_small_calls_give_the_right_results(size: int) -> None:
             x = mine.copy()
             await comm.broadcast(x, root=size - 1)
             assert np.array_equal(x, parts[-1])
+            await rooted(comm, parts, call)
             await comm.barrier()
+
+    async def rooted(comm: aiocomm.Communicator, parts: list[Any], call: int) -> None:
+        mine = parts[comm.rank]
+        for root in (0, size - 1):
+            here = comm.rank == root
+            block = np.empty_like(mine)
+            await comm.scatter(block, np.stack(parts) + call if here else None, root)
+            assert np.array_equal(block, mine + call)
+            gathered = np.empty((size, *mine.shape)) if here else None
+            await comm.gather(gathered, mine, root)
+            assert not here or np.array_equal(gathered, parts)
+            total = mine.copy()
+            await comm.reduce(total, root)
+            assert np.array_equal(total, sum(parts) if here else mine)
+            out = np.empty_like(mine) if here else None
+            await comm.reduce(mine, root, "mean", out=out)
+            if here:
+                np.testing.assert_allclose(out, sum(parts) / size)
 
     async with world(size) as members:
         await everyone(members, rank)

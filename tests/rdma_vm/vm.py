@@ -45,8 +45,8 @@ _FILES = {
     "/usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav*.so": "ibverbs-providers",
     "/usr/lib/python3/dist-packages/pyverbs": "python3-pyverbs",
 }
-# Emulated processors share one time stamp counter, which the kernel does not know; the clock that it takes instead is a
-# device, and costs an exit from the emulated code and its global lock each time that a program asks for the time.
+# Emulated processors share one time stamp counter, which the kernel does not know; the clock that it takes
+# instead is a device: each look at it leaves the emulated code, and takes the emulator's global lock.
 _CLOCK = "tsc=reliable clocksource=tsc"
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
