@@ -47,6 +47,7 @@ Engine::Engine(EngineConfig config)
       unexpected_max_(static_cast<uint64_t>(number(config_, "unexpected_bytes", 16 << 20))),
       drain_ns_(static_cast<uint64_t>(number(config_, "drain_timeout_s", 2.0) * 1e9)),
       spin_ns_(static_cast<uint64_t>(number(config_, "engine_spin_s", 0) * 1e9)),
+      rest_ns_(static_cast<uint64_t>(number(config_, "pair_idle_s", 0) * 1e9)),
       queue_depth_(static_cast<size_t>(number(config_, "queue_depth", 65536))),
       submissions_(queue_depth_),
       completed_(16384) {
@@ -430,9 +431,12 @@ void Engine::run() {
       expire(t);
       bool ticking = false;
       for (auto& peer : peers_)
-        if (peer && peer->state == Peer::State::up && peer->link->needs_ticks()) {
-          ticking = true;
-          if (t >= next_tick) peer->link->tick(t);
+        if (peer && peer->state == Peer::State::up) {
+          bool ticks = peer->link->needs_ticks(), rests = rest_ns_ && peer->rank != rank_;
+          ticking = ticking || ticks || rests;
+          if (t < next_tick) continue;
+          if (ticks) peer->link->tick(t);
+          if (rests && peer->state == Peer::State::up) look_at_rest(*peer, t, heartbeat_ns);
         }
       if (!ticking)
         next_tick = kNever;

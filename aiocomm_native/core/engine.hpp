@@ -124,7 +124,7 @@ class Engine final : public Host, public FrameSink {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
-  bool paired(Rank rank, uint64_t generation);              // its link is up
+  std::string pair_state(Rank rank, uint64_t generation);   // "up", "rested" or "failed"
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them
@@ -322,6 +322,14 @@ class Engine final : public Host, public FrameSink {
   void forget_holder(Rank rank);
   void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);
 
+  // protocol_rest.cpp: idle pairs
+  bool is_idle(const Peer& peer);
+  void look_at_rest(Peer& peer, uint64_t now, uint64_t heartbeat_ns);
+  void on_rest(Peer& peer);
+  void on_resting(Peer& peer, const FrameHeader& header);
+  void rest(Peer& peer);
+  void begin_waiting(Peer& peer);
+
   // protocol_end.cpp: every way an op ends
   void finish(Op& op, Code code);     // nothing touches its buffer any more
   void end_early(Op& op, Code code);  // decides the outcome; finishes once nothing can touch the buffer
@@ -332,7 +340,8 @@ class Engine final : public Host, public FrameSink {
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
   void break_pair(Peer& peer, const std::string& reason);
-  void end_link(Peer& peer);
+  void let_go_of_link(Peer& peer, bool failed);
+  void end_link(Peer& peer, bool with_ops);
   void drop_announced(Peer& peer);
   void drop_attached(Peer& peer);
   void fail_hopeless_receives();
@@ -342,7 +351,7 @@ class Engine final : public Host, public FrameSink {
 
   // configuration
   const EngineConfig config_;
-  uint64_t eager_max_, unexpected_max_, drain_ns_, spin_ns_;
+  uint64_t eager_max_, unexpected_max_, drain_ns_, spin_ns_, rest_ns_;  // rest_ns_ 0: never
   size_t queue_depth_;
 
   // wake-up

@@ -46,7 +46,9 @@ enum class FrameKind : uint8_t {
   key_revoke,   // region `rop` closes: begin nothing more
   key_revoked,  // answer: nothing of ours is under way there any more
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
-  last_kind = note,
+  rest,     // the pair is idle here: shall it be closed?
+  resting,  // answer: `code` ok, if it is idle there, too
+  last_kind = resting,
 };
 
 enum FrameFlags : uint8_t {
