@@ -116,8 +116,8 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
         )
     if number == errno.EOPNOTSUPP:
         return errors.LinkError(
-            f"{what}: GPU memory does not travel over the link rdma in this version: leave that link out "
-            "(AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
+            f"{what}: regions of GPU memory are not reached over the link rdma in this version: send and "
+            "receive it, or leave that link out (AIOCOMM_LINKS=shm,tcp,cuda)",
             number,
             "EOPNOTSUPP",
         )

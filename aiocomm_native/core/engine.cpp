@@ -382,15 +382,21 @@ void Engine::emit(EngineEvent event) {
   wake_loop();
 }
 
-void Engine::start_deadline(Op& op) {
-  timers_.add(op.id, op.deadline_ns);
-  if (engine_sleeps_until_ == 0 || op.deadline_ns < engine_sleeps_until_) ring_engine();
+void Engine::start_deadline(Op& op) { start_timer(op.id, op.deadline_ns); }
+
+void Engine::start_timer(uint64_t id, uint64_t at_ns) {
+  timers_.add(id, at_ns);
+  if (engine_sleeps_until_ == 0 || at_ns < engine_sleeps_until_) ring_engine();
 }
 
 void Engine::expire(uint64_t now) {
   std::vector<uint64_t> due;
   timers_.expire(now, due);
   for (uint64_t id : due) {
+    if (id & kRegionTimer) {
+      ask_again(id & ~kRegionTimer);
+      continue;
+    }
     Op* op = find(id);
     if (!op) continue;
     if (op->state == OpState::draining) {

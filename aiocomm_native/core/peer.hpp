@@ -15,6 +15,8 @@
 
 namespace aiocomm {
 
+// How reasons begin where a pair was closed for what its peer sent.
+inline constexpr std::string_view kViolation = "protocol violation";
 inline constexpr char kLeft[] = "left";  // why a peer that said goodbye is gone
 
 struct ControlFrame {

@@ -182,6 +182,7 @@ void Engine::tear_down(Peer& peer, const std::string& reason) { end_peer(peer, r
 
 void Engine::end_peer(Peer& peer, const std::string& reason) {
   if (peer.state == Peer::State::lost) return;
+  if (peer.link && reason.starts_with(kViolation)) ++counters_[peer.link_index].violations;
   // What the peer has sent before its end is still delivered.
   for (int turn = 0; turn < kLastTurns && peer.link && peer.state == Peer::State::up; ++turn)
     if (peer.link->poll(1 << 20) <= 0) break;

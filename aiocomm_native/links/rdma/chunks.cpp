@@ -90,7 +90,7 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   if (!done.busy || done.parked || done.lane != lane.index ||
       ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
     return;  // of an earlier launch
-  // The peer's device refused the access: it would do so on any lane.
+  // The peer's device refused the access: it would do so on any lane. That breaks the queue pair, at both ends.
   bool refused = error == EACCES;
   if (error) {
     if (refused) {
@@ -98,8 +98,10 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
       free_chunks_.push_back(index);
     }
     RemoteChunk of = done.of;
-    lane_failed(lane, lane.rail.name() +
-                          (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
+    lane_failed(
+        lane,
+        lane.rail.name() + (refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
+        refused || error == ECONNRESET ? Loss::pairs : Loss::path);
     if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
     return;
   }

@@ -118,6 +118,21 @@ uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
   return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
 }
 
+// One rail that has a way is enough. Throws LinkFailure.
+void RdmaLink::see_routes(const std::vector<Address>& theirs) {
+  std::string reasons;
+  int error = 0;
+  for (size_t i = 0; i < theirs.size(); ++i) {
+    try {
+      return check_route(ports_[i], theirs[i]);
+    } catch (const LinkFailure& failure) {
+      reasons += (reasons.empty() ? "" : "; ") + std::string(failure.what());
+      error = failure.code;
+    }
+  }
+  if (error) throw LinkFailure("rdma: " + reasons, error);
+}
+
 std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                            std::string_view card, bool initiator) {
   std::vector<Address> theirs;
@@ -127,6 +142,7 @@ std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const
     theirs = decode_card(card);
     theirs.resize(std::min(theirs.size(), ports_.size()));
     for (size_t i = 0; i < theirs.size(); ++i) check_reach(ports_[i], theirs[i]);
+    see_routes(theirs);
   } catch (const LinkFailure&) {
     for (int fd : fds) ::close(fd);
     throw;
@@ -157,7 +173,6 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     add("immediates_received", c.immediates);
     add("wakeups", c.wakeups);
   }
-  all["refused"] = refused;
   all["resent"] = resent;
   all["repeated"] = repeated;
   all["lanes_failed"] = lanes_failed;

@@ -471,7 +471,11 @@ void Rail::dispatch(const ibv_wc& wc) {
     case What::chunk:
       counters.send_completions.fetch_add(1, std::memory_order_relaxed);
       if (!lane) return;
-      lane->chunk_done(which, ok ? 0 : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES : EIO);
+      // Flushed, without an error of its own before it: the other end of the queue pair broke.
+      lane->chunk_done(which, ok                                   ? 0
+                              : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES
+                              : wc.status == IBV_WC_WR_FLUSH_ERR   ? ECONNRESET
+                                                                   : EIO);
       if (!ok && wc.status != IBV_WC_WR_FLUSH_ERR)
         lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
       return;
