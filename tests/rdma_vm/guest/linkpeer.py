@@ -77,7 +77,11 @@ class LinkPeer:
         self.socket, theirs = socket.socketpair()
         comm._meet(Peer(rank, "b", os.getpid(), (), ("rdma",), True, None, self.generation))
         comm._engine.add_peer(rank, self.generation)
-        comm._engine.attach(rank, self.generation, "rdma", [theirs.detach()], self._card(), False)
+        try:
+            comm._engine.attach(rank, self.generation, "rdma", [theirs.detach()], self._card(), False)
+        except BaseException:
+            self.__exit__()
+            raise
         comm._engine.start_pair(rank, self.generation)
 
     def _make_ends(self) -> None:
