@@ -1,7 +1,7 @@
 """Which port is nearest to a GPU, and how the port's device could reach that GPU's memory.
 
-Pure but for `read_place`: facts in, choices out. What the link makes of them is in `docs/…/howto/rdma.md`: this
-version moves GPU memory through the host, so the choice of a way is what `aiocomm doctor` says, and no more.
+Pure but for `read_place`: facts in, choices out. This version moves GPU memory through the host, so the
+choice of a way is what `aiocomm doctor` says, and no more.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _BETWEEN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a device sits: bridges from the root complex down to itself, and its NUMA node if there are several."""
+    """Where a device sits: bridges from the root complex to itself; its NUMA node if there are several."""
 
     bridges: tuple[str, ...]
     node: int | None = None
@@ -91,7 +91,7 @@ class Place:
 def choose_way(reach: Reach) -> tuple[Way, str]:
     """The way with the least in between that all involved have, and why not a better one.
 
-    dma-buf first: it is what kernels support by themselves, and it follows the memory's life; peer memory next.
+    dma-buf first: kernels support it by themselves, and it follows the life of the memory. Peer memory next.
     """
     if reach.exports and reach.registers and reach.takes:
         return Way.DMA_BUF, "driver, verbs library and device have it"

@@ -1,4 +1,4 @@
-"""Which device is nearest to a GPU, and by which way it would reach the GPU's memory; over made-up machines."""
+"""Which device is nearest to a GPU, and by which way it would reach its memory; over made-up machines."""
 
 from __future__ import annotations
 
