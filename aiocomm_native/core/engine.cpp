@@ -366,6 +366,16 @@ void Engine::after_unlock() {
   }
 }
 
+bool Engine::look() {
+  if (stopping_.load(std::memory_order_acquire)) return true;
+  if (!token_.try_lock()) return false;
+  drain_submissions();
+  if (!closed_) poll_links();
+  token_.unlock();
+  after_unlock();
+  return true;
+}
+
 int Engine::poll_links() {
   int did = 0;
   for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll(kPollBudget);

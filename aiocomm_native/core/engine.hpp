@@ -196,6 +196,7 @@ class Engine final : public Host, public FrameSink {
   int wake_page_fd() const override { return page_fd_; }
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
+  bool look() override;
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;

@@ -184,6 +184,9 @@ class Host {
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
   virtual FrameSink& sink() = 0;
+  // Polls the links once, as the engine's thread would; called without the token. False: whoever holds it may have looked
+  // before, so the engine has to be rung.
+  virtual bool look() { return false; }
   virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once

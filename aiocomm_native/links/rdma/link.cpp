@@ -63,6 +63,9 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       one.leave();
       ring_fd(broken_);
     };
+    rail->handle = [&host] {
+      if (!host.look()) ring(host.wake_page().engine, host.engine_fd());
+    };
     host.watch_polled(rail->express_fd(), rail.get());
     rail->start();
   }
@@ -108,6 +111,10 @@ void RdmaLink::look_for_devices(uint64_t now_ns) {
 void RdmaLink::retire_rails() {
   for (size_t i = 0; i < rails_.size(); ++i) {
     if (!rails_[i]->idle_without_device()) continue;
+    if (rails_[i]->runs_here()) {
+      ring_fd(broken_);
+      continue;
+    }
     host_.unwatch_polled(rails_[i]->express_fd());
     registrations_->forget_rail(i);
     rails_[i]->retire();

@@ -115,6 +115,7 @@ int RdmaPeer::poll(int) {
     {
       std::lock_guard lock(inbox_mutex_);
       events.swap(inbox_);
+      inbox_frames_ = 0;
       has_inbox_.store(false, std::memory_order_release);
     }
     for (Event& event : events) handle(event);

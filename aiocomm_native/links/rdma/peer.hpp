@@ -45,6 +45,7 @@ struct Lane final : Completions {
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
+  bool moves() const override { return outstanding.load(std::memory_order_relaxed) != 0; }
   void look(uint64_t now_ns) override;
   void attend() override;
 
@@ -191,6 +192,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
   std::mutex inbox_mutex_;
   std::vector<Event> inbox_;
+  uint32_t inbox_frames_ = 0;
   std::vector<Event> spare_;  // storage of events that have been handled; under the token
   std::atomic<bool> has_inbox_{false};
 };
