@@ -187,8 +187,13 @@ SUITE = Suite(
     measure,
     lambda options: _COLUMNS,
     (
-        Rule("urgent p99 under bulk ÷ idle p99", "aiocomm-shm", "p99_times_idle/channels", "<=", 3.0),
-        Rule("weights 3:1, error of a share", "aiocomm-shm", "share_error", "<=", 0.05),
-        Rule("weights 3:1, error of a share", "aiocomm-tcp", "share_error", "<=", 0.05),
+        *(
+            rule
+            for subject in ("aiocomm-shm", "aiocomm-tcp")
+            for rule in (
+                Rule("urgent p99 under bulk ÷ idle p99", subject, "p99_times_idle/channels", "<=", 3.0),
+                Rule("weights 3:1, error of a share", subject, "share_error", "<=", 0.05),
+            )
+        ),
     ),
 )

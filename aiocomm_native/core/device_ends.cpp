@@ -54,6 +54,24 @@ void DeviceProtocol::forget(Peer& peer) {
   if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
 }
 
+void DeviceProtocol::freed(const Gone* memory, size_t count) {
+  Engine::Token token(engine_);
+  for (auto& peer : engine_.peers_) {
+    if (!peer || peer->state != Peer::State::up || peer->link->process() < 0) continue;
+    for (size_t i = 0; i < count; ++i) {
+      FrameHeader h{};
+      h.kind = FrameKind::freed;
+      h.address = memory[i].base;
+      h.rop = memory[i].buffer_id;
+      engine_.send_control(*peer, h, Wake::engine);
+    }
+  }
+}
+
+void DeviceProtocol::on_freed(Peer& peer, const FrameHeader& header) {
+  if (mover_ && peer.device_owner) mover_->forget(peer.device_owner, {header.address, header.rop});
+}
+
 // Before memory is given back at close, peers whose engines write it have their word to say.
 void DeviceProtocol::finish_writers() {
   if (!mover_) return;
@@ -119,17 +137,20 @@ bool DeviceProtocol::assist() {
   return did > 0;
 }
 
-// The loops, ours and the other side's, sleep through a long copy. One that is woken a little early and spins sees the
-// end at once.
-void DeviceProtocol::ends_soon(OpId id) {
+// A loop that is woken a little before the end sees it at once. The sender of a message that is pulled, and the receiver
+// of one that is pushed, hear of the end by a frame: theirs must be awake by then, too.
+void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   Engine::Token token(engine_, Engine::Token::Spin{});
   Op* op = engine_.find(id);
   if (!op || !op->gpu || op->state != OpState::moving) return;
-  engine_.wake_loop();
+  engine_.expect(ns);
   Peer* peer = engine_.find_peer(op->peer);
-  if (op->gpu->role != Role::push || !peer || peer->state != Peer::State::up) return;
+  if (!peer || peer->state != Peer::State::up) return;
+  WakePage* page = peer->link->page();
+  if (!page || page->loop.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
   FrameHeader h{};
-  h.kind = FrameKind::heartbeat;
+  h.kind = FrameKind::soon;
+  h.nbytes = ns;
   engine_.send_control(*peer, h, Wake::loop);
 }
 

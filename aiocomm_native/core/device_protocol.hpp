@@ -44,6 +44,7 @@ class DeviceProtocol final : public MoverHost {
   void on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_moved(Peer& peer, const FrameHeader& header);
   void on_staged(Peer& peer, const FrameHeader& header);
+  void on_freed(Peer& peer, const FrameHeader& header);
   void send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes);
   void stage_in(Op& op, Peer& peer, bool ask);
   // Bytes of a staged message have come to the bounce: on to the device.
@@ -70,7 +71,8 @@ class DeviceProtocol final : public MoverHost {
   void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
-  void ends_soon(OpId op) override;
+  void ends_soon(OpId op, uint64_t ns) override;
+  void freed(const Gone* memory, size_t count) override;
 
  private:
   // device_choose.cpp

@@ -18,7 +18,8 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kNever = ~0ull;
-constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
+constexpr uint64_t kTakenNs = 300000;     // a gap this long in a spin: the core was given to someone else
+constexpr uint64_t kMostLinger = 100000;  // ns
 constexpr int kTurns = 4;
 constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
 
@@ -242,7 +243,32 @@ void Engine::progress(bool rung) {
     if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
       dispatch_fds(express_epoll_, 0, true);
   }
-  if (more) ring(page_->loop, loop_fd_);
+  if (more)
+    ring(page_->loop, loop_fd_);
+  else
+    linger();
+}
+
+// The loop was woken a little before a copy ends: going to sleep once more would cost another wake-up.
+void Engine::linger() {
+  if (due_ns_.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t until = due_ns_.exchange(0, std::memory_order_relaxed);
+  if (until <= now() || has_completed()) return;
+  awake(page_->loop);
+  do {
+    if (token_.try_lock()) {
+      in_loop_thread_ = true;
+      drain_submissions();
+      poll_links();
+      in_loop_thread_ = false;
+      token_.unlock();
+      after_unlock();
+    }
+    relax();
+  } while (!has_completed() && !has_events() && now() < until);
+  prepare_sleep(page_->loop);
+  Token token(*this, true);
+  poll_links();
 }
 
 bool Engine::anything_to_poll() {
@@ -376,6 +402,17 @@ bool Engine::look() {
   return true;
 }
 
+void Engine::leave_token() {
+  token_.unlock();
+  after_unlock();
+}
+
+void Engine::enter_token() {
+  token_.lock();
+  in_loop_thread_ = false;
+  drain_submissions();
+}
+
 int Engine::poll_links() {
   int did = 0;
   for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll(kPollBudget);
@@ -384,6 +421,12 @@ int Engine::poll_links() {
 
 void Engine::wake_loop() {
   if (!in_loop_thread_) ring(page_->loop, loop_fd_);
+}
+
+// A copy ends about then.
+void Engine::expect(uint64_t ns) {
+  due_ns_.store(now() + std::min(ns, kMostLinger), std::memory_order_relaxed);
+  wake_loop();
 }
 
 void Engine::emit(EngineEvent event) {

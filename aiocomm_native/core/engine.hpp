@@ -2,7 +2,7 @@
 //
 // Theory of operation
 //  * One lock, the *token*, guards everything here. It is held for microseconds: frames are handled and chunks are
-//    chosen under it, bytes are copied without it (Copier).
+//    chosen under it, bytes are copied without it (Copier, Host::leave_token).
 //  * Whoever is awake makes progress. The loop's thread submits with try_lock; if another thread holds the token, the
 //    op goes through a lock-free queue which every holder empties before and after it lets go, so nothing is stranded.
 //  * The sender of a frame chooses which thread of the receiver wakes: the loop's for small messages (one wake-up and
@@ -197,6 +197,8 @@ class Engine final : public Host, public FrameSink {
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
   bool look() override;
+  void leave_token() override;
+  void enter_token() override;
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;
@@ -212,7 +214,7 @@ class Engine final : public Host, public FrameSink {
   void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                 const std::byte* payload) override;
   std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) override;
-  void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) override;
+  void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes, const std::byte* into) override;
   void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) override;
   void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
@@ -237,6 +239,8 @@ class Engine final : public Host, public FrameSink {
       ring(page_->engine, engine_fd_);
   }
   void wake_loop();
+  void expect(uint64_t ns);
+  void linger();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);
   void emit(EngineEvent event);
@@ -424,6 +428,8 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;
+  // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
+  std::atomic<uint64_t> due_ns_{0};
   std::atomic<bool> loop_spins_{false};
   DeviceProtocol device_{*this};
 };

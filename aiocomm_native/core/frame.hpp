@@ -46,6 +46,8 @@ enum class FrameKind : uint8_t {
   key_revoke,   // region `rop` closes: begin nothing more; kAgain: this has been said before
   key_revoked,  // answer: nothing of ours is under way there any more; kStillUsed: something still is
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
+  soon,  // a copy of device memory that the loop waits for ends within about `nbytes` ns: it is woken in time
+  freed,  // device memory at `address` with buffer id `rop` is the sender's no more: mappings of it are to be dropped
   rest,     // the pair is idle here: shall it be closed?
   resting,  // answer: `code` ok, if it is idle there, too
   last_kind = resting,

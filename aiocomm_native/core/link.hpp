@@ -1,7 +1,7 @@
 // The contract of a link: everything that the runtime needs from shared memory, TCP, copy engines or RDMA.
 //
 // Rules
-//  * Every call but `pull` is made under the engine's token, and none of them waits: `post` either takes a frame whole
+//  * Every call but `pull` is made under the engine's token, and none of them waits or moves much (see Host::leave_token): `post` either takes a frame whole
 //    or answers `again` and later calls `FrameSink::on_writable`.
 //  * Frames of a pair arrive in posting order, except that `data` frames may travel on other lanes.
 //  * `pull` is called by copy threads without the token, several at once; it may take as long as its bytes need.
@@ -74,9 +74,11 @@ class FrameSink {
  public:
   virtual void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                         const std::byte* payload) = 0;
-  // Where the payload bytes from `done` on of a data frame go; nullptr: discard them. Ask again for every read.
+  // Where the payload bytes from `done` on of a data frame go; nullptr: discard them. Ask again for every read. The place
+  // stays the operation's, however it ends, until on_data; that call is owed even where nothing has come.
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
-  virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) = 0;
+  // `nbytes` more have come, to the place that was given or, with `into` null, to nowhere.
+  virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes, const std::byte* into) = 0;
   virtual void on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) = 0;
   // A chunk of `post_remote` is through; `error`: 0, or why its bytes are not where they should be. `elapsed_ns`: how
   // long the link worked on it, that is, since its posting or the chunk before, whichever was later; 0: unknown.
@@ -187,6 +189,10 @@ class Host {
   // Polls the links once, as the engine's thread would; called without the token. False: whoever holds it may have looked
   // before, so the engine has to be rung.
   virtual bool look() { return false; }
+  // For the engine's thread within Pollable::on_ready: lets go of the token for a call that moves bytes. Anything may have
+  // happened when it is taken again. By way of Outside.
+  virtual void leave_token() = 0;
+  virtual void enter_token() = 0;
   virtual MoverHost& mover_host() = 0;
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
@@ -196,6 +202,17 @@ class Host {
 
  protected:
   ~Host() = default;
+};
+
+class Outside {
+ public:
+  explicit Outside(Host& host) : host_(host) { host_.leave_token(); }
+  ~Outside() { host_.enter_token(); }
+  Outside(const Outside&) = delete;
+  Outside& operator=(const Outside&) = delete;
+
+ private:
+  Host& host_;
 };
 
 struct StreamNeed {

@@ -52,7 +52,7 @@ class Patience {
 
  private:
   static constexpr uint64_t kShortest = 200000, kLongest = 3200000;
-  static constexpr uint32_t kTolerated = 4, kStretches = 2;
+  static constexpr uint32_t kTolerated = 4, kStretches = 3;
   uint64_t resume_ns_ = 0, pause_ns_ = kShortest;
   uint64_t vain_ns_ = 0, asked_ns_ = 0;  // when fruitless spins began, of which the loop has not slept since
   uint32_t fruitless_ = 0, stretches_ = 0;

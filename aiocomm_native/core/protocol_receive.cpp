@@ -89,6 +89,10 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return on_resting(*peer, header);
       case FrameKind::heartbeat:
         return;
+      case FrameKind::freed:
+        return device_.on_freed(*peer, header);
+      case FrameKind::soon:
+        return expect(header.nbytes);
       default:
         throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));
     }
@@ -351,14 +355,22 @@ std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64
   Op* op = streaming_to(from.rank, header.rop);
   if (!op) return nullptr;
   if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
+  ++op->inflight;
   return host_data(*op) + header.address + done;
 }
 
-void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes) {
+void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes, const std::byte* into) {
+  if (Op* held = into ? find(header.rop) : nullptr) {
+    --held->inflight;
+    if (held->state == OpState::draining) {
+      settle(*held);
+      into = nullptr;
+    }
+  }
   Peer* peer = peer_of(from);
   if (!peer) return;
   counters_[peer->link_index].bytes_received += nbytes;
-  Op* op = streaming_to(from.rank, header.rop);
+  Op* op = into && nbytes ? streaming_to(from.rank, header.rop) : nullptr;
   if (!op) return;
   op->moved += nbytes;
   op->remote_op = header.sop;

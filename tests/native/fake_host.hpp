@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -40,7 +41,10 @@ class FakeHost final : public Host, public FrameSink {
   void rewatch(int fd, uint32_t events, Pollable* target, bool loop) override {
     control(EPOLL_CTL_MOD, fd, events, target, loop);
   }
-  void unwatch(int fd, bool loop) override { control(EPOLL_CTL_DEL, fd, 0, nullptr, loop); }
+  void unwatch(int fd, bool loop) override {
+    control(EPOLL_CTL_DEL, fd, 0, nullptr, loop);
+    ++unwatched;
+  }
   uint64_t now() const override {
     if (frozen_now) return frozen_now;
     auto t = std::chrono::steady_clock::now().time_since_epoch();
@@ -59,6 +63,11 @@ class FakeHost final : public Host, public FrameSink {
   int loop_fd() const override { return -1; }
   int engine_fd() const override { return -1; }
   FrameSink& sink() override { return *this; }
+  void leave_token() override {
+    token.unlock();
+    if (left_hook) left_hook();
+  }
+  void enter_token() override { token.lock(); }
   MoverHost& mover_host() override { std::abort(); }  // links that move device memory are not tested here
   void fallback(Rank, const std::string&, const std::string&) override { ++fallbacks; }
   void part_down(Rank, const std::string&, const std::string&) override { ++parts_down; }
@@ -74,7 +83,7 @@ class FakeHost final : public Host, public FrameSink {
     auto it = buffers.find(header.rop);
     return it == buffers.end() ? nullptr : it->second + header.address + done;
   }
-  void on_data(LinkPeer&, const FrameHeader& header, uint64_t nbytes) override {
+  void on_data(LinkPeer&, const FrameHeader& header, uint64_t nbytes, const std::byte*) override {
     data_bytes[header.rop] += nbytes;
   }
   void on_sent(LinkPeer&, OpId sop, uint64_t nbytes) override {
@@ -113,6 +122,8 @@ class FakeHost final : public Host, public FrameSink {
   std::map<uint64_t, uint64_t> data_bytes, sent_bytes;
   std::function<bool(LinkPeer&, const FrameHeader&)> frame_hook;
   std::function<void()> writable_hook, sent_hook;
+  std::function<void()> left_hook;  // a thread has left the token, and its call comes next
+  std::atomic<int> unwatched{0};
   std::string lost;
   int writable = 0, fallbacks = 0, parts_down = 0;
   uint64_t frozen_now = 0;

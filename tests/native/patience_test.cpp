@@ -27,13 +27,15 @@ uint64_t wait(Patience& patience, uint64_t now, uint64_t after_ns, uint64_t wake
 
 // Peers that wake each other through the kernel come to find each other spinning.
 void a_little_more_is_enough() {
-  Patience patience;
-  uint64_t now = 1000;
-  bool slept = true;
-  for (int turn = 0; turn < 4; ++turn) now = wait(patience, now, 120000, 80000, slept);
-  CHECK(!slept);
-  now = wait(patience, now, 3000, 80000, slept);  // fast again
-  CHECK(!slept && patience.stretched(kSpin) == kSpin);
+  for (uint64_t wake_ns : {80000, 130000}) {  // of a peer that has to be woken first, and of this one
+    Patience patience;
+    uint64_t now = 1000;
+    bool slept = true;
+    for (int turn = 0; turn < 6; ++turn) now = wait(patience, now, wake_ns + 40000, wake_ns, slept);
+    CHECK(!slept);
+    now = wait(patience, now, 3000, wake_ns, slept);  // fast again
+    CHECK(!slept && patience.stretched(kSpin) == kSpin);
+  }
 }
 
 // Whoever hears nothing for long spins no longer than was asked for, and soon not at all for a while.

@@ -6,6 +6,7 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <atomic>
 #include <random>
 #include <thread>
@@ -267,6 +268,44 @@ void what_was_said_before_the_end_arrives(Texts texts) {
   }
 }
 
+// A loop that closes the pair while the engine's thread is about to read into a buffer, or write from one, gets the buffer
+// back only after that.
+void closing_waits_for_the_call_under_way(bool reader, Texts texts) {
+  Pair p({{"tcp_streams", 1}}, texts);
+  CHECK(p.until([&] { return post(*p.a, FrameKind::credit, 0) == Post::ok; }));
+  CHECK(p.until([&] { return p.hb.frames.size() == 1; }));
+  FakeHost& host = reader ? p.hb : p.ha;
+  LinkPeer& peer = reader ? *p.b : *p.a;
+  constexpr std::byte kMine{0xee};
+  std::vector<std::byte> from(1 << 20, std::byte{9}), into(1 << 20);
+  p.hb.buffers[5] = into.data();
+  std::vector<std::byte>& used = reader ? into : from;
+  std::atomic<bool> closed{false};
+  std::thread closer;
+  host.left_hook = [&] {
+    if (closer.joinable()) return;
+    const int lanes = host.unwatched + 3;
+    closer = std::thread([&] {
+      std::lock_guard lock(host.token);
+      peer.close();
+      closed = true;
+      std::fill(used.begin(), used.end(), kMine);
+    });
+    while (host.unwatched < lanes) std::this_thread::yield();
+    for (int turn = 0; turn < 2000; ++turn) std::this_thread::yield();  // it has every chance to go wrong
+    CHECK(!closed);
+  };
+  FrameHeader h{};
+  h.kind = FrameKind::data;
+  h.payload_bytes = static_cast<uint32_t>(from.size());
+  h.rop = 5;
+  CHECK(p.a->post_data(h, from.data(), Wake::engine) == Post::pending);
+  CHECK(p.until([&] { return closed.load(); }, false));
+  closer.join();
+  CHECK(std::all_of(used.begin(), used.end(), [&](std::byte b) { return b == kMine; }));
+  CHECK(p.until([&] { return !(reader ? p.ha : p.hb).lost.empty(); }));
+}
+
 void one_dead_lane_ends_the_pair() {
   for (int lane = 0; lane < 3; ++lane) {
     Bare p;
@@ -465,6 +504,10 @@ int main() {
   RUN(payloads_land_in_place({}, copy, 3 << 20));
   RUN(two_threads_per_side({}));
   RUN(what_was_said_before_the_end_arrives({}));
+  for (bool reader : {false, true}) {
+    RUN(closing_waits_for_the_call_under_way(reader, copy));
+    RUN(closing_waits_for_the_call_under_way(reader, splice));
+  }
   RUN(one_dead_lane_ends_the_pair());
   RUN(silence_ends_the_pair_and_a_heartbeat_does_not());
   RUN(hostile_bytes());

@@ -173,7 +173,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
     if (header.kind == FrameKind::data) {
       if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
         std::memcpy(into, data + kHead, header.payload_bytes);
-        host_.sink().on_data(*this, header, header.payload_bytes);
+        host_.sink().on_data(*this, header, header.payload_bytes, into);
       }
     } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);

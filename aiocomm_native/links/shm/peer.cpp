@@ -386,9 +386,9 @@ int ShmPeer::poll(int budget) {
     nbytes += header.payload_bytes;
     const std::byte* payload = body + header.meta_bytes;
     if (header.kind == FrameKind::data) {
-      if (std::byte* target = sink.data_target(*this, header, 0))
-        std::memcpy(target, payload, header.payload_bytes);
-      sink.on_data(*this, header, header.payload_bytes);
+      std::byte* target = sink.data_target(*this, header, 0);
+      if (target) std::memcpy(target, payload, header.payload_bytes);
+      sink.on_data(*this, header, header.payload_bytes, target);
     } else {
       sink.on_frame(*this, header, body, header.payload_bytes ? payload : nullptr);
     }

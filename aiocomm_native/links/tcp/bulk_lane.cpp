@@ -19,47 +19,53 @@ Post BulkLane::post(const FrameHeader& header, const std::byte* payload) {
   if (full()) return Post::again;
   out_[count_++] = {header, payload, 0};
   queued_ += sizeof header + header.payload_bytes;
-  if (count_ == 1 && open() && write_front(kWriteTurn)) {
-    pop();
-    return Post::ok;
+  if (!open()) return Post::pending;
+  if (count_ == 1 && !busy_.load(std::memory_order_acquire) && out_[0].left() <= kPostTurn) {
+    while (wrote(write_some(out_[0], kPostTurn)))
+      if (out_[0].left() == 0) {
+        pop();
+        return Post::ok;
+      }
   }
-  if (open()) want_write(true);
+  want_write(true);
   return Post::pending;
 }
 
-bool BulkLane::write_front(uint64_t turn) {
-  Outgoing& frame = out_[0];
-  while (turn > 0 && frame.left() > 0) {
-    Io io;
-    uint64_t paid =
-        frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
-    const std::byte* rest = frame.payload + paid;
-    size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
-    bool splices =
-        !splice_.refused() && (splice_.holding() || splice_.pays(stream_->fd(), want, frame.header.nbytes));
-    if (frame.done >= sizeof frame.header && splices) {
-      spliced_ = true;
-      io = splice_.send(stream_->fd(), rest, want);
-    } else {
-      iovec parts[2];
-      int count = 0;
-      if (frame.done < sizeof frame.header)
-        parts[count++] = {reinterpret_cast<std::byte*>(&frame.header) + frame.done,
-                          sizeof frame.header - frame.done};
-      if (want && !splices) parts[count++] = {const_cast<std::byte*>(rest), want};
-      io = stream_->write(parts, count, splices);
-    }
-    frame.done += io.n;
-    queued_ -= io.n;
-    turn -= std::min<uint64_t>(turn, io.n);
-    if (io.n) peer_.said();
-    if (io.error) {
-      fail_soon(io.error);
-      return false;
-    }
-    if (io.wait) return false;
+template <typename Call>
+Io BulkLane::outside(Call call) {
+  busy_.store(true, std::memory_order_relaxed);
+  Outside away(peer_.host());
+  Io io = call();
+  busy_.store(false, std::memory_order_release);
+  busy_.notify_all();
+  return io;
+}
+
+Io BulkLane::write_some(const Outgoing& frame, uint64_t turn) {
+  uint64_t paid = frame.done - std::min<uint64_t>(frame.done, sizeof frame.header);  // payload bytes written
+  const std::byte* rest = frame.payload + paid;
+  size_t want = std::min<uint64_t>(frame.header.payload_bytes - paid, turn);
+  bool splices =
+      !splice_.refused() && (splice_.holding() || splice_.pays(stream_->fd(), want, frame.header.nbytes));
+  if (frame.done >= sizeof frame.header && splices) {
+    spliced_ = true;
+    return splice_.send(stream_->fd(), rest, want);
   }
-  return frame.left() == 0;
+  iovec parts[2];
+  int count = 0;
+  if (frame.done < sizeof frame.header)
+    parts[count++] = {const_cast<std::byte*>(reinterpret_cast<const std::byte*>(&frame.header)) + frame.done,
+                      sizeof frame.header - frame.done};
+  if (want && !splices) parts[count++] = {const_cast<std::byte*>(rest), want};
+  return stream_->write(parts, count, splices);
+}
+
+bool BulkLane::wrote(const Io& io) {
+  out_[0].done += io.n;
+  queued_ -= io.n;
+  if (io.n) peer_.said();
+  if (io.error) fail_soon(io.error);
+  return !io.error && !io.wait;
 }
 
 BulkLane::Outgoing BulkLane::pop() {
@@ -72,9 +78,11 @@ BulkLane::Outgoing BulkLane::pop() {
 void BulkLane::writable() {
   uint64_t turn = kWriteTurn;
   while (count_ > 0 && turn > 0) {
-    uint64_t left = out_[0].left();
-    if (!write_front(turn)) break;
-    turn -= std::min(turn, left);
+    Io io = outside([&] { return write_some(out_[0], turn); });
+    if (peer_.dead()) return;
+    turn -= std::min<uint64_t>(turn, io.n);
+    if (!wrote(io)) break;
+    if (out_[0].left() > 0) continue;
     Outgoing sent = pop();
     peer_.sink().on_sent(peer_, sent.header.sop, sent.header.payload_bytes);
     if (peer_.dead()) return;
@@ -91,22 +99,27 @@ void BulkLane::readable() {
     iovec parts[2];
     int count = 0;
     uint64_t left = 0, want = 0;
+    std::byte* target = nullptr;
     if (head_ == sizeof in_) {
       left = in_.payload_bytes - done_;
       want = std::min<uint64_t>(left, std::max<size_t>(turn, 16 << 10));
-      std::byte* target = peer_.sink().data_target(peer_, in_, done_);
+      target = peer_.sink().data_target(peer_, in_, done_);
       if (peer_.dead()) return;
-      if (!target) {
-        target = scrap();
-        want = std::min<uint64_t>(want, kReadTurn);
-      }
-      parts[count++] = {target, want};
+      if (!target) want = std::min<uint64_t>(want, kReadTurn);
+      parts[count++] = {target ? target : scrap(), want};
     }
     if (want == left) {  // the next frame's header comes along
       size_t at = count ? 0 : head_;
       parts[count++] = {reinterpret_cast<std::byte*>(&next_) + at, sizeof next_ - at};
     }
-    Io io = stream_->read(parts, count);
+    Io io = outside([&] { return stream_->read(parts, count); });
+    const uint64_t payload = std::min<uint64_t>(io.n, want);
+    const FrameHeader header = in_;
+    done_ += payload;
+    const bool whole = want > 0 && done_ == header.payload_bytes;
+    if (whole) head_ = done_ = 0;
+    if (want > 0) peer_.sink().on_data(peer_, header, payload, target);
+    if (peer_.dead()) return;
     if (io.error) return peer_.ended(*this, io.error, true);
     if (io.n == 0) {
       if (io.wait & EPOLLOUT) want_write(true);  // TLS has something to answer first
@@ -116,16 +129,7 @@ void BulkLane::readable() {
     turn -= std::min(turn, io.n);
     size_t asked = parts[0].iov_len + (count > 1 ? parts[1].iov_len : 0);
     more = io.n == asked && turn > 0;
-    uint64_t payload = std::min<uint64_t>(io.n, want);
-    if (payload) {
-      FrameHeader header = in_;
-      done_ += payload;
-      bool whole = done_ == in_.payload_bytes;
-      if (whole) head_ = done_ = 0;
-      peer_.sink().on_data(peer_, header, payload);
-      if (peer_.dead()) return;
-      if (!whole) continue;
-    }
+    if (payload && !whole) continue;
     head_ += io.n - payload;
     if (head_ < sizeof next_) continue;
     in_ = next_;

@@ -1,9 +1,15 @@
 // A lane of `data` frames: payloads go from the sender's buffer into the receiver's, without a copy of ours
 // between.
 //
+// The kernel's copies are made by the engine's thread and without the token, so that an urgent message waits for none of
+// them. While it is at one (`busy_`), a post only queues, and close() waits for the call to return: it is of one turn at
+// most, and afterwards nothing touches anybody's buffer.
+//
 // Two frames at most are accepted: one that is being written and one behind it, so that the socket never runs
 // dry while the scheduler is asked for more. Their payloads stay the caller's until they are in the kernel.
 #pragma once
+
+#include <atomic>
 
 #include "links/tcp/lane.hpp"
 #include "links/tcp/splice.hpp"
@@ -11,23 +17,29 @@
 namespace aiocomm::tcp {
 
 class BulkLane final : public Lane {
- public:
-  BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice);
-  Post post(const FrameHeader& header, const std::byte* payload);
-  bool full() const { return count_ == kFrames; }
-  uint64_t queued() const { return queued_; }  // bytes accepted and not yet in the kernel
-  bool spliced() const { return spliced_; }
-
- private:
-  void readable() override;
   struct Outgoing {
     FrameHeader header;
     const std::byte* payload;
     uint64_t done;  // of header and payload
     uint64_t left() const { return sizeof header + header.payload_bytes - done; }
   };
+
+ public:
+  BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice);
+  Post post(const FrameHeader& header, const std::byte* payload);
+  bool full() const { return count_ == kFrames; }
+  uint64_t queued() const { return queued_; }  // bytes accepted and not yet in the kernel
+
+ private:
+  void readable() override;
+  // Spliced pages may wait unread at the peer while their owner uses them again: a reset keeps it from reading them.
+  bool aborts() const override { return spliced_; }
+  void quiesce() override { busy_.wait(true, std::memory_order_acquire); }
+  template <typename Call>
+  Io outside(Call call);
+  Io write_some(const Outgoing& frame, uint64_t turn);
   void writable() override;
-  bool write_front(uint64_t turn);  // true: the front frame is in the kernel
+  bool wrote(const Io& io);  // of the front frame; false: no more of it now
   Outgoing pop();
   void wait_for_more();
   std::byte* scrap();
@@ -37,6 +49,7 @@ class BulkLane final : public Lane {
   int count_ = 0;
   uint64_t queued_ = 0;
   bool spliced_ = false;
+  std::atomic<bool> busy_{false};
   SpliceSender splice_;
 
   FrameHeader in_{};    // of the payload that is coming

@@ -98,11 +98,12 @@ void Lane::stop() {
   in_loop_ = false;
 }
 
-void Lane::close(bool abort) {
+void Lane::close() {
   stop();
   if (watched_) peer_.host().unwatch(stream_->fd(), false);  // stopped within its handshake
   watched_ = 0;
-  stream_->close(abort);
+  quiesce();
+  stream_->close(aborts());
 }
 
 }  // namespace aiocomm::tcp

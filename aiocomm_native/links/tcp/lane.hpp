@@ -15,16 +15,18 @@ namespace aiocomm::tcp {
 
 class TcpPeer;
 
-// What one readiness may move before others get their turn: bounds how long the token is held.
+// What one readiness may move before others get their turn.
 constexpr size_t kReadTurn = 512 << 10;
 constexpr size_t kWriteTurn = 1 << 20;
+// What is written within a post, under the token and perhaps by the event loop.
+constexpr size_t kPostTurn = 128 << 10;
 
 class Lane : public Pollable {
  public:
   Lane(TcpPeer& peer, std::unique_ptr<Stream> stream, bool loop);
   void start();
   void on_ready(uint32_t events) final;
-  void close(bool abort);
+  void close();
   void stop();  // the stream has ended, the pair not yet: look at it no more
   bool open() const { return open_; }
   std::string reason(int error) const { return stream_->reason(error); }
@@ -33,6 +35,8 @@ class Lane : public Pollable {
  protected:
   virtual void readable() = 0;
   virtual void writable() = 0;
+  virtual bool aborts() const { return false; }  // whether what is on the way is dropped at the end
+  virtual void quiesce() {}                      // returns once no thread is in a call on the stream
   // Tells the engine's set what this lane waits for; returns early where nothing changes.
   void want_write(bool yes);
   void want_chase(bool yes);

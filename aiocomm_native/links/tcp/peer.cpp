@@ -170,11 +170,9 @@ void TcpPeer::close() {
 void TcpPeer::shut() {
   if (dead_) return;
   dead_ = true;
-  express_.close(false);
-  engine_.close(false);
-  // Spliced pages may wait unread at the peer while their owner uses them again: a reset keeps it from
-  // reading them.
-  for (auto& lane : bulk_) lane->close(lane->spliced());
+  express_.close();
+  engine_.close();
+  for (auto& lane : bulk_) lane->close();
 }
 
 }  // namespace aiocomm::tcp
