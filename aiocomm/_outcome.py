@@ -104,8 +104,9 @@ def make_error(
             return _device_failure(what + over, number)
         case _:
             name = os.strerror(number) if number else "unknown"
+            why = reason or f"{name} (errno {number})"
             return errors.LinkError(
-                f"{what}{over}: the link failed: {name} (errno {number}); see `aiocomm doctor`", number, name
+                f"{what}{over}: the link failed: {why}; see `aiocomm doctor`", number, name
             )
 
 
