@@ -26,6 +26,7 @@ GPU_RESULTS: Final = "xeon-2xh100-gpu-2026-11-26"
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NEED_DEVICES: Final = {"cuda": "none of its own", "rdma": "1 (tcp)"}  # not to be asked where there is none
 _PLACE: Final = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
+_OUTSIDE: Final = re.compile(r"\[([^\]]+)\]\((bench/[^)]*)\)")
 _RESULTS: Final = re.compile(r"<!-- results -->\n(.*?)<!-- /results -->", re.DOTALL)
 
 
@@ -130,11 +131,11 @@ def gpu_latency() -> str:
 
 
 def results() -> str:
-    """The README's measured results."""
+    """The README's measured results; what it links to outside the pages is named instead."""
     found = _RESULTS.search((ROOT / "README.md").read_text())
     if found is None:
         raise ValueError("README.md has no <!-- results --> block")
-    return found[1].strip()
+    return _OUTSIDE.sub(r"\1 (`\2`)", found[1].strip())
 
 
 def spelling(action: argparse.Action) -> str:

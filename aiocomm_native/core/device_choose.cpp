@@ -22,7 +22,6 @@ constexpr uint64_t kLargeUrgentNs = 1000000000;  // for which windows stay small
 // ---------------------------------------------------------------- announcing and answering
 
 Post DeviceProtocol::announce(Op& op, Peer& peer) {
-  if (peer.link->takes_offers()) return refuse(op);
   const ChannelInfo& channel = engine_.channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
   note_urgent(op);
@@ -91,7 +90,7 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
   op.source_address = header.address;
   op.source_segment = header.segment;
   const bool here = header.kind == FrameKind::eager || header.kind == FrameKind::put;  // in its frame
-  if (peer.link->takes_offers() && !here) return fail(op, EOPNOTSUPP);
+  if (peer.link->takes_offers() && !here && op.region) return fail(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;
