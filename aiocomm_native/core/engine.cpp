@@ -225,7 +225,7 @@ bool Engine::cancel(Op* op, Code why) {
   return true;
 }
 
-void Engine::progress(bool rung) {
+void Engine::progress(bool rung, bool may_linger) {
   if (rung) clear_fd(loop_fd_);
   prepare_sleep(page_->loop);  // what comes after this look rings
   bool more = true;
@@ -235,10 +235,8 @@ void Engine::progress(bool rung) {
     if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
       dispatch_fds(express_epoll_, 0, true);
   }
-  if (more)
-    ring(page_->loop, loop_fd_);
-  else
-    device_.linger();
+  if (more) return ring(page_->loop, loop_fd_);
+  if (may_linger) device_.linger();
 }
 
 bool Engine::anything_to_poll() {
@@ -252,7 +250,10 @@ bool Engine::spin(uint64_t until_ns) {
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
-  until_ns = began + patience_.stretched(asked);
+  // A copy that ends soon is worth a longer spin, and says nothing of the peer.
+  const uint64_t due = asked ? device_.take_due() : 0;
+  until_ns = std::max(began + patience_.stretched(asked), due);
+  patient = patient || due > began;
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
@@ -281,7 +282,7 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && asked) patience_.spun(found, taken, began, last, asked);
+  if (patient && asked && due <= began) patience_.spun(found, taken, began, last, asked);
   return found;
 }
 
