@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .model import Metrics, Options
 
 _MODES = {"aiocomm-gpu": "asyncio", "aiocomm-gpu-uvloop": "uvloop", "aiocomm-gpu-spin": "aiocomm"}
-_PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl"} | dict.fromkeys(_MODES, "gpu_ours")
+_PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl", "nixl-gpu": "gpu_nixl"} | dict.fromkeys(
+    _MODES, "gpu_ours"
+)
 
 NAMES = tuple(_PROGRAMS)
 
@@ -28,14 +30,14 @@ def _missing(name: str) -> str:
             return "no GPU"
     except (AttributeError, OSError) as error:
         return f"no GPU: {error}"
-    module = {"nccl-torch": "torch", "aiocomm-gpu-uvloop": "uvloop"}.get(name)
+    module = {"nccl-torch": "torch", "nixl-gpu": "nixl", "aiocomm-gpu-uvloop": "uvloop"}.get(name)
     if module and importlib.util.find_spec(module) is None:
         return f"not installed: pip install {module}"
     return ""
 
 
 def _subjects(options: Options) -> list[Subject]:
-    kinds = {"floor-copies": "floor", "nccl-torch": "peer"}
+    kinds = {"floor-copies": "floor", "nccl-torch": "peer", "nixl-gpu": "peer"}
     return [
         Subject(name, kinds.get(name, "ours"), "nvlink", _missing(name))  # type: ignore[arg-type]
         for name in _PROGRAMS

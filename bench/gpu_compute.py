@@ -43,7 +43,8 @@ def _subjects(options: Options) -> list[Subject]:
 def measure(name: str, options: Options) -> Metrics:
     """Take one sample."""
     program = f"{__package__}.gpu_compute_child:{_PROGRAMS[name]}"
-    found: Metrics = pair.run(program, {"seconds": 0.3 if options.quick else 0.6}, options.timeout_s)[0]
+    arguments = {"seconds": 0.2, "turns": 3} if options.quick else {"seconds": 0.3, "turns": 5}
+    found: Metrics = pair.run(program, arguments, options.timeout_s)[0]
     return found
 
 
@@ -76,6 +77,14 @@ SUITE = Suite(
                 ("nccl-torch",),
             )
             for kernel in ("matmul8192", "attention8192")
+        ),
+        Rule(
+            "memory-bound, time lost per GB ÷ raw copies'",
+            "aiocomm-gpu",
+            "lost_us_per_gb/memory",
+            "<=",
+            1.1,
+            ("floor-copies",),
         ),
     ),
 )

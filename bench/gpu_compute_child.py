@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -57,22 +58,33 @@ def _rate(torch: Any, kernel: Callable[[], Any], seconds: float) -> float:
     return done / (time.perf_counter() - start)
 
 
-def _measure(torch: Any, begin: Callable[[], None], end: Callable[[], float], seconds: float) -> Metrics:
-    """Each kernel alone, beside the transfer, and alone again; `end` answers the rate in GB/s."""
+def _measure(
+    torch: Any, begin: Callable[[], None], end: Callable[[], float], arguments: Mapping[str, Any]
+) -> Metrics:
+    """Each kernel alone and beside the transfer, in turns; `end` answers the rate in GB/s.
+
+    Clocks drift by more than a transfer costs, so each turn beside it is held against those before and after.
+    """
+    seconds, turns = arguments["seconds"], arguments["turns"]
     found: Metrics = {}
     for name, kernel in _kernels(torch).items():
         for _ in range(8):
             kernel()
         torch.cuda.synchronize()
-        before = _rate(torch, kernel, seconds)
-        begin()
-        beside = _rate(torch, kernel, seconds)
-        moved = end()
-        alone = (before + _rate(torch, kernel, seconds)) / 2
-        found[f"kept/{name}"] = beside / alone
-        found[f"gbytes_s/{name}"] = moved
+        alone = [_rate(torch, kernel, seconds)]
+        kept, moved = [], []
+        for _ in range(turns):
+            begin()
+            beside = _rate(torch, kernel, seconds)
+            moved.append(end())
+            alone.append(_rate(torch, kernel, seconds))
+            kept.append(2 * beside / (alone[-2] + alone[-1]))
+        found[f"kept/{name}"] = statistics.median(kept)
+        found[f"gbytes_s/{name}"] = statistics.median(moved)
         # Time lost per GB moved while the kernels ran.
-        found[f"lost_us_per_gb/{name}"] = max(0.0, 1 - beside / alone) / max(moved, 1e-9) * 1e6
+        found[f"lost_us_per_gb/{name}"] = statistics.median(
+            max(0.0, 1 - k) / max(m, 1e-9) * 1e6 for k, m in zip(kept, moved, strict=True)
+        )
     return found
 
 
@@ -122,7 +134,7 @@ def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
         time.sleep(0.05)
         return rate
 
-    found = _measure(torch, begin, end, arguments["seconds"])
+    found = _measure(torch, begin, end, arguments)
     stopping.set()
     thread.join()
     return found
@@ -203,7 +215,7 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
         threads[-1].join()
         return rate
 
-    found = _measure(torch, begin, end, arguments["seconds"])
+    found = _measure(torch, begin, end, arguments)
     control.send("end")
     return found
 
@@ -270,6 +282,6 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
         threads[-1].join()
         return rate
 
-    found = _measure(torch, begin, end, arguments["seconds"])
+    found = _measure(torch, begin, end, arguments)
     control.send("end")
     return found

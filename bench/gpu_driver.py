@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "libcuda.so.1"
 _LAZY_PEER_ACCESS = 1
+_PORTABLE = 1
 _NON_BLOCKING = 1
 _NO_TIMING = 2
 _UNIFIED = 4
@@ -47,6 +48,17 @@ class Driver:
         memory.fill(1)
         return memory
 
+    def pinned(self, nbytes: int) -> int:
+        """Address of host memory that the device reaches by itself."""
+        address = ctypes.c_void_p()
+        self("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), _PORTABLE)
+        return address.value or 0
+
+    def call(self, name: str, *arguments: Any) -> Callable[[], int]:
+        """One of the driver's functions with its arguments bound, to be timed."""
+        function = getattr(self._library, name)
+        return lambda: int(function(*arguments))
+
     def stream(self) -> ctypes.c_void_p:
         """A stream of its own."""
         stream = ctypes.c_void_p()
@@ -66,14 +78,13 @@ class Driver:
         plan.srcDevice, plan.srcPitch = source
         self("cuMemcpy2DAsync_v2", ctypes.byref(plan), stream)
 
-    def copy_batch(
+    def batch(
         self, to: Sequence[int], source: Sequence[int], nbytes: int, stream: ctypes.c_void_p
-    ) -> None:
-        """Queue many copies of one size by one call, as CUDA 12.8 has it."""
+    ) -> Callable[[], None]:
+        """Make a function that queues many copies of one size by one call, as CUDA 12.8 has it."""
         count = len(to)
         kind = _Attributes(order=_IN_STREAM_ORDER, flags=_OVERLAP)
-        self(
-            "cuMemcpyBatchAsync",
+        arguments = (
             (ctypes.c_uint64 * count)(*to),
             (ctypes.c_uint64 * count)(*source),
             (ctypes.c_size_t * count)(*[nbytes] * count),
@@ -84,6 +95,7 @@ class Driver:
             ctypes.byref(ctypes.c_size_t(0)),
             stream,
         )
+        return lambda: self("cuMemcpyBatchAsync", *arguments)
 
     def wait(self, stream: ctypes.c_void_p) -> None:
         """Wait for a stream."""
@@ -95,6 +107,10 @@ class Driver:
         packed = _Handle.from_buffer_copy(handle)
         self("cuIpcOpenMemHandle_v2", ctypes.byref(address), packed, _LAZY_PEER_ACCESS)
         return address.value
+
+    def close(self, address: int) -> None:
+        """Drop what `open` has mapped."""
+        self("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
 
 class Kernel:
@@ -144,6 +160,14 @@ class Memory:
     ) -> None:
         self.driver, self.address, self.nbytes = driver, address, nbytes
         self.shape = shape or (nbytes,)
+        # Made once, as by libraries whose arrays are native: what is measured is not the making of a dict.
+        self.__cuda_array_interface__ = {
+            "shape": self.shape,
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
 
     def shaped(self, *shape: int) -> Memory:
         """The first bytes of it, with another shape."""
@@ -152,16 +176,6 @@ class Memory:
     def __getitem__(self, part: slice) -> Memory:
         start, stop, _ = part.indices(self.nbytes)
         return Memory(self.driver, self.address + start, stop - start)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "strides": None,
-            "version": 3,
-        }
 
     def handle(self) -> bytes:
         """For another process to open."""

@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import gpu_blocks
+from . import gpu_blocks, gpu_probe
 from .gpu_driver import Driver
 from .sizes import KIB, MIB
 
@@ -35,10 +35,8 @@ def _blocks(
 
         give_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 1)
         take_all = gpu_blocks.pages(gpu_blocks.BLOCKS, gpu_blocks.SCATTERED[0], 2)
-
-        def scattered() -> None:
-            to, source = ([at + n * block for n in ns] for at, ns in ((peer, take_all), (own, give_all)))
-            driver.copy_batch(to, source, block, stream)
+        to, source = ([at + n * block for n in ns] for at, ns in ((peer, take_all), (own, give_all)))
+        scattered = driver.batch(to, source, block, stream)
 
         for name, queue in (("strided", strided), ("scattered", scattered)):
             for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.AT_ONCE, "pages_gbytes_s")):
@@ -98,5 +96,18 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     control.swap("both ways")
     both = rate(large, 4 * arguments["repeats"])
     found["gbytes_s_both/1GiB"] = min(both, control.swap(both))
+    for size in (8, 16, 32):
+        both = gpu_probe.windowed(driver, own.address, peer, size * MIB, 2000)
+        found[f"gbytes_s_both_windowed/{size}MiB"] = min(both, control.swap(both))
+    detour = gpu_probe.Detour(driver, own, peer)
+    if role == 0:
+        found.update(gpu_probe.calls(driver, own, peer))
+        found.update(detour.measure("alone", 200))
+    control.swap("beside both ways")
+    for _ in range(8):
+        driver.copy(peer, own.address, large, stream)
+    found.update(detour.measure("both_ways", 20, ("out", "in")))
+    driver.wait(stream)
+    found.update(gpu_probe.opening(driver, role, own, peer, control))
     control.swap("done")
     return found

@@ -39,6 +39,50 @@ async def _one_way(comm: Any, role: int, arrays: list[Memory], count: int, outst
     return arrays[0].nbytes * count / (time.perf_counter() - start) / 1e9
 
 
+async def _one_by_one(comm: Any, role: int, array: Memory, name: str, count: int) -> Metrics:
+    """The first message after a pause, and the median of those that follow at once."""
+    await comm.barrier()
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        await (comm.send(array, 1) if role == 0 else comm.recv(array, 0))
+        times.append(time.perf_counter() - start)
+    return {
+        f"gbytes_s_first/{name}": array.nbytes / times[0] / 1e9,
+        f"gbytes_s_steady/{name}": array.nbytes / statistics.median(times[1:]) / 1e9,
+        f"gbytes_s_slowest/{name}": array.nbytes / max(times[1:]) / 1e9,
+    }
+
+
+async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
+    """Where a half round trip of 64 KiB goes: the calls that submit, and from the match to the end."""
+    calls: dict[str, list[float]] = {"send": [], "recv": []}
+    clock = time.perf_counter
+
+    def timed(name: str, array: Memory) -> Any:
+        start = clock()
+        transfer = getattr(comm, name)(array, 1 - role, tag=_PING)
+        calls[name].append(clock() - start)
+        return transfer
+
+    for _ in range(500):
+        for name in ("send", "recv") if role == 0 else ("recv", "send"):
+            await timed(name, data if name == "send" else into)
+    completions = comm.links["cuda"].completions()
+    for _ in range(200):
+        for name in ("send", "recv") if role == 0 else ("recv", "send"):
+            await timed(name, data if name == "send" else into)
+    moved: dict[str, list[float]] = {"send": [], "recv": []}
+    for _ in range(400):
+        done = await anext(completions)
+        moved[done.kind].append(done.moved_s)
+    await completions.aclose()
+    await comm.barrier()
+    return {f"part_us/call_{name}": statistics.median(times[:500]) * 1e6 for name, times in calls.items()} | {
+        f"part_us/moved_{name}": statistics.median(times) * 1e6 for name, times in moved.items()
+    }
+
+
 async def _both_ways(comm: Any, role: int, data: Memory, into: Memory, count: int) -> float:
     await comm.barrier()
     start = time.perf_counter()
@@ -138,6 +182,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
         raise AssertionError("the bytes did not arrive")
     found["gbytes_s/1GiB"] = await _one_way(comm, role, [mine], repeats, 1)
     found["gbytes_s_serial/1GiB"] = found["gbytes_s/1GiB"]
+    found.update(await _one_by_one(comm, role, mine[: min(large, 256 * MIB)], "256MiB", 2 * repeats))
     halves_of = [mine[: large // 2], mine[large // 2 :]]
     found["gbytes_s_two/512MiB"] = await _one_way(comm, role, halves_of, 2 * repeats, 2)
     pieces = [mine[at * 16 * MIB : (at + 1) * 16 * MIB] for at in range(16)]
@@ -151,6 +196,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
         halves = await _ping_pong(comm, role, a[:nbytes], b[:nbytes], pings)
         found[f"half_us/{name}"] = statistics.median(halves) * 1e6
         found[f"p99_us/{name}"] = figures.percentile(halves, 0.99) * 1e6
+    found.update(await _parts(comm, role, urgent_data, urgent_into))
     urgent = comm.channel("bench-urgent", priority=aiocomm.Priority.URGENT)
     bulk = comm.channel("bench-bulk")
     await _ping_pong(urgent, role, urgent_data, urgent_into, 100)

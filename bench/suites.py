@@ -5,6 +5,8 @@ from . import (
     faults,
     gpu,
     gpu_compute,
+    gpu_mixed,
+    gpu_ring,
     idle,
     moe,
     overhead,
@@ -32,6 +34,8 @@ SUITES: dict[str, Suite] = {
         startup,
         gpu,
         gpu_compute,
+        gpu_mixed,
+        gpu_ring,
         rdma,
     )
 }

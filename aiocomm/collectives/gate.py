@@ -46,6 +46,8 @@ class Gate:
 
     async def wait_shielded(self, until: Any) -> None:
         """Wait until `until()` holds, whatever is cancelled meanwhile; a cancellation is raised then."""
+        if until():
+            return
         cancelled: BaseException | None = None
         with anyio.CancelScope(shield=True):
             while not until():

@@ -179,7 +179,7 @@ class RemotePages:
         """The owner."""
         return self._regions[self.layout.planes[0]].rank
 
-    def check(self, pages: Sequence[int]) -> None:
+    def check(self, pages: Any) -> None:
         """Refuse pages that are not part of the lease."""
         wanted = np.asarray(pages, np.int64).reshape(-1)
         inside = wanted[(wanted >= 0) & (wanted < self.layout.count)]  # the rest is the planner's to name

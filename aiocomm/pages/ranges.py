@@ -51,7 +51,11 @@ _kept: Final[dict[bool, PlanCache[Ranges]]] = {True: PlanCache(64), False: PlanC
 
 
 async def plan_ranges(
-    source: Layout, give: Sequence[int], target: Layout, take: Sequence[int], at_target: bool
+    source: Layout,
+    give: Sequence[int] | Integers,
+    target: Layout,
+    take: Sequence[int] | Integers,
+    at_target: bool,
 ) -> Ranges:
     """Plan on another thread where it takes longer than handing it over.
 
@@ -67,7 +71,9 @@ async def plan_ranges(
     return await anyio.to_thread.run_sync(ranges_of, source, from_, target, to, at_target)
 
 
-async def plan_copies(source: Layout, give: Sequence[int], target: Layout, take: Sequence[int]) -> Copies:
+async def plan_copies(
+    source: Layout, give: Sequence[int] | Integers, target: Layout, take: Sequence[int] | Integers
+) -> Copies:
     """Plan for engines that take rows, as `plan_ranges`."""
     from_, to = page_list(give), page_list(take)
     if len(from_) + len(to) <= _INLINE:

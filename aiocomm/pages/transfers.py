@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout, Pages
     from aiocomm.pages.lease import RemotePages
     from aiocomm.pages.memory import Bytes
-    from aiocomm.pages.planner import Copies
+    from aiocomm.pages.planner import Copies, Integers
     from aiocomm.pages.ranges import Ranges
     from aiocomm_native import Transfer
 
@@ -59,15 +59,16 @@ class _Plan:
 async def put_pages(
     comm: Communicator,
     pages: Pages,
-    give: Sequence[int],
+    give: Sequence[int] | Integers,
     remote: RemotePages,
-    take: Sequence[int],
+    take: Sequence[int] | Integers,
     notify: bytes | None,
     channel: Channel | None,
     deadline: float | None,
     stream: Any,
 ) -> None:
     """See `Communicator.put_pages`."""
+    give, take = page_list(give), page_list(take)
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
     remote.check(take)
@@ -80,9 +81,9 @@ async def put_pages(
 async def put_layers(
     comm: Communicator,
     layers: Sequence[Pages],
-    give: Sequence[int],
+    give: Sequence[int] | Integers,
     remotes: Sequence[RemotePages],
-    take: Sequence[int],
+    take: Sequence[int] | Integers,
     notify: bytes | None,
     channel: Channel | None,
     deadline: float | None,
@@ -93,6 +94,7 @@ async def put_layers(
         raise UsageError(
             f"{len(layers)} layers here and {len(remotes)} at the peer: one each, in their order"
         )
+    give, take = page_list(give), page_list(take)
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
     mover = Mover(comm, channel, deadline)
@@ -121,14 +123,15 @@ async def put_layers(
 async def get_pages(
     comm: Communicator,
     remote: RemotePages,
-    give: Sequence[int],
+    give: Sequence[int] | Integers,
     pages: Pages,
-    take: Sequence[int],
+    take: Sequence[int] | Integers,
     channel: Channel | None,
     deadline: float | None,
     stream: Any,
 ) -> None:
     """See `Communicator.get_pages`."""
+    give, take = page_list(give), page_list(take)
     mover = Mover(comm, channel, deadline)
     remote.check(give)
     if not all(is_writable(pages.arrays[array]) for array in pages.layout.planes):
@@ -153,9 +156,9 @@ async def _planned(
     pages: Pages,
     remote: RemotePages,
     source: Layout,
-    give: Sequence[int],
+    give: Sequence[int] | Integers,
     target: Layout,
-    take: Sequence[int],
+    take: Sequence[int] | Integers,
     at_target: bool,
 ) -> _Plan:
     """Plan for the way that is to be tried first."""

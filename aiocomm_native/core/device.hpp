@@ -108,10 +108,16 @@ struct MoveJob {
   uint64_t posted_ns = 0, ended_ns = 0;
   uint8_t device = 0, cls = 0;
   Lane lane = Lane::peer;
-  int error = 0;  // the driver's
-  const RowList* rows =
-      nullptr;           // of the op: `to` and `from` are where offsets count from; else of the chunk
-  uint64_t slow_ns = 0;  // that it takes longer than one copy of its size
+  int error = 0;                  // the driver's
+  bool early = false;             // loops are woken while it runs: it takes no longer than waking up
+  bool local = false;             // within one device: by none of the engines between devices
+  const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
+  uint64_t slow_ns = 0;           // that it takes longer than one copy of its size
+};
+
+// An allocation that others may have mapped, and that its owner has freed.
+struct Gone {
+  uint64_t base = 0, buffer_id = 0;
 };
 
 struct Reach {
@@ -131,8 +137,9 @@ class MoverHost {
   virtual void begin_assist() = 0;
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
-  // A long copy is about to end: loops that spin are woken in time for it.
-  virtual void ends_soon(OpId op) = 0;
+  // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
+  virtual void ends_soon(OpId op, uint64_t ns) = 0;
+  virtual void freed(const Gone* memory, size_t count) = 0;  // of this process: peers are told
 
  protected:
   ~MoverHost() = default;
@@ -168,6 +175,7 @@ class Mover {
   virtual Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) = 0;
   virtual uint64_t load(int device) const = 0;  // bytes that its peer lane has posted
   virtual void forget(uint64_t owner) = 0;      // a process is gone
+  virtual void forget(uint64_t owner, const Gone& memory) = 0;
   virtual void stop() = 0;  // without the token: waits for what is posted, ends the threads
   virtual std::string describe(int error) const = 0;
 };

@@ -125,10 +125,12 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.from = incoming ? other : ours;
     ++gpu.inflight;
     if (chunk->last) gpu.in_sched = false;
-    if (queue.lane == Lane::peer)
+    job.local =
+        queue.lane == Lane::peer && gpu.theirs.owner == gpu.place.owner && gpu.theirs.device == gpu.device;
+    if (queue.lane == Lane::peer && !job.local)
       engine_.page_->load[queue.device].fetch_add(chunk->nbytes, std::memory_order_relaxed);
-    // The copy of a small message takes about as long as its receiver's loop takes to wake up.
-    if (gpu.role == Role::pull && job.nbytes <= kEarlyWake) engine_.wake_loop();
+    // The copy of a small message takes about as long as a loop takes to wake up.
+    job.early = gpu.role == Role::pull && op->nbytes <= kEarlyWake;
     if (!mover_->post(job)) queue.overflow.push_back(job);
   }
 }
@@ -174,7 +176,7 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
     if (job.lane != Lane::in) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
       uint64_t elapsed = 0;
-      if (job.nbytes >= kRated && job.ended_ns >= began) {
+      if (job.nbytes >= kRated && job.ended_ns >= began && !job.local) {
         auto bytes = static_cast<double>(job.nbytes);
         double keep = kRateMemory / (kRateMemory + bytes);
         queue.rate_bytes = queue.rate_bytes * keep + bytes;
@@ -183,9 +185,9 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
           elapsed = 1 + static_cast<uint64_t>(bytes * queue.rate_ns / queue.rate_bytes);
       }
       queue.sched.complete(job.nbytes, elapsed, job.cls);
-      queue.last_done_ns = std::max(queue.last_done_ns, job.ended_ns);
+      if (!job.local) queue.last_done_ns = std::max(queue.last_done_ns, job.ended_ns);
     }
-    if (job.lane == Lane::peer)
+    if (job.lane == Lane::peer && !job.local)
       engine_.page_->load[job.device].fetch_sub(job.nbytes, std::memory_order_relaxed);
     Op* op = engine_.find(job.op);  // its chunk in flight has kept it from ending
     if (!op) continue;

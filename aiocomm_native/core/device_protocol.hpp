@@ -44,11 +44,16 @@ class DeviceProtocol final : public MoverHost {
   void on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_moved(Peer& peer, const FrameHeader& header);
   void on_staged(Peer& peer, const FrameHeader& header);
+  void on_freed(Peer& peer, const FrameHeader& header);
   void send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes);
   void stage_in(Op& op, Peer& peer, bool ask);
   // Bytes of a staged message have come to the bounce: on to the device.
   void landing(Op& op, uint64_t offset, uint64_t nbytes);
   void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
+
+  // --- the loop's way into and out of sleep
+  void expect(uint64_t ns);  // a copy ends about then: the loop is woken
+  void linger();             // by the loop's thread, without the token: waits for what was expected
 
   // --- ends
   void cancel_move(Op& op);
@@ -70,7 +75,8 @@ class DeviceProtocol final : public MoverHost {
   void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
-  void ends_soon(OpId op) override;
+  void ends_soon(OpId op, uint64_t ns) override;
+  void freed(const Gone* memory, size_t count) override;
 
  private:
   // device_choose.cpp
@@ -100,6 +106,8 @@ class DeviceProtocol final : public MoverHost {
   uint64_t preempt_ns_ = 100000;
   std::vector<std::unique_ptr<DeviceQueue>> queues_;
   std::atomic<int> assistants_{0};
+  // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
+  std::atomic<uint64_t> due_ns_{0};
 };
 
 }  // namespace aiocomm

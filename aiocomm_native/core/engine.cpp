@@ -11,6 +11,7 @@
 #include <new>
 #include <utility>
 
+#include "core/relax.hpp"
 #include "core/slice.hpp"
 #include "core/token.hpp"
 
@@ -27,14 +28,6 @@ double number(const EngineConfig& config, const std::string& name, double fallba
   return it == config.numbers.end() ? fallback : it->second;
 }
 
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 int open_or_throw(int fd, const char* what) {
   if (fd < 0) throw LinkFailure(std::string("cannot make ") + what, errno);
   return fd;
@@ -47,6 +40,7 @@ Engine::Engine(EngineConfig config)
       unexpected_max_(static_cast<uint64_t>(number(config_, "unexpected_bytes", 16 << 20))),
       drain_ns_(static_cast<uint64_t>(number(config_, "drain_timeout_s", 2.0) * 1e9)),
       spin_ns_(static_cast<uint64_t>(number(config_, "engine_spin_s", 0) * 1e9)),
+      rest_ns_(static_cast<uint64_t>(number(config_, "pair_idle_s", 0) * 1e9)),
       queue_depth_(static_cast<size_t>(number(config_, "queue_depth", 65536))),
       submissions_(queue_depth_),
       completed_(16384) {
@@ -241,7 +235,10 @@ void Engine::progress(bool rung) {
     if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
       dispatch_fds(express_epoll_, 0, true);
   }
-  if (more) ring(page_->loop, loop_fd_);
+  if (more)
+    ring(page_->loop, loop_fd_);
+  else
+    device_.linger();
 }
 
 bool Engine::anything_to_poll() {
@@ -365,6 +362,16 @@ void Engine::after_unlock() {
   }
 }
 
+bool Engine::look() {
+  if (stopping_.load(std::memory_order_acquire)) return true;
+  if (!token_.try_lock()) return false;
+  drain_submissions();
+  if (!closed_) poll_links();
+  token_.unlock();
+  after_unlock();
+  return true;
+}
+
 void Engine::leave_token() {
   token_.unlock();
   after_unlock();
@@ -392,15 +399,21 @@ void Engine::emit(EngineEvent event) {
   wake_loop();
 }
 
-void Engine::start_deadline(Op& op) {
-  timers_.add(op.id, op.deadline_ns);
-  if (engine_sleeps_until_ == 0 || op.deadline_ns < engine_sleeps_until_) ring_engine();
+void Engine::start_deadline(Op& op) { start_timer(op.id, op.deadline_ns); }
+
+void Engine::start_timer(uint64_t id, uint64_t at_ns) {
+  timers_.add(id, at_ns);
+  if (engine_sleeps_until_ == 0 || at_ns < engine_sleeps_until_) ring_engine();
 }
 
 void Engine::expire(uint64_t now) {
   std::vector<uint64_t> due;
   timers_.expire(now, due);
   for (uint64_t id : due) {
+    if (id & kRegionTimer) {
+      ask_again(id & ~kRegionTimer);
+      continue;
+    }
     Op* op = find(id);
     if (!op) continue;
     if (op->state == OpState::draining) {
@@ -433,17 +446,24 @@ void Engine::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     awake(page_->engine);
     int did;
+    std::vector<std::shared_ptr<LinkPeer>> gone;  // what they map is given back without the token
     {
       Token token(*this);
-      retired_.clear();  // no event of theirs is in this thread's hands here
+      gone.swap(retired_);  // no event of theirs is in this thread's hands here
+      if (!gone.empty())
+        for (auto& peer : peers_)
+          if (peer && peer->state == Peer::State::lost) peer->link.reset();
       did = poll_links();
       uint64_t t = now();
       expire(t);
       bool ticking = false;
       for (auto& peer : peers_)
-        if (peer && peer->state == Peer::State::up && peer->link->needs_ticks()) {
-          ticking = true;
-          if (t >= next_tick) peer->link->tick(t);
+        if (peer && peer->state == Peer::State::up) {
+          bool ticks = peer->link->needs_ticks(), rests = rest_ns_ && peer->rank != rank_;
+          ticking = ticking || ticks || rests;
+          if (t < next_tick) continue;
+          if (ticks) peer->link->tick(t);
+          if (rests && peer->state == Peer::State::up) look_at_rest(*peer, t, heartbeat_ns);
         }
       if (!ticking)
         next_tick = kNever;
@@ -455,6 +475,7 @@ void Engine::run() {
       else if (t < spin_until)
         did = 1;
     }
+    gone.clear();
     while (copier_->run_one()) did = 1;
     if (did) continue;
     prepare_sleep(page_->engine);

@@ -60,6 +60,8 @@ class Kind(enum.IntEnum):
     LINK_PRIVATE = 22
     MOVED = 23
     STAGED = 24
+    SOON = 30
+    FREED = 31
 
 
 @dataclass

@@ -481,6 +481,58 @@ async def test_an_address_that_is_freed_and_allocated_anew_many_times(
         assert answer == b"all right"
 
 
+@ONE_LOOP
+@pytest.mark.parametrize("kind", [Kind.MALLOC, Kind.VMM])
+async def test_what_its_owner_has_freed_is_mapped_no_more(simulator: Simulator, kind: Kind) -> None:
+    """Else the memory would not come back while the peer lives."""
+    turns, nbytes = 5, 70_000
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Simulator
+        from harness import until
+
+        simulator, into = Simulator(driver().library), DeviceArray(nbytes, device=1)
+        mapped = "mappings" if kind == "vmm" else "imports"
+        before = simulator.held(mapped)
+        for _ in range(turns):
+            await comm.recv(into, 0)
+            assert simulator.held(mapped) == before + 1
+            await comm.send(b"have it", 0)
+            await until(lambda: simulator.held(mapped) == before)
+            await comm.send(b"let go", 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        for _ in range(turns):
+            source = DeviceArray(nbytes, kind=kind)
+            await comm.send(source, 1)
+            await comm.recv(bytearray(7), 1)
+            source.close()
+            await comm.recv(bytearray(6), 1)
+
+
+async def test_loops_that_are_woken_before_a_copy_ends(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines with cores to spare, where the copy thread spins and wakes them."""
+    monkeypatch.setenv("AIOCOMM_GPU_SPIN_S", "200e-6")
+    sizes = [64 << 10, 3 << 20, 33 << 20]
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        arrays = [DeviceArray(nbytes, device=1) for nbytes in sizes]
+        for turn in range(24):
+            await comm.recv(arrays[turn % 3], 0)
+            await comm.send(arrays[turn % 3], 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        for turn in range(24):
+            data = random(sizes[turn % 3], turn)
+            source, into = DeviceArray(data.nbytes).write(data), DeviceArray(data.nbytes)
+            await comm.send(source, 1)
+            await comm.recv(into, 1)
+            assert np.array_equal(into.numpy(), data)
+
+
 @pytest.mark.timeout(600)
 def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "core/link.hpp"
+#include "core/relax.hpp"
 
 namespace aiocomm::cuda {
 
@@ -18,6 +19,7 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
+constexpr size_t kLocal = 5;   // the stream of copies within the device
 constexpr size_t kBatch = 16;  // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
@@ -25,19 +27,13 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kWakeNs = 80000;
 constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
+constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
+constexpr double kMostRate = 400;     // between devices, in bytes per ns
 
 uint64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // After these nothing on the device works any more, for this process.
@@ -67,7 +63,13 @@ Device::Current::~Current() {
 }
 
 Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
-    : driver(d), ordinal(o), host_(host), spin_ns_(spin_ns), jobs_(kQueue), gate_queue_(kQueue) {
+    : driver(d),
+      ordinal(o),
+      host_(host),
+      spin_ns_(spin_ns),
+      peer_rate_(kMostRate),
+      jobs_(kQueue),
+      gate_queue_(kQueue) {
   auto check = [&](CUresult code, const char* what) {
     if (code == CUDA_SUCCESS) return;
     throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code),
@@ -172,6 +174,7 @@ void Device::give_back(const Gate& gate) {
 // ---------------------------------------------------------------- the thread
 
 size_t Device::stream_of(const MoveJob& job) {
+  if (job.local) return kLocal;
   if (job.lane == Lane::out) return 3;
   if (job.lane == Lane::in) return 4;
   if (job.cls > 1) return 2;
@@ -248,6 +251,8 @@ bool Device::issue() {
       continue;
     }
     stream.inflight.emplace_back(++stream.issued, job);
+    const size_t bulk = streams_[0].inflight.size() + streams_[1].inflight.size() - (index < 2);
+    if (job.early && spin_ns_ && bulk == 0) early_.push_back(job.op);
     if (job.nbytes >= kTellFrom)
       tell(stream);
     else
@@ -255,6 +260,8 @@ bool Device::issue() {
   }
   for (size_t i = 0; i < kStreams; ++i)
     if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);
+  for (OpId op : early_) host_.ends_soon(op, kEarlyNs);
+  early_.clear();
   return did;
 }
 
@@ -295,9 +302,10 @@ bool Device::collect(uint64_t now) {
     // acquire: what the copies wrote is there once the number is
     uint32_t done = __atomic_load_n(&word(i * kLine), __ATOMIC_ACQUIRE);
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
-      stream.inflight.front().second.ended_ns = now;
-      if (i < 3) peer_done_ns_ = now;
-      finished_.push_back(stream.inflight.front().second);
+      MoveJob& job = stream.inflight.front().second;
+      job.ended_ns = now;
+      if (i < 3) rate(job);
+      finished_.push_back(job);
       stream.inflight.pop_front();
     }
     if (!stream.inflight.empty()) watch(stream, now);
@@ -305,6 +313,16 @@ bool Device::collect(uint64_t now) {
   if (finished_.empty()) return false;
   finish();
   return true;
+}
+
+// A copy between devices has ended. What is expected of the next follows a faster one at once and a slower one by and by:
+// a loop that is woken too late has missed the end.
+void Device::rate(const MoveJob& job) {
+  const uint64_t began = std::max(job.posted_ns, peer_done_ns_);
+  peer_done_ns_ = job.ended_ns;
+  if (job.nbytes < kLong || job.rows || job.ended_ns <= began) return;
+  const double seen = static_cast<double>(job.nbytes) / static_cast<double>(job.ended_ns - began);
+  peer_rate_ = std::max(seen, peer_rate_ + (seen - peer_rate_) / 2);
 }
 
 void Device::finish() {
@@ -350,8 +368,8 @@ uint64_t Device::expected_end() const {
     const Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
     const MoveJob& job = stream.inflight.front().second;
-    uint64_t end =
-        std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / (i < 3 ? 400 : 60) + job.slow_ns;
+    const uint64_t rate = i < 3 ? 400 : i == kLocal ? 1000 : 60;  // bytes per ns, of the fastest
+    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / rate + job.slow_ns;
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;
@@ -367,12 +385,13 @@ void Device::announce_end(uint64_t now) {
   for (size_t i = 0; i < 3; ++i) {
     if (streams_[i].inflight.empty()) continue;
     const MoveJob& job = streams_[i].inflight.front().second;
-    uint64_t end = std::max(job.posted_ns, peer_done_ns_) + job.nbytes / 400 + job.slow_ns;
-    if (job.nbytes < kLong || now + kAhead < end || (job.op == announced_ && job.offset == announced_offset_))
+    const auto takes = static_cast<uint64_t>(static_cast<double>(job.nbytes) / peer_rate_) + job.slow_ns;
+    if (job.nbytes < kLong || now + kAhead < std::max(job.posted_ns, peer_done_ns_) + takes ||
+        (job.op == announced_ && job.offset == announced_offset_))
       continue;
     announced_ = job.op;
     announced_offset_ = job.offset;
-    host_.ends_soon(job.op);
+    host_.ends_soon(job.op, 2 * kAhead);
   }
 }
 

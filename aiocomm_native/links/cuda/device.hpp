@@ -67,8 +67,8 @@ class Device {
   std::array<std::byte, 16> uuid{};
 
  private:
-  static constexpr size_t kStreams =
-      5;  // two for bulk and one for what is urgent between devices, to and from the host
+  // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
+  static constexpr size_t kStreams = 6;
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -94,6 +94,7 @@ class Device {
   OpId announced_ = 0;
   uint64_t announced_offset_ = 0;
   uint64_t expected_end() const;
+  void rate(const MoveJob& job);
   size_t stream_of(const MoveJob& job);
   size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
   volatile uint32_t& word(size_t index) { return words_[index]; }
@@ -102,6 +103,8 @@ class Device {
   const uint64_t spin_ns_;
   std::array<Stream, kStreams> streams_;
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
+  double peer_rate_;           // bytes per ns that is expected of long ones
+  std::vector<OpId> early_;    // issued in this turn: loops are woken for them
   int lost_ = 0;               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;

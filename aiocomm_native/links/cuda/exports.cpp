@@ -4,6 +4,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -21,9 +22,10 @@ uint64_t mixed(uint64_t hash, uint64_t value) {
 }  // namespace
 
 bool Exports::handle_of(const DevicePlace& place, const Device& owner, std::array<std::byte, 64>& handle) {
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   auto it = exported_.find(place.base);
-  if (it == exported_.end() || it->second.buffer_id != place.buffer_id) {
+  const bool fresh = it == exported_.end() || it->second.buffer_id != place.buffer_id;
+  if (fresh) {
     Exported fresh{place.buffer_id, false, {}};
     CUipcMemHandle made;
     Device::Current current(owner);
@@ -33,7 +35,10 @@ bool Exports::handle_of(const DevicePlace& place, const Device& owner, std::arra
     it = exported_.insert_or_assign(place.base, fresh).first;
   }
   handle = it->second.handle;
-  return it->second.possible;
+  const bool possible = it->second.possible;
+  lock.unlock();
+  if (fresh) made_();
+  return possible;
 }
 
 bool Exports::find_blocks(uint64_t address, uint64_t nbytes, std::vector<Block>& out) const {
@@ -69,9 +74,10 @@ bool Exports::blocks_of(DevicePlace& place, uint64_t nbytes) {
   if (!find_blocks(place.address, nbytes, found)) return false;
   uint64_t id = found.size();
   for (const Block& block : found) id = mixed(mixed(id, block.id), block.nbytes);
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   auto it = by_base_.find(found.front().base);
-  if (it == by_base_.end() || it->second->id != id) {
+  const bool fresh = it == by_base_.end() || it->second->id != id;
+  if (fresh) {
     if (it != by_base_.end()) drop(it->first);
     make_room(found.size() + 1);
     auto made = make(std::move(found), id);
@@ -88,6 +94,8 @@ bool Exports::blocks_of(DevicePlace& place, uint64_t nbytes) {
   place.buffer_id = mixed(blocks.id, blocks.number);  // exported anew, it is to be mapped anew
   BlockHandle handle{blocks.number, blocks.table};
   std::memcpy(place.handle.data(), &handle, sizeof handle);
+  lock.unlock();
+  if (fresh) made_();
   return true;
 }
 
@@ -134,15 +142,55 @@ void Exports::drop(uint64_t base) {
   by_base_.erase(it);
 }
 
-void Exports::make_room(size_t count) {
-  std::vector<uint64_t> gone;
+bool Exports::empty() {
+  std::lock_guard lock(mutex_);
+  return exported_.empty() && by_base_.empty();
+}
+
+// Asked without the lock, for which messages wait.
+std::vector<Gone> Exports::gone() {
+  std::unique_lock lock(mutex_);
+  std::vector<Gone> gone = drop_unmapped(lock);
+  std::vector<Gone> all;
+  all.reserve(exported_.size());
+  for (const auto& [base, exported] : exported_) all.push_back({base, exported.buffer_id});
+  lock.unlock();
+  std::erase_if(all, [this](const Gone& one) {
+    unsigned long long id = 0;
+    return driver_.cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID, one.base) == CUDA_SUCCESS &&
+           id == one.buffer_id;
+  });
+  lock.lock();
+  for (const Gone& one : all) {
+    auto it = exported_.find(one.base);
+    if (it == exported_.end() || it->second.buffer_id != one.buffer_id) continue;  // exported anew meanwhile
+    if (it->second.possible) gone.push_back(one);
+    exported_.erase(it);
+  }
+  return gone;
+}
+
+std::vector<Gone> Exports::drop_unmapped(std::unique_lock<std::mutex>& lock) {
+  std::vector<std::pair<Gone, std::vector<Block>>> all;
   for (const auto& [base, blocks] : by_base_)
-    for (const Block& block : blocks->blocks)
-      if (!is_there(block)) {
-        gone.push_back(base);
-        break;
-      }
-  for (uint64_t base : gone) drop(base);
+    all.push_back({{base, mixed(blocks->id, blocks->number)}, blocks->blocks});
+  lock.unlock();
+  std::erase_if(all, [this](const auto& one) {
+    return std::all_of(one.second.begin(), one.second.end(),
+                       [this](const Block& block) { return is_there(block); });
+  });
+  lock.lock();
+  std::vector<Gone> gone;
+  for (const auto& [one, blocks] : all) {
+    auto it = by_base_.find(one.base);
+    if (it == by_base_.end() || mixed(it->second->id, it->second->number) != one.buffer_id) continue;
+    gone.push_back(one);
+    drop(one.base);
+  }
+  return gone;
+}
+
+void Exports::make_room(size_t count) {
   while (!ages_.empty() && descriptors_ + count > kMostDescriptors) drop(ages_.front());
 }
 

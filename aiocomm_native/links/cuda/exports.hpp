@@ -5,12 +5,14 @@
 //    descriptors out of this process (pidfd_getfd), by a table that they read first: the kernel lets those do so that
 //    may read its memory. The table begins with a number that is cleared before its descriptors are closed, and looked
 //    at before and after they are taken: nobody takes a descriptor that means something else by now.
-//  * A block's descriptor keeps its memory, also when its owner has unmapped it. So exports whose blocks are no longer
-//    there are dropped whenever something is exported anew, and beyond a bound the one that was used longest ago.
+//  * A mapping elsewhere keeps freed memory from coming back, and so does a block's descriptor. The driver tells nobody of
+//    a free, so what was exported is looked at from time to time (gone()): peers hear what is no longer there.
+//  * Beyond a bound the blocks that were used longest ago are not exported any more.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -41,7 +43,8 @@ struct BlockHandle {
 
 class Exports {
  public:
-  explicit Exports(const Driver& driver) : driver_(driver) {}
+  // `made` is called for whatever was not exported before.
+  Exports(const Driver& driver, std::function<void()> made) : driver_(driver), made_(std::move(made)) {}
   ~Exports() { clear(); }
   // A legacy handle of the allocation; false: it has none. Any thread.
   bool handle_of(const DevicePlace& place, const Device& owner, std::array<std::byte, 64>& handle);
@@ -49,6 +52,9 @@ class Exports {
   // they are no such memory, or of too many blocks. Any thread.
   bool blocks_of(DevicePlace& place, uint64_t nbytes);
   void clear();
+  bool empty();
+  // Drops what its owner has freed, and says what it was. With a current context; any thread.
+  std::vector<Gone> gone();
 
  private:
   struct Block {
@@ -71,9 +77,11 @@ class Exports {
   bool is_there(const Block& block) const;
   std::unique_ptr<Blocks> make(std::vector<Block> blocks, uint64_t id);
   void drop(uint64_t base);
+  std::vector<Gone> drop_unmapped(std::unique_lock<std::mutex>& lock);
   void make_room(size_t count);
 
   const Driver& driver_;
+  const std::function<void()> made_;
   std::mutex mutex_;
   std::unordered_map<uint64_t, Exported> exported_;                // by base
   std::unordered_map<uint64_t, std::unique_ptr<Blocks>> by_base_;  // of the first block

@@ -3,6 +3,8 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -35,9 +37,9 @@ State::State(const Driver& d, Host& h)
     : driver(d),
       host(h.mover_host()),
       process(process_token()),
-      helper(driver),
+      helper(driver, [this] { return look_for_freed(); }),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
-      exports(driver),
+      exports(driver, [this] { helper.submit([] {}); }),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
       relays(driver, static_cast<uint64_t>(h.setting("gpu_relay_bytes", 1 << 30))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
@@ -77,6 +79,27 @@ void State::stop() {
   mappings.clear();
   exports.clear();
   helper.stop();
+}
+
+// Twenty times a second while there is something to move, and once a second otherwise.
+int State::look_for_freed() {
+  using std::chrono::duration_cast, std::chrono::milliseconds, std::chrono::steady_clock;
+  constexpr int kSoon = 50, kRarely = 1000;
+  Device* any = nullptr;
+  for (auto& device : devices_)
+    if ((any = device.load(std::memory_order_acquire))) break;
+  if (!any || exports.empty()) return 0;
+  const uint64_t seen = described.load(std::memory_order_relaxed);
+  if (seen != described_then_) pause_ms_ = kSoon;
+  described_then_ = seen;
+  const auto since = duration_cast<milliseconds>(steady_clock::now() - looked_).count();
+  if (since < pause_ms_) return pause_ms_ - static_cast<int>(since);
+  driver.cuCtxSetCurrent(any->context);
+  const std::vector<Gone> gone = exports.gone();
+  if (!gone.empty()) host.freed(gone.data(), gone.size());
+  looked_ = steady_clock::now();
+  pause_ms_ = std::clamp(2 * pause_ms_, kSoon, kRarely);
+  return pause_ms_;
 }
 
 CudaBuffer::~CudaBuffer() {
@@ -129,7 +152,9 @@ Allocation CudaLink::look_up_known(const Driver& driver, uint64_t address, uint6
   }
   known.allocation = look_up(driver, address, nbytes);
   known.address = address;
-  return known.allocation;
+  Allocation found = known.allocation;
+  found.fresh = true;
+  return found;
 }
 
 std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) {
@@ -142,6 +167,7 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
     state.device(buffer->device);
     return buffer;
   }
+  state.described.fetch_add(1, std::memory_order_relaxed);
   Allocation found = look_up_known(state.driver, address, nbytes);
   if (device >= 0 && found.device != device)
     throw DeviceUsage("the array says that it is on GPU " + std::to_string(device) +
@@ -156,6 +182,8 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   buffer->place.device = static_cast<uint16_t>(found.device);
   buffer->place.uuid = owner.uuid;
   buffer->place.plain = found.ipc;
+  // Exporting takes the driver tens of microseconds: here nobody but the caller waits for it.
+  if (found.fresh && found.ipc) state.exports.handle_of(buffer->place, owner, buffer->place.handle);
   if (stream == kNoStream) return buffer;
   Device::Current current(owner);
   auto handle = reinterpret_cast<CUstream>(stream);
@@ -369,6 +397,10 @@ uint64_t CudaLink::load(int device) const {
 
 void CudaLink::forget(uint64_t owner) {
   if (state_) state_->mappings.forget(owner);
+}
+
+void CudaLink::forget(uint64_t owner, const Gone& memory) {
+  if (state_) state_->mappings.forget(owner, memory);
 }
 
 void CudaLink::stop() {

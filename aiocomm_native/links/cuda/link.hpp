@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -33,6 +34,8 @@ class State {
   const Driver& driver;
   MoverHost& host;
   const uint64_t process;  // token
+  std::atomic<uint64_t> described =
+      0;  // messages' memory so far: where there are some, memory may be freed, too
   Helper helper;
   std::mutex made_mutex;
   std::unordered_map<OpId, uint64_t>
@@ -43,8 +46,13 @@ class State {
   Relays relays;
 
  private:
+  int look_for_freed();
+
   static constexpr size_t kDevices = WakePage::kDevices;
   const uint64_t spin_ns_;
+  uint64_t described_then_ = 0;  // the helper's, as the next
+  int pause_ms_ = 0;
+  std::chrono::steady_clock::time_point looked_{};
   std::mutex mutex_;
   bool stopped_ = false;
   std::array<std::atomic<Device*>, kDevices> devices_{};
@@ -83,6 +91,7 @@ class CudaLink final : public Link, public Mover {
   Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) override;
   uint64_t load(int device) const override;
   void forget(uint64_t owner) override;
+  void forget(uint64_t owner, const Gone& memory) override;
   void stop() override;
   std::string describe(int error) const override;
 

@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -35,12 +36,18 @@ void Helper::run() {
   pthread_setname_np(pthread_self(), "aiocomm-gpumap");
   int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
+  auto called = [this] { return stopping_ || !tasks_.empty(); };
   for (;;) {
     std::function<void()> task;
+    const int pause_ms = look_();
     {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
+      if (pause_ms)
+        wake_.wait_for(lock, std::chrono::milliseconds(pause_ms), called);
+      else
+        wake_.wait(lock, called);
+      if (tasks_.empty() && stopping_) return;
+      if (tasks_.empty()) continue;
       task = std::move(tasks_.front());
       tasks_.pop_front();
     }
@@ -258,6 +265,19 @@ void Mappings::forget(uint64_t owner) {
   for (auto it = entries_.begin(); it != entries_.end();) {
     auto next = std::next(it);
     if (it->first.owner == owner) drop(it);
+    it = next;
+  }
+}
+
+// One that is being opened is for a transfer under way, whose memory its owner must not have freed.
+void Mappings::forget(uint64_t owner, const Gone& memory) {
+  std::lock_guard lock(mutex_);
+  for (auto it = entries_.begin(); it != entries_.end();) {
+    auto next = std::next(it);
+    const Key& key = it->first;
+    if (key.owner == owner && key.base == memory.base && key.buffer_id == memory.buffer_id &&
+        it->second.state != Reach::State::opening)
+      drop(it);
     it = next;
   }
 }

@@ -2,8 +2,8 @@
 //
 // Rules
 //  * A mapping is known by its owner's process, the allocation's base and its buffer id. An address that was freed and
-//    allocated anew has another id, so it is never read through the old mapping; the old one is dropped when the new
-//    one is asked for.
+//    allocated anew has another id, so it is never read through the old mapping; the old one is dropped when its owner
+//    says that it has freed the memory, or when the new one is asked for.
 //  * Opening takes up to milliseconds: it is done by the helper's thread, and the transfers that wait for it hear of it.
 //  * At most `limit` mappings are kept; the one that was used longest ago goes first. One in use stays until its last
 //    transfer has ended.
@@ -27,10 +27,11 @@
 
 namespace aiocomm::cuda {
 
-// A thread for driver calls that may take long.
+// A thread for driver calls that may take long, and for what is done from time to time.
 class Helper {
  public:
-  explicit Helper(const Driver& driver) : driver_(driver) {}
+  // `look` is called in between and answers after how long to be called again, in ms; 0: after the next task.
+  Helper(const Driver& driver, std::function<int()> look) : driver_(driver), look_(std::move(look)) {}
   ~Helper() { stop(); }
   bool submit(std::function<void()> task);  // false: stopped
   void stop();                              // after what was submitted
@@ -38,6 +39,7 @@ class Helper {
  private:
   void run();
   const Driver& driver_;
+  const std::function<int()> look_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
@@ -53,6 +55,7 @@ class Mappings {
   Reach reach(CUcontext context, int device, const DevicePlace& theirs, int process, OpId waiter);
   bool knows(int device, const DevicePlace& theirs);
   void forget(uint64_t owner);
+  void forget(uint64_t owner, const Gone& memory);
   void clear();
   size_t size();
 

@@ -1,0 +1,132 @@
+"""Suite `gpu-mixed`: messages with host memory at one end, or with a network between, against the slower leg.
+
+Each leg is measured in the same processes: pinned copies to and from the device, and host memory to host
+memory over the link that carries the message.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import pair, work
+from .gpu_driver import Driver
+from .model import Column, Rule, Subject, Suite
+from .peers import ours
+from .sizes import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .control import Control
+    from .model import Metrics, Options
+
+_NAME = "aiocomm-gpu"
+# Name, what is sent, what is received into, and the legs between.
+_WAYS = (
+    ("gpu_to_host", "gpu", "host", ("out", "shm")),
+    ("host_to_gpu", "host", "gpu", ("shm", "in")),
+    ("gpu_to_gpu_tcp", "gpu", "gpu", ("out", "tcp", "in")),
+    ("gpu_to_host_tcp", "gpu", "host", ("out", "tcp")),
+    ("host_to_gpu_tcp", "host", "gpu", ("tcp", "in")),
+)
+
+
+def _missing() -> str:
+    try:
+        return "" if Driver(0).count() else "no GPU"
+    except (AttributeError, OSError) as error:
+        return f"no GPU: {error}"
+
+
+def _subjects(options: Options) -> list[Subject]:
+    return (
+        [Subject(_NAME, "ours", "staged", _missing())] if not options.peers or _NAME in options.peers else []
+    )
+
+
+def measure(name: str, options: Options) -> Metrics:
+    """Take one sample."""
+    arguments = {"nbytes": 256 * MIB, "repeats": 6 if options.quick else 12}
+    found: Metrics = pair.run(f"{__package__}.gpu_mixed:child", arguments, options.timeout_s)[0]
+    return found
+
+
+def _leg(driver: Driver, address: int, nbytes: int, towards: str) -> float:
+    """GB/s of pinned copies of this device, in pieces as large as a message's."""
+    stream, pinned = driver.stream(), driver.pinned(nbytes)
+    ends = (pinned, address) if towards == "out" else (address, pinned)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        driver.copy(*ends, nbytes, stream)
+        driver.wait(stream)
+        times.append(time.perf_counter() - start)
+    return nbytes / statistics.median(times[1:]) / 1e9
+
+
+async def _rate(comm: Any, role: int, array: Any, count: int) -> float:
+    """Median rate of messages from rank 0 to rank 1, each awaited, until the receiver has it."""
+    times = []
+    for _ in range(count + 2):
+        await comm.barrier()
+        start = time.perf_counter()
+        await (comm.send(array, 1, synchronous=True) if role == 0 else comm.recv(array, 0))
+        times.append(time.perf_counter() - start)
+    return float(array.nbytes / statistics.median(times[2:]) / 1e9)
+
+
+async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
+    nbytes, repeats = int(arguments["nbytes"]), int(arguments["repeats"])
+    gpu = driver.allocate(nbytes)
+    arrays: dict[str, Any] = {"gpu": gpu, "host": np.ones(nbytes, np.uint8)}
+    mine = _leg(driver, gpu.address, nbytes, "in" if role else "out")
+    theirs = control.swap(mine)
+    legs = {"out": theirs if role else mine, "in": mine if role else theirs}
+    found: Metrics = {}
+    for carrier, links in (("shm", ("cuda",)), ("tcp", ("tcp", "cuda"))):
+        comm = await ours.connect(role, control, *links)
+        try:
+            legs[carrier] = await _rate(comm, role, arrays["host"], repeats)
+            for name, source, into, between in _WAYS:
+                if carrier not in between:
+                    continue
+                if role == 0:
+                    gpu.fill(len(found) + 1)
+                found[f"gbytes_s/{name}"] = await _rate(comm, role, arrays[into if role else source], repeats)
+        finally:
+            await comm.aclose()
+    for name, _, _, between in _WAYS:
+        found[f"of_leg/{name}"] = found[f"gbytes_s/{name}"] / min(legs[leg] for leg in between)
+    return found | {f"leg_gbytes_s/{leg}": rate for leg, rate in legs.items()}
+
+
+def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
+    """Measure each way; role 0's figures count."""
+    driver = Driver(role % Driver(0).count())
+    return work.run_on("asyncio", lambda: _all(role, control, driver, arguments))
+
+
+_COLUMNS = (
+    *(Column(f"leg_gbytes_s/{leg}", f"leg {leg}\nGB/s", 1, "higher") for leg in ("out", "in", "shm", "tcp")),
+    *(
+        Column(f"{metric}/{name}", f"{name.replace('_', ' ')}\n{unit}", digits, "higher")
+        for name, *_ in _WAYS
+        for metric, unit, digits in (("gbytes_s", "GB/s", 1), ("of_leg", "÷ slower leg", 2))
+    ),
+)
+
+SUITE = Suite(
+    "gpu-mixed",
+    "GPU memory and host memory, or another host",
+    _subjects,
+    measure,
+    lambda options: _COLUMNS,
+    tuple(
+        Rule(f"{name.replace('_', ' ')} ÷ slower leg", _NAME, f"of_leg/{name}", ">=", 0.9)
+        for name, *_ in _WAYS
+    ),
+)

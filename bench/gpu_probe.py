@@ -1,0 +1,145 @@
+"""What calls of the driver cost, and which engines hold each other up: causes behind the suite's figures.
+
+All in microseconds. A call by ctypes takes some itself: `call_us/nothing` says how many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import figures
+from .sizes import KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .control import Control
+    from .gpu_driver import Driver, Memory
+    from .model import Metrics
+
+_BUFFER_ID = 7
+_SMALL = 64 * KIB
+
+
+def _times(call: Callable[[], object], count: int = 500) -> list[float]:
+    clock = time.perf_counter
+    found = []
+    for _ in range(count):
+        start = clock()
+        call()
+        found.append((clock() - start) * 1e6)
+    return found
+
+
+def _median(call: Callable[[], object], count: int = 500) -> float:
+    return statistics.median(_times(call, count))
+
+
+def calls(driver: Driver, own: Memory, peer: int) -> Metrics:
+    """Calls that a message makes, one after the other with nothing under way."""
+    stream, legacy = driver.stream(), ctypes.c_void_p(0)
+    address, number, value = ctypes.c_uint64(own.address), ctypes.c_ulonglong(), ctypes.c_int()
+    word = ctypes.c_uint64()
+    driver("cuMemHostGetDevicePointer_v2", ctypes.byref(word), ctypes.c_void_p(driver.pinned(4096)), 0)
+    copy = driver.call("cuMemcpyAsync", ctypes.c_uint64(peer), address, ctypes.c_size_t(_SMALL), stream)
+    write = driver.call("cuStreamWriteValue32_v2", stream, word, ctypes.c_uint32(1), 0)
+    issued: dict[str, list[float]] = {"copy": [], "write": []}
+    for _ in range(500):
+        for name, call in (("copy", copy), ("write", write)):
+            issued[name] += _times(call, 1)
+        driver.wait(stream)
+    capturing = driver.call("cuStreamIsCapturing", legacy, ctypes.byref(value))
+    attribute = driver.call("cuPointerGetAttribute", ctypes.byref(number), _BUFFER_ID, address)
+    return {
+        "call_us/nothing": _median(driver.call("cuDriverGetVersion", ctypes.byref(value))),
+        "call_us/buffer_id": _median(attribute),
+        "call_us/capturing": _median(capturing),
+        "call_us/query_legacy": _median(driver.call("cuStreamQuery", legacy)),
+        "call_us/query": _median(driver.call("cuStreamQuery", stream)),
+        "call_us/mode": _median(
+            driver.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(2)))
+        ),
+        "call_us/copy": statistics.median(issued["copy"]),
+        "call_us/write": statistics.median(issued["write"]),
+    }
+
+
+class Detour:
+    """64 KiB through pinned host memory and back to the device: the engines beside those between devices."""
+
+    def __init__(self, driver: Driver, own: Memory, peer: int) -> None:
+        stream, pinned = driver.stream(), driver.pinned(_SMALL)
+        address, size = ctypes.c_uint64(own.address), ctypes.c_size_t(_SMALL)
+        host = ctypes.c_void_p(pinned)
+        self._wait = lambda: driver.wait(stream)
+        self._ways = {
+            "out": driver.call("cuMemcpyDtoHAsync_v2", host, address, size, stream),
+            "in": driver.call("cuMemcpyHtoDAsync_v2", address, host, size, stream),
+            "peer": driver.call("cuMemcpyAsync", ctypes.c_uint64(peer), address, size, stream),
+        }
+
+    def measure(self, beside: str, count: int, ways: tuple[str, ...] = ("out", "in", "peer")) -> Metrics:
+        """Median of each way, until the host sees the end."""
+
+        def turn(way: str) -> None:
+            self._ways[way]()
+            self._wait()
+
+        for way in ways:
+            turn(way)
+        return {f"{way}_us/{beside}": _median(lambda way=way: turn(way), count) for way in ways}
+
+
+def windowed(driver: Driver, own: int, peer: int, nbytes: int, count: int) -> float:
+    """GB/s of copies of which two are in flight, each on a stream of its own."""
+    streams = [driver.stream(), driver.stream()]
+    start = time.perf_counter()
+    for number in range(count):
+        stream = streams[number % 2]
+        driver.wait(stream)
+        driver.copy(peer + number % 4 * nbytes, own + number % 4 * nbytes, nbytes, stream)
+    for stream in streams:
+        driver.wait(stream)
+    return nbytes * count / (time.perf_counter() - start) / 1e9
+
+
+def opening(driver: Driver, role: int, own: Memory, peer: int, control: Control) -> Metrics:
+    """What exporting and opening 40 allocations costs, and what a small copy beside takes."""
+    fresh = [driver.allocate(4 * MIB) for _ in range(40)]
+    exported = []
+    times = _times(lambda: exported.append(fresh[len(exported)].handle()), len(fresh))
+    found: Metrics = {"export_us": statistics.median(times)}
+    handles = control.swap(exported)
+    stream = driver.stream()
+
+    def copy() -> None:
+        driver.copy(peer, own.address, _SMALL, stream)
+        driver.wait(stream)
+
+    if role == 0:
+        found["copy_p99_us/alone"] = figures.percentile(_times(copy, 2000), 0.99)
+        opened: list[int] = []
+        took: dict[str, list[float]] = {}
+        made: Any = type(driver)
+
+        def open_all() -> None:
+            mine = made(driver.device)  # its context, on this thread
+            took["open"] = _times(lambda: opened.append(mine.open(handles[len(opened)])), len(handles))
+
+        thread = threading.Thread(target=open_all)
+        thread.start()
+        beside = []
+        while thread.is_alive():
+            beside += _times(copy, 1)
+        thread.join()
+        found["open_us"] = statistics.median(took["open"])
+        found["open_max_us"] = max(took["open"])
+        found["copy_p99_us/opening"] = figures.percentile(beside, 0.99)
+        found["copy_max_us/opening"] = max(beside)
+        found["close_us"] = statistics.median(_times(lambda: driver.close(opened.pop()), len(opened)))
+    control.swap("closed")
+    return found
