@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from dataclasses import dataclass
@@ -46,8 +47,16 @@ class _Type:
 
 
 _HALF: Final = """
-__device__ float half_load(unsigned short x) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x)); return f; }
-__device__ unsigned short half_save(float x) { unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
+__device__ float half_load(unsigned short x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+  return f;
+}
+__device__ unsigned short half_save(float x) {
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
 """
 _TYPES: Final = {
     "float64": _Type("double", "double"),
@@ -229,10 +238,10 @@ class Scratch:
         """Ordinal of its GPU."""
         return self._kernels.device
 
-    def close(self) -> None:
-        """Give it back. Once."""
-        with self._kernels.current():
-            _driver()("cuMemFree_v2", _Address(self.address))
+    def __del__(self) -> None:
+        if address := getattr(self, "address", 0):
+            with contextlib.suppress(LinkError), self._kernels.current():  # a lost device has taken it along
+                _driver()("cuMemFree_v2", _Address(address))
 
 
 class Kernels:
@@ -278,14 +287,16 @@ class Kernels:
         blocks = _blocks(count * itemsize, sm_budget)
         self._launch(function, blocks, _Address(out), _Address(left), _Address(right), _Size(count))
 
-    def divide(self, dtype: str, op: str, out: int, count: int, itemsize: int, by: int, sm_budget: int) -> None:
+    def divide(
+        self, dtype: str, op: str, out: int, count: int, itemsize: int, by: int, sm_budget: int
+    ) -> None:
         """Queue `out /= by`."""
         function = self._function(dtype, op, "divide")
         blocks = _blocks(count * itemsize, sm_budget)
         self._launch(function, blocks, _Address(out), _Size(count), ctypes.c_uint(by))
 
     def synchronize(self) -> None:
-        """Wait on the host until nothing is queued: kernels of a call that has failed touch nothing any more."""
+        """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():
             _driver()("cuStreamSynchronize", self._stream)
 
