@@ -250,6 +250,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     found.update(await _gathers(comm, role, data, into, repeats))
     found.update(await _shares(comm, role, one))
     found.update(await _first_sends(comm, role, driver, urgent, urgent_data, urgent_into))
+    found.update(await _reduces(comm, data, repeats))
     found.update(await _launches(comm, role, driver, bulk, one))
     return found
 
@@ -328,6 +329,30 @@ async def _gathers(comm: Any, role: int, data: Memory, into: Memory, repeats: in
             found[f"all_gather_gbytes_s/{name}"] = nbytes / median / 1e9
         else:
             found[f"all_gather_us/{name}"] = median * 1e6
+    await comm.barrier()
+    return found
+
+
+class _Floats:
+    """Device memory as float32."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        seen = memory.__cuda_array_interface__
+        self.__cuda_array_interface__ = seen | {"typestr": "<f4", "shape": (memory.nbytes // 4,)}
+
+
+async def _reduces(comm: Any, data: Memory, repeats: int) -> Metrics:
+    """all_reduce of float32 in place, in µs."""
+    found: Metrics = {}
+    for name, nbytes, count in (("256MiB", 256 * MIB, repeats), ("64KiB", 64 * KIB, 300)):
+        x = _Floats(data[:nbytes])
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            await comm.all_reduce(x, sm_budget=16)
+            times.append(time.perf_counter() - start)
+        found[f"all_reduce_us/{name}"] = statistics.median(times[len(times) // 4 :]) * 1e6
     await comm.barrier()
     return found
 
