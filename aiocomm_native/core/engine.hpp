@@ -239,8 +239,6 @@ class Engine final : public Host, public FrameSink {
       ring(page_->engine, engine_fd_);
   }
   void wake_loop();
-  void expect(uint64_t ns);
-  void linger();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);
   void emit(EngineEvent event);
@@ -428,8 +426,6 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;
-  // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
-  std::atomic<uint64_t> due_ns_{0};
   std::atomic<bool> loop_spins_{false};
   DeviceProtocol device_{*this};
 };

@@ -237,6 +237,7 @@ void Engine::end_link(Peer& peer, bool with_ops) {
   peer.link->close();
   Scheduler& sched = *schedulers_[peer.link_index];
   retired_.push_back(peer.link);
+  ring_engine();  // whose thread frees it
   std::vector<Op*> live;
   auto collect = [&](Op& op) {
     if (with_ops && op.peer == peer.rank) live.push_back(&op);

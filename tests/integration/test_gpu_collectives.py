@@ -1,4 +1,4 @@
-"""Collectives of GPU arrays: everything that computes nothing, on every rank's GPU."""
+"""Collectives of GPU arrays that compute nothing; test_gpu_reductions.py has the others."""
 
 from __future__ import annotations
 

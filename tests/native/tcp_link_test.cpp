@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <filesystem>
 #include <random>
 #include <thread>
 #include <utility>
@@ -435,7 +437,11 @@ Texts make_certificates() {
       "openssl req $n -subj /CN=peer -keyout $ca.peer.key -out $ca.csr; "
       "openssl x509 -req -in $ca.csr -CA $ca.pem -CAkey $ca.key -CAcreateserial -days 2 -out $ca.peer.pem; "
       "done";
-  if (std::system(("exec 2>/dev/null >/dev/null; " + std::string(commands)).c_str()) != 0) return {};
+  char folder[] = "/tmp/aiocomm-tls-XXXXXX";
+  CHECK(mkdtemp(folder) && chdir(folder) == 0);
+  const bool made = std::system(("exec 2>/dev/null >/dev/null; " + std::string(commands)).c_str()) == 0;
+  std::atexit([] { std::filesystem::remove_all(std::filesystem::current_path()); });
+  if (!made) return {};
   return {{"tls_cert", "ca.peer.pem"}, {"tls_key", "ca.peer.key"}, {"tls_ca", "ca.pem"}};
 }
 

@@ -51,8 +51,16 @@ def test_code_compiles(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_included_files_exist(path: Path) -> None:
-    for name in re.findall(r'^--8<-- "([^":]+)', path.read_text(), re.MULTILINE):
+    text = path.read_text()
+    for name in re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE):
         assert (ROOT / name).is_file(), name
+    # A formatter takes such a line in a block of Python for an expression, and no page shows the file then.
+    assert not re.findall(r"^ *--8(?!<-- \").*", text, re.MULTILINE)
+
+
+def test_examples_are_shown() -> None:
+    shown = {name for path in TEXTS for name in re.findall(r'--8<-- "(examples/[^":]+)', path.read_text())}
+    assert len(shown) >= 10
 
 
 def test_the_readme_shows_a_tested_example() -> None:

@@ -152,7 +152,9 @@ Allocation CudaLink::look_up_known(const Driver& driver, uint64_t address, uint6
   }
   known.allocation = look_up(driver, address, nbytes);
   known.address = address;
-  return known.allocation;
+  Allocation found = known.allocation;
+  found.fresh = true;
+  return found;
 }
 
 std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) {
@@ -180,6 +182,8 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   buffer->place.device = static_cast<uint16_t>(found.device);
   buffer->place.uuid = owner.uuid;
   buffer->place.plain = found.ipc;
+  // Exporting takes the driver tens of microseconds: here nobody but the caller waits for it.
+  if (found.fresh && found.ipc) state.exports.handle_of(buffer->place, owner, buffer->place.handle);
   if (stream == kNoStream) return buffer;
   Device::Current current(owner);
   auto handle = reinterpret_cast<CUstream>(stream);
@@ -344,17 +348,23 @@ Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId w
   auto& mine = static_cast<CudaBuffer&>(buffer);
   Bounces& bounces = state_->bounces;
   mine.bounce = bounces.take(nbytes);
-  if (!mine.bounce && (nbytes < kEagerBounce || waiter == 0 || !bounces.may_pin(nbytes)))
-    mine.bounce = bounces.plain(nbytes);
   if (mine.bounce) return Reach::State::ready;
-  if (waiter == 0) return Reach::State::refused;
-  state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
-    state->driver.cuCtxSetCurrent(state->started(device)->context);
-    std::byte* memory = state->bounces.make(nbytes);
-    if (memory) state->bounces.give_back(memory);  // at hand for whoever asks next
-    state->host.go_on(&waiter, 1);
-  });
-  return Reach::State::opening;
+  const bool pins = bounces.may_pin(nbytes);
+  const bool waits = pins && waiter && nbytes >= kEagerBounce;
+  // Small ones do not wait: what they ask for is for later ones, one at a time.
+  if (waits || (pins && !state_->pinning.exchange(true)))
+    state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter = waits ? waiter : 0] {
+      state->driver.cuCtxSetCurrent(state->started(device)->context);
+      std::byte* memory = state->bounces.make(nbytes);
+      if (memory) state->bounces.give_back(memory);  // at hand for whoever asks next
+      if (waiter)
+        state->host.go_on(&waiter, 1);
+      else
+        state->pinning = false;
+    });
+  if (waits) return Reach::State::opening;
+  mine.bounce = bounces.plain(nbytes);
+  return mine.bounce ? Reach::State::ready : Reach::State::refused;
 }
 
 Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) {

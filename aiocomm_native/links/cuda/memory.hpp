@@ -22,7 +22,8 @@ struct DeviceUsage : std::invalid_argument {
 struct Allocation {
   int device = 0;
   uint64_t base = 0, extent = 0, buffer_id = 0;
-  bool ipc = false;  // a legacy handle can be had
+  bool ipc = false;    // a legacy handle can be had
+  bool fresh = false;  // not asked for shortly before
 };
 
 // Throws DeviceUsage where it is not memory that can be moved, LinkFailure where the driver fails.
@@ -41,10 +42,12 @@ class Bounces {
   void give_back(std::byte* memory);
 
  private:
+  enum class Kind : uint8_t { plain, pinned, registered };
   struct Block {
     uint64_t nbytes;
-    bool pinned;
+    Kind kind;
   };
+  void* make_huge(uint64_t size);
   const Driver& driver_;
   const uint64_t limit_;
   std::mutex mutex_;
