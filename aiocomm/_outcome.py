@@ -104,8 +104,9 @@ def make_error(
             return _device_failure(what + over, number)
         case _:
             name = os.strerror(number) if number else "unknown"
+            why = reason or f"{name} (errno {number})"
             return errors.LinkError(
-                f"{what}{over}: the link failed: {name} (errno {number}); see `aiocomm doctor`", number, name
+                f"{what}{over}: the link failed: {why}; see `aiocomm doctor`", number, name
             )
 
 
@@ -116,8 +117,8 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
         )
     if number == errno.EOPNOTSUPP:
         return errors.LinkError(
-            f"{what}: GPU memory does not travel over the link rdma in this version: leave that link out "
-            "(AIOCOMM_LINKS=shm,tcp,cuda), or send a host array",
+            f"{what}: regions of GPU memory are not reached over the link rdma in this version: send and "
+            "receive it, or leave that link out (AIOCOMM_LINKS=shm,tcp,cuda)",
             number,
             "EOPNOTSUPP",
         )

@@ -203,6 +203,12 @@ class Settings:
         "that both ends have; off, over that link only.",
         choices=("on", "off"),
     )
+    pair_idle_s: float = _setting(
+        0.0,
+        "seconds",
+        "A connection with a peer that has not been used for so long is closed until it is needed; 0: never.",
+        low=0.0,
+    )
     handshake_timeout_s: float = _setting(
         5.0,
         "seconds",
@@ -264,6 +270,7 @@ class Settings:
             "engine_spin_s",
             "tcp_streams",
             "heartbeat_s",
+            "pair_idle_s",
             "chunk_max",
             "gpu_spin_s",
             "gpu_mappings",

@@ -25,6 +25,7 @@ _COUNTERS: Final = {
     "cancelled": "Operations cancelled by this side.",
     "would_block": "Calls of send_nowait that were refused.",
     "fallbacks": "Times that a slower path or link was taken.",
+    "violations": "Pairs closed for what their peers sent.",
     "frames_sent": "Frames sent.",
     "frames_received": "Frames received.",
     "bytes_sent": "Payload bytes sent.",

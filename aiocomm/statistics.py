@@ -28,6 +28,8 @@ class LinkStatistics:
     `device` has counters of the link's own, for `rdma` of what was posted to devices and what came of it, in
     all and by device; see the how-to page on RDMA.
 
+    `violations` counts pairs that were closed because what the peer sent made no sense.
+
     `queued_s` and `moved_s` tell how long completed operations took: until their first byte moved, and from
     then until they ended.
     """
@@ -39,6 +41,7 @@ class LinkStatistics:
     cancelled: int
     would_block: int
     fallbacks: int
+    violations: int
     frames_sent: int
     frames_received: int
     bytes_sent: int

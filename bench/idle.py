@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .control import Control
     from .model import Metrics, Options
 
-_SETTLE_S = 0.1
+_SETTLE_S = 0.002  # nobody may wake from 1 ms after the last message on
 _WATCH_S = 1.0
 _ROUND_TRIPS = 100
 

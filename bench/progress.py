@@ -107,20 +107,19 @@ _COLUMNS = (
     Column("times_waiting/computing", "computing ÷\nawaiting", 2),
     Column("times_waiting/sleeping", "sleeping ÷\nawaiting", 2),
 )
+_NAMES = ("aiocomm-shm", "aiocomm-shm-bounce", "aiocomm-tcp")
 SUITE = Suite(
     "progress",
     "64 MiB to a receiver whose event loop is blocked for 200 ms",
-    session.subjects(("aiocomm-shm", "aiocomm-shm-bounce", "aiocomm-tcp")),
+    session.subjects(_NAMES),
     measure,
     lambda options: _COLUMNS,
-    (
-        Rule("64 MiB, loop asleep in a call ÷ awaiting", "aiocomm-shm", "times_waiting/sleeping", "<=", 1.2),
-        Rule(
-            "64 MiB, loop computing ÷ awaiting beside as busy a core",
-            "aiocomm-shm",
-            "times_busy/computing",
-            "<=",
-            1.2,
-        ),
+    tuple(
+        Rule(f"64 MiB, loop {what}", name, metric, "<=", 1.2)
+        for name in _NAMES
+        for what, metric in (
+            ("asleep in a call ÷ awaiting", "times_waiting/sleeping"),
+            ("computing ÷ awaiting beside as busy a core", "times_busy/computing"),
+        )
     ),
 )

@@ -24,13 +24,14 @@ _DEPTH = 4  # bulk messages outstanding
 _BACKLOG_NBYTES = (
     32 * MIB
 )  # of each of two channels that share a link: neither may run dry while the loops are late
+_LARGE_NBYTES = 128 * KIB
 _END_NBYTES = 8  # a bulk message of this size says that no more will come
 _LONGEST_S = 8.0  # of one ping-pong, however slow
 
 
-async def ping_pong(channel: Any, role: int, count: int) -> list[float]:
-    """Return half round trips of 1 KiB in seconds; the first byte of the last ping is 1."""
-    data, into = np.zeros(KIB, np.uint8), np.zeros(KIB, np.uint8)
+async def ping_pong(channel: Any, role: int, count: int, nbytes: int = KIB) -> list[float]:
+    """Return half round trips in seconds; the first byte of the last ping is 1."""
+    data, into = np.zeros(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
     halves: list[float] = []
     give_up = time.perf_counter() + _LONGEST_S
     while not data[0]:
@@ -86,13 +87,15 @@ class _Load:
         await self._task
 
 
-async def under_load(urgent: Any, bulk: Any, role: int, count: int) -> tuple[list[float], float]:
+async def under_load(
+    urgent: Any, bulk: Any, role: int, count: int, nbytes: int = KIB
+) -> tuple[list[float], float]:
     """Return half round trips on `urgent` while `bulk` is saturated, and the bulk's rate in GB/s."""
     load = _Load(bulk, role, 16 * MIB)
     if role == 0:
         await load.under_way.wait()
     start, moved = time.perf_counter(), load.moved
-    halves = await ping_pong(urgent, role, count)
+    halves = await ping_pong(urgent, role, count, nbytes)
     rate = (load.moved - moved) / (time.perf_counter() - start) / 1e9
     await load.stop()
     return halves, rate
@@ -142,6 +145,12 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
         alone = await _alone(bulk, role, seconds / 2)
         with_channels, rate = await under_load(urgent, bulk, role, count)
         without, _ = await under_load(comm, comm, role, count)
+        # What is larger than an eager message waits in its channel's queue, behind whatever is there.
+        large = {
+            "idle": await ping_pong(urgent, role, count // 10, _LARGE_NBYTES),
+            "channels": (await under_load(urgent, bulk, role, count // 10, _LARGE_NBYTES))[0],
+            "without": (await under_load(comm, comm, role, count // 100, _LARGE_NBYTES))[0],
+        }
         heavy, light = comm.channel("bench-heavy", weight=3.0), comm.channel("bench-light", weight=1.0)
         heavy_bytes, light_bytes = await _shares(heavy, light, role, seconds)
         if role == 1:
@@ -150,6 +159,10 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
         for name, halves in (("idle", idle), ("channels", with_channels), ("without", without)):
             found[f"p50_us/{name}"] = figures.percentile(halves, 0.5) * 1e6
             found[f"p99_us/{name}"] = figures.percentile(halves, 0.99) * 1e6
+        for name, halves in large.items():
+            found[f"large_p50_us/{name}"] = figures.percentile(halves, 0.5) * 1e6
+        found["large_times_idle/channels"] = found["large_p50_us/channels"] / found["large_p50_us/idle"]
+        found["large_times_idle/without"] = found["large_p50_us/without"] / found["large_p50_us/idle"]
         found["p99_times_idle/channels"] = found["p99_us/channels"] / found["p99_us/idle"]
         found["p99_times_idle/without"] = found["p99_us/without"] / found["p99_us/idle"]
         total = heavy_bytes + light_bytes
@@ -175,6 +188,8 @@ _COLUMNS = (
     Column("p99_us/without", "under bulk,\none channel p99", 1),
     Column("p99_times_idle/channels", "p99 ÷ idle,\nchannels", 2),
     Column("p99_times_idle/without", "p99 ÷ idle,\none channel", 2),
+    Column("large_times_idle/channels", "128 KiB p50 ÷\nidle, channels", 2),
+    Column("large_times_idle/without", "128 KiB p50 ÷\nidle, one channel", 1),
     Column("bulk_gbytes_s", "bulk\nGB/s", 2, "higher"),
     Column("bulk_kept", "bulk ÷\nalone", 2, "higher"),
     Column("share_of_3", "share of\nweight 3 of 4", 3, "neither"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NEED_DEVICES: Final = {"cuda": "none of its own", "rdma": "1 (tcp)"}  # not to be asked where there is none
 _PLACE: Final = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
+_OUTSIDE: Final = re.compile(r"\[([^\]]+)\]\((bench/[^)]*)\)")
 _RESULTS: Final = re.compile(r"<!-- results -->\n(.*?)<!-- /results -->", re.DOTALL)
 
 
@@ -106,11 +107,11 @@ def changelog() -> str:
 
 
 def results() -> str:
-    """The README's measured results."""
+    """The README's measured results; what it links to outside the pages is named instead."""
     found = _RESULTS.search((ROOT / "README.md").read_text())
     if found is None:
         raise ValueError("README.md has no <!-- results --> block")
-    return found[1].strip()
+    return _OUTSIDE.sub(r"\1 (`\2`)", found[1].strip())
 
 
 def spelling(action: argparse.Action) -> str:

@@ -36,8 +36,8 @@ class Engine(Protocol):
     def detach(self, rank: int, generation: int) -> None:
         """The other side could not attach: drop this one's end without a word. Idempotent."""
 
-    def paired(self, rank: int, generation: int) -> bool:
-        """Whether the peer is connected: started, and its link has not failed since."""
+    def pair_state(self, rank: int, generation: int) -> str:
+        """Of a peer that was started: "up"; "rested", if it was closed as idle; or "failed"."""
 
     def fail_connect(self, rank: int, reason: str) -> None:
         """No link to the peer could be made: its queued operations fail."""

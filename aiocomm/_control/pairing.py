@@ -344,9 +344,11 @@ class Pairing:
         connected = pair.connected
         if not connected.done() or connected.cancelled() or connected.exception() is not None:
             return False
-        if self._engine.paired(pair.card.rank, pair.card.generation):
-            return False
-        pair.failed.append(connected.result())
+        match self._engine.pair_state(pair.card.rank, pair.card.generation):
+            case "up":
+                return False
+            case "failed":
+                pair.failed.append(connected.result())
         pair.connected = asyncio.get_running_loop().create_future()
         pair.connected.add_done_callback(_retrieve)
         pair.wanted = pair.committed = False

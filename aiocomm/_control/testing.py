@@ -137,13 +137,13 @@ class RecordingEngine:
 
         self._note(start)
 
-    def paired(self, rank: int, generation: int) -> bool:
+    def pair_state(self, rank: int, generation: int) -> str:
         """Started, and not broken since."""
         with self._changed:
             attachment = self.attached.get(rank)
             if attachment is None or attachment.generation != generation or rank in self.broken_pairs:
-                return False
-            return self.started.get(rank) == attachment.link
+                return "failed"
+            return "up" if self.started.get(rank) == attachment.link else "failed"
 
     def break_pair(self, rank: int) -> None:
         """As if its link had failed."""

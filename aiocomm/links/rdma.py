@@ -8,15 +8,20 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from aiocomm.config import driver_library
 from aiocomm.links import _rdma_devices as devices
 from aiocomm.links import _rdma_diagnosis as diagnosis
+from aiocomm.links import _rdma_gpu as gpus
 from aiocomm.links import _rdma_verbs as verbs
 from aiocomm.links._capabilities import Capabilities
+from aiocomm.links._cuda_driver import CudaError, NoDriver, device, open_driver
 from aiocomm.links._report import Check, Report, State, is_built, package_version, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from aiocomm.links._cuda_driver import Device as Gpu
+    from aiocomm.links._cuda_driver import Driver
     from aiocomm.links._rdma_devices import Device, Port
     from aiocomm.links._rdma_diagnosis import Problem
 
@@ -24,7 +29,7 @@ __all__ = ["CAPABILITIES", "compare", "discover"]
 
 CAPABILITIES = Capabilities(
     reach="hosts on InfiniBand or RoCE",
-    memory="host (GPU memory by dma-buf: not built, no such hardware has run it)",
+    memory="host; GPU through the host, by send and recv (dma-buf: not built, and run on no such hardware)",
     paths="eager, read, write",
     wake="a completion channel, and its poller's thread",
     loss="the pair's connection, or three missing heartbeats",
@@ -32,6 +37,8 @@ CAPABILITIES = Capabilities(
 )
 
 _DEVICES, _NODES = devices.DEVICES, Path("/dev/infiniband")
+_PCI: Final = Path("/sys/bus/pci/devices")
+_DMA_BUF_SUPPORTED: Final = 124  # CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
 _STATUS: Final = Path("/proc/self/status")
 _CAP_IPC_LOCK: Final = 1 << 14
 _SMALL_MEMLOCK: Final = 1 << 30
@@ -41,11 +48,11 @@ def discover() -> Report:
     """Look for the verbs library, devices, ports, addresses and limits, access to them, and locked memory."""
     limits, source = _limits()
     found = devices.read_devices(_DEVICES, limits)
-    ports = [port for device in found for port in device.ports]
+    ports = [port for one in found for port in one.ports]
     checks = [_library(), *_no_devices(found)]
-    for device in found:
-        checks += [_device(device, source), *(_port(port) for port in device.ports)]
-    checks += _rails(ports)
+    for one in found:
+        checks += [_device(one, source), *(_port(port) for port in one.ports)]
+    checks += [*_rails(ports), *_gpus(found)]
     checks += [_access(), _memlock(), _pyverbs(source)]
     active = sum(_works(port) for port in ports)
     machine = f"the machine has {active} usable port(s)" if active else "the machine has no usable port"
@@ -144,6 +151,49 @@ def _port(port: Port) -> Check:
 def _rails(ports: Sequence[Port]) -> list[Check]:
     problems = diagnosis.rail_problems([port for port in ports if _works(port)])
     return [Check("rails", State.LIMITED, str(problem), problem.remedy) for problem in problems]
+
+
+def _gpus(found: Sequence[Device]) -> list[Check]:
+    """Which device is nearest to each GPU, and by what way it could reach its memory."""
+    try:
+        driver = open_driver(driver_library())
+        driver.start()
+        seen = [(device(driver, index), _exports(driver, index)) for index in range(driver.count())]
+    except (NoDriver, CudaError):
+        return []  # the cuda link's report says why
+    places = {one.name: gpus.read_place(_DEVICES / one.name / "device") for one in found}
+    return [_gpu(gpu, exports, places) for gpu, exports in seen] if places else []
+
+
+def _exports(driver: Driver, index: int) -> bool:
+    try:
+        return bool(driver.attribute(_DMA_BUF_SUPPORTED, index))
+    except CudaError:
+        return False  # of a driver that does not know the question
+
+
+def _gpu(gpu: Gpu, exports: bool, places: Mapping[str, gpus.Place]) -> Check:
+    order = gpus.nearest_first(gpus.read_place(_PCI / f"{gpu.pci}.0"), places)
+    near = ", ".join(f"{name} {between}" for name, between in order)
+    reach = gpus.Reach(
+        exports=exports,
+        registers=_has_dma_buf(),
+        takes=any(place.bridges for place in places.values()),
+        peer_memory=any(path.exists() for path in gpus.PEER_MEMORY),
+    )
+    way, why = gpus.choose_way(reach)
+    return Check(
+        f"GPU {gpu.index}",
+        State.INFO,
+        f"nearest first: {near}; it could be reached by {way} ({why}); this version goes through host memory",
+    )
+
+
+def _has_dma_buf() -> bool:
+    try:
+        return hasattr(ctypes.CDLL(verbs.LIBRARY), "ibv_reg_dmabuf_mr")
+    except OSError:
+        return False
 
 
 def _works(port: Port) -> bool:

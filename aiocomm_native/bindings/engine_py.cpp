@@ -311,8 +311,8 @@ void bind_engine(nb::module_& m) {
           "detach", [](PyEngine& e, int rank, uint64_t generation) { e.engine->detach(rank, generation); },
           release_gil())
       .def(
-          "paired",
-          [](PyEngine& e, int rank, uint64_t generation) { return e.engine->paired(rank, generation); },
+          "pair_state",
+          [](PyEngine& e, int rank, uint64_t generation) { return e.engine->pair_state(rank, generation); },
           release_gil())
       .def(
           "fail_connect",

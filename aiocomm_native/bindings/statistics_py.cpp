@@ -29,6 +29,7 @@ nb::dict counters(PyEngine& e, const std::string& link) {
   out["bytes_received"] = c.bytes_received;
   out["fallbacks"] = c.fallbacks;
   out["would_block"] = c.would_block;
+  out["violations"] = c.violations;
   out["messages_by_path"] = messages;
   out["bytes_by_path"] = nbytes;
   nb::dict device;

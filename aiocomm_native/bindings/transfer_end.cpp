@@ -82,8 +82,9 @@ void fail_with_current_error(Transfer* t) {
 
 void take_failure(Transfer* t, const Op& op) {
   const std::string& link = t->engine->engine->link_name(t->engine->engine->executor_of(op));
-  const std::string reason =
-      op.code == Code::peer_lost ? t->engine->engine->why_lost(op.peer) : std::string();
+  const std::string reason = op.code == Code::peer_lost || op.code == Code::link_failed
+                                 ? t->engine->engine->why_lost(op.peer)
+                                 : std::string();
   t->exception =
       PyObject_CallFunction(hooks.make_error, "OiisKs", t, static_cast<int>(op.code), op.error, link.c_str(),
                             static_cast<unsigned long long>(op.capacity), reason.c_str());

@@ -18,7 +18,6 @@ constexpr uint8_t kBulkClass = 1;        // and below: its messages never decide
 // ---------------------------------------------------------------- announcing and answering
 
 Post DeviceProtocol::announce(Op& op, Peer& peer) {
-  if (peer.link->takes_offers()) return refuse(op);
   const ChannelInfo& channel = engine_.channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
   const uint8_t flags = describe(op, peer);
@@ -86,7 +85,7 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
   op.source_address = header.address;
   op.source_segment = header.segment;
   const bool here = header.kind == FrameKind::eager || header.kind == FrameKind::put;  // in its frame
-  if (peer.link->takes_offers() && !here) return fail(op, EOPNOTSUPP);
+  if (peer.link->takes_offers() && !here && op.region) return fail(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;

@@ -4,9 +4,14 @@
 #include <utility>
 
 #include "core/engine.hpp"
+#include "core/relax.hpp"
 #include "core/token.hpp"
 
 namespace aiocomm {
+
+namespace {
+constexpr uint64_t kMostLinger = 100000;  // ns
+}  // namespace
 
 void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
   mover_ = mover;
@@ -137,13 +142,40 @@ bool DeviceProtocol::assist() {
   return did > 0;
 }
 
+void DeviceProtocol::expect(uint64_t ns) {
+  due_ns_.store(engine_.now() + std::min(ns, kMostLinger), std::memory_order_relaxed);
+  engine_.wake_loop();
+}
+
+// The loop was woken a little before a copy ends: going to sleep once more would cost another wake-up.
+void DeviceProtocol::linger() {
+  if (due_ns_.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t until = due_ns_.exchange(0, std::memory_order_relaxed);
+  if (until <= engine_.now() || engine_.has_completed()) return;
+  awake(engine_.page_->loop);
+  do {
+    if (engine_.token_.try_lock()) {
+      engine_.in_loop_thread_ = true;
+      engine_.drain_submissions();
+      engine_.poll_links();
+      engine_.in_loop_thread_ = false;
+      engine_.token_.unlock();
+      engine_.after_unlock();
+    }
+    relax();
+  } while (!engine_.has_completed() && !engine_.has_events() && engine_.now() < until);
+  prepare_sleep(engine_.page_->loop);  // what comes after this look rings
+  Engine::Token token(engine_, true);
+  engine_.poll_links();
+}
+
 // A loop that is woken a little before the end sees it at once. The sender of a message that is pulled, and the receiver
 // of one that is pushed, hear of the end by a frame: theirs must be awake by then, too.
 void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   Engine::Token token(engine_, Engine::Token::Spin{});
   Op* op = engine_.find(id);
   if (!op || !op->gpu || op->state != OpState::moving) return;
-  engine_.expect(ns);
+  expect(ns);
   Peer* peer = engine_.find_peer(op->peer);
   if (!peer || peer->state != Peer::State::up) return;
   WakePage* page = peer->link->page();

@@ -51,6 +51,10 @@ class DeviceProtocol final : public MoverHost {
   void landing(Op& op, uint64_t offset, uint64_t nbytes);
   void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
 
+  // --- the loop's way into and out of sleep
+  void expect(uint64_t ns);  // a copy ends about then: the loop is woken
+  void linger();             // by the loop's thread, without the token: waits for what was expected
+
   // --- ends
   void cancel_move(Op& op);
   void settle(Op& op);
@@ -102,6 +106,8 @@ class DeviceProtocol final : public MoverHost {
   uint64_t preempt_ns_ = 100000;
   std::vector<std::unique_ptr<DeviceQueue>> queues_;
   std::atomic<int> assistants_{0};
+  // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
+  std::atomic<uint64_t> due_ns_{0};
 };
 
 }  // namespace aiocomm

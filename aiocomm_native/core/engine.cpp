@@ -11,6 +11,7 @@
 #include <new>
 #include <utility>
 
+#include "core/relax.hpp"
 #include "core/slice.hpp"
 #include "core/token.hpp"
 
@@ -18,22 +19,13 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kNever = ~0ull;
-constexpr uint64_t kTakenNs = 300000;     // a gap this long in a spin: the core was given to someone else
-constexpr uint64_t kMostLinger = 100000;  // ns
+constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
 constexpr int kTurns = 4;
 constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
 
 double number(const EngineConfig& config, const std::string& name, double fallback) {
   auto it = config.numbers.find(name);
   return it == config.numbers.end() ? fallback : it->second;
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 int open_or_throw(int fd, const char* what) {
@@ -48,6 +40,7 @@ Engine::Engine(EngineConfig config)
       unexpected_max_(static_cast<uint64_t>(number(config_, "unexpected_bytes", 16 << 20))),
       drain_ns_(static_cast<uint64_t>(number(config_, "drain_timeout_s", 2.0) * 1e9)),
       spin_ns_(static_cast<uint64_t>(number(config_, "engine_spin_s", 0) * 1e9)),
+      rest_ns_(static_cast<uint64_t>(number(config_, "pair_idle_s", 0) * 1e9)),
       queue_depth_(static_cast<size_t>(number(config_, "queue_depth", 65536))),
       submissions_(queue_depth_),
       completed_(16384) {
@@ -245,29 +238,7 @@ void Engine::progress(bool rung) {
   if (more)
     ring(page_->loop, loop_fd_);
   else
-    linger();
-}
-
-// The loop was woken a little before a copy ends: going to sleep once more would cost another wake-up.
-void Engine::linger() {
-  if (due_ns_.load(std::memory_order_relaxed) == 0) return;
-  const uint64_t until = due_ns_.exchange(0, std::memory_order_relaxed);
-  if (until <= now() || has_completed()) return;
-  awake(page_->loop);
-  do {
-    if (token_.try_lock()) {
-      in_loop_thread_ = true;
-      drain_submissions();
-      poll_links();
-      in_loop_thread_ = false;
-      token_.unlock();
-      after_unlock();
-    }
-    relax();
-  } while (!has_completed() && !has_events() && now() < until);
-  prepare_sleep(page_->loop);
-  Token token(*this, true);
-  poll_links();
+    device_.linger();
 }
 
 bool Engine::anything_to_poll() {
@@ -391,6 +362,16 @@ void Engine::after_unlock() {
   }
 }
 
+bool Engine::look() {
+  if (stopping_.load(std::memory_order_acquire)) return true;
+  if (!token_.try_lock()) return false;
+  drain_submissions();
+  if (!closed_) poll_links();
+  token_.unlock();
+  after_unlock();
+  return true;
+}
+
 void Engine::leave_token() {
   token_.unlock();
   after_unlock();
@@ -412,27 +393,27 @@ void Engine::wake_loop() {
   if (!in_loop_thread_) ring(page_->loop, loop_fd_);
 }
 
-// A copy ends about then.
-void Engine::expect(uint64_t ns) {
-  due_ns_.store(now() + std::min(ns, kMostLinger), std::memory_order_relaxed);
-  wake_loop();
-}
-
 void Engine::emit(EngineEvent event) {
   events_.push_back(std::move(event));
   has_events_.store(true, std::memory_order_release);
   wake_loop();
 }
 
-void Engine::start_deadline(Op& op) {
-  timers_.add(op.id, op.deadline_ns);
-  if (engine_sleeps_until_ == 0 || op.deadline_ns < engine_sleeps_until_) ring_engine();
+void Engine::start_deadline(Op& op) { start_timer(op.id, op.deadline_ns); }
+
+void Engine::start_timer(uint64_t id, uint64_t at_ns) {
+  timers_.add(id, at_ns);
+  if (engine_sleeps_until_ == 0 || at_ns < engine_sleeps_until_) ring_engine();
 }
 
 void Engine::expire(uint64_t now) {
   std::vector<uint64_t> due;
   timers_.expire(now, due);
   for (uint64_t id : due) {
+    if (id & kRegionTimer) {
+      ask_again(id & ~kRegionTimer);
+      continue;
+    }
     Op* op = find(id);
     if (!op) continue;
     if (op->state == OpState::draining) {
@@ -465,17 +446,24 @@ void Engine::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     awake(page_->engine);
     int did;
+    std::vector<std::shared_ptr<LinkPeer>> gone;  // what they map is given back without the token
     {
       Token token(*this);
-      retired_.clear();  // no event of theirs is in this thread's hands here
+      gone.swap(retired_);  // no event of theirs is in this thread's hands here
+      if (!gone.empty())
+        for (auto& peer : peers_)
+          if (peer && peer->state == Peer::State::lost) peer->link.reset();
       did = poll_links();
       uint64_t t = now();
       expire(t);
       bool ticking = false;
       for (auto& peer : peers_)
-        if (peer && peer->state == Peer::State::up && peer->link->needs_ticks()) {
-          ticking = true;
-          if (t >= next_tick) peer->link->tick(t);
+        if (peer && peer->state == Peer::State::up) {
+          bool ticks = peer->link->needs_ticks(), rests = rest_ns_ && peer->rank != rank_;
+          ticking = ticking || ticks || rests;
+          if (t < next_tick) continue;
+          if (ticks) peer->link->tick(t);
+          if (rests && peer->state == Peer::State::up) look_at_rest(*peer, t, heartbeat_ns);
         }
       if (!ticking)
         next_tick = kNever;
@@ -487,6 +475,7 @@ void Engine::run() {
       else if (t < spin_until)
         did = 1;
     }
+    gone.clear();
     while (copier_->run_one()) did = 1;
     if (did) continue;
     prepare_sleep(page_->engine);

@@ -85,10 +85,16 @@ class DurationHistogram {
 struct LinkCounters {
   uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
   uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
-  uint64_t fallbacks = 0, would_block = 0;
+  uint64_t fallbacks = 0, would_block = 0, violations = 0;
   std::map<std::string, uint64_t> device;  // of the link itself
   std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
   DurationHistogram queued, moved;  // of completed operations: until the first byte moved, and from then on
+};
+
+// A peer that has a region's key.
+struct KeyHolder {
+  Rank rank = -1;
+  bool owes_word = false;  // the key is revoked, and it has not answered since it was last asked
 };
 
 struct RegionInfo {
@@ -99,7 +105,7 @@ struct RegionInfo {
   uint32_t active = 0;        // transfers of peers that use it now
   uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
   uint8_t link = 0;
-  std::vector<Rank> holders;          // of its key
+  std::vector<KeyHolder> holders;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
@@ -124,7 +130,7 @@ class Engine final : public Host, public FrameSink {
   void lose_peer(Rank rank, uint64_t generation, const std::string& reason);
   // It said goodbye to the group. A connected pair ends by its own last word, after the data that comes before it.
   void leave_peer(Rank rank, uint64_t generation);
-  bool paired(Rank rank, uint64_t generation);              // its link is up
+  std::string pair_state(Rank rank, uint64_t generation);   // "up", "rested" or "failed"
   void fail_connect(Rank rank, const std::string& reason);  // no pair could be made: what waited for it fails
   void close();
   void release_descriptors();  // after close(), once the loop has forgotten them
@@ -190,6 +196,7 @@ class Engine final : public Host, public FrameSink {
   int wake_page_fd() const override { return page_fd_; }
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
+  bool look() override;
   void leave_token() override;
   void enter_token() override;
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
@@ -232,12 +239,11 @@ class Engine final : public Host, public FrameSink {
       ring(page_->engine, engine_fd_);
   }
   void wake_loop();
-  void expect(uint64_t ns);
-  void linger();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);
   void emit(EngineEvent event);
   void start_deadline(Op& op);
+  void start_timer(uint64_t id, uint64_t at_ns);
 
   // protocol_send.cpp: from a submission to frames on a link
   void start(Op& op);
@@ -322,9 +328,19 @@ class Engine final : public Host, public FrameSink {
   void on_key(Peer& peer, const FrameHeader& header);
   void on_key_revoke(Peer& peer, const FrameHeader& header);
   void on_key_revoked(Peer& peer, const FrameHeader& header);
+  void revoke(uint64_t region, uint8_t flags);
+  void ask_again(uint64_t region);
   void forget_holder(uint64_t region, Rank rank);
   void forget_holder(Rank rank);
   void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);
+
+  // protocol_rest.cpp: idle pairs
+  bool is_idle(const Peer& peer);
+  void look_at_rest(Peer& peer, uint64_t now, uint64_t heartbeat_ns);
+  void on_rest(Peer& peer);
+  void on_resting(Peer& peer, const FrameHeader& header);
+  void rest(Peer& peer);
+  void begin_waiting(Peer& peer);
 
   // protocol_end.cpp: every way an op ends
   void finish(Op& op, Code code);     // nothing touches its buffer any more
@@ -336,7 +352,8 @@ class Engine final : public Host, public FrameSink {
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);
   void break_pair(Peer& peer, const std::string& reason);
-  void end_link(Peer& peer);
+  void let_go_of_link(Peer& peer, bool failed);
+  void end_link(Peer& peer, bool with_ops);
   void drop_announced(Peer& peer);
   void drop_attached(Peer& peer);
   void fail_hopeless_receives();
@@ -346,7 +363,7 @@ class Engine final : public Host, public FrameSink {
 
   // configuration
   const EngineConfig config_;
-  uint64_t eager_max_, unexpected_max_, drain_ns_, spin_ns_;
+  uint64_t eager_max_, unexpected_max_, drain_ns_, spin_ns_, rest_ns_;  // rest_ns_ 0: never
   size_t queue_depth_;
 
   // wake-up
@@ -391,6 +408,7 @@ class Engine final : public Host, public FrameSink {
   std::unordered_map<uint64_t, RegionInfo> regions_;
   uint64_t next_region_ = 1;
   std::unordered_map<OpId, Scheduler::Chunk> held_back_;  // last chunks of puts that wait for the others
+  static constexpr uint64_t kRegionTimer = 1ull << 63;    // with a region's id; others are those of ops
   TimerHeap timers_;
   uint64_t engine_sleeps_until_ = 0;  // 0: no timer armed
   uint32_t jobs_ = 0;                 // chunks with the copier
@@ -408,8 +426,6 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;
-  // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
-  std::atomic<uint64_t> due_ns_{0};
   std::atomic<bool> loop_spins_{false};
   DeviceProtocol device_{*this};
 };

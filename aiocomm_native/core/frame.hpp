@@ -43,12 +43,14 @@ enum class FrameKind : uint8_t {
   staged,   // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory
   key_ask,  // how do devices reach region `rop`?
   key_is,  // answer: `address`/`segment`, `nbytes`, kWritable; `code` stale, or link_failed: its owner serves it
-  key_revoke,   // region `rop` closes: begin nothing more
-  key_revoked,  // answer: nothing of ours is under way there any more
+  key_revoke,   // region `rop` closes: begin nothing more; kAgain: this has been said before
+  key_revoked,  // answer: nothing of ours is under way there any more; kStillUsed: something still is
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
   soon,  // a copy of device memory that the loop waits for ends within about `nbytes` ns: it is woken in time
   freed,  // device memory at `address` with buffer id `rop` is the sender's no more: mappings of it are to be dropped
-  last_kind = freed,
+  rest,     // the pair is idle here: shall it be closed?
+  resting,  // answer: `code` ok, if it is idle there, too
+  last_kind = resting,
 };
 
 enum FrameFlags : uint8_t {
@@ -59,6 +61,8 @@ enum FrameFlags : uint8_t {
   kNotYet = 4,     // rts, put_rts, get_ready: the bytes are not there yet; the sender pushes when they are
   kReads = 8,      // cts: the receiver can read the sender's host memory
   kWritable = 16,  // key_is
+  kAgain = 1,      // key_revoke
+  kStillUsed = 1,  // key_revoked
   kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };
 

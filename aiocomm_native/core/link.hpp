@@ -186,6 +186,9 @@ class Host {
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
   virtual FrameSink& sink() = 0;
+  // Polls the links once, as the engine's thread would; called without the token. False: whoever holds it may have looked
+  // before, so the engine has to be rung.
+  virtual bool look() { return false; }
   // For the engine's thread within Pollable::on_ready: lets go of the token for a call that moves bytes. Anything may have
   // happened when it is taken again. By way of Outside.
   virtual void leave_token() = 0;

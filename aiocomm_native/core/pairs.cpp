@@ -58,10 +58,9 @@ void Engine::start_pair(Rank rank, uint64_t generation) {
   if (links_[peer->link_index]->polled()) polled_.push_back(peer->link.get());
   if (rank != rank_) emit({EngineEvent::Kind::link_up, rank, 0, link_names_[peer->link_index], {}});
   peer->link->start();
-  std::vector<OpId> waiting;
-  waiting.swap(peer->waiting);
-  for (OpId id : waiting)
-    if (Op* op = find(id); op && op->state == OpState::queued) start_on(*op, *peer);
+  peer->rested = peer->resting = false;
+  peer->used = true;
+  begin_waiting(*peer);
   ring_engine();  // heartbeats and whatever came with the first bytes
 }
 
@@ -92,10 +91,11 @@ void Engine::leave_peer(Rank rank, uint64_t generation) {
   if (peer->state != Peer::State::up) end_peer(*peer, kLeft);
 }
 
-bool Engine::paired(Rank rank, uint64_t generation) {
+std::string Engine::pair_state(Rank rank, uint64_t generation) {
   Token token(*this);
   Peer* peer = find_peer(rank);
-  return peer && peer->generation == generation && peer->state == Peer::State::up;
+  if (!peer || peer->generation != generation) return "failed";
+  return peer->state == Peer::State::up ? "up" : peer->rested ? "rested" : "failed";
 }
 
 void Engine::fail_connect(Rank rank, const std::string& reason) {

@@ -15,6 +15,8 @@
 
 namespace aiocomm {
 
+// How reasons begin where a pair was closed for what its peer sent.
+inline constexpr std::string_view kViolation = "protocol violation";
 inline constexpr char kLeft[] = "left";  // why a peer that said goodbye is gone
 
 struct ControlFrame {
@@ -31,6 +33,10 @@ struct Peer {
   State state = State::known;
   bool leaving = false;  // it said goodbye to the group: a hang-up is not a death
   bool blocked = false;  // the link answered `again`; on_writable clears it
+  bool used = false;     // since it was looked at whether the pair is idle
+  bool resting = false;  // it is about to be closed as idle: operations wait
+  bool rested = false;   // it was closed so, and not connected since
+  uint64_t used_ns = 0;  // when about it was last used, or began to rest
   uint8_t link_index = 0;
   std::shared_ptr<LinkPeer> link;
   std::unique_ptr<Offers> offers;      // where the link takes them

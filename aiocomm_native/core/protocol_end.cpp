@@ -172,6 +172,7 @@ void Engine::on_unsure(LinkPeer& to, const FrameHeader& header) {
 void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
   Peer* peer = peer_of(link_peer);
   if (!peer) return;
+  if (peer->resting && !peer->leaving) return rest(*peer);
   if (link_peer.failure && !peer->leaving) return break_pair(*peer, reason);
   end_peer(*peer, peer->leaving ? kLeft : reason);
 }
@@ -181,6 +182,7 @@ void Engine::tear_down(Peer& peer, const std::string& reason) { end_peer(peer, r
 
 void Engine::end_peer(Peer& peer, const std::string& reason) {
   if (peer.state == Peer::State::lost) return;
+  if (peer.link && reason.starts_with(kViolation)) ++counters_[peer.link_index].violations;
   // What the peer has sent before its end is still delivered.
   for (int turn = 0; turn < kLastTurns && peer.link && peer.state == Peer::State::up; ++turn)
     if (peer.link->poll(1 << 20) <= 0) break;
@@ -193,7 +195,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   peer.state = Peer::State::lost;
   peer.lost_reason = reason;
   if (peer.link) {
-    end_link(peer);
+    end_link(peer, true);
   } else {
     std::vector<Op*> live;
     ops_.for_each_live([&](Op& op) {
@@ -210,11 +212,16 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
 
 // Its link has failed, but not the peer: what was under way has failed with it, and the next operation connects anew.
 void Engine::break_pair(Peer& peer, const std::string& reason) {
-  peer.state = Peer::State::known;
   peer.lost_reason = reason;
-  const std::string name = link_names_[peer.link_index];
-  end_link(peer);
-  peer.link.reset();  // still among the retired: it is on the stack
+  let_go_of_link(peer, true);
+  emit({EngineEvent::Kind::link_down, peer.rank, 0, link_names_[peer.link_index], reason});
+}
+
+// The pair is as if it had never been connected, but for what has arrived. `failed`: its operations end with it.
+void Engine::let_go_of_link(Peer& peer, bool failed) {
+  peer.state = Peer::State::known;
+  end_link(peer, failed);
+  peer.link.reset();  // still among the retired: it may be on the stack
   peer.blocked = false;
   peer.eager_unconsumed = peer.credit_owed = peer.held = 0;
   drop_announced(peer);
@@ -222,18 +229,18 @@ void Engine::break_pair(Peer& peer, const std::string& reason) {
   unexpected_.each([&](Unexpected& kept) {
     if (kept.source == peer.rank) kept.generation = ~0ull;
   });
-  emit({EngineEvent::Kind::link_down, peer.rank, 0, name, reason});
 }
 
 // What the pair's link was working on ends.
-void Engine::end_link(Peer& peer) {
+void Engine::end_link(Peer& peer, bool with_ops) {
   polled_.erase(std::remove(polled_.begin(), polled_.end(), peer.link.get()), polled_.end());
   peer.link->close();
   Scheduler& sched = *schedulers_[peer.link_index];
   retired_.push_back(peer.link);
+  ring_engine();  // whose thread frees it
   std::vector<Op*> live;
   auto collect = [&](Op& op) {
-    if (op.peer == peer.rank) live.push_back(&op);
+    if (with_ops && op.peer == peer.rank) live.push_back(&op);
   };
   ops_.for_each_live(collect);
   served_.for_each_live(collect);

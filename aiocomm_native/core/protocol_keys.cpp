@@ -11,7 +11,8 @@
 //   begins nothing more; what has begun ends
 //                             ── key_revoked ──► with the last peer's word: deregisters, the memory is free
 //
-// A peer that ends has no queue pairs any more: its word is not needed. One that falls silent ends by its heartbeats.
+// A peer that ends has no queue pairs any more: its word is not needed. One that falls silent ends by its heartbeats. One
+// that only does not answer is asked once per `drain_timeout`: it says at least that it is busy, or its pair is closed.
 
 #include <algorithm>
 #include <utility>
@@ -29,6 +30,12 @@ FrameHeader about(FrameKind kind, uint64_t region) {
   h.kind = kind;
   h.rop = region;
   return h;
+}
+
+KeyHolder* holder_of(RegionInfo& region, Rank rank) {
+  auto found = std::find_if(region.holders.begin(), region.holders.end(),
+                            [&](const KeyHolder& holder) { return holder.rank == rank; });
+  return found == region.holders.end() ? nullptr : &*found;
 }
 
 }  // namespace
@@ -128,8 +135,10 @@ void Engine::on_key_revoke(Peer& peer, const FrameHeader& header) {
   if (!peer.onesided) throw ProtocolViolation("a key where devices reach nothing");
   uint64_t region = header.rop;
   auto it = peer.onesided->keys.find(region);
-  if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::held)
+  if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::held) {
+    if (header.flags & kAgain) return;  // our word is on its way
     throw ProtocolViolation("a key is revoked that was never given");
+  }
   it->second.revoked = true;
   ++it->second.uses;  // ours, while we look
   std::vector<Op*> idle;
@@ -138,9 +147,12 @@ void Engine::on_key_revoke(Peer& peer, const FrameHeader& header) {
       idle.push_back(&op);
   });
   for (Op* op : idle) end_early(*op, Code::stale);
-  if (--it->second.uses) return;
-  peer.onesided->keys.erase(it);
-  send_control(peer, about(FrameKind::key_revoked, region), Wake::engine);
+  FrameHeader answer = about(FrameKind::key_revoked, region);
+  if (--it->second.uses)
+    answer.flags = kStillUsed;
+  else
+    peer.onesided->keys.erase(it);
+  send_control(peer, answer, Wake::engine);
 }
 
 // The write that carries a notification waits until all others of its put are acknowledged.
@@ -196,30 +208,55 @@ void Engine::on_key_ask(Peer& peer, const FrameHeader& header) {
     reply.nbytes = region->nbytes;
     reply.segment = region->registration;
     reply.flags = region->writable ? kWritable : 0;
-    if (std::find(region->holders.begin(), region->holders.end(), peer.rank) == region->holders.end())
-      region->holders.push_back(peer.rank);
+    if (!holder_of(*region, peer.rank)) region->holders.push_back({peer.rank});
   }
   send_control(peer, reply, Wake::engine);
 }
 
 void Engine::on_key_revoked(Peer& peer, const FrameHeader& header) {
   auto it = regions_.find(header.rop);
-  if (it == regions_.end() || !it->second.closing) throw ProtocolViolation("a key is given back unasked");
-  forget_holder(header.rop, peer.rank);
+  KeyHolder* holder = it == regions_.end() ? nullptr : holder_of(it->second, peer.rank);
+  if (!holder || !it->second.closing) throw ProtocolViolation("a key is given back unasked");
+  if (header.flags & kStillUsed)
+    holder->owes_word = false;
+  else
+    forget_holder(header.rop, peer.rank);
+}
+
+// Its region closes: every holder of its key is asked for it.
+void Engine::revoke(uint64_t id, uint8_t flags) {
+  FrameHeader h = about(FrameKind::key_revoke, id);
+  h.flags = flags;
+  std::vector<KeyHolder>& holders = regions_.at(id).holders;
+  if (holders.empty()) return;
+  for (KeyHolder& holder : holders) {
+    holder.owes_word = true;
+    send_control(*find_peer(holder.rank), h, Wake::engine);
+  }
+  start_timer(kRegionTimer | id, now() + drain_ns_);
+}
+
+void Engine::ask_again(uint64_t id) {
+  std::vector<Rank> silent;
+  for (const KeyHolder& holder : regions_.at(id).holders)
+    if (holder.owes_word) silent.push_back(holder.rank);
+  for (Rank rank : silent)
+    tear_down(*find_peer(rank), "the key of a closed region was not given back within drain_timeout");
+  if (regions_.contains(id)) revoke(id, kAgain);  // else they were the last
 }
 
 void Engine::forget_holder(uint64_t id, Rank rank) {
   RegionInfo& region = regions_.at(id);
-  if (std::erase(region.holders, rank) && region.closing && free_region(id))
+  auto of_rank = [&](const KeyHolder& holder) { return holder.rank == rank; };
+  if (std::erase_if(region.holders, of_rank) && region.closing && free_region(id))
     emit({EngineEvent::Kind::region_free, rank_, id, {}, {}});
 }
 
 // The pair has ended: nothing of the peer's reaches our memory any more.
 void Engine::forget_holder(Rank rank) {
   std::vector<uint64_t> ids;
-  for (const auto& [id, region] : regions_)
-    if (std::find(region.holders.begin(), region.holders.end(), rank) != region.holders.end())
-      ids.push_back(id);
+  for (auto& [id, region] : regions_)
+    if (holder_of(region, rank)) ids.push_back(id);
   for (uint64_t id : ids) forget_holder(id, rank);
 }
 

@@ -46,7 +46,8 @@ void Engine::offer(Op& op, Peer& peer) {
   if (op.allocate || op.gpu || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
   ChannelId channel = channels_[op.channel].id;
   MessageKey key = key_of(op);
-  if (peer.state != Peer::State::up || matcher_.wildcards(channel) || !peer.offers->made.possible(key))
+  if (peer.state != Peer::State::up || peer.resting || matcher_.wildcards(channel) ||
+      !peer.offers->made.possible(key))
     return;
   op.link = peer.link_index;
   if (!hold(op, Access::peer_writes)) return;

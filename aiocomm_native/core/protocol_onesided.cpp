@@ -27,10 +27,7 @@ bool Engine::close_region(uint64_t id) {
   auto it = regions_.find(id);
   if (it == regions_.end()) return true;
   if (std::exchange(it->second.closing, true)) return false;
-  FrameHeader h{};
-  h.kind = FrameKind::key_revoke;
-  h.rop = id;
-  for (Rank rank : it->second.holders) send_control(*find_peer(rank), h, Wake::engine);
+  revoke(id, 0);
   return free_region(id);
 }
 
@@ -40,6 +37,7 @@ bool Engine::free_region(uint64_t id) {
   RegionInfo& region = it->second;
   if (region.active || !region.holders.empty()) return false;
   if (region.registration) links_[region.link]->release(region.registration);
+  timers_.cancel(kRegionTimer | id);
   regions_.erase(it);
   return true;
 }

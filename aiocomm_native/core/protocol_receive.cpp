@@ -22,6 +22,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
   Peer* peer = peer_of(from);
   if (!peer) return;
   ++counters_[peer->link_index].frames_received;
+  if (header.kind != FrameKind::rest) peer->used = true;
   try {
     switch (header.kind) {
       case FrameKind::eager:
@@ -82,12 +83,16 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
         return on_key_revoked(*peer, header);
       case FrameKind::note:
         return on_note(*peer, header, meta);
+      case FrameKind::rest:
+        return on_rest(*peer);
+      case FrameKind::resting:
+        return on_resting(*peer, header);
       case FrameKind::heartbeat:
         return;
       case FrameKind::freed:
         return device_.on_freed(*peer, header);
       case FrameKind::soon:
-        return expect(header.nbytes);
+        return device_.expect(header.nbytes);
       default:
         throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));
     }

@@ -38,7 +38,7 @@ void Engine::start(Op& op) {
   if (op.kind == OpKind::recv) return start_recv(op);
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state == Peer::State::lost) return finish(op, Code::peer_lost);
-  if (peer->state == Peer::State::up) return start_on(op, *peer);
+  if (peer->state == Peer::State::up && !peer->resting) return start_on(op, *peer);
   if (peer->state == Peer::State::known) want_connection(*peer);
   if (op.no_wait) return finish(op, Code::would_block);
   peer->waiting.push_back(op.id);
@@ -54,6 +54,7 @@ void Engine::want_connection(Peer& peer) {
 
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
+  peer.used = true;
   ++counters_[executor_of(op)].submitted;
   // Its receiver may have said where it goes.
   if (peer.offers && op.kind == OpKind::send && !op.gpu && !fits_frame(op, peer)) {

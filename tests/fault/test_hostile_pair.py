@@ -93,6 +93,7 @@ async def test_a_frame_that_makes_no_sense(pair: Pair, what: str) -> None:
         with pytest.raises(aiocomm.PeerLostError):
             await receiving
         await closed(a)
+        assert a.links["shm"].statistics().violations == 1
     await others_go_on(pair)
 
 

@@ -57,6 +57,10 @@ async def main():
             waiting = comm.recv(np.empty(LARGE, np.uint8), 0)
         elif role == "sends":
             waiting = comm.send(np.ones(LARGE, np.uint8), 0)
+        elif role == "shares":
+            shared = aiocomm.empty(LARGE, np.uint8)
+            shared.fill(1)
+            await comm.send(shared, 0)
         elif role == "serves":
             memory = np.ones(LARGE, np.uint8)
             region = comm.register(memory)
@@ -81,6 +85,7 @@ class World:
     def __init__(self, start: Callable[..., Child], link: str) -> None:
         self._start = start
         self._link = link
+        self.maps_peers = link == "shm"
         self.address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
 
     async def open(self, *roles: str) -> tuple[aiocomm.Communicator, list[Child]]:
@@ -137,7 +142,8 @@ async def assert_nothing_left(before: dict[str, int], pipes: int) -> None:
     await anyio.lowlevel.checkpoint()
     after = held()
     after["descriptors"] -= pipes
-    assert all(after[what] <= before[what] for what in ("descriptors", "segments", "files")), (before, after)
+    for what in ("descriptors", "segments", "mappings", "files"):
+        assert after[what] <= before[what], (what, before, after)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
@@ -255,6 +261,24 @@ async def test_everybody_is_killed_and_nothing_is_left(others: World) -> None:
     await comm.aclose()
     del shared, transfers
     await assert_nothing_left(before, pipes=6)
+
+
+async def test_memory_of_dead_peers_goes_back_while_others_live(others: World) -> None:
+    comm, (living, *dying) = await others.open("echo", "shares", "shares")
+    before = held()["mappings"]
+    out = np.empty(LARGE, np.uint8)
+    for rank in (2, 3):
+        await comm.recv(out, rank)
+    for one in dying:
+        one.kill()
+    for rank in (2, 3):
+        with pytest.raises(aiocomm.PeerLostError):
+            await comm.recv(out, rank)
+    # All of theirs is unmapped: what was there before they sent had their rings in it.
+    await until(lambda: not others.maps_peers or held()["mappings"] < before)
+    await assert_echo(comm, 1)
+    assert not living.process.poll()
+    await comm.aclose()
 
 
 async def test_threads_end_with_their_communicator() -> None:

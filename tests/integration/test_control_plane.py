@@ -323,7 +323,9 @@ def test_a_broken_link_falls_back_to_the_next(where: str, members: Callable[...,
 def up(*engines: RecordingEngine) -> None:
     """Wait until ranks 0 and 1 are connected at both ends."""
     for rank, engine in enumerate(engines):
-        engine.wait(lambda engine, other=1 - rank: engine.paired(other, engine.peers.get(other, 0)))
+        engine.wait(
+            lambda engine, other=1 - rank: engine.pair_state(other, engine.peers.get(other, 0)) == "up"
+        )
 
 
 @pytest.mark.parametrize("caller", [0, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,12 +23,16 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 SIZES = [1, 7, 4096, 64 << 10, (1 << 20) + 3, 5 << 20]
 
 
-@pytest.fixture(params=["shm", "shm-stream", "tcp"])
+LINKS = ["rdma"] if "AIOCOMM_RDMA_GUEST" in os.environ else ["shm", "shm-stream", "tcp"]
+
+
+@pytest.fixture(params=LINKS)
 async def pair(request: pytest.FixtureRequest, gpu: object, monkeypatch: Any) -> AsyncIterator[Pair]:
     """Ranks 0 and 1 over each link that may carry what the GPU link announces."""
     link, _, mode = request.param.partition("-")
     if mode:
         monkeypatch.setenv("AIOCOMM_CMA", "off")
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "rxea0,rxea1")
     async with world(2, links=(link, "cuda"), warmup=True) as (a, b):
         yield a, b
 

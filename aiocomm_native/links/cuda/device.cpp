@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "core/link.hpp"
+#include "core/relax.hpp"
 
 namespace aiocomm::cuda {
 
@@ -33,14 +34,6 @@ uint64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // After these nothing on the device works any more, for this process.

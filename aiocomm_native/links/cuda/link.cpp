@@ -152,7 +152,9 @@ Allocation CudaLink::look_up_known(const Driver& driver, uint64_t address, uint6
   }
   known.allocation = look_up(driver, address, nbytes);
   known.address = address;
-  return known.allocation;
+  Allocation found = known.allocation;
+  found.fresh = true;
+  return found;
 }
 
 std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, int device, uint64_t stream) {
@@ -180,6 +182,8 @@ std::unique_ptr<DeviceBuffer> CudaLink::bind(uint64_t address, uint64_t nbytes, 
   buffer->place.device = static_cast<uint16_t>(found.device);
   buffer->place.uuid = owner.uuid;
   buffer->place.plain = found.ipc;
+  // Exporting takes the driver tens of microseconds: here nobody but the caller waits for it.
+  if (found.fresh && found.ipc) state.exports.handle_of(buffer->place, owner, buffer->place.handle);
   if (stream == kNoStream) return buffer;
   Device::Current current(owner);
   auto handle = reinterpret_cast<CUstream>(stream);

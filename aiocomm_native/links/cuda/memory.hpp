@@ -22,7 +22,8 @@ struct DeviceUsage : std::invalid_argument {
 struct Allocation {
   int device = 0;
   uint64_t base = 0, extent = 0, buffer_id = 0;
-  bool ipc = false;  // a legacy handle can be had
+  bool ipc = false;    // a legacy handle can be had
+  bool fresh = false;  // not asked for shortly before
 };
 
 // Throws DeviceUsage where it is not memory that can be moved, LinkFailure where the driver fails.

@@ -4,6 +4,8 @@
 #include <array>
 #include <cerrno>
 
+#include "core/notes.hpp"
+#include "core/offers.hpp"
 #include "links/rdma/lanes.hpp"
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
@@ -12,6 +14,7 @@ namespace aiocomm::rdma {
 
 namespace {
 constexpr uint32_t kLaunchBits = 12;
+constexpr uint32_t kQuiet = 64;  // chunks for which nobody is woken; each uses up a receive of the peer's
 constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
 }  // namespace
 
@@ -78,6 +81,8 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   work.rkey = chunk.remote.of[lane.index];
   work.nbytes = static_cast<uint32_t>(chunk.of.nbytes);
   work.immediate = chunk.of.immediate;
+  work.solicited = chunk.of.has_immediate && (is_note(work.immediate) || work.immediate & kLastChunk ||
+                                              work.immediate % kQuiet == kQuiet - 1);
   work.chunk = index << kLaunchBits | (chunk.launches & ((1u << kLaunchBits) - 1));
   lane.rail.post_bulk(work);
 }
@@ -90,7 +95,7 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   if (!done.busy || done.parked || done.lane != lane.index ||
       ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
     return;  // of an earlier launch
-  // The peer's device refused the access: it would do so on any lane.
+  // The peer's device refused the access: it would do so on any lane. That breaks the queue pair, at both ends.
   bool refused = error == EACCES;
   if (error) {
     if (refused) {
@@ -98,8 +103,10 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
       free_chunks_.push_back(index);
     }
     RemoteChunk of = done.of;
-    lane_failed(lane, lane.rail.name() +
-                          (refused ? ": the peer refuses access to its memory" : ": a transfer failed"));
+    lane_failed(
+        lane,
+        lane.rail.name() + (refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
+        refused || error == ECONNRESET ? Loss::pairs : Loss::path);
     if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
     return;
   }

@@ -84,6 +84,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
 
 void RdmaPeer::transmit(uint32_t seq) {
   Lane& lane = *lanes_[active_];
+  if (lane.state != Lane::State::up) return;  // goes out once one is
   uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
   Prefix prefix;
   std::memcpy(&prefix, frame_slot(seq), sizeof prefix);

@@ -80,8 +80,9 @@ void RdmaPeer::put(Event event, Wake wake) {
   bool many;
   {
     std::lock_guard lock(inbox_mutex_);
+    inbox_frames_ += event.kind == Event::Kind::frame;
     inbox_.push_back(std::move(event));
-    many = inbox_.size() >= Rail::kCredits / 4;  // what nobody looks at uses credits up
+    many = inbox_frames_ >= Rail::kCredits / 4;  // what nobody looks at uses credits up
     has_inbox_.store(true, std::memory_order_release);
   }
   if (Attending::to(this)) return;

@@ -63,6 +63,9 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       one.leave();
       ring_fd(broken_);
     };
+    rail->handle = [&host] {
+      if (!host.look()) ring(host.wake_page().engine, host.engine_fd());
+    };
     host.watch_polled(rail->express_fd(), rail.get());
     rail->start();
   }
@@ -108,6 +111,10 @@ void RdmaLink::look_for_devices(uint64_t now_ns) {
 void RdmaLink::retire_rails() {
   for (size_t i = 0; i < rails_.size(); ++i) {
     if (!rails_[i]->idle_without_device()) continue;
+    if (rails_[i]->runs_here()) {
+      ring_fd(broken_);
+      continue;
+    }
     host_.unwatch_polled(rails_[i]->express_fd());
     registrations_->forget_rail(i);
     rails_[i]->retire();
@@ -116,6 +123,21 @@ void RdmaLink::retire_rails() {
 
 uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
   return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
+}
+
+// One rail that has a way is enough. Throws LinkFailure.
+void RdmaLink::see_routes(const std::vector<Address>& theirs) {
+  std::string reasons;
+  int error = 0;
+  for (size_t i = 0; i < theirs.size(); ++i) {
+    try {
+      return check_route(ports_[i], theirs[i]);
+    } catch (const LinkFailure& failure) {
+      reasons += (reasons.empty() ? "" : "; ") + std::string(failure.what());
+      error = failure.code;
+    }
+  }
+  if (error) throw LinkFailure("rdma: " + reasons, error);
 }
 
 std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
@@ -127,6 +149,7 @@ std::shared_ptr<LinkPeer> RdmaLink::attach(Rank rank, uint64_t generation, const
     theirs = decode_card(card);
     theirs.resize(std::min(theirs.size(), ports_.size()));
     for (size_t i = 0; i < theirs.size(); ++i) check_reach(ports_[i], theirs[i]);
+    see_routes(theirs);
   } catch (const LinkFailure&) {
     for (int fd : fds) ::close(fd);
     throw;
@@ -157,7 +180,6 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     add("immediates_received", c.immediates);
     add("wakeups", c.wakeups);
   }
-  all["refused"] = refused;
   all["resent"] = resent;
   all["repeated"] = repeated;
   all["lanes_failed"] = lanes_failed;

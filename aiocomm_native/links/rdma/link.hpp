@@ -41,13 +41,14 @@ class RdmaLink final : public Link, public Pollable {
   Registrations& registrations() { return *registrations_; }
   std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
 
-  uint64_t refused = 0;  // pairs closed for what their peers sent
-  uint64_t resent = 0;   // frames and chunks that went out again over another rail
+  uint64_t resent = 0;  // frames and chunks that went out again over another rail
   uint64_t lanes_failed = 0, lanes_recovered = 0;
   uint64_t repeated = 0;      // frames that had come already
   uint64_t last_done_ns = 0;  // when a chunk was through, of whichever pair
 
  private:
+  void see_routes(const std::vector<Address>& theirs);
+
   Host& host_;
   const Verbs& verbs_;
   std::vector<Port> ports_;

@@ -115,6 +115,7 @@ int RdmaPeer::poll(int) {
     {
       std::lock_guard lock(inbox_mutex_);
       events.swap(inbox_);
+      inbox_frames_ = 0;
       has_inbox_.store(false, std::memory_order_release);
     }
     for (Event& event : events) handle(event);
@@ -150,10 +151,7 @@ void RdmaPeer::handle(Event& event) {
   }
 }
 
-void RdmaPeer::violated(const char* what) {
-  ++link_.refused;
-  lose(std::string("protocol violation: ") + what);
-}
+void RdmaPeer::violated(const char* what) { lose(std::string("protocol violation: ") + what); }
 
 void RdmaPeer::unblock() {
   if (!open_) return;
@@ -217,18 +215,22 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
         lane->state = Lane::State::up;
       } catch (const LinkFailure& failure) {
         lane->state = Lane::State::failed;
-        reason = failure.what();
+        lane->reachable = false;
+        lane->rail.remove(lane->pairs, lane->posting);
+        reason += (reason.empty() ? "" : "; ") + std::string(failure.what());
       }
     }
     auto first = std::find_if(lanes_.begin(), lanes_.end(),
                               [](const auto& lane) { return lane->state == Lane::State::up; });
     if (first == lanes_.end()) {
-      lose(reason);
+      no_rail(reason);
       return false;
     }
     active_ = (*first)->index;
     say(&kReady, 1);
     ready_told_ = true;
+    for (auto& lane : lanes_)
+      if (lane->state == Lane::State::failed) tell_failed(*lane);
   }
   while (used < incoming_.size() && !dead_) {
     size_t taken = word(incoming_.data() + used, incoming_.size() - used);
@@ -267,6 +269,8 @@ void RdmaPeer::tick(uint64_t now_ns) {
   }
   if (broken_) return lose("the pair's connection takes no more words");
   link_.look_for_devices(now_ns);
+  if (dark_ns_ && now_ns > dark_ns_ + lanes_[active_]->rail.transport().patience_ns)
+    return no_rail("its queue pairs could not be made anew");
   for (auto& lane : lanes_)
     if (lane->state == Lane::State::up) lane->look(now_ns);
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);

@@ -45,6 +45,7 @@ struct Lane final : Completions {
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
+  bool moves() const override { return outstanding.load(std::memory_order_relaxed) != 0; }
   void look(uint64_t now_ns) override;
   void attend() override;
 
@@ -58,6 +59,7 @@ struct Lane final : Completions {
   std::atomic<uint64_t> last_sign_ns{0};  // when something was posted to an idle lane, or completed
   std::atomic<bool> stalled{false};
   State state = State::connecting;  // under the token, as what follows
+  bool reachable = true;            // false: its ports have never met, and are not tried again
   uint32_t chunks = 0;              // in flight
   std::atomic<uint64_t> bytes{0};
   double rate = 1.0;  // bytes per ns, of late
@@ -92,7 +94,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs;
   // kNoRail by the number of frames taken in.
   static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',
-                        kGo = 'g', kNoRail = 'n';
+                        kGo = 'g', kNoRail = 'n', kBroken = 'b';
   static constexpr uint32_t kProbe = 0xffffffff;
   static constexpr uint32_t kReserve = 2;
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
@@ -136,7 +138,11 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void stream();
   // recovery.cpp
   Lane* another_lane(const Lane& but);  // that is up
-  void lane_failed(Lane& lane, const std::string& reason);
+  // path: nothing comes through, or the device is gone. pairs: the queue pairs broke, and new ones will do.
+  enum class Loss : uint8_t { path, pairs };
+  void lane_failed(Lane& lane, const std::string& reason, Loss loss = Loss::path);
+  void tell_failed(const Lane& lane, Loss loss = Loss::path);
+  void no_rail(const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
   void relaunch(Lane& lane);
   void resend_frames();
@@ -160,6 +166,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool dead_ = false, open_ = false, blocked_ = false, remote_blocked_ = false;
   std::atomic<bool> starved_{false};  // we wait for credits: the pollers look for them
   uint64_t heard_ns_, said_ns_, ticked_ns_;
+  uint64_t dark_ns_ = 0;  // since when no lane is up, though the last one is being made anew; 0: one is
   std::vector<std::byte> incoming_;
   bool broken_ = false, greeted_ = false, ready_told_ = false, ready_heard_ = false;
 
@@ -185,6 +192,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
   std::mutex inbox_mutex_;
   std::vector<Event> inbox_;
+  uint32_t inbox_frames_ = 0;
   std::vector<Event> spare_;  // storage of events that have been handled; under the token
   std::atomic<bool> has_inbox_{false};
 };

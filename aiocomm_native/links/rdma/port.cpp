@@ -1,6 +1,9 @@
 #include "links/rdma/port.hpp"
 
 #include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -17,6 +20,7 @@ namespace {
 
 constexpr uint8_t kCardVersion = 1;
 constexpr uint16_t kFullMember = 0x8000;
+constexpr uint16_t kRocePort = 4791;  // of UDP
 
 struct WireAddress {
   uint8_t gid[16];
@@ -231,6 +235,32 @@ void check_reach(const Port& ours, const Address& theirs) {
     refuse(name,
            "the peer is in another partition: ask for one partition key on both ports at the subnet manager",
            EACCES);
+}
+
+void check_route(const Port& ours, const Address& theirs) {
+  if (ours.address.link_layer != IBV_LINK_LAYER_ETHERNET) return;  // the subnet manager's matter
+  if (is_link_local(ours.address.gid) || is_link_local(theirs.gid)) return;
+  auto socket_address = [](const ibv_gid& gid, uint16_t port) {
+    sockaddr_in6 address{};
+    address.sin6_family = AF_INET6;
+    address.sin6_port = htons(port);
+    std::memcpy(&address.sin6_addr, gid.raw, sizeof gid.raw);
+    return address;
+  };
+  int fd = ::socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return;  // no IPv6 here, not even for mapped addresses: the device will say
+  sockaddr_in6 from = socket_address(ours.address.gid, 0), to = socket_address(theirs.gid, kRocePort);
+  auto as_any = [](const sockaddr_in6& address) { return reinterpret_cast<const sockaddr*>(&address); };
+  int error = 0;
+  if (::bind(fd, as_any(from), sizeof from) == 0 && ::connect(fd, as_any(to), sizeof to) != 0) error = errno;
+  ::close(fd);
+  if (error != ENETUNREACH && error != EHOSTUNREACH) return;
+  std::string here = describe(ours.address), there = describe(theirs);
+  refuse("device " + ours.device + " port " + std::to_string(ours.number),
+         "the peer (" + there + ") is on another subnet than " + here + ", and there is no route (" +
+             strerror(error) + "): give both ports addresses of one subnet, add a route (ip route get " +
+             there + " from " + here + "), or order the ports alike on both sides by AIOCOMM_RDMA_DEVICES",
+         error);
 }
 
 }  // namespace aiocomm::rdma

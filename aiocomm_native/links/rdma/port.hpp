@@ -46,5 +46,7 @@ std::string encode_card(const std::vector<Port>& ports);
 std::vector<Address> decode_card(std::string_view card);  // throws LinkFailure
 // Throws LinkFailure where the two ports cannot talk to each other.
 void check_reach(const Port& ours, const Address& theirs);
+// The same, where this machine knows no way from the one address to the other. Sends nothing.
+void check_route(const Port& ours, const Address& theirs);
 
 }  // namespace aiocomm::rdma

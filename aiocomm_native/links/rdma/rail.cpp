@@ -338,7 +338,11 @@ int Rail::post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std
 
 void Rail::post_bulk(const Work& work) {
   if (work.opcode == IBV_WR_RDMA_READ || work.nbytes <= kSlotBytes)
-    if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) return post_now(work);
+    if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) {
+      post_now(work);
+      if (!armed_.load() && !poster_looks_.load()) kick();
+      return;
+    }
   {
     std::lock_guard lock(queue_);
     auto before =
@@ -354,6 +358,13 @@ void Rail::run_poster() {
   for (;;) {
     queued_.wait(lock, [this] { return stopping_.load(std::memory_order_relaxed) || !work_.empty(); });
     if (work_.empty()) return;
+    work_off(lock);
+  }
+}
+
+void Rail::work_off(std::unique_lock<std::mutex>& lock) {
+  poster_looks_.store(true);
+  while (!work_.empty()) {
     Work work = work_.front();
     work_.pop_front();
     // Taken while the queue is locked: whoever removes the lane finds its work either queued or being posted.
@@ -361,8 +372,18 @@ void Rail::run_poster() {
     lock.unlock();
     post_now(work);
     posting.unlock();
+    int done;
+    {
+      Attending all(nullptr);  // it is looked at below
+      done = poll();
+    }
+    if (done) handle();
     lock.lock();
   }
+  lock.unlock();
+  poster_looks_.store(false);
+  if (!armed_.load()) kick();
+  lock.lock();
 }
 
 void Rail::post_now(const Work& work) {
@@ -372,7 +393,7 @@ void Rail::post_now(const Work& work) {
   request.sg_list = &piece;
   request.num_sge = work.nbytes ? 1 : 0;
   request.opcode = work.opcode;
-  request.send_flags = IBV_SEND_SIGNALED;
+  request.send_flags = IBV_SEND_SIGNALED | (work.solicited ? IBV_SEND_SOLICITED : 0);
   request.imm_data = htonl(work.immediate);
   request.wr.rdma.remote_addr = work.remote;
   request.wr.rdma.rkey = work.rkey;
@@ -471,7 +492,11 @@ void Rail::dispatch(const ibv_wc& wc) {
     case What::chunk:
       counters.send_completions.fetch_add(1, std::memory_order_relaxed);
       if (!lane) return;
-      lane->chunk_done(which, ok ? 0 : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES : EIO);
+      // Flushed, without an error of its own before it: the other end of the queue pair broke.
+      lane->chunk_done(which, ok                                   ? 0
+                              : wc.status == IBV_WC_REM_ACCESS_ERR ? EACCES
+                              : wc.status == IBV_WC_WR_FLUSH_ERR   ? ECONNRESET
+                                                                   : EIO);
       if (!ok && wc.status != IBV_WC_WR_FLUSH_ERR)
         lane->failed(name() + ": " + verbs_.wc_status_str(wc.status));
       return;
@@ -488,7 +513,7 @@ void Rail::run_poller() {
       n = poll_queue(frames_queue_) + poll_queue(bulk_queue_);
       if (!n) {
         ibv_req_notify_cq(frames_queue_, 1);
-        ibv_req_notify_cq(bulk_queue_, 0);
+        arm_bulk();
         n = poll_queue(frames_queue_) + poll_queue(bulk_queue_);  // what came before it was armed
         for (auto [number, lane] : lanes_) expecting = expecting || lane->expects();
       }
@@ -504,6 +529,18 @@ void Rail::run_poller() {
   }
 }
 
+// Under `polling_`.
+void Rail::arm_bulk() {
+  armed_.store(false);
+  if (poster_looks_.load()) return;
+  uint64_t posted =
+      counters.writes.load(std::memory_order_relaxed) + counters.reads.load(std::memory_order_relaxed);
+  bool ours = std::exchange(posted_before_, posted) != posted;  // and likely goes on so
+  for (Completions* lane : all_lanes_) ours = ours || lane->moves();
+  ibv_req_notify_cq(bulk_queue_, !ours);
+  if (ours) armed_.store(true);
+}
+
 bool Rail::wait(bool expecting) {
   epoll_event ready[4];
   int n = epoll_wait(epoll_, ready, 4, expecting ? kLookMs : -1);
@@ -514,7 +551,10 @@ bool Rail::wait(bool expecting) {
     } else if (ready[i].data.fd == channel_->fd) {
       ibv_cq* queue;
       void* context;
-      while (verbs_.get_cq_event(channel_, &queue, &context) == 0) verbs_.ack_cq_events(queue, 1);
+      while (verbs_.get_cq_event(channel_, &queue, &context) == 0) {
+        if (queue == bulk_queue_) armed_.store(false);
+        verbs_.ack_cq_events(queue, 1);
+      }
     } else {
       read_events();
     }

@@ -12,7 +12,11 @@
 //  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
 //    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
 //    which the poller refills as it empties it.
-//  * A send completion wakes nobody by itself (`solicited only`): while some are due the poller looks every kLookMs.
+//  * A send completion wakes nobody by itself (`solicited only`): while some are due the poller looks every kLookMs. Nor
+//    does a chunk that a peer has written, unless it is its last one: the bulk queue is armed for all that completes only
+//    while chunks of ours are under way.
+//  * Where the device is through with a chunk by the time that it is posted (soft-RoCE), the poster takes in what has
+//    completed, and drives the engine, which gives it the next one: three threads less are woken for each chunk.
 //  * Bulk has a queue pair for each service level and traffic class that classes of channels are mapped to, so that one
 //    class does not stand behind another in a send queue.
 //
@@ -51,6 +55,7 @@ class Completions {
   virtual void chunk_done(uint32_t chunk, int error) = 0;  // 0: its bytes are where they should be
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody
+  virtual bool moves() const = 0;                          // chunks of ours are under way
   virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
   virtual void attend() = 0;                               // under the token: what has come is to be handled
 
@@ -74,7 +79,8 @@ struct Work {
   ibv_qp* qp = nullptr;
   std::mutex* posting = nullptr;  // of the lane: held during the call
   ibv_wr_opcode opcode = IBV_WR_RDMA_READ;
-  uint8_t cls = 0;  // of the channel: more urgent work is posted first
+  uint8_t cls = 0;         // of the channel: more urgent work is posted first
+  bool solicited = false;  // wakes the peer's poller
   uint64_t local = 0, remote = 0;
   uint32_t lkey = 0, rkey = 0, nbytes = 0, immediate = 0, chunk = 0;
 };
@@ -127,7 +133,10 @@ class Rail final : public Pollable {
   const std::string& node() const { return node_; }  // its file in /dev/infiniband
   void leave();                // the device is gone: its lanes hear that they have failed
   bool idle_without_device();  // no lane is left
-  void retire();  // then: closes everything of the device. The rail stays, and is good for nothing.
+  bool runs_here() const { return std::this_thread::get_id() == poster_.get_id(); }
+  void
+  retire();  // then, by another thread than its own: closes everything of the device. The rail stays, and is good for nothing.
+  std::function<void()> handle;   // has the engine look at what was handed out; told by the poster
   std::function<void()> on_gone;  // its device says that it is broken; told by the poller
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
@@ -159,6 +168,8 @@ class Rail final : public Pollable {
   void run_poller();
   void run_poster();
   void post_now(const Work& work);
+  void work_off(std::unique_lock<std::mutex>& lock);
+  void arm_bulk();
   int poll_queue(ibv_cq* queue);
   int poll_queues();
   void dispatch(const ibv_wc& wc);
@@ -180,6 +191,10 @@ class Rail final : public Pollable {
   uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
   int epoll_ = -1, wake_ = -1;
   std::atomic<bool> up_{true}, stopping_{false}, gone_{false};
+  // The bulk queue: the poster looks at it, so that the poller does not; and it is armed for chunks of ours. Each is set
+  // before the other is looked at, in total order.
+  std::atomic<bool> poster_looks_{false}, armed_{false};
+  uint64_t posted_before_ = 0;  // when it was last armed
   std::string node_;
 
   struct Slab {

@@ -13,11 +13,16 @@
 //
 //   the last lane fails       ── no rail ──►        both ends of the pair end by their link, not by the peer
 //
+//   its queue pairs break, by an access that the other device refuses: the path is as good as before
+//                             ── broken ──►         as for `failed`, but a last lane is made anew at once, and what there
+//                                                   is to send waits for it
+//
 // Each side sends over a lane once an empty write over it has been acknowledged.
 
 #include <cerrno>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
@@ -50,15 +55,12 @@ Lane* RdmaPeer::another_lane(const Lane& but) {
   return nullptr;
 }
 
-void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
+void RdmaPeer::lane_failed(Lane& lane, const std::string& reason, Loss loss) {
   if (lane.state == Lane::State::failed || lane.state == Lane::State::down) return;
   bool was_up = lane.state == Lane::State::up;
+  if (!was_up) loss = Loss::path;  // it was tried, and that was in vain
   Lane* next = another_lane(lane);
-  if (was_up && !next) {
-    std::string word = encode({kNoRail, expected_}, false);
-    say(word.data(), word.size());
-    return give_up("no rail is left: " + reason);
-  }
+  if (!next && loss == Loss::path && (was_up || !dark_ns_)) return no_rail(reason);
   lane.state = Lane::State::failed;
   lane.rail.remove(lane.pairs, lane.posting);
   link_.retire_rails();
@@ -67,14 +69,25 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason) {
   lane.bytes = 0;
   for (Chunk& chunk : chunks_)
     if (chunk.busy && chunk.lane == lane.index) chunk.parked = true;
-  std::string word = encode({kFailed, lane.index}, false);
-  say(word.data(), word.size());
+  tell_failed(lane, loss);
   if (!was_up) return;
   ++link_.lanes_failed;
   host_.part_down(rank, lane.name(), reason);
-  if (active_ != lane.index) return;
+  if (!next) dark_ns_ = host_.now();
+  if (!next || active_ != lane.index) return;
   active_ = next->index;
   resend_frames();
+}
+
+void RdmaPeer::tell_failed(const Lane& lane, Loss loss) {
+  std::string word = encode({loss == Loss::path ? kFailed : kBroken, lane.index}, false);
+  say(word.data(), word.size());
+}
+
+void RdmaPeer::no_rail(const std::string& reason) {
+  std::string word = encode({kNoRail, expected_}, false);
+  say(word.data(), word.size());
+  give_up("no rail is left: " + reason);
 }
 
 // Nothing reaches the peer any more, though it may live. Its frames that are here are taken in by nobody.
@@ -97,9 +110,10 @@ void RdmaPeer::resend_frames() {
 }
 
 void RdmaPeer::lane_closed(Lane& lane) {
-  if (lane.state != Lane::State::failed) return;
+  if (lane.state != Lane::State::failed || !lane.reachable) return;
   lane.state = Lane::State::down;
-  relaunch(lane);
+  if (!dark_ns_) return relaunch(lane);
+  if (initiator_) try_again(lane);
 }
 
 void RdmaPeer::relaunch(Lane& lane) {
@@ -160,6 +174,12 @@ void RdmaPeer::probed(Lane& lane, int error) {
   lane.state = Lane::State::up;
   ++link_.lanes_recovered;
   host_.part_up(rank, lane.name());
+  if (std::exchange(dark_ns_, 0)) {
+    active_ = lane.index;
+    resend_frames();
+    for (auto& other : lanes_)
+      if (other->state != Lane::State::failed) relaunch(*other);
+  }
   unblock();
 }
 
@@ -171,7 +191,7 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
     return 1;
   }
   size_t length = word.what == kAgain || word.what == kThere ? kLong : kShort;
-  bool known = std::string_view("fcotgn").find(word.what) != std::string_view::npos;
+  bool known = std::string_view("fbcotgn").find(word.what) != std::string_view::npos;
   if (known && nbytes < length) return 0;
   if (known) std::memcpy(&word.lane, data + 1, 4);
   if (word.what == kNoRail) {  // and how many of our frames it has taken in
@@ -189,8 +209,10 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
   if (length == kLong) std::memcpy(word.numbers.data(), data + kShort, sizeof word.numbers);
   Lane& lane = *lanes_[word.lane];
   switch (word.what) {
-    case kFailed: {
-      lane_failed(lane, lane.rail.name() + ": the peer's end failed");
+    case kFailed:
+    case kBroken: {
+      lane_failed(lane, lane.rail.name() + ": the peer's end failed",
+                  word.what == kFailed ? Loss::path : Loss::pairs);
       if (dead_) return length;
       std::string reply = encode({kClosed, lane.index}, false);
       say(reply.data(), reply.size());

@@ -88,7 +88,7 @@ void TcpPeer::bulk_room() {
 
 const char* TcpPeer::check(const FrameLane& lane, const FrameHeader& header) const {
   bool ours = header.kind == FrameKind::link_private || header.kind == FrameKind::heartbeat;
-  if (header.kind < FrameKind::eager || header.kind > FrameKind::link_private) return "unknown frame kind";
+  if (header.kind < FrameKind::eager || header.kind > FrameKind::last_kind) return "unknown frame kind";
   if (header.kind == FrameKind::data) return "payload off its lane";
   if (ours != (&lane == &engine_)) return "frame on the wrong lane";
   if (header.meta_bytes > kMaxMeta) return "metadata too long";

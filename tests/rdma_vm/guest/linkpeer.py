@@ -7,6 +7,7 @@ and the numbers of three queue pairs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -20,6 +21,8 @@ from rawverbs import PATIENCE_S, Completion, RawEndpoint
 from aiocomm.types import Peer
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import aiocomm
 
 PREFIX: Final = struct.Struct("<IIBBH4II")  # seq, consumed, wake, keys, reserved, key by rail, reserved
@@ -29,11 +32,15 @@ VERSION: Final = 2
 MAGIC: Final = 0x52494F41
 OFFER_META: Final = struct.Struct("<QII")  # messages seen, immediate, start of a count
 SLOT_NBYTES: Final = 8448
+LANE_WORD: Final = struct.Struct("<cI6I")  # what, lane; with some words: its queue pairs, as in HELLO
 LAST_CHUNK: Final = 1 << 16
 OFFER, WITHDRAW, WITHDRAWN, TOOK, QUIT, LINK_PRIVATE = range(17, 23)  # frame kinds of this link
 KEY_ASK, KEY_IS, KEY_REVOKE, KEY_REVOKED, NOTE = range(25, 30)
 WRITABLE: Final = 16  # flag of KEY_IS
+AGAIN: Final = 1  # flag of KEY_REVOKE
+BUSY: Final = 1  # flag of KEY_REVOKED
 NOTE_MARK: Final = 0xFFF << 20  # in immediates, above the number of a notification
+_BEAT_S: Final = 0.05
 _SLOTS: Final = 48
 _WAKE_LOOP: Final = 1
 _WAKE_ENGINE: Final = 2
@@ -56,39 +63,50 @@ class LinkPeer:
         comm: the communicator under test.
         rank: of this peer; not known to `comm` yet.
         nbytes: size of the buffer behind `bulk`, which `comm` may reach.
+        address: that its card names, other than that of its device.
     """
 
-    def __init__(self, comm: aiocomm.Communicator, rank: int, nbytes: int = 4 << 20) -> None:
+    def __init__(
+        self, comm: aiocomm.Communicator, rank: int, nbytes: int = 4 << 20, address: str = ""
+    ) -> None:
         self.comm, self.rank, self.generation = comm, rank, 1000 + rank
-        self.express = RawEndpoint("rxeb0", _SLOTS * SLOT_NBYTES)
-        self.frames = RawEndpoint("rxeb0", 2 * _SLOTS * SLOT_NBYTES)
-        self.bulk = RawEndpoint("rxeb0", nbytes)
+        self._nbytes, self._address = nbytes, address
         self._sent = self._seen = 0
-        self._slots: dict[RawEndpoint, dict[int, int]] = {self.express: {}, self.frames: {}}
+        self._make_ends()
         self._early: dict[int, Arrival] = {}
         self.socket, theirs = socket.socketpair()
         comm._meet(Peer(rank, "b", os.getpid(), (), ("rdma",), True, None, self.generation))
         comm._engine.add_peer(rank, self.generation)
-        comm._engine.attach(rank, self.generation, "rdma", [theirs.detach()], self._card(), False)
+        try:
+            comm._engine.attach(rank, self.generation, "rdma", [theirs.detach()], self._card(), False)
+        except BaseException:
+            self.__exit__()
+            raise
         comm._engine.start_pair(rank, self.generation)
+
+    def _make_ends(self) -> None:
+        self.express = RawEndpoint("rxeb0", _SLOTS * SLOT_NBYTES)
+        self.frames = RawEndpoint("rxeb0", 2 * _SLOTS * SLOT_NBYTES)
+        self.bulk = RawEndpoint("rxeb0", self._nbytes)
+        self._ends = (self.express, self.frames, self.bulk)
+        self._slots: dict[RawEndpoint, dict[int, int]] = {self.express: {}, self.frames: {}}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.socket.close()
-        for end in (self.express, self.frames, self.bulk):
+        for end in self._ends:
             end.close()
 
     def _card(self) -> bytes:
-        gid = socket.inet_pton(socket.AF_INET6, self.frames.card()["gid"])
+        gid = socket.inet_pton(socket.AF_INET6, self._address or self.frames.card()["gid"])
         rest = struct.pack("<HHBB2x", 0, 0xFFFF, enums.IBV_MTU_1024, enums.IBV_LINK_LAYER_ETHERNET)
         return bytes((1, 1)) + gid + rest
 
     async def meet(self, hello: bytes | None = None) -> Self:
         """Swap greetings, connect the queue pairs, and swap words of readiness."""
-        ends = (self.express, self.frames, self.bulk)
-        mine = HELLO.pack(MAGIC, VERSION, 1, *(end.pair.qp_num for end in ends), 0, 0, 0)
+        mine = HELLO.pack(MAGIC, VERSION, 1, *self._numbers())
         self.socket.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self.socket, mine if hello is None else hello)
@@ -96,17 +114,42 @@ class LinkPeer:
         assert (magic, version, rails) == (MAGIC, VERSION, 1)
         assert all(numbers[:3])
         assert not any(numbers[3:])
+        self._connect(numbers)
+        await loop.sock_sendall(self.socket, b"r")
+        assert await self._exactly(1) == b"r"
+        return self
+
+    def _numbers(self) -> list[int]:
+        return [end.pair.qp_num for end in self._ends] + [0, 0, 0]
+
+    def _connect(self, numbers: list[int]) -> None:
         gid = _gid_of("rxea0")
-        for end, number in zip(ends, numbers[:3], strict=True):
+        for end, number in zip(self._ends, numbers[:3], strict=True):
             end.connect({"qpn": number, "gid": gid})
         for end, slots in self._slots.items():
             for slot in range(_SLOTS):
                 slots[end.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
         for _ in range(_SLOTS):
             self.bulk.receive(0)
-        await loop.sock_sendall(self.socket, b"r")
-        assert await self._exactly(1) == b"r"
-        return self
+
+    async def renew(self) -> None:
+        """The engine says that the lane's queue pairs are broken: swap new ones, as recovery.cpp has it."""
+        assert await self._word() == (b"b", 0)
+        for end in self._ends:
+            end.close()
+        self._make_ends()
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self.socket, LANE_WORD.pack(b"c", 0, *[0] * 6)[:5])
+        await loop.sock_sendall(self.socket, LANE_WORD.pack(b"o", 0, *self._numbers()))
+        what, lane, *numbers = LANE_WORD.unpack(await self._exactly(LANE_WORD.size, first=b"t"))
+        assert (what, lane) == (b"t", 0)
+        self._connect(numbers)
+        await loop.sock_sendall(self.socket, LANE_WORD.pack(b"g", 0, *[0] * 6)[:5])
+
+    async def _word(self) -> tuple[bytes, int]:
+        """The next word of a lane, without numbers."""
+        what = await self._exactly(1)
+        return what, int.from_bytes(await self._exactly(4, first=b""), "little")
 
     def send(
         self, frame: Frame, key: int | None = None, *, seq: int | None = None, nbytes: int | None = None
@@ -156,6 +199,21 @@ class LinkPeer:
         assert len(frame.payload) == frame.payload_bytes
         self._early[seq] = Arrival(frame, tuple(keys[:count]), done)
 
+    @contextlib.asynccontextmanager
+    async def signs_of_life(self) -> AsyncIterator[None]:
+        """Beat meanwhile, as a peer that is well."""
+
+        async def beat() -> None:
+            while True:
+                await asyncio.get_running_loop().sock_sendall(self.socket, b"a")
+                await asyncio.sleep(_BEAT_S)
+
+        beating = asyncio.create_task(beat())
+        try:
+            yield
+        finally:
+            beating.cancel()
+
     def has_none(self) -> bool:
         """Whether no frame has come."""
         return self.express.has_none() and self.frames.has_none()
@@ -168,12 +226,15 @@ class LinkPeer:
                     return False
         return not self._early
 
-    async def _exactly(self, nbytes: int) -> bytes:
+    async def _exactly(self, nbytes: int, first: bytes | None = None) -> bytes:
+        """So many bytes; those that begin with a letter may have signs of life before them."""
         data = b""
+        word = nbytes == 1 or first
         while len(data) < nbytes:
-            piece = await asyncio.get_running_loop().sock_recv(self.socket, nbytes - len(data))
+            wanted = 1 if word and not data else nbytes - len(data)
+            piece = await asyncio.get_running_loop().sock_recv(self.socket, wanted)
             assert piece, "the engine closed the pair"
-            data += piece.replace(b"a", b"") if nbytes == 1 else piece  # signs of life may come between
+            data += piece.replace(b"a", b"") if word and not data else piece
         return data
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from harness import until
 
 import aiocomm
-from aiocomm.errors import LinkError, PeerError
+from aiocomm.errors import LinkError
 from aiocomm.types import Fallback, LinkDown, LinkUp
 
 if TYPE_CHECKING:
@@ -178,15 +178,18 @@ async def test_levels_that_differ_are_refused_by_name() -> None:
     other_s = {"AIOCOMM_RDMA_DEVICES": "rxeb0", "AIOCOMM_RDMA_SERVICE_LEVEL": "0,0,1,1"}
     with mock.patch.dict(os.environ, other_s):
         other = aiocomm.connect(address, rank=1, size=2, links=("rdma",))
+    seen = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as group:
-        group.start_soon(_refused, one, 1)
-        group.start_soon(_refused, other, 0)
+        group.start_soon(_refused, one, 1, *seen)
+        group.start_soon(_refused, other, 0, *reversed(seen))
 
 
-async def _refused(connecting: Any, rank: int) -> None:
+async def _refused(connecting: Any, rank: int, mine: anyio.Event, others: anyio.Event) -> None:
     async with connecting as comm:
-        with pytest.raises((LinkError, PeerError), match=r"AIOCOMM_RDMA_SERVICE_LEVEL|closed"):
+        with pytest.raises(LinkError, match=r"rxe[ab]0 port 1.*AIOCOMM_RDMA_SERVICE_LEVEL"):
             await comm.send(b"x", rank, synchronous=True)
+        mine.set()
+        await others.wait()  # who left first would be gone for the other
 
 
 async def test_an_unexpected_message_is_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fault.rawpeer import Frame, Kind, default_channel
 from harness import until, world
 from linkpeer import (
+    AGAIN,
+    BUSY,
     HELLO,
     KEY_ASK,
     KEY_IS,
@@ -39,6 +42,7 @@ from linkpeer import (
 )
 
 import aiocomm
+from aiocomm.types import LinkDown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -69,8 +73,24 @@ async def peer(comm: aiocomm.Communicator) -> AsyncIterator[LinkPeer]:
         yield await made.meet()
 
 
+@contextlib.asynccontextmanager
+async def peer_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, heartbeat_s: str = "10"
+) -> AsyncIterator[LinkPeer]:
+    """As the fixtures, for tests that set something before."""
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "rxea0")
+    monkeypatch.setenv("AIOCOMM_HEARTBEAT_S", heartbeat_s)
+    async with world(2, links=("rdma",)) as (comm, _):
+        with LinkPeer(comm, 2) as made:
+            yield await made.meet()
+
+
 def array(nbytes: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def violations(comm: aiocomm.Communicator) -> int:
+    return comm.links["rdma"].statistics().violations
 
 
 async def lost(comm: aiocomm.Communicator, rank: int = 2) -> None:
@@ -350,6 +370,103 @@ async def test_a_region_is_reached_by_its_key_until_it_is_closed(peer: LinkPeer)
     assert (memory == 7).all()
 
 
+async def test_whoever_uses_a_closing_region_is_asked_until_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", "0.3")
+    async with peer_of_its_own(monkeypatch) as peer:
+        region = peer.comm.register(np.zeros(BIG, np.uint8))
+        peer.send(Frame(KEY_ASK, rop=region._number))
+        await peer.receive(KEY_IS)
+        closing = asyncio.create_task(region.aclose())
+        assert (await peer.receive(KEY_REVOKE)).frame.flags == 0
+        for _ in range(3):
+            peer.send(Frame(KEY_REVOKED, flags=BUSY, rop=region._number))
+            assert (await peer.receive(KEY_REVOKE)).frame.flags == AGAIN
+            assert not closing.done()
+        peer.send(Frame(KEY_REVOKED, rop=region._number))
+        await closing
+        assert next(other for other in peer.comm.peers if other.rank == peer.rank).alive
+
+
+async def test_a_peer_that_lives_but_does_not_give_a_key_back_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", "0.3")
+    async with peer_of_its_own(monkeypatch) as peer:
+        memory = np.zeros(BIG, np.uint8)
+        region = peer.comm.register(memory)
+        peer.send(Frame(KEY_ASK, rop=region._number))
+        arrival = await peer.receive(KEY_IS)
+        closing = asyncio.create_task(region.aclose())
+        await peer.receive(KEY_REVOKE)
+        await closing
+        await lost(peer.comm)
+        peer.bulk.post("write", 8, to=(arrival.frame.address, arrival.keys[0]))
+        assert (await completion_of(peer.bulk)).status != "success"
+        assert not memory.any()
+
+
+async def test_a_key_asked_back_twice_is_answered_once(peer: LinkPeer) -> None:
+    putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
+    await give_key(peer, 77, BIG)
+    await putting
+    peer.send(Frame(KEY_REVOKE, rop=77))
+    peer.send(Frame(KEY_REVOKE, flags=AGAIN, rop=77))  # before the answer to the first had come
+    assert (await peer.receive(KEY_REVOKED)).frame.flags == 0
+    peer.send(Frame(KEY_ASK, rop=1 << 40))
+    assert (await peer.receive()).frame.kind == KEY_IS, "no word besides, and the pair goes on"
+
+
+async def test_an_access_that_is_refused_breaks_its_lane_which_is_made_anew(peer: LinkPeer) -> None:
+    card = peer.bulk.card()
+    putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
+    await peer.receive(KEY_ASK)
+    answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9, code=0)
+    peer.send(answer, key=card["rkey"] ^ 0x5A00)
+    with pytest.raises(aiocomm.StaleHandleError):
+        await putting
+    sending = peer.comm.send(array(100), dst=2, tag=7)  # with no lane up: it waits
+    await peer.renew()
+    assert (await peer.receive()).frame.payload == array(100).tobytes()
+    await sending
+    assert next(other for other in peer.comm.peers if other.rank == 2).alive
+    counted = peer.comm.links["rdma"].statistics().device
+    assert (counted["lanes_failed"], counted["lanes_recovered"]) == (1, 1)
+    out = np.zeros(BIG, np.uint8)
+    receiving = peer.comm.recv(out, src=2, tag=8)
+    arrival = await peer.receive(OFFER)
+    peer.bulk.write_buffer(array(BIG).tobytes())
+    immediate = OFFER_META.unpack(arrival.frame.meta)[1] | LAST_CHUNK
+    peer.bulk.post("write", BIG, to=(arrival.frame.address, arrival.keys[0]), immediate=immediate)
+    assert (await receiving).nbytes == BIG
+    np.testing.assert_array_equal(out, array(BIG))
+
+
+async def test_a_peer_that_does_not_make_a_broken_lane_anew_ends_by_its_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AIOCOMM_RDMA_RETRY_S", "0.1")
+    async with peer_of_its_own(monkeypatch, heartbeat_s="0.2") as peer:
+        card = peer.bulk.card()
+        putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
+        await peer.receive(KEY_ASK)
+        answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9)
+        peer.send(answer, key=card["rkey"] ^ 0x5A00)
+        with pytest.raises(aiocomm.StaleHandleError):
+            await putting
+        sending = peer.comm.send(array(BIG), dst=2, tag=7)
+        async with peer.signs_of_life():
+            with pytest.raises(aiocomm.LinkError):
+                await sending
+
+
+async def test_a_peer_to_whom_there_is_no_way_is_refused_by_name(comm: aiocomm.Communicator) -> None:
+    words = r"rxea0 port 1: the peer \(10\.99\.0\.1\) is on another subnet than 10\.20\.0\.1.*ip route get"
+    with pytest.raises(aiocomm.LinkError, match=words):
+        LinkPeer(comm, 2, address="::ffff:10.99.0.1")
+
+
 async def test_a_closed_region_has_no_key(peer: LinkPeer) -> None:
     region = peer.comm.register(np.zeros(100, np.uint8))
     await region.aclose()
@@ -424,6 +541,7 @@ async def test_a_malformed_immediate_ends_that_pair_only(peer: LinkPeer, name: s
     _, _, address, key, _ = await offered(peer)
     peer.bulk.post("write", 8, to=(address, key), immediate=IMMEDIATES[name])
     await lost(peer.comm)
+    assert violations(peer.comm) == 1
     assert next(other for other in peer.comm.peers if other.rank == 1).alive
     with LinkPeer(peer.comm, 3) as other:
         await other.meet()
@@ -455,6 +573,7 @@ async def test_a_malformed_frame_ends_that_pair_only(peer: LinkPeer, name: str) 
     frame, options = FRAMES[name]
     peer.send(frame, **options)
     await lost(peer.comm)
+    assert violations(peer.comm) == 1
     assert next(other for other in peer.comm.peers if other.rank == 1).alive
 
 
@@ -467,13 +586,28 @@ _PAIRS = (2, 3, 4, 0, 0, 0)
         HELLO.pack(1, VERSION, 1, *_PAIRS),
         HELLO.pack(MAGIC, 9, 1, *_PAIRS),
         HELLO.pack(MAGIC, VERSION, 4, *_PAIRS),
-        HELLO.pack(MAGIC, VERSION, 1, *_PAIRS[:4], 5, 0),  # more levels of bulk than there are here
     ],
 )
 async def test_a_greeting_of_another_kind_is_refused(comm: aiocomm.Communicator, hello: bytes) -> None:
     with LinkPeer(comm, 2) as stranger:
         stranger.socket.sendall(hello)
         await lost(comm)
+        assert violations(comm) == 1
+
+
+async def test_more_service_levels_than_here_end_the_link_with_their_remedy(
+    comm: aiocomm.Communicator,
+) -> None:
+    events = comm.events()
+    with LinkPeer(comm, 2) as stranger:
+        stranger.socket.sendall(HELLO.pack(MAGIC, VERSION, 1, *_PAIRS[:4], 5, 0))
+        async for event in events:
+            if isinstance(event, LinkDown):
+                break
+        assert (event.link, event.rank) == ("rdma", 2)
+        assert "rxea0 port 1" in event.reason
+        assert "AIOCOMM_RDMA_SERVICE_LEVEL" in event.reason
+    assert violations(comm) == 0
 
 
 async def test_a_peer_that_dies_ends_its_receives_and_its_keys(peer: LinkPeer) -> None:
