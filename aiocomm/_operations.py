@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_DEADLINE", "Operations", "limit_of", "on_gpu", "overlapping"]
 
 _SYNCHRONOUS, _NO_WAIT = 1, 2
+_NOT_GIVEN: Final = object()
 NO_DEADLINE = -1.0
 
 
@@ -110,11 +111,13 @@ class Operations:
     def _submit_send(
         self, array: Any, dst: int, tag: int, channel: Channel | None, deadline: float | None, flags: int
     ) -> Transfer[Any]:
-        index = 0 if channel is None else channel._index
-        if self._closed or not self._here() or not 0 <= tag <= MAX_TAG or not 0 <= dst < self._ranks:
+        try:
+            fine = not self._closed and self._here() and 0 <= tag <= MAX_TAG and 0 <= dst < self._ranks
+        except TypeError:  # not numbers
+            fine = False
+        if not fine:
             self._refuse(dst=dst, tag=tag)
-        if channel is not None and channel._comm is not self:
-            raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+        index = 0 if channel is None else self._index_of(channel)
         limit = limit_of(deadline)
         try:
             return self._send(array, dst, index, tag, limit, flags)
@@ -147,11 +150,13 @@ class Operations:
         """
         if stream is not None:
             out = on_stream(out, True, stream)
-        index = 0 if channel is None else channel._index
-        if self._closed or not self._here() or not -1 <= tag <= MAX_TAG or not -1 <= src < self._ranks:
+        try:
+            fine = not self._closed and self._here() and -1 <= tag <= MAX_TAG and -1 <= src < self._ranks
+        except TypeError:
+            fine = False
+        if not fine:
             self._refuse(src=src, tag=tag)
-        if channel is not None and channel._comm is not self:
-            raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+        index = 0 if channel is None else self._index_of(channel)
         limit = limit_of(deadline)
         if out is None:
             raise UsageTypeError("recv needs a buffer; recv_array allocates one")
@@ -179,7 +184,9 @@ class Operations:
     ) -> Transfer[Any]:
         """Receive into a new array of the sender's dtype and shape; returns the array.
 
-        `status` of the transfer tells source and tag.
+        `status` of the transfer tells source and tag. Structured dtypes, datetime64, and others that have no
+        buffer format of at most 8 characters, come as a flat array of bytes: `.view(dtype)` makes them what they
+        were.
 
         Args:
             src: rank of the sender, or ANY_SOURCE.
@@ -187,11 +194,13 @@ class Operations:
             device: index of the GPU on which to make a `DeviceArray`; None makes a NumPy array. Where the
                 sender's memory is does not matter.
         """
-        index = 0 if channel is None else channel._index
-        if self._closed or not self._here() or not -1 <= tag <= MAX_TAG or not -1 <= src < self._ranks:
+        try:
+            fine = not self._closed and self._here() and -1 <= tag <= MAX_TAG and -1 <= src < self._ranks
+        except TypeError:
+            fine = False
+        if not fine:
             self._refuse(src=src, tag=tag)
-        if channel is not None and channel._comm is not self:
-            raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+        index = 0 if channel is None else self._index_of(channel)
         if device is not None:
             try:
                 return self._engine.recv_on(src, index, tag, limit_of(deadline), device)
@@ -211,10 +220,13 @@ class Operations:
         """
         if self._closed or not self._here():
             self._refuse()
-        if not name or name.startswith("\0"):
-            raise UsageError("a channel needs a name")
-        if not (math.isfinite(weight) and 1 / 1024 <= weight <= 1024):
-            raise UsageError(f"weight {weight} is outside 1/1024 to 1024")
+        if not isinstance(name, str) or not name or name.startswith("\0"):
+            raise UsageError(f"a channel needs a name, not {name!r}")
+        if not isinstance(weight, int | float) or not 1 / 1024 <= weight <= 1024:
+            raise UsageError(f"weight {weight!r} is outside 1/1024 to 1024")
+        if priority not in Priority.__members__.values():
+            known = ", ".join(Priority.__members__)
+            raise UsageError(f"priority={priority!r} is none of Priority's {known}")
         try:
             index = self._engine.open_channel(name, int(Priority(priority)), float(weight))
         except ValueError as error:
@@ -348,10 +360,15 @@ class Operations:
             self._refuse()
         if not isinstance(remote, RemoteRegion):
             raise UsageTypeError("expected a RemoteRegion, from comm.exchange() or comm.remote()")
-        if channel is not None and channel._comm is not self:
-            raise UsageError(f"channel {channel.name!r} belongs to another communicator")
         remote._check_fresh(self)
-        return 0 if channel is None else channel._index
+        return 0 if channel is None else self._index_of(channel)
+
+    def _index_of(self, channel: Channel) -> int:
+        if not isinstance(channel, Channel):
+            raise UsageTypeError(f"channel={channel!r} is no channel: open one by comm.channel(name)")
+        if channel._comm is not self:
+            raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+        return channel._index
 
     def notifications(self) -> AsyncIterator[Notification]:
         """Notifications of peers' puts, in the order of their arrival; each is given to one iterator only."""
@@ -359,7 +376,7 @@ class Operations:
 
     # ------------------------------------------------------------ refusals
 
-    def _refuse(self, dst: int | None = None, src: int | None = None, tag: int | None = None) -> None:
+    def _refuse(self, dst: Any = _NOT_GIVEN, src: Any = _NOT_GIVEN, tag: Any = _NOT_GIVEN) -> None:
         """Say which of the conditions of a call does not hold."""
         if self._closed:
             raise ClosedError("the communicator was closed: connect() again")
@@ -368,19 +385,17 @@ class Operations:
                 "this communicator belongs to another event loop or thread: use comm.from_thread there, or "
                 "open one communicator per loop"
             )
-        rank = dst if dst is not None else src
-        if rank is not None:
+        for rank, low, hint in ((dst, 0, ""), (src, -1, ", or ANY_SOURCE")):
+            if rank is _NOT_GIVEN:
+                continue
             _integers(rank=rank)
-            low = 0 if dst is not None else -1
             if not low <= rank < self._ranks:
                 known = f"0 to {self._ranks - 1}" if self._ranks > 1 else "only 0, this process"
-                hint = "" if dst is not None else ", or ANY_SOURCE"
                 raise UsageError(f"no rank {rank} in this world: ranks are {known}{hint}")
-        if tag is not None:
+        if tag is not _NOT_GIVEN:
             _integers(tag=tag)
-            raise UsageError(
-                f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}" + ("" if dst is not None else " and ANY_TAG")
-            )
+            wild = "" if src is _NOT_GIVEN else " and ANY_TAG"
+            raise UsageError(f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}{wild}")
 
 
 def on_stream(array: Any, writable: bool, stream: Any) -> Any:

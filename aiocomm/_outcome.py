@@ -131,6 +131,7 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
 
 
 _COMPLEX = {"Zf": "F", "Zd": "D", "Zg": "G"}
+_STRINGS = {"s": "S", "w": "U", "x": "V"}  # of a length: 5s are 5 bytes to buffers, S5 to NumPy
 
 
 def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -138,6 +139,8 @@ def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[A
 
     The peer is not trusted: its bytes never become references to Python objects.
     """
+    if format[-1:] in _STRINGS and (length := format[:-1].lstrip("<>=@")).isdecimal():
+        format = f"{format[: -1 - len(length)]}{_STRINGS[format[-1]]}{length}"
     try:
         dtype = np.dtype(_COMPLEX.get(format, format))
         if not dtype.hasobject:

@@ -161,12 +161,17 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
         Outgoing transfers get `drain_timeout_s` to end, everything else ends with `ClosedError`. Idempotent;
         releases everything even if it is cancelled or fails.
+
+        Raises:
+            UsageError: another event loop than the communicator's is running.
         """
         await self._close(drain=True)
 
     async def _close(self, drain: bool) -> None:
         if self._closed:
             return
+        if not self._here():  # its descriptors are watched there
+            self._refuse()
         try:
             if drain:
                 await self._drain()

@@ -69,7 +69,7 @@ class Group(Collectives, ExpertOperations):
         if len(set(members)) != len(members):
             raise UsageError(f"a rank comes twice in {list(members)}")
         for rank in members:
-            if not 0 <= rank < comm._ranks:
+            if not hasattr(rank, "__index__") or not 0 <= rank < comm._ranks:
                 comm._refuse(dst=rank)
         if comm.rank not in members:
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
@@ -213,8 +213,7 @@ class Group(Collectives, ExpertOperations):
         if self._closed:
             raise ClosedError(f"{self.label} was closed")
         if channel is not None:
-            if channel._comm is not comm:
-                raise UsageError(f"channel {channel.name!r} belongs to another communicator")
+            comm._index_of(channel)
             if channel.closed:
                 raise ClosedError(f"channel {channel.name!r} was closed")
 

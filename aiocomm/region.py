@@ -168,7 +168,7 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
     """
     if comm.closed or not comm._here():
         comm._refuse()
-    if not 0 <= with_ < comm._ranks:
+    if not hasattr(with_, "__index__") or not 0 <= with_ < comm._ranks:
         comm._refuse(dst=with_)
     peer = (with_, comm._generation_of(with_))
     number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1

@@ -3,17 +3,22 @@
 A wake-up through the kernel costs more than moving 64 KiB. Spinning saves it where answers come fast, and
 costs a core for at most `spin_s` after the last of them. It stops by itself where cores are short: the native
 side gives up once its core was taken from it, and skips spins for a while.
+
+A process spins in one thread at most: loops of other threads only look meanwhile, and sleep.
 """
 
 from __future__ import annotations
 
 import selectors
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aiocomm_native._core import Engine
 
 __all__ = ["SpinSelector"]
+
+_spinning = threading.Lock()  # held by the one thread that spins
 
 
 class SpinSelector(selectors.EpollSelector):
@@ -40,9 +45,14 @@ class SpinSelector(selectors.EpollSelector):
             return super().select(timeout)
         found = False
         if timeout is None or timeout > 0:
-            share = self.spin_s / len(engines)
-            for engine in engines:
-                found = engine.spin(share) or found
+            alone = _spinning.acquire(blocking=False)
+            try:
+                share = self.spin_s / len(engines) if alone else 0.0
+                for engine in engines:
+                    found = engine.spin(share) or found
+            finally:
+                if alone:
+                    _spinning.release()
             if not found:
                 for engine in engines:
                     found = engine.prepare_to_sleep() or found

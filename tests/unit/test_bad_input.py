@@ -6,11 +6,13 @@ What makes a call bad by the peer's doing (truncation, stale handles) is in test
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import uvloop
 from harness import world
 
 import aiocomm
@@ -56,9 +58,20 @@ SENDS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "no rank 2 in this world: ranks are 0 to 1",
     ),
     "a negative rank": (lambda c: c.send(b"x", -1), UsageError, "no rank -1"),
-    "a rank that is no number": (lambda c: c.send(b"x", "1"), TypeError, "'1'|str"),
+    "a rank that is no number": (
+        lambda c: c.send(b"x", "1"),
+        UsageTypeError,
+        "rank='1' is not an integer",
+    ),
+    "a broken rank": (lambda c: c.send(b"x", 1.0), UsageTypeError, "dst=1.0 is not an integer"),
+    "no rank": (lambda c: c.send(b"x", None), UsageTypeError, "rank=None is not an integer"),
+    "a rank beyond 64 bits": (lambda c: c.send(b"x", 10**30), UsageError, "no rank 10{30} in this world"),
     "a negative tag": (lambda c: c.send(b"x", 1, tag=-1), UsageError, "tag -1 is outside 0 to MAX_TAG"),
     "a huge tag": (lambda c: c.send(b"x", 1, tag=aiocomm.MAX_TAG + 1), UsageError, "outside 0 to MAX_TAG"),
+    "a tag beyond 64 bits": (lambda c: c.send(b"x", 1, tag=10**30), UsageError, "outside 0 to MAX_TAG"),
+    "a tag in words": (lambda c: c.send(b"x", 1, tag="a"), UsageTypeError, "tag='a' is not an integer"),
+    "a broken tag": (lambda c: c.send(b"x", 1, tag=1.5), UsageTypeError, "tag=1.5 is not an integer"),
+    "a channel's name": (lambda c: c.send(b"x", 1, channel="q"), UsageTypeError, r"comm\.channel\(name\)"),
     "a list": (
         lambda c: c.send([1, 2], 1),
         UsageTypeError,
@@ -85,15 +98,47 @@ RECEIVES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a read-only array": (lambda c: c.recv(READ_ONLY, 0), UsageError, "read-only"),
     "a strided array": (lambda c: c.recv(STRIDED, 0), UsageError, "contiguous buffer to receive into"),
     "Python objects": (lambda c: c.recv(np.array([{}]), 0), UsageTypeError, "Python objects"),
+    "a rank that is no number": (
+        lambda c: c.recv(bytearray(1), "0"),
+        UsageTypeError,
+        "rank='0' is not an integer",
+    ),
+    "a tag in words": (
+        lambda c: c.recv(bytearray(1), 0, tag="a"),
+        UsageTypeError,
+        "tag='a' is not an integer",
+    ),
+    "a channel's name": (
+        lambda c: c.recv(bytearray(1), 0, channel="q"),
+        UsageTypeError,
+        "channel='q' is no channel",
+    ),
+    "no buffer": (lambda c: c.recv(None, 0), UsageTypeError, "recv_array allocates one"),
+    "recv_array with a tag in words": (
+        lambda c: c.recv_array(0, tag="a"),
+        UsageTypeError,
+        "tag='a' is not an integer",
+    ),
+    "recv_array with a channel's name": (
+        lambda c: c.recv_array(0, channel="q"),
+        UsageTypeError,
+        "channel='q' is no channel",
+    ),
     "recv_array of a rank that is none": (lambda c: c.recv_array(src=5), UsageError, "no rank 5"),
     "recv_array with a bad tag": (lambda c: c.recv_array(src=0, tag=-5), UsageError, "tag -5"),
 }
 
 OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a channel without a name": (lambda c: c.channel(""), UsageError, "needs a name"),
+    "a channel that is named by a number": (lambda c: c.channel(5), UsageError, "needs a name, not 5"),
     "a channel of no weight": (lambda c: c.channel("w", weight=0.0), UsageError, "weight 0.0 is outside"),
     "a channel of infinite weight": (lambda c: c.channel("w", weight=float("inf")), UsageError, "weight inf"),
-    "a priority that is none": (lambda c: c.channel("p", priority=17), ValueError, "17"),
+    "a weight in words": (lambda c: c.channel("w", weight="much"), UsageError, "weight 'much' is outside"),
+    "a priority that is none": (
+        lambda c: c.channel("p", priority=17),
+        UsageError,
+        "priority=17 is none of Priority's LOW, NORMAL, HIGH, URGENT",
+    ),
     "a read-only region to be written": (
         lambda c: c.register(READ_ONLY, writable=True),
         UsageError,
@@ -103,6 +148,11 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a handle that is none": (lambda c: c.remote(b"handle"), UsageError, r"region\.handle"),
     "a put to no region": (lambda c: c.put(b"x", b"handle"), UsageTypeError, "RemoteRegion"),
     "a get from no region": (lambda c: c.get(None, bytearray(1)), UsageTypeError, "RemoteRegion"),
+    "a put on a channel's name": (
+        lambda c: c.put(b"x", c.remote(c.register(bytearray(1)).handle), channel="q"),
+        UsageTypeError,
+        "channel='q' is no channel",
+    ),
     "a negative dimension": (lambda c: aiocomm.empty((2, -1)), UsageError, "negative dimension"),
     "an unknown link": (lambda c: c.links["carrier pigeon"], KeyError, "carrier pigeon"),
 }
@@ -254,6 +304,90 @@ async def test_another_thread_is_refused(pair: Pair) -> None:
     await _goes_on(pair)
 
 
+async def test_what_waits_refuses_the_same(pair: Pair) -> None:
+    a, _ = pair
+    async with a.register(bytearray(1)) as region:
+        with pytest.raises(UsageTypeError, match="rank='1' is not an integer"):
+            await a.exchange(region, "1")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="no rank 2"):
+            await a.exchange(region, 2)
+    with pytest.raises(UsageTypeError, match="rank='1' is not an integer"):
+        await a.group([0, "1"])  # type: ignore[list-item]
+    with pytest.raises(UsageTypeError, match="channel='q' is no channel"):
+        await a.barrier(channel="q")  # type: ignore[arg-type]
+    await _goes_on(pair)
+
+
+@pytest.mark.parametrize("opened", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_another_loop_is_refused(opened: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Also in the same thread, where the communicator's own loop does not run meanwhile."""
+    with contextlib.closing(opened()) as loop:
+        making = world(2, warmup=True)
+        a, b = loop.run_until_complete(making.__aenter__())
+
+        async def begin() -> tuple[aiocomm.Region, aiocomm.RemoteRegion, aiocomm.Transfer[aiocomm.Status]]:
+            region = a.register(bytearray(1))
+            return region, b.remote(region.handle), b.recv(bytearray(5), 0, tag=9)
+
+        region, remote, posted = loop.run_until_complete(begin())
+        calls: list[Callable[[], Any]] = [
+            lambda: a.send(b"x", 1),
+            lambda: a.send_nowait(b"x", 1),
+            lambda: a.recv(bytearray(1), 1),
+            lambda: a.recv_array(1),
+            lambda: a.register(bytearray(1)),
+            lambda: a.channel("q"),
+            lambda: b.put(b"x", remote),
+        ]
+
+        async def elsewhere() -> None:
+            for call in calls:
+                with pytest.raises(UsageError, match=r"another event loop or thread: use comm\.from_thread"):
+                    call()
+            for waiting in (a.aclose, a.barrier, lambda: a.exchange(region, 1), lambda: a.group([0, 1])):
+                with pytest.raises(UsageError, match="another event loop"):
+                    await waiting()
+            with pytest.raises((UsageError, RuntimeError, ValueError), match="loop"):
+                await asyncio.wait_for(posted, 1)
+
+        asyncio.run(elsewhere())
+        assert not a.closed
+        assert not posted.done()
+
+        async def go_on() -> None:
+            await a.send(b"hello", 1, tag=9)
+            assert (await posted).nbytes == 5
+            await making.__aexit__(None, None, None)
+
+        loop.run_until_complete(go_on())
+        assert a.closed
+
+
+async def test_dtypes_are_carried_or_come_as_bytes(pair: Pair) -> None:
+    """`recv_array` gives what was sent, or what `.view(dtype)` makes that."""
+    a, b = pair
+    carried = [np.array(["ab", "c"]), np.array([b"abc", b"d"]), np.array([["x"]], ">U3"), np.zeros(2, "V5")]
+    for sent in carried:
+        await a.send(sent, 1)
+        got = await b.recv_array(0)
+        assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
+        np.testing.assert_array_equal(got, sent)
+    as_bytes = [
+        np.array([(1, 2.5), (3, 4.5)], [("a", "i4"), ("b", "f8")]),
+        np.array(["2026-01-02", "NaT"], "M8[ns]"),
+        np.arange(3).astype("m8[s]"),
+    ]
+    for sent in as_bytes:
+        await a.send(sent, 1)
+        got = await b.recv_array(0)
+        assert (got.dtype, got.shape) == (np.uint8, (sent.nbytes,))
+        np.testing.assert_array_equal(got.view(sent.dtype), sent)
+        posted = b.recv(out := np.empty_like(sent), 0)
+        await a.send(sent, 1)
+        await posted
+        np.testing.assert_array_equal(out, sent)
+
+
 @pytest.mark.parametrize(("variable", "text"), [("AIOCOMM_EAGER_MAX", "much"), ("AIOCOMM_CMA", "perhaps")])
 async def test_a_bad_setting_is_named(variable: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, text)
@@ -276,23 +410,30 @@ async def test_a_bad_world_is_refused(arguments: dict[str, Any], match: str) -> 
         await aiocomm.connect(**arguments)
 
 
-def test_five_gibibytes_arrive() -> None:
-    """Nothing on the way is counted in 32 bits. Touching the memory takes most of the time."""
+def test_five_gibibytes_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing on the way is counted in 32 bits. To touch the memory takes long: once for all ways."""
     nbytes = 5 << 30
     sent = np.zeros(nbytes, np.uint8)  # not touched, so not there
     marks = {0: 1, (1 << 31) - 1: 2, 1 << 31: 3, (1 << 32) - 1: 4, 1 << 32: 5, nbytes - 1: 6}
+    unmarked = [at for mark in marks for at in (mark ^ 1 << 31, mark ^ 1 << 32) if at < nbytes]
+    unmarked = [at for at in unmarked if at not in marks]
     for at, value in marks.items():
         sent[at] = value
+    out = np.empty(nbytes, np.uint8)
 
-    async def main() -> np.ndarray[Any, Any]:
-        async with world(2, warmup=True) as (a, b):
-            out = np.empty(nbytes, np.uint8)
+    async def main(link: str, path: str) -> None:
+        async with world(2, warmup=True, links=(link,)) as (a, b):
             posted = b.recv(out, 0)
             await a.send(sent, 1)
             assert (await posted).nbytes == nbytes
-            return out
+            paths = b.links[link].statistics().bytes_by_path
+            assert {name: count for name, count in paths.items() if count} == {path: nbytes}
 
-    out = asyncio.run(main())
-    assert {at: int(out[at]) for at in marks} == marks
+    for link, cma, path in [("shm", "auto", "cma"), ("shm", "off", "stream"), ("tcp", "auto", "stream")]:
+        monkeypatch.setenv("AIOCOMM_CMA", cma)
+        out[list(marks)] = 0
+        asyncio.run(main(link, path))
+        assert {at: int(out[at]) for at in marks} == marks, (link, cma)
+        assert not out[unmarked].any(), (link, cma)
     step = 1 << 28
     assert sum(np.count_nonzero(out[at : at + step]) for at in range(0, nbytes, step)) == len(marks)

@@ -28,7 +28,8 @@ uint16_t float_to_half(float value) {
   const int step = std::max(exponent - 11, -24);
   const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, -step)));
   // A carry out of the mantissa goes into the exponent by itself.
-  return sign | static_cast<uint16_t>(step == -24 && units < 1024 ? units : ((step + 25) << 10) + units - 1024);
+  return sign |
+         static_cast<uint16_t>(step == -24 && units < 1024 ? units : ((step + 25) << 10) + units - 1024);
 }
 
 float bfloat_to_float(uint16_t value) { return std::bit_cast<float>(uint32_t{value} << 16); }
@@ -48,9 +49,9 @@ void each(const Kernel& kernel, std::byte* out, const std::byte* left, const std
     std::memcpy(&r, right + at, sizeof r);
     auto a = load(l), b = load(r);
     using Value = decltype(a);
-    Value result = kernel.by               ? static_cast<Value>(a / static_cast<Value>(kernel.by))
-                   : kernel.op == "sum"    ? static_cast<Value>(a + b)
-                   : kernel.op == "prod"   ? static_cast<Value>(a * b)
+    Value result = kernel.by             ? static_cast<Value>(a / static_cast<Value>(kernel.by))
+                   : kernel.op == "sum"  ? static_cast<Value>(a + b)
+                   : kernel.op == "prod" ? static_cast<Value>(a * b)
                    : (kernel.op == "min" ? a < b : a > b) || a != a ? a
                                                                     : b;
     const Stored stored = save(result);
@@ -59,14 +60,15 @@ void each(const Kernel& kernel, std::byte* out, const std::byte* left, const std
 }
 
 template <typename Value>
-void plain(const Kernel& kernel, std::byte* out, const std::byte* left, const std::byte* right, size_t nbytes) {
+void plain(const Kernel& kernel, std::byte* out, const std::byte* left, const std::byte* right,
+           size_t nbytes) {
   auto same = [](Value value) { return value; };
   each<Value>(kernel, out, left, right, nbytes, same, same);
 }
 
-const std::map<std::string, size_t> kItems = {
-    {"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"int8", 1},  {"uint8", 1},
-    {"int16", 2},   {"uint16", 2},  {"int32", 4},   {"uint32", 4},   {"int64", 8}, {"uint64", 8}};
+const std::map<std::string, size_t> kItems = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2},
+                                              {"int8", 1},    {"uint8", 1},   {"int16", 2},   {"uint16", 2},
+                                              {"int32", 4},   {"uint32", 4},  {"int64", 8},   {"uint64", 8}};
 
 }  // namespace
 
@@ -81,7 +83,8 @@ void Kernel::run(std::byte* out, const std::byte* left, const std::byte* right, 
   if (dtype == "uint32") return plain<uint32_t>(*this, out, left, right, nbytes);
   if (dtype == "int64") return plain<int64_t>(*this, out, left, right, nbytes);
   if (dtype == "uint64") return plain<uint64_t>(*this, out, left, right, nbytes);
-  if (dtype == "float16") return each<uint16_t>(*this, out, left, right, nbytes, half_to_float, float_to_half);
+  if (dtype == "float16")
+    return each<uint16_t>(*this, out, left, right, nbytes, half_to_float, float_to_half);
   each<uint16_t>(*this, out, left, right, nbytes, bfloat_to_float, float_to_bfloat);
 }
 

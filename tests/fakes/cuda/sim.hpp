@@ -60,7 +60,17 @@ struct Stream;
 using StreamPtr = std::shared_ptr<Stream>;
 
 struct Op {
-  enum class Kind { copy, fill, kernel, host_function, record, wait_event, write_value, wait_value, free_memory };
+  enum class Kind {
+    copy,
+    fill,
+    kernel,
+    host_function,
+    record,
+    wait_event,
+    write_value,
+    wait_value,
+    free_memory
+  };
   explicit Op(Kind what, EngineKind where = EngineKind::local) : kind(what), engine(where) {}
   Kind kind;
   EngineKind engine;

@@ -1,0 +1,99 @@
+"""`comm.from_thread`: blocking twins, called from other threads while the loop runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+from harness import world
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import Pair
+
+pytestmark = pytest.mark.anyio
+
+
+async def elsewhere(call: Callable[[], Any]) -> Any:
+    """What a call from another thread gives, while this loop runs."""
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+
+
+async def test_messages_both_ways(pair: Pair) -> None:
+    a, b = pair
+    sent, got = np.arange(300_000), np.zeros(300_000, int)
+
+    async def receive() -> None:
+        status = await elsewhere(lambda: b.from_thread.recv(got, 0, tag=4))
+        assert status == (0, 4, sent.nbytes)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(receive)
+        assert await elsewhere(lambda: a.from_thread.send(sent, 1, tag=4)) is None
+    np.testing.assert_array_equal(got, sent)
+    await elsewhere(lambda: a.from_thread.send(np.ones((2, 3), np.float32), 1, channel=a.default))
+    array = await elsewhere(lambda: b.from_thread.recv_array(0))
+    assert (array.shape, array.dtype) == ((2, 3), np.float32)
+
+
+async def test_one_sided(pair: Pair) -> None:
+    a, b = pair
+    memory, got = bytearray(8), bytearray(8)
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        await elsewhere(lambda: a.from_thread.put(b"12345678", remote, notify=b"n"))
+        assert bytes(memory) == b"12345678"
+        assert (await anext(b.notifications())).payload == b"n"
+        await elsewhere(lambda: a.from_thread.get(remote, got))
+    assert bytes(got) == b"12345678"
+
+
+async def test_errors_come_out_of_the_call(pair: Pair) -> None:
+    a, _ = pair
+    with pytest.raises(aiocomm.UsageError, match="no rank 9"):
+        await elsewhere(lambda: a.from_thread.send(b"x", 9))
+    with pytest.raises(aiocomm.DeadlineExceeded, match="recv of 1 bytes from rank 1"):
+        await elsewhere(lambda: a.from_thread.recv(bytearray(1), 1, deadline=0.01))
+    with pytest.raises(aiocomm.UsageError, match="would block its own event loop: await"):
+        a.from_thread.send(b"x", 1)
+
+
+async def test_closing_ends_the_calls() -> None:
+    async with world(2, warmup=True) as (a, _):
+        ended: list[BaseException] = []
+
+        async def wait() -> None:
+            try:
+                await elsewhere(lambda: a.from_thread.recv(bytearray(1), 1))
+            except aiocomm.ClosedError as error:
+                ended.append(error)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            while not a.statistics().posted_receives:
+                await anyio.lowlevel.checkpoint()
+            await a.aclose()
+        assert len(ended) == 1
+        with pytest.raises(aiocomm.ClosedError):
+            await elsewhere(lambda: a.from_thread.recv(bytearray(1), 1))
+
+
+async def test_a_closed_channel_ends_the_calls_on_it(pair: Pair) -> None:
+    a, _ = pair
+    channel = a.channel("given up")
+
+    async def wait() -> None:
+        with pytest.raises(aiocomm.ClosedError, match="closed"):
+            await elsewhere(lambda: a.from_thread.recv(bytearray(1), 1, channel=channel))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        while not a.statistics().posted_receives:
+            await anyio.lowlevel.checkpoint()
+        channel.close()
