@@ -170,11 +170,7 @@ std::vector<std::string> Engine::link_names() const {
   return names;
 }
 
-Link& Engine::link(const std::string& name) {
-  for (size_t i = 0; i < links_.size(); ++i)
-    if (link_names_[i] == name) return *links_[i];
-  throw std::invalid_argument("no link named '" + name + "' is enabled");
-}
+Link& Engine::link(const std::string& name) { return *links_[link_index(name)]; }
 
 uint64_t Engine::now() const {
   timespec t;
@@ -250,10 +246,8 @@ bool Engine::spin(uint64_t until_ns) {
   uint64_t began = now(), last = began;
   bool patient = patience_.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
-  // A copy that ends soon is worth a longer spin, and says nothing of the peer.
-  const uint64_t due = asked ? device_.take_due() : 0;
-  until_ns = std::max(began + patience_.stretched(asked), due);
-  patient = patient || due > began;
+  until_ns = began + patience_.stretched(asked);
+  const uint64_t own_end = until_ns;
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
@@ -274,7 +268,12 @@ bool Engine::spin(uint64_t until_ns) {
     }
     uint64_t t = now();
     taken = t - last > kTakenNs;
-    if (t >= until_ns || taken || !patient) break;
+    if (t >= until_ns || taken || !patient) {
+      // A copy that ends soon is worth a longer spin, and says nothing of the peer.
+      const uint64_t due = asked && !taken ? device_.take_due() : 0;
+      if (due <= t) break;
+      until_ns = due, patient = true;
+    }
     last = t;
     if (!has_completed()) relax();
   }
@@ -282,7 +281,7 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && asked && due <= began) patience_.spun(found, taken, began, last, asked);
+  if (patient && asked && until_ns == own_end) patience_.spun(found, taken, began, last, asked);
   return found;
 }
 
