@@ -21,7 +21,7 @@ _PROGRAMS = {"floor-copies": "gpu_floor", "nccl-torch": "gpu_nccl", "nixl-gpu": 
     _MODES, "gpu_ours"
 )
 
-NAMES = tuple(_PROGRAMS)
+NAMES = (*_PROGRAMS, "copies-writes", "copies-words")
 
 
 def _missing(name: str) -> str:
@@ -79,6 +79,8 @@ _COLUMNS = (
     Column("pages_get_gbytes_s/scattered", "got,\nGB/s", 1, "higher"),
     Column("all_gather_gbytes_s/128MiB", "all_gather of\n128 MiB, GB/s", 1, "higher"),
     Column("all_gather_us/64KiB", "of 64 KiB\nµs", 1),
+    Column("all_reduce_us/256MiB", "all_reduce of\n256 MiB, µs", 0),
+    Column("all_reduce_us/64KiB", "of 64 KiB\nµs", 1),
     Column("share_of_3", "share of\nweight 3 of 4", 3, "neither"),
     Column("launches_kept", "launches ÷\nalone", 3, "higher"),
     Column("p99_us/beside_first", "p99 beside\nfirst sends, µs", 1),
@@ -117,6 +119,14 @@ SUITE = Suite(
         ),
         Rule(
             "scattered pages ÷ raw batch", "aiocomm-gpu-spin", "pages_gbytes_s/scattered", ">=", 0.97, _FLOOR
+        ),
+        Rule(
+            "all_reduce 256 MiB ÷ NCCL's",
+            "aiocomm-gpu-spin",
+            "all_reduce_us/256MiB",
+            "<=",
+            1.1,
+            ("nccl-torch",),
         ),
         Rule("weights 3:1, error of a share", "aiocomm-gpu-spin", "share_error", "<=", 0.05),
         Rule("launches beside copies ÷ alone", "aiocomm-gpu-spin", "launches_kept", ">=", 0.96),

@@ -12,8 +12,20 @@ from .model import Column, Rule, Subject, Suite
 if TYPE_CHECKING:
     from .model import Metrics, Options
 
-_PROGRAMS = {"floor-copies": "child_floor", "nccl-torch": "child_nccl", "aiocomm-gpu": "child_ours"}
-_KINDS = {"floor-copies": "floor", "nccl-torch": "peer"}
+_PROGRAMS = {
+    "floor-copies": "child_floor",
+    "copies-writes": "child_floor",
+    "copies-words": "child_floor",
+    "nccl-torch": "child_nccl",
+    "aiocomm-gpu": "child_ours",
+}
+_KINDS = {
+    "floor-copies": "floor",
+    "copies-writes": "handmade",
+    "copies-words": "handmade",
+    "nccl-torch": "peer",
+}
+_TOLD = {"copies-writes": "write", "copies-words": "copy"}
 _KERNELS = {
     "matmul2048": "matmul\n2048",
     "matmul8192": "matmul\n8192",
@@ -44,7 +56,8 @@ def measure(name: str, options: Options) -> Metrics:
     """Take one sample."""
     program = f"{__package__}.gpu_compute_child:{_PROGRAMS[name]}"
     arguments = {"seconds": 0.2, "turns": 3} if options.quick else {"seconds": 0.3, "turns": 5}
-    found: Metrics = pair.run(program, arguments, options.timeout_s)[0]
+    told = {"told": _TOLD.get(name, "")}
+    found: Metrics = pair.run(program, arguments | told, options.timeout_s)[0]
     return found
 
 

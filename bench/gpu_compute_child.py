@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .model import Metrics
 
 
+# Of all subjects the same: one array that fits into the GPU's cache would disturb the kernels less.
+_ARRAYS, _EACH = 4, 64 * MIB
+
+
 def _kernels(torch: Any) -> dict[str, Callable[[], Any]]:
     def square(n: int, m: int, k: int) -> Callable[[], Any]:
         a = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
@@ -93,7 +97,7 @@ def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
     import torch
 
     torch.cuda.set_device(role)
-    arrays = [torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    arrays = [torch.zeros(_EACH, dtype=torch.uint8, device="cuda") for _ in range(_ARRAYS)]
     torch.cuda.synchronize()
     running, wanted, stopping = threading.Event(), threading.Event(), threading.Event()
     state: dict[str, float] = {}
@@ -174,13 +178,17 @@ async def _flow(
 
 
 def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
-    """The same by raw copies, which a thread keeps queued."""
+    """The same by raw copies, which a thread keeps queued.
+
+    With `told`, each is followed by what tells a reader of host memory that it has ended: a value that the
+    stream writes, or a word that it copies.
+    """
     import torch
 
     torch.cuda.set_device(role)
     torch.zeros(1, device="cuda")
     driver = Driver(role)
-    memory = driver.allocate(64 * MIB)
+    memory = driver.allocate(_ARRAYS * _EACH)
     peer = driver.open(control.swap(memory.handle()))
     if role == 1:
         control.recv()
@@ -188,6 +196,12 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
     stop = threading.Event()
     threads: list[threading.Thread] = []
     state = {"moved": 0.0, "start": 0.0}
+    word = driver.pinned(4096)
+    tell = {
+        "": lambda stream: None,
+        "write": lambda stream: driver.write(word, stream),
+        "copy": lambda stream: driver.copy(word, memory.address, 4, stream),
+    }[arguments.get("told", "")]
 
     def flow() -> None:
         mine = Driver(role)  # the context, on this thread
@@ -196,8 +210,10 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
         while not stop.is_set():
             stream = streams[number % 2]
             mine.wait(stream)
-            mine.copy(peer, memory.address, memory.nbytes, stream)
-            state["moved"] += memory.nbytes
+            at = number % _ARRAYS * _EACH
+            mine.copy(peer + at, memory.address + at, _EACH, stream)
+            tell(stream)
+            state["moved"] += _EACH
             number += 1
         for stream in streams:
             mine.wait(stream)
@@ -235,7 +251,7 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
         world_size=2,
         device_id=torch.device("cuda", role),
     )
-    data = torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")
+    arrays = [torch.zeros(_EACH, dtype=torch.uint8, device="cuda") for _ in range(_ARRAYS)]
     stream = torch.cuda.Stream()
     state = {"moved": 0.0, "start": 0.0}
     go = torch.zeros(1, dtype=torch.uint8, device="cuda")
@@ -253,13 +269,13 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
                     more = bool(go.item())
                 if not more:
                     return
-                for _ in range(8):
+                for data in arrays + arrays:
                     if role == 0:
                         dist.send(data, 1)
                     else:
                         dist.recv(data, 0)
                 stream.synchronize()
-                state["moved"] += 8 * data.nbytes
+                state["moved"] += 2 * _ARRAYS * _EACH
 
     if role == 1:
         while control.recv() == "begin":

@@ -69,6 +69,10 @@ class Driver:
         """Queue a copy."""
         self("cuMemcpyAsync", ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(nbytes), stream)
 
+    def write(self, word: int, stream: ctypes.c_void_p) -> None:
+        """Queue that a word of pinned memory becomes 1."""
+        self("cuStreamWriteValue32_v2", stream, ctypes.c_uint64(word), ctypes.c_uint32(1), 0)
+
     def copy_rows(
         self, to: tuple[int, int], source: tuple[int, int], nbytes: int, rows: int, stream: ctypes.c_void_p
     ) -> None:

@@ -103,6 +103,7 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     if role == 0:
         found.update(gpu_probe.calls(driver, own, peer))
         found.update(detour.measure("alone", 200))
+        found.update(gpu_probe.sleeping())
     control.swap("beside both ways")
     for _ in range(8):
         driver.copy(peer, own.address, large, stream)

@@ -47,6 +47,7 @@ tests() {
   # What no loop is named for.
   timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
+    tests/integration/test_gpu_reductions.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &
   wait
   for log in "$logs"/*; do

@@ -68,15 +68,12 @@ def _leg(driver: Driver, address: int, nbytes: int, towards: str) -> float:
     return nbytes / statistics.median(times[1:]) / 1e9
 
 
-async def _rate(comm: Any, role: int, array: Any, count: int) -> float:
-    """Median rate of messages from rank 0 to rank 1, each awaited, until the receiver has it."""
-    times = []
-    for _ in range(count + 2):
-        await comm.barrier()
-        start = time.perf_counter()
-        await (comm.send(array, 1, synchronous=True) if role == 0 else comm.recv(array, 0))
-        times.append(time.perf_counter() - start)
-    return float(array.nbytes / statistics.median(times[2:]) / 1e9)
+async def _time(comm: Any, role: int, array: Any) -> float:
+    """Of a message from rank 0 to rank 1, until both know that it is there."""
+    await comm.barrier()
+    start = time.perf_counter()
+    await (comm.send(array, 1, synchronous=True) if role == 0 else comm.recv(array, 0))
+    return time.perf_counter() - start
 
 
 async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
@@ -90,17 +87,26 @@ async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[s
     for carrier, links in (("shm", ("cuda",)), ("tcp", ("tcp", "cuda"))):
         comm = await ours.connect(role, control, *links)
         try:
-            legs[carrier] = await _rate(comm, role, arrays["host"], repeats)
+            leg_times = []
             for name, source, into, between in _WAYS:
                 if carrier not in between:
                     continue
-                if role == 0:
-                    gpu.fill(len(found) + 1)
-                found[f"gbytes_s/{name}"] = await _rate(comm, role, arrays[into if role else source], repeats)
+                array = arrays[into if role else source]
+                for _ in range(2):
+                    await _time(comm, role, array)
+                # In turns with the leg of the link alone, whose rate drifts.
+                times, ratios = [], []
+                for _ in range(repeats):
+                    alone = await _time(comm, role, arrays["host"])
+                    times.append(await _time(comm, role, array))
+                    leg_times.append(alone)
+                    slower = max(alone, *(nbytes / legs[leg] / 1e9 for leg in between if leg in legs))
+                    ratios.append(slower / times[-1])
+                found[f"gbytes_s/{name}"] = nbytes / statistics.median(times) / 1e9
+                found[f"of_leg/{name}"] = statistics.median(ratios)
+            found[f"leg_gbytes_s/{carrier}"] = nbytes / statistics.median(leg_times) / 1e9
         finally:
             await comm.aclose()
-    for name, _, _, between in _WAYS:
-        found[f"of_leg/{name}"] = found[f"gbytes_s/{name}"] / min(legs[leg] for leg in between)
     return found | {f"leg_gbytes_s/{leg}": rate for leg, rate in legs.items()}
 
 

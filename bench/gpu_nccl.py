@@ -82,5 +82,14 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             torch.cuda.synchronize()
         halves.append((time.perf_counter() - start) / 2)
     found["half_us/64KiB"] = statistics.median(halves[100:]) * 1e6
+    for name, nbytes, count in (("256MiB", 256 * MIB, arguments["repeats"]), ("64KiB", small, 300)):
+        floats = data[:nbytes].view(torch.float32)
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            dist.all_reduce(floats)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        found[f"all_reduce_us/{name}"] = statistics.median(times[len(times) // 4 :]) * 1e6
     control.swap("done")
     return found if role == 0 else {}

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from aiocomm._device import NO_STREAM
+
 from . import figures, gpu_blocks, work
 from .gpu_driver import Driver, Kernel
 from .peers import ours
@@ -77,10 +79,16 @@ async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
         done = await anext(completions)
         moved[done.kind].append(done.moved_s)
     await completions.aclose()
+    # Described beforehand, and with no stream to look at: what those two cost.
+    known = [(x, x.address, x.nbytes, x.driver.device, NO_STREAM, "B", x.shape) for x in (data, into)]
+    halves = await _ping_pong(comm, role, *known, 1000)
     await comm.barrier()
-    return {f"part_us/call_{name}": statistics.median(times[:500]) * 1e6 for name, times in calls.items()} | {
-        f"part_us/moved_{name}": statistics.median(times) * 1e6 for name, times in moved.items()
-    }
+    found = {"half_us_known/64KiB": statistics.median(halves) * 1e6}
+    return (
+        found
+        | {f"part_us/call_{name}": statistics.median(times[:500]) * 1e6 for name, times in calls.items()}
+        | {f"part_us/moved_{name}": statistics.median(times) * 1e6 for name, times in moved.items()}
+    )
 
 
 async def _both_ways(comm: Any, role: int, data: Memory, into: Memory, count: int) -> float:
@@ -234,6 +242,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     found.update(await _gathers(comm, role, data, into, repeats))
     found.update(await _shares(comm, role, one))
     found.update(await _first_sends(comm, role, driver, urgent, urgent_data, urgent_into))
+    found.update(await _reduces(comm, data, repeats))
     found.update(await _launches(comm, role, driver, bulk, one))
     return found
 
@@ -316,6 +325,30 @@ async def _gathers(comm: Any, role: int, data: Memory, into: Memory, repeats: in
     return found
 
 
+class _Floats:
+    """Device memory as float32."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        seen = memory.__cuda_array_interface__
+        self.__cuda_array_interface__ = seen | {"typestr": "<f4", "shape": (memory.nbytes // 4,)}
+
+
+async def _reduces(comm: Any, data: Memory, repeats: int) -> Metrics:
+    """all_reduce of float32 in place, in µs."""
+    found: Metrics = {}
+    for name, nbytes, count in (("256MiB", 256 * MIB, repeats), ("64KiB", 64 * KIB, 300)):
+        x = _Floats(data[:nbytes])
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            await comm.all_reduce(x, sm_budget=16)
+            times.append(time.perf_counter() - start)
+        found[f"all_reduce_us/{name}"] = statistics.median(times[len(times) // 4 :]) * 1e6
+    await comm.barrier()
+    return found
+
+
 async def _shares(comm: Any, role: int, arrays: list[Memory]) -> Metrics:
     heavy, light = comm.channel("bench-heavy", weight=3.0), comm.channel("bench-light", weight=1.0)
     large, small = 16 * MIB, 4 * MIB
@@ -385,38 +418,38 @@ async def _launches(comm: Any, role: int, driver: Driver, bulk: Any, arrays: lis
     def count() -> float:
         start = time.perf_counter()
         launched = 0
-        while time.perf_counter() - start < 0.06:
+        while time.perf_counter() - start < 0.03:
             for _ in range(100):
                 launch()
             launched += 100
         driver.wait(stream)
         return launched / (time.perf_counter() - start)
 
-    count()
-    await comm.barrier()
-    alone = count()
-    await comm.barrier()
     # Submitted in advance: the loop's thread is busy with launching, and the copy thread goes on by itself.
-    count_ahead = 1500
+    count_ahead = 1000
     small = [arrays[at // 4][at % 4 * 16 * MIB : (at % 4 + 1) * 16 * MIB] for at in range(16)]
-    ahead = [comm.send(small[0], 1, tag=_END) for _ in range(count_ahead)] if role == 0 else []
-    await comm.barrier()
-    beside = 0.0
-    if role == 0:
-        beside = count()
-    else:
-        await _receive_all(comm, small, count_ahead)
-    done_ahead = sum(transfer.done() for transfer in ahead)
-    for transfer in ahead:
-        await transfer
-    await comm.barrier()
-    again = count()
-    if role == 0 and done_ahead == count_ahead:
-        beside = math.nan  # the copies were over too early: nothing was measured
+    count()
+    alone, beside = [], []
+    for _ in range(5):
+        await comm.barrier()
+        alone.append(count())
+        await comm.barrier()
+        ahead = [comm.send(small[0], 1, tag=_END) for _ in range(count_ahead)] if role == 0 else []
+        await comm.barrier()
+        if role == 0:
+            found = count()
+            # Over too early: nothing was measured.
+            beside.append(math.nan if all(transfer.done() for transfer in ahead) else found)
+        else:
+            await _receive_all(comm, small, count_ahead)
+            beside.append(0.0)
+        for transfer in ahead:
+            await transfer
+    kept = [b / a for a, b in zip(alone, beside, strict=True)]
     return {
-        "launches_s/alone": (alone + again) / 2,
-        "launches_s/beside": beside,
-        "launches_kept": beside / ((alone + again) / 2),
+        "launches_s/alone": statistics.median(alone),
+        "launches_s/beside": statistics.median(beside),
+        "launches_kept": statistics.median(kept),
     }
 
 

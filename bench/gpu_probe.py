@@ -6,6 +6,7 @@ All in microseconds. A call by ctypes takes some itself: `call_us/nothing` says 
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import threading
 import time
@@ -65,6 +66,39 @@ def calls(driver: Driver, own: Memory, peer: int) -> Metrics:
         ),
         "call_us/copy": statistics.median(issued["copy"]),
         "call_us/write": statistics.median(issued["write"]),
+    }
+
+
+def sleeping() -> Metrics:
+    """How late a timer of 2 ms is, and a thread that has slept as long and is woken by another."""
+    clock = time.perf_counter
+    late, woken = [], []
+    for _ in range(100):
+        start = clock()
+        time.sleep(0.002)
+        late.append((clock() - start - 0.002) * 1e6)
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        for _ in range(100):
+            os.read(reader, 1)
+            woken.append(clock())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    rung = []
+    for _ in range(100):
+        time.sleep(0.002)  # the interpreter's lock is free
+        rung.append(clock())
+        os.write(writer, b"x")
+    thread.join()
+    os.close(reader)
+    os.close(writer)
+    waking = [(b - a) * 1e6 for a, b in zip(rung, woken, strict=True)]
+    return {
+        f"{name}_us/{part}": figures.percentile(times, share)
+        for name, times in (("timer_late", late), ("wake", waking))
+        for part, share in (("median", 0.5), ("p90", 0.9), ("max", 1.0))
     }
 
 

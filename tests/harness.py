@@ -115,8 +115,7 @@ def held() -> dict[str, int]:
             return sum(name.startswith(prefix) for name in os.listdir(folder))
         return 0
 
-    # Rings and arrays, of peers or for them. The page for wake-ups is the communicator's, which may be
-    # referred to.
+    # Rings and arrays, of peers or for them. The page for wake-ups is the communicator's, which may live.
     maps = Path("/proc/self/maps").read_text()
     shared = maps.count("memfd:aiocomm-pair") + maps.count("memfd:aiocomm-array")
     return {

@@ -5,6 +5,8 @@ Rules:
   when all headers have come and agree, and all steps have ended.
 - A step begins as soon as what it waits for has ended, so messages and reductions overlap. Reductions run on
   the loop's thread, a chunk at a time, while the engine moves the next chunks.
+- Reductions of GPU arrays are launched, and count as ended: what follows waits for their stream, on the GPU.
+  The call has ended once the host knows, by a message that waited so, that they have.
 - Failures end it as they end every `Flight`.
 """
 
@@ -17,18 +19,18 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio.lowlevel
 import numpy as np
 
-from aiocomm.collectives import headers
+from aiocomm.collectives import gpu, headers
 from aiocomm.collectives.exchange import Exchange
-from aiocomm.collectives.steps import TMP, Copy, Recv, Send
+from aiocomm.collectives.steps import OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from aiocomm.collectives.kernels import Scratch
     from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
-    from aiocomm.collectives.steps import Span
 
 __all__ = ["Call"]
 
@@ -44,6 +46,10 @@ class Call(Exchange):
         self._waits: list[int] = []
         self._left = 0
         self._memory: npt.NDArray[np.uint8] | None = None
+        self._device_memory: Scratch | None = None
+        self._launched = False
+        self._unproven = False  # kernels were launched after the last message that waits for them
+        self._divides = request.reduction is not None and request.reduction.mean
 
     async def run(self) -> None:
         """Do the call.
@@ -61,17 +67,21 @@ class Call(Exchange):
                 self._judge()
                 if self._data_error is None:
                     await self._advance()
-                if self._judged and not self._left and not self._flying:
+                if self._judged and not self._left and not self._flying and not self._prove():
                     return
                 await self._wait()
         except BaseException as error:
             await self._give_up(error)
+            if self._launched and self._request.reduction is not None:
+                self._request.reduction.kernels.synchronize()
             raise
         finally:
             del self._scope.calls[self._number]
             for memory in (self._slots, self._memory):
                 if memory is not None:
                     self._scope.give_back(memory)
+            if self._device_memory is not None:
+                self._scope.give_back_device(self._device_memory)
 
     # ------------------------------------------------------------ headers
 
@@ -121,7 +131,11 @@ class Call(Exchange):
 
     def _views(self, plan: Plan) -> dict[Any, npt.NDArray[np.uint8]]:
         views = self._request.views
-        if plan.scratch and TMP not in views:
+        reduction = self._request.reduction
+        if reduction is not None and TMP not in views:
+            self._device_memory = self._scope.device_scratch(reduction.kernels, max(plan.scratch, 2))
+            views[TMP] = gpu.view(self._device_memory)
+        elif plan.scratch and TMP not in views:
             self._memory = self._scope.scratch(plan.scratch)
             views[TMP] = self._memory
         return views
@@ -142,27 +156,70 @@ class Call(Exchange):
             step = plan.steps[index]
             if isinstance(step, Send | Recv):
                 span = step.source if isinstance(step, Send) else step.target
-                data = self._part(span, not plan.waits[index])
+                data = self._part(span, not plan.waits[index], plan.reduced[index])
                 self._post(type(step), (False, index), step.peer, data, 1 + plan.numbers[index])
                 continue
-            if self._request.on_gpu:
+            if not self._request.on_gpu:
+                self._local(step)
+            elif isinstance(step, Reduce):
+                self._launch(step)
+            else:
                 self._copy_on_gpu(index, step)
                 continue
-            self._local(step)
             self._end(index)
             if time.monotonic() > breath:
                 await anyio.lowlevel.checkpoint()
                 breath = time.monotonic() + _BREATH_S
 
-    def _part(self, span: Span, first: bool) -> Any:
-        """Bytes of a buffer; of a GPU's, they wait for its stream where no earlier step of the call has."""
-        view = self._request.views[span.buffer]
-        if self._request.on_gpu:
-            return view.part(span.start, span.stop, first)
-        return view[span.start : span.stop]
+    def _part(self, span: Span, first: bool, reduced: bool = False) -> Any:
+        """Bytes of a buffer; of a GPU's, they wait for its stream where no earlier step of the call has.
 
-    def _copy_on_gpu(self, index: int, step: Any) -> None:
-        """Copy as a message to oneself: `Copy` is the only local step of GPU arrays."""
+        Args:
+            reduced: they wait for the kernels that were launched.
+        """
+        view, reduction = self._request.views[span.buffer], self._request.reduction
+        if not self._request.on_gpu:
+            return view[span.start : span.stop]
+        if reduced and reduction is not None:
+            self._unproven = False
+            return view.part(span.start, span.stop, False, reduction.kernels.stream)
+        return view.part(span.start, span.stop, first)
+
+    def _launch(self, step: Reduce) -> None:
+        """Queue the kernel of a step."""
+        reduction = self._request.reduction
+        assert reduction is not None
+        if not self._launched:
+            reduction.begin()
+        self._launched = self._unproven = True
+        target, left, right = (
+            self._request.views[span.buffer].address + span.start
+            for span in (step.target, step.left, step.right)
+        )
+        reduction.combine(target, left, right, step.target.nbytes)
+
+    def _prove(self) -> bool:
+        """Post what ends when the kernels have, where nothing else was; False: all is done."""
+        reduction = self._request.reduction
+        if reduction is None:
+            return False
+        if self._divides and (result := self._request.views.get(OUT)) is not None and result.nbytes:
+            self._divides = False
+            if not self._launched:
+                reduction.begin()
+            self._launched = self._unproven = True
+            reduction.divide(result, self._group.size)
+        if not self._unproven:
+            return False
+        assert self._plan is not None
+        here, last = self._group.rank, len(self._plan.steps)
+        word = Span(TMP, 0, 1), Span(TMP, 1, 2)
+        self._post(Recv, (False, ~last), here, self._part(word[1], False, True), 1 + last)
+        self._post(Send, (False, ~last - 1), here, self._part(word[0], False, True), 1 + last)
+        return True
+
+    def _copy_on_gpu(self, index: int, step: Copy) -> None:
+        """Copy as a message to oneself."""
         here, tag = self._group.rank, 1 + index
         self._post(Recv, (False, index), here, self._part(step.target, True), tag)
         self._post(Send, (False, ~index), here, self._part(step.source, True), tag)

@@ -1,6 +1,6 @@
 """GPU arrays as arguments of collectives, whose schedules move their bytes by the copy engines.
 
-No algorithm that needs scratch memory, and none that computes, is run on them.
+Only reductions compute, and need scratch memory: see `kernels`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
 from aiocomm._operations import on_gpu
+from aiocomm.collectives.arrays import MEAN, OPERATORS
+from aiocomm.collectives.kernels import device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
     from aiocomm._device import Description
     from aiocomm._operations import Operations
+    from aiocomm.collectives.kernels import Kernels, Scratch
     from aiocomm.collectives.plan import Plan
 
-__all__ = ["GpuArray", "check_plan", "choose", "chunk_bytes", "flat"]
+__all__ = ["GpuArray", "Reduction", "check_plan", "choose", "chunk_bytes", "flat", "reduction", "view"]
 
 _CHAIN_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
 _LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
 _CHUNKS: Final = 32
+_REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
+_ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
+_REDUCTIONS: Final = ("reduce", "reduce_scatter", "all_reduce")
+SM_BUDGET: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +76,23 @@ class GpuArray:
         """Of its first byte."""
         return self._described[1]
 
-    def part(self, start: int, stop: int, waits: bool) -> Description:
+    @property
+    def stream(self) -> int:
+        """Handle of the stream whose work it waits for."""
+        return self._described[4]
+
+    def device(self) -> int:
+        """Ordinal of its GPU."""
+        return self._described[3] if self._described[3] >= 0 else device_of(self.address)
+
+    def part(self, start: int, stop: int, waits: bool, stream: int = NO_STREAM) -> Description:
         """Bytes of it.
 
         Args:
             waits: for the work of its stream; else an earlier step of the call has done so.
+            stream: waited for where `waits` is not set.
         """
-        return part_of(self._described, start, stop - start, None if waits else NO_STREAM)
+        return part_of(self._described, start, stop - start, None if waits else stream)
 
 
 def flat(comm: Operations, x: Any, name: str, writable: bool, stream: Any) -> GpuArray | None:
@@ -98,14 +115,17 @@ def flat(comm: Operations, x: Any, name: str, writable: bool, stream: Any) -> Gp
 
 def choose(operation: str, size: int, nbytes: int) -> str:
     """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
+    if operation == "all_reduce" and nbytes <= _ONE_SHOT:
+        return "one_shot"
     if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
         return "chain"
     return "direct"
 
 
-def chunk_bytes(block: int, item: int) -> int:
-    """Bytes of the parts into which a block is cut where it is passed on."""
-    wanted = max(block // _CHUNKS, min(block, _LEAST_CHUNK), 1)
+def chunk_bytes(operation: str, block: int, item: int) -> int:
+    """Bytes of the parts into which a block is cut where it is passed on, or reduced."""
+    chunks = _REDUCED_CHUNKS if operation in _REDUCTIONS else _CHUNKS
+    wanted = max(block // chunks, min(block, _LEAST_CHUNK), 1)
     return max(item, wanted // item * item)
 
 
@@ -113,10 +133,73 @@ def check_plan(plan: Plan) -> None:
     """Refuse what takes more than copies.
 
     Raises:
-        UsageError: the algorithm needs scratch memory.
+        UsageError: the algorithm needs scratch memory for its copies.
     """
-    if plan.scratch:
+    if plan.scratch and plan.operation not in _REDUCTIONS:
         raise UsageError(
             f"{plan.operation} of GPU arrays by {plan.algorithm} needs scratch memory on the GPU: leave "
             "algorithm= out"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """What the `Reduce` steps of a call launch."""
+
+    kernels: Kernels
+    dtype: str
+    op: str
+    itemsize: int
+    sm_budget: int
+    streams: frozenset[int]  # of the user's arrays
+    mean: bool
+
+    def begin(self) -> None:
+        """Have the kernels wait for the work that made the user's arrays."""
+        for stream in self.streams:
+            self.kernels.follow(stream)
+
+    def combine(self, target: int, left: int, right: int, nbytes: int) -> None:
+        """Queue a step; the arguments are addresses."""
+        count = nbytes // self.itemsize
+        self.kernels.combine(self.dtype, self.op, target, left, right, count, self.itemsize, self.sm_budget)
+
+    def divide(self, target: GpuArray, by: int) -> None:
+        """Queue that a sum becomes a mean."""
+        count = target.nbytes // self.itemsize
+        self.kernels.divide(self.dtype, self.op, target.address, count, self.itemsize, by, self.sm_budget)
+
+
+def reduction(op: str, arrays: list[GpuArray], sm_budget: int | None) -> Reduction:
+    """Make ready what a reduction of these arrays launches.
+
+    Raises:
+        UsageError: there is no such reduction, the arrays are on several GPUs, or it cannot be compiled here.
+    """
+    if op not in OPERATORS:
+        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    budget = SM_BUDGET if sm_budget is None else sm_budget
+    if not isinstance(budget, int) or budget < 1:
+        raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
+    dtype = arrays[0].dtype.name
+    if op == MEAN and not dtype.startswith(("float", "bfloat")):
+        raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
+    try:
+        devices = {array.device() for array in arrays if array.nbytes}
+        if len(devices) > 1:
+            raise UsageError(f"out and x are on different GPUs ({devices}): reduce on one of them")
+        kernels = kernels_of(min(devices, default=0))
+        combined = "sum" if op == MEAN else op
+        kernels.prepare(dtype, combined)
+    except (LinkError, OSError) as error:
+        raise UsageError(f"cannot reduce on this GPU: {error}") from error
+    streams = frozenset(array.stream for array in arrays if array.nbytes)
+    return Reduction(
+        kernels, dtype, combined, arrays[0].dtype.itemsize, budget, streams - {NO_STREAM}, op == MEAN
+    )
+
+
+def view(scratch: Scratch) -> GpuArray:
+    """Scratch memory as an array."""
+    nbytes = scratch.nbytes
+    return GpuArray((scratch, scratch.address, nbytes, scratch.device, NO_STREAM, "B", (nbytes,)))

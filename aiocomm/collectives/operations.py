@@ -47,9 +47,11 @@ class Collectives:
     All ranks call the same operations in the same order on a channel; calls on different channels, and calls
     of one channel that overlap, do not wait for each other. Common to all:
 
-    - Arrays are host arrays of any library, contiguous in C order. `out` and `x` are seen as flat. Where
-      nothing is computed they may be GPU arrays, on all ranks.
+    - Arrays are host arrays of any library, contiguous in C order, or GPU arrays on all ranks. `out` and `x`
+      are seen as flat.
     - `stream`: of GPU arrays, as for `send` and `recv`.
+    - `sm_budget`: streaming multiprocessors that a reduction of GPU arrays may use at once, default 8. What
+      only moves uses none.
     - `root` is a rank of the group.
     - `algorithm`: instead of the one that the cost model chooses; the same on all ranks.
     - `channel`: whose priority and weight apply, default `comm.default`.
@@ -384,12 +386,15 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Reduce the arrays of all ranks, elementwise, to the root.
 
         Args:
             x: at the root it becomes the result, unless there is `out`.
-            op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype.
+            op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype; on GPUs those of 16 bits
+                in float32, rounded after each pair.
             out: the result; at the root only.
         """
         into = None
@@ -398,7 +403,17 @@ class Collectives:
         given = None if into is x else x
         await self._collect(
             "reduce",
-            lambda g: reductions.reduced(g, "reduce", x, op, out=out, root=root, algorithm=algorithm),
+            lambda g: reductions.reduced(
+                g,
+                "reduce",
+                x,
+                op,
+                out=out,
+                root=root,
+                algorithm=algorithm,
+                stream=stream,
+                sm_budget=sm_budget,
+            ),
             channel,
             deadline,
             _shape(into, given, "reduce", root, op, algorithm),
@@ -416,6 +431,8 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Reduce the arrays of all ranks, elementwise, and give each rank its block of the result.
 
@@ -428,7 +445,15 @@ class Collectives:
         await self._collect(
             "reduce_scatter",
             lambda g: reductions.reduced(
-                g, "reduce_scatter", x, op, out=out, algorithm=algorithm, counts=counts
+                g,
+                "reduce_scatter",
+                x,
+                op,
+                out=out,
+                algorithm=algorithm,
+                counts=counts,
+                stream=stream,
+                sm_budget=sm_budget,
             ),
             channel,
             deadline,
@@ -446,6 +471,8 @@ class Collectives:
         algorithm: str | None = None,
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Reduce the arrays of all ranks, elementwise, to all ranks, which get the same bits.
 
@@ -457,7 +484,9 @@ class Collectives:
         """
         await self._collect(
             "all_reduce",
-            lambda g: reductions.reduced(g, "all_reduce", x, op, out=out, algorithm=algorithm),
+            lambda g: reductions.reduced(
+                g, "all_reduce", x, op, out=out, algorithm=algorithm, stream=stream, sm_budget=sm_budget
+            ),
             channel,
             deadline,
             _shape(x, None, "all_reduce", op, algorithm)

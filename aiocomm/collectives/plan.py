@@ -39,6 +39,7 @@ class Plan:
     followers: tuple[tuple[int, ...], ...]
     numbers: tuple[int, ...]  # of a message among those of its pair
     first: tuple[int, ...]  # steps that wait for nothing
+    reduced: tuple[bool, ...]  # steps that wait for a reduction
     eager: Eager | None
 
 
@@ -51,7 +52,7 @@ def make_plan(operation: str, algorithm: str, problem: Problem, eager: bool, on_
     """
     largest = max((*problem.receives, *problem.sends, 1))
     item = problem.item
-    chunk = gpu.chunk_bytes(largest, item) if on_gpu else chunk_bytes(operation, largest, item)
+    chunk = gpu.chunk_bytes(operation, largest, item) if on_gpu else chunk_bytes(operation, largest, item)
     problem = replace(problem, chunk=chunk)
     schedule = build(operation, algorithm, problem)
     needed = dependencies(schedule.steps)
@@ -76,6 +77,7 @@ def make_plan(operation: str, algorithm: str, problem: Problem, eager: bool, on_
         tuple(tuple(f) for f in followers),
         tuple(numbers),
         tuple(i for i, n in enumerate(needed) if not n),
+        tuple(any(isinstance(schedule.steps[e], Reduce) for e in n) for n in needed),
         _one_round(schedule.steps, needed) if eager and single else None,
     )
 

@@ -6,16 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm._operations import on_gpu
-from aiocomm.collectives.arrays import MEAN, dtype_name, flat, operator
-from aiocomm.collectives.requests import Request, bytes_of, counts_of, find_plan, root_of, same_dtype
+from aiocomm.collectives import gpu
+from aiocomm.collectives.arrays import MEAN, dtype_name, operator
+from aiocomm.collectives.requests import (
+    Request,
+    bytes_of,
+    counts_of,
+    find_plan,
+    flat_anywhere,
+    overlap,
+    root_of,
+    same_dtype,
+)
 from aiocomm.collectives.steps import IN, OUT, Problem, even
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
     from aiocomm.collectives.steps import Name
     from aiocomm.group import Group
@@ -33,20 +40,16 @@ def reduced(
     root: int = 0,
     algorithm: str | None = None,
     counts: Sequence[int] | None = None,
+    stream: Any = None,
+    sm_budget: int | None = None,
 ) -> Request:
     """reduce, all_reduce, reduce_scatter."""
     size, rank = group.size, group.rank
     root = root_of(group, root)
-    if any(one is not None and on_gpu(group._comm._engine, one, False, None) for one in (x, out)):
-        raise UsageError(
-            f"{operation} computes, and this version computes in host memory only: copy the array to the "
-            "host (`.cpu()`, `.get()`), or gather the parts on the GPU and reduce them there"
-        )
     gets = operation != "reduce" or rank == root
     in_place = out is None
-    source = flat(x, "x", writable=in_place and gets)
-    target = (source if in_place else flat(out, "out", writable=True)) if gets else None
-    ufunc = operator(op, source.dtype)
+    source = flat_anywhere(group, x, "x", in_place and gets, stream)
+    target = (source if in_place else flat_anywhere(group, out, "out", True, stream)) if gets else None
     item = source.dtype.itemsize
     if operation == "reduce_scatter":
         per = _shares(source.shape[0], size, counts)
@@ -56,18 +59,25 @@ def reduced(
         receives = (source.nbytes,) if operation == "reduce" else even(source.nbytes, item, size)
         wanted, said = source.shape[0], f"{source.shape[0]}"
     if target is not None and not in_place:
+        shared = overlap(target, source)
         same_dtype(target, source)
         if target.shape[0] != wanted:
             raise UsageError(f"out has {target.shape[0]} elements, the result {wanted}")
-        if np.may_share_memory(target, source):
+        if shared:
             raise UsageError("out and x overlap; leave out out to reduce in place")
     text = f"{op} {dtype_name(source.dtype)} ({said})" + (f" root {root}" if operation == "reduce" else "")
     problem = Problem(rank, size, root, (), receives, item, in_place=in_place and gets)
-    plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text)
-    views: dict[Name, NDArray[np.uint8]] = {IN: bytes_of(source)}
+    views: dict[Name, Any] = {IN: bytes_of(source)}
     if target is not None:
         views[OUT] = bytes_of(target)
-    result = target if op == MEAN else None
+    if isinstance(source, gpu.GpuArray):
+        arrays = [source, *([target] if isinstance(target, gpu.GpuArray) else ())]
+        kernels = gpu.reduction(op, arrays, sm_budget)
+        plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text, on_gpu=True)
+        return Request(operation, head, plan, views, on_gpu=True, dtype=source.dtype, reduction=kernels)
+    ufunc = operator(op, source.dtype)
+    plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text)
+    result = target if op == MEAN and isinstance(target, np.ndarray) else None
     return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)
 
 

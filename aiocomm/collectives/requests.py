@@ -34,7 +34,9 @@ __all__ = [
     "bytes_of",
     "counts_of",
     "find_plan",
+    "flat_anywhere",
     "moved",
+    "overlap",
     "refused",
     "root_of",
     "same_dtype",
@@ -63,6 +65,7 @@ class Request:
     dtype: Any = None
     ufunc: np.ufunc | None = None
     result: NDArray[Any] | None = None  # to be divided by the number of ranks
+    reduction: gpu.Reduction | None = None  # of GPU arrays
 
 
 def refused(operation: str, error: UsageError) -> Request:
@@ -79,12 +82,12 @@ def bytes_of(array: Array) -> Any:
     return array if isinstance(array, GpuArray) else array.view(np.uint8)
 
 
-def _flat(group: Group, x: Any, name: str, writable: bool, stream: Any) -> Array:
+def flat_anywhere(group: Group, x: Any, name: str, writable: bool, stream: Any) -> Array:
     on_gpu = gpu.flat(group._comm, x, name, writable, stream)
     return flat(x, name, writable) if on_gpu is None else on_gpu
 
 
-def _overlap(a: Array, b: Array) -> bool:
+def overlap(a: Array, b: Array) -> bool:
     if isinstance(a, GpuArray) and isinstance(b, GpuArray):
         return a.address < b.address + b.nbytes and b.address < a.address + a.nbytes
     if isinstance(a, GpuArray) or isinstance(b, GpuArray):
@@ -166,12 +169,12 @@ def moved(
     rooted = kind in ("scatter", "gather")
     gives = kind != "broadcast" and not (kind == "scatter" and rank != root)
     takes = not (kind == "gather" and rank != root)
-    source = _flat(group, x, "x", False, stream) if gives else None
+    source = flat_anywhere(group, x, "x", False, stream) if gives else None
     written = rank != root or kind != "broadcast"
-    target = _flat(group, out, "out" if gives else "x", written, stream) if takes else None
+    target = flat_anywhere(group, out, "out" if gives else "x", written, stream) if takes else None
     some = target if source is None else source
     assert some is not None
-    apart = source is None or target is None or not _overlap(target, source)
+    apart = source is None or target is None or not overlap(target, source)
     if source is not None and target is not None:
         same_dtype(target, source)
     on_gpu = isinstance(some, GpuArray)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm.collectives import headers
+from aiocomm.collectives.kernels import Scratch
 from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from aiocomm.collectives.flight import Flight
+    from aiocomm.collectives.kernels import Kernels
     from aiocomm.collectives.quick import Prepared
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
@@ -42,6 +44,7 @@ class Scope:
         self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self._spare: list[npt.NDArray[np.uint8]] = []
+        self._device_spare: list[Scratch] = []
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self._listen()
 
@@ -70,6 +73,21 @@ class Scope:
         """Keep memory for the next call, unless that is much."""
         if sum(one.nbytes for one in self._spare) + memory.nbytes <= _KEPT_BYTES:
             self._spare.append(memory)
+
+    def device_scratch(self, kernels: Kernels, nbytes: int) -> Scratch:
+        """Device memory for a call; to be given back."""
+        fitting = [
+            (one.nbytes, place)
+            for place, one in enumerate(self._device_spare)
+            if one.device == kernels.device and one.nbytes >= nbytes
+        ]
+        if fitting:
+            return self._device_spare.pop(min(fitting)[1])
+        return Scratch(kernels, nbytes)
+
+    def give_back_device(self, memory: Scratch) -> None:
+        """Keep memory for the next call: freeing it would wait for all that the GPU does."""
+        self._device_spare.append(memory)
 
     def abort(self, number: int, error: BaseException) -> None:
         """Tell the other members that a call has failed here."""

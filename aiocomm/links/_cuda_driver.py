@@ -151,7 +151,7 @@ class ByCudaPython:
         self.source = f"cuda-python {cuda.bindings.__version__}"
         try:
             self.version()
-        except (RuntimeError, CudaError) as error:  # it loads the library at the first call
+        except (OSError, RuntimeError, CudaError) as error:  # it loads the library at the first call
             raise NoDriver(str(error)) from error
 
     def _call(self, name: str, *arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -18,10 +19,17 @@ namespace {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// The library's own types, and classes that users derive from torch's.
+// The library's own types, and classes that users derive from torch's. The last type that is neither is kept, since asking
+// costs as much as the rest.
 bool is_torch(PyObject* object) {
   static PyObject* name = interned("__torch_function__");
-  return PyObject_HasAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), name);
+  static std::atomic<PyTypeObject*> other{nullptr};
+  PyTypeObject* type = Py_TYPE(object);
+  if (type == other.load(std::memory_order_acquire)) return false;
+  if (PyObject_HasAttr(reinterpret_cast<PyObject*>(type), name)) return true;
+  Py_INCREF(type);  // for ever: else another type could come to lie there
+  other.store(type, std::memory_order_release);
+  return false;
 }
 
 const char* format_of(const char* typestr) {
@@ -83,6 +91,17 @@ Found read_interface(PyObject* object, bool writable, DeviceView& out) {
   Found found = read(interface, writable, out);
   Py_DECREF(interface);
   return found;
+}
+
+bool describes_device_memory(PyObject* object) {
+  static PyObject* name = interned("__cuda_array_interface__");
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  PyObject* interface = PyObject_GetAttr(object, name);
+  if (!interface) PyErr_Clear();
+  Py_XDECREF(interface);
+  PyErr_Restore(type, value, trace);
+  return interface != nullptr;
 }
 
 bool read_description(PyObject* description, DeviceView& out) {

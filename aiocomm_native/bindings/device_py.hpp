@@ -23,6 +23,9 @@ enum class Found : uint8_t { error, nothing, view, ask };
 // interface is slow and names no stream; strides; dtypes without a buffer format).
 Found read_interface(PyObject* object, bool writable, DeviceView& out);
 
+// Whether it has that interface; an error that is set stays.
+bool describes_device_memory(PyObject* object);
+
 // Reads a description, whose shape is borrowed; false: a Python error is set.
 bool read_description(PyObject* description, DeviceView& out);
 

@@ -52,22 +52,34 @@ struct Start {
   }
 
   void buffer(PyObject* object, bool writable) {
+    if (!try_buffer(object, writable)) give_up();
+  }
+
+  // False: an error is set.
+  bool try_buffer(PyObject* object, bool writable) {
     int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-    if (PyObject_GetBuffer(object, &t->view, flags) != 0) give_up();
+    if (PyObject_GetBuffer(object, &t->view, flags) != 0) return false;
     t->has_view = true;
     if (t->view.format && std::strchr(t->view.format, 'O')) {
       PyErr_SetString(PyExc_TypeError,
                       "Python objects");  // as_buffer() says more, or finds that it is only a name
-      give_up();
+      return false;
     }
     op->data = static_cast<std::byte*>(t->view.buf);
     op->nbytes = op->capacity = static_cast<uint64_t>(t->view.len);
     t->nbytes = op->nbytes;
+    return true;
   }
 
   // An array of the host or of a device. A tuple describes device memory, as aiocomm/_device.py makes it.
   void memory(PyObject* object, bool writable) {
-    if (PyObject_CheckBuffer(object) || !e.engine->mover()) return buffer(object, writable);
+    if (!e.engine->mover()) return buffer(object, writable);
+    // CuPy's arrays have buffers that refuse: what has no buffer to give may still be device memory.
+    if (PyObject_CheckBuffer(object)) {
+      if (try_buffer(object, writable)) return;
+      if (!describes_device_memory(object)) give_up();
+      PyErr_Clear();
+    }
     DeviceView view;
     Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
     if (found == Found::error) give_up();

@@ -139,6 +139,8 @@ class MoverHost {
   virtual bool end_assist() = 0;
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
+  virtual bool urgent_lately()
+      const = 0;  // messages of urgent channels have come or gone. Any thread, without locks
   virtual void freed(const Gone* memory, size_t count) = 0;  // of this process: peers are told
 
  protected:

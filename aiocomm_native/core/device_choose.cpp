@@ -13,6 +13,10 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kPushFrom = 1 << 20;  // larger: bulk, which leaves the other end's engine free
 constexpr uint8_t kBulkClass = 1;        // and below: its messages never decide by load
+constexpr uint64_t kBusy = 1 << 20;      // bytes with an engine that make what is urgent go another way
+constexpr uint64_t kMostDetour = 256 << 10;
+constexpr uint64_t kUrgentLatelyNs = 5000000;
+constexpr uint64_t kLargeUrgentNs = 1000000000;  // for which windows stay small after a large urgent message
 }  // namespace
 
 // ---------------------------------------------------------------- announcing and answering
@@ -20,6 +24,7 @@ constexpr uint8_t kBulkClass = 1;        // and below: its messages never decide
 Post DeviceProtocol::announce(Op& op, Peer& peer) {
   const ChannelInfo& channel = engine_.channels_[op.channel];
   DeviceBuffer& gpu = *op.gpu;
+  note_urgent(op);
   const uint8_t flags = describe(op, peer);
   std::array<std::byte, sizeof(Op::meta) + sizeof(DevicePlace)> meta;
   std::memcpy(meta.data(), op.meta.data(), op.meta_bytes);
@@ -97,6 +102,7 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
     return engine_.send_control(peer, h, Wake::engine);
   }
   DeviceBuffer& gpu = *op.gpu;
+  note_urgent(op);
   gpu.from_device = place != nullptr;
   gpu.not_yet = header.flags & kNotYet;
   if (place) {
@@ -140,6 +146,29 @@ bool DeviceProtocol::prefer_push(const Op& op, Peer& peer) const {
   return engine_.page_->load[gpu.device].load(std::memory_order_relaxed) > theirs;
 }
 
+// Where both ends' engines have bulk to move, a small urgent message waits for neither: it goes through host memory, for
+// which devices have engines of their own. What is larger needs a small window of both instead: see limit_window().
+bool DeviceProtocol::makes_detour(const Op& op, Peer& peer) {
+  const DeviceBuffer& gpu = *op.gpu;
+  if (engine_.channels_[op.channel].cls <= kBulkClass || op.nbytes > kMostDetour) return false;
+  if (engine_.page_->load[gpu.device].load(std::memory_order_relaxed) <= kBusy) return false;
+  if (queue_of(gpu.device, Lane::peer).busy_until_ns > engine_.now()) return true;
+  WakePage* page = peer.link->page();
+  return page && gpu.theirs.device < WakePage::kDevices &&
+         page->load[gpu.theirs.device].load(std::memory_order_relaxed) > kBusy;
+}
+
+void DeviceProtocol::note_urgent(const Op& op) {
+  if (engine_.channels_[op.channel].cls <= kBulkClass) return;
+  const uint64_t t = engine_.now();
+  urgent_ns_.store(t, std::memory_order_relaxed);
+  if (op.nbytes > kMostDetour) large_urgent_until_ns_ = t + kLargeUrgentNs;
+}
+
+bool DeviceProtocol::urgent_lately() const {
+  return engine_.now() < urgent_ns_.load(std::memory_order_relaxed) + kUrgentLatelyNs;
+}
+
 void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
@@ -168,6 +197,7 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     return engine_.finish(op, Code::unreachable);
   }
   if (gpu.rows) return move_rows(op, peer, Role::pull);
+  if (makes_detour(op, peer)) return stage_in(op, peer, true);
   bool push = prefer_push(op, peer);
   if (push) {
     mover_->offer(gpu, *peer.link);
@@ -252,7 +282,8 @@ void DeviceProtocol::stage_in(Op& op, Peer& peer, bool ask) {
   h.kind = FrameKind::cts;
   h.sop = op.remote_op;
   h.rop = op.id;
-  h.flags = engine_.can_copy_from(peer) ? kReads : 0;
+  // A small one comes in the link's own frames: for a copy out of the other's memory a thread would have to wake up.
+  h.flags = op.nbytes > kMostDetour && engine_.can_copy_from(peer) ? kReads : 0;
   engine_.send_control(peer, h, Wake::engine);
 }
 

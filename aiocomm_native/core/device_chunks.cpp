@@ -14,8 +14,8 @@ constexpr uint64_t kBusy = 1 << 20;          // bytes with an engine that make w
 constexpr uint64_t kNeverPreempt = 1 << 30;  // ns
 constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts for so long
 // Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
-constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kLeastChunk = 4 << 20,
-                   kChunkStep = 2 << 20;
+constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kBusyChunk = 64 << 20,
+                   kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
 constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kOwnNs = 12000;  // of what an urgent message may take, what it needs itself
 constexpr uint64_t kEarlyWake = 256 << 10;
@@ -53,8 +53,9 @@ void DeviceProtocol::queue_move(Op& op, Lane lane, uint64_t nbytes) {
   pump(queue);
 }
 
-// How much may be posted. What is urgent goes by the other end's engine while that has nothing to do; only else must
-// our window be small. And channels share the engine only as far as their chunks wait here rather than there.
+// How much may be posted. What is urgent goes by the other end's engine while that has nothing to do, and if it is small
+// round both; only else must our window be small. And channels share the engine only as far as their chunks wait here
+// rather than there.
 void DeviceProtocol::limit_window(DeviceQueue& queue) {
   uint64_t t = engine_.now();
   bool urgent = false;
@@ -75,16 +76,17 @@ void DeviceProtocol::limit_window(DeviceQueue& queue) {
   }
   if (waiting) queue.shared_until_ns = t + kHoldNs;
   const bool busy = queue.busy_until_ns > t, shared = queue.shared_until_ns > t;
-  uint64_t chunk = urgent ? kRoundChunk : kWholeChunk;
+  const bool large = large_urgent_until_ns_ > t;
+  uint64_t chunk = urgent ? busy ? kBusyChunk : kRoundChunk : kWholeChunk;
   uint64_t preempt = kNeverPreempt;
   double rate = queue.sched.rate();
-  if (shared || (urgent && busy)) {
+  if (shared || (urgent && busy && large)) {
     // Two chunks of half the window: in whole steps, so that the second always finds room beside the first.
     auto window =
         static_cast<uint64_t>(rate * static_cast<double>(preempt_ns_ - std::min(preempt_ns_ / 2, kOwnNs)));
     chunk = std::clamp(window / 2, kLeastChunk, kRoundChunk) & ~(kChunkStep - 1);
-    if (urgent && busy) preempt = static_cast<uint64_t>(2.04 * static_cast<double>(chunk) / rate);
   }
+  if (urgent && busy) preempt = static_cast<uint64_t>(2.04 * static_cast<double>(chunk) / rate);
   if (queue.chunk != chunk) {
     queue.chunk = chunk;
     queue.sched.set_limits(chunk, urgent && busy ? 4 * chunk : 2 * chunk);

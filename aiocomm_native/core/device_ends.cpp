@@ -10,7 +10,7 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kMostLinger = 100000;  // ns
+constexpr uint64_t kMostLinger = 200000;  // ns
 }  // namespace
 
 void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {

@@ -76,6 +76,7 @@ class DeviceProtocol final : public MoverHost {
   bool assist() override;
   bool end_assist() override;
   void ends_soon(OpId op, uint64_t ns) override;
+  bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;
 
  private:
@@ -84,6 +85,8 @@ class DeviceProtocol final : public MoverHost {
   void continue_receive(Op& op, Peer& peer);
   void continue_send(Op& op, Peer& peer);
   bool prefer_push(const Op& op, Peer& peer) const;
+  bool makes_detour(const Op& op, Peer& peer);
+  void note_urgent(const Op& op);
   void answer_with_place(Op& op, Peer& peer);
   void staged_because(Peer& peer, const std::string& reason);
   void stage_out(Op& op, Peer& peer);
@@ -104,6 +107,8 @@ class DeviceProtocol final : public MoverHost {
   Mover* mover_ = nullptr;
   uint8_t index_ = 0;
   uint64_t preempt_ns_ = 100000;
+  uint64_t large_urgent_until_ns_ = 0;  // urgent messages too large for a detour are taken to come
+  std::atomic<uint64_t> urgent_ns_{0};  // the last urgent message
   std::vector<std::unique_ptr<DeviceQueue>> queues_;
   std::atomic<int> assistants_{0};
   // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.

@@ -275,7 +275,7 @@ bool Engine::spin(uint64_t until_ns) {
     taken = t - last > kTakenNs;
     if (t >= until_ns || taken || !patient) break;
     last = t;
-    relax();
+    if (!has_completed()) relax();
   }
   if (covers) prepare_sleep(page_->engine);  // what comes after this look rings
   loop_spins_.store(false, std::memory_order_relaxed);

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "core/relax.hpp"
+
 namespace aiocomm {
 
 class PriorityMutex {
@@ -18,7 +20,10 @@ class PriorityMutex {
     mutex_.lock();
   }
   void lock_first() {
-    if (mutex_.try_lock()) return;
+    for (int tries = 0; tries < kTries; ++tries) {  // it is held for microseconds, and sleeping takes as long
+      if (mutex_.try_lock()) return;
+      relax();
+    }
     waiting_.fetch_add(1, std::memory_order_release);
     mutex_.lock();
     if (waiting_.fetch_sub(1, std::memory_order_release) == 1) waiting_.notify_all();
@@ -27,6 +32,7 @@ class PriorityMutex {
   void unlock() { mutex_.unlock(); }
 
  private:
+  static constexpr int kTries = 50;
   std::mutex mutex_;
   std::atomic<uint32_t> waiting_{0};  // of lock_first()
 };

@@ -10,11 +10,13 @@ import ctypes
 import enum
 import functools
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["DeviceArray", "Driver", "DriverError", "Kind", "Stream", "driver"]
@@ -214,6 +216,9 @@ class Stream:
 class Gate:
     """A word in pinned memory that a stream waits for."""
 
+    shut: ClassVar[set[int]] = set()  # ids of those that are not open
+    late: ClassVar[list[Callable[[], None]]] = []  # what waits for them to open
+
     def __init__(self, stream: Stream) -> None:
         self._memory = DeviceArray(1, np.uint32, stream.device, Kind.PINNED)
         self._memory.numpy()[0] = 0
@@ -224,10 +229,14 @@ class Gate:
             ctypes.c_uint32(1),
             1,  # CU_STREAM_WAIT_VALUE_EQ
         )
+        self.shut.add(id(self))
 
     def open(self) -> None:
         """Let the stream go on."""
         self._memory.numpy()[0] = 1
+        self.shut.discard(id(self))
+        while not self.shut and self.late:
+            self.late.pop()()
 
 
 class DeviceArray:
@@ -369,24 +378,30 @@ class DeviceArray:
     def close(self) -> None:
         """Give the memory back. Once."""
         base, self._base = self._base, 0
-        if not base:
-            return
-        driver().use(self.device)
-        if self.kind is Kind.VMM:
-            address, size = self._vmm
-            driver()("cuMemUnmap", address, ctypes.c_size_t(size))
-            driver()("cuMemAddressFree", address, ctypes.c_size_t(size))
-        elif self.kind is Kind.POOL:
-            driver()("cuMemFreeAsync", Address(base), None)
-            driver()("cuStreamSynchronize", None)
-        elif self.kind is Kind.PINNED:
-            driver()("cuMemFreeHost", Handle(base))
-        else:
-            driver()("cuMemFree", Address(base))
+        if base:
+            _free(base, self.device, self.kind, self._vmm)
 
     def __del__(self) -> None:
-        if getattr(self, "_base", 0):
-            self.close()
+        base, self._base = getattr(self, "_base", 0), 0
+        if base and Gate.shut:  # the driver would wait for the streams, and nobody would open their gates
+            Gate.late.append(functools.partial(_free, base, self.device, self.kind, self._vmm))
+        elif base:
+            _free(base, self.device, self.kind, self._vmm)
+
+
+def _free(base: int, device: int, kind: Kind, vmm: tuple[Any, int]) -> None:
+    driver().use(device)
+    if kind is Kind.VMM:
+        address, size = vmm
+        driver()("cuMemUnmap", address, ctypes.c_size_t(size))
+        driver()("cuMemAddressFree", address, ctypes.c_size_t(size))
+    elif kind is Kind.POOL:
+        driver()("cuMemFreeAsync", Address(base), None)
+        driver()("cuStreamSynchronize", None)
+    elif kind is Kind.PINNED:
+        driver()("cuMemFreeHost", Handle(base))
+    else:
+        driver()("cuMemFree", Address(base))
 
 
 class Part:

@@ -644,7 +644,7 @@ async def test_a_capture_elsewhere_in_the_process_is_not_broken(gpu: Driver) -> 
 
 
 async def test_nothing_is_left_when_a_world_ends(simulator: Simulator) -> None:
-    kinds = ("streams", "events", "imports", "pinned", "references", "contexts")
+    kinds = ("streams", "events", "imports", "pinned", "registered", "references", "contexts")
 
     async def one() -> dict[str, int]:
         async with world(2, links=LINKS, warmup=True) as (a, b):

@@ -9,6 +9,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Kind, Stream, driver
+from fakes.simulated import Engine
 from harness import until, world
 
 import aiocomm
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from conftest import Pair
+    from fakes.simulated import Simulator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
@@ -238,6 +240,29 @@ async def test_what_cannot_be_moved_is_refused(pair: Pair) -> None:
         a.send(b"host", 1, stream=0)
 
 
+async def test_an_array_whose_buffer_refuses(pair: Pair) -> None:
+    """CuPy's have the buffer protocol, too, and raise where they lie on a GPU."""
+
+    class Refusing(np.ndarray):
+        gpu: DeviceArray
+
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            return self.gpu.__cuda_array_interface__
+
+    def refusing(nbytes: int, device: int) -> tuple[Refusing, DeviceArray]:
+        array = np.empty((2, 3)).T.view(Refusing)  # not in C order
+        array.gpu = DeviceArray(nbytes, device=device)
+        return array, array.gpu
+
+    a, b = pair
+    data = random(4096)
+    (source, memory), (into, received) = refusing(4096, 0), refusing(4096, other_device())
+    memory.write(data)
+    await both(a.send(source, 1), b.recv(into, 0))
+    assert (received.numpy() == data).all()
+
+
 async def test_two_receives_into_one_buffer_are_refused(pair: Pair) -> None:
     _, b = pair
     into = DeviceArray(4096)
@@ -288,6 +313,25 @@ async def test_observers_see_the_cuda_link(pair: Pair) -> None:
     statistics = a.links["cuda"].statistics()
     assert statistics.completed == 1
     assert sum(statistics.messages_by_path.values()) == 1
+
+
+@pytest.mark.parametrize("nbytes", [1, 64 << 10])
+async def test_a_small_urgent_message_goes_round_two_busy_engines(simulator: Simulator, nbytes: int) -> None:
+    async with world(2, links=("shm", "cuda"), warmup=True) as (a, b):
+        bulk = [DeviceArray(8 << 20, device=device) for device in (0, 1, 0, 1)]
+        urgents = [one.channel("urgent", priority=aiocomm.Priority.URGENT) for one in (a, b)]
+        for device in (0, 1):
+            simulator.pause(device, Engine.PEER)
+        moving = [a.send(bulk[0], 1), b.recv(bulk[1], 0), b.send(bulk[3], 0), a.recv(bulk[2], 1)]
+        for device in (0, 1):
+            await anyio.to_thread.run_sync(simulator.wait_ready, device, Engine.PEER)
+        data, into = random(nbytes), DeviceArray(nbytes, device=1)
+        await both(urgents[0].send(DeviceArray(nbytes).write(data), 1), urgents[1].recv(into, 0))
+        assert (into.numpy() == data).all()
+        assert not any(transfer.done() for transfer in moving)
+        for device in (0, 1):
+            simulator.resume(device, Engine.PEER)
+        await both(*moving)
 
 
 async def test_closing_with_transfers_under_way(gpu: object) -> None:

@@ -372,7 +372,7 @@ def test_limits_by_pyverbs(monkeypatch: pytest.MonkeyPatch, tree: Tree, inline: 
 
 
 def test_neither_pyverbs_nor_library(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError("no such file")
 
     monkeypatch.setitem(sys.modules, "pyverbs", None)

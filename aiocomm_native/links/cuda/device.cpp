@@ -26,7 +26,8 @@ constexpr size_t kInflight = 256;  // per stream: the driver blocks where about 
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kWakeNs = 80000;
-constexpr uint64_t kAhead = 40000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
+constexpr uint64_t kAhead = 80000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
+constexpr uint64_t kMostLate = 1000000;
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
 
@@ -323,6 +324,8 @@ void Device::rate(const MoveJob& job) {
   if (job.nbytes < kLong || job.rows || job.ended_ns <= began) return;
   const double seen = static_cast<double>(job.nbytes) / static_cast<double>(job.ended_ns - began);
   peer_rate_ = std::max(seen, peer_rate_ + (seen - peer_rate_) / 2);
+  late_ns_ -=
+      late_ns_ / 64;  // where all ends are watched from the beginning, no sleep says that timers are good
 }
 
 void Device::finish() {
@@ -375,10 +378,13 @@ uint64_t Device::expected_end() const {
   return soonest;
 }
 
+// How long before its end a copy is watched. Timers of virtual machines may be late by half a millisecond.
+uint64_t Device::margin() const { return 2 * (kWakeNs + late_ns_); }
+
 // Waking up takes longer than what is left.
 bool Device::ends_soon(uint64_t now) const {
   uint64_t end = expected_end();
-  return end && now + 2 * kWakeNs > end && now < end + spin_ns_;
+  return end && now + margin() > end && now < end + spin_ns_;
 }
 
 void Device::announce_end(uint64_t now) {
@@ -395,8 +401,12 @@ void Device::announce_end(uint64_t now) {
   }
 }
 
+// The worst of late, which is forgotten by and by.
+void Device::late_by(uint64_t ns) { late_ns_ = std::min(std::max(ns, late_ns_ - late_ns_ / 16), kMostLate); }
+
 void Device::sleep(uint64_t now) {
-  constexpr uint64_t kMargin = 2 * kWakeNs, kShort = 20000, kRarely = 200000;
+  constexpr uint64_t kShort = 20000, kRarely = 200000;
+  uint64_t ns = 0;
   prepare_sleep(wake_);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
   if (!jobs_.empty() || !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
@@ -408,16 +418,16 @@ void Device::sleep(uint64_t now) {
   timespec* timeout = nullptr;
   if (!idle()) {
     uint64_t end = expected_end();
-    uint64_t ns = kShort;
-    if (end > now + kMargin + kShort)
-      ns = end - now - kMargin;
+    ns = kShort;
+    if (end > now + margin() + kShort)
+      ns = end - now - margin();
     else if (end == 0 || now > end + 1000000)
       ns = kRarely;
     limit.tv_sec = static_cast<time_t>(ns / 1000000000);
     limit.tv_nsec = static_cast<long>(ns % 1000000000);
     timeout = &limit;
   }
-  ppoll(&bell, 1, timeout, nullptr);
+  if (ppoll(&bell, 1, timeout, nullptr) == 0) late_by(now_ns() - now - ns);
   awake(wake_);
   clear_fd(bell_);
 }

@@ -95,6 +95,8 @@ class Device {
   uint64_t announced_offset_ = 0;
   uint64_t expected_end() const;
   void rate(const MoveJob& job);
+  uint64_t margin() const;
+  void late_by(uint64_t ns);
   size_t stream_of(const MoveJob& job);
   size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
   volatile uint32_t& word(size_t index) { return words_[index]; }
@@ -104,6 +106,7 @@ class Device {
   std::array<Stream, kStreams> streams_;
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
   double peer_rate_;           // bytes per ns that is expected of long ones
+  uint64_t late_ns_ = 0;       // by which timers have been late
   std::vector<OpId> early_;    // issued in this turn: loops are woken for them
   int lost_ = 0;               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;

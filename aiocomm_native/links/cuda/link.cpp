@@ -348,17 +348,23 @@ Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId w
   auto& mine = static_cast<CudaBuffer&>(buffer);
   Bounces& bounces = state_->bounces;
   mine.bounce = bounces.take(nbytes);
-  if (!mine.bounce && (nbytes < kEagerBounce || waiter == 0 || !bounces.may_pin(nbytes)))
-    mine.bounce = bounces.plain(nbytes);
   if (mine.bounce) return Reach::State::ready;
-  if (waiter == 0) return Reach::State::refused;
-  state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter] {
-    state->driver.cuCtxSetCurrent(state->started(device)->context);
-    std::byte* memory = state->bounces.make(nbytes);
-    if (memory) state->bounces.give_back(memory);  // at hand for whoever asks next
-    state->host.go_on(&waiter, 1);
-  });
-  return Reach::State::opening;
+  const bool pins = bounces.may_pin(nbytes);
+  const bool waits = pins && waiter && nbytes >= kEagerBounce;
+  // Small ones do not wait: what they ask for is for later ones, one at a time.
+  if (waits || (pins && !state_->pinning.exchange(true)))
+    state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter = waits ? waiter : 0] {
+      state->driver.cuCtxSetCurrent(state->started(device)->context);
+      std::byte* memory = state->bounces.make(nbytes);
+      if (memory) state->bounces.give_back(memory);  // at hand for whoever asks next
+      if (waiter)
+        state->host.go_on(&waiter, 1);
+      else
+        state->pinning = false;
+    });
+  if (waits) return Reach::State::opening;
+  mine.bounce = bounces.plain(nbytes);
+  return mine.bounce ? Reach::State::ready : Reach::State::refused;
 }
 
 Reach::State CudaLink::take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) {

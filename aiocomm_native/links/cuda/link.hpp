@@ -36,6 +36,7 @@ class State {
   const uint64_t process;  // token
   std::atomic<uint64_t> described =
       0;  // messages' memory so far: where there are some, memory may be freed, too
+  std::atomic<bool> pinning = false;  // host memory, that nobody waits for
   Helper helper;
   std::mutex made_mutex;
   std::unordered_map<OpId, uint64_t>

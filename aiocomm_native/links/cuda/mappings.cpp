@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <utility>
@@ -11,6 +12,11 @@
 #include "links/cuda/exports.hpp"
 
 namespace aiocomm::cuda {
+
+namespace {
+constexpr int kRestFactor = 60;
+constexpr std::chrono::microseconds kLeastRest{2000}, kMostRest{20000};
+}  // namespace
 
 bool Helper::submit(std::function<void()> task) {
   {
@@ -22,6 +28,8 @@ bool Helper::submit(std::function<void()> task) {
   wake_.notify_one();
   return true;
 }
+
+void Helper::rest(std::chrono::microseconds time) { rests_until_ = std::chrono::steady_clock::now() + time; }
 
 void Helper::stop() {
   {
@@ -42,6 +50,7 @@ void Helper::run() {
     const int pause_ms = look_();
     {
       std::unique_lock lock(mutex_);
+      wake_.wait_until(lock, rests_until_, [this] { return stopping_; });
       if (pause_ms)
         wake_.wait_for(lock, std::chrono::milliseconds(pause_ms), called);
       else
@@ -224,6 +233,7 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
   driver_.cuCtxSetCurrent(context);
   auto mapping = std::make_shared<Mapping>(driver_, helper_, context);
   Attempt attempt;
+  const auto began = std::chrono::steady_clock::now();
   if (theirs.exported == Export::ipc) {
     CUipcMemHandle handle;
     std::memcpy(handle.reserved, theirs.handle.data(), sizeof handle.reserved);
@@ -234,6 +244,10 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
   } else {
     map_blocks(attempt, *mapping, key.device, theirs, process);
   }
+  // It holds the driver's lock, for which copies that are being issued wait. Those of urgent messages are to meet it rarely.
+  const auto took =
+      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - began);
+  if (host_.urgent_lately()) helper_.rest(std::clamp(kRestFactor * took, kLeastRest, kMostRest));
   const CUresult code = attempt.code;
   std::vector<OpId> waiters;
   {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -33,8 +34,9 @@ class Helper {
   // `look` is called in between and answers after how long to be called again, in ms; 0: after the next task.
   Helper(const Driver& driver, std::function<int()> look) : driver_(driver), look_(std::move(look)) {}
   ~Helper() { stop(); }
-  bool submit(std::function<void()> task);  // false: stopped
-  void stop();                              // after what was submitted
+  bool submit(std::function<void()> task);    // false: stopped
+  void rest(std::chrono::microseconds time);  // by a task: before the next one
+  void stop();                                // after what was submitted
 
  private:
   void run();
@@ -44,6 +46,7 @@ class Helper {
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
   bool stopping_ = false;
+  std::chrono::steady_clock::time_point rests_until_{};  // its thread only
   std::thread thread_;
 };
 

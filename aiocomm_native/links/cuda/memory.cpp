@@ -1,5 +1,7 @@
 #include "links/cuda/memory.hpp"
 
+#include <sys/mman.h>
+
 #include <bit>
 #include <cstdlib>
 #include <string>
@@ -10,6 +12,7 @@ namespace aiocomm::cuda {
 
 namespace {
 constexpr uint64_t kSmallest = 64 << 10;
+constexpr uint64_t kHuge = 2 << 20;
 constexpr uint64_t kSmallestRelay = 2 << 20;  // the driver shares no less
 }  // namespace
 
@@ -51,10 +54,12 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
 void Bounces::clear() {
   std::lock_guard lock(mutex_);
   for (auto& [memory, block] : blocks_) {
-    if (block.pinned)
+    if (block.kind == Kind::pinned) {
       driver_.cuMemFreeHost(memory);
-    else
-      std::free(memory);
+      continue;
+    }
+    if (block.kind == Kind::registered) driver_.cuMemHostUnregister(memory);
+    std::free(memory);
   }
   blocks_.clear();
   free_.clear();
@@ -73,13 +78,24 @@ std::byte* Bounces::plain(uint64_t nbytes) {
   auto memory = static_cast<std::byte*>(std::aligned_alloc(4096, (nbytes + 4095) / 4096 * 4096));
   if (!memory) return nullptr;
   std::lock_guard lock(mutex_);
-  blocks_[memory] = {nbytes, false};
+  blocks_[memory] = {nbytes, Kind::plain};
   return memory;
 }
 
 bool Bounces::may_pin(uint64_t nbytes) {
   std::lock_guard lock(mutex_);
   return !refused_ && pinned_ + std::bit_ceil(std::max(nbytes, kSmallest)) <= limit_;
+}
+
+// Huge pages: another process reads large pieces of it (cross-memory attach), which costs a look at every page.
+void* Bounces::make_huge(uint64_t size) {
+  void* memory = std::aligned_alloc(kHuge, size);
+  if (!memory) return nullptr;
+  madvise(memory, size, MADV_HUGEPAGE);
+  for (uint64_t at = 0; at < size; at += 4096) static_cast<volatile std::byte*>(memory)[at] = std::byte{};
+  if (driver_.cuMemHostRegister(memory, size, CU_MEMHOSTREGISTER_PORTABLE) == CUDA_SUCCESS) return memory;
+  std::free(memory);
+  return nullptr;
 }
 
 std::byte* Bounces::make(uint64_t nbytes) {
@@ -89,13 +105,15 @@ std::byte* Bounces::make(uint64_t nbytes) {
     if (pinned_ + size > limit_) size = 0;
     pinned_ += size;
   }
-  void* memory = nullptr;
-  if (size && driver_.cuMemHostAlloc(&memory, size, CU_MEMHOSTALLOC_PORTABLE) == CUDA_SUCCESS) {
-    std::lock_guard lock(mutex_);
-    blocks_[static_cast<std::byte*>(memory)] = {size, true};
+  void* memory = size >= kHuge ? make_huge(size) : nullptr;
+  Kind kind = Kind::registered;
+  if (!memory && size && driver_.cuMemHostAlloc(&memory, size, CU_MEMHOSTALLOC_PORTABLE) == CUDA_SUCCESS)
+    kind = Kind::pinned;
+  std::lock_guard lock(mutex_);
+  if (memory) {
+    blocks_[static_cast<std::byte*>(memory)] = {size, kind};
     return static_cast<std::byte*>(memory);
   }
-  std::lock_guard lock(mutex_);
   pinned_ -= size;
   refused_ = size != 0;
   return nullptr;
@@ -104,7 +122,7 @@ std::byte* Bounces::make(uint64_t nbytes) {
 void Bounces::give_back(std::byte* memory) {
   std::lock_guard lock(mutex_);
   auto it = blocks_.find(memory);
-  if (it->second.pinned) {
+  if (it->second.kind != Kind::plain) {
     free_[it->second.nbytes].push_back(memory);
   } else {
     blocks_.erase(it);

@@ -42,10 +42,12 @@ class Bounces {
   void give_back(std::byte* memory);
 
  private:
+  enum class Kind : uint8_t { plain, pinned, registered };
   struct Block {
     uint64_t nbytes;
-    bool pinned;
+    Kind kind;
   };
+  void* make_huge(uint64_t size);
   const Driver& driver_;
   const uint64_t limit_;
   std::mutex mutex_;

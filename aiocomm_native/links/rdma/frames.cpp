@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/doorbell.hpp"
+#include "links/rdma/clock.hpp"
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
 #include "links/rdma/prefix.hpp"
@@ -77,7 +78,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
   frame_bytes_[seq % Rail::kCredits] = static_cast<uint32_t>(nbytes + header.payload_bytes);
   if (due_.load(std::memory_order_relaxed) == acks_.all_before())
-    lanes_[active_]->last_sign_ns.store(host_.now(), std::memory_order_relaxed);
+    lanes_[active_]->last_sign_ns.store(tick_ns(), std::memory_order_relaxed);
   due_.store(sent_, std::memory_order_release);
   transmit(seq);
 }
@@ -112,7 +113,7 @@ void RdmaPeer::tell_credit() {
 void RdmaPeer::frame(const Arrived& from) {
   Rail& rail = lanes_[from.lane]->rail;
   if (dead_) return rail.give_back(from.slot);
-  heard_ns_ = host_.now();
+  heard_ns_ = tick_ns();
   Prefix prefix;
   if (from.nbytes < sizeof prefix + sizeof(FrameHeader)) {
     rail.give_back(from.slot);

@@ -1,26 +1,16 @@
 // What a rail's poller tells a lane, without the token: it is put into the pair's inbox, and somebody is woken for it.
 
 #include <cstring>
-#include <ctime>
 #include <utility>
 
 #include "core/doorbell.hpp"
 #include "core/notes.hpp"
 #include "core/offers.hpp"
+#include "links/rdma/clock.hpp"
 #include "links/rdma/peer.hpp"
 #include "links/rdma/prefix.hpp"
 
 namespace aiocomm::rdma {
-
-namespace {
-
-uint64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
-}
-
-}  // namespace
 
 std::string Lane::name() const {
   return "rdma/" + rail.port().device + ":" + std::to_string(rail.port().number);
@@ -39,13 +29,13 @@ void Lane::immediate(uint32_t value, uint32_t nbytes) {
 }
 
 void Lane::frame_sent(uint32_t seq) {
-  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
+  last_sign_ns.store(tick_ns(), std::memory_order_relaxed);
   peer.acks_.one(seq);
 }
 
 void Lane::chunk_done(uint32_t chunk, int error) {
   outstanding.fetch_sub(1, std::memory_order_relaxed);
-  last_sign_ns.store(now_ns(), std::memory_order_relaxed);
+  last_sign_ns.store(tick_ns(), std::memory_order_relaxed);
   peer.put({RdmaPeer::Event::Kind::chunk, index, chunk, static_cast<uint32_t>(error), {}}, Wake::engine);
 }
 
@@ -59,7 +49,7 @@ bool Lane::expects() const {
           peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
 }
 
-void Lane::chunk_posted() { last_sign_ns.store(now_ns(), std::memory_order_relaxed); }
+void Lane::chunk_posted() { last_sign_ns.store(tick_ns(), std::memory_order_relaxed); }
 
 // A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
 void Lane::look(uint64_t now_ns) {

@@ -22,7 +22,7 @@ class RdmaLink final : public Link, public Pollable {
   bool polled() const override { return true; }
   // Devices reach their rate with requests of 1 MiB; soft-RoCE reads 4 MiB at half the rate, and repeats packets. It also
   // works in the posting call, which nothing interrupts: beside an urgent channel that must be short.
-  ChunkLimits chunk_limits() const override { return {16 << 10, 1 << 20, 64 << 10}; }
+  ChunkLimits chunk_limits() const override { return {16 << 10, 1 << 20, 32 << 10}; }
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view card, bool initiator) override;
   uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;

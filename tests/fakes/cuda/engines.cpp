@@ -66,6 +66,23 @@ CUresult Sim::translate(Device& device, uint64_t address, size_t nbytes, std::ve
   return CUDA_SUCCESS;
 }
 
+CUresult Sim::compute(Lock& lock, Device& device, Op& op) {
+  std::vector<Piece> to, left, right;
+  bool stale = false;
+  for (auto& [address, pieces] : {std::pair{op.to, &to}, {op.from, &left}, {op.second, &right}})
+    if (address)
+      if (CUresult code = translate(device, address, op.width, *pieces, stale)) return code;
+  lock.unlock();
+  std::vector<std::byte> out(op.width), a(op.width), b(op.width);
+  const std::vector<Piece> ours{{a.data(), a.size(), nullptr}}, theirs{{b.data(), b.size(), nullptr}};
+  if (op.width && op.from) move(ours, left, 0, op.width);
+  if (op.width && op.second) move(theirs, right, 0, op.width);
+  op.kernel->run(out.data(), a.data(), b.data(), op.width);
+  if (op.width && !stale) move(to, {{out.data(), out.size(), nullptr}}, 0, op.width);
+  lock.lock();
+  return CUDA_SUCCESS;
+}
+
 CUresult Sim::perform(Lock& lock, Device& device, EngineState& engine, Op& op) {
   if (op.kind == Op::Kind::host_function) {
     lock.unlock();
@@ -74,6 +91,7 @@ CUresult Sim::perform(Lock& lock, Device& device, EngineState& engine, Op& op) {
     return CUDA_SUCCESS;
   }
   if (CUresult code = faults().on_call("@engine")) return code;
+  if (op.kind == Op::Kind::kernel) return compute(lock, device, op);
   // Rows that touch each other are one.
   bool flat = op.height > 1 && op.to_pitch == op.width && op.from_pitch == op.width;
   size_t rows = flat ? 1 : op.height, width = flat ? op.width * op.height : op.width;

@@ -199,7 +199,8 @@ bool Sim::advance(const StreamPtr& stream) {
     if (health(*stream->context)) return moved;
     Op& op = stream->queue.front();
     if (!ready(op)) return moved;
-    if (op.kind == Op::Kind::copy || op.kind == Op::Kind::fill || op.kind == Op::Kind::host_function) {
+    if (op.kind == Op::Kind::copy || op.kind == Op::Kind::fill || op.kind == Op::Kind::kernel ||
+        op.kind == Op::Kind::host_function) {
       int device = stream->context->device;
       auto& engine = devices[device]->engines[static_cast<size_t>(op.engine)];
       engine.ready.emplace(op.sequence, stream);

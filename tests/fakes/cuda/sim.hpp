@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -47,11 +48,29 @@ struct Event {
 };
 using EventPtr = std::shared_ptr<Event>;
 
+// A reduction of whose source a module was "loaded"; see modules.cpp.
+struct Kernel {
+  std::string dtype, op;
+  size_t item = 0;
+  unsigned by = 0;  // divide by this instead
+  void run(std::byte* out, const std::byte* left, const std::byte* right, size_t nbytes) const;
+};
+
 struct Stream;
 using StreamPtr = std::shared_ptr<Stream>;
 
 struct Op {
-  enum class Kind { copy, fill, host_function, record, wait_event, write_value, wait_value, free_memory };
+  enum class Kind {
+    copy,
+    fill,
+    kernel,
+    host_function,
+    record,
+    wait_event,
+    write_value,
+    wait_value,
+    free_memory
+  };
   explicit Op(Kind what, EngineKind where = EngineKind::local) : kind(what), engine(where) {}
   Kind kind;
   EngineKind engine;
@@ -65,6 +84,8 @@ struct Op {
   uint64_t ticket = 0;
   CUhostFn function = nullptr;
   void* argument = nullptr;
+  std::shared_ptr<const Kernel> kernel;  // `to` = `from` (op) `second`
+  uint64_t second = 0;
   std::vector<std::pair<StreamPtr, uint64_t>> after;
   std::vector<RangePtr> uses;
 };
@@ -118,6 +139,8 @@ class Sim {
   std::map<uint64_t, std::shared_ptr<Physical>> physicals;
   std::map<CUmemoryPool, std::unique_ptr<Pool>> pools;
   std::vector<int32_t> event_slots;
+  std::map<CUmodule, Kernel> modules;
+  std::map<CUfunction, std::pair<CUmodule, std::string>> functions;
   int version;
   bool peers_allowed;
 
@@ -140,6 +163,7 @@ class Sim {
   void complete_at_once(Stream& stream, Op& op);
   void run_engine(int device, EngineKind kind);
   CUresult perform(Lock& lock, Device& device, EngineState& engine, Op& op);
+  CUresult compute(Lock& lock, Device& device, Op& op);
   CUresult translate(Device& device, uint64_t address, size_t nbytes, std::vector<Piece>& out, bool& stale);
   void poll();
 

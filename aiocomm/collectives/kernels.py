@@ -1,0 +1,360 @@
+"""Reductions on a GPU: kernels that are compiled on first use, and the stream on which they run.
+
+Rules:
+- A kernel is compiled by NVRTC, through cuda-python, for the GPU at hand: nobody needs nvcc. Without it, host
+  arrays are reduced as ever, and a GPU array is refused with what to install.
+- Kernels run in the primary context, on a stream of this module's own, which waits for the user's stream. The
+  host waits for nothing: messages of what a kernel writes wait for the stream, as those of any stream do.
+- At most `sm_budget` blocks run at once, so no more streaming multiprocessors are taken from the model.
+- Elements of 16 bits are reduced in float32 and rounded after each pair, as NumPy does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from aiocomm.config import driver_library
+from aiocomm.errors import LinkError, UsageError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+__all__ = ["Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
+
+_THREADS: Final = 512  # of a block
+_VECTORS: Final = 4  # of 16 bytes, that a thread has under way at once
+
+_BF16_LOAD: Final = "__uint_as_float((unsigned)x << 16)"
+_BF16_SAVE: Final = (
+    "x != x ? (unsigned short)0x7fff : (unsigned short)"
+    "((__float_as_uint(x) + 0x7fff + (__float_as_uint(x) >> 16 & 1)) >> 16)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    """How a dtype is stored and computed with, in CUDA C++."""
+
+    stored: str
+    value: str
+    load: str = "x"
+    save: str = "x"
+    preamble: str = ""
+
+
+_HALF: Final = """
+__device__ float half_load(unsigned short x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+  return f;
+}
+__device__ unsigned short half_save(float x) {
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+"""
+_TYPES: Final = {
+    "float64": _Type("double", "double"),
+    "float32": _Type("float", "float"),
+    "float16": _Type("unsigned short", "float", "half_load(x)", "half_save(x)", _HALF),
+    "bfloat16": _Type("unsigned short", "float", _BF16_LOAD, _BF16_SAVE),
+    "int8": _Type("signed char", "signed char"),
+    "uint8": _Type("unsigned char", "unsigned char"),
+    "int16": _Type("short", "short"),
+    "uint16": _Type("unsigned short", "unsigned short"),
+    "int32": _Type("int", "int"),
+    "uint32": _Type("unsigned", "unsigned"),
+    "int64": _Type("long long", "long long"),
+    "uint64": _Type("unsigned long long", "unsigned long long"),
+}
+# As NumPy's: what is not a number stays so.
+_OPERATORS: Final = {
+    "sum": "a + b",
+    "prod": "a * b",
+    "min": "a < b || a != a ? a : b",
+    "max": "a > b || a != a ? a : b",
+}
+_SOURCE: Final = """// aiocomm reduction: {dtype} {op}
+typedef {stored} stored_t;
+typedef {value} value_t;
+typedef unsigned long long size_type;
+{preamble}
+__device__ value_t load(stored_t x) {{ return {load}; }}
+__device__ stored_t save(value_t x) {{ return {save}; }}
+__device__ stored_t combined(stored_t l, stored_t r) {{
+  const value_t a = load(l), b = load(r);
+  return save((value_t)({expression}));
+}}
+constexpr unsigned kPer = 16 / sizeof(stored_t), kVectors = {vectors};
+struct alignas(16) Vector {{ stored_t at[kPer]; }};
+
+extern "C" __global__ void combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n) {{
+  const size_type stride = (size_type)gridDim.x * blockDim.x;
+  const size_type first = (size_type)blockIdx.x * blockDim.x + threadIdx.x;
+  size_type done = 0;
+  if ((((size_type)out | (size_type)left | (size_type)right) & 15) == 0) {{
+    const size_type vectors = n / kPer;
+    for (size_type i = first; i < vectors; i += stride * kVectors) {{
+      Vector l[kVectors], r[kVectors];
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) {{
+          l[v] = ((const Vector*)left)[i + v * stride];
+          r[v] = ((const Vector*)right)[i + v * stride];
+        }}
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) {{
+#pragma unroll
+          for (unsigned k = 0; k < kPer; ++k) l[v].at[k] = combined(l[v].at[k], r[v].at[k]);
+          ((Vector*)out)[i + v * stride] = l[v];
+        }}
+    }}
+    done = vectors * kPer;
+  }}
+  for (size_type i = done + first; i < n; i += stride) out[i] = combined(left[i], right[i]);
+}}
+
+extern "C" __global__ void divide(stored_t* out, size_type n, unsigned by) {{
+  const size_type stride = (size_type)gridDim.x * blockDim.x;
+  for (size_type i = (size_type)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
+    out[i] = save((value_t)(load(out[i]) / (value_t)by));
+}}
+"""
+
+
+def types() -> list[str]:
+    """Names of the dtypes that are reduced on GPUs."""
+    return list(_TYPES)
+
+
+def kernel_source(dtype: str, op: str) -> str:
+    """CUDA C++ of a reduction.
+
+    Raises:
+        UsageError: there is none for this dtype.
+    """
+    kind = _TYPES.get(dtype)
+    if kind is None:
+        raise UsageError(f"cannot reduce GPU arrays of dtype {dtype}: choose from {', '.join(_TYPES)}")
+    return _SOURCE.format(
+        dtype=dtype,
+        op=op,
+        stored=kind.stored,
+        value=kind.value,
+        preamble=kind.preamble,
+        load=kind.load,
+        save=kind.save,
+        expression=_OPERATORS[op],
+        vectors=_VECTORS,
+    )
+
+
+def compiled(source: str, architecture: str) -> bytes:
+    """Machine code for one architecture, `sm_90` for example, by NVRTC.
+
+    Raises:
+        UsageError: NVRTC is not installed, or refuses.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"aiocomm_reduction.cu", 0, [], [])
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"reductions on GPUs are compiled by NVRTC, which is not there ({error}): pip install "
+            "'aiocomm[cuda12]' or 'aiocomm[cuda13]', whichever the driver is; or reduce host arrays"
+        ) from error
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(code):
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = bytearray(size)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise UsageError(f"NVRTC does not compile the reduction for {architecture}: {log.decode().strip()}")
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    image = bytearray(size)
+    nvrtc.nvrtcGetCUBIN(program, image)
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(image)
+
+
+_Address = ctypes.c_uint64
+_Handle = ctypes.c_void_p
+_Size = ctypes.c_uint64
+
+_MAJOR: Final = 75
+_MINOR: Final = 76
+_ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+_NON_BLOCKING: Final = 1
+_DISABLE_TIMING: Final = 2
+
+
+class _Driver:
+    """The driver's entry points by ctypes: of the library that the link uses."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(driver_library() or "libcuda.so.1")
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(text))
+            called = (text.value or b"?").decode()
+            raise LinkError(f"a reduction on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
+
+
+@functools.cache
+def _driver() -> _Driver:
+    return _Driver()
+
+
+def device_of(address: int) -> int:
+    """Ordinal of the GPU whose memory this is."""
+    ordinal = ctypes.c_int()
+    _driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(address))
+    return ordinal.value
+
+
+class Scratch:
+    """Device memory of a call, kept for the next."""
+
+    def __init__(self, kernels: Kernels, nbytes: int) -> None:
+        self._kernels = kernels
+        self.nbytes = nbytes
+        address = _Address()
+        with kernels.current():
+            _driver()("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        self.address = int(address.value)
+
+    @property
+    def device(self) -> int:
+        """Ordinal of its GPU."""
+        return self._kernels.device
+
+    def __del__(self) -> None:
+        if address := getattr(self, "address", 0):
+            with contextlib.suppress(LinkError), self._kernels.current():  # a lost device has taken it along
+                _driver()("cuMemFree_v2", _Address(address))
+
+
+class Kernels:
+    """What one GPU computes for collectives; made once per process and GPU."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self._context = _Handle()
+        self._stream, self._event = _Handle(), _Handle()
+        self._functions: dict[tuple[str, str, str], _Handle] = {}
+        call = _driver()
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        least, greatest = ctypes.c_int(), ctypes.c_int()
+        with self.current():
+            call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
+            call("cuStreamCreateWithPriority", ctypes.byref(self._stream), _NON_BLOCKING, greatest)
+            call("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that the kernels run on."""
+        return self._stream.value or 0
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the GPU's primary context this thread's, and put back what it was."""
+        return _Current(self._context)
+
+    def prepare(self, dtype: str, op: str) -> None:
+        """Compile and load, before other ranks wait for it."""
+        self._function(dtype, op, "combine")
+
+    def follow(self, stream: int) -> None:
+        """Have what comes wait for the work that a user's stream has now."""
+        with self.current():
+            _driver()("cuEventRecord", self._event, _Handle(stream))
+            _driver()("cuStreamWaitEvent", self._stream, self._event, 0)
+
+    def combine(
+        self, dtype: str, op: str, out: int, left: int, right: int, count: int, itemsize: int, sm_budget: int
+    ) -> None:
+        """Queue `out = left (op) right` of `count` elements at these addresses."""
+        function = self._function(dtype, op, "combine")
+        blocks = _blocks(count * itemsize, sm_budget)
+        self._launch(function, blocks, _Address(out), _Address(left), _Address(right), _Size(count))
+
+    def divide(
+        self, dtype: str, op: str, out: int, count: int, itemsize: int, by: int, sm_budget: int
+    ) -> None:
+        """Queue `out /= by`."""
+        function = self._function(dtype, op, "divide")
+        blocks = _blocks(count * itemsize, sm_budget)
+        self._launch(function, blocks, _Address(out), _Size(count), ctypes.c_uint(by))
+
+    def synchronize(self) -> None:
+        """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
+        with self.current():
+            _driver()("cuStreamSynchronize", self._stream)
+
+    def _launch(self, function: _Handle, blocks: int, *values: Any) -> None:
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        with self.current():
+            _driver()(
+                "cuLaunchKernel",
+                function,
+                *(blocks, 1, 1),
+                *(_THREADS, 1, 1),
+                0,
+                self._stream,
+                pointers,
+                None,
+            )
+
+    def _function(self, dtype: str, op: str, name: str) -> _Handle:
+        key = (dtype, op, name)
+        found = self._functions.get(key)
+        if found is not None:
+            return found
+        call, module = _driver(), _Handle()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, self.device)
+        call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, self.device)
+        image = compiled(kernel_source(dtype, op), f"sm_{major.value}{minor.value}")
+        with self.current():
+            call("cuModuleLoadData", ctypes.byref(module), image)
+            for entry in ("combine", "divide"):
+                function = _Handle()
+                call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+                self._functions[dtype, op, entry] = function
+        return self._functions[key]
+
+
+class _Current:
+    __slots__ = ("_context",)
+
+    def __init__(self, context: _Handle) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        _driver()("cuCtxPushCurrent_v2", self._context)
+
+    def __exit__(self, *_: object) -> None:
+        _driver()("cuCtxPopCurrent_v2", ctypes.byref(_Handle()))
+
+
+def _blocks(nbytes: int, sm_budget: int) -> int:
+    return max(1, min(sm_budget, -(-nbytes // (16 * _THREADS))))
+
+
+@functools.cache
+def kernels_of(device: int) -> Kernels:
+    """The kernels of one GPU.
+
+    Raises:
+        LinkError: the driver refuses.
+    """
+    return Kernels(device)

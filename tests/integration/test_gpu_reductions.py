@@ -1,0 +1,227 @@
+"""Reductions of GPU arrays, on every rank's GPU.
+
+The simulated driver compiles nothing: it takes a kernel's source for a module, and computes what it says. The
+kernels themselves run where there are GPUs, and are compiled wherever NVRTC is installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import numpy as np
+import pytest
+from fakes import simulated
+from fakes.gpu import DeviceArray, Driver, Stream, driver
+from harness import LIMIT_S, world
+
+import aiocomm
+from aiocomm.collectives import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
+
+LINKS = ("shm", "cuda")
+COUNTS = [1, 1003, (1 << 20) + 7]  # elements: the last is more than is reduced in one shot
+COMPILED = kernels.compiled  # before a fixture puts something else there
+DTYPES = ["f8", "f4", "f2", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """One loop: what a call awaits is what the other collectives await, on all of them."""
+    return "asyncio"
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the simulated driver loads is the source."""
+    if simulated.choose() is not None:
+        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
+    kernels.kernels_of.cache_clear()
+
+
+@pytest.fixture(params=[1, 2, 3, 4])
+async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[list[aiocomm.Communicator]]:
+    async with world(request.param, links=LINKS, warmup=True) as members:
+        yield members
+
+
+async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Communicator], Any]) -> None:
+    """Run a call on all ranks at once."""
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                tasks.start_soon(call, comm)
+
+
+def block(rank: int, count: int, dtype: str = "f4") -> np.ndarray[Any, Any]:
+    """Small whole numbers, whose sums and products of four are exact in every dtype."""
+    return np.random.default_rng(rank).integers(1, 4, count).astype(dtype)
+
+
+def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:
+    return DeviceArray(values.shape, values.dtype, device=rank % driver().count, **how).write(values)
+
+
+def reduced(op: str, blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    ufunc = {"sum": np.add, "mean": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}[op]
+    with np.errstate(invalid="ignore"):
+        total = ufunc.reduce(np.stack(blocks), dtype=blocks[0].dtype)
+    return (total / total.dtype.type(len(blocks))).astype(total.dtype) if op == "mean" else total
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("algorithm", [None, "one_shot", "direct", "ring", "recursive_doubling"])
+async def test_all_reduce(comms: list[aiocomm.Communicator], count: int, algorithm: str | None) -> None:
+    size = len(comms)
+    expected = reduced("sum", [block(rank, count) for rank in range(size)])
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        x = on_gpu(comm.rank, block(comm.rank, count))
+        out = on_gpu(comm.rank, np.zeros(count, "f4"))
+        await comm.all_reduce(x, out=out, algorithm=algorithm)
+        assert np.array_equal(out.numpy(), expected)
+        assert np.array_equal(x.numpy(), block(comm.rank, count))
+        await comm.all_reduce(x, algorithm=algorithm)
+        assert np.array_equal(x.numpy(), expected)
+
+    await all_call(comms, call)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+async def test_reduce_and_reduce_scatter(comms: list[aiocomm.Communicator], count: int) -> None:
+    size, root = len(comms), len(comms) - 1
+    blocks = [block(rank, size * count) for rank in range(size)]
+    expected = reduced("sum", blocks)
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        rank = comm.rank
+        x = on_gpu(rank, blocks[rank])
+        mine = on_gpu(rank, np.zeros(count, "f4"))
+        await comm.reduce_scatter(mine, x)
+        assert np.array_equal(mine.numpy(), expected[rank * count : (rank + 1) * count])
+        assert np.array_equal(x.numpy(), blocks[rank])
+        await comm.reduce(x, root)
+        if rank == root:
+            assert np.array_equal(x.numpy(), expected)
+
+    await all_call(comms, call)
+
+
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+async def test_operators_and_dtypes(gpu: Driver, dtype: str, op: str) -> None:
+    async with world(3, links=LINKS, warmup=True) as comms:
+        blocks = [block(rank, 100, dtype) for rank in range(3)]
+        if op == "mean" and np.dtype(dtype).kind in "iu":
+
+            async def refused(comm: aiocomm.Communicator) -> None:
+                with pytest.raises(aiocomm.UsageError, match="floating dtype"):
+                    await comm.all_reduce(on_gpu(comm.rank, blocks[comm.rank]), op)
+
+            await all_call(comms, refused)
+            return
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            x = on_gpu(comm.rank, blocks[comm.rank])
+            await comm.all_reduce(x, op)
+            np.testing.assert_array_equal(x.numpy(), reduced(op, blocks))
+
+        await all_call(comms, call)
+
+
+async def test_what_is_not_a_number_stays_so(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+        values = [np.array([np.nan, 1, np.inf], "f4"), np.array([1, np.nan, -np.inf], "f4")]
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            for op in ("min", "max", "sum"):
+                x = on_gpu(comm.rank, values[comm.rank])
+                await comm.all_reduce(x, op)
+                np.testing.assert_array_equal(x.numpy(), reduced(op, values))
+
+        await all_call(comms, call)
+
+
+async def test_work_on_the_users_stream_is_waited_for(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+        streams = [Stream(device=rank % driver().count) for rank in range(2)]
+        arrays = [on_gpu(rank, np.full(300, 9, "u1")) for rank in range(2)]
+        gates = [stream.gate() for stream in streams]
+        for stream, array, rank in zip(streams, arrays, range(2), strict=True):
+            stream.fill(array, rank + 1)
+        calls = [
+            comm.all_reduce(array, stream=stream)
+            for comm, array, stream in zip(comms, arrays, streams, strict=True)
+        ]
+        ended = anyio.Event()
+
+        async def run(call: Any) -> None:
+            await call
+            ended.set()
+
+        with anyio.fail_after(LIMIT_S):
+            async with anyio.create_task_group() as tasks:
+                for one in calls:
+                    tasks.start_soon(run, one)
+                for _ in range(50):
+                    await anyio.lowlevel.checkpoint()
+                assert not ended.is_set()
+                for gate in gates:
+                    gate.open()
+        for array in arrays:
+            assert np.array_equal(array.numpy(), np.full(300, 3, "u1"))
+        for stream in streams:
+            stream.close()
+
+
+async def test_what_cannot_be_is_refused_on_all_ranks(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def every(match: str, **how: Any) -> None:
+            async def call(comm: aiocomm.Communicator) -> None:
+                x = on_gpu(comm.rank, np.ones(8, how.get("dtype", "f4")))
+                out = np.ones(8, "f4") if how.get("on_host") else None
+                with pytest.raises(aiocomm.UsageError, match=match):
+                    await comm.all_reduce(x, how.get("op", "sum"), out=out, sm_budget=how.get("sm_budget"))
+
+            await all_call(comms, call)
+
+        await every("unknown reduction 'median'", op="median")
+        await every("cannot reduce GPU arrays of dtype bool", dtype="?")
+        await every("sm_budget=0", sm_budget=0)
+        await every("one on a GPU", on_host=True)
+
+
+async def test_without_nvrtc_the_error_says_what_to_install(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(source: str, architecture: str) -> bytes:
+        raise aiocomm.UsageError("NVRTC is not there: pip install")
+
+    async with world(2, links=LINKS, warmup=True) as comms:
+        monkeypatch.setattr(kernels, "compiled", missing)
+        kernels.kernels_of.cache_clear()
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            with pytest.raises(aiocomm.UsageError, match="pip install"):
+                await comm.all_reduce(on_gpu(comm.rank, np.ones(8, "f4")))
+
+        await all_call(comms, call)
+    kernels.kernels_of.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+@pytest.mark.parametrize("dtype", kernels.types())
+def test_kernels_compile(dtype: str, op: str) -> None:
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-python is not installed")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError:
+        pytest.skip("NVRTC is not installed")
+    for architecture in ("sm_80", "sm_90"):
+        image = COMPILED(kernels.kernel_source(dtype, op), architecture)
+        assert image.startswith(b"\x7fELF")
