@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -11,6 +12,7 @@ import pytest
 from harness import until
 
 import aiocomm
+from aiocomm.types import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,3 +112,16 @@ async def test_members_come_and_go_under_transfers(child: Callable[..., Child]) 
     assert [other.rank for other in host.peers if other.alive] == [peer.rank]
     await peer.aclose()
     await host.aclose()
+
+
+async def test_a_peer_whose_end_is_told_before_its_coming_is_not_alive() -> None:
+    """The two are told by different threads."""
+    async with aiocomm.connect() as comm:
+        first = Peer(3, "here", 1, (), ("shm",), True, None, 77)
+        comm._on_event(aiocomm.PeerLost(3, 77, "its process ended"))
+        comm._on_event(aiocomm.PeerJoined(first))
+        assert [peer.alive for peer in comm.peers] == [False]
+        comm._on_event(aiocomm.PeerJoined(replace(first, generation=78)))
+        assert [(peer.alive, peer.generation) for peer in comm.peers] == [(True, 78)]
+        comm._on_event(aiocomm.PeerLost(3, 77, "told once more"))
+        assert [peer.alive for peer in comm.peers] == [True]
