@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -264,7 +265,11 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         return self._world_group
 
     def _meet(self, peer: Peer) -> None:
-        self._left.discard(peer.rank)
+        # The control plane tells who comes, the engine who goes: of one that goes at once, either is sooner.
+        if (peer.rank, peer.generation) in self._gone:
+            peer = replace(peer, alive=False)
+        else:
+            self._left.discard(peer.rank)
         self._peers[peer.rank] = peer
         self._ranks = max(self._ranks, peer.rank + 1)
 
@@ -285,16 +290,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 notes.lose(event.rank)
             peer = self._peers.get(event.rank)
             if peer is not None and peer.generation == event.generation:
-                self._peers[event.rank] = Peer(
-                    peer.rank,
-                    peer.host,
-                    peer.pid,
-                    peer.devices,
-                    peer.links,
-                    False,
-                    peer.name,
-                    peer.generation,
-                )
+                self._peers[event.rank] = replace(peer, alive=False)
         self._log(self._rank, event)
         self._events.publish(event)
 

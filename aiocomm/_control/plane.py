@@ -14,6 +14,7 @@ links that are up or down and of lost peers, since it may be the first to see th
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 from collections.abc import Callable
@@ -36,8 +37,6 @@ from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, UsageEr
 from aiocomm.types import Event, Fallback, LinkDown, Peer, PeerJoined
 
 if TYPE_CHECKING:
-    import concurrent.futures
-
     from aiocomm._control.engine import Engine
     from aiocomm.config import Settings
 
@@ -117,8 +116,12 @@ class ControlPlane:
     def close(self) -> concurrent.futures.Future[None]:
         """Say goodbye, close everything, end the thread. Idempotent."""
         if self._closing is None:
-            self._closing = self._thread.submit(self._close())
-            self._closing.add_done_callback(lambda _: self._thread.stop())
+            work = self._thread.submit(self._close())
+            closing: concurrent.futures.Future[None] = concurrent.futures.Future()
+            self._closing = closing
+            closing.set_running_or_notify_cancel()  # so that a cancelled wait does not break it off
+            work.add_done_callback(lambda _: self._thread.stop())
+            work.add_done_callback(lambda done: _pass_on(done, closing))
         return self._closing
 
     def join(self, timeout_s: float | None = None) -> None:
@@ -287,3 +290,11 @@ class ControlPlane:
 def peer_of(card: PeerCard, alive: bool = True) -> Peer:
     """A card as the public interface shows it."""
     return Peer(card.rank, card.host, card.pid, card.devices, card.links, alive, card.name, card.generation)
+
+
+def _pass_on(done: concurrent.futures.Future[None], to: concurrent.futures.Future[None]) -> None:
+    """Give one future the end of another."""
+    if not done.cancelled() and (error := done.exception()) is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(None)

@@ -156,6 +156,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   reply.nbytes = op->nbytes;
   reply.address = at.address;
   reply.segment = op->registration ? op->registration : at.segment;
+  op->source_segment = at.segment;
   bool reader_pulls = header.code != static_cast<uint8_t>(Path::none) || at.segment != 0;
   reply.code = reader_pulls;
   send_control(peer, reply, Wake::engine);

@@ -426,7 +426,8 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
     op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {
     bool read = peer.link->pull_path({}) == Path::read;
-    op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : Path::cma;
+    Path pulled = op->source_segment ? Path::mapped : Path::cma;  // where it was not, a `cts` has said so
+    op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : pulled;
   }
   if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
   if (op->state == OpState::draining) {

@@ -135,6 +135,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
     h.sop = op.id;
     h.address = at.address;
     h.segment = op.registration ? op.registration : at.segment;
+    op.source_segment = at.segment;
     posted = peer.link->post(h, op.meta.data(), nullptr, Wake::engine);
     if (posted != Post::ok) return posted;
   }
@@ -182,6 +183,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put_rts;
     h.address = at.address;
     h.segment = op.registration ? op.registration : at.segment;
+    op.source_segment = at.segment;
   }
   Post posted = peer.link->post(h, meta, payload, Wake::engine);
   if (posted != Post::ok) return posted;
@@ -388,7 +390,7 @@ void Engine::on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) {
   schedulers_[peer->link_index]->complete(nbytes, 0, channels_[op->channel].cls);
   --op->inflight;
   op->inflight_bytes -= nbytes;
-  op->moved += nbytes;
+  op->moved = std::min(op->moved + nbytes, op->nbytes);  // a `fin` may be sooner than this word of the link
   if (op->state == OpState::draining) settle(*op);
   pump(peer->link_index);
 }

@@ -1,7 +1,9 @@
 """A peer made by hand: speaks the shm link's protocol frame by frame; stops, dies or lies as a test wants.
 
-It lives in the test's own process. To the engine under test it is another process: all that the engine has of
-it is a Unix socket, a segment and eventfds; its end is the socket's hang-up, as it is after `kill -9`.
+A `RawPeer` lives in the test's own process. To the engine under test it is another process: all that the
+engine has of it is a Unix socket, a segment and eventfds; its end is the socket's hang-up, as it is after
+`kill -9`.
+victims.py has its `RawEnd` in processes of their own, which are killed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import socket
 import struct
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from harness import until
 
@@ -105,33 +107,23 @@ def memfd(nbytes: int, sealed: bool = True) -> int:
     return fd
 
 
-class RawPeer:
-    """The other end of a pair of `comm`.
+class RawEnd:
+    """One end of a pair over shm.
 
     Args:
-        comm: the communicator under test.
-        rank: of this peer; not known to `comm` yet.
-        cma: whether `comm` finds that it can read this peer's memory.
+        sock: the pair's Unix socket.
+        cma: whether the other end finds that it can read this process's memory.
         sealed: whether the memory that is passed cannot shrink.
     """
 
     def __init__(
-        self,
-        comm: aiocomm.Communicator,
-        rank: int,
-        *,
-        cma: bool = False,
-        sealed: bool = True,
-        ring_bytes: int = 1 << 20,
+        self, sock: socket.socket, *, cma: bool = False, sealed: bool = True, ring_bytes: int = 1 << 20
     ) -> None:
-        self.comm = comm
-        self.rank = rank
-        self.generation = 1000 + rank
+        self.socket = sock
         self.ring_bytes = ring_bytes
-        self._probe = ctypes.c_uint64(random.Random(rank).getrandbits(64))
+        self._probe = ctypes.c_uint64(random.Random(4).getrandbits(64))
         self.probe_address = ctypes.addressof(self._probe) if cma else 8
         self._out = self._in = 0
-        self.socket, theirs = socket.socketpair()
         self.segment_fd = memfd(CONTROL_BYTES + 2 * ring_bytes, sealed)
         self.page_fd = memfd(4096, sealed)
         self.page = mmap.mmap(self.page_fd, 4096)
@@ -139,16 +131,6 @@ class RawPeer:
         self.eventfds = [os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)]
         self.their_fds: list[int] = []
         self._dead = False
-        comm._meet(Peer(rank, "here", os.getpid(), (), ("shm",), True, None, self.generation))
-        comm._engine.add_peer(rank, self.generation)
-        comm._engine.attach(rank, self.generation, "shm", [theirs.detach()], b"", False)
-        comm._engine.start_pair(rank, self.generation)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.die()
 
     # ------------------------------------------------------------ greeting
 
@@ -165,7 +147,6 @@ class RawPeer:
         self.greet()
         self.socket.setblocking(True)
         _, self.their_fds, _, _ = socket.recv_fds(self.socket, HELLO.size, 4)
-        await until(lambda: self.comm.links["shm"].statistics().peers >= 1)
         return self
 
     def note_segment(self, number: int, nbytes: int, fds: list[int]) -> None:
@@ -246,3 +227,58 @@ class RawPeer:
         self.page.close()
         for fd in [self.segment_fd, self.page_fd, *self.eventfds, *self.their_fds]:
             os.close(fd)
+
+
+class RawPeer(RawEnd):
+    """The other end of a pair of `comm`, in its process.
+
+    Args:
+        comm: the communicator under test.
+        rank: of this peer; not known to `comm` yet.
+    """
+
+    def __init__(self, comm: aiocomm.Communicator, rank: int, **options: Any) -> None:
+        mine, theirs = socket.socketpair()
+        super().__init__(mine, **options)
+        self.comm = comm
+        self.rank = rank
+        self.generation = introduce(comm, rank, "shm", [theirs.detach()])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.die()
+
+    async def meet(self) -> Self:
+        """Greet, and take the other's greeting; returns once the pair is up."""
+        await super().meet()
+        await until(lambda: self.comm.links["shm"].statistics().peers >= 1)
+        return self
+
+
+def introduce(comm: aiocomm.Communicator, rank: int, link: str, fds: list[int]) -> int:
+    """Give `comm` a peer that is reached by these descriptors; returns the peer's generation."""
+    generation = 1000 + rank
+    comm._meet(Peer(rank, "here", os.getpid(), (), (link,), True, None, generation))
+    comm._engine.add_peer(rank, generation)
+    comm._engine.attach(rank, generation, link, fds, comm._engine.link_card(link), False)
+    comm._engine.start_pair(rank, generation)
+    return generation
+
+
+def connections(comm: aiocomm.Communicator, link: str) -> tuple[list[socket.socket], list[socket.socket]]:
+    """What a pair over that link needs: our ends, and theirs."""
+    kind, count = comm._engine.link_streams(link)
+    ours, theirs = [], []
+    if kind == "unix":
+        for _ in range(count):
+            one, other = socket.socketpair()
+            ours.append(one)
+            theirs.append(other)
+        return ours, theirs
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(count):
+            theirs.append(socket.create_connection(server.getsockname()))
+            ours.append(server.accept()[0])
+    return ours, theirs

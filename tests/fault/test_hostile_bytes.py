@@ -2,7 +2,7 @@
 
 Each corpus file, and mutations of it from a fixed seed, is sent to each socket: as the first bytes of a
 connection, and behind a handshake that is right (an insider gone wrong). Every such connection must be closed
-by the other side.
+by the other side. AIOCOMM_FUZZ_SEED and AIOCOMM_FUZZ_ROUNDS change the mutations and their number.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fault.fuzzing import ROUNDS, SEED, resident
 
 from aiocomm._control import messages, wire
 from aiocomm._control.address import TcpAddress, UnixAddress, parse
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 30.0
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
-MUTATIONS = 6
+MUTATIONS = 6 * ROUNDS
 MEMORY_BOUND = 48 << 20
 SETTINGS = Settings(handshake_timeout_s=0.5, max_pending=64)
 
@@ -178,33 +179,77 @@ def send(sock: socket.socket, data: bytes) -> None:
         sock.sendall(data)
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+@pytest.mark.parametrize("insider", [False, True], ids=["outsider", "insider"])
+def test_corpus_and_mutations(world: World, insider: bool) -> None:
+    rng = random.Random(2 + SEED)
+    before = resident()
+    for name, purpose in world.targets():
+        attack(getattr(world, name), world.key(purpose), purpose, insider, rng)
+    assert resident() - before < MEMORY_BOUND
+
+
+def attack(
+    address: object,
+    key: bytes | None,
+    purpose: Purpose,
+    insider: bool,
+    rng: random.Random,
+    hang_up: bool = False,
+) -> None:
+    """Send the corpus, and mutations of it, each on a connection of its own; returns once all are closed.
+
+    Of the corpus itself the other side has to close, by its time limit if need be; `hang_up`: it may take
+    some of it for good.
+    """
+    seeds: list[socket.socket] = []
+    for path in CORPUS:
+        changed: list[socket.socket] = []
+        for number, data in enumerate(mutations(path.read_bytes(), rng)):
+            sock = dial(address)
+            if insider:
+                seal = authenticate(sock, key, purpose)
+                data = sealed(data, seal) if rng.randrange(8) else data
+            send(sock, data)
+            (changed if number else seeds).append(sock)
+        for sock in [*changed, *(seeds if hang_up else ())]:  # an end spares the wait for the time limit
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+        closed_by_peer(changed)
+    closed_by_peer(seeds)
 
 
 @pytest.mark.parametrize("insider", [False, True], ids=["outsider", "insider"])
-def test_corpus_and_mutations(world: World, insider: bool) -> None:
-    rng = random.Random(2)
-    before = resident()
-    for name, purpose in world.targets():
-        seeds: list[socket.socket] = []
-        for path in CORPUS:
-            changed: list[socket.socket] = []
-            for number, data in enumerate(mutations(path.read_bytes(), rng)):
-                sock = dial(getattr(world, name))
-                if insider:
-                    seal = authenticate(sock, world.key(purpose), purpose)
-                    data = sealed(data, seal) if rng.randrange(8) else data
-                send(sock, data)
-                (changed if number else seeds).append(sock)
-            for (
-                sock
-            ) in changed:  # an end spares the wait for the time limit, which the seeds have to go through
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_WR)
-            closed_by_peer(changed)
-        closed_by_peer(seeds)
-    assert resident() - before < MEMORY_BOUND
+def test_the_rendezvous_command(insider: bool) -> None:
+    """A process of its own, which must live on, small, and bring members together."""
+    address = fresh_address()
+    env = {**os.environ, "AIOCOMM_TOKEN": "token", "AIOCOMM_HANDSHAKE_TIMEOUT_S": "0.5"}
+    command = [sys.executable, "-m", "aiocomm", "rendezvous", "--listen", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        try:
+            _attack_and_use(process, address, insider)
+        finally:
+            process.kill()
+
+
+def _attack_and_use(process: subprocess.Popen[bytes], address: str, insider: bool) -> None:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"listening at ")
+    before = resident(process.pid)
+    # Who knows the token may join: those are members until they hang up.
+    attack(parse(address), b"token", Purpose.CONTROL, insider, random.Random(3 + SEED), hang_up=insider)
+    assert resident(process.pid) - before < MEMORY_BOUND
+    members = [Member(address, token="token", engine=RecordingEngine(label=b"%d" % n)) for n in range(2)]
+    members.sort(key=lambda member: member.joined().rank)
+    first, second = (member.joined().rank for member in members)
+    assert first < second
+    members[1].plane.request_pair(first)  # it knows whoever was there when it came
+    members[0].engine.wait(lambda engine: second in engine.attached)
+    for member in members:
+        member.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+    assert b"Traceback" not in process.stderr.read()
 
 
 def test_a_frame_is_judged_by_its_header(world: World) -> None:

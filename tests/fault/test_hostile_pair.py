@@ -1,4 +1,8 @@
-"""An authenticated peer that sends nonsense over its pair: that pair is closed, all others go on."""
+"""An authenticated peer that sends nonsense over its pair: that pair is closed, all others go on.
+
+Memory stays bounded meanwhile. AIOCOMM_FUZZ_SEED and AIOCOMM_FUZZ_ROUNDS change the random cases and their
+number.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from fault.fuzzing import resident, seeds
 from fault.rawpeer import CONTROL_BYTES, HELLO, MAGIC, Frame, Kind, RawPeer, default_channel, memfd
 from harness import held, until, world
 
@@ -26,6 +31,10 @@ pytestmark = pytest.mark.anyio
 
 CHANNEL = default_channel()
 META = bytes(24)
+# Of a pair, with the tests' own buffers. What a peer may leave here unasked is bounded by the runtime: at
+# four times this side's bound of 16 MiB, and what another sender's may be, the pair is closed.
+MEMORY_BOUND = 64 << 20
+HELD_AT_MOST = 4 * ((16 << 20) + (64 << 20))
 
 
 @pytest.fixture
@@ -35,12 +44,19 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[Pair]:
+def bound(request: pytest.FixtureRequest) -> int:
+    """Bytes of memory that the test may cost."""
+    return int(getattr(request, "param", MEMORY_BOUND))
+
+
+@pytest.fixture
+async def pair(bound: int) -> AsyncIterator[Pair]:
     async with world(2, warmup=True) as (a, b):
-        before = held()
+        before, memory = held(), resident()
         yield a, b
         after = held()
         assert after["descriptors"] <= before["descriptors"]
+        assert resident() - memory < bound
 
 
 async def others_go_on(pair: Pair) -> None:
@@ -257,6 +273,7 @@ async def test_regions_are_checked_against_any_frame(pair: Pair) -> None:
     await others_go_on(pair)
 
 
+@pytest.mark.parametrize("bound", [HELD_AT_MOST + MEMORY_BOUND], indirect=True, ids=["held"])
 async def test_unexpected_messages_without_end(pair: Pair) -> None:
     """A peer that ignores its credit is cut off before memory runs out."""
     a, _ = pair
@@ -274,7 +291,7 @@ async def test_unexpected_messages_without_end(pair: Pair) -> None:
     await others_go_on(pair)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8))
 async def test_random_frames(pair: Pair, seed: int) -> None:
     """Whatever comes, the process lives and other pairs go on."""
     a, _ = pair
@@ -412,7 +429,7 @@ async def test_garbage_on_the_pairs_socket(pair: Pair) -> None:
 
 
 @pytest.mark.skipif("tcp" not in _core.available_links(), reason="this build has no tcp link")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12))
 async def test_garbage_on_tcp_lanes(pair: Pair, seed: int) -> None:
     a, _ = pair
     dice = random.Random(seed)

@@ -28,7 +28,11 @@ pytestmark = pytest.mark.anyio
 
 LARGE = 64 << 20
 GUEST = "AIOCOMM_RDMA_GUEST" in os.environ
-# 50 ms on a machine that does nothing else; across hosts, and emulated, three heartbeats.
+# So much, into memory that nobody has touched yet, takes half a second: long enough for a kill in its middle.
+MOVING = LARGE if GUEST else 1 << 29
+MARK = 1 << 20  # the one byte of it that is not 0
+# 50 ms on a machine that does nothing else, which `aiocomm bench faults` measures; other work may slow this
+# one down. Across hosts, and emulated, three heartbeats.
 TOLD_WITHIN_S = 3.0 if GUEST else 2.0
 # cuda carries no messages of its own; rdma needs a device, and is what the guest is for.
 LINKS = (
@@ -42,7 +46,18 @@ import asyncio, os, sys
 import numpy as np
 import aiocomm
 
-LARGE = {LARGE}
+LARGE, MOVING, MARK = {LARGE}, {MOVING}, {MARK}
+
+def marked():
+    array = np.zeros(MOVING, np.uint8)
+    array[MARK] = 1
+    return array
+
+async def moving(array):
+    # Says when the mark has come.
+    while not array[MARK]:
+        await asyncio.sleep(0)
+    print("moving", flush=True)
 
 async def main():
     role = sys.argv[1]
@@ -54,17 +69,25 @@ async def main():
                 await comm.send(array, 0)
             return
         if role == "receives":
-            waiting = comm.recv(np.empty(LARGE, np.uint8), 0)
+            array = np.empty(MOVING, np.uint8)
+            array[MARK] = 0
+            waiting = comm.recv(array, 0)
+            await moving(array)
         elif role == "sends":
-            waiting = comm.send(np.ones(LARGE, np.uint8), 0)
+            waiting = comm.send(marked(), 0)
+        elif role == "receives little":
+            waiting = comm.recv(bytearray(5), 0)
         elif role == "shares":
             shared = aiocomm.empty(LARGE, np.uint8)
             shared.fill(1)
             await comm.send(shared, 0)
-        elif role == "serves":
-            memory = np.ones(LARGE, np.uint8)
+        elif role in ("serves", "takes puts"):
+            memory = marked() if role == "serves" else np.empty(MOVING, np.uint8)
+            memory[MARK] = role == "serves"
             region = comm.register(memory)
             waiting = comm.send(region.handle, 0, tag=5)
+            if role == "takes puts":
+                await moving(memory)
         if role == "cold":
             await asyncio.Event().wait()  # a receive would call rank 0
         await comm.recv(bytearray(1), 0, tag=99)
@@ -171,41 +194,78 @@ async def test_an_idle_peer(others: World, stopped: bool) -> None:
     await assert_nothing_left(before, pipes=6)
 
 
-@pytest.mark.parametrize("role", ["receives", "sends", "serves"])
+@pytest.mark.parametrize("role", ["receives", "sends", "serves", "takes puts"])
 async def test_in_the_middle_of_a_transfer(others: World, role: str) -> None:
+    before = held()
     comm, (victim, _) = await others.open(role, "echo")
-    buffer = np.zeros(LARGE, np.uint8)
-    moving: Callable[[], object]
-    if role == "receives":
-        transfer: Any = comm.send(np.ones(LARGE, np.uint8), 1)
-        # Shared memory is read by the receiver, unseen from here.
-        moving = lambda: True  # noqa: E731
-    elif role == "sends":
-        transfer = comm.recv(buffer, 1)
-        moving = lambda: buffer[0] or transfer.done()  # noqa: E731
+    ours = np.zeros(MOVING, np.uint8)
+    transfer: Any
+    if role in ("serves", "takes puts"):
+        remote = comm.remote((await comm.recv_array(1, tag=5)).tobytes())
+    if role in ("receives", "takes puts"):
+        ours[MARK] = 1
+        transfer = comm.send(ours, 1) if role == "receives" else comm.put(ours, remote)
+        assert await victim.line() == "moving"  # a receiver may read our memory, unseen from here
     else:
-        handle = await comm.recv_array(1, tag=5)
-        transfer = comm.get(comm.remote(handle.tobytes()), buffer)
-        moving = lambda: buffer[0] or transfer.done()  # noqa: E731
-    await until(moving)
-    victim.stop()
+        transfer = comm.recv(ours, 1) if role == "sends" else comm.get(remote, ours)
+        await until(lambda: ours[MARK] or transfer.done())
+    assert not transfer.done()
     killed = time.monotonic()
     victim.kill()
-    if transfer.done():
-        transfer.result()
-    else:
-        try:
-            await transfer  # it may have come through before the end
-        except aiocomm.PeerLostError:
-            assert time.monotonic() - killed < TOLD_WITHIN_S
-        buffer.fill(0xAB)
+    await told(transfer, killed)
+    ours[:: 1 << 16] = 0xAB
     await assert_echo(comm, 2)
-    assert transfer.cancelled() or not buffer.any() or (buffer == 0xAB).all() or transfer.exception() is None
+    assert (ours[:: 1 << 16] == 0xAB).all()
     await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
+
+
+@pytest.mark.skipif(GUEST, reason="the device reads the memory of a process that stands still")
+async def test_after_the_match_and_before_its_data(others: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOCOMM_CMA", "off")  # else the memory of the stopped one is read
+    before = held()
+    comm, (victim, _) = await others.open("sends", "echo")
+    await until(lambda: comm.statistics().unexpected_messages == 1)
+    victim.stop()
+    buffer = np.zeros(MOVING, np.uint8)
+    transfer = comm.recv(buffer, 1)
+    assert comm.statistics().unexpected_messages == comm.statistics().posted_receives == 0, "it is matched"
+    assert not transfer.done()
+    killed = time.monotonic()
+    victim.kill()
+    await told(transfer, killed)
+    assert not buffer[MARK]
+    await assert_echo(comm, 2)
+    await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
+
+
+@pytest.mark.parametrize("what", ["send", "put"])
+async def test_before_it_acknowledges(others: World, what: str) -> None:
+    """All bytes have left, and the answer never comes."""
+    before = held()
+    comm, (victim, _) = await others.open("receives little" if what == "send" else "serves", "echo")
+    remote = None if what == "send" else comm.remote((await comm.recv_array(1, tag=5)).tobytes())
+    victim.stop()
+    sent = frames_sent(comm)
+    transfer: Any = comm.put(b"small", remote) if remote else comm.send(b"small", 1, synchronous=True)
+    await until(lambda: frames_sent(comm) > sent)
+    assert not transfer.done()
+    killed = time.monotonic()
+    victim.kill()
+    await told(transfer, killed)
+    await assert_echo(comm, 2)
+    await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
+
+
+def frames_sent(comm: aiocomm.Communicator) -> int:
+    return sum(link.frames_sent for link in comm.statistics().links.values())
 
 
 async def test_a_peer_that_dies_with_others_waiting_for_anybody(others: World) -> None:
     """A wildcard receive can still be served by those who live, and fails when nobody is left."""
+    before = held()
     comm, (one, other) = await others.open("idle", "idle")
     waiting = comm.recv(bytearray(1))
     one.kill()
@@ -217,10 +277,12 @@ async def test_a_peer_that_dies_with_others_waiting_for_anybody(others: World) -
         await waiting
     assert time.monotonic() - killed < TOLD_WITHIN_S
     await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
 
 
 async def test_while_a_pair_is_being_connected(others: World) -> None:
     """The peer has joined, stands still, and dies while it is called."""
+    before = held()
     comm, (victim, _) = await others.open("cold", "cold")
     victim.stop()
     waiting = [comm.send(b"x", 1), comm.recv(bytearray(1), 1), comm.send(bytes(1 << 20), 1)]
@@ -230,10 +292,12 @@ async def test_while_a_pair_is_being_connected(others: World) -> None:
     for transfer in waiting:
         await told(transfer, killed)
     await comm.aclose()
+    await assert_nothing_left(before, pipes=6)
 
 
 async def test_before_everybody_has_joined(child: Callable[..., Child]) -> None:
     """A world that never gets complete ends in an error, not in silence."""
+    before = held()
     address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
     start = child(WORKER, "idle", AIOCOMM_RANK="1", AIOCOMM_SIZE="3", AIOCOMM_ADDRESS=address)
 
@@ -245,6 +309,7 @@ async def test_before_everybody_has_joined(child: Callable[..., Child]) -> None:
         group.start_soon(kill)
         with pytest.raises(aiocomm.AiocommError):
             await aiocomm.connect(address, rank=0, size=3, deadline=1.0)
+    await assert_nothing_left(before, pipes=3)
 
 
 async def test_everybody_is_killed_and_nothing_is_left(others: World) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import time
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
-from fault.rawpeer import Frame, Kind, RawPeer, default_channel
-from harness import held, until, world
+from fault.rawpeer import Frame, Kind, RawPeer, connections, default_channel, introduce
+from fault.victims import TcpEnd
+from harness import LIMIT_S, held, until, world
 
 import aiocomm
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -364,4 +370,36 @@ async def test_a_goodbye_is_a_lost_peer_at_once(pair: Pair) -> None:
             if isinstance(event, aiocomm.PeerLost):
                 assert (event.rank, event.generation, event.reason) == (2, peer.generation, "left")
                 break
+    await others_go_on(pair)
+
+
+@pytest.mark.skipif("tcp" not in _core.available_links(), reason="this build has no tcp link")
+async def test_bytes_that_are_acknowledged_early_are_counted_once(pair: Pair) -> None:
+    """The acknowledgement goes over another lane than the bytes, and may be handled before their last is."""
+    a, _ = pair
+    ours, theirs = connections(a, "tcp")
+    before = held()
+    introduce(a, 2, "tcp", [sock.detach() for sock in ours])
+    with contextlib.ExitStack() as stack:
+        for lane in theirs:
+            stack.enter_context(lane)
+        peer = TcpEnd(theirs)
+        completions = a.links["tcp"].completions()
+        nbytes = 64 << 20  # more than the sockets hold
+        sending = a.send(np.ones(nbytes, np.uint8), 2)
+        rts = await peer.receive(Kind.RTS)
+        peer.send(Frame(Kind.CTS, sop=rts.sop, rop=5))
+        await until(lambda: a.links["tcp"].statistics().in_flight_bytes)
+        peer.send(Frame(Kind.FIN, sop=rts.sop, nbytes=nbytes))
+        with anyio.fail_after(LIMIT_S):
+            while not sending.done():
+                await anyio.lowlevel.checkpoint()
+                for lane in select.select(theirs, [], [], 0)[0]:
+                    lane.recv(1 << 20)
+        await sending
+        done = await anext(completions)
+        assert (done.kind, done.ok, done.nbytes) == ("send", True, nbytes)
+        assert sum(a.links["tcp"].statistics().bytes_by_path.values()) == nbytes
+    # Both ends' sockets, which were there before, and the link's own.
+    await until(lambda: held()["descriptors"] <= before["descriptors"] - len(ours) - len(theirs))
     await others_go_on(pair)

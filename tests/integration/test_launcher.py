@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from harness import held
 
 from aiocomm import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 PATIENCE_S = 60.0
 
@@ -273,6 +274,48 @@ def test_the_children_of_a_killed_launcher_end(script: Callable[[str], str]) -> 
         pidfds = [os.pidfd_open(int(line.split()[1])) for line in lines(process, 3)]
         process.kill()
         assert ended(pidfds)
+
+
+def test_nothing_is_left_of_a_group_that_is_killed(script: Callable[[str], str]) -> None:
+    """The launcher and all ranks at once, in the middle of transfers over shared memory."""
+    program = script("""
+        import asyncio, aiocomm
+        async def main():
+            async with aiocomm.connect(links=("shm",), warmup=True) as comm:
+                after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+                out, into = aiocomm.empty(8 << 20, "u1"), aiocomm.empty(8 << 20, "u1")
+                turns = 0
+                while True:
+                    await asyncio.gather(comm.send(out, after), comm.recv(into, before))
+                    turns += 1
+                    if turns == 2:
+                        print(os.getpid(), os.environ["AIOCOMM_ADDRESS"], flush=True)
+        asyncio.run(main())
+    """)
+    before = held()
+    with running("-n", "3", program) as process:
+        rows = [line.split() for line in lines(process, 3)]
+        pids = [process.pid, *(int(row[1]) for row in rows)]
+        address = rows[0][2].removeprefix("unix://")
+        assert address in Path("/proc/net/unix").read_text()
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert ended(pidfds)
+    assert address not in Path("/proc/net/unix").read_text()
+    assert living_with(address) == []
+    after = held()
+    assert all(after[what] <= before[what] for what in ("segments", "files")), (before, after)
+
+
+def living_with(address: str) -> list[str]:
+    """Processes in whose environment the world's address is: its ranks, and what they have started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ends meanwhile, or belongs to somebody else
+            if address.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text())
+    return found
 
 
 def test_signals_reach_grandchildren(script: Callable[[str], str]) -> None:

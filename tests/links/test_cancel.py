@@ -257,6 +257,68 @@ async def test_cancelling_the_task(pair: Pair, variant: Variant, state: str) -> 
     await assert_works(pair, variant)
 
 
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_cancelling_the_task_of_a_one_sided_transfer(pair: Pair, variant: Variant, kind: str) -> None:
+    """In its middle: then nothing touches the local memory, nor the remote once its region is closed."""
+    a, b = pair
+    nbytes = 4 * LARGE
+    memory = variant.array(nbytes) if kind == "put" else variant.ones(nbytes)
+    local = variant.ones(nbytes) if kind == "put" else variant.array(nbytes)
+    target = memory if kind == "put" else local
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        transfer = a.put(local, remote) if kind == "put" else a.get(remote, local)
+        cancelled = []
+
+        async def wait() -> None:
+            try:
+                await transfer
+            except anyio.get_cancelled_exc_class():
+                cancelled.append(transfer.cancelled())
+                local.fill(POISON)
+                raise
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await anyio.lowlevel.checkpoint()
+            await until(lambda: target[0] or transfer.done())
+            group.cancel_scope.cancel()
+        assert transfer.done()
+        assert cancelled in ([], [True]), "an await that is cancelled ends when its transfer has"
+        await settle(pair)
+        if cancelled:
+            assert (local == POISON).all()
+    memory.fill(POISON)
+    await settle(pair)
+    assert (memory == POISON).all()
+    await assert_works(pair, variant)
+
+
+async def test_cancelling_the_task_of_a_recv_array(pair: Pair, variant: Variant) -> None:
+    """The array that was made for it is nobody's; the sender is told."""
+    a, b = pair
+    sending = a.send(variant.ones(4 * LARGE), 1)
+    await until(lambda: b.statistics().unexpected_messages)
+    receiving = b.recv_array(0)
+
+    async def wait() -> None:
+        await receiving
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    assert receiving.done()
+    if receiving.cancelled():
+        with pytest.raises(TransferCancelled) as caught:
+            await sending
+        assert caught.value.peer == 1
+    else:
+        await sending
+    await settle(pair)
+    await assert_works(pair, variant)
+
+
 @pytest.mark.parametrize("nbytes", [100, LARGE])
 async def test_a_receives_deadline(pair: Pair, variant: Variant, nbytes: int) -> None:
     _, b = pair

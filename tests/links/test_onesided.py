@@ -181,6 +181,26 @@ async def test_closing_a_region_waits_for_accesses(pair: Pair, variant: Variant,
     assert (memory == 7).all()
 
 
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_a_large_access_takes_the_path_that_the_variant_has(
+    pair: Pair, variant: Variant, kind: str
+) -> None:
+    """Both ends count it: arrays in shared memory, registered or not, go by one copy."""
+    if variant.link == "rdma":
+        pytest.skip("which end's device moves it is looked at in tests/rdma_vm")
+    a, b = pair
+    nbytes = 3 << 20
+    memory, local = variant.array(nbytes), variant.random(nbytes)
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        await (a.put(local, remote) if kind == "put" else a.get(remote, local))
+    path = {"shm": "cma", "shm-mapped": "mapped"}.get(variant.name, "stream")
+    for comm in pair:
+        statistics = comm.links[variant.link].statistics()
+        assert {name: n for name, n in statistics.messages_by_path.items() if n} == {path: 1}
+        assert statistics.bytes_by_path[path] == nbytes
+
+
 async def test_zero_bytes(pair: Pair, variant: Variant) -> None:
     a, b = pair
     async with b.register(variant.array(0)) as region:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from harness import until
+from harness import until, world
 
 import aiocomm
 
@@ -52,3 +52,24 @@ async def test_an_array_is_mapped_once(pair: Pair, variant: Variant) -> None:
         await sending
         np.testing.assert_array_equal(got, array[start : start + (1 << 20)])
     assert mapped() <= before + 1
+
+
+@pytest.mark.parametrize("cma", ["auto", "off"])
+async def test_a_fallback_is_counted_and_told(
+    variant: Variant, cma: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where cross-memory attach is not to be had, and only there."""
+    monkeypatch.setenv("AIOCOMM_CMA", cma)
+    async with world(2, links=("shm",)) as (a, b):
+        events = a.events()
+        sending = a.send(np.ones(1 << 20, np.uint8), 1)
+        await b.recv(np.zeros(1 << 20, np.uint8), 0)
+        await sending
+        assert a.links["shm"].statistics().fallbacks == (cma == "off")
+        if cma == "off":
+            async for event in events:
+                if isinstance(event, aiocomm.Fallback):
+                    assert (event.link, event.rank, event.path) == ("shm", 1, "stream")
+                    assert event.reason == "cross-memory attach is switched off"
+                    break
+            await until(lambda: len([r for r in caplog.records if "slower path" in r.getMessage()]) == 2)

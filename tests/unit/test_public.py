@@ -12,6 +12,9 @@ import pytest
 import aiocomm
 
 ROOT = Path(aiocomm.__file__).parent
+CHECKOUT = Path(__file__).parents[2]
+# Longer than what is read in one sitting, and known to be. Nothing is to be added here.
+TO_BE_SPLIT = {"aiocomm_native/links/rdma/rail.cpp"}
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages([str(ROOT)], "aiocomm.") if "__main__" not in info.name
 )
@@ -99,9 +102,15 @@ def test_imports_point_one_way(name: str) -> None:
 
 @pytest.mark.parametrize("folder", ["aiocomm", "aiocomm_native", "bench"])
 def test_modules_are_read_in_one_sitting(folder: str) -> None:
-    for path in [*(ROOT.parent / folder).rglob("*.py"), *(ROOT.parent / folder).rglob("*.[ch]pp")]:
-        lines = len(path.read_text().splitlines())
-        assert lines <= 500, f"{path} has {lines} lines"
+    """Of the checkout: what is installed has no C++ sources."""
+    paths = [path for suffix in ("py", "cpp", "hpp") for path in (CHECKOUT / folder).rglob(f"*.{suffix}")]
+    assert paths, f"no sources in {CHECKOUT / folder}"
+    long = {str(path.relative_to(CHECKOUT)): n for path in paths if (n := _lines(path)) > 500}
+    assert not set(long) - TO_BE_SPLIT, f"split them: {long}"
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
 
 
 def test_only_config_reads_the_environment() -> None:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from conftest import BACKENDS
 from harness import until, world
 
 import aiocomm
+from aiocomm._loop.spin import SpinSelector
 from aiocomm.errors import TransferCancelled
 
 if TYPE_CHECKING:
@@ -20,12 +22,20 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+SPINNING = ("asyncio", {"loop_factory": lambda: asyncio.SelectorEventLoop(SpinSelector(50e-6))})
+
 on_asyncio = pytest.mark.parametrize(
     "anyio_backend",
-    [("asyncio", {}), ("asyncio", {"use_uvloop": True})],
-    ids=["asyncio", "uvloop"],
+    [("asyncio", {}), ("asyncio", {"use_uvloop": True}), SPINNING],
+    ids=["asyncio", "uvloop", "spin"],
     indirect=True,
 )
+
+
+@pytest.fixture(params=[*BACKENDS.values(), SPINNING], ids=[*BACKENDS, "spin"])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """The loops, and the one of `aiocomm.run(spin=…)`."""
+    return request.param
 
 
 async def test_it_can_be_awaited_again_and_by_many(pair: Pair) -> None:

@@ -1,0 +1,127 @@
+"""An elastic world in which processes come, leave and are killed while others move data."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+import pytest
+from harness import until
+
+import aiocomm
+from aiocomm.types import Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from harness import Child
+
+pytestmark = pytest.mark.anyio
+
+NBYTES = 1 << 20
+
+GUEST = """
+import asyncio
+import numpy as np
+import aiocomm
+
+async def main():
+    async with aiocomm.connect() as comm:
+        while True:
+            await asyncio.gather(comm.send(np.full(1 << 20, comm.rank, "u1"), 0), comm.recv_array(0))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Two loops: processes take their time to start."""
+    return str(request.param)
+
+
+async def test_members_come_and_go_under_transfers(child: Callable[..., Child]) -> None:
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    host = await aiocomm.connect(address, rank=0)
+    peer = await aiocomm.connect(address)
+    events = host.events()
+    turns, over = 0, False
+
+    async def move() -> None:
+        """The pair that stays, all the while."""
+        nonlocal turns
+        out, into = [np.zeros(NBYTES, np.uint8) for _ in range(2)], np.zeros(NBYTES, np.uint8)
+        while not over:
+            out[0].fill(turns % 251)
+            sending = host.send(out[0], peer.rank)
+            await peer.recv(into, 0)
+            await sending
+            assert (into == turns % 251).all()
+            turns += 1
+
+    async def answer() -> None:
+        """Talk to whoever is in the world, from rank 0."""
+        got = np.zeros(NBYTES, np.uint8)
+        while not over:
+            try:
+                source = (await host.recv(got, tag=0)).source
+                assert (got == source).all()
+                await host.send(got, source)
+            except aiocomm.PeerLostError:
+                continue  # it has gone in between
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(move)
+        group.start_soon(answer)
+        guests = [child(GUEST, AIOCOMM_ADDRESS=address) for _ in range(2)]
+        for _ in range(4):
+            member = await aiocomm.connect(address)
+            before = turns
+            out = np.full(NBYTES, member.rank, np.uint8)
+            sending = member.send(out, 0)
+            assert (await member.recv_array(0) == out).all()
+            await sending
+            await until(lambda before=before: turns > before)  # type: ignore[misc]
+            await member.aclose()
+        joined: dict[int, str] = {}
+        lost: dict[int, str] = {}
+        killed = False
+        async for event in events:
+            if isinstance(event, aiocomm.PeerJoined):
+                guest = event.peer.pid in {one.pid for one in guests}
+                joined[event.peer.rank] = "guest" if guest else "member"
+            elif isinstance(event, aiocomm.PeerLost):
+                lost[event.rank] = event.reason
+            if not killed and list(joined.values()).count("guest") == 2:
+                before, killed = turns, True
+                await until(lambda before=before: turns > before)  # type: ignore[misc]
+                for one in guests:
+                    one.kill()
+            if len(lost) == 6:
+                break
+        before = turns
+        await until(lambda: turns > before)
+        over = True
+        group.cancel_scope.cancel()
+    assert sorted(joined) == [2, 3, 4, 5, 6, 7]
+    for rank, kind in joined.items():
+        assert (lost[rank] == "left") == (kind == "member"), (rank, lost[rank])
+    assert [other.rank for other in host.peers if other.alive] == [peer.rank]
+    await peer.aclose()
+    await host.aclose()
+
+
+async def test_a_peer_whose_end_is_told_before_its_coming_is_not_alive() -> None:
+    """The two are told by different threads."""
+    async with aiocomm.connect() as comm:
+        first = Peer(3, "here", 1, (), ("shm",), True, None, 77)
+        comm._on_event(aiocomm.PeerLost(3, 77, "its process ended"))
+        comm._on_event(aiocomm.PeerJoined(first))
+        assert [peer.alive for peer in comm.peers] == [False]
+        comm._on_event(aiocomm.PeerJoined(replace(first, generation=78)))
+        assert [(peer.alive, peer.generation) for peer in comm.peers] == [(True, 78)]
+        comm._on_event(aiocomm.PeerLost(3, 77, "told once more"))
+        assert [peer.alive for peer in comm.peers] == [True]
