@@ -6,7 +6,6 @@ every suspension is met, those of one turn and those that wait for a thread or a
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -143,21 +142,6 @@ async def test_exchange(pair: Pair) -> None:
             assert (got == 2).all()
             await b.get(remotes[1], got)
             assert (got == 1).all()
-    await works(a, b)
-
-
-async def test_barrier(pair: Pair) -> None:
-    """A barrier that is given up on both sides does not count for the next."""
-    a, b = pair
-
-    async def theirs() -> None:
-        with contextlib.suppress(aiocomm.TransferCancelled):  # they may be told
-            await b.barrier()
-
-    for turns in sweep(64):
-        assert await cancelled_after(turns, a.barrier, []), "the other has not called"
-        await cancelled_after(turns, theirs, [])
-        await both(a.barrier, b.barrier)
     await works(a, b)
 
 
