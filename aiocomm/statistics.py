@@ -26,7 +26,9 @@ class LinkStatistics:
     is counted at both ends.
 
     `device` has counters of the link's own, for `rdma` of what was posted to devices and what came of it, in
-    all and by device; see the how-to page on RDMA.
+    all and by device; see the how-to page on RDMA. For `cuda` it tells where the time of small copies between
+    GPUs went: `gpu0.small_copies`, and of them all `handed_ns` (until the copy thread had them), `issued_ns`
+    (by the driver), `seen_ns` (until they were seen to have ended), `told_ns` (until their transfers had).
 
     `violations` counts pairs that were closed because what the peer sent made no sense.
 

@@ -6,7 +6,8 @@
 #   ring       suite `gpu-ring`, of all GPUs
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
-#   examples   the examples for GPUs                sanitizer  a few tests under compute-sanitizer
+#   reductions those of the tests that compute     examples   the examples for GPUs
+#   sanitizer  a few tests under compute-sanitizer
 # Set WHEELS to a folder of wheels where packages are missing and no registry can be reached.
 set -eu
 cd "$(dirname "$0")/.."
@@ -70,6 +71,11 @@ for step in "$@"; do
     timeout 200 python3 -P -m pytest -q -p no:cacheprovider --durations 10 tests/integration/test_gpu_real.py \
       >"$out/gpu-real.log" 2>&1 || true
     tail -n 25 "$out/gpu-real.log"
+    ;;
+  reductions)
+    timeout 150 python3 -P -m pytest -q -p no:cacheprovider --timeout 30 tests/integration/test_gpu_reductions.py \
+      >"$out/gpu-reductions.log" 2>&1 || true
+    tail -n 25 "$out/gpu-reductions.log"
     ;;
   examples)
     for example in gpu_torch gpu_cupy; do

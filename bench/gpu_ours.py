@@ -79,6 +79,13 @@ async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
         done = await anext(completions)
         moved[done.kind].append(done.moved_s)
     await completions.aclose()
+    counted = [comm.links["cuda"].statistics().device]
+    halves = await _ping_pong(comm, role, data, into, 1000)
+    counted.append(comm.links["cuda"].statistics().device)
+    grown = {key.partition("small_")[2]: counted[1][key] - counted[0].get(key, 0) for key in counted[1]}
+    small = {
+        f"part_us/{key[:-3]}": ns / 1e3 / max(1, grown["copies"]) for key, ns in grown.items() if "_ns" in key
+    }
     # Described beforehand, and with no stream to look at: what those two cost.
     known = [(x, x.address, x.nbytes, x.driver.device, NO_STREAM, "B", x.shape) for x in (data, into)]
     halves = await _ping_pong(comm, role, *known, 1000)
@@ -86,6 +93,7 @@ async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
     found = {"half_us_known/64KiB": statistics.median(halves) * 1e6}
     return (
         found
+        | small
         | {f"part_us/call_{name}": statistics.median(times[:500]) * 1e6 for name, times in calls.items()}
         | {f"part_us/moved_{name}": statistics.median(times) * 1e6 for name, times in moved.items()}
     )

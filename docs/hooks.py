@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import plots
+import measured_gpu
 
 import aiocomm
 from aiocomm import cli
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from mkdocs.structure.pages import Page
 
-GPU_RESULTS: Final = "xeon-2xh100-gpu-2026-11-26"
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NEED_DEVICES: Final = {"cuda": "none of its own", "rdma": "1 (tcp)"}  # not to be asked where there is none
 _PLACE: Final = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
@@ -32,8 +31,8 @@ _RESULTS: Final = re.compile(r"<!-- results -->\n(.*?)<!-- /results -->", re.DOT
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill in a page's places."""
-    found = (settings, commands, links, changelog, results, gpu_bandwidth, gpu_latency)
-    makers = {maker.__name__: maker for maker in found}
+    own = (settings, commands, links, changelog, results)
+    makers = {maker.__name__: maker for maker in (*own, *measured_gpu.MAKERS)}
     return _PLACE.sub(lambda place: makers[place[1]](), markdown)
 
 
@@ -108,26 +107,6 @@ def changelog() -> str:
     fragments = [path.read_text().strip() for path in sorted((ROOT / "docs/changelog.d").glob("*.*.md"))]
     coming = "\n".join(f"- {text}" for text in fragments)
     return f"## Not yet released\n\n{coming}\n\n{released}" if coming else released
-
-
-def gpu_bandwidth() -> str:
-    """Rates between two GPUs, as a plot of the result file."""
-    rows = [
-        plots.Row("1 GiB one way", "gbytes_s/1GiB"),
-        plots.Row("both ways, each", "gbytes_s_both/1GiB"),
-        plots.Row("eight of 16 MiB", "gbytes_s/16MiB"),
-    ]
-    return plots.bars(plots.samples(GPU_RESULTS), rows, "GB/s")
-
-
-def gpu_latency() -> str:
-    """Times of 64 KiB between two GPUs, alone and beside bulk."""
-    rows = [
-        plots.Row("64 KiB half round trip", "half_us/64KiB", "p99_us/64KiB"),
-        plots.Row("urgent beside bulk one way", "urgent_us/one_way", "urgent_p99_us/one_way"),
-        plots.Row("beside bulk both ways", "urgent_us/both_ways", "urgent_p99_us/both_ways"),
-    ]
-    return plots.bars(plots.samples(GPU_RESULTS), rows, "µs", 1)
 
 
 def results() -> str:

@@ -10,10 +10,12 @@ from typing import Any, Final, NamedTuple
 
 RESULTS: Final = Path(__file__).resolve().parent.parent / "bench" / "results"
 
-_NAMES: Final = {
+NAMES: Final = {
     "floor-copies": "raw copies",
     "nccl-torch": "NCCL",
     "nixl-gpu": "NIXL",
+    "copies-writes": "raw, told by a written value",
+    "copies-words": "raw, told by a copied word",
     "aiocomm-gpu": "aiocomm, asyncio",
     "aiocomm-gpu-uvloop": "aiocomm, uvloop",
     "aiocomm-gpu-spin": "aiocomm, run(spin=50e-6)",
@@ -40,7 +42,7 @@ def samples(name: str) -> list[dict[str, Any]]:
 
 def bars(taken: list[dict[str, Any]], rows: list[Row], unit: str, digits: int = 0) -> str:
     """Medians over rounds as horizontal bars, with what was lowest and highest, one group per row."""
-    subjects = [name for name in _NAMES if any(one["subject"] == name for one in taken)]
+    subjects = [name for name in NAMES if any(one["subject"] == name for one in taken)]
     ours = [name for name in subjects if name not in _COLOURS]
     colours = _COLOURS | dict(zip(ours, _OURS, strict=False))
 
@@ -66,7 +68,7 @@ def bars(taken: list[dict[str, Any]], rows: list[Row], unit: str, digits: int = 
             text = f"{middle:.{digits}f}"
             end = _LABEL + scale * max(high, middle)
             at = y + _BAR / 2
-            tip = f"{_NAMES[name]}: {text} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+            tip = f"{NAMES[name]}: {text} {unit} ({low:.{digits}f} to {high:.{digits}f})"
             parts.append(
                 f'<g><title>{html.escape(tip)}</title><rect x="{_LABEL}" y="{y:.0f}" '
                 f'width="{scale * middle:.1f}" height="{_BAR}" fill="{colours[name]}"/>'
@@ -96,9 +98,9 @@ def bars(taken: list[dict[str, Any]], rows: list[Row], unit: str, digits: int = 
     for name in subjects:
         legend.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="10" height="10" fill="{colours[name]}"/>'
-            f'<text x="{x + 14:.0f}" y="{y + 9:.0f}">{_NAMES[name]}</text>'
+            f'<text x="{x + 14:.0f}" y="{y + 9:.0f}">{NAMES[name]}</text>'
         )
-        x += 26 + 6.3 * len(_NAMES[name])
+        x += 26 + 6.3 * len(NAMES[name])
     return (
         f'<svg viewBox="0 0 {_WIDTH + 120} {y + 16:.0f}" role="img" style="max-width:100%" '
         'font-size="11" font-family="sans-serif" fill="currentColor">' + "".join(parts + legend) + "</svg>"

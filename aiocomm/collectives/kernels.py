@@ -93,7 +93,8 @@ __device__ stored_t combined(stored_t l, stored_t r) {{
 constexpr unsigned kPer = 16 / sizeof(stored_t), kVectors = {vectors};
 struct alignas(16) Vector {{ stored_t at[kPer]; }};
 
-extern "C" __global__ void combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n) {{
+extern "C" __global__ void __launch_bounds__({threads})
+combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n) {{
   const size_type stride = (size_type)gridDim.x * blockDim.x;
   const size_type first = (size_type)blockIdx.x * blockDim.x + threadIdx.x;
   size_type done = 0;
@@ -120,7 +121,7 @@ extern "C" __global__ void combine(stored_t* out, const stored_t* left, const st
   for (size_type i = done + first; i < n; i += stride) out[i] = combined(left[i], right[i]);
 }}
 
-extern "C" __global__ void divide(stored_t* out, size_type n, unsigned by) {{
+extern "C" __global__ void __launch_bounds__({threads}) divide(stored_t* out, size_type n, unsigned by) {{
   const size_type stride = (size_type)gridDim.x * blockDim.x;
   for (size_type i = (size_type)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
     out[i] = save((value_t)(load(out[i]) / (value_t)by));
@@ -152,6 +153,7 @@ def kernel_source(dtype: str, op: str) -> str:
         save=kind.save,
         expression=_OPERATORS[op],
         vectors=_VECTORS,
+        threads=_THREADS,
     )
 
 

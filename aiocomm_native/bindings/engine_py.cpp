@@ -81,8 +81,9 @@ int PyEngine::drain(int budget) {
 
 // What a submission may have caused beside its own op.
 bool PyEngine::after_submit() {
-  if (engine->has_completed() || engine->has_events()) return drain(256) >= 0;
-  return true;
+  if (!engine->has_completed() && !engine->has_events()) return true;
+  ended_outside = true;
+  return drain(256) >= 0;
 }
 
 namespace {
@@ -90,9 +91,11 @@ namespace {
 int drain_after(PyEngine& e, int budget, bool rung) {
   {
     nb::gil_scoped_release release;
-    e.engine->progress(rung);
+    // Where operations have ended in between, the tasks that awaited them may be next in the loop.
+    e.engine->progress(rung, !e.ended_outside);
   }
   int done = e.drain(budget);
+  e.ended_outside = false;
   if (done < 0) throw nb::python_error();
   return done;
 }
@@ -241,6 +244,7 @@ void bind_engine(nb::module_& m) {
             Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
             Py_XSETREF(e.loop, loop.release().ptr());
             e.spin_ns = static_cast<uint64_t>(spin_s * 1e9);
+            e.engine->may_spin(e.spin_ns != 0);
           },
           "loop"_a, "ready"_a.none(), "spin_s"_a)
       .def("bind_trio", [](PyEngine& e) { e.trio = true; })

@@ -34,6 +34,7 @@ class PyEngine {
 
   int drain(int budget);  // -1: a Python error is set
   bool deliver_events();
+  bool ended_outside = false;  // operations, since the loop has last called for what has ended
   bool after_submit();
   int traverse(visitproc visit, void* arg);
   void clear();

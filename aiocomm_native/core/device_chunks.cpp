@@ -14,7 +14,7 @@ constexpr uint64_t kBusy = 1 << 20;          // bytes with an engine that make w
 constexpr uint64_t kNeverPreempt = 1 << 30;  // ns
 constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts for so long
 // Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
-constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kBusyChunk = 64 << 20,
+constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kBusyChunk = 48 << 20,
                    kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
 constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kOwnNs = 12000;  // of what an urgent message may take, what it needs itself

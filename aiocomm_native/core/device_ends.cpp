@@ -10,7 +10,7 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kMostLinger = 200000;  // ns
+constexpr uint64_t kMostLinger = 40000, kMostDue = 1000000;  // ns
 }  // namespace
 
 void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
@@ -143,15 +143,22 @@ bool DeviceProtocol::assist() {
 }
 
 void DeviceProtocol::expect(uint64_t ns) {
-  due_ns_.store(engine_.now() + std::min(ns, kMostLinger), std::memory_order_relaxed);
+  due_ns_.store(engine_.now() + std::min(ns, kMostDue), std::memory_order_relaxed);
   engine_.wake_loop();
 }
 
-// The loop was woken a little before a copy ends: going to sleep once more would cost another wake-up.
+uint64_t DeviceProtocol::take_due() {
+  if (due_ns_.load(std::memory_order_relaxed) == 0) return 0;
+  return due_ns_.exchange(0, std::memory_order_relaxed);
+}
+
+// The loop was woken a little before a copy ends: going to sleep once more would cost another wake-up. Its other tasks wait
+// meanwhile, so this is not for long; a loop that spins does so when it has nothing else to do (Engine::spin).
 void DeviceProtocol::linger() {
-  if (due_ns_.load(std::memory_order_relaxed) == 0) return;
-  const uint64_t until = due_ns_.exchange(0, std::memory_order_relaxed);
-  if (until <= engine_.now() || engine_.has_completed()) return;
+  if (engine_.page_->loop_spins.load(std::memory_order_relaxed)) return;
+  const uint64_t t = engine_.now();
+  const uint64_t until = std::min(take_due(), t + kMostLinger);
+  if (until <= t || engine_.has_completed()) return;
   awake(engine_.page_->loop);
   do {
     if (engine_.token_.try_lock()) {
@@ -175,11 +182,16 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   Engine::Token token(engine_, Engine::Token::Spin{});
   Op* op = engine_.find(id);
   if (!op || !op->gpu || op->state != OpState::moving) return;
-  expect(ns);
+  // Long before the end this is for loops that spin only.
+  auto concerns = [&](WakePage& page) {
+    return ns <= kMostLinger || page.loop_spins.load(std::memory_order_relaxed) != 0;
+  };
+  if (concerns(*engine_.page_)) expect(ns);
   Peer* peer = engine_.find_peer(op->peer);
   if (!peer || peer->state != Peer::State::up) return;
   WakePage* page = peer->link->page();
-  if (!page || page->loop.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
+  if (!page || !concerns(*page)) return;
+  if (page->loop.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
   FrameHeader h{};
   h.kind = FrameKind::soon;
   h.nbytes = ns;

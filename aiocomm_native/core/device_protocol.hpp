@@ -54,6 +54,7 @@ class DeviceProtocol final : public MoverHost {
   // --- the loop's way into and out of sleep
   void expect(uint64_t ns);  // a copy ends about then: the loop is woken
   void linger();             // by the loop's thread, without the token: waits for what was expected
+  uint64_t take_due();       // when that was expected, once; 0: nothing was
 
   // --- ends
   void cancel_move(Op& op);

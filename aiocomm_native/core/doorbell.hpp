@@ -26,6 +26,8 @@ struct WakePage {
   WakeWord engine;
   // By device: bytes that its copy engine has to move. Whoever sends or receives looks whose engine has less to do.
   std::atomic<uint64_t> load[kDevices] = {};
+  std::atomic<uint32_t> loop_spins{
+      0};  // the loop may spin before it sleeps: it is told early of what is to come
 };
 
 enum class Wake : uint8_t { none, loop, engine };

@@ -170,11 +170,7 @@ std::vector<std::string> Engine::link_names() const {
   return names;
 }
 
-Link& Engine::link(const std::string& name) {
-  for (size_t i = 0; i < links_.size(); ++i)
-    if (link_names_[i] == name) return *links_[i];
-  throw std::invalid_argument("no link named '" + name + "' is enabled");
-}
+Link& Engine::link(const std::string& name) { return *links_[link_index(name)]; }
 
 uint64_t Engine::now() const {
   timespec t;
@@ -225,7 +221,7 @@ bool Engine::cancel(Op* op, Code why) {
   return true;
 }
 
-void Engine::progress(bool rung) {
+void Engine::progress(bool rung, bool may_linger) {
   if (rung) clear_fd(loop_fd_);
   prepare_sleep(page_->loop);  // what comes after this look rings
   bool more = true;
@@ -235,10 +231,8 @@ void Engine::progress(bool rung) {
     if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
       dispatch_fds(express_epoll_, 0, true);
   }
-  if (more)
-    ring(page_->loop, loop_fd_);
-  else
-    device_.linger();
+  if (more) return ring(page_->loop, loop_fd_);
+  if (may_linger) device_.linger();
 }
 
 bool Engine::anything_to_poll() {
@@ -253,6 +247,7 @@ bool Engine::spin(uint64_t until_ns) {
   bool patient = patience_.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
   until_ns = began + patience_.stretched(asked);
+  const uint64_t own_end = until_ns;
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
@@ -273,7 +268,12 @@ bool Engine::spin(uint64_t until_ns) {
     }
     uint64_t t = now();
     taken = t - last > kTakenNs;
-    if (t >= until_ns || taken || !patient) break;
+    if (t >= until_ns || taken || !patient) {
+      // A copy that ends soon is worth a longer spin, and says nothing of the peer.
+      const uint64_t due = asked && !taken ? device_.take_due() : 0;
+      if (due <= t) break;
+      until_ns = due, patient = true;
+    }
     last = t;
     if (!has_completed()) relax();
   }
@@ -281,7 +281,7 @@ bool Engine::spin(uint64_t until_ns) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && asked) patience_.spun(found, taken, began, last, asked);
+  if (patient && asked && until_ns == own_end) patience_.spun(found, taken, began, last, asked);
   return found;
 }
 

@@ -142,7 +142,7 @@ class Engine final : public Host, public FrameSink {
   bool submit(Op* op);
   bool cancel(Op* op, Code why);  // false: too late, the op has ended
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
-  void progress(bool rung);
+  void progress(bool rung, bool may_linger = true);
   // Polls until something completed or `until_ns`; for loops that spin before they sleep.
   bool spin(uint64_t until_ns);
   bool take_completed(Op*& op);
@@ -208,6 +208,7 @@ class Engine final : public Host, public FrameSink {
   // The link whose counters an op belongs to.
   uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 
+  void may_spin(bool may) { page_->loop_spins.store(may, std::memory_order_relaxed); }
   bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
 
   // --- FrameSink (protocol_receive.cpp)

@@ -40,7 +40,7 @@ def images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the simulated driver loads is the source."""
     if simulated.choose() is not None:
         monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
-    kernels.kernels_of.cache_clear()
+        kernels.kernels_of.cache_clear()
 
 
 @pytest.fixture(params=[1, 2, 3, 4])

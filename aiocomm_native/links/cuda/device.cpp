@@ -25,8 +25,9 @@ constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
-constexpr uint64_t kWakeNs = 80000;
-constexpr uint64_t kAhead = 80000, kLong = 32 << 20;  // ns; bytes of a copy whose end is announced
+constexpr uint64_t kWakeNs = 220000;
+// How long before its end a long copy is announced to loops that spin, and to those that sleep; bytes of a long one.
+constexpr uint64_t kAhead[] = {400000, 40000}, kLong = 32 << 20;
 constexpr uint64_t kMostLate = 1000000;
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
@@ -35,6 +36,12 @@ uint64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
+
+bool is_small(const MoveJob& job) { return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows; }
+
+void add(std::atomic<uint64_t>& sum, uint64_t ns) {  // one writer
+  sum.store(sum.load(std::memory_order_relaxed) + ns, std::memory_order_relaxed);
 }
 
 // After these nothing on the device works any more, for this process.
@@ -243,7 +250,13 @@ bool Device::issue() {
     size_t index = stream_of(job);
     Stream& stream = streams_[index];
     int code = lost_;
+    const uint64_t taken_ns = now_ns();
     if (!code) code = copy(job, stream);
+    job.issued_ns = now_ns();
+    if (is_small(job)) {
+      add(small.handed, taken_ns - job.posted_ns);
+      add(small.issued, job.issued_ns - taken_ns);
+    }
     if (code != CUDA_SUCCESS) {
       job.error = code;
       job.ended_ns = now_ns();
@@ -332,6 +345,11 @@ void Device::finish() {
   std::vector<MoveJob> jobs;
   jobs.swap(finished_);
   host_.moved(jobs.data(), jobs.size());
+  if (is_small(jobs.front())) {
+    add(small.count, 1);
+    add(small.seen, jobs.front().ended_ns - jobs.front().issued_ns);
+    add(small.told, now_ns() - jobs.front().ended_ns);
+  }
   jobs.clear();
   if (finished_.empty()) finished_.swap(jobs);  // keeps its memory
 }
@@ -391,13 +409,15 @@ void Device::announce_end(uint64_t now) {
   for (size_t i = 0; i < 3; ++i) {
     if (streams_[i].inflight.empty()) continue;
     const MoveJob& job = streams_[i].inflight.front().second;
+    if (job.nbytes < kLong) continue;
     const auto takes = static_cast<uint64_t>(static_cast<double>(job.nbytes) / peer_rate_) + job.slow_ns;
-    if (job.nbytes < kLong || now + kAhead < std::max(job.posted_ns, peer_done_ns_) + takes ||
-        (job.op == announced_ && job.offset == announced_offset_))
-      continue;
-    announced_ = job.op;
-    announced_offset_ = job.offset;
-    host_.ends_soon(job.op, 2 * kAhead);
+    const uint64_t end = std::max(job.posted_ns, peer_done_ns_) + takes;
+    for (size_t turn = 0; turn < announced_.size(); ++turn) {
+      Announced& last = announced_[turn];
+      if (now + kAhead[turn] < end || (job.op == last.op && job.offset == last.offset)) continue;
+      last = {job.op, job.offset};
+      host_.ends_soon(job.op, turn == 0 && end > now ? end - now + kAhead[1] : kAhead[1]);
+    }
   }
 }
 

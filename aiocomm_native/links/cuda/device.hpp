@@ -32,6 +32,11 @@ struct GateWait {
   OpId op = 0;
 };
 
+// Where the time of small copies between devices has gone, sums in ns. Written by the copy thread.
+struct SmallCopies {
+  std::atomic<uint64_t> count{0}, handed{0}, issued{0}, seen{0}, told{0};
+};
+
 class Device {
  public:
   // Retains the primary context and starts the thread. Throws LinkFailure.
@@ -65,6 +70,7 @@ class Device {
   const int ordinal;
   CUcontext context = nullptr;
   std::array<std::byte, 16> uuid{};
+  SmallCopies small;
 
  private:
   // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
@@ -91,8 +97,11 @@ class Device {
   void sleep(uint64_t now);
   bool ends_soon(uint64_t now) const;
   void announce_end(uint64_t now);
-  OpId announced_ = 0;
-  uint64_t announced_offset_ = 0;
+  struct Announced {
+    OpId op = 0;
+    uint64_t offset = 0;
+  };
+  std::array<Announced, 2> announced_;  // last, to loops that spin and to those that sleep
   uint64_t expected_end() const;
   void rate(const MoveJob& job);
   uint64_t margin() const;

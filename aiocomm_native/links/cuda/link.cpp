@@ -418,6 +418,26 @@ void CudaLink::stop() {
   if (state) state->stop();
 }
 
+// Of small copies between devices: how many were seen to end, and nanoseconds from their posting to the copy thread, with
+// the driver, from there until they were seen, and until their transfers had ended; in all.
+std::map<std::string, uint64_t> CudaLink::counters() {
+  std::map<std::string, uint64_t> found;
+  std::lock_guard lock(mutex_);
+  for (int i = 0; state_ && i < WakePage::kDevices; ++i) {
+    const Device* device = state_->started(i);
+    if (!device) continue;
+    const SmallCopies& small = device->small;
+    const std::string name = "gpu" + std::to_string(i) + ".small_";
+    for (auto [what, sum] : {std::pair{"copies", &small.count},
+                             {"handed_ns", &small.handed},
+                             {"issued_ns", &small.issued},
+                             {"seen_ns", &small.seen},
+                             {"told_ns", &small.told}})
+      found[name + what] = sum->load(std::memory_order_relaxed);
+  }
+  return found;
+}
+
 std::string CudaLink::describe(int error) const { return Driver::of_process().describe(error); }
 
 namespace {

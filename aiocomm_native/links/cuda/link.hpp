@@ -5,6 +5,7 @@
 
 #include <array>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -95,6 +96,7 @@ class CudaLink final : public Link, public Mover {
   void forget(uint64_t owner, const Gone& memory) override;
   void stop() override;
   std::string describe(int error) const override;
+  std::map<std::string, uint64_t> counters() override;
 
  private:
   State& state();  // loads the driver on first use; throws LinkFailure
