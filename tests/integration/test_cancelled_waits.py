@@ -6,6 +6,7 @@ every suspension is met, those of one turn and those that wait for a thread or a
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,16 @@ async def both(one: Callable[[], Awaitable[Any]], other: Callable[[], Awaitable[
     return results
 
 
-async def works(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
+async def talk(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
     got = bytearray(5)
     receiving = b.recv(got, a.rank, tag=99)
     await a.send(b"hello", b.rank, tag=99)
     await receiving
     assert bytes(got) == b"hello"
+
+
+async def works(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
+    await talk(a, b)
     for comm in (a, b):
         await until(lambda comm=comm: comm.statistics().in_flight == 0)  # type: ignore[misc]
 
@@ -121,7 +126,7 @@ async def test_aclose() -> None:
                 assert isinstance(transfer.exception(), aiocomm.ClosedError)
             await a.aclose()  # idempotent
             with pytest.raises(aiocomm.PeerLostError):
-                await b.recv(bytearray(1), 0)
+                await b.recv(bytearray(1), 0, tag=1)  # of another tag than what a had announced
             async for event in events:
                 if isinstance(event, aiocomm.PeerLost):
                     assert (event.rank, event.reason) == (0, "left")
@@ -143,6 +148,19 @@ async def test_exchange(pair: Pair) -> None:
             await b.get(remotes[1], got)
             assert (got == 1).all()
     await works(a, b)
+
+
+async def test_barrier(pair: Pair) -> None:
+    """One side gives it up once it has begun: the other is told, or has what it needs; the next works."""
+    a, b = pair
+    for turns in sweep(64):
+        if turns == 0:
+            continue  # not begun, it is not a call, and the other side would wait for one
+        assert await cancelled_after(turns, a.barrier, []), "the other has not called"
+        with contextlib.suppress(aiocomm.TransferCancelled):
+            await b.barrier()
+        await both(a.barrier, b.barrier)
+        await talk(a, b)
 
 
 @pytest.mark.parametrize("cma", ["auto", "off"])
