@@ -47,6 +47,7 @@ async def test_members_come_and_go_under_transfers(child: Callable[..., Child]) 
     address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
     host = await aiocomm.connect(address, rank=0)
     peer = await aiocomm.connect(address)
+    await until(lambda: host.peers)
     events = host.events()
     turns, over = 0, False
 
