@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from fakes import gpu as gpus
 from fakes import simulated
-from harness import LIMIT_S, Child, world
+from harness import BACKENDS, LIMIT_S, Child, world
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,12 +35,6 @@ hypothesis.settings.register_profile(
     "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("project")
-
-BACKENDS = {
-    "asyncio": ("asyncio", {}),
-    "uvloop": ("asyncio", {"use_uvloop": True}),
-    "trio": ("trio", {}),
-}
 
 
 @pytest.hookimpl(tryfirst=True)

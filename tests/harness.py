@@ -51,6 +51,14 @@ async def world(size: int = 2, **options: Any) -> AsyncIterator[list[aiocomm.Com
                 await member.aclose()
 
 
+BACKENDS: Final = {
+    "asyncio": ("asyncio", {}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+"""The loops on which coroutine tests run, for anyio."""
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until something is so. Events are better where there are any."""
     while not condition():

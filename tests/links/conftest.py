@@ -48,8 +48,8 @@ class Variant:
         return array
 
 
-# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails. What was
-# posted takes seconds there, and is waited for: a pair that is torn down for it would be another test.
+# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails. What
+# was posted takes seconds there, and is waited for: a pair that is torn down for it would be another test.
 _GUEST = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1", "AIOCOMM_DRAIN_TIMEOUT_S": "30"}
 _RDMA = _GUEST if "AIOCOMM_RDMA_GUEST" in os.environ else {}
 _EXTRA = {

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from conftest import BACKENDS
-from harness import until, world
+from harness import BACKENDS, until, world
 
 import aiocomm
 from aiocomm._loop.spin import SpinSelector
