@@ -15,5 +15,5 @@ ARGUMENTS = (
     *(f"tests/links/test_{name}.py" for name in ("messages", "cancel", "onesided", "shared_arrays")),
     *(f"tests/links/test_gpu.py::test_{way}" for way in ("gpu_to_gpu", "gpu_to_host", "host_to_gpu")),
 )
-LIMIT_S = 900
+LIMIT_S = 1200
 """For all of it, boot not included."""
