@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.lowlevel
+import numpy as np
 
 import aiocomm
 
@@ -112,6 +113,31 @@ class Child:
         self.process.stdout.close()  # type: ignore[union-attr]
         self.process.stderr.close()
         return self.process.wait(), errors
+
+
+async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Communicator], Any]) -> None:
+    """Run a call on all ranks at once."""
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                tasks.start_soon(call, comm)
+
+
+async def reach_each_other(pair: tuple[aiocomm.Communicator, aiocomm.Communicator]) -> None:
+    """Whatever became of a third one, messages go between these two."""
+    a, b = pair
+    for nbytes in (10, 1 << 20):
+        sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
+        sending = a.send(sent, 1, tag=77)
+        await b.recv(got, 0, tag=77)
+        await sending
+        np.testing.assert_array_equal(got, sent)
+
+
+async def others_go_on(pair: tuple[aiocomm.Communicator, aiocomm.Communicator]) -> None:
+    """The two reach each other, and nothing is left under way at the first."""
+    await reach_each_other(pair)
+    await until(lambda: pair[0].statistics().in_flight == 0)
 
 
 def held() -> dict[str, int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["MEAN", "OPERATORS", "dtype_name", "flat", "operator"]
+__all__ = ["MEAN", "OPERATORS", "check_operator", "dtype_name", "flat", "operator"]
 
 MEAN: Final = "mean"
 OPERATORS: Final[dict[str, np.ufunc]] = {
@@ -66,6 +66,21 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype.name if getattr(dtype, "isnative", True) else dtype.str)
 
 
+def check_operator(op: str, dtype: str, whole: bool) -> None:
+    """Refuse what no array of the dtype can be reduced by, wherever it lies.
+
+    Args:
+        whole: elements of the dtype are whole numbers.
+
+    Raises:
+        UsageError: unknown, or the result would be of another dtype.
+    """
+    if op not in OPERATORS:
+        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    if op == MEAN and whole:
+        raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
+
+
 @functools.cache
 def operator(op: str, dtype: np.dtype[Any]) -> np.ufunc:
     """The NumPy function of a reduction.
@@ -73,11 +88,8 @@ def operator(op: str, dtype: np.dtype[Any]) -> np.ufunc:
     Raises:
         UsageError: unknown, or not defined for the dtype.
     """
-    if op not in OPERATORS:
-        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    check_operator(op, str(dtype), dtype.kind in "iu")
     extended = dtype.kind == "V" and dtype.names is None and dtype.name.startswith(("bfloat", "float"))
     if (dtype.kind not in "iufc" and not extended) or not dtype.isnative:
         raise UsageError(f"cannot reduce arrays of dtype {dtype}")
-    if op == MEAN and dtype.kind in "iu":
-        raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
     return OPERATORS[op]

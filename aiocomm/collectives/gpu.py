@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
 from aiocomm._operations import on_gpu
-from aiocomm.collectives.arrays import MEAN, OPERATORS
+from aiocomm.collectives.arrays import MEAN, check_operator
 from aiocomm.collectives.kernels import device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
@@ -176,14 +176,11 @@ def reduction(op: str, arrays: list[GpuArray], sm_budget: int | None) -> Reducti
     Raises:
         UsageError: there is no such reduction, the arrays are on several GPUs, or it cannot be compiled here.
     """
-    if op not in OPERATORS:
-        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    dtype = arrays[0].dtype.name
+    check_operator(op, dtype, not dtype.startswith(("float", "bfloat")))
     budget = SM_BUDGET if sm_budget is None else sm_budget
     if not isinstance(budget, int) or budget < 1:
         raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
-    dtype = arrays[0].dtype.name
-    if op == MEAN and not dtype.startswith(("float", "bfloat")):
-        raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
     try:
         devices = {array.device() for array in arrays if array.nbytes}
         if len(devices) > 1:

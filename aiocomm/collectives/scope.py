@@ -15,6 +15,8 @@ from aiocomm.collectives.kernels import Scratch
 from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from aiocomm.collectives.flight import Flight
@@ -44,7 +46,7 @@ class Scope:
         self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self._spare: list[npt.NDArray[np.uint8]] = []
-        self._device_spare: list[Scratch] = []
+        self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self._listen()
 
@@ -64,10 +66,8 @@ class Scope:
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a call, not cleared; to be given back."""
-        fitting = [(one.nbytes, place) for place, one in enumerate(self._spare) if one.nbytes >= nbytes]
-        if fitting:
-            return self._spare.pop(min(fitting)[1])
-        return np.empty(nbytes, np.uint8)
+        place = _smallest(self._spare, nbytes)
+        return np.empty(nbytes, np.uint8) if place is None else self._spare.pop(place)
 
     def give_back(self, memory: npt.NDArray[np.uint8]) -> None:
         """Keep memory for the next call, unless that is much."""
@@ -76,18 +76,13 @@ class Scope:
 
     def device_scratch(self, kernels: Kernels, nbytes: int) -> Scratch:
         """Device memory for a call; to be given back."""
-        fitting = [
-            (one.nbytes, place)
-            for place, one in enumerate(self._device_spare)
-            if one.device == kernels.device and one.nbytes >= nbytes
-        ]
-        if fitting:
-            return self._device_spare.pop(min(fitting)[1])
-        return Scratch(kernels, nbytes)
+        spare = self._device_spare.setdefault(kernels.device, [])
+        place = _smallest(spare, nbytes)
+        return Scratch(kernels, nbytes) if place is None else spare.pop(place)
 
     def give_back_device(self, memory: Scratch) -> None:
         """Keep memory for the next call: freeing it would wait for all that the GPU does."""
-        self._device_spare.append(memory)
+        self._device_spare[memory.device].append(memory)
 
     def abort(self, number: int, error: BaseException) -> None:
         """Tell the other members that a call has failed here."""
@@ -126,6 +121,12 @@ class Scope:
             call.abort(error)
         elif number >= self._next and len(self._failed) < _REMEMBERED:
             self._failed[number] = error
+
+
+def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> int | None:
+    """Index of the smallest that is large enough."""
+    fitting = [(one.nbytes, place) for place, one in enumerate(spare) if one.nbytes >= nbytes]
+    return min(fitting)[1] if fitting else None
 
 
 def _look_away(transfer: Transfer[Any]) -> None:

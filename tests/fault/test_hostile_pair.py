@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fault.fuzzing import resident, seeds
 from fault.rawpeer import CONTROL_BYTES, HELLO, MAGIC, Frame, Kind, RawPeer, default_channel, memfd
-from harness import held, until, world
+from harness import held, reach_each_other, until, world
 
 import aiocomm
 from aiocomm.types import Peer
@@ -57,16 +57,6 @@ async def pair(bound: int) -> AsyncIterator[Pair]:
         after = held()
         assert after["descriptors"] <= before["descriptors"]
         assert resident() - memory < bound
-
-
-async def others_go_on(pair: Pair) -> None:
-    a, b = pair
-    for nbytes in (10, 1 << 20):
-        sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
-        sending = a.send(sent, 1, tag=77)
-        await b.recv(got, 0, tag=77)
-        await sending
-        np.testing.assert_array_equal(got, sent)
 
 
 async def closed(comm: aiocomm.Communicator, rank: int = 2, reason: str = "violation") -> None:
@@ -110,7 +100,7 @@ async def test_a_frame_that_makes_no_sense(pair: Pair, what: str) -> None:
             await receiving
         await closed(a)
         assert a.links["shm"].statistics().violations == 1
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_lengths_that_reach_out_of_the_ring(pair: Pair) -> None:
@@ -121,7 +111,7 @@ async def test_lengths_that_reach_out_of_the_ring(pair: Pair) -> None:
             await peer.meet()
             peer.send(Frame(Kind.EAGER, meta_bytes=meta, payload_bytes=payload), fill=False)
             await closed(a, rank)
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 @pytest.mark.parametrize("tail", [1, 63, 1 << 20 | 64, (2 << 20), 2**63, 2**64 - 64])
@@ -132,7 +122,7 @@ async def test_a_tail_that_lies(pair: Pair, tail: int) -> None:
         peer.set(0, tail)
         peer.wake()
         await closed(a)
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 @pytest.mark.parametrize("head", [1 << 40, 2**64 - 64, 2**63])
@@ -144,10 +134,10 @@ async def test_a_head_that_lies_is_a_full_ring(pair: Pair, head: int) -> None:
         sending = [a.send(bytes(60_000), 2) for _ in range(40)]
         assert not sending[-1].done()
         peer.wake()
-        await others_go_on(pair)
+        await reach_each_other(pair)
     with pytest.raises(aiocomm.PeerLostError):
         await sending[-1]
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 # ---------------------------------------------------------------- answers that nobody asked for
@@ -165,7 +155,7 @@ async def test_answers_to_operations_that_do_not_exist(pair: Pair) -> None:
                 peer.send(Frame(kind, sop=number, rop=number, nbytes=5, payload=b"x" * (kind == Kind.DATA)))
         peer.send(Frame(Kind.EAGER, channel=CHANNEL, nbytes=1, meta=META, payload=b"x"))
         await a.recv(bytearray(1), 2)
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_answers_to_operations_with_somebody_else(pair: Pair) -> None:
@@ -190,7 +180,7 @@ async def test_answers_to_operations_with_somebody_else(pair: Pair) -> None:
         await receiving
         await back
         assert buffer.all()
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_data_outside_the_buffer_is_not_written(pair: Pair) -> None:
@@ -214,7 +204,7 @@ async def test_data_outside_the_buffer_is_not_written(pair: Pair) -> None:
             peer.send(Frame(Kind.DATA, rop=cts.rop, sop=9, nbytes=9, payload=b"y" * 1000))
         with contextlib.suppress(aiocomm.PeerLostError):  # more bytes than it announced, or just as many
             await receiving
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_object_dtypes_stay_bytes(pair: Pair) -> None:
@@ -233,7 +223,7 @@ async def test_object_dtypes_stay_bytes(pair: Pair) -> None:
             meta += b"".join(dim.to_bytes(8, "little") for dim in dims)
             peer.send(Frame(Kind.EAGER, channel=CHANNEL, nbytes=16, meta=meta, payload=b"A" * 16))
             assert (await a.recv_array(2)).tobytes() == b"A" * 16
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_an_announcement_of_more_than_there_is_memory(pair: Pair) -> None:
@@ -248,7 +238,7 @@ async def test_an_announcement_of_more_than_there_is_memory(pair: Pair) -> None:
         peer.send(Frame(Kind.RTS, channel=CHANNEL, tag=1, nbytes=2**55, sop=10, meta=META))
         with pytest.raises(aiocomm.PeerError, match="bytes"):
             await small
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_regions_are_checked_against_any_frame(pair: Pair) -> None:
@@ -270,7 +260,7 @@ async def test_regions_are_checked_against_any_frame(pair: Pair) -> None:
             peer.send(Frame(Kind.PUT, rop=number + 1, sop=7, nbytes=1, payload=b"x"))
             assert (await peer.receive(Kind.FIN)).code
     assert not memory.any()
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 @pytest.mark.parametrize("bound", [HELD_AT_MOST + MEMORY_BOUND], indirect=True, ids=["held"])
@@ -288,7 +278,7 @@ async def test_unexpected_messages_without_end(pair: Pair) -> None:
             await until(lambda: peer._get(64) == peer._out or not a.peers[-1].alive)
         else:
             pytest.fail("600 MB were taken")
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 @pytest.mark.parametrize("seed", seeds(8))
@@ -333,7 +323,7 @@ async def test_random_frames(pair: Pair, seed: int) -> None:
                 if not transfer.cancelled():
                     transfer.exception()
             rank += 1
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 # ---------------------------------------------------------------- the pair's socket
@@ -357,7 +347,7 @@ async def test_a_greeting_that_makes_no_sense(pair: Pair, hello: bytes) -> None:
     with RawPeer(a, 2) as peer:
         peer.greet(hello)
         await closed(a, reason="")
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 @pytest.mark.parametrize("what", ["none", "too few", "too many", "no memory", "small page"])
@@ -379,7 +369,7 @@ async def test_a_greeting_with_other_descriptors(pair: Pair, what: str) -> None:
             peer.socket.send(HELLO.pack(MAGIC, 1, peer.ring_bytes, 0, 0))
         os.close(small)
         await closed(a, reason="")
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_memory_that_could_shrink_is_not_mapped(pair: Pair) -> None:
@@ -388,7 +378,7 @@ async def test_memory_that_could_shrink_is_not_mapped(pair: Pair) -> None:
     with RawPeer(a, 2, sealed=False) as peer:
         peer.greet()
         await closed(a, reason="shrink")
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_segments_that_are_none(pair: Pair) -> None:
@@ -413,7 +403,7 @@ async def test_segments_that_are_none(pair: Pair) -> None:
             await receiving
         os.close(loose)
         os.close(tight)
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 async def test_garbage_on_the_pairs_socket(pair: Pair) -> None:
@@ -422,7 +412,7 @@ async def test_garbage_on_the_pairs_socket(pair: Pair) -> None:
         await peer.meet()
         peer.socket.send(b"\xff" * 1000)
         await closed(a)
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 # ---------------------------------------------------------------- tcp
@@ -457,7 +447,7 @@ async def test_garbage_on_tcp_lanes(pair: Pair, seed: int) -> None:
     for transfer in (receiving, sending):
         with pytest.raises(aiocomm.AiocommError):
             await transfer
-    await others_go_on(pair)
+    await reach_each_other(pair)
 
 
 def test_the_header_is_as_in_the_core() -> None:

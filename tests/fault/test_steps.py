@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fault.rawpeer import Frame, Kind, RawPeer, connections, default_channel, introduce
 from fault.victims import TcpEnd
-from harness import LIMIT_S, held, until, world
+from harness import LIMIT_S, held, others_go_on, until, world
 
 import aiocomm
 from aiocomm_native import _core
@@ -50,17 +50,6 @@ async def told(transfer: Any, died: float, rank: int = 2) -> None:
     print(f"told after {took * 1e3:.1f} ms")
     assert caught.value.peer == rank
     assert took < TOLD_WITHIN_S
-
-
-async def others_go_on(pair: Pair) -> None:
-    a, b = pair
-    for nbytes in (10, 1 << 20):
-        sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
-        sending = a.send(sent, 1, tag=77)
-        await b.recv(got, 0, tag=77)
-        await sending
-        np.testing.assert_array_equal(got, sent)
-    await until(lambda: a.statistics().in_flight == 0)
 
 
 def die(peer: RawPeer) -> float:

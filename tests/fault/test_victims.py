@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fault.rawpeer import connections, introduce
 from fault.victims import LARGE, PORTION, STEPS, Maker
-from harness import held, until, world
+from harness import held, others_go_on, until, world
 
 import aiocomm
 
@@ -81,17 +81,6 @@ async def told(transfer: Any, killed: float) -> None:
         await transfer
     assert caught.value.peer == 2
     assert time.monotonic() - killed < TOLD_WITHIN_S
-
-
-async def others_go_on(pair: Pair) -> None:
-    a, b = pair
-    for nbytes in (10, 1 << 20):
-        sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
-        sending = a.send(sent, 1, tag=77)
-        await b.recv(got, 0, tag=77)
-        await sending
-        np.testing.assert_array_equal(got, sent)
-    await until(lambda: a.statistics().in_flight == 0)
 
 
 async def assert_nothing_left(before: dict[str, int]) -> None:

@@ -8,7 +8,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
-from harness import LIMIT_S, world
+from harness import all_call, world
 
 import aiocomm
 
@@ -26,14 +26,6 @@ async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[li
     """Ranks with GPU memory, each on a device of its own where there are as many."""
     async with world(request.param, links=LINKS, warmup=True) as members:
         yield members
-
-
-async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Communicator], Any]) -> None:
-    """Run a call on all ranks at once."""
-    with anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(call, comm)
 
 
 def block(rank: int, count: int, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Stream, driver
-from harness import LIMIT_S, world
+from harness import LIMIT_S, all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 
@@ -47,14 +47,6 @@ def images(monkeypatch: pytest.MonkeyPatch) -> None:
 async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[list[aiocomm.Communicator]]:
     async with world(request.param, links=LINKS, warmup=True) as members:
         yield members
-
-
-async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Communicator], Any]) -> None:
-    """Run a call on all ranks at once."""
-    with anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(call, comm)
 
 
 def block(rank: int, count: int, dtype: str = "f4") -> np.ndarray[Any, Any]:
