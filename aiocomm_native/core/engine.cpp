@@ -237,7 +237,9 @@ void Engine::progress(bool rung, bool may_linger) {
 
 bool Engine::anything_to_poll() {
   Token token(*this, true);
-  return poll_links() > 0 || has_completed();
+  int did = 0;
+  for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll_told(kPollBudget);
+  return did > 0 || has_completed();
 }
 
 bool Engine::spin(uint64_t until_ns) {
