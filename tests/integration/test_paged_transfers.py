@@ -61,6 +61,23 @@ async def test_head_ranges_and_other_page_sizes(pair: Pair) -> None:
         assert np.array_equal(back.arrays[0][[7, 5], :, 0].reshape(8, 64), theirs.arrays[0][2, :, 0])
 
 
+async def test_tokens_and_heads_may_swap_their_places(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(cache(6, pages=8), token_axis=1)  # tokens, heads
+    theirs = aiocomm.Pages([np.zeros((5, 2, 8, 64), np.float16) for _ in range(6)], token_axis=2)
+    async with await b.lease_pages(theirs) as lease:
+        remote = a.remote_pages(lease.handle)
+        await a.put_pages(ours, [6, 1, 0, 3], remote, [4, 2])
+        for mine, other in zip(ours.arrays, theirs.arrays, strict=True):
+            wanted = mine[[6, 1, 0, 3]].reshape(2, 8, 2, 64).swapaxes(1, 2)
+            assert np.array_equal(other[[4, 2]], wanted)
+            assert not other[[0, 1, 3]].any()
+        back = aiocomm.Pages(cache(None, pages=8), token_axis=1)
+        await a.get_pages(remote, [2], back, [7, 5])
+        for mine, again in zip(ours.arrays, back.arrays, strict=True):
+            assert np.array_equal(again[[7, 5]], mine[[0, 3]])
+
+
 async def test_layers_are_streamed_with_their_notifications(pair: Pair) -> None:
     a, b = pair
     ours, theirs = aiocomm.Pages(cache(3)), aiocomm.Pages(cache(None))
