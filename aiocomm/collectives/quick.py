@@ -65,7 +65,7 @@ class Prepared:
         self.mean = request.result is not None
         self.header = request.header
         self.peers = [(group.rank + away) % group.size for away in range(1, group.size)]
-        self._dtype, self._ufunc = dtype, request.ufunc
+        self._dtype, self._ufunc, self._partials = dtype, request.ufunc, request.partials
         self._width = headers.HEADER_BYTES + 16 * group.size + EAGER_BYTES
         self._frames: list[_Frame] = []
         eager = plan.eager if plan is not None and plan.eager is not None else Eager({}, {}, ())
@@ -148,8 +148,13 @@ class Prepared:
         array, ufunc = self._array, self._ufunc
         for target, source in self._copies:
             array(target, frame, given, out)[:] = array(source, frame, given, out)
+        partials = None if self._partials is None else self._partials()
         for left, right, target in self._reductions:
             assert ufunc is not None
+            if partials is not None:
+                a, b, into = ((one, array(one, frame, given, out)) for one in (left, right, target))
+                partials.reduce(a, b, into, target[0] == _OUT)
+                continue
             ufunc(
                 array(left, frame, given, out),
                 array(right, frame, given, out),
