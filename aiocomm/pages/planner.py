@@ -14,7 +14,9 @@ it is planned for one; and it is kept, since a cache is handed over layer by lay
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from array import array
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING, Final
@@ -111,6 +113,9 @@ def one_pair(
 
 def page_list(pages: Sequence[int] | Integers) -> Integers:
     """A list of pages as the planner takes it."""
+    if type(pages) is list:
+        with contextlib.suppress(TypeError, OverflowError):  # NumPy judges what is no list of integers
+            return np.frombuffer(array("q", pages), np.int64)  # takes half the time of NumPy's own
     return np.ascontiguousarray(pages, np.int64).reshape(-1)
 
 
