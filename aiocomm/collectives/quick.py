@@ -14,7 +14,7 @@ import numpy as np
 
 from aiocomm.collectives import headers
 from aiocomm.collectives.exchange import HEADERS
-from aiocomm.collectives.flight import Flight
+from aiocomm.collectives.flight import LINGER_S, Flight
 from aiocomm.collectives.plan import EAGER_BYTES, Eager
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import IN, TMP, Copy, Reduce
@@ -126,7 +126,7 @@ class Prepared:
                 if operand is not None:
                     message += self._array(operand, frame, given, out).tobytes()
             flying.append(send(message, rank, index, full, limit, 0))
-        if _core.settle(flying) == _DONE:
+        if _core.settle(flying, LINGER_S) == _DONE:
             header, width = self.header, headers.HEADER_BYTES
             for peer in self.peers:
                 if slots[peer][:width].tobytes() != header:
@@ -205,6 +205,7 @@ class QuickCall(Flight):
         self._number = number
         self._begun = flying
         self._arrays = given, out
+        self._brief = True
 
     def _has_work(self) -> bool:
         return not (self._missing or self._judged)
