@@ -474,6 +474,21 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(np.zeros(1 << 19)),
         "(524288)",
     ),
+    "small and large": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(np.zeros(1 << 20, np.float32)),
+        "(1048576)",
+    ),
+    "root of a reduction": (
+        lambda c: c.reduce(np.zeros(1 << 19), 0),
+        lambda c: c.reduce(np.zeros(1 << 19), 2),
+        "root 2",
+    ),
+    "root that there is not": (
+        lambda c: c.broadcast(F4.copy()),
+        lambda c: c.broadcast(F4.copy(), 3),
+        "root=3",
+    ),
     "dtype": (lambda c: c.broadcast(F4.copy()), lambda c: c.broadcast(np.zeros(3)), "float64"),
     "root": (lambda c: c.broadcast(F4.copy(), 0), lambda c: c.broadcast(F4.copy(), 1), "root 1"),
     "op": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(F4.copy(), "max"), "max"),
@@ -535,6 +550,30 @@ async def test_counts_that_do_not_fit_together_are_named() -> None:
     async with world(3) as members:
         await everyone(members, rank)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_counts_of_the_root_that_differ_from_a_ranks_are_named() -> None:
+    said: dict[str, set[str]] = {"gatherv": set(), "scatterv": set()}
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        mine, root = np.zeros(2 if comm.rank == 2 else 1), comm.rank == 0
+        counts = [1, 1, 1] if root else None
+        with pytest.raises(
+            aiocomm.UsageError, match="rank 2 gives rank 0 2 elements, which expects 1"
+        ) as caught:
+            await comm.gatherv(np.zeros(3) if root else None, mine, counts)
+        said["gatherv"].add(str(caught.value))
+        with pytest.raises(
+            aiocomm.UsageError, match="rank 0 gives rank 2 1 elements, which expects 2"
+        ) as caught:
+            await comm.scatterv(mine, np.zeros(3) if root else None, counts)
+        said["scatterv"].add(str(caught.value))
+        await comm.barrier()
+
+    async with world(3) as members:
+        await everyone(members, rank)
+    assert [len(texts) for texts in said.values()] == [1, 1]
 
 
 async def test_a_rank_that_never_calls_is_named() -> None:

@@ -138,6 +138,40 @@ async def test_bad_lists_are_refused_before_a_byte_moves(pair: Pair) -> None:
     assert not theirs.arrays[0].any()
 
 
+async def test_layouts_that_cannot_be_mapped_are_refused_before_a_byte_moves(pair: Pair) -> None:
+    a, b = pair
+    theirs = aiocomm.Pages(cache(None), token_axis=1)
+    remote = a.remote_pages((await b.lease_pages(theirs, [1, 2, 3])).handle)
+    submitted = {name: link.submitted for name, link in a.statistics().links.items()}
+    others = {
+        "fewer arrays": aiocomm.Pages(cache(6, layers=2), token_axis=1),
+        "wider": aiocomm.Pages(cache(6, wide=32), token_axis=1),
+        "other elements": aiocomm.Pages([x.astype(np.float32) for x in cache(6)], token_axis=1),
+        "no token axis": aiocomm.Pages(cache(6)),
+        "fewer heads": aiocomm.Pages(cache(6), token_axis=1).slice(2, 0, 1),
+    }
+    for ours in others.values():
+        before = [x.copy() for x in ours.arrays]
+        with pytest.raises(aiocomm.UsageError, match="do not fit"):
+            await a.put_pages(ours, [0, 1], remote, [1, 2])
+        with pytest.raises(aiocomm.UsageError, match="do not fit"):
+            await a.get_pages(remote, [1, 2], ours, [0, 1])
+        assert all(map(np.array_equal, ours.arrays, before))
+    ours = aiocomm.Pages(cache(6), token_axis=1)
+    for give, take, message in (
+        ([1, 2], [4, 4], "target page 4 comes twice"),
+        ([1], [12], "target page 12"),
+        ([1], [-1], "target page -1"),
+        ([1, 2], [4], "2 source pages"),
+        ([0], [4], "page 0 is not part of the lease"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=message):
+            await a.get_pages(remote, give, ours, take)
+    assert all(map(np.array_equal, ours.arrays, cache(6)))
+    assert not any(x.any() for x in theirs.arrays)
+    assert {name: link.submitted for name, link in a.statistics().links.items()} == submitted
+
+
 def test_hostile_handles_are_refused() -> None:
     async def main() -> None:
         async with aiocomm.connect() as comm:
