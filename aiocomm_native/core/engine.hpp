@@ -226,6 +226,7 @@ class Engine final : public Host, public FrameSink {
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
  private:
+  static constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
   class Token;  // scoped lock that empties the submission queue before and after
   friend class Token;
   friend class DeviceProtocol;
@@ -377,8 +378,8 @@ class Engine final : public Host, public FrameSink {
   bool closed_ = false;
   std::thread thread_;
 
+  // spin.cpp
   bool spin(uint64_t until_ns, Patience& patience, bool yields);
-
   Patience patience_, lingering_;  // the loop's thread only
 
   // under the token
