@@ -63,6 +63,7 @@ struct Op {
   bool in_sched = false;
   bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
   bool has_key = false;     // put, get: devices move it, by the key of its region
+  bool holding = false;     // `registration` is not there yet: on_held goes on
   bool owes_word = false;   // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched

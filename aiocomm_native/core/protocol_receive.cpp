@@ -305,7 +305,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
     op.path = Path::eager;
     return received(op);
   }
-  if (op.path == Path::read && !hold(op, Access::local)) return;
+  if (op.path == Path::read && hold(op, Access::local) != Hold::ready) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
   if (!ask) return;

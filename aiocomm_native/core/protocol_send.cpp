@@ -67,7 +67,7 @@ void Engine::start_on(Op& op, Peer& peer) {
     if (peer.blocked || !peer.control.empty() || flows_[flow].headers) return queue_header(op, peer);
   }
   if (send_header(op, peer) == Post::again) {
-    peer.blocked = true;
+    if (!op.holding) peer.blocked = true;
     queue_header(op, peer);
   } else if (op.live && op.in_sched) {
     pump(peer.link_index);
@@ -75,7 +75,7 @@ void Engine::start_on(Op& op, Peer& peer) {
 }
 
 void Engine::queue_header(Op& op, Peer& peer) {
-  if (op.no_wait) {
+  if (op.no_wait && !op.holding) {
     ++counters_[op.link].would_block;
     return finish(op, Code::would_block);
   }
@@ -84,7 +84,7 @@ void Engine::queue_header(Op& op, Peer& peer) {
   op.in_sched = true;
   uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
   schedulers_[peer.link_index]->push(flow, op.id, cost, true);
-  if (peer.blocked) schedulers_[peer.link_index]->set_ready(flow, false);
+  if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow, false);
 }
 
 Post Engine::send_header(Op& op, Peer& peer) {
@@ -129,7 +129,8 @@ Post Engine::send_message(Op& op, Peer& peer) {
     op.path = Path::eager;
     op.moved = op.nbytes;
   } else {
-    if (!hold(op, Access::peer_reads)) return Post::ok;
+    if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
+      return held == Hold::pending ? Post::again : Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::rts;
     h.sop = op.id;
@@ -178,7 +179,8 @@ Post Engine::send_put(Op& op, Peer& peer) {
     }
     payload = reinterpret_cast<const std::byte*>(&op.gpu->place);
   } else {
-    if (!hold(op, Access::peer_reads)) return Post::ok;
+    if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
+      return held == Hold::pending ? Post::again : Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
@@ -313,7 +315,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     Post posted = send_header(*op, *peer);
     if (posted == Post::again) {
       op->in_sched = true;
-      peer->blocked = true;
+      if (!op->holding) peer->blocked = true;
       sched.unget(chunk);
       sched.set_ready(chunk.flow, false);
       return true;

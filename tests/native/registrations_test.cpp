@@ -1,4 +1,4 @@
-// needs: links/rdma/registrations.cpp core/segments.cpp
+// needs: links/rdma/registrations.cpp links/rdma/registrar.cpp core/segments.cpp
 //
 // The registration cache over a verbs library that only counts.
 
@@ -9,9 +9,13 @@
 #include <sys/resource.h>
 
 #include <cerrno>
+#include <condition_variable>
 #include <cstring>
+#include <functional>
+#include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "check.hpp"
 #include "core/segments.hpp"
@@ -21,6 +25,10 @@ using namespace aiocomm::rdma;
 
 namespace {
 
+std::mutex g_mutex;  // guards what follows, where a registrar is at work
+std::condition_variable g_changed;
+bool g_paused = false;
+int g_rings = 0;
 std::set<ibv_mr*> g_registered;
 int g_refuse = 0;
 int g_access = 0;
@@ -28,6 +36,8 @@ int g_access = 0;
 Verbs counting() {
   Verbs verbs{};
   verbs.reg_mr = [](ibv_pd* domain, void* base, size_t nbytes, int access) -> ibv_mr* {
+    std::unique_lock lock(g_mutex);
+    g_changed.wait(lock, [] { return !g_paused; });
     if (g_refuse) {
       errno = g_refuse;
       return nullptr;
@@ -43,8 +53,10 @@ Verbs counting() {
     return region;
   };
   verbs.dereg_mr = [](ibv_mr* region) {
+    std::lock_guard lock(g_mutex);
     CHECK(g_registered.erase(region) == 1);
     delete region;
+    g_changed.notify_all();
     return 0;
   };
   return verbs;
@@ -143,6 +155,107 @@ void refusals_are_explained() {
   CHECK(g_registered.empty());
 }
 
+void pause(bool paused) {
+  std::lock_guard lock(g_mutex);
+  g_paused = paused;
+  g_changed.notify_all();
+}
+
+void await(const std::function<bool()>& condition) {
+  std::unique_lock lock(g_mutex);
+  g_changed.wait(lock, condition);
+}
+
+void ring() {
+  std::lock_guard lock(g_mutex);
+  ++g_rings;
+  g_changed.notify_all();
+}
+
+void what_is_large_is_registered_aside() {
+  Verbs verbs = counting();
+  ibv_pd one{}, two{};
+  g_rings = 0;
+  Registrations cache(verbs, {&one, &two}, 1 << 20, false, ring);
+  const uint64_t large = Registrations::kAside + 1;
+  std::vector<std::byte> memory(large), other(large);
+  pause(true);
+  Registration& first = cache.acquire(memory.data(), large, Access::local);
+  CHECK(!first.ready && first.local().of[0] == 0 && cache.busy());
+  Registration& same = cache.acquire(memory.data() + 1, 10, Access::local);
+  CHECK(&same == &first);  // found, and waited for
+  uint32_t given_up = cache.acquire(other.data(), large, Access::peer_reads).id;
+  cache.release(given_up);
+  Registration& anew = cache.acquire(other.data(), large, Access::peer_reads);
+  CHECK(anew.id != given_up && cache.get(given_up));  // that one is nobody's, and found by nobody
+  CHECK(cache.take().empty());
+  pause(false);
+  await([] { return g_rings == 3; });
+  std::set<uint32_t> ready;
+  for (const Registered& news : cache.take()) {
+    CHECK(news.error == 0);
+    ready.insert(news.id);
+  }
+  CHECK((ready == std::set<uint32_t>{first.id, anew.id}));
+  CHECK(first.ready && first.local().of[1] != 0 && !cache.get(given_up));
+  cache.release(anew.id);
+  cache.release(first.id);
+  CHECK(cache.get(first.id));  // there is another user
+  cache.release(first.id);
+  await([] { return g_registered.empty(); });
+  CHECK(cache.counters().aside == 3 && cache.counters().pinned_bytes == 0);
+}
+
+void what_fails_aside_is_told() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  g_rings = 0;
+  Registrations cache(verbs, {&domain}, 1 << 20, false, ring);
+  std::vector<std::byte> memory(2 * Registrations::kAside);
+  g_refuse = ENOMEM;
+  uint32_t id = cache.acquire(memory.data(), memory.size(), Access::local).id;
+  await([] { return g_rings == 1; });
+  auto news = cache.take();
+  CHECK(news.size() == 1 && news[0].id == id && news[0].error == ENOMEM && !news[0].reason.empty());
+  g_refuse = 0;
+  Registration& again = cache.acquire(memory.data(), memory.size(), Access::local);
+  CHECK(again.id != id);
+  cache.release(id);
+  CHECK(!cache.get(id));
+  await([] { return g_rings == 2; });
+  CHECK(cache.take().size() == 1);
+  cache.release(again.id);
+}
+
+void it_ends_while_memory_is_being_registered() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  std::vector<std::byte> memory(2 * Registrations::kAside);
+  {
+    Registrations cache(verbs, {&domain}, 1 << 20, false, ring);
+    for (int i = 0; i < 4; ++i) cache.acquire(memory.data(), memory.size(), Access::region_reads);
+  }
+  CHECK(g_registered.empty());
+}
+
+// A rail whose device has gone is closed only when nothing works with it.
+void it_rings_when_it_is_not_busy_any_more() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  g_rings = 0;
+  Registrations cache(verbs, {&domain}, 1 << 20, false, ring);
+  std::vector<std::byte> memory(2 * Registrations::kAside);
+  pause(true);
+  uint32_t id = cache.acquire(memory.data(), memory.size(), Access::local).id;
+  cache.release(id);
+  CHECK(cache.busy());
+  pause(false);
+  await([] { return g_rings == 1; });
+  CHECK(cache.take().empty() && !cache.get(id));
+  if (cache.busy()) await([] { return g_rings == 2; });
+  CHECK(!cache.busy() && g_registered.empty());
+}
+
 }  // namespace
 
 int main() {
@@ -152,6 +265,12 @@ int main() {
   CHECK(g_registered.empty());
   what_a_peer_may_write_is_not_kept();
   refusals_are_explained();
+  what_is_large_is_registered_aside();
+  CHECK(g_registered.empty());
+  what_fails_aside_is_told();
+  CHECK(g_registered.empty());
+  it_ends_while_memory_is_being_registered();
+  it_rings_when_it_is_not_busy_any_more();
 }
 
 #else

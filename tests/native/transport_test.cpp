@@ -72,10 +72,15 @@ void takes_the_rail_that_is_through_first() {
   CHECK(choose({{true, kNoNode, 100}, {true}}, 100) == 1);
   CHECK(choose({{true, kNoNode, 100, 4.0}, {true, kNoNode, 0, 1.0}}, 100) == 0);  // the faster one
   CHECK(choose({{false, kNoNode, 0, 4.0}, {true}}, 100) == 1);
-  // Near ones first; a far one where it is through sooner all the same.
+  // Near ones first, until they have more than they drain; then a far one that is through sooner all the same.
+  constexpr uint64_t kFull = 100'000;  // at one byte per ns
   CHECK(choose({{true, 0}, {true, 1}}, 100, 1) == 1);
-  CHECK(choose({{true, 0}, {true, 1, 40}}, 100, 1) == 1);
-  CHECK(choose({{true, 0}, {true, 1, 60}}, 100, 1) == 0);
+  CHECK(choose({{true, 0}, {true, 1, kFull}}, 100, 1) == 1);
+  CHECK(choose({{true, 0}, {true, 1, kFull + 1}}, 100, 1) == 0);
+  CHECK(choose({{true, 0}, {true, 1, 2 * kFull, 4.0}}, 100, 1) == 1);  // a faster one drains more
+  CHECK(choose({{true, 0, kFull}, {true, 1, kFull + 1}}, 100, 1) == 1);
+  CHECK(choose({{true, 0}, {true, 1, kFull + 1}, {true, 1, kFull}}, 100, 1) == 2);
+  CHECK(choose({{true, 0}, {true, 1, 60}, {true, 1, 50}}, 100, 1) == 2);
   CHECK(choose({{true, 0}, {false, 1}}, 100, 1) == 0);
   // Where nobody knows, none is far.
   CHECK(choose({{true, 0}, {true, 1}}, 100, kNoNode) == 0);

@@ -26,13 +26,15 @@ class RdmaLink final : public Link, public Pollable {
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view card, bool initiator) override;
   uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;
+  bool held(uint32_t id) override;
   void release(uint32_t id) override {
     if (registrations_) registrations_->release(id);
   }
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 
-  // Devices that are removed while they are used: their rails are taken out, and everything of them is closed.
+  // Memory that was registered aside; and devices that are removed while they are used: their rails are taken out, and
+  // everything of them is closed.
   void on_ready(uint32_t events) override;
   void look_for_devices(uint64_t now_ns);  // now and then: not everywhere does the kernel tell
   void retire_rails();                     // those without a device, once no pair uses them
@@ -54,8 +56,8 @@ class RdmaLink final : public Link, public Pollable {
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
-  int nodes_ = -1;   // inotify of /dev/infiniband
-  int broken_ = -1;  // rung by rails whose devices say so
+  int nodes_ = -1;  // inotify of /dev/infiniband
+  int news_ = -1;   // rung by rails whose devices say that they are broken, and by the registrar
   uint64_t looked_ns_ = 0;
 };
 
