@@ -18,7 +18,7 @@ _FLAGS: Final = ("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-pt
 
 @functools.cache
 def shared_library(folder: Path, name: str) -> Path:
-    """Compile the C++ files of a folder if they have changed. One copy per source text serves all processes."""
+    """Compile a folder's C++ files if they have changed. One copy per source text serves all processes."""
     sources = sorted(folder.glob("*.[ch]pp"))
     compiler = os.environ.get("CXX", "g++")
     digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
