@@ -321,6 +321,12 @@ def driver_library() -> str | None:
     return os.environ.get("AIOCOMM_LIBCUDA") or None
 
 
+def device_nodes() -> dict[str, int]:
+    """NUMA nodes of RDMA devices as `AIOCOMM_RDMA_NODES` has them; what makes no sense is left out."""
+    pairs = (pair.partition("=") for pair in os.environ.get("AIOCOMM_RDMA_NODES", "").split(","))
+    return {name: int(node) for name, _, node in pairs if name and node.isdecimal()}
+
+
 def environment_world(env: Mapping[str, str] | None = None) -> World:
     """The world that this process was launched into; of one process if it was not.
 

@@ -269,6 +269,8 @@ class Engine final : public Host, public FrameSink {
   enum class Hold : uint8_t { ready, pending, failed };
   Hold hold(Op& op, Access access);
   void cannot_hold(Op& op, int error);
+  // The same for device memory, once its gate is open. failed: it goes another way, and has not ended.
+  Hold reach(Op& op, Peer& peer, Access access);
   void go_on_held(Op& op);
   void get_ready(Op& op, Peer& peer, bool pulls, bool on_device);
   void let_flow_go_on(Op& op);

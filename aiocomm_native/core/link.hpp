@@ -248,6 +248,13 @@ class Link {
     (void)data, (void)nbytes, (void)access;
     return 0;
   }
+  // The same for device memory, at `place`: 0, or LinkFailure, where no device of this link reaches it.
+  virtual uint32_t hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) {
+    (void)place, (void)nbytes, (void)access, (void)mover;
+    return 0;
+  }
+  // That device memory has been freed.
+  virtual void forget_device(const Gone& memory) { (void)memory; }
   virtual bool held(uint32_t id) {
     (void)id;
     return true;

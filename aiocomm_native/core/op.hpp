@@ -97,8 +97,8 @@ struct Op {
   int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
 
-// What a CPU can touch of an op's bytes.
-inline std::byte* host_data(const Op& op) { return op.gpu ? op.gpu->bounce : op.data; }
+// What the pair's link moves of an op: its bytes, or host memory in place of device memory that no adapter reaches.
+inline std::byte* host_data(const Op& op) { return op.gpu && !op.gpu->direct ? op.gpu->bounce : op.data; }
 
 // Ops have stable addresses and generation-checked ids. Slots are taken and given back by one thread; any thread that
 // holds the token may look an id up.

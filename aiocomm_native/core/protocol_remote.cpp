@@ -19,6 +19,25 @@ Engine::Hold Engine::hold(Op& op, Access access) {
   return op.holding ? Hold::pending : Hold::ready;
 }
 
+Engine::Hold Engine::reach(Op& op, Peer& peer, Access access) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (gpu.not_direct || gpu.rows || gpu.by_rows || op.nbytes == 0) return Hold::failed;
+  Link& link = *links_[op.link];
+  try {
+    if (!op.registration) op.registration = link.hold_device(gpu.place, op.nbytes, access, *mover());
+  } catch (const LinkFailure& failure) {
+    device_.not_direct(op, peer, failure.what());
+    return Hold::failed;
+  }
+  if (!op.registration) return Hold::failed;
+  gpu.direct = true;
+  op.holding = !link.held(op.registration);
+  if (op.holding) return Hold::pending;
+  if (!device_.wait_for_gate(op)) return Hold::ready;
+  op.holding = true;  // go_on ends it
+  return Hold::pending;
+}
+
 // The device does not reach the op's memory: it ends with that.
 void Engine::cannot_hold(Op& op, int error) {
   op.error = error;
@@ -48,6 +67,8 @@ void Engine::on_held(Link& link, uint32_t id, int error, const std::string& reas
     if (!op || !op->live || !op->holding) continue;
     if (op->state == OpState::draining)
       op->holding = false;
+    else if (error && op->gpu)
+      device_.go_another_way(*op, reason);
     else if (error)
       cannot_hold(*op, error);
     else
@@ -66,7 +87,9 @@ void Engine::go_on_held(Op& op) {
   if (op.state == OpState::queued) return let_flow_go_on(op);  // its header comes next
   op.holding = false;
   if (!peer || peer->state != Peer::State::up) return;
-  if (op.kind == OpKind::serve)
+  if (op.gpu && op.kind == OpKind::recv)
+    device_.held(op, *peer);
+  else if (op.kind == OpKind::serve)
     get_ready(op, *peer, true, false);  // devices read what they have registered
   else if (op.kind == OpKind::recv && !op.matched)
     offer(op, *peer);

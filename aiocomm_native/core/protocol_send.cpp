@@ -57,7 +57,7 @@ void Engine::start_on(Op& op, Peer& peer) {
   peer.used = true;
   ++counters_[executor_of(op)].submitted;
   // Its receiver may have said where it goes.
-  if (peer.offers && op.kind == OpKind::send && !op.gpu && !fits_frame(op, peer)) {
+  if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
     peer.link->poll(16);
     if (peer.state != Peer::State::up || !op.live) return;
   }
@@ -104,7 +104,11 @@ bool Engine::fits_frame(const Op& op, const Peer& peer) const {
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
-  if (op.gpu && op.nbytes) return device_.announce(op, peer);
+  if (op.gpu && op.nbytes) {
+    Hold direct = reach(op, peer, Access::peer_reads);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed) return device_.announce(op, peer);
+  }
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -150,7 +154,11 @@ Post Engine::send_message(Op& op, Peer& peer) {
 }
 
 Post Engine::send_put(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (op.gpu && peer.link->takes_offers()) {
+    Hold direct = reach(op, peer, Access::local);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+  }
   if (by_key(op, peer)) return access(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
@@ -198,7 +206,11 @@ Post Engine::send_put(Op& op, Peer& peer) {
 }
 
 Post Engine::send_get(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (op.gpu && peer.link->takes_offers()) {
+    Hold direct = reach(op, peer, Access::local);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+  }
   if (by_key(op, peer)) return access(op, peer);
   FrameHeader h{};
   h.kind = FrameKind::get;

@@ -56,6 +56,15 @@ class Adapters:
         finally:
             self._library.fake_verbs_fail(ctypes.c_size_t(-1), 0)
 
+    @contextlib.contextmanager
+    def refusing_dma_bufs(self) -> Iterator[None]:
+        """As soft-RoCE does."""
+        self._library.fake_verbs_dma_buf(0)
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_dma_buf(1)
+
     @property
     def waiting(self) -> int:
         """Registrations that wait."""

@@ -7,6 +7,7 @@
 #include "links/rdma/registrations.hpp"
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <condition_variable>
@@ -172,6 +173,71 @@ void ring() {
   g_changed.notify_all();
 }
 
+constexpr uint64_t kBlock = 1 << 16;
+
+// What the driver would say of memory at `address` in an allocation of kBlock bytes.
+DeviceRange on_device(uint64_t address, uint64_t nbytes, uint64_t buffer_id, int descriptor) {
+  DeviceRange range{address, nbytes, address / kBlock * kBlock, kBlock, buffer_id, -1, {}};
+  range.open = [descriptor](uint64_t, uint64_t) { return descriptor < 0 ? -1 : dup(descriptor); };
+  return range;
+}
+
+void device_memory_is_known_by_its_allocation() {
+  Verbs verbs = counting();
+  static int exported = 0;
+  exported = 0;
+  verbs.reg_dmabuf_mr = [](ibv_pd* domain, uint64_t, size_t nbytes, uint64_t address, int fd, int access) {
+    CHECK(fd >= 0);
+    ++exported;
+    return counting().reg_mr(domain, reinterpret_cast<void*>(address), nbytes, access);
+  };
+  ibv_pd domain{};
+  g_rings = 0;
+  Registrations cache(verbs, {&domain}, 4 * kBlock, false, ring);
+  int rings = 0;
+  auto use = [&](const DeviceRange& range, bool waits) {
+    Registration& one = cache.acquire_device(range, Access::peer_reads);
+    CHECK(one.ready != waits);
+    if (waits) {
+      await([&] { return g_rings > rings; });
+      rings = g_rings;
+      CHECK(cache.take().size() == 1 && one.ready);
+    }
+    uint32_t id = one.id;
+    cache.release(id);
+    return id;
+  };
+  const uint64_t at = 16 * kBlock;
+  uint32_t first = use(on_device(at + 100, 10, 7, 0), true);
+  CHECK(exported == 1 && cache.get(first));
+  CHECK(use(on_device(at + 300, 1000, 7, 0), false) == first);  // anywhere in the allocation
+  CHECK(&cache.acquire(reinterpret_cast<std::byte*>(at + 100), 10, Access::peer_reads) != cache.get(first));
+  use(on_device(at + 100, 10, 8, 0), true);  // the address is another allocation's now
+  CHECK(exported == 2);
+  cache.forget_device(at, 8);
+  CHECK(use(on_device(at, 10, 8, 0), true) != 0 && exported == 3);
+  for (uint64_t i = 1; i <= 5; ++i) use(on_device(at + i * kBlock, 10, 10 + i, 0), true);
+  CHECK(cache.counters().evicted == 2);  // four allocations fit
+  Registration& large = cache.acquire_device(
+      [&] {
+        DeviceRange range = on_device(at + 100, 10, 99, 0);
+        range.extent = 8 * kBlock;  // more than may be kept: its pages, for one use
+        return range;
+      }(),
+      Access::peer_reads);
+  CHECK(large.nbytes == 4096);
+  await([&] { return g_rings > rings; });
+  CHECK(cache.take().size() == 1);
+  uint32_t id = large.id;
+  cache.release(id);
+  CHECK(!cache.get(id));
+  uint32_t refused = cache.acquire_device(on_device(at + 7 * kBlock, 10, 77, -1), Access::local).id;
+  await([&] { return g_rings > rings + 1; });
+  auto news = cache.take();
+  CHECK(news.size() == 1 && news[0].id == refused && news[0].of_device && news[0].error == EADDRNOTAVAIL);
+  cache.release(refused);
+}
+
 void what_is_large_is_registered_aside() {
   Verbs verbs = counting();
   ibv_pd one{}, two{};
@@ -266,6 +332,8 @@ int main() {
   what_a_peer_may_write_is_not_kept();
   refusals_are_explained();
   what_is_large_is_registered_aside();
+  CHECK(g_registered.empty());
+  device_memory_is_known_by_its_allocation();
   CHECK(g_registered.empty());
   what_fails_aside_is_told();
   CHECK(g_registered.empty());

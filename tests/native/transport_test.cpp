@@ -10,6 +10,7 @@
 
 #include "check.hpp"
 #include "links/rdma/acks.hpp"
+#include "links/rdma/gpu.hpp"
 #include "links/rdma/lanes.hpp"
 
 using namespace aiocomm::rdma;
@@ -87,6 +88,22 @@ void takes_the_rail_that_is_through_first() {
   CHECK(choose({{true, kNoNode}, {true, 1}}, 100, 1) == 0);
 }
 
+void reaches_the_memory_of_gpus() {
+  auto way = [](bool exports, bool registers, bool takes, bool peer_memory) {
+    return choose_gpu_way({exports, registers, takes, peer_memory});
+  };
+  CHECK(way(true, true, true, true).way == GpuWay::dma_buf);
+  CHECK(way(true, true, true, false).way == GpuWay::dma_buf);
+  for (int lacking = 0; lacking < 3; ++lacking) {
+    bool has[3] = {lacking != 0, lacking != 1, lacking != 2};
+    CHECK(way(has[0], has[1], has[2], true).way == GpuWay::peer_memory);
+    CHECK(way(has[0], has[1], has[2], false).way == GpuWay::host);
+  }
+  CHECK(std::string(way(false, true, true, false).lacks).find("exports no dma-buf") != std::string::npos);
+  CHECK(std::string(way(true, false, true, false).lacks).find("rdma-core 34") != std::string::npos);
+  CHECK(std::string(way(true, true, false, true).lacks).find("refuses") != std::string::npos);
+}
+
 void acknowledges_in_any_order() {
   Acks acks;
   CHECK(acks.all_before() == 0);
@@ -127,6 +144,7 @@ int main() {
   tries_as_long_as_asked();
   maps_classes();
   takes_the_rail_that_is_through_first();
+  reaches_the_memory_of_gpus();
   acknowledges_in_any_order();
   acknowledges_around_the_end_of_numbers();
 }

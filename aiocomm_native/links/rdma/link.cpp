@@ -15,7 +15,9 @@
 #include <sstream>
 #include <utility>
 
+#include "core/device.hpp"
 #include "core/doorbell.hpp"
+#include "links/rdma/gpu.hpp"
 #include "links/rdma/peer.hpp"
 
 namespace aiocomm::rdma {
@@ -95,8 +97,12 @@ void RdmaLink::close() {
 
 void RdmaLink::on_ready(uint32_t) {
   clear_fd(news_);
-  for (const Registered& news : registrations_->take())
+  for (const Registered& news : registrations_->take()) {
+    // Of all memory, not of this allocation only, which may be in several pieces.
+    if (news.of_device && (news.error == EOPNOTSUPP || news.error == ENOSYS || news.error == EINVAL))
+      takes_dma_buf_ = false;
     host_.sink().on_held(*this, news.id, news.error, news.reason);
+  }
   alignas(inotify_event) char text[4096];
   for (ssize_t n; nodes_ >= 0 && (n = ::read(nodes_, text, sizeof text)) > 0;)
     for (ssize_t at = 0; at < n;) {
@@ -132,6 +138,24 @@ void RdmaLink::retire_rails() {
 
 uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
   return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
+}
+
+uint32_t RdmaLink::hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) {
+  auto [known, fresh] = gpus_.try_emplace(place.device);
+  if (fresh) known->second = {mover.exports(place.device), mover.node(place.device)};
+  auto [exports, node] = known->second;
+  auto is_there = [](const char* path) { return ::access(path, F_OK) == 0; };
+  static const bool peer_memory =
+      is_there("/sys/module/nvidia_peermem") || is_there("/sys/kernel/mm/memory_peers/nv_mem");
+  GpuChoice choice = choose_gpu_way({exports, verbs_.reg_dmabuf_mr != nullptr, takes_dma_buf_, peer_memory});
+  if (choice.way == GpuWay::host)
+    throw LinkFailure(std::string(choice.lacks) + ", and nvidia_peermem is not loaded", EOPNOTSUPP);
+  DeviceRange range{place.address, nbytes, place.base, place.extent, place.buffer_id, node, {}};
+  if (choice.way == GpuWay::dma_buf)
+    range.open = [&mover, device = place.device](uint64_t address, uint64_t bytes) {
+      return mover.export_pages(device, address, bytes);
+    };
+  return registrations_->acquire_device(range, access).id;
 }
 
 bool RdmaLink::held(uint32_t id) {
@@ -204,6 +228,7 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     all["registrations_found"] = c.found;
     all["registrations_evicted"] = c.evicted;
     all["registrations_aside"] = c.aside;
+    all["registrations_of_devices"] = c.of_devices;
     all["registered_bytes"] = c.pinned_bytes;
   }
   return all;

@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/link.hpp"
@@ -26,6 +28,10 @@ class RdmaLink final : public Link, public Pollable {
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view card, bool initiator) override;
   uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;
+  uint32_t hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) override;
+  void forget_device(const Gone& memory) override {
+    if (registrations_) registrations_->forget_device(memory.base, memory.buffer_id);
+  }
   bool held(uint32_t id) override;
   void release(uint32_t id) override {
     if (registrations_) registrations_->release(id);
@@ -59,6 +65,9 @@ class RdmaLink final : public Link, public Pollable {
   int nodes_ = -1;  // inotify of /dev/infiniband
   int news_ = -1;   // rung by rails whose devices say that they are broken, and by the registrar
   uint64_t looked_ns_ = 0;
+  std::unordered_map<int, std::pair<bool, int>>
+      gpus_;                   // by ordinal: whether it exports memory, and its NUMA node
+  bool takes_dma_buf_ = true;  // no adapter's driver has refused one
 };
 
 }  // namespace aiocomm::rdma

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <utility>
 
 #include "core/slice.hpp"
@@ -37,17 +38,31 @@ int node_of(const void* address) {
 }  // namespace
 
 void register_now(const Verbs& verbs, Registering& job) {
-  for (size_t i = 0; i < job.domains.size(); ++i) {
-    if (!job.domains[i]) continue;
-    job.regions[i] = verbs.reg_mr(job.domains[i], job.base, job.nbytes, job.access);
-    if (job.regions[i]) continue;
-    job.error = errno;
-    job.reason = explain(job.nbytes, job.error);
-    for (ibv_mr*& region : job.regions)
-      if (region) verbs.dereg_mr(std::exchange(region, nullptr));
+  int fd = -1;
+  try {
+    if (job.open) fd = job.open();
+  } catch (const std::exception&) {  // its device has been closed
+  }
+  if (job.open && fd < 0) {
+    job.error = EADDRNOTAVAIL;
+    job.reason = "the GPU's driver does not export this memory as a dma-buf";
     return;
   }
-  if (job.by_node) job.node = node_of(job.base);
+  auto add = [&](ibv_pd* domain) {
+    return fd < 0 ? verbs.reg_mr(domain, job.base, job.nbytes, job.access)
+                  : verbs.reg_dmabuf_mr(domain, 0, job.nbytes, reinterpret_cast<uint64_t>(job.base), fd,
+                                        job.access);
+  };
+  for (size_t i = 0; i < job.domains.size() && !job.error; ++i) {
+    if (!job.domains[i] || (job.regions[i] = add(job.domains[i]))) continue;
+    job.error = errno;
+    job.reason = explain(job.nbytes, job.error);
+  }
+  if (fd >= 0) ::close(fd);  // the registrations keep the memory
+  if (job.error)
+    for (ibv_mr*& region : job.regions)
+      if (region) verbs.dereg_mr(std::exchange(region, nullptr));
+  if (job.by_node && !job.error) job.node = node_of(job.base);
 }
 
 Registrar::~Registrar() {

@@ -33,6 +33,8 @@ struct Registering {
   std::array<ibv_pd*, kMaxRails> domains{};
   bool by_node = false;
   std::shared_ptr<Segment> segment;  // that it is part of: stays mapped meanwhile
+  // Of device memory: its dma-buf, to be closed; -1: the driver refuses. Empty: registered by its address.
+  std::function<int()> open;
 
   Regions regions{};
   int node = -1;  // of NUMA, where the first page lies

@@ -61,27 +61,81 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
     found->used = ++uses_;
     return *found;
   }
+  Registering job = job_for(const_cast<std::byte*>(data), nbytes, access);
+  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
+  bool exact = of_region || access == Access::peer_writes;
+  job.segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
+  auto fresh = std::make_unique<Registration>();
+  if (job.segment) {
+    job.base = job.segment->base;
+    job.nbytes = job.segment->nbytes;
+    fresh->segment = job.segment->id;
+    fresh->kept = true;
+  }
+  fresh->access = access;
+  return add(std::move(fresh), std::move(job));
+}
+
+// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range.
+Registration& Registrations::acquire_device(const DeviceRange& range, Access access) {
+  auto data = reinterpret_cast<std::byte*>(range.address);
+  if (Registration* found = find(data, range.nbytes, access, range.buffer_id)) {
+    ++counters_.found;
+    ++found->users;
+    found->used = ++uses_;
+    return *found;
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Registration* other = slots_[i].get();
+    if (!other || !other->buffer_id || other->buffer_id == range.buffer_id) continue;
+    auto at = reinterpret_cast<uint64_t>(other->base);
+    if (at < range.base + range.extent && range.base < at + other->nbytes)
+      forget_device(other->of_base, other->buffer_id);
+  }
+  constexpr uint64_t kPage = 4096;
+  bool whole = range.extent <= keep_bytes_ && access != Access::peer_writes;
+  uint64_t from = (whole ? range.base : range.address) & ~(kPage - 1);
+  uint64_t to = whole ? range.base + range.extent : range.address + range.nbytes;
+  to = (to + kPage - 1) & ~(kPage - 1);
+  Registering job = job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  job.by_node = false;
+  job.node = range.node;
+  if (range.open) job.open = [open = range.open, from, nbytes = to - from] { return open(from, nbytes); };
+  auto fresh = std::make_unique<Registration>();
+  fresh->access = access;
+  fresh->buffer_id = range.buffer_id;
+  fresh->of_base = range.base;
+  fresh->kept = whole;
+  ++counters_.of_devices;
+  return add(std::move(fresh), std::move(job));
+}
+
+void Registrations::forget_device(uint64_t base, uint64_t buffer_id) {
+  for (auto& slot : slots_) {
+    Registration* found = slot.get();
+    if (!found || found->buffer_id != buffer_id || found->of_base != base) continue;
+    unlist(*found);
+    if (std::exchange(found->kept, false)) kept_bytes_ -= found->nbytes;
+    if (found->ready && !found->users) drop(*found);
+  }
+}
+
+Registering Registrations::job_for(std::byte* base, uint64_t nbytes, Access access) {
   Registering job;
-  job.base = const_cast<std::byte*>(data);
+  job.base = base;
   job.nbytes = nbytes;
   job.access = access_of(access);
   std::copy(domains_.begin(), domains_.end(), job.domains.begin());
   job.by_node = by_node_;
-  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
-  bool exact = of_region || access == Access::peer_writes;
-  job.segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
-  if (job.segment) {
-    job.base = job.segment->base;
-    job.nbytes = job.segment->nbytes;
-  }
-  auto fresh = std::make_unique<Registration>();
+  return job;
+}
+
+Registration& Registrations::add(std::unique_ptr<Registration> fresh, Registering job) {
   fresh->base = job.base;
   fresh->nbytes = job.nbytes;
-  fresh->segment = job.segment ? job.segment->id : 0;
-  fresh->access = access;
   fresh->users = 1;
   fresh->used = ++uses_;
-  fresh->ready = job.nbytes <= kAside;
+  fresh->ready = job.nbytes <= kAside && !job.open;
   if (fresh->ready) {
     register_now(verbs_, job);
     if (job.error) throw LinkFailure(job.reason, job.error);
@@ -100,7 +154,7 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   by_base_.emplace(reinterpret_cast<uintptr_t>(fresh->base), id);
   ++counters_.made;
   counters_.pinned_bytes += fresh->nbytes;
-  if (fresh->segment) kept_bytes_ += fresh->nbytes;
+  if (fresh->kept) kept_bytes_ += fresh->nbytes;
   Registration& registration = *(slots_[id - 1] = std::move(fresh));
   if (!registration.ready) {
     ++counters_.aside;
@@ -124,7 +178,7 @@ std::vector<Registered> Registrations::take() {
       continue;
     }
     if (registration.failed) unlist(registration);
-    news.push_back({job.id, job.error, std::move(job.reason)});
+    news.push_back({job.id, job.error, std::move(job.reason), registration.buffer_id != 0});
   }
   return news;
 }
@@ -137,19 +191,21 @@ void Registrations::release(uint32_t id) {
         *registration);  // its memory may be freed before it is ready, and its address come back with other memory
   else if (registration->failed)
     free_slot(*registration);
-  else if (!registration->segment)
+  else if (!registration->kept)
     drop(*registration);
   else
     trim();
 }
 
-Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access) {
+Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access, uint64_t buffer_id) {
   auto begin = reinterpret_cast<uintptr_t>(data);
   // Ranges may overlap: those that start nearest before this one are the ones that may hold it.
   int looks = 16;
   for (auto it = by_base_.upper_bound(begin); it != by_base_.begin() && looks; --looks) {
     Registration* found = get((--it)->second);
-    if (found->access == access && it->first + found->nbytes >= begin + nbytes) return found;
+    if (found->access == access && found->buffer_id == buffer_id &&
+        it->first + found->nbytes >= begin + nbytes)
+      return found;
   }
   return nullptr;
 }
@@ -202,7 +258,7 @@ void Registrations::unlist(const Registration& registration) {
 
 void Registrations::free_slot(Registration& registration) {
   counters_.pinned_bytes -= registration.nbytes;
-  if (registration.segment) kept_bytes_ -= registration.nbytes;
+  if (registration.kept) kept_bytes_ -= registration.nbytes;
   free_.push_back(registration.id);
   slots_[registration.id - 1].reset();
 }
@@ -211,7 +267,7 @@ void Registrations::trim() {
   while (kept_bytes_ > keep_bytes_) {
     Registration* oldest = nullptr;
     for (auto& slot : slots_)
-      if (slot && slot->segment && slot->ready && slot->users == 0 && (!oldest || slot->used < oldest->used))
+      if (slot && slot->kept && slot->ready && slot->users == 0 && (!oldest || slot->used < oldest->used))
         oldest = slot.get();
     if (!oldest) return;
     ++counters_.evicted;

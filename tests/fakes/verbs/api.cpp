@@ -5,6 +5,7 @@
 #include <arpa/inet.h>
 #include <infiniband/verbs.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -167,7 +168,9 @@ EXPORT int ibv_dealloc_pd(ibv_pd* domain) {
   return 0;
 }
 
-EXPORT ibv_mr* ibv_reg_mr(ibv_pd* domain, void* base, size_t nbytes, int access) {
+namespace {
+
+ibv_mr* add_region(ibv_pd* domain, void* base, std::byte* bytes, size_t nbytes, int access) {
   Machine& all = machine();
   std::unique_lock lock(all.mutex);
   ++all.waiting;
@@ -185,14 +188,42 @@ EXPORT ibv_mr* ibv_reg_mr(ibv_pd* domain, void* base, size_t nbytes, int access)
   region->length = nbytes;
   region->lkey = region->rkey = region->handle = all.next_key++;
   region->access = access;
+  region->bytes = bytes;
   region->device = number_of(domain->context);
   all.regions[region->lkey] = region;
   ++all.registered;
   return region;
 }
+
+}  // namespace
+
+EXPORT ibv_mr* ibv_reg_mr(ibv_pd* domain, void* base, size_t nbytes, int access) {
+  return add_region(domain, base, static_cast<std::byte*>(base), nbytes, access);
+}
+
+// In a dma-buf's place the simulated GPU gives a memfd that stands where the pages begin.
+EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* domain, uint64_t offset, size_t nbytes, uint64_t address, int fd,
+                                 int access) {
+  {
+    std::lock_guard lock(machine().mutex);
+    if (!machine().dma_buf) {
+      errno = EOPNOTSUPP;
+      return nullptr;
+    }
+  }
+  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset);
+  void* bytes = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
+  if (bytes == MAP_FAILED) return nullptr;
+  auto base = reinterpret_cast<void*>(address);
+  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(bytes), nbytes, access);
+  if (!region) munmap(bytes, nbytes);
+  return region;
+}
 EXPORT int ibv_dereg_mr(ibv_mr* mr) {
   std::lock_guard lock(machine().mutex);
   if (!machine().regions.erase(mr->lkey)) return EINVAL;
+  auto* bytes = static_cast<Region*>(mr)->bytes;
+  if (bytes != mr->addr) munmap(bytes, mr->length);
   delete static_cast<Region*>(mr);
   machine().changed.notify_all();
   return 0;
@@ -305,6 +336,10 @@ EXPORT void fake_verbs_pause(size_t from) {
 EXPORT void fake_verbs_fail(size_t from, int error) {
   std::lock_guard lock(machine().mutex);
   machine().failing = {from, error};
+}
+EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
+  std::lock_guard lock(machine().mutex);
+  machine().dma_buf = takes;
 }
 EXPORT int fake_verbs_waiting() {
   std::lock_guard lock(machine().mutex);

@@ -15,13 +15,13 @@ Machine& machine() {
   return *one;
 }
 
-Region* reach(uint32_t key, uint64_t address, uint64_t nbytes, int access) {
+std::byte* reach(uint32_t key, uint64_t address, uint64_t nbytes, int access) {
   auto found = machine().regions.find(key);
   if (found == machine().regions.end()) return nullptr;
   Region* region = found->second;
   auto base = reinterpret_cast<uint64_t>(region->addr);
   bool within = address >= base && nbytes <= region->length && address - base <= region->length - nbytes;
-  return within && (region->access & access) == access ? region : nullptr;
+  return within && (region->access & access) == access ? region->bytes + (address - base) : nullptr;
 }
 
 void complete(Queue& queue, const ibv_wc& wc, bool solicited) {
@@ -76,29 +76,27 @@ void tell_receiver(Pair& at, const Send& send, const Receive& receive, ibv_wc_op
 }
 
 // False: the other side has no receive for it, and it waits.
-bool execute(Pair& pair, Pair& other, const Send& send, ibv_wc_status& status) {
+bool execute(Pair& other, const Send& send, ibv_wc_status& status) {
   status = IBV_WC_SUCCESS;
   bool read = send.opcode == IBV_WR_RDMA_READ;
-  auto* local = reinterpret_cast<std::byte*>(send.local);
-  auto* remote = reinterpret_cast<std::byte*>(send.remote);
   if (send.opcode == IBV_WR_SEND) {
     Receive receive;
     if (!take_receive(other, receive)) return false;
-    if (send.nbytes > receive.nbytes ||
-        !reach(receive.lkey, receive.address, send.nbytes, IBV_ACCESS_LOCAL_WRITE)) {
+    std::byte* into = reach(receive.lkey, receive.address, send.nbytes, IBV_ACCESS_LOCAL_WRITE);
+    if (send.nbytes > receive.nbytes || !into) {
       status = IBV_WC_REM_INV_REQ_ERR;
       return true;
     }
-    std::memcpy(reinterpret_cast<void*>(receive.address), send.data.data(), send.nbytes);
+    std::memcpy(into, send.data.data(), send.nbytes);
     tell_receiver(other, send, receive, IBV_WC_RECV);
     return true;
   }
+  std::byte *local = nullptr, *remote = nullptr;
   if (send.nbytes) {
-    if (!reach(send.lkey, send.local, send.nbytes, read ? IBV_ACCESS_LOCAL_WRITE : 0))
-      status = IBV_WC_LOC_PROT_ERR;
-    else if (!reach(send.rkey, send.remote, send.nbytes,
-                    read ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE))
-      status = IBV_WC_REM_ACCESS_ERR;
+    local = reach(send.lkey, send.local, send.nbytes, read ? IBV_ACCESS_LOCAL_WRITE : 0);
+    remote =
+        reach(send.rkey, send.remote, send.nbytes, read ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE);
+    if (!local || !remote) status = local ? IBV_WC_REM_ACCESS_ERR : IBV_WC_LOC_PROT_ERR;
     if (status != IBV_WC_SUCCESS) return true;
   }
   Receive receive;
@@ -106,7 +104,6 @@ bool execute(Pair& pair, Pair& other, const Send& send, ibv_wc_status& status) {
   if (immediate && !take_receive(other, receive)) return false;
   if (send.nbytes) std::memcpy(read ? local : remote, read ? remote : local, send.nbytes);
   if (immediate) tell_receiver(other, send, receive, IBV_WC_RECV_RDMA_WITH_IMM);
-  (void)pair;
   return true;
 }
 
@@ -118,7 +115,7 @@ void progress(Pair& pair) {
     Pair* other = found == machine().pairs.end() ? nullptr : found->second;
     ibv_wc_status status = IBV_WC_RETRY_EXC_ERR;
     bool reachable = other && (other->state == IBV_QPS_RTS || other->state == IBV_QPS_RTR);
-    if (reachable && !execute(pair, *other, pair.posted.front(), status)) return;
+    if (reachable && !execute(*other, pair.posted.front(), status)) return;
     Send send = std::move(pair.posted.front());
     pair.posted.pop_front();
     end(pair, send, status);

@@ -16,6 +16,7 @@ namespace fake {
 
 struct Region : ibv_mr {
   int access = 0;
+  std::byte* bytes = nullptr;  // where they are in this process: of a dma-buf, its own mapping
   int device = 0;
 };
 
@@ -64,13 +65,14 @@ struct Machine {
   std::set<Channel*> channels;
   uint32_t next_key = 1, next_pair = 16;
   Fault paused, failing;
-  int waiting = 0;  // registrations
+  bool dma_buf = true;  // adapters take dma-bufs
+  int waiting = 0;      // registrations
   uint64_t registered = 0;
 };
 Machine& machine();
 
 // --- under the lock
-Region* reach(uint32_t key, uint64_t address, uint64_t nbytes, int access);
+std::byte* reach(uint32_t key, uint64_t address, uint64_t nbytes, int access);  // nullptr: refused
 void complete(Queue& queue, const ibv_wc& wc, bool solicited);
 void progress(Pair& pair);
 void progress_all();
