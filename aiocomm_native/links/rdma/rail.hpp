@@ -7,8 +7,9 @@
 //  * The poller looks at its queues while they give something, then arms their channel and sleeps. It hands
 //    what came to the lanes (one per peer) and rings whoever the sender of a frame wants awake; it never takes the token.
 //    It looks at the express queue only now and then, while something is due: whoever polls the pair does so anyway.
-//  * Frames are posted by the token's holder: they are small. Larger writes are posted by the poster, since posting may
-//    take as long as the transfer itself (soft-RoCE does it within the call).
+//  * Frames are posted by the token's holder: they are small. So are chunks where a posting call is known to be quick, as
+//    it is where hardware does the work. Where it takes as long as the transfer itself (soft-RoCE, reads as well as
+//    writes) the poster does it: whoever holds the token must not.
 //  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
 //    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
 //    which the poller refills as it empties it.
@@ -149,7 +150,7 @@ class Rail final : public Pollable {
 
   int post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
                  uint32_t lkey);
-  // Posts at once where that takes no time: reads, whose work is the other side's, and writes of a frame's size.
+  // Posts at once where that takes no time: a frame's size, or by a device whose calls are quick.
   void post_bulk(const Work& work);
   const std::byte* slot(uint32_t index) const;
   void give_back(uint32_t index);  // the slot may be written again
@@ -195,6 +196,7 @@ class Rail final : public Pollable {
   // before the other is looked at, in total order.
   std::atomic<bool> poster_looks_{false}, armed_{false};
   uint64_t posted_before_ = 0;  // when it was last armed
+  std::atomic<uint64_t> posting_ns_{1000000};  // what a call that posts a chunk takes; slow until it is measured
   std::string node_;
 
   struct Slab {

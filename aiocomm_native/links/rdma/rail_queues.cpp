@@ -6,18 +6,18 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <ctime>
 #include <utility>
 
 #include "core/doorbell.hpp"
 #include "core/link.hpp"
+#include "links/rdma/clock.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/work_id.hpp"
 
 namespace aiocomm::rdma {
-
 namespace {
 constexpr int kBatch = 32;
+constexpr uint64_t kQuickNs = 20000;
 }
 
 // ---------------------------------------------------------------- out
@@ -40,7 +40,7 @@ int Rail::post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std
 }
 
 void Rail::post_bulk(const Work& work) {
-  if (work.opcode == IBV_WR_RDMA_READ || work.nbytes <= kSlotBytes)
+  if (work.nbytes <= kSlotBytes || posting_ns_.load(std::memory_order_relaxed) <= kQuickNs)
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) {
       post_now(work);
       if (!armed_.load() && !poster_looks_.load()) kick();
@@ -102,7 +102,12 @@ void Rail::post_now(const Work& work) {
   request.wr.rdma.rkey = work.rkey;
   auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
   counter.fetch_add(1, std::memory_order_relaxed);
+  const uint64_t began = now_ns();
   int error = ibv_post_send(work.qp, &request, &bad);
+  if (work.nbytes > kSlotBytes) {  // an average of the last few; threads that overwrite each other's do no harm
+    uint64_t mean = posting_ns_.load(std::memory_order_relaxed);
+    posting_ns_.store(mean - mean / 8 + (now_ns() - began) / 8, std::memory_order_relaxed);
+  }
   work.lane->chunk_posted();
   if (error) work.lane->chunk_done(work.chunk, error);
 }
@@ -224,10 +229,8 @@ void Rail::run_poller() {
     if (!n && !wait(expecting) && expecting) {
       std::lock_guard lock(polling_);
       poll_queue(express_queue_);
-      timespec t;
-      clock_gettime(CLOCK_MONOTONIC, &t);
-      uint64_t now_ns = static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
-      for (auto [number, lane] : lanes_) lane->look(now_ns);
+      const uint64_t now = now_ns();
+      for (auto [number, lane] : lanes_) lane->look(now);
     }
   }
 }
