@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import takewhile
+from string import ascii_letters
 from typing import Any, Final, TypeAlias
 
 from aiocomm import _dlpack
@@ -35,6 +37,8 @@ _TORCH_FORMATS: Final = {
     "torch.bool": "?",
     "torch.complex64": "Zf",
     "torch.complex128": "Zd",
+    "torch.float8_e4m3fn": "f8e4m3fn",  # names of eight characters at most
+    "torch.float8_e5m2": "f8e5m2",
 }
 _INTERFACE_FORMATS: Final = {
     "f2": "e",
@@ -148,9 +152,10 @@ def itemsize_of(described: Description) -> int:
     if count := math.prod(shape):
         return nbytes // count
     typestr = _TYPESTRS.get(form)
-    digits = typestr[2:] if typestr else "".join(one for one in form if one.isdigit())  # bfloat16
-    bits = int(digits or 8)
-    return bits if typestr else max(1, bits // 8)
+    if typestr:
+        return int(typestr[2:])
+    bits = "".join(takewhile(str.isdigit, form.lstrip(ascii_letters)))  # bfloat16, f8e4m3fn
+    return max(1, int(bits or 8) // 8)
 
 
 def is_read_only(array: Any) -> bool:

@@ -29,7 +29,7 @@ NARROWED: Final = (
         r"\1tuple[Any, ...]",
     ),
     (r"(def outgoing\(.*) -> list:", r"\1 -> list[Transfer[Any]]:"),
-    (r"(def settle\(transfers: list)\)", r"\1[Transfer[Any]])"),
+    (r"(def (?:settle|linger)\(transfers: list),", r"\1[Transfer[Any]],"),
     (r"(def counters\(.*) -> dict:", r"\1 -> dict[str, Any]:"),
     (r"(def allocate_shared\(.*) -> object:", r"\1 -> Memory:"),
     (

@@ -1,14 +1,15 @@
-"""Suite `collectives`: two processes, host memory, the same calls through us, Gloo and MPI.
+"""Suites `collectives`, `-3` and `-4`: the same calls in host memory through us, Gloo and MPI.
 
 Metrics:
-    us/OPERATION/SIZE: Microseconds per call, median over the calls of the slower process; SIZE is that of one
-        rank's array.
+    us/OPERATION/SIZE: Microseconds per call, median over the calls of the slowest process; SIZE is that of
+        one rank's array.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _SIZES = ((KIB, 300), (MIB, 60), (64 * MIB, 5))
 _OPERATIONS = ("all_gather", "broadcast", "all_reduce", "all_to_all")
-_RANKS = 2
 
 
 def _aiocomm(comm: Any) -> Calls:
@@ -43,7 +43,7 @@ def _aiocomm(comm: Any) -> Calls:
         await comm.all_reduce(x.view(np.float32))
 
     async def all_to_all(out: Array, x: Array) -> None:
-        await comm.all_to_all(out[: len(x)], x)
+        await comm.all_to_all(out, x)
 
     return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
 
@@ -64,7 +64,7 @@ def _gloo() -> Calls:
         dist.all_reduce(tensor(x.view(np.float32)))
 
     async def all_to_all(out: Array, x: Array) -> None:
-        dist.all_to_all_single(tensor(out[: len(x)]), tensor(x))
+        dist.all_to_all_single(tensor(out), tensor(x))
 
     return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
 
@@ -84,28 +84,32 @@ def _mpi() -> Calls:
         world.Allreduce(MPI.IN_PLACE, [x, MPI.FLOAT])
 
     async def all_to_all(out: Array, x: Array) -> None:
-        world.Alltoall([x, MPI.BYTE], [out[: len(x)], MPI.BYTE])
+        world.Alltoall([x, MPI.BYTE], [out, MPI.BYTE])
 
     return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
 
 
-async def _measure(calls: Calls, role: int, cases: list[list[int]]) -> Metrics:
+async def _measure(calls: Calls, role: int, ranks: int, cases: list[list[int]]) -> Metrics:
     found: Metrics = {}
     for nbytes, count in cases:
-        x, out = np.zeros(nbytes, np.uint8), np.zeros(nbytes * _RANKS, np.uint8)
+        x, out = np.zeros(nbytes, np.uint8), np.zeros(nbytes * ranks, np.uint8)
         x[:] = role + 1
         await calls["all_gather"](out, x)
-        if (out[0], out[-1]) != (1, _RANKS):
+        if (out[0], out[-1]) != (1, ranks):
             raise RuntimeError("what was gathered is not what was given")
         for operation in _OPERATIONS:
             x[:] = 0  # sums stay 0: no operation on denormals or infinities is measured
             call = calls[operation]
+            given, into = x, out
+            if operation == "all_to_all":  # blocks of one size
+                given = x[: nbytes - nbytes % ranks]
+                into = out[: len(given)]
             for _ in range(3):
-                await call(out, x)
+                await call(into, given)
             taken = []
             for _ in range(count):
                 start = time.perf_counter()
-                await call(out, x)
+                await call(into, given)
                 taken.append(time.perf_counter() - start)
             found[f"us/{operation}/{show(nbytes)}"] = statistics.median(taken) * 1e6
     return found
@@ -114,35 +118,37 @@ async def _measure(calls: Calls, role: int, cases: list[list[int]]) -> Metrics:
 def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     """Measure every operation and size in turn."""
     peer = peers.find(arguments["peer"])
+    ranks, cases = arguments["ranks"], arguments["cases"]
 
     async def main() -> Metrics:
         if peer.kind == "ours":
             comm = await ours.connect(role, control, "shm")
-            found = await _measure(_aiocomm(comm), role, arguments["cases"])
+            found = await _measure(_aiocomm(comm), role, ranks, cases)
             await ours.Ours(comm).finish(control)
             return found
         transport = await peer.open(role, control)
-        found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, arguments["cases"])
+        found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, ranks, cases)
         await transport.finish(control)
         return found
 
     return work.run_on(peer.loop, main)
 
 
-def measure(name: str, options: Options) -> Metrics:
-    """Take one sample: of the slower process."""
+def _measure_among(ranks: int, name: str, options: Options) -> Metrics:
+    """Take one sample: of the slowest process."""
     peer = peers.find(name)
     scale = 4 if options.quick else 1
-    cases = [(n, max(3, count // scale)) for n, count in _SIZES]
-    arguments = {"peer": name, "cases": cases}
-    mine, theirs = pair.run(
+    wanted = [(n, count) for n, count in _SIZES if not options.sizes or n in options.sizes]
+    arguments = {"peer": name, "ranks": ranks, "cases": [(n, max(3, count // scale)) for n, count in wanted]}
+    found = pair.run(
         f"{__name__}:child",
         arguments,
         options.timeout_s,
         environment=peer.environment,
         launcher=peer.launcher,
+        size=ranks,
     )
-    return {key: max(value, theirs[key]) for key, value in mine.items()}
+    return {key: max(one[key] for one in found) for key in found[0]}
 
 
 _COLUMNS = tuple(
@@ -152,24 +158,30 @@ _COLUMNS = tuple(
 )
 _PEERS = ("gloo", "mpi4py")
 _OURS = ("aiocomm-shm", "aiocomm-shm-spin")
+_WORDS = {2: "two", 3: "three", 4: "four"}
 
 
-def _rules() -> tuple[Rule, ...]:
+def _rules(ranks: int) -> tuple[Rule, ...]:
     rules = []
     for operation in _OPERATIONS:
         for n, _ in _SIZES:
             # Against peers that spin, the mode that spins; ahead by 1.3 where bytes decide.
             subject, bound = ("aiocomm-shm-spin", 1.0) if n < MIB else ("aiocomm-shm", 1 / 1.3)
             metric = f"us/{operation}/{show(n)}"
-            rules.append(Rule(f"{operation} {show(n)}, two ranks", subject, metric, "<=", bound, _PEERS))
+            rules.append(
+                Rule(f"{operation} {show(n)}, {_WORDS[ranks]} ranks", subject, metric, "<=", bound, _PEERS)
+            )
     return tuple(rules)
 
 
-SUITE = Suite(
-    "collectives",
-    "two processes, host memory: all_gather, broadcast, all_reduce, all_to_all",
-    session.subjects((*_PEERS, *_OURS)),
-    measure,
-    lambda options: _COLUMNS,
-    _rules(),
+SUITES = tuple(
+    Suite(
+        "collectives" if ranks == 2 else f"collectives-{ranks}",
+        f"{word} processes, host memory: all_gather, broadcast, all_reduce, all_to_all",
+        session.subjects((*_PEERS, *_OURS)),
+        partial(_measure_among, ranks),
+        lambda options: _COLUMNS,
+        _rules(ranks),
+    )
+    for ranks, word in _WORDS.items()
 )

@@ -1,4 +1,4 @@
-"""Runs one program in two processes of their own, with a deadline, and returns what each found."""
+"""Runs one program in processes of their own, mostly two, with a deadline, and returns what each found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PairError(Exception):
 
 
 class Pair:
-    """Two processes that run ``module:function``, connected by a control socket.
+    """Two processes, or more, that run ``module:function``, connected by control sockets.
 
     Each calls ``function(role, control, arguments)``, and what it returns comes back from `wait` through
     JSON. Leaving the context ends whatever still runs.
@@ -36,8 +36,9 @@ class Pair:
         program: ``package.module:function``, importable by the children.
         arguments: Passed as JSON.
         environment: Added to the children's environment.
-        launcher: "mpirun" leaves starting, and roles, to Open MPI; there is no control socket then.
+        launcher: "mpirun" leaves starting, and roles, to Open MPI; there are no control sockets then.
         cores: The only cores that the children may use; None leaves them unpinned.
+        size: How many processes. Role 0 has a control socket to each of the others.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Pair:
         environment: Mapping[str, str] | None = None,
         launcher: Launcher = "pair",
         cores: frozenset[int] | None = None,
+        size: int = 2,
     ) -> None:
+        self._size = size
         self._folder = Path(tempfile.mkdtemp(prefix="aiocomm-bench-"))
         child = [
             sys.executable,
@@ -62,13 +65,17 @@ class Pair:
         self._environment = {**os.environ, **(environment or {})}
         self._cores = cores
         if launcher == "mpirun":
-            self._start([_mpirun(), "--bind-to", "none", "-n", "2", *child, "mpi", "-1"])
+            # More ranks than cores have to be asked for; Open MPI then yields where it would spin.
+            launch = [_mpirun(), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(size)]
+            self._start([*launch, *child, "mpi", "-1", str(size)])
             return
-        ends = socket.socketpair()
-        for role, end in enumerate(ends):
-            self._start([*child, str(role), str(end.fileno())], end.fileno())
-        for end in ends:
-            end.close()
+        pairs = [socket.socketpair() for _ in range(size - 1)]
+        for role, ends in enumerate([[here for here, _ in pairs], *([there] for _, there in pairs)]):
+            fds = [end.fileno() for end in ends]
+            self._start([*child, str(role), ",".join(map(str, fds)), str(size)], *fds)
+        for here, there in pairs:
+            here.close()
+            there.close()
 
     def _start(self, command: list[str], *fds: int) -> None:
         with open(self._folder / f"{len(self._processes)}.log", "wb") as log:
@@ -81,10 +88,10 @@ class Pair:
             os.sched_setaffinity(process.pid, self._cores)
 
     def wait(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Return the results of role 0 and role 1.
+        """Return the results, by role.
 
         Raises:
-            PairError: A process failed, or both did not end in time.
+            PairError: A process failed, or not all ended in time.
         """
         deadline = time.monotonic() + timeout_s
         waiting = list(self._processes)
@@ -97,7 +104,7 @@ class Pair:
             if waiting and time.monotonic() > deadline:
                 raise PairError(f"not done after {timeout_s:.0f} s; {self._last_words()}")
         try:
-            return [json.loads((self._folder / f"{role}.json").read_text()) for role in range(2)]
+            return [json.loads((self._folder / f"{role}.json").read_text()) for role in range(self._size)]
         except FileNotFoundError as missing:
             raise PairError(f"ended without a result; {self._last_words()}") from missing
 
@@ -132,7 +139,7 @@ class Pair:
 
 
 def run(program: str, arguments: Mapping[str, Any], timeout_s: float, **kwargs: Any) -> list[dict[str, Any]]:
-    """Run a `Pair` to its end and return both results."""
+    """Run a `Pair` to its end and return all results."""
     with Pair(program, arguments, **kwargs) as pair:
         return pair.wait(timeout_s)
 

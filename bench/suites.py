@@ -20,22 +20,22 @@ from . import (
 from .model import Suite
 
 SUITES: dict[str, Suite] = {
-    module.SUITE.name: module.SUITE
-    for module in (
-        pairs,
-        qos,
-        progress,
-        overhead,
-        oversubscribe,
-        idle,
-        faults,
-        collectives,
-        moe,
-        startup,
-        gpu,
-        gpu_compute,
-        gpu_mixed,
-        gpu_ring,
-        rdma,
+    suite.name: suite
+    for suite in (
+        pairs.SUITE,
+        qos.SUITE,
+        progress.SUITE,
+        overhead.SUITE,
+        oversubscribe.SUITE,
+        idle.SUITE,
+        faults.SUITE,
+        *collectives.SUITES,
+        moe.SUITE,
+        startup.SUITE,
+        gpu.SUITE,
+        gpu_compute.SUITE,
+        gpu_mixed.SUITE,
+        gpu_ring.SUITE,
+        rdma.SUITE,
     )
 }

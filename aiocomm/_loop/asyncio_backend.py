@@ -27,7 +27,7 @@ class AsyncioBackend:
         self._spin = selector if isinstance(selector, SpinSelector) else None
 
     def attach(self, engine: Engine) -> None:
-        ready = getattr(self._loop, "_ready", None) if self._spin is not None else None
+        ready = getattr(self._loop, "_ready", None)
         engine.bind_asyncio(self._loop, ready, self._spin.spin_s if self._spin is not None else 0.0)
         self._loop.add_reader(engine.loop_fd, engine.drain)
         self._loop.add_reader(engine.express_fd, engine.drain_express)

@@ -49,6 +49,7 @@ class Call(Exchange):
         self._device_memory: Scratch | None = None
         self._launched = False
         self._unproven = False  # kernels were launched after the last message that waits for them
+        self._partials = None if request.partials is None else request.partials()
         self._divides = request.reduction is not None and request.reduction.mean
 
     async def run(self) -> None:
@@ -235,7 +236,11 @@ class Call(Exchange):
             views[s.buffer][s.start : s.stop].view(request.dtype)
             for s in (step.left, step.right, step.target)
         )
-        request.ufunc(left, right, out=target)
+        if self._partials is None:
+            request.ufunc(left, right, out=target)
+            return
+        last = step.target.buffer == OUT
+        self._partials.reduce((step.left, left), (step.right, right), (step.target, target), last)
 
     def _end(self, index: int) -> None:
         assert self._plan is not None

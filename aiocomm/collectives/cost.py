@@ -147,12 +147,20 @@ def _between_hosts(operation: str, hosts: Sequence[int], nbytes: int, link: Link
             )
 
 
-def choose(operation: str, size: int, nbytes: int, link: str, hosts: Sequence[int] = ()) -> str:
+def choose(
+    operation: str,
+    size: int,
+    nbytes: int,
+    link: str,
+    hosts: Sequence[int] = (),
+    among: Sequence[str] = (),
+) -> str:
     """The cheapest applicable algorithm.
 
     Args:
         link: a key of `LINKS`.
         hosts: a number for the host of each rank, where there are several. Their ranks share its adapter.
+        among: those to choose from; empty: all.
     """
     cost = LINKS[link]
     shared = replace(cost, byte_s=cost.byte_s * max(Counter(hosts).values(), default=1))
@@ -163,7 +171,8 @@ def choose(operation: str, size: int, nbytes: int, link: str, hosts: Sequence[in
         return estimate(operation, name, size, nbytes, shared)
 
     # A chain is what GPUs choose; among processes that share a host's memory it has not been measured.
-    return min((name for name in applicable(operation, size, hosts) if name != "chain"), key=seconds)
+    names = [name for name in applicable(operation, size, hosts) if name != "chain"]
+    return min((name for name in names if not among or name in among), key=seconds)
 
 
 def chunk_bytes(operation: str, block: int, item: int) -> int:

@@ -36,6 +36,7 @@ class Exchange(Flight):
         super().__init__(scope, request.operation, deadline)
         self._request = request
         self._plan: Plan | None = request.plan
+        self._brief = request.plan is None or request.plan.eager is not None
         self._slots: npt.NDArray[np.uint8] | None = None
         self._large = self._group.size > headers.DIRECT_MEMBERS
 

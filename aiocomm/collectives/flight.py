@@ -20,14 +20,17 @@ from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv, Send
 from aiocomm.errors import DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from aiocomm.collectives.scope import Scope
     from aiocomm.errors import AiocommError
     from aiocomm_native import Transfer
 
-__all__ = ["Flight"]
+__all__ = ["LINGER_S", "Flight"]
 
+LINGER_S: Final = 1e-4  # that is looked for news before the task is suspended, at most
+_BREATH_S: Final = 1e-3  # of that, after which other tasks get a turn
 _EXPLANATION_S: Final = 0.25  # that a peer's reason for giving up may come after its cancelled transfers
 
 
@@ -50,6 +53,11 @@ class Flight:
         self._judged = False
         self._over = False
         self._number = 0
+        self._silent: list[tuple[tuple[bool, int], Transfer[Any]]] = []  # whose ends no callback tells yet
+        self._listening = False
+        self._breath = time.monotonic() + _BREATH_S
+        self._brief = False  # nothing large moves: looking for news takes no core from who copies
+        self.suspended = False  # other tasks have had a turn
 
     @property
     def has_deadline(self) -> bool:
@@ -103,11 +111,23 @@ class Flight:
         self._flying[key] = transfer
         if transfer.done():
             self._ended(key, transfer)
-        else:
+        elif self._listening:
             transfer.add_done_callback(partial(self._ended, key))
+        else:
+            self._silent.append((key, transfer))
+
+    def _listen(self) -> None:
+        """Have all ends told from now on, also of what is posted while the task is suspended."""
+        self._listening = True
+        for key, transfer in self._silent:
+            if self._flying.get(key) is transfer:
+                transfer.add_done_callback(partial(self._ended, key))
+        self._silent.clear()
 
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
         is_header, index = key
+        if self._flying.get(key) is not transfer:
+            return  # it was seen before its callback came
         del self._flying[key]
         if transfer.cancelled() or self._over:
             if not transfer.cancelled():
@@ -144,11 +164,42 @@ class Flight:
                 self._data_ended(index, None)
         self._unsure.clear()
 
+    def _linger(self) -> bool:
+        """Look for news for a moment, where the loop has nothing else to do: a wake-up takes longer.
+
+        Returns:
+            Whether there is news.
+        """
+        gate, flying = self._gate, self._flying
+        while not gate.rung:
+            if (
+                not self._brief
+                or time.monotonic() > self._breath
+                or not _core.linger(list(flying.values()), LINGER_S)
+            ):
+                return False
+            for key, transfer in list(flying.items()):
+                if transfer.done():
+                    self._ended(key, transfer)
+        return True
+
+    async def _news(self) -> None:
+        """Return when there is news, whatever it is."""
+        if not self._linger():
+            self._listen()
+            self.suspended = True
+            await self._gate.wait()
+            self._listening = False
+            self._breath = time.monotonic() + _BREATH_S
+        else:
+            await self._gate.wait()  # which it does not
+
     async def _wait(self) -> None:
         """Return when there is news."""
         if not (self._judged and self._data_error is not None):
-            await self._gate.wait()
+            await self._news()
             return
+        self._listen()
         # A peer withdrew its transfers: it says why in a message of its own.
         with anyio.move_on_after(_EXPLANATION_S):
             await self._gate.wait()
@@ -192,6 +243,7 @@ class Flight:
         if not isinstance(error, UsageError) and self._aborted is None:
             self._scope.abort(self._number, error)
         self._over = True
+        self._listen()
         for transfer in list(self._flying.values()):
             transfer.cancel()
         await self._gate.wait_shielded(lambda: not self._flying)

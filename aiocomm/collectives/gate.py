@@ -21,6 +21,11 @@ class Gate:
         self._rung = False
         self._waiter: asyncio.Future[None] | anyio.Event | None = None
 
+    @property
+    def rung(self) -> bool:
+        """Whether the next wait returns at once."""
+        return self._rung
+
     def ring(self) -> None:
         """Let the waiter, or the next one, go on."""
         self._rung = True

@@ -55,6 +55,8 @@ _NAMES: Final = {
     "d": "float64",
     "Zf": "complex64",
     "Zd": "complex128",
+    "f8e4m3fn": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
 }
 
 

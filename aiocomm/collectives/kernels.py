@@ -6,7 +6,7 @@ Rules:
 - Kernels run in the primary context, on a stream of this module's own, which waits for the user's stream. The
   host waits for nothing: messages of what a kernel writes wait for the stream, as those of any stream do.
 - At most `sm_budget` blocks run at once, so no more streaming multiprocessors are taken from the model.
-- Elements of 16 bits are reduced in float32 and rounded after each pair, as NumPy does.
+- Elements of 16 and 8 bits are reduced in float32 and rounded after each pair, as NumPy does.
 """
 
 from __future__ import annotations
@@ -58,11 +58,40 @@ __device__ unsigned short half_save(float x) {
   return h;
 }
 """
+# float8 by whole numbers, since instructions for it came with sm_89. Numbers below the normal ones are whole
+# multiples of one step: adding 2^23 steps rounds to those, to even.
+_FLOAT8: Final = """
+__device__ float float8_load(unsigned char x) {{
+  const unsigned size = x & 0x7f, sign = (unsigned)(x & 0x80) << 24;
+  if (size > {most}) return __uint_as_float(sign | (size == {infinity} ? 0x7f800000 : 0x7fffffff));
+  const float value = size >> {bits} ? __uint_as_float((size << (23 - {bits})) + ((127 - {bias}) << 23))
+                                     : (float)size * __uint_as_float((128 - {bias} - {bits}) << 23);
+  return __uint_as_float(__float_as_uint(value) | sign);
+}}
+__device__ unsigned char float8_save(float x) {{
+  unsigned size = __float_as_uint(x) & 0x7fffffff;
+  const unsigned sign = __float_as_uint(x) >> 24 & 0x80;
+  if (size > 0x7f800000) return sign | 0x7f;
+  if (size >= (128 - {bias}) << 23) {{
+    size -= (127 - {bias}) << 23;
+    size = (size + (1u << (22 - {bits})) - 1 + (size >> (23 - {bits}) & 1)) >> (23 - {bits});
+  }} else {{
+    const unsigned steps = (151 - {bias} - {bits}) << 23;
+    size = __float_as_uint(__uint_as_float(size) + __uint_as_float(steps)) - steps;
+  }}
+  return sign | (size > {most} ? {beyond} : size);
+}}
+"""
+# What is beyond the largest number becomes infinite, or where there is no infinity, not a number.
+_E4M3: Final = _FLOAT8.format(bits=3, bias=7, most="0x7e", infinity="0x80", beyond="0x7f")
+_E5M2: Final = _FLOAT8.format(bits=2, bias=15, most="0x7b", infinity="0x7c", beyond="0x7c")
 _TYPES: Final = {
     "float64": _Type("double", "double"),
     "float32": _Type("float", "float"),
     "float16": _Type("unsigned short", "float", "half_load(x)", "half_save(x)", _HALF),
     "bfloat16": _Type("unsigned short", "float", _BF16_LOAD, _BF16_SAVE),
+    "float8_e4m3fn": _Type("unsigned char", "float", "float8_load(x)", "float8_save(x)", _E4M3),
+    "float8_e5m2": _Type("unsigned char", "float", "float8_load(x)", "float8_save(x)", _E5M2),
     "int8": _Type("signed char", "signed char"),
     "uint8": _Type("unsigned char", "unsigned char"),
     "int16": _Type("short", "short"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Collectives"]
 
 _SHAPES: Final = 256  # prepared per channel
-_INLINE: Final = 64  # calls that end without a wait, after which other tasks get a turn
+_INLINE: Final = 32  # calls that end without a wait, after which other tasks get a turn
 
 
 def _shape(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
@@ -106,7 +106,10 @@ class Collectives:
             request = make(group)
         except UsageError as error:
             request = requests.refused(operation, error)
-        await Call(scope, request, deadline).run()
+        call = Call(scope, request, deadline)
+        await call.run()
+        if not call.suspended:
+            await anyio.lowlevel.cancel_shielded_checkpoint()
         counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
         if (result := request.result) is not None:
             np.divide(result, result.dtype.type(group.size), out=result)
@@ -393,8 +396,8 @@ class Collectives:
 
         Args:
             x: at the root it becomes the result, unless there is `out`.
-            op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype; on GPUs those of 16 bits
-                in float32, rounded after each pair.
+            op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype, float8 in float32 and
+                rounded once; on GPUs those of 16 and 8 bits in float32, rounded after each pair.
             out: the result; at the root only.
         """
         into = None

@@ -14,7 +14,7 @@ import numpy as np
 
 from aiocomm.collectives import headers
 from aiocomm.collectives.exchange import HEADERS
-from aiocomm.collectives.flight import Flight
+from aiocomm.collectives.flight import LINGER_S, Flight
 from aiocomm.collectives.plan import EAGER_BYTES, Eager
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import IN, TMP, Copy, Reduce
@@ -65,7 +65,7 @@ class Prepared:
         self.mean = request.result is not None
         self.header = request.header
         self.peers = [(group.rank + away) % group.size for away in range(1, group.size)]
-        self._dtype, self._ufunc = dtype, request.ufunc
+        self._dtype, self._ufunc, self._partials = dtype, request.ufunc, request.partials
         self._width = headers.HEADER_BYTES + 16 * group.size + EAGER_BYTES
         self._frames: list[_Frame] = []
         eager = plan.eager if plan is not None and plan.eager is not None else Eager({}, {}, ())
@@ -126,7 +126,7 @@ class Prepared:
                 if operand is not None:
                     message += self._array(operand, frame, given, out).tobytes()
             flying.append(send(message, rank, index, full, limit, 0))
-        if _core.settle(flying) == _DONE:
+        if _core.settle(flying, LINGER_S) == _DONE:
             header, width = self.header, headers.HEADER_BYTES
             for peer in self.peers:
                 if slots[peer][:width].tobytes() != header:
@@ -148,8 +148,13 @@ class Prepared:
         array, ufunc = self._array, self._ufunc
         for target, source in self._copies:
             array(target, frame, given, out)[:] = array(source, frame, given, out)
+        partials = None if self._partials is None else self._partials()
         for left, right, target in self._reductions:
             assert ufunc is not None
+            if partials is not None:
+                a, b, into = ((one, array(one, frame, given, out)) for one in (left, right, target))
+                partials.reduce(a, b, into, target[0] == _OUT)
+                continue
             ufunc(
                 array(left, frame, given, out),
                 array(right, frame, given, out),
@@ -200,6 +205,7 @@ class QuickCall(Flight):
         self._number = number
         self._begun = flying
         self._arrays = given, out
+        self._brief = True
 
     def _has_work(self) -> bool:
         return not (self._missing or self._judged)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiocomm.collectives import gpu
 from aiocomm.collectives.arrays import MEAN, dtype_name, operator
+from aiocomm.collectives.narrow import ONCE, Partials, check_algorithm, is_narrow
 from aiocomm.collectives.requests import (
     Request,
     bytes_of,
@@ -76,6 +78,13 @@ def reduced(
         plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text, on_gpu=True)
         return Request(operation, head, plan, views, on_gpu=True, dtype=source.dtype, reduction=kernels)
     ufunc = operator(op, source.dtype)
+    if is_narrow(source.dtype):
+        check_algorithm(operation, algorithm, str(source.dtype))
+        plan, head = find_plan(
+            group, operation, algorithm, problem, source.nbytes, text, among=ONCE[operation]
+        )
+        partials = partial(Partials, ufunc, size if op == MEAN else 1)
+        return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, partials=partials)
     plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text)
     result = target if op == MEAN and isinstance(target, np.ndarray) else None
     return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)

@@ -19,10 +19,11 @@ from aiocomm.collectives.steps import IN, OUT, Problem
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from aiocomm.collectives.narrow import Partials
     from aiocomm.collectives.steps import Name
     from aiocomm.group import Group
 
@@ -65,6 +66,7 @@ class Request:
     dtype: Any = None
     ufunc: np.ufunc | None = None
     result: NDArray[Any] | None = None  # to be divided by the number of ranks
+    partials: Callable[[], Partials] | None = None  # of reductions whose results are rounded once
     reduction: gpu.Reduction | None = None  # of GPU arrays
 
 
@@ -104,8 +106,13 @@ def find_plan(
     text: str,
     vector: bool = False,
     on_gpu: bool = False,
+    among: Sequence[str] = (),
 ) -> tuple[Plan, bytes]:
-    """The plan and the header, which say the same at every call of this kind."""
+    """The plan and the header, which say the same at every call of this kind.
+
+    Args:
+        among: the algorithms to choose from; empty: all.
+    """
     if on_gpu:
         text += " on GPUs"  # all ranks' arrays are, or none's: their small data travel differently
     key = (operation, algorithm, problem, text)
@@ -115,7 +122,7 @@ def find_plan(
         if chosen is None and on_gpu:
             chosen = gpu.choose(operation, group.size, nbytes)
         elif chosen is None:
-            chosen = cost.choose(operation, group.size, nbytes, group.link, group.hosts)
+            chosen = cost.choose(operation, group.size, nbytes, group.link, group.hosts, among)
         eager = not vector and not on_gpu and group.size <= headers.DIRECT_MEMBERS
         plan = make_plan(operation, chosen, replace(problem, hosts=group.hosts), eager, on_gpu)
         if on_gpu:

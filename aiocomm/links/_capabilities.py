@@ -23,6 +23,7 @@ class Capabilities:
     wake: str = _row("wakes a sleeping peer by")
     loss: str = _row("a dead peer is seen by")
     encryption: str = _row("encryption")
+    reductions: str = _row("reductions of", "host arrays, in NumPy; bfloat16 and float8 with ml_dtypes")
 
     def rows(self) -> list[tuple[str, str]]:
         """Title and value of each line."""

@@ -25,6 +25,7 @@ CAPABILITIES = Capabilities(
     paths="copy engine (push or pull) over NVLink or PCIe, through pinned host memory",
     wake="as the link beside it",
     loss="as the link beside it; a failed GPU by its driver",
+    reductions="GPU arrays, by kernels; those of float8 are compiled, and have not run on a GPU yet",
 )
 
 OLDEST_DRIVER: Final = 12000  # the native link's kOldestDriver

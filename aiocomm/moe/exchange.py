@@ -104,7 +104,7 @@ class Exchange(Flight):
                 self._settle_sends()
                 if self._wanted:
                     self._raise_header_trouble()
-                    await self._gate.wait()
+                    await self._news()
             self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
             self._judge()
             await self._receive()

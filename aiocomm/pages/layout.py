@@ -102,13 +102,14 @@ class Pages:
 
     `planes()` and `slice()` give views of the same memory: some of the arrays, or a range of an axis (heads).
     Pages are matched axis by axis: two layouts fit if their axes other than the page axis have one order and
-    shape; the tokens per page may differ where `token_axis` is given.
+    shape. Where `token_axis` is given on both sides, it may lie at different places (tokens before heads, or
+    after them), and pages may hold different numbers of tokens.
 
     Args:
         arrays: an array, or several of one shape and dtype, contiguous in C order: all NumPy's, or all GPU
             arrays of any library. Read-only ones can be sources only.
         page_axis: the axis that counts pages.
-        token_axis: the axis that counts tokens in a page, if pages of different size are to be matched.
+        token_axis: the axis that counts tokens in a page, if such pages are to be matched.
     """
 
     def __init__(self, arrays: Any, page_axis: int = 0, token_axis: int | None = None) -> None:

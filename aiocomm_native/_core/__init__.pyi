@@ -164,7 +164,10 @@ def pack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C',
 def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], nbytes: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], array: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
     """Copy rows that lie close together to their places in an array."""
 
-def settle(transfers: list[Transfer[Any]]) -> int:
+def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
+    """Wait for any of these for a moment, and say whether one has ended."""
+
+def settle(transfers: list[Transfer[Any]], linger_s: float) -> int:
     """
     Spin for transfers, where the loop spins and has nothing else to do: 0 some are pending, 1 all are done, 2 some have failed.
     """

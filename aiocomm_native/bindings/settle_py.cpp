@@ -29,35 +29,62 @@ Settled look(const nb::list& transfers) {
   return found;
 }
 
-// All of one engine, none of them waited for by anybody.
-int settle(const nb::list& transfers) {
+PyEngine* engine_of(const nb::list& transfers) {
   for (nb::handle one : transfers)
     if (!PyObject_TypeCheck(one.ptr(), aiocomm::py::TransferType))
       throw nb::type_error("a list of transfers");
-  Settled found = look(transfers);
-  if (found != kPending) return found;
   nb::object first = transfers[0];
-  PyEngine* engine = reinterpret_cast<Transfer*>(first.ptr())->engine;
-  const uint64_t now = engine->engine->now();
-  if (!engine->spin_ns || !aiocomm::py::may_spin(engine, now)) return kPending;
-  const uint64_t until = now + engine->spin_ns;
-  while (found == kPending) {
-    bool something;
-    {
-      nb::gil_scoped_release release;
-      something = engine->engine->spin(until);
+  return reinterpret_cast<Transfer*>(first.ptr())->engine;
+}
+
+// Looks until something of the engine has ended, on loops that show whether they have something else to do.
+bool look_for_news(PyEngine* engine, double seconds) {
+  bool something;
+  {
+    nb::gil_scoped_release release;
+    something = engine->engine->linger(engine->engine->now() + static_cast<uint64_t>(seconds * 1e9));
+    // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
+    if (!engine->spin_ns) {
+      engine->engine->loop_sleeps();
+      something = engine->engine->anything_to_poll() || something;
     }
-    if (engine->drain(64) < 0) throw nb::python_error();
+  }
+  if (engine->drain(64) < 0) throw nb::python_error();
+  return something;
+}
+
+// All of one engine, none of them waited for by anybody.
+int settle(const nb::list& transfers, double linger_s) {
+  if (!nb::len(transfers)) return kDone;
+  PyEngine* engine = engine_of(transfers);
+  Settled found = look(transfers);
+  while (found == kPending && aiocomm::py::loop_has_nothing_else(engine)) {
+    const bool something = look_for_news(engine, linger_s);
     found = look(transfers);
-    if (!something || !aiocomm::py::loop_has_nothing_else(engine)) break;
+    if (!something) break;
   }
   return found;
+}
+
+// Waits for any of them for a moment.
+bool linger(const nb::list& transfers, double seconds) {
+  if (!nb::len(transfers)) return false;
+  PyEngine* engine = engine_of(transfers);
+  while (aiocomm::py::loop_has_nothing_else(engine)) {
+    const bool something = look_for_news(engine, seconds);
+    for (nb::handle one : transfers)
+      if (reinterpret_cast<Transfer*>(one.ptr())->outcome != Outcome::pending) return true;
+    if (!something) break;
+  }
+  return false;
 }
 
 }  // namespace
 
 void bind_settle(nb::module_& m) {
-  m.def("settle", settle, nb::arg("transfers"),
+  m.def("linger", linger, nb::arg("transfers"), nb::arg("seconds"),
+        "Wait for any of these for a moment, and say whether one has ended.");
+  m.def("settle", settle, nb::arg("transfers"), nb::arg("linger_s"),
         "Spin for transfers, where the loop spins and has nothing else to do: 0 some are pending, 1 all are "
         "done, 2 some have failed.");
 }

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -237,16 +238,18 @@ void Engine::progress(bool rung, bool may_linger) {
 
 bool Engine::anything_to_poll() {
   Token token(*this, true);
-  return poll_links() > 0 || has_completed();
+  int did = 0;
+  for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll_told(kPollBudget);
+  return did > 0 || has_completed();
 }
 
-bool Engine::spin(uint64_t until_ns) {
+bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
   awake(page_->loop);
   loop_spins_.store(true, std::memory_order_relaxed);
   uint64_t began = now(), last = began;
-  bool patient = patience_.may_spin(began);
+  bool patient = patience.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
-  until_ns = began + patience_.stretched(asked);
+  until_ns = began + patience.stretched(asked);
   const uint64_t own_end = until_ns;
   bool found = false, taken = false, covers = false;
   while (!(found = has_completed() || has_events())) {
@@ -267,7 +270,7 @@ bool Engine::spin(uint64_t until_ns) {
       if (copies && copier_->run_one()) last = now();
     }
     uint64_t t = now();
-    taken = t - last > kTakenNs;
+    taken = !yields && t - last > kTakenNs;
     if (t >= until_ns || taken || !patient) {
       // A copy that ends soon is worth a longer spin, and says nothing of the peer.
       const uint64_t due = asked && !taken ? device_.take_due() : 0;
@@ -275,13 +278,17 @@ bool Engine::spin(uint64_t until_ns) {
       until_ns = due, patient = true;
     }
     last = t;
-    if (!has_completed()) relax();
+    if (has_completed()) continue;
+    if (yields)
+      sched_yield();
+    else
+      relax();
   }
   if (covers) prepare_sleep(page_->engine);  // what comes after this look rings
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && asked && until_ns == own_end) patience_.spun(found, taken, began, last, asked);
+  if (patient && asked && until_ns == own_end) patience.spun(found, taken, began, last, asked);
   return found;
 }
 

@@ -145,7 +145,9 @@ class Engine final : public Host, public FrameSink {
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
   // Polls until something completed or `until_ns`; for loops that spin before they sleep.
-  bool spin(uint64_t until_ns);
+  bool spin(uint64_t until_ns) { return spin(until_ns, patience_, false); }
+  // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
+  bool linger(uint64_t until_ns) { return spin(until_ns, lingering_, true); }
   bool take_completed(Op*& op);
   bool has_completed() const { return !completed_.empty() || overflowed_.load(std::memory_order_acquire); }
   std::vector<EngineEvent> take_events();
@@ -387,7 +389,9 @@ class Engine final : public Host, public FrameSink {
   bool closed_ = false;
   std::thread thread_;
 
-  Patience patience_;  // the loop's thread only
+  bool spin(uint64_t until_ns, Patience& patience, bool yields);
+
+  Patience patience_, lingering_;  // the loop's thread only
 
   // under the token
   PriorityMutex token_;

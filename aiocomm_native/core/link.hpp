@@ -120,6 +120,8 @@ class LinkPeer {
   // Hands over what has arrived, at most about `budget` frames; returns how many, and `budget` or more where
   // another look is due.
   virtual int poll(int budget) { return budget * 0; }
+  // The same of what is known to have arrived, where threads of the link's own see to that.
+  virtual int poll_told(int budget) { return poll(budget); }
   // How this side can read the peer's memory at `where`; Path::none: it cannot, the peer must push.
   virtual Path pull_path(const Location& where) {
     (void)where;

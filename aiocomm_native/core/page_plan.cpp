@@ -182,10 +182,24 @@ FarRanges far_ranges(const StridedCopies& copies, int64_t most) {
   };
   std::vector<Row> rows;
   rows.reserve(static_cast<size_t>(std::reduce(copies.rows.begin(), copies.rows.end())));
-  for (size_t i = 0; i < copies.rows.size(); ++i)
-    for (int64_t k = 0; k < copies.rows[i]; ++k)
-      rows.push_back({copies.far[i] + k * copies.far_stride[i], copies.near[i] + k * copies.near_stride[i],
-                      copies.nbytes[i]});
+  const auto add = [&](size_t i, int64_t k) {
+    rows.push_back({copies.far[i] + k * copies.far_stride[i], copies.near[i] + k * copies.near_stride[i],
+                    copies.nbytes[i]});
+  };
+  // Pages of several layers: where the k-th rows of all copies come before all (k + 1)-th ones, that order is the
+  // far side's, and saves sorting.
+  const size_t count = copies.rows.size();
+  bool layered = count > 1 && copies.rows[0] > 1;
+  for (size_t i = 1; layered && i < count; ++i)
+    layered = copies.rows[i] == copies.rows[0] && copies.far_stride[i] == copies.far_stride[0] &&
+              copies.far[i] > copies.far[i - 1];
+  if (layered && copies.far[count - 1] - copies.far[0] < copies.far_stride[0]) {
+    for (int64_t k = 0; k < copies.rows[0]; ++k)
+      for (size_t i = 0; i < count; ++i) add(i, k);
+  } else {
+    for (size_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < copies.rows[i]; ++k) add(i, k);
+  }
   const auto before = [](const Row& a, const Row& b) { return a.far < b.far; };
   if (!std::is_sorted(rows.begin(), rows.end(), before)) std::sort(rows.begin(), rows.end(), before);
   FarRanges found;

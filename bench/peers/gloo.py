@@ -47,7 +47,7 @@ async def _open(role: int, control: Control) -> Transport:
     else:
         port = control.recv()
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=role, world_size=2
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=role, world_size=control.size
     )
     return _Gloo(role)
 

@@ -19,12 +19,12 @@ TOKEN = "aiocomm-bench"
 
 
 async def connect(role: int, control: Control, *links: str) -> Any:
-    """Return an open communicator of two ranks over these links alone."""
+    """Return an open communicator of all ranks over these links alone."""
     import aiocomm
 
     name = f"unix://@aiocomm-bench-{os.getpid()}"
     address = control.swap(name) if role else (control.swap(name), name)[1]
-    return await aiocomm.connect(address, rank=role, size=2, token=TOKEN, links=links, warmup=True)
+    return await aiocomm.connect(address, rank=role, size=control.size, token=TOKEN, links=links, warmup=True)
 
 
 class Ours(Transport):

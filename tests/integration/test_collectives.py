@@ -182,6 +182,69 @@ async def test_reductions(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+async def test_float8_is_reduced_in_float32_and_rounded_once(name: str, size: int) -> None:
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+    many = 5 << 19  # several chunks of a block, between two
+
+    def part(rank: int, count: int) -> Any:
+        return np.random.default_rng(rank).normal(scale=3, size=count).astype(np.float32).astype(dtype)
+
+    def wanted(op: str, parts: list[Any]) -> Any:
+        function = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum, "mean": np.add}[
+            op
+        ]
+        total = parts[0].astype(np.float32)
+        for one in parts[1:]:
+            total = function(total, one.astype(np.float32))
+        return (total / np.float32(size if op == "mean" else 1)).astype(dtype)
+
+    def same(got: Any, expected: Any) -> None:
+        assert np.array_equal(got.view(np.uint8), expected.view(np.uint8))
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        me = comm.rank
+        for op in ("sum", "prod", "min", "max", "mean"):
+            for count in (700, many) if op == "sum" else (700,):
+                parts = [part(r, count) for r in range(size)]
+                total = wanted(op, parts)
+                for again in range(2):  # the second call of a shape is prepared
+                    x = parts[me].copy()
+                    await comm.all_reduce(x, op)
+                    same(x, total)
+                    out = np.empty(count, dtype)
+                    await comm.all_reduce(parts[me], op, out=out, algorithm=("one_shot", "direct")[again])
+                    same(out, total)
+        parts = [part(r, size * 5000) for r in range(size)]
+        block = np.empty(5000, dtype)
+        await comm.reduce_scatter(block, parts[me], "mean")
+        same(block, wanted("mean", parts)[me * 5000 : (me + 1) * 5000])
+        x = parts[me].copy()
+        await comm.reduce(x, size - 1)
+        same(x, wanted("sum", parts) if me == size - 1 else parts[me])
+        with pytest.raises(aiocomm.UsageError, match="'ring' would round every partial result"):
+            await comm.all_reduce(x, algorithm="ring")
+
+    async with world(size) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_float8_sums_beyond_its_range_are_not_lost_in_a_mean() -> None:
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").float8_e4m3fn)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for count in (8, 100_000):
+            x = np.full(count, 400, dtype)  # 448 is the greatest number there is
+            await comm.all_reduce(x, "mean")
+            assert (x.astype(np.float32) == np.float32(dtype.type(400))).all()
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_all_ranks_get_the_same_bits() -> None:
     results: dict[tuple[str, int], bytes] = {}
 
@@ -411,6 +474,21 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(np.zeros(1 << 19)),
         "(524288)",
     ),
+    "small and large": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(np.zeros(1 << 20, np.float32)),
+        "(1048576)",
+    ),
+    "root of a reduction": (
+        lambda c: c.reduce(np.zeros(1 << 19), 0),
+        lambda c: c.reduce(np.zeros(1 << 19), 2),
+        "root 2",
+    ),
+    "root that there is not": (
+        lambda c: c.broadcast(F4.copy()),
+        lambda c: c.broadcast(F4.copy(), 3),
+        "root=3",
+    ),
     "dtype": (lambda c: c.broadcast(F4.copy()), lambda c: c.broadcast(np.zeros(3)), "float64"),
     "root": (lambda c: c.broadcast(F4.copy(), 0), lambda c: c.broadcast(F4.copy(), 1), "root 1"),
     "op": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(F4.copy(), "max"), "max"),
@@ -472,6 +550,30 @@ async def test_counts_that_do_not_fit_together_are_named() -> None:
     async with world(3) as members:
         await everyone(members, rank)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_counts_of_the_root_that_differ_from_a_ranks_are_named() -> None:
+    said: dict[str, set[str]] = {"gatherv": set(), "scatterv": set()}
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        mine, root = np.zeros(2 if comm.rank == 2 else 1), comm.rank == 0
+        counts = [1, 1, 1] if root else None
+        with pytest.raises(
+            aiocomm.UsageError, match="rank 2 gives rank 0 2 elements, which expects 1"
+        ) as caught:
+            await comm.gatherv(np.zeros(3) if root else None, mine, counts)
+        said["gatherv"].add(str(caught.value))
+        with pytest.raises(
+            aiocomm.UsageError, match="rank 0 gives rank 2 1 elements, which expects 2"
+        ) as caught:
+            await comm.scatterv(mine, np.zeros(3) if root else None, counts)
+        said["scatterv"].add(str(caught.value))
+        await comm.barrier()
+
+    async with world(3) as members:
+        await everyone(members, rank)
+    assert [len(texts) for texts in said.values()] == [1, 1]
 
 
 async def test_a_rank_that_never_calls_is_named() -> None:

@@ -6,6 +6,10 @@ kernels themselves run where there are GPUs, and are compiled wherever NVRTC is 
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -20,6 +24,7 @@ from aiocomm.collectives import kernels
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 
@@ -123,6 +128,93 @@ async def test_operators_and_dtypes(gpu: Driver, dtype: str, op: str) -> None:
             np.testing.assert_array_equal(x.numpy(), reduced(op, blocks))
 
         await all_call(comms, call)
+
+
+class Tensor:
+    """Names its dtype as torch does; float8 has no other name among GPU arrays."""
+
+    __module__ = "torch"
+    is_cuda = True
+
+    def __init__(self, values: np.ndarray[Any, Any], device: int) -> None:
+        self.memory = DeviceArray(values.shape, np.dtype("u1"), device=device).write(values.view("u1"))
+        self.dtype = f"torch.{values.dtype.name}"
+        self.shape, self.nbytes = values.shape, values.nbytes
+        self.device = SimpleNamespace(index=device)
+        self.__cuda_array_interface__ = self.memory.__cuda_array_interface__
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def data_ptr(self) -> int:
+        return self.memory.address
+
+
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max", "mean"])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+async def test_float8_is_rounded_after_each_pair(gpu: Driver, name: str, op: str) -> None:
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+    codes = np.arange(256, dtype=np.uint8)  # every number with every other
+    pairs = [np.repeat(codes, 256).view(dtype), np.tile(codes, 256).view(dtype)]
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            x = Tensor(pairs[comm.rank], comm.rank % driver().count)
+            await comm.all_reduce(x, op)
+            got = x.memory.numpy().view(dtype).astype("f4")
+            wide = [one.astype("f4") for one in pairs]
+            with np.errstate(all="ignore"):
+                total = reduced("sum" if op == "mean" else op, wide).astype(dtype).astype("f4")
+                wanted = (total / 2).astype(dtype).astype("f4") if op == "mean" else total
+            np.testing.assert_array_equal(got, wanted)
+
+        await all_call(comms, call)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_the_kernels_float8_is_that_of_ml_dtypes(name: str, tmp_path: Path) -> None:
+    """The same source, compiled for the host: every code, and numbers of every exponent beside every tie."""
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "float8.cpp"
+    library = tmp_path / "float8.so"
+    source.write_text(
+        """#include <cstring>
+        #define __device__ static
+        static float __uint_as_float(unsigned x) { float f; std::memcpy(&f, &x, 4); return f; }
+        static unsigned __float_as_uint(float f) { unsigned x; std::memcpy(&x, &f, 4); return x; }
+        """
+        + kernels.kernel_source(name, "sum").partition("__device__ value_t load")[0]
+        + """
+        extern "C" void loads(const stored_t* in, value_t* out, size_type n) {
+          for (size_type i = 0; i < n; ++i) out[i] = float8_load(in[i]);
+        }
+        extern "C" void saves(const value_t* in, stored_t* out, size_type n) {
+          for (size_type i = 0; i < n; ++i) out[i] = float8_save(in[i]);
+        }
+        """
+    )
+    subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-o", library, source], check=True)
+    functions = ctypes.CDLL(str(library))
+
+    def converted(function: Any, given: Any, out: Any) -> Any:
+        function(
+            ctypes.c_void_p(given.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_uint64(len(given))
+        )
+        return out
+
+    codes = np.arange(256, dtype=np.uint8)
+    loaded = converted(functions.loads, codes, np.empty(256, "f4"))
+    wanted = codes.view(dtype).astype("f4")
+    np.testing.assert_array_equal(loaded, wanted)
+    assert np.array_equal(np.signbit(loaded), np.signbit(wanted))
+    some = np.arange(1 << 13, dtype=np.uint32) << 19  # sign, exponent, and four bits of the mantissa
+    numbers = np.concatenate([some - 1, some, some + 1]).view("f4").copy()
+    saved = converted(functions.saves, numbers, np.empty(len(numbers), np.uint8))
+    with np.errstate(all="ignore"):
+        wanted = numbers.astype(dtype).astype("f4")
+    np.testing.assert_array_equal(saved.view(dtype).astype("f4"), wanted)
 
 
 async def test_what_is_not_a_number_stays_so(gpu: Driver) -> None:

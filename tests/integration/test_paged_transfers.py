@@ -61,6 +61,23 @@ async def test_head_ranges_and_other_page_sizes(pair: Pair) -> None:
         assert np.array_equal(back.arrays[0][[7, 5], :, 0].reshape(8, 64), theirs.arrays[0][2, :, 0])
 
 
+async def test_tokens_and_heads_may_swap_their_places(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(cache(6, pages=8), token_axis=1)  # tokens, heads
+    theirs = aiocomm.Pages([np.zeros((5, 2, 8, 64), np.float16) for _ in range(6)], token_axis=2)
+    async with await b.lease_pages(theirs) as lease:
+        remote = a.remote_pages(lease.handle)
+        await a.put_pages(ours, [6, 1, 0, 3], remote, [4, 2])
+        for mine, other in zip(ours.arrays, theirs.arrays, strict=True):
+            wanted = mine[[6, 1, 0, 3]].reshape(2, 8, 2, 64).swapaxes(1, 2)
+            assert np.array_equal(other[[4, 2]], wanted)
+            assert not other[[0, 1, 3]].any()
+        back = aiocomm.Pages(cache(None, pages=8), token_axis=1)
+        await a.get_pages(remote, [2], back, [7, 5])
+        for mine, again in zip(ours.arrays, back.arrays, strict=True):
+            assert np.array_equal(again[[7, 5]], mine[[0, 3]])
+
+
 async def test_layers_are_streamed_with_their_notifications(pair: Pair) -> None:
     a, b = pair
     ours, theirs = aiocomm.Pages(cache(3)), aiocomm.Pages(cache(None))
@@ -119,6 +136,40 @@ async def test_bad_lists_are_refused_before_a_byte_moves(pair: Pair) -> None:
     with pytest.raises(aiocomm.UsageError, match="a page comes twice"):
         await b.lease_pages(theirs, [1, 1])
     assert not theirs.arrays[0].any()
+
+
+async def test_layouts_that_cannot_be_mapped_are_refused_before_a_byte_moves(pair: Pair) -> None:
+    a, b = pair
+    theirs = aiocomm.Pages(cache(None), token_axis=1)
+    remote = a.remote_pages((await b.lease_pages(theirs, [1, 2, 3])).handle)
+    submitted = {name: link.submitted for name, link in a.statistics().links.items()}
+    others = {
+        "fewer arrays": aiocomm.Pages(cache(6, layers=2), token_axis=1),
+        "wider": aiocomm.Pages(cache(6, wide=32), token_axis=1),
+        "other elements": aiocomm.Pages([x.astype(np.float32) for x in cache(6)], token_axis=1),
+        "no token axis": aiocomm.Pages(cache(6)),
+        "fewer heads": aiocomm.Pages(cache(6), token_axis=1).slice(2, 0, 1),
+    }
+    for ours in others.values():
+        before = [x.copy() for x in ours.arrays]
+        with pytest.raises(aiocomm.UsageError, match="do not fit"):
+            await a.put_pages(ours, [0, 1], remote, [1, 2])
+        with pytest.raises(aiocomm.UsageError, match="do not fit"):
+            await a.get_pages(remote, [1, 2], ours, [0, 1])
+        assert all(map(np.array_equal, ours.arrays, before))
+    ours = aiocomm.Pages(cache(6), token_axis=1)
+    for give, take, message in (
+        ([1, 2], [4, 4], "target page 4 comes twice"),
+        ([1], [12], "target page 12"),
+        ([1], [-1], "target page -1"),
+        ([1, 2], [4], "2 source pages"),
+        ([0], [4], "page 0 is not part of the lease"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=message):
+            await a.get_pages(remote, give, ours, take)
+    assert all(map(np.array_equal, ours.arrays, cache(6)))
+    assert not any(x.any() for x in theirs.arrays)
+    assert {name: link.submitted for name, link in a.statistics().links.items()} == submitted
 
 
 def test_hostile_handles_are_refused() -> None:

@@ -40,30 +40,36 @@ def test_plans_do_what_the_model_does(data: st.DataObject) -> None:
     layers = draw(st.integers(1, 3))
     sizes = [draw(st.sampled_from([1, 2, 4, 6])) for _ in range(2)]
     total = int(np.lcm(*sizes)) * draw(st.integers(1, 4))
-    lists, sides = [], []
+    lists, sides, orders = [], [], []
     low = draw(st.integers(0, heads - 1))
     high = draw(st.integers(low + 1, heads))
     for side, size in enumerate(sizes):
         count = total // size + draw(st.integers(0, 3))
-        # axes: [layers, pages, tokens, heads, dim] with the page axis in one of three places
+        # axes: [layers, tokens, heads, dim] or [layers, heads, tokens, dim], the page axis among them
         own_heads = heads if side == 0 else high - low
-        shape = [layers, size, own_heads, dim]
+        heads_first = draw(st.booleans())
+        shape = [layers, own_heads, size, dim] if heads_first else [layers, size, own_heads, dim]
         shape.insert(page_axis, count)
         filled = [np.random.default_rng(p).integers(0, 1 << 16, shape, np.uint16) for p in range(planes)]
         if side:
             filled = [np.zeros(shape, np.uint16) for _ in range(planes)]
-        token_axis = 1 + (page_axis <= 1)
+        one, other = (axis + (page_axis <= axis) for axis in (1, 2))
+        token_axis, head_axis = (other, one) if heads_first else (one, other)
         pages = Pages(filled, page_axis, token_axis)
-        sides.append(pages if side else pages.slice(2 + (page_axis <= 2), low, high))
+        sides.append(pages if side else pages.slice(head_axis, low, high))
         lists.append(draw(st.permutations(range(count)))[: total // size])
+        orders.append((token_axis, head_axis))
     source, target = sides
     carry_out(plan(source.layout, lists[0], target.layout, lists[1]), source, target)
-    token_axis = 1 + (page_axis <= 1)
     for there, here in zip(source.arrays, target.arrays, strict=True):
-        wanted = tokens_of(there, page_axis, token_axis, list(lists[0]))
-        head_axis = wanted.ndim - 2
-        wanted = np.take(wanted, range(low, high), head_axis)
-        assert np.array_equal(tokens_of(here, page_axis, token_axis, list(lists[1])), wanted)
+        wanted = np.take(there, range(low, high), orders[0][1])
+        given_, got = (
+            tokens_of(
+                np.moveaxis(array, head, -2), page_axis - (head < page_axis), token - (head < token), pages_
+            )
+            for array, (token, head), pages_ in zip((wanted, here), orders, lists, strict=True)
+        )
+        assert np.array_equal(got, given_)
         untouched = np.ones(here.shape[page_axis], bool)
         untouched[list(lists[1])] = False
         assert not np.compress(untouched, here, page_axis).any()
@@ -204,6 +210,22 @@ def test_one_strided_copy_per_page_across_layers() -> None:
     assert len(found) == 200
     assert set(found.rows.tolist()) == {128}
     assert set(found.nbytes.tolist()) == {1024}
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(16, 4), (4, 16)])
+def test_tokens_and_heads_swap_in_as_few_strided_copies_as_the_shorter_axis_has(
+    tokens: int, heads: int
+) -> None:
+    nhd = Pages(np.arange(8 * tokens * heads * 2, dtype=np.uint32).reshape(8, tokens, heads, 2), token_axis=1)
+    hnd = Pages(np.zeros((8, heads, tokens, 2), np.uint32), token_axis=2)
+    found = plan(nhd.layout, [1, 6, 3], hnd.layout, [0, 5, 2])
+    assert len(found) == 3 * min(tokens, heads)
+    assert set(found.rows.tolist()) == {max(tokens, heads)}
+    carry_out(found, nhd, hnd)
+    assert np.array_equal(hnd.arrays[0][[0, 5, 2]], nhd.arrays[0][[1, 6, 3]].swapaxes(1, 2))
+    back = Pages(np.zeros_like(nhd.arrays[0]), token_axis=1)
+    carry_out(plan(hnd.layout, [0, 5, 2], back.layout, [1, 6, 3]), hnd, back)
+    assert np.array_equal(back.arrays[0][[1, 6, 3]], nhd.arrays[0][[1, 6, 3]])
 
 
 def test_equally_spaced_pages_become_one_copy() -> None:

@@ -227,6 +227,17 @@ def test_a_cheap_peer_end_to_end() -> None:
     assert {"half_us/8B", "p99_us/8B", "gbytes_s/1MiB", "messages_s"} <= set(merged)
 
 
+def test_collectives_of_three_processes_end_to_end() -> None:
+    arguments = {"peer": "aiocomm-shm", "ranks": 3, "cases": [[1024, 2], [65536, 2]]}
+    found = pair.run("aiocomm_bench.collectives:child", arguments, timeout_s=60, size=3)
+    columns = {c.metric for c in suites.SUITES["collectives-3"].columns(Options())}
+    assert len(found) == 3
+    for one in found:
+        assert len(one) == 8
+        assert set(one) & columns == {metric for metric in columns if metric.endswith("/1KiB")}
+        assert all(us > 0 for us in one.values())
+
+
 def test_a_pair_that_fails_says_why_and_one_that_hangs_is_ended() -> None:
     arguments = {"peer": "nobody", "plan": plan.QUICK.to_json()}
     with pytest.raises(pair.PairError, match="no peer 'nobody'"):

@@ -8,7 +8,7 @@
 #include "links/rdma/clock.hpp"
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
-#include "links/rdma/prefix.hpp"
+#include "links/rdma/wire.hpp"
 
 namespace aiocomm::rdma {
 
@@ -60,19 +60,17 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   // A loop that computes gives no credits back, nor sees those that it gets: the engine does.
   if (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2)
     wake = Wake::engine;
-  Prefix prefix{};
-  prefix.seq = seq;
-  prefix.consumed = told_ = expected_;
-  prefix.wake = static_cast<uint8_t>(wake);
+  Head head;
+  head.prefix.seq = seq;
+  head.prefix.consumed = told_ = expected_;
+  head.prefix.wake = static_cast<uint8_t>(wake);
+  head.header = header;
   if (Registration* named = header.segment ? link_.registrations().get(header.segment) : nullptr) {
-    Keys keys = named->peer();
-    prefix.keys = static_cast<uint8_t>(lanes_.size());
-    std::copy_n(keys.of.begin(), lanes_.size(), prefix.key);
+    head.prefix.keys = static_cast<uint8_t>(lanes_.size());
+    head.keys = named->peer();
   }
   std::byte* at = frame_slot(seq);
-  std::memcpy(at, &prefix, sizeof prefix);
-  std::memcpy(at + sizeof prefix, &header, sizeof header);
-  size_t nbytes = sizeof prefix + sizeof header;
+  size_t nbytes = pack(head, at);
   if (header.meta_bytes) std::memcpy(at + nbytes, meta, header.meta_bytes);
   nbytes += header.meta_bytes;
   if (header.payload_bytes) std::memcpy(at + nbytes, payload, header.payload_bytes);
@@ -115,7 +113,7 @@ void RdmaPeer::frame(const Arrived& from) {
   if (dead_) return rail.give_back(from.slot);
   heard_ns_ = tick_ns();
   Prefix prefix;
-  if (from.nbytes < sizeof prefix + sizeof(FrameHeader)) {
+  if (from.nbytes < sizeof prefix) {
     rail.give_back(from.slot);
     return violated("a frame that is too short");
   }
@@ -145,39 +143,36 @@ void RdmaPeer::frame(const Arrived& from) {
 bool RdmaPeer::deliver(const Arrived& from) {
   Rail& rail = lanes_[from.lane]->rail;
   const std::byte* data = rail.slot(from.slot);
-  Prefix prefix;
-  FrameHeader header;
-  std::memcpy(&prefix, data, sizeof prefix);
-  std::memcpy(&header, data + sizeof prefix, sizeof header);
+  Head head;
+  const size_t nbytes = unpack(data, from.nbytes, head);
+  const Prefix& prefix = head.prefix;
+  const FrameHeader& header = head.header;
   const char* wrong = nullptr;
-  constexpr size_t kHead = sizeof prefix + sizeof header;
-  if (header.kind < FrameKind::eager || header.kind > FrameKind::last_kind)
+  if (!nbytes)
+    wrong = "a frame without a whole header";
+  else if (header.kind < FrameKind::eager || header.kind > FrameKind::last_kind)
     wrong = "unknown frame kind";
   else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
   else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
-           from.nbytes != kHead + header.meta_bytes + header.payload_bytes)
+           from.nbytes != nbytes + header.meta_bytes + header.payload_bytes)
     wrong = "a frame of another length than it says";
   else if (prefix.consumed - consumed_there_ > sent_ - consumed_there_)
     wrong = "credit for frames that were never sent";
-  else if (prefix.keys > kMaxRails || (prefix.keys && header.segment > kMaxRegistrations))
-    wrong = "keys of more rails than there can be";
+  else if (prefix.keys && header.segment > kMaxRegistrations)
+    wrong = "keys of more memory than there can be";
   ++expected_;
   if (!wrong) {
     consumed_there_ = prefix.consumed;
     acks_.before(consumed_there_);
-    if (prefix.keys && header.segment) {
-      Keys& keys = remote_keys_[header.segment];
-      keys = {};
-      std::copy_n(prefix.key, prefix.keys, keys.of.begin());
-    }
+    if (prefix.keys && header.segment) remote_keys_[header.segment] = head.keys;
     if (header.kind == FrameKind::data) {
       if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
-        std::memcpy(into, data + kHead, header.payload_bytes);
+        std::memcpy(into, data + nbytes, header.payload_bytes);
         host_.sink().on_data(*this, header, header.payload_bytes, into);
       }
     } else if (header.kind != FrameKind::link_private)
-      host_.sink().on_frame(*this, header, data + kHead, data + kHead + header.meta_bytes);
+      host_.sink().on_frame(*this, header, data + nbytes, data + nbytes + header.meta_bytes);
   }
   rail.give_back(from.slot);
   if (wrong && !dead_) violated(wrong);

@@ -8,7 +8,7 @@
 #include "core/offers.hpp"
 #include "links/rdma/clock.hpp"
 #include "links/rdma/peer.hpp"
-#include "links/rdma/prefix.hpp"
+#include "links/rdma/wire.hpp"
 
 namespace aiocomm::rdma {
 

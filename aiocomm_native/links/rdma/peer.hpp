@@ -81,6 +81,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
+  int poll_told(int budget) override { return has_inbox_.load(std::memory_order_acquire) ? poll(budget) : 0; }
   Path pull_path(const Location&) override { return Path::read; }
   void tick(uint64_t now_ns) override;
   bool needs_ticks() const override { return !dead_; }
@@ -90,7 +91,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
 
  private:
   friend struct Lane;
-  static constexpr uint32_t kHello = 0x52494f41, kVersion = 2;  // "AIOR"
+  static constexpr uint32_t kHello = 0x52494f41, kVersion = 3;  // "AIOR"
   // Words on the socket; those of a lane are followed by its number, and two of them by the numbers of its queue pairs;
   // kNoRail by the number of frames taken in.
   static constexpr char kReady = 'r', kAlive = 'a', kFailed = 'f', kClosed = 'c', kAgain = 'o', kThere = 't',

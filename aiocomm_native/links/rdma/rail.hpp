@@ -100,8 +100,9 @@ class Attending {
   static bool to(const void* whom) { return any_ && (!whom_ || whom_ == whom); }
 
  private:
-  static inline thread_local bool any_ = false;
-  static inline thread_local const void* whom_ = nullptr;
+  // Looked at several times for each message: not by way of a call.
+  [[gnu::tls_model("initial-exec")]] static inline thread_local bool any_ = false;
+  [[gnu::tls_model("initial-exec")]] static inline thread_local const void* whom_ = nullptr;
   const bool before_;
   const void* const whom_before_;
 };

@@ -136,7 +136,8 @@ int Rail::poll() {
 
 int Rail::poll_queues() {
   if (!context_) return 0;
-  return poll_queue(express_queue_) + poll_queue(frames_queue_) + poll_queue(bulk_queue_);
+  if (int n = poll_queue(express_queue_)) return n;  // a loop waits for these; the others at the next look
+  return poll_queue(frames_queue_) + poll_queue(bulk_queue_);
 }
 
 void Rail::drain() {

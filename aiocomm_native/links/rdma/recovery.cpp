@@ -26,7 +26,7 @@
 
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
-#include "links/rdma/prefix.hpp"
+#include "links/rdma/wire.hpp"
 
 namespace aiocomm::rdma {
 
@@ -94,9 +94,9 @@ void RdmaPeer::no_rail(const std::string& reason) {
 void RdmaPeer::give_up(const std::string& reason) {
   failure = ENETDOWN;
   for (uint32_t seq = consumed_there_; seq != sent_; ++seq) {
-    FrameHeader header;
-    std::memcpy(&header, frame_slot(seq) + sizeof(Prefix), sizeof header);
-    host_.sink().on_unsure(*this, header);
+    Head head;
+    unpack(frame_slot(seq), kMaxHead, head);
+    host_.sink().on_unsure(*this, head.header);
   }
   lose(reason);
 }

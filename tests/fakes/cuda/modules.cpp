@@ -40,6 +40,38 @@ uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Eight bits, looked up: what each of the 128 sizes is worth, and for a number the nearest of them, of two the even one.
+struct Float8 {
+  int bits, bias;
+  bool infinite;  // the greatest exponent is that of infinity and of what is not a number
+
+  float load(uint8_t code) const {
+    const int exponent = (code & 127) >> bits, mantissa = code & ((1 << bits) - 1);
+    const float sign = code & 128 ? -1.0f : 1.0f;
+    if (infinite && exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    if (!infinite && (code & 127) == 127) return NAN;
+    return sign * (exponent ? std::ldexp(float((1 << bits) + mantissa), exponent - bias - bits)
+                            : std::ldexp(float(mantissa), 1 - bias - bits));
+  }
+
+  uint8_t save(float value) const {
+    const uint8_t sign = std::signbit(value) ? 128 : 0;
+    const uint8_t past = infinite ? 0x7c : 0x7f;  // the code after the greatest number
+    if (std::isnan(value)) return sign | 0x7f;
+    if (std::isinf(value)) return sign | past;
+    const double size = std::fabs(value);
+    // Where a number would have to lie to be rounded past the greatest one.
+    const double greatest = load(past - 1), step = greatest - load(past - 2);
+    if (size > greatest + step / 2 || (size == greatest + step / 2 && (past - 1) % 2)) return sign | past;
+    uint8_t best = 0;
+    for (int code = 1; code < past; ++code) {
+      const double better = std::fabs(size - load(best)) - std::fabs(size - load(uint8_t(code)));
+      if (better > 0 || (better == 0 && code % 2 == 0)) best = uint8_t(code);
+    }
+    return sign | best;
+  }
+};
+
 template <typename Stored, typename Load, typename Save>
 void each(const Kernel& kernel, std::byte* out, const std::byte* left, const std::byte* right, size_t nbytes,
           Load load, Save save) {
@@ -66,9 +98,10 @@ void plain(const Kernel& kernel, std::byte* out, const std::byte* left, const st
   each<Value>(kernel, out, left, right, nbytes, same, same);
 }
 
-const std::map<std::string, size_t> kItems = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2},
-                                              {"int8", 1},    {"uint8", 1},   {"int16", 2},   {"uint16", 2},
-                                              {"int32", 4},   {"uint32", 4},  {"int64", 8},   {"uint64", 8}};
+const std::map<std::string, size_t> kItems = {
+    {"float64", 8}, {"float32", 4}, {"float16", 2},       {"bfloat16", 2},   {"int8", 1},
+    {"uint8", 1},   {"int16", 2},   {"uint16", 2},        {"int32", 4},      {"uint32", 4},
+    {"int64", 8},   {"uint64", 8},  {"float8_e4m3fn", 1}, {"float8_e5m2", 1}};
 
 }  // namespace
 
@@ -85,6 +118,12 @@ void Kernel::run(std::byte* out, const std::byte* left, const std::byte* right, 
   if (dtype == "uint64") return plain<uint64_t>(*this, out, left, right, nbytes);
   if (dtype == "float16")
     return each<uint16_t>(*this, out, left, right, nbytes, half_to_float, float_to_half);
+  if (dtype.starts_with("float8")) {
+    const Float8 form = dtype == "float8_e5m2" ? Float8{2, 15, true} : Float8{3, 7, false};
+    const auto load = [form](uint8_t code) { return form.load(code); };
+    const auto save = [form](float value) { return form.save(value); };
+    return each<uint8_t>(*this, out, left, right, nbytes, load, save);
+  }
   each<uint16_t>(*this, out, left, right, nbytes, bfloat_to_float, float_to_bfloat);
 }
 

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     import aiocomm
 
-PREFIX: Final = struct.Struct("<IIBBH4II")  # seq, consumed, wake, keys, reserved, key by rail, reserved
+PREFIX: Final = struct.Struct("<IIBBBx")  # seq, consumed, wake, number of keys, which words of the header
+KEY: Final = struct.Struct("<I")  # by rail
+WORD: Final = 8  # of a header: those that are zero stay behind
 # magic, version, rails; queue pairs: frames for the loop, other frames, bulk by level (none: 0)
 HELLO: Final = struct.Struct("<III6I")
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = 0x52494F41
 OFFER_META: Final = struct.Struct("<QII")  # messages seen, immediate, start of a count
 SLOT_NBYTES: Final = 8448
@@ -164,9 +166,12 @@ class LinkPeer:
         """
         frame.meta_bytes, frame.payload_bytes = len(frame.meta), len(frame.payload)
         number = self._sent if seq is None else seq
-        keys = (0 if key is None else key, 0, 0, 0)
-        prefix = PREFIX.pack(number, self._seen, _WAKE_ENGINE, 0 if key is None else 1, 0, *keys, 0)
-        record = prefix + frame.pack()
+        whole = frame.pack()
+        words = [whole[i : i + WORD] for i in range(0, HEADER.size, WORD)]
+        mask = sum(1 << i for i, word in enumerate(words) if any(word))
+        prefix = PREFIX.pack(number, self._seen, _WAKE_ENGINE, 0 if key is None else 1, mask)
+        keys = b"" if key is None else KEY.pack(key)
+        record = prefix + keys + b"".join(filter(any, words)) + whole[HEADER.size :]
         self._sent += 1
         at = (_SLOTS + number % _SLOTS) * SLOT_NBYTES
         self.frames.write_buffer(record, at)
@@ -189,15 +194,23 @@ class LinkPeer:
             return
         record = end.read_buffer(done.nbytes, slot * SLOT_NBYTES)
         self._slots[end][end.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
-        seq, _, wake, count, _, *keys, _ = PREFIX.unpack_from(record)
+        seq, _, wake, count, mask = PREFIX.unpack_from(record)
+        at = PREFIX.size + count * KEY.size
+        keys = tuple(key for (key,) in KEY.iter_unpack(record[PREFIX.size : at]))
         assert (wake == _WAKE_LOOP) == (end is self.express), "the queue pair is that of who is to wake"
         assert seq >= self._seen, "no frame comes twice"
-        frame = Frame(*HEADER.unpack_from(record, PREFIX.size))
-        at = PREFIX.size + HEADER.size
+        header = b""
+        for i in range(HEADER.size // WORD):
+            there = mask >> i & 1
+            word = record[at : at + WORD] if there else bytes(WORD)
+            assert not there or any(word), "a word that is zero stays behind"
+            header += word
+            at += WORD * there
+        frame = Frame(*HEADER.unpack(header))
         frame.meta = record[at : at + frame.meta_bytes]
         frame.payload = record[at + frame.meta_bytes :]
         assert len(frame.payload) == frame.payload_bytes
-        self._early[seq] = Arrival(frame, tuple(keys[:count]), done)
+        self._early[seq] = Arrival(frame, keys, done)
 
     @contextlib.asynccontextmanager
     async def signs_of_life(self) -> AsyncIterator[None]:
