@@ -78,7 +78,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         native = settings.native()
         numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
         texts = {key: value for key, value in native.items() if isinstance(value, str)}
-        for key in ("tls_cert", "tls_key", "tls_ca", "rdma_devices", "libibverbs"):
+        for key in ("tls_cert", "tls_key", "tls_ca", "rdma_devices", "rdma_nodes", "libibverbs"):
             if (value := getattr(settings, key)) is not None:
                 texts[key] = value
         wanted = list(world.links or settings.links or ())

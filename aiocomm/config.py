@@ -156,6 +156,14 @@ class Settings:
         "Ports of RDMA devices to use as rails, by comma (`mlx5_0` or `mlx5_0:1`), in the same order on all "
         "hosts; else all that are up, at most 4.",
     )
+    rdma_nodes: str | None = _setting(
+        None,
+        "",
+        "NUMA nodes of RDMA devices, by comma (`mlx5_0=0,mlx5_1=1`), where the machine does not tell: many "
+        "virtual ones do not.",
+        pattern=r"[^=,:\s]+=\d{1,4}(,[^=,:\s]+=\d{1,4})*",
+        example="mlx5_0=0,mlx5_1=1",
+    )
     rdma_gid_index: int = _setting(
         -1,
         "index",
@@ -313,6 +321,12 @@ def driver_library() -> str | None:
     return os.environ.get("AIOCOMM_LIBCUDA") or None
 
 
+def device_nodes() -> dict[str, int]:
+    """NUMA nodes of RDMA devices as `AIOCOMM_RDMA_NODES` has them; what makes no sense is left out."""
+    pairs = (pair.partition("=") for pair in os.environ.get("AIOCOMM_RDMA_NODES", "").split(","))
+    return {name: int(node) for name, _, node in pairs if name and node.isdecimal()}
+
+
 def environment_world(env: Mapping[str, str] | None = None) -> World:
     """The world that this process was launched into; of one process if it was not.
 
@@ -443,6 +457,8 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
                 f"{variable(name)} must be a number from 0 to {limits['each']}, or four of them by comma "
                 f"(low, normal, high, urgent), not {value!r}"
             )
+    if "pattern" in limits and value is not None and not re.fullmatch(limits["pattern"], value):
+        raise UsageError(f"{variable(name)} must be like {limits['example']!r}, not {value!r}")
     if "low" in limits and not value >= limits["low"]:  # also catches NaN
         raise UsageError(f"{variable(name)} must be at least {limits['low']} {limits['unit']}, not {value}")
     if "high" in limits and value > limits["high"]:

@@ -1,7 +1,7 @@
 """Which port is nearest to a GPU, and how the port's device could reach that GPU's memory.
 
-Pure but for `read_place`: facts in, choices out. This version moves GPU memory through the host, so the
-choice of a way is what `aiocomm doctor` says, and no more.
+Pure but for `read_place`: facts in, choices out, for `aiocomm doctor`. The link chooses alike
+(aiocomm_native/links/rdma/gpu.hpp).
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm.config import driver_library
+from aiocomm.config import device_nodes, driver_library
 from aiocomm.links import _rdma_devices as devices
 from aiocomm.links import _rdma_diagnosis as diagnosis
 from aiocomm.links import _rdma_gpu as gpus
@@ -29,7 +30,7 @@ __all__ = ["CAPABILITIES", "compare", "discover"]
 
 CAPABILITIES = Capabilities(
     reach="hosts on InfiniBand or RoCE",
-    memory="host; GPU through the host, by send and recv (dma-buf: not built, and run on no such hardware)",
+    memory="host; GPU by dma-buf or nvidia_peermem (never run on such hardware), else through the host",
     paths="eager, read, write",
     wake="a completion channel, and its poller's thread",
     loss="the pair's connection, or three missing heartbeats",
@@ -47,7 +48,11 @@ _SMALL_MEMLOCK: Final = 1 << 30
 def discover() -> Report:
     """Look for the verbs library, devices, ports, addresses and limits, access to them, and locked memory."""
     limits, source = _limits()
-    found = devices.read_devices(_DEVICES, limits)
+    nodes = device_nodes()
+    found = [
+        dataclasses.replace(one, numa_node=nodes.get(one.name, one.numa_node))
+        for one in devices.read_devices(_DEVICES, limits)
+    ]
     ports = [port for one in found for port in one.ports]
     checks = [_library(), *_no_devices(found)]
     for one in found:
@@ -161,7 +166,10 @@ def _gpus(found: Sequence[Device]) -> list[Check]:
         seen = [(device(driver, index), _exports(driver, index)) for index in range(driver.count())]
     except (NoDriver, CudaError):
         return []  # the cuda link's report says why
-    places = {one.name: gpus.read_place(_DEVICES / one.name / "device") for one in found}
+    places = {
+        one.name: dataclasses.replace(gpus.read_place(_DEVICES / one.name / "device"), node=one.numa_node)
+        for one in found
+    }
     return [_gpu(gpu, exports, places) for gpu, exports in seen] if places else []
 
 
@@ -182,11 +190,8 @@ def _gpu(gpu: Gpu, exports: bool, places: Mapping[str, gpus.Place]) -> Check:
         peer_memory=any(path.exists() for path in gpus.PEER_MEMORY),
     )
     way, why = gpus.choose_way(reach)
-    return Check(
-        f"GPU {gpu.index}",
-        State.INFO,
-        f"nearest first: {near}; it could be reached by {way} ({why}); this version goes through host memory",
-    )
+    reached = "adapters do not reach its memory" if way is gpus.Way.HOST else f"adapters reach it by {way}"
+    return Check(f"GPU {gpu.index}", State.INFO, f"nearest first: {near}; {reached} ({why})")
 
 
 def _has_dma_buf() -> bool:

@@ -94,6 +94,8 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
+  bool direct = false;            // the adapters of the pair's link reach it
+  bool not_direct = false;        // they were tried, and do not
   bool allocates = false;         // a receive whose memory is made once the message's size is known
   std::unique_ptr<RowList> rows;  // put, get: not all of the memory, but these rows of it
   bool by_rows = false;           // the peer's op has rows of this memory
@@ -180,6 +182,14 @@ class Mover {
   virtual void forget(uint64_t owner, const Gone& memory) = 0;
   virtual void stop() = 0;  // without the token: waits for what is posted, ends the threads
   virtual std::string describe(int error) const = 0;
+
+  // --- for links whose adapters reach device memory
+  virtual bool exports(int device) = 0;  // the driver exports memory of this device as a dma-buf
+  // Exports whole pages: a descriptor, the caller's to close; -1: the driver refuses. Any thread, without the token.
+  virtual int export_pages(int device, uint64_t address, uint64_t nbytes) = 0;
+  virtual int node(int device) = 0;  // of NUMA, where it is; -1: not told
+  // What adapters have written so far is visible to work that is launched on the device from now on.
+  virtual void flush(int device) = 0;
 };
 
 }  // namespace aiocomm

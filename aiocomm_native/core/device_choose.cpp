@@ -121,7 +121,7 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
 
 bool DeviceProtocol::wait_for_gate(Op& op) {
   if (op.gpu->gate.open()) return false;
-  op.gpu->waiting = true;
+  if (std::exchange(op.gpu->waiting, true)) return true;
   mover_->await_gate(op.gpu->gate, op.gpu->device, op.id);
   return true;
 }
@@ -181,8 +181,12 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
   }
   if (gpu.role == Role::stage_in) return landing(op, 0, op.nbytes);  // came in its frame
   if (!gpu.from_device) {
-    if (!has_bounce(op)) return;
-    gpu.role = Role::stage_in;
+    Engine::Hold direct = engine_.reach(op, peer, Access::local);
+    if (direct == Engine::Hold::pending) return;
+    if (direct == Engine::Hold::failed) {
+      if (!has_bounce(op)) return;
+      gpu.role = Role::stage_in;
+    }
     FrameHeader h{};
     h.kind = FrameKind::rts;
     h.sop = op.remote_op;
@@ -233,6 +237,21 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
   staged_because(peer, reach.reason);
   if (relay == Reach::State::ready) return answer_with_place(op, peer);
   stage_in(op, peer, true);
+}
+
+void DeviceProtocol::not_direct(Op& op, Peer& peer, const std::string& reason) {
+  op.gpu->not_direct = true;
+  staged_because(peer, reason);
+}
+
+void DeviceProtocol::go_another_way(Op& op, const std::string& reason) {
+  Peer* peer = engine_.find_peer(op.peer);
+  engine_.links_[op.link]->release(std::exchange(op.registration, 0));
+  op.gpu->direct = false;
+  not_direct(op, *peer, reason);
+  if (op.state == OpState::queued) return engine_.let_flow_go_on(op);
+  op.holding = false;
+  if (op.kind == OpKind::recv && peer->state == Peer::State::up) continue_receive(op, *peer);
 }
 
 // Counted for every message, told once.
@@ -293,6 +312,7 @@ void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const
     throw ProtocolViolation("rows are moved by whoever asked for them");
   op.state = OpState::moving;
   op.started_ns = engine_.now();
+  gpu.direct = false;  // the receiver has it pushed all the same
   if (header.flags & kDevice) {
     std::memcpy(&gpu.theirs, meta, sizeof gpu.theirs);
     peer.device_owner = gpu.theirs.owner;
@@ -369,6 +389,11 @@ void DeviceProtocol::go_on(const OpId* ops, size_t count) {
     Op* op = engine_.find(ops[i]);
     if (!op || !op->gpu || !op->gpu->waiting) continue;
     op->gpu->waiting = false;
+    if (op->state == OpState::queued && op->holding) {
+      engine_.let_flow_go_on(*op);
+      engine_.pump(op->link);
+      continue;
+    }
     if (op->state != OpState::moving) continue;
     Peer* peer = engine_.find_peer(op->peer);
     bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;

@@ -61,6 +61,8 @@ void DeviceProtocol::forget(Peer& peer) {
 
 void DeviceProtocol::freed(const Gone* memory, size_t count) {
   Engine::Token token(engine_);
+  for (auto& link : engine_.links_)
+    for (size_t i = 0; i < count; ++i) link->forget_device(memory[i]);
   for (auto& peer : engine_.peers_) {
     if (!peer || peer->state != Peer::State::up || peer->link->process() < 0) continue;
     for (size_t i = 0; i < count; ++i) {

@@ -36,6 +36,11 @@ class DeviceProtocol final : public MoverHost {
   Post announce(Op& op, Peer& peer);
   // Makes the place of an op's memory known to the peer as far as that can be; returns flags for its frame.
   uint8_t describe(Op& op, Peer& peer);
+  // Its memory is not reached by the adapters of the pair's link: it is staged.
+  void not_direct(Op& op, Peer& peer, const std::string& reason);
+  void go_another_way(Op& op, const std::string& reason);  // as it turned out when it was to be registered
+  void held(Op& op, Peer& peer) { continue_receive(op, peer); }
+  bool wait_for_gate(Op& op);
   Post refuse(Op& op);             // on links whose devices reach registered host memory only
   void serve(Op& op, Peer& peer);  // answers a get of a region in device memory
   // A receive has been matched, and its message or its buffer (or both) are device memory.
@@ -92,7 +97,6 @@ class DeviceProtocol final : public MoverHost {
   void staged_because(Peer& peer, const std::string& reason);
   void stage_out(Op& op, Peer& peer);
   void move_rows(Op& op, Peer& peer, Role role);
-  bool wait_for_gate(Op& op);
   bool has_bounce(Op& op, bool may_wait = true);
 
   // device_chunks.cpp

@@ -104,6 +104,7 @@ struct RegionInfo {
   bool closing = false;
   uint32_t active = 0;        // transfers of peers that use it now
   uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
+  std::vector<Rank> asking;   // for its key, while that is being made
   uint8_t link = 0;
   std::vector<KeyHolder> holders;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
@@ -222,6 +223,7 @@ class Engine final : public Host, public FrameSink {
   void on_remote(LinkPeer& with, OpId op, uint64_t nbytes, int error, uint64_t elapsed_ns) override;
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
+  void on_held(Link& link, uint32_t id, int error, const std::string& reason) override;
   void on_unsure(LinkPeer& to, const FrameHeader& header) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
@@ -266,7 +268,15 @@ class Engine final : public Host, public FrameSink {
   uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
   // protocol_remote.cpp: bytes that devices move
-  bool hold(Op& op, Access access);
+  // pending: on_held goes on with it. failed: it has ended with that.
+  enum class Hold : uint8_t { ready, pending, failed };
+  Hold hold(Op& op, Access access);
+  void cannot_hold(Op& op, int error);
+  // The same for device memory, once its gate is open. failed: it goes another way, and has not ended.
+  Hold reach(Op& op, Peer& peer, Access access);
+  void go_on_held(Op& op);
+  void get_ready(Op& op, Peer& peer, bool pulls, bool on_device);
+  void let_flow_go_on(Op& op);
   bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
   Op* writing_into(Peer& peer, OpId receive);
   bool can_copy_from(Peer& peer) const;
@@ -329,6 +339,8 @@ class Engine final : public Host, public FrameSink {
   void announce(const Op& op, Peer& peer);
   void tell(Peer& peer, const std::vector<Note>& notes);
   void on_key_ask(Peer& peer, const FrameHeader& header);
+  void give_key(Peer& peer, uint64_t id);
+  void answer_askers(uint64_t id, int error, const std::string& reason);
   void on_key(Peer& peer, const FrameHeader& header);
   void on_key_revoke(Peer& peer, const FrameHeader& header);
   void on_key_revoked(Peer& peer, const FrameHeader& header);

@@ -68,6 +68,7 @@ struct RemoteChunk {
 };
 
 class LinkPeer;
+class Link;
 
 // What a link tells the runtime. Called under the token, from LinkPeer::poll or Pollable::on_ready.
 class FrameSink {
@@ -90,6 +91,10 @@ class FrameSink {
     (void)from, (void)value, (void)nbytes;
   }
   virtual void on_writable(LinkPeer& to) = 0;
+  // Memory that was not held yet when Link::hold returned is so now, or (`error`, errno) cannot be.
+  virtual void on_held(Link& link, uint32_t id, int error, const std::string& reason) {
+    (void)link, (void)id, (void)error, (void)reason;
+  }
   // The pair is about to be lost by devices of ours, and whether this frame has reached the peer is not known.
   virtual void on_unsure(LinkPeer& to, const FrameHeader& header) { (void)to, (void)header; }
   virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
@@ -239,10 +244,22 @@ class Link {
   virtual ChunkLimits chunk_limits() const { return {}; }
   virtual bool polled() const { return false; }  // its peers must be polled; else descriptors tell
   // Memory that a device of this link is to reach is held, that is registered, until it is released. Returns its id,
-  // and 0 where the link needs no such thing. Throws LinkFailure.
+  // and 0 where the link needs no such thing. Throws LinkFailure. What takes long goes on aside: then `held` is false, the
+  // id is good for nothing but `release`, and FrameSink::on_held follows, for all that hold it and have not let go.
   virtual uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) {
     (void)data, (void)nbytes, (void)access;
     return 0;
+  }
+  // The same for device memory, at `place`: 0, or LinkFailure, where no device of this link reaches it.
+  virtual uint32_t hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) {
+    (void)place, (void)nbytes, (void)access, (void)mover;
+    return 0;
+  }
+  // That device memory has been freed.
+  virtual void forget_device(const Gone& memory) { (void)memory; }
+  virtual bool held(uint32_t id) {
+    (void)id;
+    return true;
   }
   virtual void release(uint32_t id) { (void)id; }
   // Counters of its own, by name.

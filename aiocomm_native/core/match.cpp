@@ -139,6 +139,15 @@ size_t Matcher::waiting(ChannelId channel, Rank src, Tag tag) const {
   return n;
 }
 
+std::vector<OpId> Matcher::behind(OpId op) const {
+  std::vector<OpId> later;
+  const uint32_t* index = ops_.find(op);
+  if (index == nullptr || nodes_[*index].src == kAnySource || nodes_[*index].tag == kAnyTag) return later;
+  for (uint32_t i = nodes_[*index].links[kExact].next; i != kNil; i = nodes_[i].links[kExact].next)
+    later.push_back(nodes_[i].id);
+  return later;
+}
+
 // Wildcards are met on this channel: from now on, and for what is queued already, its arrivals are in all
 // queues that a receive could look into. Each arrival is visited at most twice in its life.
 void Matcher::index_channel(ChannelId channel) {

@@ -70,6 +70,8 @@ class Matcher {
   size_t wildcards(ChannelId channel) const;
   // Posted receives of just this pattern, which must have no wildcard. O(those).
   size_t waiting(ChannelId channel, Rank src, Tag tag) const;
+  // Of those, the ones posted after this one. O(those).
+  std::vector<OpId> behind(OpId op) const;
 
   // In posting order. O(everything queued).
   std::vector<OpId> any_source_recvs() const;

@@ -99,14 +99,15 @@ bool OffersMade::possible(const MessageKey& key) const {
   return it == counts_.end() || it->second.withdrawing == 0;
 }
 
-OffersMade::Made OffersMade::offer(const MessageKey& key, OpId receive, uint64_t capacity, uint32_t ahead) {
+OffersMade::Made OffersMade::offer(const MessageKey& key, OpId receive, uint64_t capacity, uint32_t ahead,
+                                   uint32_t behind) {
   if (!possible(key)) throw std::invalid_argument("nothing can be offered now");
   auto [it, start] = counts_.try_emplace(key);
   Count& count = it->second;
   if (start) {
     if (++last_count_ == 0) ++last_count_;
     count.number = last_count_;
-    count.next = ahead + 1;
+    count.next = ahead + 1 + behind;
   }
   if (free_.empty()) {
     free_.push_back(static_cast<uint32_t>(slots_.size()));
@@ -119,7 +120,7 @@ OffersMade::Made OffersMade::offer(const MessageKey& key, OpId receive, uint64_t
   slot = Slot{};
   slot.receive = receive;
   slot.key = key;
-  slot.index = count.next - 1;
+  slot.index = count.next - 1 - behind;
   slot.total = capacity;
   slot.generation = generation;
   slot.pending = true;

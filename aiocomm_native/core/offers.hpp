@@ -126,10 +126,10 @@ class OffersMade {
 
   // A receive of this key was posted and waits.
   void posted(const MessageKey& key);
-  // Whether the receive that was posted last can be offered.
+  // Whether a receive can be offered: the one that was posted last, or one after which none has been offered.
   bool possible(const MessageKey& key) const;
-  // Offers it; `ahead`: receives of its key that wait before it. Illegal: not possible().
-  Made offer(const MessageKey& key, OpId receive, uint64_t capacity, uint32_t ahead);
+  // Offers it; `ahead`: receives of its key that wait before it, `behind`: after it. Illegal: not possible().
+  Made offer(const MessageKey& key, OpId receive, uint64_t capacity, uint32_t ahead, uint32_t behind = 0);
   // A frame has come: the receives before its place, into which messages have been written. This call notices them.
   std::vector<OpId> arrived(const MessageKey& key, Place place);
   // It went to a receive of just this key, or to another one (or to none).

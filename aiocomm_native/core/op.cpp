@@ -32,7 +32,7 @@ Op* OpTable::take() {
   op->code = Code::ok;
   op->path = Path::none;
   op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched = op->in_sched = false;
-  op->awaits_fin = op->owes_word = op->has_notify = op->has_key = false;
+  op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
   op->error = 0;
   op->registration = op->offer = op->immediate = op->chunks = 0;
   op->data = nullptr;

@@ -63,6 +63,7 @@ struct Op {
   bool in_sched = false;
   bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
   bool has_key = false;     // put, get: devices move it, by the key of its region
+  bool holding = false;     // `registration` is not there yet: on_held goes on
   bool owes_word = false;   // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched
@@ -96,8 +97,8 @@ struct Op {
   int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
 
-// What a CPU can touch of an op's bytes.
-inline std::byte* host_data(const Op& op) { return op.gpu ? op.gpu->bounce : op.data; }
+// What the pair's link moves of an op: its bytes, or host memory in place of device memory that no adapter reaches.
+inline std::byte* host_data(const Op& op) { return op.gpu && !op.gpu->direct ? op.gpu->bounce : op.data; }
 
 // Ops have stable addresses and generation-checked ids. Slots are taken and given back by one thread; any thread that
 // holds the token may look an id up.

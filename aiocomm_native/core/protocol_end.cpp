@@ -109,6 +109,10 @@ void Engine::end_early(Op& op, Code code) {
     op.in_sched = false;
     if (op.has_key) drop_held_back(op);
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
+    if (op.state == OpState::queued && op.holding) {
+      let_flow_go_on(op);
+      ring_engine();  // which posts
+    }
   }
   if (op.gpu && op.gpu->in_sched) device_.cancel_move(op);
   if (op.state == OpState::queued) return finish(op, code);  // the peer never heard of it

@@ -24,6 +24,7 @@ namespace aiocomm {
 namespace {
 
 constexpr uint64_t kMaxRegion = 1ull << 56;
+constexpr char kServed[] = "put and get served by the region's owner";
 
 FrameHeader about(FrameKind kind, uint64_t region) {
   FrameHeader h{};
@@ -44,7 +45,7 @@ KeyHolder* holder_of(RegionInfo& region, Rank rank) {
 
 // Whether the devices move this op's bytes, as far as is known.
 bool Engine::by_key(const Op& op, const Peer& peer) const {
-  if (!peer.onesided || op.gpu) return false;
+  if (!peer.onesided || (op.gpu && !op.gpu->direct)) return false;
   auto it = peer.onesided->keys.find(op.region);
   return it == peer.onesided->keys.end() || it->second.state != RegionKey::State::by_owner;
 }
@@ -74,12 +75,12 @@ void Engine::begin_access(Op& op, Peer& peer, RegionKey& key) {
   if (write && !key.writable) return finish(op, Code::read_only);
   op.path = write ? Path::write : Path::read;
   if (op.nbytes == 0 && !op.has_notify) return finish(op, Code::ok);
-  if (!hold(op, Access::local)) return;
   op.source_address = key.address + op.offset;
   op.source_segment = key.registration;
   op.has_key = true;
   ++key.uses;
-  queue_data(op, peer, false);
+  op.state = OpState::posted;
+  if (hold(op, Access::local) == Hold::ready) queue_data(op, peer, false);
 }
 
 void Engine::end_access(Op& op) {
@@ -124,7 +125,7 @@ void Engine::on_key(Peer& peer, const FrameHeader& header) {
     } else {
       op->state = OpState::queued;
       if (send_header(*op, peer) != Post::again) continue;
-      peer.blocked = true;
+      if (!op->holding) peer.blocked = true;
       queue_header(*op, peer);
     }
   }
@@ -188,18 +189,30 @@ void Engine::announce(const Op& op, Peer& peer) {
 
 void Engine::on_key_ask(Peer& peer, const FrameHeader& header) {
   if (!peer.onesided) throw ProtocolViolation("a key where devices reach nothing");
+  give_key(peer, header.rop);
+}
+
+void Engine::give_key(Peer& peer, uint64_t id) {
   RegionInfo* region = nullptr;
-  Code code = check_region(header.rop, 0, 0, false, &region);
-  FrameHeader reply = about(FrameKind::key_is, header.rop);
+  Code code = check_region(id, 0, 0, false, &region);
+  FrameHeader reply = about(FrameKind::key_is, id);
   if (code == Code::ok && region->gpu) code = Code::link_failed;  // no device of this link reaches it
-  if (code == Code::ok && region->nbytes && !region->registration) {
+  if (code == Code::ok && region->nbytes) {
+    Link& link = *links_[peer.link_index];
     Access access = region->writable ? Access::region_writes : Access::region_reads;
     try {
-      region->registration = links_[peer.link_index]->hold(region->base, region->nbytes, access);
-      region->link = peer.link_index;
+      if (!region->registration) {
+        region->registration = link.hold(region->base, region->nbytes, access);
+        region->link = peer.link_index;
+      }
+      if (!link.held(region->registration)) {
+        if (std::find(region->asking.begin(), region->asking.end(), peer.rank) == region->asking.end())
+          region->asking.push_back(peer.rank);
+        return;
+      }
     } catch (const LinkFailure& failure) {
       code = Code::link_failed;
-      fallback(peer.rank, "put and get served by the region's owner", failure.what());
+      fallback(peer.rank, kServed, failure.what());
     }
   }
   reply.code = static_cast<uint8_t>(code);
@@ -211,6 +224,24 @@ void Engine::on_key_ask(Peer& peer, const FrameHeader& header) {
     if (!holder_of(*region, peer.rank)) region->holders.push_back({peer.rank});
   }
   send_control(peer, reply, Wake::engine);
+}
+
+// Its registration has been made, or (`error`) cannot be; or the region was closed meanwhile.
+void Engine::answer_askers(uint64_t id, int error, const std::string& reason) {
+  RegionInfo& region = regions_.at(id);
+  std::vector<Rank> asking = std::exchange(region.asking, {});
+  if (error) links_[region.link]->release(std::exchange(region.registration, 0));
+  for (Rank rank : asking) {
+    Peer* peer = find_peer(rank);
+    if (!error) {
+      give_key(*peer, id);
+      continue;
+    }
+    FrameHeader reply = about(FrameKind::key_is, id);
+    reply.code = static_cast<uint8_t>(Code::link_failed);
+    fallback(rank, kServed, reason);
+    send_control(*peer, reply, Wake::engine);
+  }
 }
 
 void Engine::on_key_revoked(Peer& peer, const FrameHeader& header) {
@@ -255,8 +286,10 @@ void Engine::forget_holder(uint64_t id, Rank rank) {
 // The pair has ended: nothing of the peer's reaches our memory any more.
 void Engine::forget_holder(Rank rank) {
   std::vector<uint64_t> ids;
-  for (auto& [id, region] : regions_)
+  for (auto& [id, region] : regions_) {
+    std::erase(region.asking, rank);
     if (holder_of(region, rank)) ids.push_back(id);
+  }
   for (uint64_t id : ids) forget_holder(id, rank);
 }
 

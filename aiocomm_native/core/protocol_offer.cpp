@@ -11,6 +11,7 @@
 //     the message may be on its way. Its buffer is free when the source says that it writes no more (`quit`).
 //   * A sender that gives up says `quit` once its device has let go.
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/engine.hpp"
@@ -49,10 +50,13 @@ void Engine::offer(Op& op, Peer& peer) {
   if (peer.state != Peer::State::up || peer.resting || matcher_.wildcards(channel) ||
       !peer.offers->made.possible(key))
     return;
+  const std::vector<OpId> later = matcher_.behind(op.id);  // posted while its memory was being registered
+  if (std::any_of(later.begin(), later.end(), [&](OpId id) { return ops_.find(id)->offer != 0; })) return;
   op.link = peer.link_index;
-  if (!hold(op, Access::peer_writes)) return;
-  auto ahead = static_cast<uint32_t>(matcher_.waiting(channel, op.peer, op.tag) - 1);
-  OffersMade::Made made = peer.offers->made.offer(key, op.id, op.nbytes, ahead);
+  if (hold(op, Access::peer_writes) != Hold::ready) return;
+  auto behind = static_cast<uint32_t>(later.size());
+  auto ahead = static_cast<uint32_t>(matcher_.waiting(channel, op.peer, op.tag)) - 1 - behind;
+  OffersMade::Made made = peer.offers->made.offer(key, op.id, op.nbytes, ahead, behind);
   op.offer = slot_of(made.immediate);
   FrameHeader h{};
   h.kind = FrameKind::offer;
@@ -194,7 +198,8 @@ void Engine::on_offer(Peer& peer, const FrameHeader& header, const std::byte* by
 }
 
 Post Engine::send_into(Op& op, Peer& peer, const Offer& next) {
-  if (!hold(op, Access::local)) return Post::ok;
+  Hold held = hold(op, Access::local);
+  if (held == Hold::failed) return Post::ok;
   if (op.nbytes != next.capacity) {
     FrameHeader h{};
     h.kind = FrameKind::took;
@@ -211,7 +216,8 @@ Post Engine::send_into(Op& op, Peer& peer, const Offer& next) {
   op.immediate = into.immediate;
   op.path = Path::write;
   op.started_ns = op.submitted_ns;
-  queue_data(op, peer, false);
+  op.state = OpState::posted;
+  if (held == Hold::ready) queue_data(op, peer, false);
   return Post::ok;
 }
 

@@ -27,6 +27,7 @@ bool Engine::close_region(uint64_t id) {
   auto it = regions_.find(id);
   if (it == regions_.end()) return true;
   if (std::exchange(it->second.closing, true)) return false;
+  answer_askers(id, 0, {});  // it is stale
   revoke(id, 0);
   return free_region(id);
 }
@@ -145,25 +146,27 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
     op->gpu->by_rows = by_rows;
     return device_.serve(*op, peer);
   }
-  if (!hold(*op, Access::peer_reads)) {
-    reply.kind = FrameKind::get_fail;
-    reply.code = static_cast<uint8_t>(Code::link_failed);
-    return send_control(peer, reply, Wake::loop);
-  }
-  Location at = peer.link->locate(op->data, op->nbytes);
+  if (hold(*op, Access::peer_reads) == Hold::ready)
+    get_ready(*op, peer, header.code != static_cast<uint8_t>(Path::none), header.flags & kDevice);
+}
+
+// `pulls`: the reader reads the memory by itself. `on_device`: it has its bytes pushed only once it asks.
+void Engine::get_ready(Op& op, Peer& peer, bool pulls, bool on_device) {
+  Location at = peer.link->locate(op.data, op.nbytes);
+  pulls = pulls || at.segment != 0;
+  FrameHeader reply{};
   reply.kind = FrameKind::get_ready;
-  reply.sop = op->id;
-  reply.nbytes = op->nbytes;
+  reply.rop = op.remote_op;
+  reply.sop = op.id;
+  reply.nbytes = op.nbytes;
   reply.address = at.address;
-  reply.segment = op->registration ? op->registration : at.segment;
-  op->source_segment = at.segment;
-  bool reader_pulls = header.code != static_cast<uint8_t>(Path::none) || at.segment != 0;
-  reply.code = reader_pulls;
+  reply.segment = op.registration ? op.registration : at.segment;
+  op.source_segment = at.segment;
+  reply.code = pulls;
   send_control(peer, reply, Wake::engine);
-  if (!reader_pulls && op->live && op->nbytes && !(header.flags & kDevice)) {
-    op->path = Path::stream;
-    queue_data(*op, peer);
-  }
+  if (pulls || !op.live || !op.nbytes || on_device) return;
+  op.path = Path::stream;
+  queue_data(op, peer);
 }
 
 void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta) {

@@ -295,7 +295,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
   op.source_address = header.address;
   op.source_segment = header.segment;
   Path path = peer.link->pull_path(from);
-  if (path == Path::read && op.gpu)
+  if (path == Path::read && op.gpu && !op.gpu->direct)
     path = Path::none;  // what lands in a bounce buffer goes on chunk by chunk
   if (!op.live || peer.state != Peer::State::up) return;  // looking for the segment found the peer dead
   op.path = path;
@@ -305,7 +305,7 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
     op.path = Path::eager;
     return received(op);
   }
-  if (op.path == Path::read && !hold(op, Access::local)) return;
+  if (op.path == Path::read && hold(op, Access::local) != Hold::ready) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
   if (!ask) return;
@@ -406,6 +406,7 @@ void Engine::job_done(CopyJob& job) {
 
 void Engine::received(Op& op) {
   Peer* peer = find_peer(op.peer);
+  if (op.gpu && op.gpu->direct) mover()->flush(op.gpu->device);
   if (peer)
     send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
   if (op.gpu && op.gpu->role == Role::stage_in) op.path = Path::staged;
@@ -423,7 +424,7 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   auto code = static_cast<Code>(header.code);
   if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   if (op->gpu) {
-    op->path = op->gpu->role == Role::stage_out ? Path::staged : Path::device;
+    op->path = op->gpu->direct ? Path::read : op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {
     bool read = peer.link->pull_path({}) == Path::read;
     Path pulled = op->source_segment ? Path::mapped : Path::cma;  // where it was not, a `cts` has said so

@@ -6,19 +6,103 @@
 
 namespace aiocomm {
 
-// False: the memory cannot be reached by the device, and the op has ended with that.
-bool Engine::hold(Op& op, Access access) {
-  if (op.registration || op.nbytes == 0) return true;
+Engine::Hold Engine::hold(Op& op, Access access) {
+  if (op.nbytes == 0) return Hold::ready;
+  Link& link = *links_[op.link];
   try {
-    op.registration = links_[op.link]->hold(host_data(op), op.nbytes, access);
-    return true;
+    if (!op.registration) op.registration = link.hold(host_data(op), op.nbytes, access);
   } catch (const LinkFailure& failure) {
-    op.error = failure.code;
-    Peer* peer = find_peer(op.peer);
-    if (peer && op.remote_op && op.kind == OpKind::recv) send_fin(*peer, op.remote_op, Code::link_failed, 0);
-    finish(op, Code::link_failed);
-    return false;
+    cannot_hold(op, failure.code);
+    return Hold::failed;
   }
+  op.holding = op.registration && !link.held(op.registration);
+  return op.holding ? Hold::pending : Hold::ready;
+}
+
+Engine::Hold Engine::reach(Op& op, Peer& peer, Access access) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (gpu.not_direct || gpu.rows || gpu.by_rows || op.nbytes == 0) return Hold::failed;
+  Link& link = *links_[op.link];
+  try {
+    if (!op.registration) op.registration = link.hold_device(gpu.place, op.nbytes, access, *mover());
+  } catch (const LinkFailure& failure) {
+    device_.not_direct(op, peer, failure.what());
+    return Hold::failed;
+  }
+  if (!op.registration) return Hold::failed;
+  gpu.direct = true;
+  op.holding = !link.held(op.registration);
+  if (op.holding) return Hold::pending;
+  if (!device_.wait_for_gate(op)) return Hold::ready;
+  op.holding = true;  // go_on ends it
+  return Hold::pending;
+}
+
+// The device does not reach the op's memory: it ends with that.
+void Engine::cannot_hold(Op& op, int error) {
+  op.error = error;
+  Peer* peer = find_peer(op.peer);
+  if (op.kind == OpKind::serve) {
+    op.awaits_fin = false;
+    FrameHeader h{};
+    h.kind = FrameKind::get_fail;
+    h.rop = op.remote_op;
+    h.code = static_cast<uint8_t>(Code::link_failed);
+    if (peer) send_control(*peer, h, Wake::loop);
+  }
+  end_early(op, Code::link_failed);
+}
+
+// An op may have ended while its memory was being registered: nothing was posted for it. It does not hold it any more.
+void Engine::on_held(Link& link, uint32_t id, int error, const std::string& reason) {
+  uint8_t index = link_index(std::string(link.name()));
+  std::vector<OpId> waiting;
+  auto waits = [&](Op& op) {
+    if (op.holding && op.registration == id && op.link == index) waiting.push_back(op.id);
+  };
+  ops_.for_each_live(waits);
+  served_.for_each_live(waits);
+  for (OpId op_id : waiting) {
+    Op* op = find(op_id);
+    if (!op || !op->live || !op->holding) continue;
+    if (op->state == OpState::draining)
+      op->holding = false;
+    else if (error && op->gpu)
+      device_.go_another_way(*op, reason);
+    else if (error)
+      cannot_hold(*op, error);
+    else
+      go_on_held(*op);
+  }
+  std::vector<uint64_t> asked;
+  for (auto& [region_id, region] : regions_)
+    if (region.registration == id && region.link == index && !region.asking.empty())
+      asked.push_back(region_id);
+  for (uint64_t region_id : asked) answer_askers(region_id, error, reason);
+  pump(index);
+}
+
+void Engine::go_on_held(Op& op) {
+  Peer* peer = find_peer(op.peer);
+  if (op.state == OpState::queued) return let_flow_go_on(op);  // its header comes next
+  op.holding = false;
+  if (!peer || peer->state != Peer::State::up) return;
+  if (op.gpu && op.kind == OpKind::recv)
+    device_.held(op, *peer);
+  else if (op.kind == OpKind::serve)
+    get_ready(op, *peer, true, false);  // devices read what they have registered
+  else if (op.kind == OpKind::recv && !op.matched)
+    offer(op, *peer);
+  else
+    queue_data(op, *peer, false);
+}
+
+// Its header kept what comes after it from leaving, until its memory was there or it was given up.
+void Engine::let_flow_go_on(Op& op) {
+  op.holding = false;
+  Peer* peer = find_peer(op.peer);
+  if (closed_ || !peer || peer->state != Peer::State::up || peer->blocked) return;
+  schedulers_[peer->link_index]->set_ready(flow_of(*peer, op.channel), true);
 }
 
 // False: nothing more can be posted on this link now.

@@ -57,7 +57,7 @@ void Engine::start_on(Op& op, Peer& peer) {
   peer.used = true;
   ++counters_[executor_of(op)].submitted;
   // Its receiver may have said where it goes.
-  if (peer.offers && op.kind == OpKind::send && !op.gpu && !fits_frame(op, peer)) {
+  if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
     peer.link->poll(16);
     if (peer.state != Peer::State::up || !op.live) return;
   }
@@ -67,7 +67,7 @@ void Engine::start_on(Op& op, Peer& peer) {
     if (peer.blocked || !peer.control.empty() || flows_[flow].headers) return queue_header(op, peer);
   }
   if (send_header(op, peer) == Post::again) {
-    peer.blocked = true;
+    if (!op.holding) peer.blocked = true;
     queue_header(op, peer);
   } else if (op.live && op.in_sched) {
     pump(peer.link_index);
@@ -75,7 +75,7 @@ void Engine::start_on(Op& op, Peer& peer) {
 }
 
 void Engine::queue_header(Op& op, Peer& peer) {
-  if (op.no_wait) {
+  if (op.no_wait && !op.holding) {
     ++counters_[op.link].would_block;
     return finish(op, Code::would_block);
   }
@@ -84,7 +84,7 @@ void Engine::queue_header(Op& op, Peer& peer) {
   op.in_sched = true;
   uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
   schedulers_[peer.link_index]->push(flow, op.id, cost, true);
-  if (peer.blocked) schedulers_[peer.link_index]->set_ready(flow, false);
+  if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow, false);
 }
 
 Post Engine::send_header(Op& op, Peer& peer) {
@@ -104,7 +104,11 @@ bool Engine::fits_frame(const Op& op, const Peer& peer) const {
 }
 
 Post Engine::send_message(Op& op, Peer& peer) {
-  if (op.gpu && op.nbytes) return device_.announce(op, peer);
+  if (op.gpu && op.nbytes) {
+    Hold direct = reach(op, peer, Access::peer_reads);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed) return device_.announce(op, peer);
+  }
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -129,7 +133,8 @@ Post Engine::send_message(Op& op, Peer& peer) {
     op.path = Path::eager;
     op.moved = op.nbytes;
   } else {
-    if (!hold(op, Access::peer_reads)) return Post::ok;
+    if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
+      return held == Hold::pending ? Post::again : Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::rts;
     h.sop = op.id;
@@ -149,7 +154,11 @@ Post Engine::send_message(Op& op, Peer& peer) {
 }
 
 Post Engine::send_put(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (op.gpu && peer.link->takes_offers()) {
+    Hold direct = reach(op, peer, Access::local);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+  }
   if (by_key(op, peer)) return access(op, peer);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
@@ -178,7 +187,8 @@ Post Engine::send_put(Op& op, Peer& peer) {
     }
     payload = reinterpret_cast<const std::byte*>(&op.gpu->place);
   } else {
-    if (!hold(op, Access::peer_reads)) return Post::ok;
+    if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
+      return held == Hold::pending ? Post::again : Post::ok;
     Location at = peer.link->locate(op.data, op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
@@ -196,7 +206,11 @@ Post Engine::send_put(Op& op, Peer& peer) {
 }
 
 Post Engine::send_get(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) return device_.refuse(op);
+  if (op.gpu && peer.link->takes_offers()) {
+    Hold direct = reach(op, peer, Access::local);
+    if (direct == Hold::pending) return Post::again;
+    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+  }
   if (by_key(op, peer)) return access(op, peer);
   FrameHeader h{};
   h.kind = FrameKind::get;
@@ -313,7 +327,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     Post posted = send_header(*op, *peer);
     if (posted == Post::again) {
       op->in_sched = true;
-      peer->blocked = true;
+      if (!op->holding) peer->blocked = true;
       sched.unget(chunk);
       sched.set_ready(chunk.flow, false);
       return true;

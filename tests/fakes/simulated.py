@@ -17,18 +17,15 @@ import contextlib
 import ctypes
 import enum
 import functools
-import hashlib
 import os
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
+
+from fakes.compiled import shared_library
 
 __all__ = ["Engine", "Simulator", "build", "choose"]
 
 _SOURCE: Final = Path(__file__).parent / "cuda"
-_FLAGS: Final = ("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-pthread")
 _WAIT_MS: Final = 10_000  # after which an engine that should move does not
 
 
@@ -61,33 +58,9 @@ def choose() -> Path | None:
     return build()
 
 
-@functools.cache
 def build() -> Path:
-    """Compile the library if it has changed. One copy per source text serves all processes."""
-    sources = sorted(_SOURCE.glob("*.[ch]pp"))
-    compiler = os.environ.get("CXX", "g++")
-    digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aiocomm-tests"
-    folder = cache / digest.hexdigest()[:16]
-    library = folder / "libcuda.so.1"
-    if library.exists():
-        return library
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor(2) as workers:
-
-        def compiled(source: Path) -> str:
-            target = str(Path(scratch) / f"{source.stem}.o")
-            subprocess.run([compiler, *_FLAGS, "-c", str(source), "-o", target], check=True)
-            return target
-
-        objects = list(workers.map(compiled, (path for path in sources if path.suffix == ".cpp")))
-        built = Path(scratch) / library.name
-        subprocess.run([compiler, *_FLAGS, "-shared", *objects, "-o", str(built), "-ldl"], check=True)
-        folder.mkdir(exist_ok=True)
-        built.replace(library)  # at once: another process may have been faster
-    return library
+    """Compile the library if it has changed."""
+    return shared_library(_SOURCE, "libcuda.so.1")
 
 
 class Simulator:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from fakes import adapters
 from harness import world
 
 import aiocomm
@@ -28,6 +29,13 @@ class Variant:
     name: str
     settings: dict[str, str] = field(default_factory=dict)
     shared: bool = False
+    simulated: bool = False
+    """Over adapters that exist only in this process: fakes/adapters.py."""
+
+    @property
+    def way(self) -> str:
+        """Its name without what it is simulated on."""
+        return self.name.removesuffix("-simulated")
 
     def array(self, shape: int | tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray[Any, Any]:
         """An array of zeros where this variant has them."""
@@ -56,7 +64,8 @@ _EXTRA = {
     "shm": [
         Variant("shm", "shm-stream", {"AIOCOMM_CMA": "off"}),
         Variant("shm", "shm-mapped", shared=True),
-    ]
+    ],
+    "rdma": [] if _RDMA else [Variant("rdma", "rdma-simulated", simulated=True)],
 }
 
 
@@ -71,7 +80,7 @@ _MISSING = {
 }
 VARIANTS = [
     variant
-    if _MISSING.get(link) is None
+    if variant.simulated or _MISSING.get(link) is None
     else pytest.param(variant, marks=pytest.mark.skip(reason=str(_MISSING[link])))
     for link in _core.available_links()
     if link not in ("self", "cuda")  # cuda moves GPU memory beside the others: test_gpu_*.py
@@ -85,6 +94,8 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     chosen: Variant = request.param
     for key, value in chosen.settings.items():
         monkeypatch.setenv(key, value)
+    if chosen.simulated:
+        monkeypatch.setenv("AIOCOMM_LIBIBVERBS", str(adapters.build()))
     return chosen
 
 

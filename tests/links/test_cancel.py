@@ -276,7 +276,7 @@ async def test_cancelling_the_task_of_a_one_sided_transfer(pair: Pair, variant: 
             try:
                 await transfer
             except anyio.get_cancelled_exc_class():
-                cancelled.append(transfer.cancelled())
+                cancelled.append(transfer.done())  # cancelled, or over in that very moment
                 local.fill(POISON)
                 raise
 

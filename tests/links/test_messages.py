@@ -42,7 +42,7 @@ async def test_a_large_message_takes_the_path_that_the_variant_has(pair: Pair, v
     await b.recv(got, 0)
     await sending
     ways = {"shm": "cma", "shm-stream": "stream", "shm-mapped": "mapped", "rdma": "read"}
-    expected = ways.get(variant.name, "stream")
+    expected = ways.get(variant.way, "stream")
     for comm in pair if variant.link != "rdma" else (b,):
         paths = comm.links[variant.link].statistics().messages_by_path
         assert {path for path, count in paths.items() if count} == {expected}

@@ -193,7 +193,7 @@ async def test_a_large_access_takes_the_path_that_the_variant_has(
         remote = a.remote(region.handle)
         await (a.put(local, remote) if kind == "put" else a.get(remote, local))
     one_sided = {"put": "write", "get": "read"}[kind]
-    path = {"shm": "cma", "shm-mapped": "mapped", "rdma": one_sided}.get(variant.name, "stream")
+    path = {"shm": "cma", "shm-mapped": "mapped", "rdma": one_sided}.get(variant.way, "stream")
     for comm in pair:
         statistics = comm.links[variant.link].statistics()
         counted = {name: n for name, n in statistics.messages_by_path.items() if n}

@@ -39,6 +39,7 @@ struct Receive {
   enum { waiting, withdrawing, done, cancelled } state = waiting;
   uint32_t slot = 0;
   int message = -1;
+  bool taken = false;  // its message is being written into it
 };
 struct Message {
   MessageKey key;
@@ -68,6 +69,8 @@ struct World {
   Matcher matcher;
   std::deque<Frame> to_receiver, to_sender;
   std::vector<Write> writes;
+  std::deque<OpId> registering;
+  int late = 0;  // offers of receives that were not the last
   std::vector<Receive> receives;
   std::vector<Message> messages;
   std::map<uint64_t, int> unexpected;
@@ -93,10 +96,23 @@ struct World {
     if (tag == kAnyTag) return;
     MessageKey key{1, tag};
     made.posted(key);
-    if (!large || matcher.wildcards(1) || !made.possible(key)) return;
-    auto ahead = static_cast<uint32_t>(matcher.waiting(1, kSource, tag) - 1);
-    auto m = made.offer(key, op, 1, ahead);
-    receives.back().slot = slot_of(m.immediate);
+    if (large && pick(2))
+      registering.push_back(op);
+    else if (large)
+      offer(op, key);
+  }
+
+  // It may wait for its memory, and others be posted meanwhile: it is offered if none of those is.
+  void offer(OpId op, const MessageKey& key) {
+    if (matcher.wildcards(1) || !made.possible(key)) return;
+    std::vector<OpId> later = matcher.behind(op);
+    for (OpId other : later)
+      if (at(other).slot) return;
+    auto behind = static_cast<uint32_t>(later.size());
+    auto ahead = static_cast<uint32_t>(matcher.waiting(1, kSource, key.tag)) - 1 - behind;
+    auto m = made.offer(key, op, 1, ahead, behind);
+    late += behind != 0;
+    at(op).slot = slot_of(m.immediate);
     to_sender.push_back({Frame::offer,
                          key,
                          static_cast<int>(op),
@@ -105,6 +121,12 @@ struct World {
                          m.start,
                          false,
                          made.seen});
+  }
+
+  void registered() {
+    OpId op = registering.front();
+    registering.pop_front();
+    if (at(op).state == Receive::waiting && !at(op).taken) offer(op, {1, at(op).tag});
   }
 
   void send(Tag tag, bool large) {
@@ -122,7 +144,7 @@ struct World {
 
   void cancel(size_t index) {
     Receive& receive = receives[index];
-    if (receive.state != Receive::waiting) return;
+    if (receive.state != Receive::waiting || receive.taken) return;
     OpId op = index + 1;
     MessageKey key{1, receive.tag};
     if (receive.tag != kAnyTag && made.offers(key, 0)) {
@@ -136,7 +158,10 @@ struct World {
     receive.state = Receive::cancelled;
   }
 
-  void taken(OpId op) { CHECK(matcher.cancel_recv(op)); }
+  void taken(OpId op) {
+    CHECK(matcher.cancel_recv(op));
+    at(op).taken = true;
+  }
   void free_slot(Receive& receive) {
     if (receive.slot) made.release(std::exchange(receive.slot, 0));
   }
@@ -212,7 +237,7 @@ struct World {
   }
 
   bool step(bool quiet) {
-    switch (pick(quiet ? 3 : 9)) {
+    switch (pick(quiet ? 4 : 10)) {
       case 0:
         if (!to_receiver.empty()) receiver_reads();
         break;
@@ -223,19 +248,22 @@ struct World {
         if (!writes.empty()) write(static_cast<size_t>(pick(static_cast<int>(writes.size()))));
         break;
       case 3:
+        if (!registering.empty()) registered();
+        break;
       case 4:
+      case 5:
         post(pick(12) == 0 ? kAnyTag : pick(3), pick(4) != 0);
         break;
-      case 5:
       case 6:
       case 7:
+      case 8:
         send(pick(3), pick(4) != 0);
         break;
       default:
         if (!receives.empty() && pick(3) == 0)
           cancel(static_cast<size_t>(pick(static_cast<int>(receives.size()))));
     }
-    return !to_receiver.empty() || !to_sender.empty() || !writes.empty();
+    return !to_receiver.empty() || !to_sender.empty() || !writes.empty() || !registering.empty();
   }
 
   void verify() {
@@ -269,12 +297,15 @@ struct World {
 }  // namespace
 
 int main() {
+  int late = 0;
   for (g_seed = 1; g_seed <= 3000; ++g_seed) {
     World world(g_seed);
     for (int i = 0; i < 120; ++i) world.step(false);
     while (world.step(true)) {
     }
     world.verify();
+    late += world.late;
   }
+  CHECK(late > 1000);
   std::puts("ok");
 }

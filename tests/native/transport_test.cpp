@@ -10,6 +10,7 @@
 
 #include "check.hpp"
 #include "links/rdma/acks.hpp"
+#include "links/rdma/gpu.hpp"
 #include "links/rdma/lanes.hpp"
 
 using namespace aiocomm::rdma;
@@ -72,14 +73,35 @@ void takes_the_rail_that_is_through_first() {
   CHECK(choose({{true, kNoNode, 100}, {true}}, 100) == 1);
   CHECK(choose({{true, kNoNode, 100, 4.0}, {true, kNoNode, 0, 1.0}}, 100) == 0);  // the faster one
   CHECK(choose({{false, kNoNode, 0, 4.0}, {true}}, 100) == 1);
-  // Near ones first; a far one where it is through sooner all the same.
+  // Near ones first, until they have more than they drain; then a far one that is through sooner all the same.
+  constexpr uint64_t kFull = 100'000;  // at one byte per ns
   CHECK(choose({{true, 0}, {true, 1}}, 100, 1) == 1);
-  CHECK(choose({{true, 0}, {true, 1, 40}}, 100, 1) == 1);
-  CHECK(choose({{true, 0}, {true, 1, 60}}, 100, 1) == 0);
+  CHECK(choose({{true, 0}, {true, 1, kFull}}, 100, 1) == 1);
+  CHECK(choose({{true, 0}, {true, 1, kFull + 1}}, 100, 1) == 0);
+  CHECK(choose({{true, 0}, {true, 1, 2 * kFull, 4.0}}, 100, 1) == 1);  // a faster one drains more
+  CHECK(choose({{true, 0, kFull}, {true, 1, kFull + 1}}, 100, 1) == 1);
+  CHECK(choose({{true, 0}, {true, 1, kFull + 1}, {true, 1, kFull}}, 100, 1) == 2);
+  CHECK(choose({{true, 0}, {true, 1, 60}, {true, 1, 50}}, 100, 1) == 2);
   CHECK(choose({{true, 0}, {false, 1}}, 100, 1) == 0);
   // Where nobody knows, none is far.
   CHECK(choose({{true, 0}, {true, 1}}, 100, kNoNode) == 0);
   CHECK(choose({{true, kNoNode}, {true, 1}}, 100, 1) == 0);
+}
+
+void reaches_the_memory_of_gpus() {
+  auto way = [](bool exports, bool registers, bool takes, bool peer_memory) {
+    return choose_gpu_way({exports, registers, takes, peer_memory});
+  };
+  CHECK(way(true, true, true, true).way == GpuWay::dma_buf);
+  CHECK(way(true, true, true, false).way == GpuWay::dma_buf);
+  for (int lacking = 0; lacking < 3; ++lacking) {
+    bool has[3] = {lacking != 0, lacking != 1, lacking != 2};
+    CHECK(way(has[0], has[1], has[2], true).way == GpuWay::peer_memory);
+    CHECK(way(has[0], has[1], has[2], false).way == GpuWay::host);
+  }
+  CHECK(std::string(way(false, true, true, false).lacks).find("exports no dma-buf") != std::string::npos);
+  CHECK(std::string(way(true, false, true, false).lacks).find("rdma-core 34") != std::string::npos);
+  CHECK(std::string(way(true, true, false, true).lacks).find("refuses") != std::string::npos);
 }
 
 void acknowledges_in_any_order() {
@@ -122,6 +144,7 @@ int main() {
   tries_as_long_as_asked();
   maps_classes();
   takes_the_rail_that_is_through_first();
+  reaches_the_memory_of_gpus();
   acknowledges_in_any_order();
   acknowledges_around_the_end_of_numbers();
 }

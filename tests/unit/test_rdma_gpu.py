@@ -96,9 +96,13 @@ def test_the_doctor_tells_it_of_each_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(rdma, "_PCI", tmp_path / "by_address")
     monkeypatch.setattr(rdma, "_DEVICES", tmp_path / "infiniband")
     monkeypatch.setattr(rdma, "open_driver", lambda library: _OneGpu())
+    monkeypatch.setenv("AIOCOMM_RDMA_NODES", "other_0=1,mlx5_0=3")
+    (device,) = [check for check in rdma.discover().checks if check.name == "device mlx5_0"]
+    assert "NUMA node 3" in device.detail
     (told,) = [check for check in rdma.discover().checks if check.name == "GPU 0"]
     assert "mlx5_0 behind the same PCIe switch" in told.detail
-    assert "goes through host memory" in told.detail
+    assert "adapters" in told.detail
+    assert "its memory" in told.detail or "reach it by" in told.detail
 
     def none(library: object) -> Any:
         raise NoDriver("none here")

@@ -108,7 +108,13 @@ constexpr int CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1;
 constexpr unsigned CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1;
 constexpr unsigned CU_MEMORYTYPE_HOST = 1, CU_MEMORYTYPE_DEVICE = 2, CU_MEMORYTYPE_UNIFIED = 4;
 
+constexpr int CU_DEVICE_ATTRIBUTE_PCI_BUS_ID = 33, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID = 34;
 constexpr int CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING = 41;
+constexpr int CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID = 50;
+constexpr int CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED = 124;
+constexpr int CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD = 1;
+constexpr int CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX = 0;
+constexpr int CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER = 100;
 
 constexpr int CU_POINTER_ATTRIBUTE_CONTEXT = 1;
 constexpr int CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2;
@@ -183,9 +189,11 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
   X(cuMemSetAccess, 10020, CUresult(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t))
 
 // The same for what older drivers lack: null there.
-#define AIOCOMM_CUDA_OPTIONAL_ENTRY_POINTS(X)                                                          \
-  X(cuMemcpyBatchAsync, 12080,                                                                         \
-    CUresult(const CUdeviceptr*, const CUdeviceptr*, const size_t*, size_t, const CUmemcpyAttributes*, \
+#define AIOCOMM_CUDA_OPTIONAL_ENTRY_POINTS(X)                                                            \
+  X(cuMemGetHandleForAddressRange, 11070, CUresult(void*, CUdeviceptr, size_t, int, unsigned long long)) \
+  X(cuFlushGPUDirectRDMAWrites, 11030, CUresult(int, int))                                               \
+  X(cuMemcpyBatchAsync, 12080,                                                                           \
+    CUresult(const CUdeviceptr*, const CUdeviceptr*, const size_t*, size_t, const CUmemcpyAttributes*,   \
              const size_t*, size_t, size_t*, CUstream))
 
 constexpr int kOldestDriver = 12000;  // CUDA 12: cuGetProcAddress_v2 and cuStreamWriteValue's second form

@@ -96,6 +96,10 @@ class CudaLink final : public Link, public Mover {
   void forget(uint64_t owner, const Gone& memory) override;
   void stop() override;
   std::string describe(int error) const override;
+  bool exports(int device) override;
+  int export_pages(int device, uint64_t address, uint64_t nbytes) override;
+  int node(int device) override;
+  void flush(int device) override;
   std::map<std::string, uint64_t> counters() override;
 
  private:

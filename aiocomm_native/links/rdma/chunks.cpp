@@ -29,6 +29,15 @@ Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {
   return best == kNoLane ? nullptr : lanes_[best].get();
 }
 
+Lane* RdmaPeer::nearest_lane() {
+  std::array<LaneLoad, kMaxRails> loads;
+  for (size_t i = 0; i < lanes_.size(); ++i)
+    loads[i] = {lanes_[i]->state == Lane::State::up, lanes_[i]->rail.port().node};
+  const Registration* frames = link_.registrations().get(frames_registration_);
+  size_t nearest = choose_lane(loads.data(), lanes_.size(), 0, frames->node);
+  return nearest == kNoLane ? nullptr : lanes_[nearest].get();
+}
+
 Post RdmaPeer::post_remote(const RemoteChunk& what) {
   if (dead_) return Post::lost;
   Registration* local = link_.registrations().get(what.registration);

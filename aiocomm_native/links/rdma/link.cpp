@@ -11,10 +11,13 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <sstream>
 #include <utility>
 
+#include "core/device.hpp"
 #include "core/doorbell.hpp"
+#include "links/rdma/gpu.hpp"
 #include "links/rdma/peer.hpp"
 
 namespace aiocomm::rdma {
@@ -29,6 +32,10 @@ Selection selection_of(Host& host) {
   std::istringstream names(host.text_setting("rdma_devices"));
   for (std::string name; std::getline(names, name, ',');)
     if (!name.empty()) selection.names.push_back(name);
+  std::istringstream nodes(host.text_setting("rdma_nodes"));  // checked by the settings
+  for (std::string pair; std::getline(nodes, pair, ',');)
+    if (size_t at = pair.find('='); at != std::string::npos)
+      selection.nodes[pair.substr(0, at)] = std::atoi(pair.c_str() + at + 1);
   selection.gid_index = static_cast<int>(host.setting("rdma_gid_index", -1));
   return selection;
 }
@@ -48,12 +55,13 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
     rails_.push_back(std::make_unique<Rail>(verbs_, port, transport));
     domains.push_back(rails_.back()->domain());
   }
+  news_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   registrations_ = std::make_unique<Registrations>(
       verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
       std::any_of(ports_.begin(), ports_.end(),
-                  [&](const Port& port) { return port.node != ports_[0].node; }));
-  broken_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  host_.watch(broken_, EPOLLIN, this, false);
+                  [&](const Port& port) { return port.node != ports_[0].node; }),
+      [this] { ring_fd(news_); });
+  host_.watch(news_, EPOLLIN, this, false);
   nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
   if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) >= 0)
     host_.watch(nodes_, EPOLLIN, this, false);
@@ -61,7 +69,7 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
     Rail& one = *rail;
     rail->on_gone = [this, &one] {
       one.leave();
-      ring_fd(broken_);
+      ring_fd(news_);
     };
     rail->handle = [&host] {
       if (!host.look()) ring(host.wake_page().engine, host.engine_fd());
@@ -78,17 +86,23 @@ void RdmaLink::close() {
     if (rail->express_fd() >= 0) host_.unwatch_polled(rail->express_fd());
     rail->stop();
   }
-  for (int* fd : {&broken_, &nodes_})
+  registrations_.reset();  // its thread rings
+  for (int* fd : {&news_, &nodes_})
     if (int open = std::exchange(*fd, -1); open >= 0) {
       host_.unwatch(open, false);
       ::close(open);
     }
-  registrations_.reset();
   rails_.clear();
 }
 
 void RdmaLink::on_ready(uint32_t) {
-  clear_fd(broken_);
+  clear_fd(news_);
+  for (const Registered& news : registrations_->take()) {
+    // Of all memory, not of this allocation only, which may be in several pieces.
+    if (news.of_device && (news.error == EOPNOTSUPP || news.error == ENOSYS || news.error == EINVAL))
+      takes_dma_buf_ = false;
+    host_.sink().on_held(*this, news.id, news.error, news.reason);
+  }
   alignas(inotify_event) char text[4096];
   for (ssize_t n; nodes_ >= 0 && (n = ::read(nodes_, text, sizeof text)) > 0;)
     for (ssize_t at = 0; at < n;) {
@@ -111,8 +125,9 @@ void RdmaLink::look_for_devices(uint64_t now_ns) {
 void RdmaLink::retire_rails() {
   for (size_t i = 0; i < rails_.size(); ++i) {
     if (!rails_[i]->idle_without_device()) continue;
+    if (registrations_->busy()) return;  // with their devices: it rings
     if (rails_[i]->runs_here()) {
-      ring_fd(broken_);
+      ring_fd(news_);
       continue;
     }
     host_.unwatch_polled(rails_[i]->express_fd());
@@ -123,6 +138,29 @@ void RdmaLink::retire_rails() {
 
 uint32_t RdmaLink::hold(const std::byte* data, uint64_t nbytes, Access access) {
   return nbytes ? registrations_->acquire(data, nbytes, access).id : 0;
+}
+
+uint32_t RdmaLink::hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) {
+  auto [known, fresh] = gpus_.try_emplace(place.device);
+  if (fresh) known->second = {mover.exports(place.device), mover.node(place.device)};
+  auto [exports, node] = known->second;
+  auto is_there = [](const char* path) { return ::access(path, F_OK) == 0; };
+  static const bool peer_memory =
+      is_there("/sys/module/nvidia_peermem") || is_there("/sys/kernel/mm/memory_peers/nv_mem");
+  GpuChoice choice = choose_gpu_way({exports, verbs_.reg_dmabuf_mr != nullptr, takes_dma_buf_, peer_memory});
+  if (choice.way == GpuWay::host)
+    throw LinkFailure(std::string(choice.lacks) + ", and nvidia_peermem is not loaded", EOPNOTSUPP);
+  DeviceRange range{place.address, nbytes, place.base, place.extent, place.buffer_id, node, {}};
+  if (choice.way == GpuWay::dma_buf)
+    range.open = [&mover, device = place.device](uint64_t address, uint64_t bytes) {
+      return mover.export_pages(device, address, bytes);
+    };
+  return registrations_->acquire_device(range, access).id;
+}
+
+bool RdmaLink::held(uint32_t id) {
+  Registration* registration = registrations_->get(id);
+  return !registration || registration->ready;
 }
 
 // One rail that has a way is enough. Throws LinkFailure.
@@ -189,6 +227,8 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     all["registrations_made"] = c.made;
     all["registrations_found"] = c.found;
     all["registrations_evicted"] = c.evicted;
+    all["registrations_aside"] = c.aside;
+    all["registrations_of_devices"] = c.of_devices;
     all["registered_bytes"] = c.pinned_bytes;
   }
   return all;

@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/link.hpp"
@@ -26,13 +28,19 @@ class RdmaLink final : public Link, public Pollable {
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view card, bool initiator) override;
   uint32_t hold(const std::byte* data, uint64_t nbytes, Access access) override;
+  uint32_t hold_device(const DevicePlace& place, uint64_t nbytes, Access access, Mover& mover) override;
+  void forget_device(const Gone& memory) override {
+    if (registrations_) registrations_->forget_device(memory.base, memory.buffer_id);
+  }
+  bool held(uint32_t id) override;
   void release(uint32_t id) override {
     if (registrations_) registrations_->release(id);
   }
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 
-  // Devices that are removed while they are used: their rails are taken out, and everything of them is closed.
+  // Memory that was registered aside; and devices that are removed while they are used: their rails are taken out, and
+  // everything of them is closed.
   void on_ready(uint32_t events) override;
   void look_for_devices(uint64_t now_ns);  // now and then: not everywhere does the kernel tell
   void retire_rails();                     // those without a device, once no pair uses them
@@ -54,9 +62,12 @@ class RdmaLink final : public Link, public Pollable {
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
-  int nodes_ = -1;   // inotify of /dev/infiniband
-  int broken_ = -1;  // rung by rails whose devices say so
+  int nodes_ = -1;  // inotify of /dev/infiniband
+  int news_ = -1;   // rung by rails whose devices say that they are broken, and by the registrar
   uint64_t looked_ns_ = 0;
+  std::unordered_map<int, std::pair<bool, int>>
+      gpus_;                   // by ordinal: whether it exports memory, and its NUMA node
+  bool takes_dma_buf_ = true;  // no adapter's driver has refused one
 };
 
 }  // namespace aiocomm::rdma

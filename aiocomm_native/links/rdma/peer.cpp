@@ -220,13 +220,12 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
         reason += (reason.empty() ? "" : "; ") + std::string(failure.what());
       }
     }
-    auto first = std::find_if(lanes_.begin(), lanes_.end(),
-                              [](const auto& lane) { return lane->state == Lane::State::up; });
-    if (first == lanes_.end()) {
+    Lane* nearest = nearest_lane();
+    if (!nearest) {
       no_rail(reason);
       return false;
     }
-    active_ = (*first)->index;
+    active_ = nearest->index;
     say(&kReady, 1);
     ready_told_ = true;
     for (auto& lane : lanes_)
@@ -273,6 +272,8 @@ void RdmaPeer::tick(uint64_t now_ns) {
     return no_rail("its queue pairs could not be made anew");
   for (auto& lane : lanes_)
     if (lane->state == Lane::State::up) lane->look(now_ns);
+  // A rail that has come back gets the small messages again, once none is on its way over another.
+  if (open_ && !dark_ns_ && acks_.all_before() == sent_) active_ = nearest_lane()->index;
   if (now_ns - said_ns_ >= heartbeat_ns_ / 2) say(&kAlive, 1);
   if (open_ && initiator_)
     for (auto& lane : lanes_)

@@ -133,6 +133,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
   Lane* best_lane(uint64_t nbytes, int node);
+  Lane* nearest_lane();  // to the memory of frames
   void violated(const char* what);
   void tell_credit();
   void unblock();

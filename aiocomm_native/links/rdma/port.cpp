@@ -77,7 +77,8 @@ Port examine(const Verbs& verbs, ibv_context* context, const std::string& device
   port.device = device;
   port.number = number;
   std::string node = line_of("/sys/class/infiniband/" + device + "/device/numa_node");
-  port.node = node.empty() ? -1 : std::atoi(node.c_str());
+  auto said = selection.nodes.find(device);
+  port.node = said != selection.nodes.end() ? said->second : node.empty() ? -1 : std::atoi(node.c_str());
   std::string name = "device " + device + " port " + std::to_string(number);
   ibv_port_attr attributes{};
   if (int error = verbs.query_port(context, number, reinterpret_cast<_compat_ibv_port_attr*>(&attributes)))

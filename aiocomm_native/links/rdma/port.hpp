@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -32,8 +33,9 @@ struct Port {
 };
 
 struct Selection {
-  std::vector<std::string> names;  // device or device:port, in order of use; empty: all that are up
-  int gid_index = -1;              // -1: the best for the link layer
+  std::vector<std::string> names;    // device or device:port, in order of use; empty: all that are up
+  int gid_index = -1;                // -1: the best for the link layer
+  std::map<std::string, int> nodes;  // of NUMA, by device, where the machine's word is not taken
 };
 
 // The ports to use, at most kMaxRails. Throws LinkFailure that names the device and the remedy where there is none,

@@ -121,7 +121,9 @@ void Rail::release_all() {
     if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
 }
 
-bool Rail::present() const { return ::access(("/sys/class/infiniband_verbs/" + node_).c_str(), F_OK) == 0; }
+bool Rail::present() const {
+  return node_.empty() || ::access(("/sys/class/infiniband_verbs/" + node_).c_str(), F_OK) == 0;
+}
 
 void Rail::leave() {
   up_.store(false, std::memory_order_release);

@@ -1,12 +1,6 @@
 #include "links/rdma/registrations.hpp"
 
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
-#include <string>
+#include <algorithm>
 #include <utility>
 
 #include "core/link.hpp"
@@ -31,25 +25,6 @@ int access_of(Access access) {
   }
 }
 
-std::string explain(uint64_t nbytes, int error) {
-  std::string text = "cannot register " + std::to_string(nbytes) + " bytes with the device (" +
-                     std::string(strerror(error)) + ")";
-  rlimit limit{};
-  getrlimit(RLIMIT_MEMLOCK, &limit);
-  if ((error == ENOMEM || error == EPERM || error == EAGAIN) && limit.rlim_cur != RLIM_INFINITY)
-    text += ": registered memory is locked, and this process may lock " +
-            std::to_string(limit.rlim_cur >> 10) +
-            " KiB; raise it by `ulimit -l unlimited`, or memlock in /etc/security/limits.conf";
-  return text;
-}
-
-// The page is there: it has been registered.
-int node_of(const void* address) {
-  constexpr unsigned long kNode = 1, kOfAddress = 2;  // MPOL_F_NODE, MPOL_F_ADDR
-  int node = -1;
-  return ::syscall(SYS_get_mempolicy, &node, nullptr, 0ul, address, kNode | kOfAddress) == 0 ? node : -1;
-}
-
 }  // namespace
 
 Keys Registration::local() const {
@@ -65,12 +40,16 @@ Keys Registration::peer() const {
 }
 
 Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes,
-                             bool by_node)
-    : verbs_(verbs), domains_(std::move(domains)), keep_bytes_(keep_bytes), by_node_(by_node) {}
+                             bool by_node, std::function<void()> ring)
+    : verbs_(verbs),
+      domains_(std::move(domains)),
+      keep_bytes_(keep_bytes),
+      by_node_(by_node),
+      registrar_(verbs, std::move(ring)) {}
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)
-    if (slot) drop(*slot);
+    if (slot && slot->ready && !slot->failed) drop(*slot);  // what is not ready is the registrar's
 }
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
@@ -82,30 +61,87 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
     found->used = ++uses_;
     return *found;
   }
-  auto fresh = std::make_unique<Registration>();
-  fresh->base = const_cast<std::byte*>(data);
-  fresh->nbytes = nbytes;
+  Registering job = job_for(const_cast<std::byte*>(data), nbytes, access);
   // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
   bool exact = of_region || access == Access::peer_writes;
-  auto segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
-  if (segment) {
-    fresh->base = segment->base;
-    fresh->nbytes = nbytes = segment->nbytes;
-    fresh->segment = segment->id;
+  job.segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
+  auto fresh = std::make_unique<Registration>();
+  if (job.segment) {
+    job.base = job.segment->base;
+    job.nbytes = job.segment->nbytes;
+    fresh->segment = job.segment->id;
+    fresh->kept = true;
   }
   fresh->access = access;
+  return add(std::move(fresh), std::move(job));
+}
+
+// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range.
+Registration& Registrations::acquire_device(const DeviceRange& range, Access access) {
+  auto data = reinterpret_cast<std::byte*>(range.address);
+  if (Registration* found = find(data, range.nbytes, access, range.buffer_id)) {
+    ++counters_.found;
+    ++found->users;
+    found->used = ++uses_;
+    return *found;
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Registration* other = slots_[i].get();
+    if (!other || !other->buffer_id || other->buffer_id == range.buffer_id) continue;
+    auto at = reinterpret_cast<uint64_t>(other->base);
+    if (at < range.base + range.extent && range.base < at + other->nbytes)
+      forget_device(other->of_base, other->buffer_id);
+  }
+  constexpr uint64_t kPage = 4096;
+  bool whole = range.extent <= keep_bytes_ && access != Access::peer_writes;
+  uint64_t from = (whole ? range.base : range.address) & ~(kPage - 1);
+  uint64_t to = whole ? range.base + range.extent : range.address + range.nbytes;
+  to = (to + kPage - 1) & ~(kPage - 1);
+  Registering job = job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  job.by_node = false;
+  job.node = range.node;
+  if (range.open) job.open = [open = range.open, from, nbytes = to - from] { return open(from, nbytes); };
+  auto fresh = std::make_unique<Registration>();
+  fresh->access = access;
+  fresh->buffer_id = range.buffer_id;
+  fresh->of_base = range.base;
+  fresh->kept = whole;
+  ++counters_.of_devices;
+  return add(std::move(fresh), std::move(job));
+}
+
+void Registrations::forget_device(uint64_t base, uint64_t buffer_id) {
+  for (auto& slot : slots_) {
+    Registration* found = slot.get();
+    if (!found || found->buffer_id != buffer_id || found->of_base != base) continue;
+    unlist(*found);
+    if (std::exchange(found->kept, false)) kept_bytes_ -= found->nbytes;
+    if (found->ready && !found->users) drop(*found);
+  }
+}
+
+Registering Registrations::job_for(std::byte* base, uint64_t nbytes, Access access) {
+  Registering job;
+  job.base = base;
+  job.nbytes = nbytes;
+  job.access = access_of(access);
+  std::copy(domains_.begin(), domains_.end(), job.domains.begin());
+  job.by_node = by_node_;
+  return job;
+}
+
+Registration& Registrations::add(std::unique_ptr<Registration> fresh, Registering job) {
+  fresh->base = job.base;
+  fresh->nbytes = job.nbytes;
   fresh->users = 1;
   fresh->used = ++uses_;
-  for (size_t i = 0; i < domains_.size(); ++i) {
-    if (!domains_[i]) continue;
-    fresh->regions[i] = verbs_.reg_mr(domains_[i], fresh->base, nbytes, access_of(access));
-    if (fresh->regions[i]) continue;
-    int error = errno;
-    for (ibv_mr* region : fresh->regions)
-      if (region) verbs_.dereg_mr(region);
-    throw LinkFailure(explain(nbytes, error), error);
+  fresh->ready = job.nbytes <= kAside && !job.open;
+  if (fresh->ready) {
+    register_now(verbs_, job);
+    if (job.error) throw LinkFailure(job.reason, job.error);
+    fresh->regions = job.regions;
+    fresh->node = job.node;
   }
-  if (by_node_) fresh->node = node_of(fresh->base);
   uint32_t id;
   if (free_.empty()) {
     slots_.emplace_back();
@@ -114,32 +150,62 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
     id = free_.back();
     free_.pop_back();
   }
-  fresh->id = id;
+  job.id = fresh->id = id;
   by_base_.emplace(reinterpret_cast<uintptr_t>(fresh->base), id);
   ++counters_.made;
-  counters_.pinned_bytes += nbytes;
-  if (fresh->segment) kept_bytes_ += nbytes;
-  auto& slot = slots_[id - 1] = std::move(fresh);
+  counters_.pinned_bytes += fresh->nbytes;
+  if (fresh->kept) kept_bytes_ += fresh->nbytes;
+  Registration& registration = *(slots_[id - 1] = std::move(fresh));
+  if (!registration.ready) {
+    ++counters_.aside;
+    registrar_.submit(std::move(job));
+  }
   trim();
-  return *slot;
+  return registration;
+}
+
+std::vector<Registered> Registrations::take() {
+  std::vector<Registered> news;
+  for (Registering& job : registrar_.take()) {
+    Registration& registration = *slots_[job.id - 1];  // not dropped before it is ready
+    registration.ready = true;
+    registration.regions = job.regions;
+    registration.node = job.node;
+    registration.failed = job.error != 0;
+    if (!registration.users) {
+      registrar_.give_back(registration.regions);
+      free_slot(registration);
+      continue;
+    }
+    if (registration.failed) unlist(registration);
+    news.push_back({job.id, job.error, std::move(job.reason), registration.buffer_id != 0});
+  }
+  return news;
 }
 
 void Registrations::release(uint32_t id) {
   Registration* registration = get(id);
   if (!registration || --registration->users) return;
-  if (!registration->segment)
+  if (!registration->ready)
+    unlist(
+        *registration);  // its memory may be freed before it is ready, and its address come back with other memory
+  else if (registration->failed)
+    free_slot(*registration);
+  else if (!registration->kept)
     drop(*registration);
   else
     trim();
 }
 
-Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access) {
+Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access, uint64_t buffer_id) {
   auto begin = reinterpret_cast<uintptr_t>(data);
   // Ranges may overlap: those that start nearest before this one are the ones that may hold it.
   int looks = 16;
   for (auto it = by_base_.upper_bound(begin); it != by_base_.begin() && looks; --looks) {
     Registration* found = get((--it)->second);
-    if (found->access == access && it->first + found->nbytes >= begin + nbytes) return found;
+    if (found->access == access && found->buffer_id == buffer_id &&
+        it->first + found->nbytes >= begin + nbytes)
+      return found;
   }
   return nullptr;
 }
@@ -162,23 +228,37 @@ void Registrations::forget_freed() {
   releases_ = releases;
   for (size_t i = 0; i < slots_.size(); ++i) {
     Registration* registration = slots_[i].get();
-    if (registration && registration->segment && registration->users == 0 &&
+    if (registration && registration->segment && registration->ready && registration->users == 0 &&
         !Segments::of_process().alive(registration->segment))
       drop(*registration);
   }
 }
 
 void Registrations::drop(Registration& registration) {
-  for (ibv_mr* region : registration.regions)
-    if (region) verbs_.dereg_mr(region);
-  counters_.pinned_bytes -= registration.nbytes;
-  if (registration.segment) kept_bytes_ -= registration.nbytes;
+  // A peer that may write is kept out before its operation ends.
+  bool exposed = registration.access != Access::local && registration.access != Access::peer_reads;
+  if (registration.nbytes > kAside && !exposed) {
+    registrar_.give_back(registration.regions);
+  } else {
+    for (ibv_mr* region : registration.regions)
+      if (region) verbs_.dereg_mr(region);
+  }
+  unlist(registration);
+  free_slot(registration);
+}
+
+void Registrations::unlist(const Registration& registration) {
   auto [first, last] = by_base_.equal_range(reinterpret_cast<uintptr_t>(registration.base));
   for (auto it = first; it != last; ++it)
     if (it->second == registration.id) {
       by_base_.erase(it);
-      break;
+      return;
     }
+}
+
+void Registrations::free_slot(Registration& registration) {
+  counters_.pinned_bytes -= registration.nbytes;
+  if (registration.kept) kept_bytes_ -= registration.nbytes;
   free_.push_back(registration.id);
   slots_[registration.id - 1].reset();
 }
@@ -187,7 +267,7 @@ void Registrations::trim() {
   while (kept_bytes_ > keep_bytes_) {
     Registration* oldest = nullptr;
     for (auto& slot : slots_)
-      if (slot && slot->segment && slot->users == 0 && (!oldest || slot->used < oldest->used))
+      if (slot && slot->kept && slot->ready && slot->users == 0 && (!oldest || slot->used < oldest->used))
         oldest = slot.get();
     if (!oldest) return;
     ++counters_.evicted;

@@ -56,6 +56,8 @@ std::unique_ptr<Verbs> load(const std::string& path) {
   AIOCOMM_FIND(wc_status_str);
   AIOCOMM_FIND(event_type_str);
 #undef AIOCOMM_FIND
+  verbs->reg_dmabuf_mr =
+      reinterpret_cast<decltype(verbs->reg_dmabuf_mr)>(dlsym(library, "ibv_reg_dmabuf_mr"));
   return verbs;
 }
 

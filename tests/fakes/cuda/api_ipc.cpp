@@ -169,3 +169,31 @@ FAKE_API cuIpcOpenEventHandle(CUevent* out, CUipcEventHandle given) {
   *out = event->handle;
   return CUDA_SUCCESS;
 }
+
+// ---------------------------------------------------------------- for network adapters
+
+// In a dma-buf's place: the memory's own memfd, opened anew and standing where the pages begin.
+FAKE_API cuMemGetHandleForAddressRange(void* out, CUdeviceptr address, size_t nbytes,
+                                       CUmemRangeHandleType type, unsigned long long) {
+  Call call("cuMemGetHandleForAddressRange", Needs::context);
+  if (call) return call.code;
+  if (type != CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD || address % kPage || nbytes % kPage || !nbytes)
+    return CUDA_ERROR_INVALID_VALUE;
+  RangePtr range = sim().memory->find(address);
+  if (!range) range = sim().memory->find(address + kPage - 1);
+  if (!range || range->on_host() || !range->backing || range->backing->fd < 0)
+    return CUDA_ERROR_INVALID_VALUE;
+  uint64_t end = (range->start + range->size + kPage - 1) / kPage * kPage;
+  if (address + nbytes > end) return CUDA_ERROR_INVALID_VALUE;  // more than one allocation
+  int fd = open_of(getpid(), range->backing->fd);
+  if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
+  auto start = static_cast<off_t>(range->bytes - range->backing->bytes);
+  lseek(fd, start - static_cast<off_t>(range->start - address), SEEK_SET);
+  std::memcpy(out, &fd, sizeof fd);
+  return CUDA_SUCCESS;
+}
+
+FAKE_API cuFlushGPUDirectRDMAWrites(CUflushGPUDirectRDMAWritesTarget, CUflushGPUDirectRDMAWritesScope) {
+  Call call("cuFlushGPUDirectRDMAWrites", Needs::context);
+  return call.code;
+}

@@ -1,0 +1,77 @@
+// Registers and gives back memory aside: the kernel finds and pins every page, which for large memory takes milliseconds
+// to seconds, and neither the engine's token nor an event loop may wait for that.
+//
+// One thread per link, started at its first job; jobs are done in order. What has been registered is taken by the
+// token's holder, who is rung for it. Nobody is rung for what was given back, but whoever asked when all is done.
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/segments.hpp"
+#include "links/rdma/port.hpp"
+
+namespace aiocomm::rdma {
+
+using Regions = std::array<ibv_mr*, kMaxRails>;  // by rail; null: that rail has none
+
+// What is to be registered, with which rails, and what came of it.
+struct Registering {
+  uint32_t id = 0;
+  std::byte* base = nullptr;
+  uint64_t nbytes = 0;
+  int access = 0;
+  std::array<ibv_pd*, kMaxRails> domains{};
+  bool by_node = false;
+  std::shared_ptr<Segment> segment;  // that it is part of: stays mapped meanwhile
+  // Of device memory: its dma-buf, to be closed; -1: the driver refuses. Empty: registered by its address.
+  std::function<int()> open;
+
+  Regions regions{};
+  int node = -1;  // of NUMA, where the first page lies
+  int error = 0;  // errno: none of the rails has it
+  std::string reason;
+};
+
+// Registers it with all of its rails, or with none.
+void register_now(const Verbs& verbs, Registering& job);
+
+class Registrar {
+ public:
+  // `ring`: something is done; called by the thread.
+  Registrar(const Verbs& verbs, std::function<void()> ring) : verbs_(verbs), ring_(std::move(ring)) {}
+  ~Registrar();  // gives back what is to be given back first
+  void submit(Registering job);
+  void give_back(const Regions& regions);
+  std::vector<Registering> take();  // what has been registered, or has failed, since the last call
+  bool busy();                      // something is submitted and not done; if so, it rings once all is done
+
+ private:
+  struct Job {
+    Registering wanted;
+    Regions unwanted{};
+    bool gives_back = false;
+  };
+  void push(Job job);
+  void work();
+
+  const Verbs& verbs_;
+  const std::function<void()> ring_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Job> jobs_;
+  std::vector<Registering> done_;
+  bool working_ = false, stopping_ = false, asked_ = false;
+  std::thread thread_;
+};
+
+}  // namespace aiocomm::rdma

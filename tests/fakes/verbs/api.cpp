@@ -1,0 +1,357 @@
+// libibverbs as far as the rdma link calls it, over adapters that exist only here. Both ends of a pair are in one process.
+//
+// FAKE_VERBS_DEVICES: how many (2), fake0, fake1, …, of one InfiniBand port each.
+
+#include <arpa/inet.h>
+#include <infiniband/verbs.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "queues.hpp"
+
+#undef ibv_reg_mr
+#undef ibv_query_port
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace fake;
+
+namespace {
+
+constexpr int kMost = 8;
+
+ibv_device* devices() {
+  static ibv_device all[kMost];
+  return all;
+}
+
+int number_of(const ibv_context* context) { return static_cast<int>(context->device - devices()); }
+
+int post_send(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) {
+  std::lock_guard lock(machine().mutex);
+  auto& pair = *static_cast<Pair*>(qp);
+  for (; wr; wr = wr->next) {
+    *bad = wr;
+    if (pair.state != IBV_QPS_RTS && pair.state != IBV_QPS_ERR) return EINVAL;
+    Send send;
+    send.id = wr->wr_id;
+    send.opcode = wr->opcode;
+    send.flags = wr->send_flags;
+    send.immediate = wr->imm_data;
+    send.remote = wr->wr.rdma.remote_addr;
+    send.rkey = wr->wr.rdma.rkey;
+    if (wr->num_sge) {
+      send.local = wr->sg_list[0].addr;
+      send.nbytes = wr->sg_list[0].length;
+      send.lkey = wr->sg_list[0].lkey;
+    }
+    if (send.opcode == IBV_WR_SEND) {
+      if (!(send.flags & IBV_SEND_INLINE) && !reach(send.lkey, send.local, send.nbytes, 0)) return EINVAL;
+      auto data = reinterpret_cast<const std::byte*>(send.local);
+      send.data.assign(data, data + send.nbytes);
+    }
+    pair.posted.push_back(std::move(send));
+  }
+  if (pair.state == IBV_QPS_ERR) break_pair(pair);
+  progress(pair);
+  return 0;
+}
+
+int post_srq_recv(ibv_srq* srq, ibv_recv_wr* wr, ibv_recv_wr**) {
+  std::lock_guard lock(machine().mutex);
+  for (; wr; wr = wr->next) {
+    Receive receive{wr->wr_id};
+    if (wr->num_sge) {
+      receive.address = wr->sg_list[0].addr;
+      receive.nbytes = wr->sg_list[0].length;
+      receive.lkey = wr->sg_list[0].lkey;
+    }
+    static_cast<SharedReceives*>(srq)->posted.push_back(receive);
+  }
+  progress_all();
+  return 0;
+}
+
+int poll_cq(ibv_cq* cq, int room, ibv_wc* into) {
+  std::lock_guard lock(machine().mutex);
+  auto& done = static_cast<Queue*>(cq)->done;
+  int n = 0;
+  for (; n < room && !done.empty(); ++n) {
+    into[n] = done.front();
+    done.pop_front();
+  }
+  return n;
+}
+
+int req_notify_cq(ibv_cq* cq, int solicited_only) {
+  std::lock_guard lock(machine().mutex);
+  static_cast<Queue*>(cq)->armed = solicited_only ? Queue::Armed::solicited : Queue::Armed::all;
+  return 0;
+}
+
+int refused(int error) {
+  errno = error;
+  return -1;
+}
+
+}  // namespace
+
+EXPORT ibv_device** ibv_get_device_list(int* count) {
+  const char* text = getenv("FAKE_VERBS_DEVICES");
+  int n = text ? std::min(std::atoi(text), kMost) : 2;
+  auto list = static_cast<ibv_device**>(calloc(static_cast<size_t>(n) + 1, sizeof(ibv_device*)));
+  for (int i = 0; i < n; ++i) {
+    list[i] = &devices()[i];
+    std::snprintf(list[i]->name, sizeof list[i]->name, "fake%d", i);
+  }
+  if (count) *count = n;
+  return list;
+}
+EXPORT void ibv_free_device_list(ibv_device** list) { free(list); }
+EXPORT const char* ibv_get_device_name(ibv_device* device) { return device->name; }
+
+EXPORT ibv_context* ibv_open_device(ibv_device* device) {
+  auto* context = new ibv_context{};
+  context->device = device;
+  context->ops.post_send = post_send;
+  context->ops.post_srq_recv = post_srq_recv;
+  context->ops.poll_cq = poll_cq;
+  context->ops.req_notify_cq = req_notify_cq;
+  context->async_fd = eventfd(0, EFD_CLOEXEC);
+  return context;
+}
+EXPORT int ibv_close_device(ibv_context* context) {
+  ::close(context->async_fd);
+  delete context;
+  return 0;
+}
+EXPORT int ibv_query_device(ibv_context*, ibv_device_attr* attributes) {
+  *attributes = {};
+  attributes->phys_port_cnt = 1;
+  attributes->max_srq_wr = 1 << 14;
+  attributes->max_cqe = 1 << 16;
+  return 0;
+}
+EXPORT int ibv_query_port(ibv_context* context, uint8_t, _compat_ibv_port_attr* out) {
+  auto* attributes = reinterpret_cast<ibv_port_attr*>(out);
+  attributes->state = IBV_PORT_ACTIVE;
+  attributes->link_layer = IBV_LINK_LAYER_INFINIBAND;
+  attributes->active_mtu = attributes->max_mtu = IBV_MTU_4096;
+  attributes->gid_tbl_len = attributes->pkey_tbl_len = 1;
+  attributes->lid = static_cast<uint16_t>(number_of(context) + 1);
+  return 0;
+}
+EXPORT int ibv_query_gid(ibv_context* context, uint8_t, int index, ibv_gid* gid) {
+  *gid = {};
+  if (index) return 0;
+  inet_pton(AF_INET6, "fe80::a", gid->raw);
+  gid->raw[15] = static_cast<uint8_t>(number_of(context) + 1);
+  return 0;
+}
+EXPORT int ibv_query_pkey(ibv_context*, uint8_t, int, __be16* key) {
+  *key = htons(0xffff);
+  return 0;
+}
+EXPORT ibv_pd* ibv_alloc_pd(ibv_context* context) {
+  auto* domain = new ibv_pd{};
+  domain->context = context;
+  return domain;
+}
+EXPORT int ibv_dealloc_pd(ibv_pd* domain) {
+  delete domain;
+  return 0;
+}
+
+namespace {
+
+ibv_mr* add_region(ibv_pd* domain, void* base, std::byte* bytes, size_t nbytes, int access) {
+  Machine& all = machine();
+  std::unique_lock lock(all.mutex);
+  ++all.waiting;
+  all.changed.notify_all();
+  all.changed.wait(lock, [&] { return nbytes < all.paused.from; });
+  --all.waiting;
+  if (nbytes >= all.failing.from) {
+    errno = all.failing.error;
+    return nullptr;
+  }
+  auto* region = new Region{};
+  region->context = domain->context;
+  region->pd = domain;
+  region->addr = base;
+  region->length = nbytes;
+  region->lkey = region->rkey = region->handle = all.next_key++;
+  region->access = access;
+  region->bytes = bytes;
+  region->device = number_of(domain->context);
+  all.regions[region->lkey] = region;
+  ++all.registered;
+  return region;
+}
+
+}  // namespace
+
+EXPORT ibv_mr* ibv_reg_mr(ibv_pd* domain, void* base, size_t nbytes, int access) {
+  return add_region(domain, base, static_cast<std::byte*>(base), nbytes, access);
+}
+
+// In a dma-buf's place the simulated GPU gives a memfd that stands where the pages begin.
+EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* domain, uint64_t offset, size_t nbytes, uint64_t address, int fd,
+                                 int access) {
+  {
+    std::lock_guard lock(machine().mutex);
+    if (!machine().dma_buf) {
+      errno = EOPNOTSUPP;
+      return nullptr;
+    }
+  }
+  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset);
+  void* bytes = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
+  if (bytes == MAP_FAILED) return nullptr;
+  auto base = reinterpret_cast<void*>(address);
+  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(bytes), nbytes, access);
+  if (!region) munmap(bytes, nbytes);
+  return region;
+}
+EXPORT int ibv_dereg_mr(ibv_mr* mr) {
+  std::lock_guard lock(machine().mutex);
+  if (!machine().regions.erase(mr->lkey)) return EINVAL;
+  auto* bytes = static_cast<Region*>(mr)->bytes;
+  if (bytes != mr->addr) munmap(bytes, mr->length);
+  delete static_cast<Region*>(mr);
+  machine().changed.notify_all();
+  return 0;
+}
+
+EXPORT ibv_comp_channel* ibv_create_comp_channel(ibv_context* context) {
+  auto* channel = new Channel{};
+  channel->context = context;
+  channel->fd = eventfd(0, EFD_SEMAPHORE | EFD_CLOEXEC);
+  return channel;
+}
+EXPORT int ibv_destroy_comp_channel(ibv_comp_channel* channel) {
+  ::close(channel->fd);
+  delete static_cast<Channel*>(channel);
+  return 0;
+}
+EXPORT int ibv_get_cq_event(ibv_comp_channel* channel, ibv_cq** cq, void** context) {
+  uint64_t one;
+  if (::read(channel->fd, &one, sizeof one) != sizeof one) return -1;
+  std::lock_guard lock(machine().mutex);
+  auto& events = static_cast<Channel*>(channel)->events;
+  if (events.empty()) return refused(EAGAIN);
+  *cq = events.front();
+  *context = events.front()->cq_context;
+  events.pop_front();
+  return 0;
+}
+EXPORT void ibv_ack_cq_events(ibv_cq*, unsigned) {}
+EXPORT ibv_cq* ibv_create_cq(ibv_context* context, int, void* cq_context, ibv_comp_channel* channel, int) {
+  auto* queue = new Queue{};
+  queue->context = context;
+  queue->channel = channel;
+  queue->cq_context = cq_context;
+  return queue;
+}
+EXPORT int ibv_destroy_cq(ibv_cq* cq) {
+  std::lock_guard lock(machine().mutex);
+  if (cq->channel) std::erase(static_cast<Channel*>(cq->channel)->events, cq);
+  delete static_cast<Queue*>(cq);
+  return 0;
+}
+EXPORT ibv_srq* ibv_create_srq(ibv_pd* domain, ibv_srq_init_attr*) {
+  auto* receives = new SharedReceives{};
+  receives->context = domain->context;
+  receives->pd = domain;
+  return receives;
+}
+EXPORT int ibv_destroy_srq(ibv_srq* srq) {
+  std::lock_guard lock(machine().mutex);
+  delete static_cast<SharedReceives*>(srq);
+  return 0;
+}
+
+EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
+  if (wanted->cap.max_inline_data > 512) {
+    errno = EINVAL;
+    return nullptr;
+  }
+  auto* pair = new Pair{};
+  pair->context = domain->context;
+  pair->pd = domain;
+  pair->send_cq = wanted->send_cq;
+  pair->recv_cq = wanted->recv_cq;
+  pair->srq = wanted->srq;
+  pair->qp_type = wanted->qp_type;
+  std::lock_guard lock(machine().mutex);
+  pair->qp_num = machine().next_pair++;
+  machine().pairs[pair->qp_num] = pair;
+  return pair;
+}
+EXPORT int ibv_modify_qp(ibv_qp* qp, ibv_qp_attr* attributes, int mask) {
+  std::lock_guard lock(machine().mutex);
+  auto& pair = *static_cast<Pair*>(qp);
+  if (mask & IBV_QP_DEST_QPN) pair.other = attributes->dest_qp_num;
+  if (!(mask & IBV_QP_STATE)) return 0;
+  if (attributes->qp_state == IBV_QPS_ERR) {
+    break_pair(pair);
+    return 0;
+  }
+  pair.state = attributes->qp_state;
+  progress_all();  // what was sent to it before
+  return 0;
+}
+EXPORT int ibv_destroy_qp(ibv_qp* qp) {
+  std::lock_guard lock(machine().mutex);
+  machine().pairs.erase(qp->qp_num);
+  delete static_cast<Pair*>(qp);
+  return 0;
+}
+
+EXPORT int ibv_get_async_event(ibv_context* context, ibv_async_event*) {
+  uint64_t count;
+  if (::read(context->async_fd, &count, sizeof count) < 0) return -1;
+  return refused(EAGAIN);  // nothing ever happens to these adapters
+}
+EXPORT void ibv_ack_async_event(ibv_async_event*) {}
+EXPORT const char* ibv_wc_status_str(ibv_wc_status status) {
+  return status == IBV_WC_REM_ACCESS_ERR ? "remote access error" : "simulated error";
+}
+EXPORT const char* ibv_event_type_str(ibv_event_type) { return "event"; }
+
+// ---------------------------------------------------------------- what a test does to it
+
+// Registrations of `from` bytes and more wait from now on; ~0: none does.
+EXPORT void fake_verbs_pause(size_t from) {
+  std::lock_guard lock(machine().mutex);
+  machine().paused.from = from;
+  machine().changed.notify_all();
+}
+EXPORT void fake_verbs_fail(size_t from, int error) {
+  std::lock_guard lock(machine().mutex);
+  machine().failing = {from, error};
+}
+EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
+  std::lock_guard lock(machine().mutex);
+  machine().dma_buf = takes;
+}
+EXPORT int fake_verbs_waiting() {
+  std::lock_guard lock(machine().mutex);
+  return machine().waiting;
+}
+EXPORT int fake_verbs_regions(size_t from) {  // there now, of `from` bytes and more
+  std::lock_guard lock(machine().mutex);
+  int n = 0;
+  for (auto& [key, region] : machine().regions) n += region->length >= from;
+  return n;
+}
+EXPORT uint64_t fake_verbs_registered() {
+  std::lock_guard lock(machine().mutex);
+  return machine().registered;
+}

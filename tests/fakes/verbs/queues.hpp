@@ -1,0 +1,81 @@
+// What the simulated adapters are made of. One lock guards it all: it proves logic, never speed.
+#pragma once
+
+#include <infiniband/verbs.h>
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <set>
+#include <vector>
+
+namespace fake {
+
+struct Region : ibv_mr {
+  int access = 0;
+  std::byte* bytes = nullptr;  // where they are in this process: of a dma-buf, its own mapping
+  int device = 0;
+};
+
+struct Channel : ibv_comp_channel {
+  std::deque<ibv_cq*> events;
+};
+
+struct Queue : ibv_cq {
+  enum class Armed { no, solicited, all } armed = Armed::no;
+  std::deque<ibv_wc> done;
+};
+
+struct Receive {
+  uint64_t id = 0, address = 0;
+  uint32_t nbytes = 0, lkey = 0;
+};
+
+struct SharedReceives : ibv_srq {
+  std::deque<Receive> posted;
+};
+
+struct Send {
+  uint64_t id = 0, remote = 0, local = 0;
+  uint32_t nbytes = 0, lkey = 0, rkey = 0, immediate = 0;
+  ibv_wr_opcode opcode = IBV_WR_SEND;
+  unsigned flags = 0;
+  std::vector<std::byte> data;  // of a send: taken when it was posted
+};
+
+struct Pair : ibv_qp {
+  uint32_t other = 0;
+  std::deque<Send> posted;  // what waits for a receive of the other side's, and what is behind it
+};
+
+// Registrations of `from` bytes and more wait, or fail with `error`.
+struct Fault {
+  size_t from = ~size_t{0};
+  int error = 0;
+};
+
+struct Machine {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::map<uint32_t, Region*> regions;  // by key: lkey and rkey are the same
+  std::map<uint32_t, Pair*> pairs;      // by number
+  std::set<Channel*> channels;
+  uint32_t next_key = 1, next_pair = 16;
+  Fault paused, failing;
+  bool dma_buf = true;  // adapters take dma-bufs
+  int waiting = 0;      // registrations
+  uint64_t registered = 0;
+};
+Machine& machine();
+
+// --- under the lock
+std::byte* reach(uint32_t key, uint64_t address, uint64_t nbytes, int access);  // nullptr: refused
+void complete(Queue& queue, const ibv_wc& wc, bool solicited);
+void progress(Pair& pair);
+void progress_all();
+void break_pair(Pair& pair);
+
+}  // namespace fake

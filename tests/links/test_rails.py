@@ -1,0 +1,79 @@
+"""Near rails go first, by the NUMA nodes that the settings give to two simulated adapters."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from fakes.adapters import HEADERS, build
+from harness import until, world
+
+import aiocomm
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from conftest import Pair
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not HEADERS, reason="the rdma link is not built (apt install libibverbs-dev)"),
+]
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rdma link runs on simulated adapters."""
+    monkeypatch.setenv("AIOCOMM_LIBIBVERBS", str(build()))
+
+
+def node_of_memory() -> int:
+    """Where this process's memory lies; most machines have the node 0 only."""
+    memory, node = np.ones(1, np.uint8), ctypes.c_int(-1)
+    get_mempolicy = {"x86_64": 239, "aarch64": 236}[os.uname().machine]
+    address = ctypes.c_void_p(memory.ctypes.data)
+    ctypes.CDLL(None).syscall(get_mempolicy, ctypes.byref(node), None, 0, address, 3)
+    return node.value
+
+
+def by_device(comm: aiocomm.Communicator, *names: str) -> list[int]:
+    """What each of the two devices has done, summed over counters."""
+    device = comm.links["rdma"].statistics().device
+    return [sum(device[f"fake{number}.{name}"] for name in names) for number in range(2)]
+
+
+async def exchange(pair: Pair, nbytes: int, count: int) -> None:
+    """Messages into receives that are there before, one after the other."""
+    a, b = pair
+    sent, got = np.full(nbytes, 3, np.uint8), np.zeros(nbytes, np.uint8)
+    for _ in range(count):
+        quiet = b.links["rdma"].statistics().frames_sent
+        receiving = b.recv(got, 0)
+        await until(lambda: nbytes < 100_000 or b.links["rdma"].statistics().frames_sent > quiet)  # noqa: B023
+        await a.send(sent, 1)
+        await receiving
+        assert (got == 3).all()
+        got.fill(0)
+
+
+@pytest.mark.parametrize("near", [0, 1])
+async def test_the_near_rail_goes_first(near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = node_of_memory()
+    nodes = [here if number == near else here + 1 for number in range(2)]
+    monkeypatch.setenv("AIOCOMM_RDMA_NODES", f"fake0={nodes[0]},fake1={nodes[1]}")
+    async with world(2, links=("rdma",), warmup=True) as pair:
+        before = by_device(pair[0], "sends", "writes")
+        await exchange((pair[0], pair[1]), 1000, 20)
+        await exchange((pair[0], pair[1]), 200_000, 20)
+        after = by_device(pair[0], "sends", "writes")
+        assert after[near] - before[near] >= 40
+        assert after[1 - near] == before[1 - near]
+
+
+@pytest.mark.parametrize("wrong", ["fake0", "fake0=", "fake0=x", "fake0=0,", "=1"])
+async def test_nodes_that_make_no_sense(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOCOMM_RDMA_NODES", wrong)
+    with pytest.raises(UsageError, match="AIOCOMM_RDMA_NODES must be like 'mlx5_0=0,mlx5_1=1'"):
+        await aiocomm.connect()
