@@ -229,7 +229,7 @@ class Engine final : public Host, public FrameSink {
 
  private:
   static constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
-  class Token;  // scoped lock that empties the submission queue before and after
+  class Token;                            // scoped lock that empties the submission queue before and after
   friend class Token;
   friend class DeviceProtocol;
 

@@ -197,7 +197,8 @@ class Rail final : public Pollable {
   // before the other is looked at, in total order.
   std::atomic<bool> poster_looks_{false}, armed_{false};
   uint64_t posted_before_ = 0;  // when it was last armed
-  std::atomic<uint64_t> posting_ns_{1000000};  // what a call that posts a chunk takes; slow until it is measured
+  std::atomic<uint64_t> posting_ns_{
+      1000000};  // what a call that posts a chunk takes; slow until it is measured
   std::string node_;
 
   struct Slab {

@@ -18,7 +18,7 @@ namespace aiocomm::rdma {
 namespace {
 constexpr int kBatch = 32;
 constexpr uint64_t kQuickNs = 20000;
-}
+}  // namespace
 
 // ---------------------------------------------------------------- out
 
@@ -104,7 +104,8 @@ void Rail::post_now(const Work& work) {
   counter.fetch_add(1, std::memory_order_relaxed);
   const uint64_t began = now_ns();
   int error = ibv_post_send(work.qp, &request, &bad);
-  if (work.nbytes > kSlotBytes) {  // an average of the last few; threads that overwrite each other's do no harm
+  if (work.nbytes >
+      kSlotBytes) {  // an average of the last few; threads that overwrite each other's do no harm
     uint64_t mean = posting_ns_.load(std::memory_order_relaxed);
     posting_ns_.store(mean - mean / 8 + (now_ns() - began) / 8, std::memory_order_relaxed);
   }

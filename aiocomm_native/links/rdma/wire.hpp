@@ -18,8 +18,8 @@ struct Prefix {
   uint32_t seq;
   uint32_t consumed;  // frames of the receiver's that the sender has handed over
   uint8_t wake;       // Wake
-  uint8_t keys;       // how many of these follow, for the registration that the header names: one for each rail
-  uint8_t words;      // bit i: word i of the header follows; the others are zero
+  uint8_t keys;   // how many of these follow, for the registration that the header names: one for each rail
+  uint8_t words;  // bit i: word i of the header follows; the others are zero
   uint8_t reserved;
 };
 static_assert(sizeof(Prefix) == 12);
