@@ -29,8 +29,8 @@ OPTIONS: Final = {
 def build(sanitizers: str, target: Path) -> None:
     """Install the package, built with sanitizers, into `target`."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)]
-    command += [f"-Ccmake.define.AIOCOMM_SANITIZE={sanitizers}"]
-    command += [f"-Cbuild-dir={ROOT}/build/sanitized-{sanitizers.replace(',', '-')}"]
+    command += [f"--config-settings=cmake.define.AIOCOMM_SANITIZE={sanitizers}"]
+    command += [f"--config-settings=build-dir={ROOT}/build/sanitized-{sanitizers.replace(',', '-')}"]
     subprocess.run(command, check=True)
 
 
