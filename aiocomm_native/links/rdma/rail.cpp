@@ -305,6 +305,9 @@ void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
   std::lock_guard posted(posting);
   {
     std::lock_guard lock(polling_);
+    // What has come before is acknowledged: the peer does not say it again.
+    while (poll_queues() > 0) {
+    }
     if (auto lane = lanes_.find(pairs.all[0]->qp_num); lane != lanes_.end())
       std::erase(all_lanes_, lane->second);
     for (ibv_qp* qp : pairs.all)
