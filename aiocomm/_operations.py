@@ -99,7 +99,8 @@ class Operations:
         """Send, but only if the link takes it at once.
 
         Raises:
-            WouldBlock: the peer is not connected yet, or its queue is full; nothing was submitted.
+            WouldBlock: the peer is not connected yet, its queue is full, or it holds as many unread bytes of
+                small messages as it may (`unexpected_bytes`); nothing was submitted.
         """
         if stream is not None:
             array = on_stream(array, False, stream)

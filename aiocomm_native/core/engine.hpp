@@ -256,6 +256,7 @@ class Engine final : public Host, public FrameSink {
   void start_on(Op& op, Peer& peer);
   bool fits_frame(const Op& op, const Peer& peer) const;
   Post send_header(Op& op, Peer& peer);
+  Post would_block(Op& op);
   Post send_message(Op& op, Peer& peer);
   Post send_put(Op& op, Peer& peer);
   Post send_get(Op& op, Peer& peer);

@@ -76,8 +76,8 @@ void Engine::start_on(Op& op, Peer& peer) {
 
 void Engine::queue_header(Op& op, Peer& peer) {
   if (op.no_wait && !op.holding) {
-    ++counters_[op.link].would_block;
-    return finish(op, Code::would_block);
+    would_block(op);
+    return;
   }
   uint32_t flow = flow_of(peer, op.channel);
   ++flows_[flow].headers;
@@ -85,6 +85,12 @@ void Engine::queue_header(Op& op, Peer& peer) {
   uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
   schedulers_[peer.link_index]->push(flow, op.id, cost, true);
   if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow, false);
+}
+
+Post Engine::would_block(Op& op) {
+  ++counters_[op.link].would_block;
+  finish(op, Code::would_block);
+  return Post::ok;
 }
 
 Post Engine::send_header(Op& op, Peer& peer) {
@@ -122,6 +128,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
     if (const Offer* into = peer.offers->held.next(key_of(op), op.nbytes)) return send_into(op, peer, *into);
   if (peer.offers) h.rop = peer.offers->held.place(key_of(op)).packed();
   bool eager = fits && peer.eager_unconsumed + op.nbytes + kHeaderCost <= unexpected_max_;
+  if (op.no_wait && fits && !eager) return would_block(op);  // it holds all that it may hold unread
   Post posted;
   if (eager) {
     h.kind = FrameKind::eager;

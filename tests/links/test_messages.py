@@ -274,6 +274,7 @@ async def test_send_nowait_takes_or_refuses(pair: Pair, variant: Variant) -> Non
             break
     assert accepted
     assert refused is not None, "a peer that reads nothing must be felt"
+    assert len(accepted) * payload.nbytes <= 16 << 20, "no more than a peer may hold unread"
     assert a.links[variant.link].statistics().would_block == 1
     for tag in range(len(accepted)):
         got = variant.array(60_000)
