@@ -46,7 +46,7 @@ class Arrivals:
         self._changed.set()
 
     async def collect(self, link: str, count: int) -> list[Stream]:
-        """The streams of a link, once all have come. Their descriptors are the caller's; `close` closes the rest."""
+        """The streams of a link, once all have come. Their descriptors are the caller's to take."""
         wanted = [(link, index) for index in range(count)]
         while not all(key in self._streams for key in wanted):
             self._changed.clear()
@@ -54,7 +54,7 @@ class Arrivals:
         return [self._streams[key] for key in wanted]
 
     def close(self) -> None:
-        """Close all whose descriptors were not taken: whoever collected them may have been cancelled meanwhile."""
+        """Close all whose descriptors nobody took: who collected them may have been cancelled meanwhile."""
         for stream in self._streams.values():
             stream.close()
 

@@ -11,7 +11,7 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kQuickLookNs = 500;
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
-}
+}  // namespace
 
 void Engine::tell_peers_of_sleep() {
   for (size_t i = 0; i < polled_.size(); ++i) polled_[i]->loop_sleeps();
