@@ -75,7 +75,7 @@ int RdmaPeer::take_from_ring() {
   if (!ring_) return 0;
   int done = 0;
   std::byte frame[Ring::kSlotBytes];
-  while (!dead_) {
+  while (!dead_ && done < static_cast<int>(Rail::kCredits)) {  // who keeps to his credits writes no more
     size_t nbytes = Ring::take(ring_slot(), expected_, frame);
     if (!nbytes) break;
     heard_ns_ = tick_ns();

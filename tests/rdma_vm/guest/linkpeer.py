@@ -49,6 +49,7 @@ _MARK: Final = struct.Struct("<II")  # at the end of a slot: checksum, length of
 _MARK_FACTOR: Final = 0x9E3779B97F4A7C15
 _BEAT_S: Final = 0.05
 _SLOTS: Final = 48
+_RING_AT: Final = _SLOTS * SLOT_NBYTES
 _WAKE_LOOP: Final = 1
 _WAKE_ENGINE: Final = 2
 
@@ -92,7 +93,7 @@ class LinkPeer:
         comm._engine.start_pair(rank, self.generation)
 
     def _make_ends(self) -> None:
-        self.express = RawEndpoint("rxeb0", _SLOTS * SLOT_NBYTES)
+        self.express = RawEndpoint("rxeb0", _RING_AT + RING_SLOTS * RING_SLOT_NBYTES)
         self.frames = RawEndpoint("rxeb0", 2 * _SLOTS * SLOT_NBYTES)
         self.bulk = RawEndpoint("rxeb0", self._nbytes)
         self._ends = (self.express, self.frames, self.bulk)
@@ -209,10 +210,11 @@ class LinkPeer:
         self._parse(record, end is self.express, done)
 
     def offer_ring(self) -> None:
-        """Small frames for the loop may be written to the beginning of `bulk`'s buffer."""
-        card = self.bulk.card()
-        self.bulk.write_buffer(bytes(RING_SLOTS * RING_SLOT_NBYTES))
-        self.send(Frame(LINK_PRIVATE, segment=1, address=card["address"]), key=card["rkey"], looks=True)
+        """Small frames for the loop may be written to the end of `express`'s buffer."""
+        card = self.express.card()
+        self.express.write_buffer(bytes(RING_SLOTS * RING_SLOT_NBYTES), _RING_AT)
+        offer = Frame(LINK_PRIVATE, segment=1, address=card["address"] + _RING_AT)
+        self.send(offer, key=card["rkey"], looks=True)
 
     async def receive_written(self) -> Arrival:
         """The next frame, which is to stand in the ring."""
@@ -224,9 +226,9 @@ class LinkPeer:
         return arrival
 
     def _take_written(self) -> bool:
-        end = (self._seen % RING_SLOTS + 1) * RING_SLOT_NBYTES - _MARK.size
-        found, nbytes = _MARK.unpack(self.bulk.read_buffer(_MARK.size, end))
-        record = self.bulk.read_buffer(nbytes, end - nbytes) if nbytes else b""
+        end = _RING_AT + (self._seen % RING_SLOTS + 1) * RING_SLOT_NBYTES - _MARK.size
+        found, nbytes = _MARK.unpack(self.express.read_buffer(_MARK.size, end))
+        record = self.express.read_buffer(nbytes, end - nbytes) if nbytes else b""
         if not nbytes or found != mark_of(self._seen, record):
             return False
         self._parse(record, True, Completion(0, "success", "written", nbytes, None))
