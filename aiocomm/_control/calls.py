@@ -46,15 +46,15 @@ class Arrivals:
         self._changed.set()
 
     async def collect(self, link: str, count: int) -> list[Stream]:
-        """The streams of a link, once all have come; they are the caller's to close."""
+        """The streams of a link, once all have come. Their descriptors are the caller's to take."""
         wanted = [(link, index) for index in range(count)]
         while not all(key in self._streams for key in wanted):
             self._changed.clear()
             await self._changed.wait()
-        return [self._streams.pop(key) for key in wanted]
+        return [self._streams[key] for key in wanted]
 
     def close(self) -> None:
-        """Close what nobody has collected."""
+        """Close all whose descriptors nobody took: who collected them may have been cancelled meanwhile."""
         for stream in self._streams.values():
             stream.close()
 

@@ -69,16 +69,20 @@ std::vector<double> half_trips(PyEngine& e, int peer, uint64_t nbytes, int count
   std::exception_ptr failure;
   {
     nb::gil_scoped_release release;
+    e.engine->may_spin(true);
     try {
+      uint64_t began = e.engine->now();
       for (int i = 0; i < count; ++i) {
-        uint64_t began = e.engine->now();
         bare.exchange(first ? OpKind::send : OpKind::recv);
         bare.exchange(first ? OpKind::recv : OpKind::send);
-        halves.push_back(static_cast<double>(e.engine->now() - began) / 2e9);
+        const uint64_t ended = e.engine->now();
+        halves.push_back(static_cast<double>(ended - began) / 2e9);
+        began = ended;
       }
     } catch (const LinkFailure&) {
       failure = std::current_exception();
     }
+    e.engine->may_spin(e.spin_ns != 0);
     e.engine->progress(false);  // from here on the loop has to be woken again
   }
   for (Op* op : bare.others) end_transfer(static_cast<Transfer*>(op->cookie));

@@ -160,7 +160,7 @@ class Engine final : public Host, public FrameSink {
   bool has_events() const { return has_events_.load(std::memory_order_acquire) || connect_wanted(); }
   std::vector<Rank> take_connect_wanted();
   bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
-  void loop_sleeps() { prepare_sleep(page_->loop); }
+  void loop_sleeps();
   void loop_wakes(uint64_t now_ns) {
     awake(page_->loop);
     patience_.woke(now_ns);
@@ -206,6 +206,10 @@ class Engine final : public Host, public FrameSink {
   int engine_fd() const override { return engine_fd_; }
   FrameSink& sink() override { return *this; }
   bool look() override;
+  bool loop_looks() override {
+    return page_->loop_spins.load(std::memory_order_relaxed) &&
+           page_->loop.word.load(std::memory_order_relaxed) != WakeWord::kAsleep;
+  }
   void leave_token() override;
   void enter_token() override;
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
@@ -242,6 +246,7 @@ class Engine final : public Host, public FrameSink {
   // engine.cpp: threads, queues, time
   void run();
   int poll_links();
+  void tell_peers_of_sleep();
   void drain_submissions();
   void after_unlock();
   void ring_engine() {

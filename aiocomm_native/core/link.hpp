@@ -122,6 +122,8 @@ class LinkPeer {
   virtual int poll(int budget) { return budget * 0; }
   // The same of what is known to have arrived, where threads of the link's own see to that.
   virtual int poll_told(int budget) { return poll(budget); }
+  // Under the token: the loop's thread is about to sleep, and from now on has to be woken.
+  virtual void loop_sleeps() {}
   // How this side can read the peer's memory at `where`; Path::none: it cannot, the peer must push.
   virtual Path pull_path(const Location& where) {
     (void)where;
@@ -189,6 +191,9 @@ class Host {
   virtual double setting(std::string_view name, double fallback) const = 0;
   virtual std::string text_setting(std::string_view name) const = 0;
   virtual WakePage& wake_page() = 0;
+  // The loop's thread spins before it sleeps, and does not sleep: it sees at once what is written to memory. Before it
+  // sleeps, each peer hears of it (LinkPeer::loop_sleeps). Under the token.
+  virtual bool loop_looks() { return false; }
   virtual int wake_page_fd() const = 0;
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;

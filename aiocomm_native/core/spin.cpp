@@ -9,7 +9,18 @@
 namespace aiocomm {
 
 namespace {
+constexpr uint64_t kQuickLookNs = 500;
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
+}  // namespace
+
+void Engine::tell_peers_of_sleep() {
+  for (size_t i = 0; i < polled_.size(); ++i) polled_[i]->loop_sleeps();
+}
+
+void Engine::loop_sleeps() {
+  prepare_sleep(page_->loop);
+  Token token(*this, true);
+  tell_peers_of_sleep();
 }
 
 bool Engine::anything_to_poll() {
@@ -53,11 +64,12 @@ bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
       if (due <= t) break;
       until_ns = due, patient = true;
     }
+    const bool quick = t - last < kQuickLookNs;
     last = t;
     if (has_completed()) continue;
     if (yields)
       sched_yield();
-    else
+    else if (quick)  // one that takes longer leaves the other hyperthread enough
       relax();
   }
   if (covers) prepare_sleep(page_->engine);  // what comes after this look rings

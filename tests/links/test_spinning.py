@@ -32,10 +32,18 @@ from links.test_messages import (  # noqa: F401
 
 from aiocomm._loop.spin import SpinSelector
 
-pytestmark = pytest.mark.anyio
-
 SPIN_S = 50e-6
-PLAIN = [one for one in VARIANTS if isinstance(one, Variant) and one.name in ("shm", "tcp")]
+# Each link in its usual way.
+PLAIN = [
+    one
+    for one in VARIANTS
+    if isinstance(one, Variant) and one.name in ("shm", "tcp", "rdma", "rdma-simulated")
+]
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize("variant", PLAIN, ids=lambda one: str(one.name), indirect=True),
+]
 
 
 def spinning() -> asyncio.AbstractEventLoop:
@@ -47,10 +55,3 @@ def spinning() -> asyncio.AbstractEventLoop:
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """The one loop."""
     return "asyncio", {"loop_factory": spinning}
-
-
-@pytest.fixture(params=PLAIN, ids=lambda variant: str(variant.name))
-def variant(request: pytest.FixtureRequest) -> Variant:
-    """The two links, each in its usual way."""
-    chosen: Variant = request.param
-    return chosen

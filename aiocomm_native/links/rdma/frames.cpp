@@ -20,6 +20,7 @@ constexpr uint32_t kMaxRegistrations = 1 << 20;
 
 Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
   if (dead_) return Post::lost;
+  if (open_) offer_ring();
   if (!open_ || !has_credit(kReserve)) {
     blocked_ = true;
     starved_.store(open_, std::memory_order_release);
@@ -64,6 +65,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   head.prefix.seq = seq;
   head.prefix.consumed = told_ = expected_;
   head.prefix.wake = static_cast<uint8_t>(wake);
+  head.prefix.looks = promises();
   head.header = header;
   if (Registration* named = header.segment ? link_.registrations().get(header.segment) : nullptr) {
     head.prefix.keys = static_cast<uint8_t>(lanes_.size());
@@ -78,7 +80,7 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
   if (due_.load(std::memory_order_relaxed) == acks_.all_before())
     lanes_[active_]->last_sign_ns.store(tick_ns(), std::memory_order_relaxed);
   due_.store(sent_, std::memory_order_release);
-  transmit(seq);
+  if (wake != Wake::loop || !write_to_ring(seq)) transmit(seq);
 }
 
 void RdmaPeer::transmit(uint32_t seq) {
@@ -132,19 +134,28 @@ void RdmaPeer::frame(const Arrived& from) {
     early_[prefix.seq] = from;
     return;
   }
-  if (!deliver(from)) return;
+  if (deliver_slot(from)) advance();
+}
+
+// Frames that came before their turn.
+void RdmaPeer::advance() {
   for (auto it = early_.begin(); it != early_.end() && it->first == expected_; it = early_.begin()) {
     Arrived next = it->second;
     early_.erase(it);
-    if (!deliver(next)) return;
+    if (!deliver_slot(next)) return;
   }
 }
 
-bool RdmaPeer::deliver(const Arrived& from) {
+bool RdmaPeer::deliver_slot(const Arrived& from) {
   Rail& rail = lanes_[from.lane]->rail;
-  const std::byte* data = rail.slot(from.slot);
+  const bool goes_on = deliver(rail.slot(from.slot), from.nbytes);
+  rail.give_back(from.slot);
+  return goes_on;
+}
+
+bool RdmaPeer::deliver(const std::byte* data, size_t length) {
   Head head;
-  const size_t nbytes = unpack(data, from.nbytes, head);
+  const size_t nbytes = unpack(data, length, head);
   const Prefix& prefix = head.prefix;
   const FrameHeader& header = head.header;
   const char* wrong = nullptr;
@@ -155,7 +166,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
   else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
   else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
-           from.nbytes != nbytes + header.meta_bytes + header.payload_bytes)
+           length != nbytes + header.meta_bytes + header.payload_bytes)
     wrong = "a frame of another length than it says";
   else if (prefix.consumed - consumed_there_ > sent_ - consumed_there_)
     wrong = "credit for frames that were never sent";
@@ -166,6 +177,7 @@ bool RdmaPeer::deliver(const Arrived& from) {
     consumed_there_ = prefix.consumed;
     acks_.before(consumed_there_);
     if (prefix.keys && header.segment) remote_keys_[header.segment] = head.keys;
+    heard_of_ring(head);
     if (header.kind == FrameKind::data) {
       if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
         std::memcpy(into, data + nbytes, header.payload_bytes);
@@ -174,7 +186,6 @@ bool RdmaPeer::deliver(const Arrived& from) {
     } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + nbytes, data + nbytes + header.meta_bytes);
   }
-  rail.give_back(from.slot);
   if (wrong && !dead_) violated(wrong);
   return !dead_;
 }

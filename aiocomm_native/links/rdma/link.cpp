@@ -211,6 +211,7 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     };
     add("sends", c.sends);
     add("inline_sends", c.inline_sends);
+    add("ring_writes", c.ring_writes);
     add("writes", c.writes);
     add("reads", c.reads);
     add("send_completions", c.send_completions);
@@ -218,6 +219,7 @@ std::map<std::string, uint64_t> RdmaLink::counters() {
     add("immediates_received", c.immediates);
     add("wakeups", c.wakeups);
   }
+  all["ring_frames_received"] = ring_frames;
   all["resent"] = resent;
   all["repeated"] = repeated;
   all["lanes_failed"] = lanes_failed;

@@ -52,6 +52,7 @@ class RdmaLink final : public Link, public Pollable {
   uint64_t resent = 0;  // frames and chunks that went out again over another rail
   uint64_t lanes_failed = 0, lanes_recovered = 0;
   uint64_t repeated = 0;      // frames that had come already
+  uint64_t ring_frames = 0;   // that came by a ring
   uint64_t last_done_ns = 0;  // when a chunk was through, of whichever pair
 
  private:

@@ -8,6 +8,7 @@
 //    cannot be written late. recovery.cpp has that, and how it comes back.
 //  * A frame needs a credit; each frame tells how many of the peer's were consumed here. The last kReserve credits are
 //    for frames that only tell this.
+//  * Small frames for a loop that spins are written to where it looks, instead of being sent: ring.cpp.
 //  * What pollers report waits in the inbox for the token's holder.
 //  * Nothing that a peer sends is trusted: what makes no sense ends this pair.
 #pragma once
@@ -24,11 +25,13 @@
 #include "links/rdma/acks.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
+#include "links/rdma/ring.hpp"
 
 namespace aiocomm::rdma {
 
 class RdmaLink;
 class RdmaPeer;
+struct Head;
 
 // One rail of a pair.
 struct Lane final : Completions {
@@ -81,7 +84,11 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
-  int poll_told(int budget) override { return has_inbox_.load(std::memory_order_acquire) ? poll(budget) : 0; }
+  int poll_told(int budget) override {
+    return has_inbox_.load(std::memory_order_acquire) || (ring_ && Ring::waits(ring_slot())) ? poll(budget)
+                                                                                             : 0;
+  }
+  void loop_sleeps() override;
   Path pull_path(const Location&) override { return Path::read; }
   void tick(uint64_t now_ns) override;
   bool needs_ticks() const override { return !dead_; }
@@ -98,6 +105,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
                         kGo = 'g', kNoRail = 'n', kBroken = 'b';
   static constexpr uint32_t kProbe = 0xffffffff;
   static constexpr uint32_t kReserve = 2;
+  static constexpr uint32_t kLooksPerPoll = 4;  // into the ring, for one at completions
+  static constexpr uint32_t kAwakeFor =
+      8;  // frames that have come to a loop since it slept, before it promises to look
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;
 
   struct Event {
@@ -129,7 +139,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void transmit(uint32_t seq);
   void handle(Event& event);
   void frame(const Arrived& from);
-  bool deliver(const Arrived& from);  // false: the pair has ended
+  bool deliver_slot(const Arrived& from);  // false: the pair has ended, as that of
+  bool deliver(const std::byte* data, size_t length);
+  void advance();
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
   Lane* best_lane(uint64_t nbytes, int node);
@@ -138,6 +150,14 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void tell_credit();
   void unblock();
   void stream();
+  // ring.cpp
+  std::byte* ring_slot() const { return ring_.get() + (expected_ % Rail::kCredits) * Ring::kSlotBytes; }
+  void offer_ring();
+  bool promises();
+  bool write_to_ring(uint32_t seq);
+  int take_from_ring();
+  void heard_of_ring(const Head& head);
+  void tell_of_ring();
   // recovery.cpp
   Lane* another_lane(const Lane& but);  // that is up
   // path: nothing comes through, or the device is gone. pairs: the queue pairs broke, and new ones will do.
@@ -188,6 +208,19 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     uint64_t done = 0;
   } streamed_;                         // the chunk of post_data that is on its way; no payload: none
   std::map<uint32_t, Arrived> early_;  // by sequence number
+  // Where the peer writes small frames while the loop looks, which the latest frame out has promised.
+  std::unique_ptr<std::byte, void (*)(void*)> ring_{nullptr, nullptr};
+  uint32_t ring_registration_ = 0;
+  bool looks_told_ = false, looks_not_due_ = false;
+  uint32_t looks_ = 0;
+  uint32_t slept_at_ = 0;  // the frame that was expected when the loop slept last
+  struct RingThere {       // the peer's
+    uint64_t address = 0;
+    Keys keys;
+    bool looks = false;
+    bool word_due = false;  // it has stopped to look, and may have missed what was written
+    uint32_t written = 0;   // one more than the last frame that was
+  } ring_there_;
   std::unordered_map<uint32_t, Keys> remote_keys_;  // by the peer's registration
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> free_chunks_;

@@ -217,8 +217,10 @@ QueuePairs Rail::open() {
       ibv_qp_attr attributes{};
       attributes.qp_state = IBV_QPS_INIT;
       attributes.port_num = port_.number;
-      // Frames reach no memory but slots.
-      attributes.qp_access_flags = i < 2 ? 0 : IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
+      // Frames reach no memory but slots, and the ring of a loop that spins.
+      attributes.qp_access_flags = i == 0   ? IBV_ACCESS_REMOTE_WRITE
+                                   : i == 1 ? 0
+                                            : IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
       int mask = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
       if (int error = verbs_.modify_qp(pairs.all[i], &attributes, mask))
         throw LinkFailure(name() + ": a queue pair cannot be initialised: " + strerror(error), error);

@@ -151,6 +151,9 @@ class Rail final : public Pollable {
 
   int post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
                  uint32_t lkey);
+  // Into the peer's memory, and nobody there is told.
+  int write_frame(const QueuePairs& pairs, uint32_t seq, const std::byte* data, uint32_t nbytes,
+                  uint32_t lkey, uint64_t remote, uint32_t rkey);
   // Posts at once where that takes no time: a frame's size, or by a device whose calls are quick.
   void post_bulk(const Work& work);
   const std::byte* slot(uint32_t index) const;
@@ -161,8 +164,8 @@ class Rail final : public Pollable {
   void kick();   // wakes the poller
 
   struct Counters {
-    std::atomic<uint64_t> sends{0}, inline_sends{0}, writes{0}, reads{0}, send_completions{0}, received{0},
-        immediates{0}, wakeups{0};
+    std::atomic<uint64_t> sends{0}, inline_sends{0}, ring_writes{0}, writes{0}, reads{0}, send_completions{0},
+        received{0}, immediates{0}, wakeups{0};
   };
   Counters counters;
 

@@ -39,6 +39,21 @@ int Rail::post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std
   return ibv_post_send(pairs.frames(wake), &request, &bad);
 }
 
+int Rail::write_frame(const QueuePairs& pairs, uint32_t seq, const std::byte* data, uint32_t nbytes,
+                      uint32_t lkey, uint64_t remote, uint32_t rkey) {
+  ibv_sge piece{reinterpret_cast<uint64_t>(data), nbytes, lkey};
+  ibv_send_wr request{}, *bad;
+  request.wr_id = id_of(What::frame, seq);
+  request.sg_list = &piece;
+  request.num_sge = 1;
+  request.opcode = IBV_WR_RDMA_WRITE;
+  request.send_flags = IBV_SEND_SIGNALED | (nbytes <= max_inline_ ? IBV_SEND_INLINE : 0);
+  request.wr.rdma.remote_addr = remote;
+  request.wr.rdma.rkey = rkey;
+  counters.ring_writes.fetch_add(1, std::memory_order_relaxed);
+  return ibv_post_send(pairs.frames(Wake::loop), &request, &bad);
+}
+
 void Rail::post_bulk(const Work& work) {
   if (work.nbytes <= kSlotBytes || posting_ns_.load(std::memory_order_relaxed) <= kQuickNs)
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) {

@@ -20,7 +20,7 @@ struct Prefix {
   uint8_t wake;       // Wake
   uint8_t keys;   // how many of these follow, for the registration that the header names: one for each rail
   uint8_t words;  // bit i: word i of the header follows; the others are zero
-  uint8_t reserved;
+  uint8_t looks;  // 1: the sender's loop spins and looks into its ring (ring.cpp)
 };
 static_assert(sizeof(Prefix) == 12);
 

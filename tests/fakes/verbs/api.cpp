@@ -51,7 +51,7 @@ int post_send(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) {
       send.nbytes = wr->sg_list[0].length;
       send.lkey = wr->sg_list[0].lkey;
     }
-    if (send.opcode == IBV_WR_SEND) {
+    if (send.opcode == IBV_WR_SEND || send.flags & IBV_SEND_INLINE) {
       if (!(send.flags & IBV_SEND_INLINE) && !reach(send.lkey, send.local, send.nbytes, 0)) return EINVAL;
       auto data = reinterpret_cast<const std::byte*>(send.local);
       send.data.assign(data, data + send.nbytes);

@@ -93,7 +93,9 @@ bool execute(Pair& other, const Send& send, ibv_wc_status& status) {
   }
   std::byte *local = nullptr, *remote = nullptr;
   if (send.nbytes) {
-    local = reach(send.lkey, send.local, send.nbytes, read ? IBV_ACCESS_LOCAL_WRITE : 0);
+    local = send.flags & IBV_SEND_INLINE
+                ? const_cast<std::byte*>(send.data.data())
+                : reach(send.lkey, send.local, send.nbytes, read ? IBV_ACCESS_LOCAL_WRITE : 0);
     remote =
         reach(send.rkey, send.remote, send.nbytes, read ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE);
     if (!local || !remote) status = local ? IBV_WC_REM_ACCESS_ERR : IBV_WC_LOC_PROT_ERR;

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     import aiocomm
 
-PREFIX: Final = struct.Struct("<IIBBBx")  # seq, consumed, wake, number of keys, which words of the header
+# seq, consumed, wake, number of keys, which words of the header, whether the sender looks into its ring
+PREFIX: Final = struct.Struct("<IIBBBB")
 KEY: Final = struct.Struct("<I")  # by rail
 WORD: Final = 8  # of a header: those that are zero stay behind
 # magic, version, rails; queue pairs: frames for the loop, other frames, bulk by level (none: 0)
@@ -42,6 +43,10 @@ WRITABLE: Final = 16  # flag of KEY_IS
 AGAIN: Final = 1  # flag of KEY_REVOKE
 BUSY: Final = 1  # flag of KEY_REVOKED
 NOTE_MARK: Final = 0xFFF << 20  # in immediates, above the number of a notification
+RING_SLOT_NBYTES: Final = 256
+RING_SLOTS: Final = 32
+_MARK: Final = struct.Struct("<II")  # at the end of a slot: checksum, length of the frame before it
+_MARK_FACTOR: Final = 0x9E3779B97F4A7C15
 _BEAT_S: Final = 0.05
 _SLOTS: Final = 48
 _WAKE_LOOP: Final = 1
@@ -154,7 +159,13 @@ class LinkPeer:
         return what, int.from_bytes(await self._exactly(4, first=b""), "little")
 
     def send(
-        self, frame: Frame, key: int | None = None, *, seq: int | None = None, nbytes: int | None = None
+        self,
+        frame: Frame,
+        key: int | None = None,
+        *,
+        seq: int | None = None,
+        nbytes: int | None = None,
+        looks: bool = False,
     ) -> None:
         """Post a frame.
 
@@ -163,13 +174,14 @@ class LinkPeer:
             key: of the memory that it names.
             seq: another number than the next one.
             nbytes: another length than its own.
+            looks: whether this side looks into the ring that it has offered.
         """
         frame.meta_bytes, frame.payload_bytes = len(frame.meta), len(frame.payload)
         number = self._sent if seq is None else seq
         whole = frame.pack()
         words = [whole[i : i + WORD] for i in range(0, HEADER.size, WORD)]
         mask = sum(1 << i for i, word in enumerate(words) if any(word))
-        prefix = PREFIX.pack(number, self._seen, _WAKE_ENGINE, 0 if key is None else 1, mask)
+        prefix = PREFIX.pack(number, self._seen, _WAKE_ENGINE, 0 if key is None else 1, mask, looks)
         keys = b"" if key is None else KEY.pack(key)
         record = prefix + keys + b"".join(filter(any, words)) + whole[HEADER.size :]
         self._sent += 1
@@ -194,10 +206,37 @@ class LinkPeer:
             return
         record = end.read_buffer(done.nbytes, slot * SLOT_NBYTES)
         self._slots[end][end.receive(SLOT_NBYTES, slot * SLOT_NBYTES)] = slot
-        seq, _, wake, count, mask = PREFIX.unpack_from(record)
+        self._parse(record, end is self.express, done)
+
+    def offer_ring(self) -> None:
+        """Small frames for the loop may be written to the beginning of `bulk`'s buffer."""
+        card = self.bulk.card()
+        self.bulk.write_buffer(bytes(RING_SLOTS * RING_SLOT_NBYTES))
+        self.send(Frame(LINK_PRIVATE, segment=1, address=card["address"]), key=card["rkey"], looks=True)
+
+    async def receive_written(self) -> Arrival:
+        """The next frame, which is to stand in the ring."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not self._take_written():  # noqa: ASYNC110 - the adapter writes it
+                await asyncio.sleep(0)
+        arrival = self._early.pop(self._seen)
+        self._seen += 1
+        return arrival
+
+    def _take_written(self) -> bool:
+        end = (self._seen % RING_SLOTS + 1) * RING_SLOT_NBYTES - _MARK.size
+        found, nbytes = _MARK.unpack(self.bulk.read_buffer(_MARK.size, end))
+        record = self.bulk.read_buffer(nbytes, end - nbytes) if nbytes else b""
+        if not nbytes or found != mark_of(self._seen, record):
+            return False
+        self._parse(record, True, Completion(0, "success", "written", nbytes, None))
+        return True
+
+    def _parse(self, record: bytes, express: bool, done: Completion) -> None:
+        seq, _, wake, count, mask, _ = PREFIX.unpack_from(record)
         at = PREFIX.size + count * KEY.size
         keys = tuple(key for (key,) in KEY.iter_unpack(record[PREFIX.size : at]))
-        assert (wake == _WAKE_LOOP) == (end is self.express), "the queue pair is that of who is to wake"
+        assert (wake == _WAKE_LOOP) == express, "the queue pair is that of who is to wake"
         assert seq >= self._seen, "no frame comes twice"
         header = b""
         for i in range(HEADER.size // WORD):
@@ -249,6 +288,16 @@ class LinkPeer:
             assert piece, "the engine closed the pair"
             data += piece.replace(b"a", b"") if word and not data else piece
         return data
+
+
+def mark_of(seq: int, record: bytes) -> int:
+    """The checksum of a frame in a ring."""
+    most = (1 << 64) - 1
+    total = (seq + 1) * _MARK_FACTOR & most
+    for at in range(0, len(record), 8):
+        total = (total ^ int.from_bytes(record[at : at + 8], "little")) * _MARK_FACTOR & most
+        total ^= total >> 29
+    return total >> 32
 
 
 async def next_of(*ends: RawEndpoint) -> tuple[RawEndpoint, Completion]:

@@ -119,6 +119,21 @@ async def test_a_small_message_is_one_send_with_its_bytes(peer: LinkPeer) -> Non
     assert peer.bulk.has_none()
 
 
+async def test_a_peer_whose_loop_looks_is_written_to_and_told_of_it_when_it_does_not(peer: LinkPeer) -> None:
+    peer.offer_ring()
+    peer.send(Frame(WITHDRAW, channel=CHANNEL, tag=8, rop=1), looks=True)
+    await peer.receive(WITHDRAWN)  # so it has seen the offer
+    x = array(100)
+    await peer.comm.send(x, dst=2, tag=7)
+    assert (await peer.receive_written()).frame.payload == x.tobytes()
+    assert peer.has_no_frame(), "nothing completes here"
+    await peer.comm.send(x, dst=2, tag=7)
+    peer.send(Frame(LINK_PRIVATE))  # looks no more, and has taken in nothing of that
+    done = await completion_of(peer.express)
+    assert done.opcode == "received", "what was written and not taken is told of"
+    assert (await peer.receive_written()).frame.payload == x.tobytes()
+
+
 async def test_a_posted_receive_says_where_to_write_and_is_written(peer: LinkPeer) -> None:
     receiving, out, address, key, immediate = await offered(peer)
     assert address == out.ctypes.data
