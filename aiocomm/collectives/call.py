@@ -4,7 +4,8 @@ Rules:
 - Headers (see `headers`) are sent and awaited first to last; data moves meanwhile. The call succeeds only
   when all headers have come and agree, and all steps have ended.
 - A step begins as soon as what it waits for has ended, so messages and reductions overlap. Reductions run on
-  the loop's thread, a chunk at a time, while the engine moves the next chunks.
+  the loop's thread, a chunk at a time, while the engine moves the next chunks. Large copies are messages to
+  oneself: the engine's threads copy them, beside what they fetch from others.
 - Reductions of GPU arrays are launched, and count as ended: what follows waits for their stream, on the GPU.
   The call has ended once the host knows, by a message that waited so, that they have.
 - Failures end it as they end every `Flight`.
@@ -21,19 +22,25 @@ import numpy as np
 
 from aiocomm.collectives import gpu, headers
 from aiocomm.collectives.exchange import Exchange
+from aiocomm.collectives.plan import EAGER_BYTES
 from aiocomm.collectives.steps import OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from aiocomm.collectives.kernels import Scratch
+    from aiocomm.collectives.narrow import Partials
     from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
+    from aiocomm_native import Transfer
 
-__all__ = ["Call"]
+__all__ = ["Call", "run_locally"]
 
+_LARGE_COPY: Final = 4 << 20  # bytes that are not copied on the loop's thread
 _BREATH_S: Final = 1e-3  # of work after which other tasks get a turn
 
 
@@ -42,6 +49,7 @@ class Call(Exchange):
 
     def __init__(self, scope: Scope, request: Request, deadline: float | None) -> None:
         super().__init__(scope, request, deadline)
+        self._begun = False
         self._ready: list[int] = []
         self._waits: list[int] = []
         self._left = 0
@@ -59,11 +67,13 @@ class Call(Exchange):
             UsageError: the ranks called differently; the same error on all.
             PeerLostError, TransferCancelled, DeadlineExceeded, LinkError, ClosedError: as for transfers.
         """
-        self._number = self._scope.begin(self)
+        if not self._number:
+            self._number = self._scope.begin(self)
         try:
-            self._send_headers()
-            if self._plan is not None and self._plan.eager is None:
-                self._start(self._plan)
+            if not self._begun:
+                self._send_headers()
+                if self._plan is not None and self._plan.eager is None:
+                    self._start(self._plan)
             while True:
                 self._judge()
                 if self._data_error is None:
@@ -83,6 +93,44 @@ class Call(Exchange):
                     self._scope.give_back(memory)
             if self._device_memory is not None:
                 self._scope.give_back_device(self._device_memory)
+
+    def enter(self, number: int) -> None:
+        """Give the call a number that `Scope.begin` has returned; before `run`."""
+        self._number = number
+        self._scope.calls[number] = self
+
+    def take_over(
+        self,
+        number: int,
+        slots: npt.NDArray[np.uint8],
+        scratch: npt.NDArray[np.uint8] | None,
+        heads: Sequence[tuple[int, Transfer[Any]]],
+        steps: Sequence[tuple[int, Transfer[Any]]],
+        waits: Sequence[int],
+        ready: Sequence[int],
+        left: int,
+    ) -> None:
+        """Go on with a call that was begun natively; before `run`.
+
+        Args:
+            slots: where headers come.
+            scratch: memory of the schedule.
+            heads: headers under way, or not ended well, numbered as `Exchange` does.
+            steps: messages of steps, likewise.
+            waits: by step, how many others it waits for.
+            ready: steps that may begin.
+            left: steps that have not ended.
+        """
+        self.enter(number)
+        self._begun = True
+        self._width = headers.HEADER_BYTES + 16 * self._group.size + EAGER_BYTES
+        self._slots, self._memory = slots, scratch
+        self._waits, self._ready, self._left = list(waits), list(ready), left
+        heapify(self._ready)
+        self._missing &= {key for key, _ in heads}
+        for is_head, some in ((True, heads), (False, steps)):
+            for key, transfer in some:
+                self._watch((is_head, key), transfer)
 
     # ------------------------------------------------------------ headers
 
@@ -160,13 +208,14 @@ class Call(Exchange):
                 data = self._part(span, not plan.waits[index], plan.reduced[index])
                 self._post(type(step), (False, index), step.peer, data, 1 + plan.numbers[index])
                 continue
-            if not self._request.on_gpu:
-                self._local(step)
-            elif isinstance(step, Reduce):
+            on_gpu = self._request.on_gpu
+            if isinstance(step, Copy) and (on_gpu or step.target.nbytes >= _LARGE_COPY):
+                self._copy_by_engine(index, step)
+                continue
+            if on_gpu and isinstance(step, Reduce):
                 self._launch(step)
             else:
-                self._copy_on_gpu(index, step)
-                continue
+                self._local(step)
             self._end(index)
             if time.monotonic() > breath:
                 await anyio.lowlevel.checkpoint()
@@ -219,28 +268,14 @@ class Call(Exchange):
         self._post(Send, (False, ~last - 1), here, self._part(word[0], False, True), 1 + last)
         return True
 
-    def _copy_on_gpu(self, index: int, step: Copy) -> None:
+    def _copy_by_engine(self, index: int, step: Copy) -> None:
         """Copy as a message to oneself."""
         here, tag = self._group.rank, 1 + index
         self._post(Recv, (False, index), here, self._part(step.target, True), tag)
         self._post(Send, (False, ~index), here, self._part(step.source, True), tag)
 
-    def _local(self, step: Any) -> None:
-        views, request = self._request.views, self._request
-        if isinstance(step, Copy):
-            a, b = step.source, step.target
-            views[b.buffer][b.start : b.stop] = views[a.buffer][a.start : a.stop]
-            return
-        assert request.ufunc is not None
-        left, right, target = (
-            views[s.buffer][s.start : s.stop].view(request.dtype)
-            for s in (step.left, step.right, step.target)
-        )
-        if self._partials is None:
-            request.ufunc(left, right, out=target)
-            return
-        last = step.target.buffer == OUT
-        self._partials.reduce((step.left, left), (step.right, right), (step.target, target), last)
+    def _local(self, step: Copy | Reduce) -> None:
+        _do(step, self._request.views, self._request, self._partials)
 
     def _end(self, index: int) -> None:
         assert self._plan is not None
@@ -262,3 +297,29 @@ class Call(Exchange):
             self._data_error = UsageError(f"{nbytes} bytes came where {step.target.nbytes} were expected")
             return
         self._end(index)
+
+
+def _do(
+    step: Copy | Reduce, views: dict[Any, npt.NDArray[np.uint8]], request: Request, partials: Partials | None
+) -> None:
+    if isinstance(step, Copy):
+        a, b = step.source, step.target
+        views[b.buffer][b.start : b.stop] = views[a.buffer][a.start : a.stop]
+        return
+    assert request.ufunc is not None
+    left, right, target = (
+        views[s.buffer][s.start : s.stop].view(request.dtype) for s in (step.left, step.right, step.target)
+    )
+    if partials is None:
+        request.ufunc(left, right, out=target)
+        return
+    partials.reduce((step.left, left), (step.right, right), (step.target, target), step.target.buffer == OUT)
+
+
+def run_locally(
+    steps: Sequence[Copy | Reduce], views: dict[Any, npt.NDArray[np.uint8]], request: Request
+) -> None:
+    """Do the local steps of a call whose messages have come."""
+    partials = None if request.partials is None else request.partials()
+    for step in steps:
+        _do(step, views, request, partials)

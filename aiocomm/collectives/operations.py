@@ -23,22 +23,27 @@ if TYPE_CHECKING:
 __all__ = ["Collectives"]
 
 _SHAPES: Final = 256  # prepared per channel
-_INLINE: Final = 32  # calls that end without a wait, after which other tasks get a turn
 
 
 def _shape(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
-    """What a call depends on, where its arrays need no look: NumPy's own, contiguous, apart."""
-    if out is None:
-        if type(given) is not np.ndarray or not given.flags.c_contiguous:
-            return None
+    """What a call depends on, where its arrays are NumPy's own; the rest is looked at when it is repeated."""
+    if type(out) is np.ndarray:
+        if given is None:
+            return out.dtype, out.size, *more
+        if type(given) is np.ndarray:
+            return out.dtype, out.size, given.dtype, given.size, *more
+    elif out is None and type(given) is np.ndarray:
         return given.dtype, given.size, None, None, *more
-    if type(out) is not np.ndarray or not out.flags.carray:
-        return None
+    return None
+
+
+def _plain(out: Any, given: Any) -> bool:
+    """Whether repeats with such arrays can be prepared: contiguous, apart, and those written to writable."""
+    if out is not None and not out.flags.c_contiguous:
+        return False
     if given is None:
-        return out.dtype, out.size, *more
-    if type(given) is not np.ndarray or not given.flags.c_contiguous or np.may_share_memory(out, given):
-        return None
-    return out.dtype, out.size, given.dtype, given.size, *more
+        return True
+    return bool(given.flags.c_contiguous) and (out is None or not np.may_share_memory(out, given))
 
 
 class Collectives:
@@ -88,32 +93,33 @@ class Collectives:
             limit_of(deadline)
         scope = group._scope(channel)
         counts = group._comm._collective_calls
+        number = 0
         if shape is not None and (prepared := scope.prepared.get(shape)) is not None:
-            if given is not None and given.ndim != 1:
-                given = given.reshape(-1)
-            if out is not None and out.ndim != 1:
-                out = out.reshape(-1)
-            begun = prepared.attempt(given, out, deadline)
-            if begun is not None:
-                await begun.resume()
-            counts[prepared.counted] += 1
-            if prepared.mean:
-                np.divide(out, out.dtype.type(group.size), out=out)
-            if begun is None and not counts[prepared.counted] % _INLINE:
-                await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
-            return
+            number = scope.begin(None)
+            begun = prepared.attempt(number, given, out, deadline)
+            if begun is not False:
+                if begun is not None:
+                    await begun.run()
+                counts[prepared.counted] += 1
+                if prepared.mean:
+                    np.divide(out, out.dtype.type(group.size), out=out)
+                if begun is None and not counts[prepared.counted] % prepared.in_a_row:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
+                return
         try:
             request = make(group)
         except UsageError as error:
             request = requests.refused(operation, error)
         call = Call(scope, request, deadline)
+        if number:
+            call.enter(number)
         await call.run()
         if not call.suspended:
             await anyio.lowlevel.cancel_shielded_checkpoint()
         counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
         if (result := request.result) is not None:
             np.divide(result, result.dtype.type(group.size), out=result)
-        if shape is not None and shape not in scope.prepared:
+        if shape is not None and shape not in scope.prepared and _plain(out, given):
             if len(scope.prepared) >= _SHAPES:
                 scope.prepared.clear()
             some = out if out is not None else given

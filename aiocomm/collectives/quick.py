@@ -1,52 +1,47 @@
-"""Small calls that have been made before in the same shape: nothing is checked or planned again.
+"""Calls that have been made before in the same shape: nothing is checked or planned again.
 
-What a call of one round needs is prepared once per operation, dtype, size and the like: its header, which
-bytes go to whom with it, where what comes belongs, and what is reduced. A call then posts its receives and
-sends, spins for them where the loop spins, compares the headers, and does the local part. Only if something
-has not come by then, or is wrong, does it become a `Flight` like any other, with the same rules.
+What a call needs is prepared once per operation, dtype, size and the like, as a native `PreparedCall`: its
+header, its steps, and which bytes travel with the header. A call is then one call into the extension, which
+posts and awaits messages, compares headers, copies and reduces. What has not come by the time at which the
+loop has to have its turn, or is wrong, becomes a `Call` like any other, which goes on from there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiocomm.collectives import headers
+from aiocomm.collectives.call import Call, run_locally
 from aiocomm.collectives.exchange import HEADERS
-from aiocomm.collectives.flight import LINGER_S, Flight
 from aiocomm.collectives.plan import EAGER_BYTES, Eager
+from aiocomm.collectives.requests import Request
 from aiocomm.collectives.scope import TAG_BITS
-from aiocomm.collectives.steps import IN, TMP, Copy, Reduce
-from aiocomm.errors import UsageError
+from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from aiocomm.collectives.requests import Request
+    import numpy as np
+    import numpy.typing as npt
+
+    from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.scope import Scope
-    from aiocomm.collectives.steps import Span
-    from aiocomm_native import Transfer
+    from aiocomm.collectives.steps import Step
 
-    _Operand = tuple[int, int, int]  # IN or OUT, from and to which element; or the rank that it came from
+    _Span = tuple[int, int, int]
+    _Step = tuple[int, int, int, _Span, _Span, _Span, int, tuple[int, ...]]
+    _Frame = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 
-__all__ = ["Prepared", "QuickCall", "prepare"]
+__all__ = ["Prepared", "prepare"]
 
-_DONE: Final = 1
-_GIVEN, _OUT, _CAME = 0, 1, 2
+_BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
+_KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3}
+_NOTHING: Final = (0, 0, 0)
+_NOWHERE: Final = Span(IN, 0, 0)
 _FRAMES: Final = 4  # calls of one shape at once whose memory is kept
-
-
-class _Frame:
-    """Memory for what comes in one call: a slot per rank, and views of what lies in it."""
-
-    def __init__(self, size: int, width: int, payloads: dict[int, int], dtype: Any) -> None:
-        memory = np.empty(size * width, np.uint8)
-        self.slots = [memory[peer * width : (peer + 1) * width].data for peer in range(size)]
-        starts = {peer: peer * width + headers.HEADER_BYTES for peer in payloads}
-        self.payloads = {
-            peer: memory[starts[peer] : starts[peer] + nbytes].view(dtype)
-            for peer, nbytes in payloads.items()
-        }
+_KEPT_BYTES: Final = 256 << 10  # of a frame that is kept beside the scope's own spare memory
+_IN_A_ROW: Final = 32  # calls that end without a wait, after which other tasks get a turn
+_TURN_BYTES: Final = 4 << 20  # the same, by what they move
+_MOST_BYTES: Final = 8 << 20  # of a call: what moves more is not for the loop's thread
 
 
 class Prepared:
@@ -59,197 +54,153 @@ class Prepared:
 
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         group, plan = scope.group, request.plan
-        self._scope = scope
-        self.operation = request.operation
+        self._scope, self._request = scope, request
         self.counted = f"{request.operation}/{plan.algorithm if plan else 'headers'}"
         self.mean = request.result is not None
-        self.header = request.header
-        self.peers = [(group.rank + away) % group.size for away in range(1, group.size)]
-        self._dtype, self._ufunc, self._partials = dtype, request.ufunc, request.partials
-        self._width = headers.HEADER_BYTES + 16 * group.size + EAGER_BYTES
+        eager = plan.eager if plan is not None else Eager({}, {}, ())
+        steps: list[_Step] = []
+        self._later: tuple[Copy | Reduce, ...] = ()  # what NumPy has to do with what came
+        if eager is None:
+            assert plan is not None
+            steps = [
+                _described(step, 1 + number, waits, followers)
+                for step, number, waits, followers in zip(
+                    plan.steps, plan.numbers, plan.waits, plan.followers, strict=True
+                )
+            ]
+        elif _native(eager.local, request):
+            steps = [_described(step) for step in eager.local]
+        else:
+            self._later = eager.local
+        self._call = _core.PreparedCall(
+            channel=scope.index,
+            header=request.header,
+            rank=group.rank,
+            ranks=list(group.ranks),
+            width=headers.HEADER_BYTES + 16 * group.size + EAGER_BYTES,
+            header_tag=HEADERS,
+            sends=[] if eager is None else [(peer, _span(span)) for peer, span in eager.sends.items()],
+            receives=[] if eager is None else [(peer, _span(span)) for peer, span in eager.receives.items()],
+            eager=eager is not None,
+            writes=plan is not None and any(_target(step).buffer == OUT for step in plan.steps),
+            steps=steps,
+            item=dtype.itemsize,
+            format=f"{dtype.kind}{dtype.itemsize}",
+            op=_operator(request),
+        )
+        self._slot_bytes = self._call.slot_bytes
+        self._scratch = 0 if plan is None else plan.scratch
+        self._kept = self._slot_bytes + self._scratch <= _KEPT_BYTES
         self._frames: list[_Frame] = []
-        eager = plan.eager if plan is not None and plan.eager is not None else Eager({}, {}, ())
-        self._came = eager.receives
-        self._sources = [(peer, group.ranks[peer]) for peer in self.peers]
-        sends = [
-            (self._operand(eager.sends[peer]) if peer in eager.sends else None, group.ranks[peer])
-            for peer in self.peers
-        ]
-        self._alike = len({operand for operand, _ in sends}) == 1
-        self._sends = sends
-        # Rows that end where they came need no copy: what is reduced is taken from there.
-        self._copies = [
-            (self._operand(span), (_CAME, peer, 0)) for peer, span in self._came.items() if span.buffer != TMP
-        ]
-        self._copies += [
-            (self._operand(step.target), self._operand(step.source))
-            for step in eager.local
-            if isinstance(step, Copy)
-        ]
-        self._reductions = [
-            (self._operand(step.left), self._operand(step.right), self._operand(step.target))
-            for step in eager.local
-            if isinstance(step, Reduce)
-        ]
+        moved = 0 if plan is None else _moved(plan)
+        self.in_a_row = max(1, min(_IN_A_ROW, _TURN_BYTES // max(1, moved)))
 
-    def _operand(self, span: Span) -> _Operand:
-        if span.buffer == TMP:
-            return next((_CAME, peer, 0) for peer, there in self._came.items() if there == span)
-        item = self._dtype.itemsize
-        return _GIVEN if span.buffer == IN else _OUT, span.start // item, span.stop // item
-
-    def attempt(self, given: Any, out: Any, deadline: float | None) -> QuickCall | None:
-        """Do the call, or begin it: what is returned is to be resumed.
+    def attempt(
+        self, number: int, given: Any, out: Any, deadline: float | None
+    ) -> Call | Literal[False] | None:
+        """Do the call, or begin it: a `Call` that is returned is to be run.
 
         Args:
-            given: flat `IN`, of the dtype and size that was prepared for; None where there is none.
-            out: flat `OUT`.
+            number: of the call.
+            given: `IN`, of the dtype and size that was prepared for; None where there is none.
+            out: `OUT`.
 
-        Raises:
-            AiocommError: another rank has given the call up.
+        Returns:
+            None: it is done. False: nothing was begun, since these arrays are not like the ones prepared for.
         """
         scope = self._scope
-        comm, index = scope.comm, scope.index
-        full = scope.begin(None) << TAG_BITS | HEADERS
+        frame = self._frames.pop() if self._frames else self._frame()
+        slots, scratch = frame
         limit = -1.0 if deadline is None else deadline
-        if self._frames:
-            frame = self._frames.pop()
-        else:
-            payloads = {peer: span.nbytes for peer, span in self._came.items()}
-            frame = _Frame(scope.group.size, self._width, payloads, self._dtype)
-        slots, recv, send = frame.slots, comm._recv, comm._send
-        flying = [recv(slots[peer], rank, index, full, limit) for peer, rank in self._sources]
-        message = None
-        for operand, rank in self._sends:
-            if message is None or not self._alike:
-                message = self.header
-                if operand is not None:
-                    message += self._array(operand, frame, given, out).tobytes()
-            flying.append(send(message, rank, index, full, limit, 0))
-        if _core.settle(flying, LINGER_S) == _DONE:
-            header, width = self.header, headers.HEADER_BYTES
-            for peer in self.peers:
-                if slots[peer][:width].tobytes() != header:
-                    break
-            else:
-                self.finish(frame, given, out)
-                return None
-        return QuickCall(self, frame, full >> TAG_BITS, flying, given, out, deadline)
+        begun: Any = self._call.attempt(
+            scope.comm._engine, number << TAG_BITS, given, out, slots, scratch, limit
+        )
+        if begun is None:
+            if self._later:
+                run_locally(self._later, self._views(given, out, scratch), self._request)
+            self._give_back(frame)
+            return None
+        if begun is False:
+            self._give_back(frame)
+            return False
+        request = self._request
+        again = Request(
+            request.operation,
+            request.header,
+            request.plan,
+            self._views(given, out, scratch),
+            dtype=request.dtype,
+            ufunc=request.ufunc,
+            partials=request.partials,
+        )
+        call = Call(scope, again, deadline)
+        call.take_over(number, slots, scratch, *begun)
+        return call
+
+    def _frame(self) -> _Frame:
+        scope = self._scope
+        return scope.scratch(self._slot_bytes), scope.scratch(self._scratch) if self._scratch else None
+
+    def _give_back(self, frame: _Frame) -> None:
+        if self._kept and len(self._frames) < _FRAMES:
+            self._frames.append(frame)
+            return
+        for memory in frame:
+            if memory is not None:
+                self._scope.give_back(memory)
 
     @staticmethod
-    def _array(operand: _Operand, frame: _Frame, given: Any, out: Any) -> Any:
-        kind, start, stop = operand
-        if kind == _CAME:
-            return frame.payloads[start]
-        return (given if kind == _GIVEN else out)[start:stop]
+    def _views(given: Any, out: Any, scratch: Any) -> dict[Any, Any]:
+        views = {IN: given, OUT: out, TMP: scratch}
+        return {name: array.reshape(-1).view("u1") for name, array in views.items() if array is not None}
 
-    def finish(self, frame: _Frame, given: Any, out: Any) -> None:
-        """Do the local part, on what has come."""
-        array, ufunc = self._array, self._ufunc
-        for target, source in self._copies:
-            array(target, frame, given, out)[:] = array(source, frame, given, out)
-        partials = None if self._partials is None else self._partials()
-        for left, right, target in self._reductions:
-            assert ufunc is not None
-            if partials is not None:
-                a, b, into = ((one, array(one, frame, given, out)) for one in (left, right, target))
-                partials.reduce(a, b, into, target[0] == _OUT)
-                continue
-            ufunc(
-                array(left, frame, given, out),
-                array(right, frame, given, out),
-                array(target, frame, given, out),
-            )
-        if len(self._frames) < _FRAMES:
-            self._frames.append(frame)
+
+def _span(span: Span) -> _Span:
+    return _BUFFERS[span.buffer], span.start, span.stop
+
+
+def _described(step: Step, number: int = 0, waits: int = 0, followers: tuple[int, ...] = ()) -> _Step:
+    peer, spans = -1, [_NOTHING] * 3
+    match step:
+        case Send():
+            peer, spans[0] = step.peer, _span(step.source)
+        case Recv():
+            peer, spans[0] = step.peer, _span(step.target)
+        case Copy():
+            spans[:2] = _span(step.target), _span(step.source)
+        case Reduce():
+            spans[:] = _span(step.target), _span(step.left), _span(step.right)
+    return _KINDS[type(step)], peer, number, spans[0], spans[1], spans[2], waits, followers
+
+
+def _operator(request: Request) -> str:
+    names = {"add": "sum", "multiply": "prod", "minimum": "min", "maximum": "max"}
+    return "" if request.ufunc is None else names[request.ufunc.__name__]
+
+
+def _native(steps: tuple[Step, ...], request: Request) -> bool:
+    """Whether the extension can do these steps with the same bits as NumPy."""
+    if not any(isinstance(step, Reduce) for step in steps):
+        return True
+    dtype = request.dtype
+    return request.partials is None and _core.reduces(f"{dtype.kind}{dtype.itemsize}", _operator(request))
+
+
+def _target(step: Step) -> Span:
+    return _NOWHERE if isinstance(step, Send) else step.target
+
+
+def _moved(plan: Plan) -> int:
+    return sum(_target(step).nbytes for step in plan.steps)
 
 
 def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | None:
-    """What repeats of a call need, if it is one of a single round and small."""
+    """What repeats of a call need, if they are not so large that other tasks should run meanwhile."""
     plan = request.plan
-    if scope.group.size > headers.DIRECT_MEMBERS or (plan is not None and plan.eager is None):
+    if scope.group.size > headers.DIRECT_MEMBERS or request.on_gpu or request.vector:
         return None
-    if plan is not None and plan.eager is not None:
-        # A copy among reductions would have to keep its place: then it is not for here.
-        local, came = plan.eager.local, set(plan.eager.receives.values())
-        if len({type(step) for step in local}) > 1 or not _scratch(local) <= came:
-            return None
+    if plan is None or plan.eager is not None:
+        return Prepared(scope, request, dtype)
+    if _moved(plan) > _MOST_BYTES or not _native(plan.steps, request):
+        return None
     return Prepared(scope, request, dtype)
-
-
-def _scratch(steps: tuple[Copy | Reduce, ...]) -> set[Span]:
-    spans: list[Span] = []
-    for step in steps:
-        spans += (
-            (step.target, step.source) if isinstance(step, Copy) else (step.target, step.left, step.right)
-        )
-    return {span for span in spans if span.buffer == TMP}
-
-
-class QuickCall(Flight):
-    """A quick call that has to wait, or that has failed."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        frame: _Frame,
-        number: int,
-        flying: list[Transfer[Any]],
-        given: Any,
-        out: Any,
-        deadline: float | None,
-    ) -> None:
-        super().__init__(prepared._scope, prepared.operation, deadline)
-        self._prepared = prepared
-        self._frame = frame
-        self._number = number
-        self._begun = flying
-        self._arrays = given, out
-        self._brief = True
-
-    def _has_work(self) -> bool:
-        return not (self._missing or self._judged)
-
-    def _header_ended(self, index: int) -> None:
-        self._missing.discard(index)  # sends count from the size on
-
-    async def resume(self) -> None:
-        """Wait for the rest.
-
-        Raises:
-            AiocommError: as `Call.run`.
-        """
-        prepared, size = self._prepared, self._group.size
-        self._scope.calls[self._number] = self
-        try:
-            keys = [*prepared.peers, *(size + peer for peer in prepared.peers)]
-            for key, transfer in zip(keys, self._begun, strict=True):
-                self._watch((True, key), transfer)
-            while self._missing or self._flying:
-                self._settle_sends()
-                if self._missing:
-                    self._raise_header_trouble()
-                else:
-                    self._judge()
-                if self._missing or self._flying:
-                    await self._wait()
-            self._settle_sends()
-            self._judge()
-            prepared.finish(self._frame, *self._arrays)
-        except BaseException as error:
-            await self._give_up(error)
-            raise
-        finally:
-            del self._scope.calls[self._number]
-
-    def _judge(self) -> None:
-        if not self._judged:
-            width, rank = headers.HEADER_BYTES, self._group.rank
-            own, slots = self._prepared.header, self._frame.slots
-            every = [
-                own if peer == rank else slots[peer][:width].tobytes() for peer in range(self._group.size)
-            ]
-            if (trouble := headers.judge(every, self._group.names)) is not None:
-                raise UsageError(f"{self._operation}: {trouble}")
-            self._judged = True
-        self._raise_trouble()

@@ -139,6 +139,27 @@ class Engine:
     @property
     def express_fd(self) -> int: ...
 
+def reduces(format: str, op: str) -> bool:
+    """Whether the extension reduces elements of this format by itself."""
+
+class PreparedCall:
+    """
+    One rank's part of a collective call of one shape, run without the event loop as far as that goes.
+    """
+
+    def __init__(self, channel: int, header: bytes, rank: int, ranks: Sequence[int], width: int, header_tag: int, sends: Sequence[tuple[int, tuple[int, int, int]]], receives: Sequence[tuple[int, tuple[int, int, int]]], eager: bool, writes: bool, steps: Sequence[tuple[int, int, int, tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, Sequence[int]]], item: int, format: str, op: str) -> None: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    @property
+    def scratch_bytes(self) -> int: ...
+
+    def attempt(self, engine: Engine, tag: int, given: object | None, out: object | None, slots: object, scratch: object | None, deadline: float) -> object:
+        """
+        Do the call. None: it is done; False: nothing was begun; else what is under way.
+        """
+
 def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: int, hidden: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], begin: int, end: int, sums: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], sums_kind: int) -> None:
     """
     Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.
@@ -166,8 +187,3 @@ def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C
 
 def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
     """Wait for any of these for a moment, and say whether one has ended."""
-
-def settle(transfers: list[Transfer[Any]], linger_s: float) -> int:
-    """
-    Spin for transfers, where the loop spins and has nothing else to do: 0 some are pending, 1 all are done, 2 some have failed.
-    """

@@ -71,7 +71,10 @@ int PyEngine::drain(int budget) {
   int done = 0;
   Op* op;
   while (done < budget && engine->take_completed(op)) {
-    end_transfer(static_cast<Transfer*>(op->cookie));
+    if (SilentOp* silent = silent_of(op))
+      silent->ended = true;
+    else
+      end_transfer(static_cast<Transfer*>(op->cookie));
     ++done;
   }
   if (done == budget && engine->has_completed())
@@ -153,7 +156,8 @@ void observe(PyEngine& e, std::map<uint8_t, PyObject*>& observers, const std::st
 // Transfers whose bytes this process still owes to others.
 nb::list outgoing(PyEngine& e) {
   nb::list out;
-  for (Op* op : e.engine->outgoing()) out.append(nb::borrow(static_cast<PyObject*>(op->cookie)));
+  for (Op* op : e.engine->outgoing())
+    if (!silent_of(op)) out.append(nb::borrow(static_cast<PyObject*>(op->cookie)));
   return out;
 }
 

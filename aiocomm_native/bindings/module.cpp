@@ -6,7 +6,8 @@ namespace nb = nanobind;
 
 namespace aiocomm::py {
 void bind_engine(nb::module_& m);
-}
+void bind_schedule(nb::module_& m);
+}  // namespace aiocomm::py
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
 void bind_pages(nb::module_& m);
@@ -20,6 +21,7 @@ NB_MODULE(_core, m) {
   if (aiocomm::py::init_memory(m.ptr()) < 0 || aiocomm::py::init_transfer(m.ptr()) < 0)
     throw nb::python_error();
   aiocomm::py::bind_engine(m);
+  aiocomm::py::bind_schedule(m);
   bind_experts(m);
   bind_pages(m);
   bind_settle(m);

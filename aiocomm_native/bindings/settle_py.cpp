@@ -1,4 +1,4 @@
-// Several transfers of one call at once: spins for all of them before the task gives its turn up.
+// Several transfers of one call at once: looks for their ends before the task gives its turn up.
 #include <nanobind/nanobind.h>
 
 #include "bindings/transfer.hpp"
@@ -10,24 +10,6 @@ namespace {
 using aiocomm::py::Outcome;
 using aiocomm::py::PyEngine;
 using aiocomm::py::Transfer;
-
-enum Settled { kPending = 0, kDone = 1, kTrouble = 2 };
-
-Settled look(const nb::list& transfers) {
-  Settled found = kDone;
-  for (nb::handle one : transfers) {
-    switch (reinterpret_cast<Transfer*>(one.ptr())->outcome) {
-      case Outcome::done:
-        break;
-      case Outcome::pending:
-        if (found == kDone) found = kPending;
-        break;
-      default:
-        return kTrouble;
-    }
-  }
-  return found;
-}
 
 PyEngine* engine_of(const nb::list& transfers) {
   for (nb::handle one : transfers)
@@ -53,19 +35,6 @@ bool look_for_news(PyEngine* engine, double seconds) {
   return something;
 }
 
-// All of one engine, none of them waited for by anybody.
-int settle(const nb::list& transfers, double linger_s) {
-  if (!nb::len(transfers)) return kDone;
-  PyEngine* engine = engine_of(transfers);
-  Settled found = look(transfers);
-  while (found == kPending && aiocomm::py::loop_has_nothing_else(engine)) {
-    const bool something = look_for_news(engine, linger_s);
-    found = look(transfers);
-    if (!something) break;
-  }
-  return found;
-}
-
 // Waits for any of them for a moment.
 bool linger(const nb::list& transfers, double seconds) {
   if (!nb::len(transfers)) return false;
@@ -84,7 +53,4 @@ bool linger(const nb::list& transfers, double seconds) {
 void bind_settle(nb::module_& m) {
   m.def("linger", linger, nb::arg("transfers"), nb::arg("seconds"),
         "Wait for any of these for a moment, and say whether one has ended.");
-  m.def("settle", settle, nb::arg("transfers"), nb::arg("linger_s"),
-        "Spin for transfers, where the loop spins and has nothing else to do: 0 some are pending, 1 all are "
-        "done, 2 some have failed.");
 }

@@ -54,6 +54,19 @@ class PyEngine {
   std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
 };
 
+// An op of a call that no transfer stands for: its cookie is marked, and its end is only noted.
+struct SilentOp {
+  Op* op = nullptr;
+  bool ended = false;
+};
+inline void* silent_cookie(SilentOp* silent) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(silent) | 1);
+}
+inline SilentOp* silent_of(const Op* op) {  // null: a transfer does
+  const auto mark = reinterpret_cast<uintptr_t>(op->cookie);
+  return mark & 1 ? reinterpret_cast<SilentOp*>(mark & ~uintptr_t{1}) : nullptr;
+}
+
 enum class Outcome : uint8_t { pending, done, failed, cancelled };
 
 struct Transfer {

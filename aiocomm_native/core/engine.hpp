@@ -24,6 +24,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/copier.hpp"
@@ -148,6 +149,11 @@ class Engine final : public Host, public FrameSink {
   bool spin(uint64_t until_ns) { return spin(until_ns, patience_, false); }
   // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
   bool linger(uint64_t until_ns) { return spin(until_ns, lingering_, true); }
+  // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
+  void host_copies(bool may) {
+    hosts_copies_ = may;
+    if (!may && std::exchange(spin_copies_, false)) copier_->rouse();
+  }
   bool take_completed(Op*& op);
   bool has_completed() const { return !completed_.empty() || overflowed_.load(std::memory_order_acquire); }
   std::vector<EngineEvent> take_events();
@@ -403,7 +409,8 @@ class Engine final : public Host, public FrameSink {
   // under the token
   PriorityMutex token_;
   bool in_loop_thread_ = false;
-  bool spin_copies_ = false;  // a chunk waits for the spinning loop to copy it
+  // The loop's thread only: a chunk waits for the spinning loop to copy it; chunks may do so.
+  bool spin_copies_ = false, hosts_copies_ = false;
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;

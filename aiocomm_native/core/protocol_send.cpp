@@ -367,7 +367,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     ++jobs_;
     if (chunk.last) op->in_sched = false;
     // A loop that spins has nothing better to do, and is sooner at it than a thread that must be woken.
-    bool here = in_loop_thread_ && loop_spins() && jobs_ == 1 && job.nbytes <= kSpinCopy;
+    bool here = in_loop_thread_ && (loop_spins() || hosts_copies_) && jobs_ == 1 && job.nbytes <= kSpinCopy;
     spin_copies_ |= here;
     copier_->submit(std::move(job), !here);
     return true;

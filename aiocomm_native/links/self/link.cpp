@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "links/shm/copy.hpp"
+
 namespace aiocomm {
 namespace {
 
@@ -48,7 +50,11 @@ class SelfPeer final : public LinkPeer {
   WakePage* page() override { return &host_.wake_page(); }
 
   int pull(const Location& where, std::byte* into, size_t nbytes) override {
-    std::memmove(into, reinterpret_cast<const std::byte*>(where.address), nbytes);
+    const auto* from = reinterpret_cast<const std::byte*>(where.address);
+    if (into < from + nbytes && from < into + nbytes)
+      std::memmove(into, from, nbytes);
+    else
+      shm::copy_large(into, from, nbytes);
     return 0;
   }
 
