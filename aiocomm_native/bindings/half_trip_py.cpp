@@ -79,7 +79,7 @@ std::vector<double> half_trips(PyEngine& e, int peer, uint64_t nbytes, int count
         halves.push_back(static_cast<double>(ended - began) / 2e9);
         began = ended;
       }
-    } catch (const LinkFailure&) {
+    } catch (...) {
       failure = std::current_exception();
     }
     e.engine->may_spin(e.spin_ns != 0);

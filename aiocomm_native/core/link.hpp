@@ -122,6 +122,8 @@ class LinkPeer {
   virtual int poll(int budget) { return budget * 0; }
   // The same of what is known to have arrived, where threads of the link's own see to that.
   virtual int poll_told(int budget) { return poll(budget); }
+  // The same for a loop that spins, and looks again at once: it may leave out what is not urgent.
+  virtual int poll_spinning(int budget) { return poll(budget); }
   // Under the token: the loop's thread is about to sleep, and from now on has to be woken.
   virtual void loop_sleeps() {}
   // How this side can read the peer's memory at `where`; Path::none: it cannot, the peer must push.

@@ -48,7 +48,7 @@ bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
     if (token_.try_lock()) {
       in_loop_thread_ = true;
       drain_submissions();
-      poll_links();
+      for (size_t i = 0; i < polled_.size(); ++i) polled_[i]->poll_spinning(kPollBudget);
       if (has_express()) dispatch_fds(express_epoll_, 0, true);
       in_loop_thread_ = false;
       bool copies = std::exchange(spin_copies_, false);

@@ -25,7 +25,8 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
     blocked_ = true;
     starved_.store(open_, std::memory_order_release);
     if (open_) lanes_[active_]->rail.kick();
-    if (has_inbox_.load(std::memory_order_acquire)) ring(host_.wake_page().engine, host_.engine_fd());
+    if (has_inbox_.load(std::memory_order_acquire) || (ring_ && Ring::waits(ring_slot())))
+      ring(host_.wake_page().engine, host_.engine_fd());
     return Post::again;
   }
   emit(header, meta, payload, wake);
@@ -56,10 +57,11 @@ void RdmaPeer::stream() {
   }
 }
 
-void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) {
+void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake,
+                    bool upgrades) {
   uint32_t seq = sent_++;
   // A loop that computes gives no credits back, nor sees those that it gets: the engine does.
-  if (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2)
+  if (upgrades && (sent_ - consumed_there_ > Rail::kCredits / 2 || expected_ - told_ >= Rail::kCredits / 2))
     wake = Wake::engine;
   Head head;
   head.prefix.seq = seq;
@@ -137,13 +139,18 @@ void RdmaPeer::frame(const Arrived& from) {
   if (deliver_slot(from)) advance();
 }
 
-// Frames that came before their turn.
+// Frames that came before their turn. Of those that stand in the ring as well, the other copy may have been taken.
 void RdmaPeer::advance() {
-  for (auto it = early_.begin(); it != early_.end() && it->first == expected_; it = early_.begin()) {
+  for (auto it = early_.find(expected_); it != early_.end(); it = early_.find(expected_)) {
     Arrived next = it->second;
     early_.erase(it);
     if (!deliver_slot(next)) return;
   }
+  std::erase_if(early_, [this](const auto& one) {
+    if (static_cast<int32_t>(one.first - expected_) >= 0) return false;
+    lanes_[one.second.lane]->rail.give_back(one.second.slot);
+    return true;
+  });
 }
 
 bool RdmaPeer::deliver_slot(const Arrived& from) {

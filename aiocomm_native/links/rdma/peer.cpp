@@ -104,13 +104,18 @@ void RdmaPeer::shut() {
 
 // ---------------------------------------------------------------- what has come
 
-int RdmaPeer::poll(int) {
+int RdmaPeer::poll(int) { return take_in(true); }
+
+// While the peer writes to the ring, completions are mostly those of our own, and can wait.
+int RdmaPeer::poll_spinning(int) { return take_in(!looks_told_ || ++looks_ % kLooksPerPoll == 0); }
+
+int RdmaPeer::take_in(bool completions) {
   int done = 0;
   while (!dead_) {
     done += take_from_ring();
-    if (!has_inbox_.load(std::memory_order_acquire)) {
-      // While the peer writes to the ring, completions are mostly those of our own, and can wait.
-      if (done || (looks_told_ && ++looks_ % kLooksPerPoll)) break;
+    // Where a frame has come before its turn, the one before it may stand in any queue.
+    const bool looks = early_.empty() ? completions && !done : true;
+    if (looks && !has_inbox_.load(std::memory_order_acquire)) {
       Attending self(this);
       for (auto& lane : lanes_) lane->rail.poll();
     }
@@ -126,7 +131,7 @@ int RdmaPeer::poll(int) {
     done += static_cast<int>(events.size());
     events.clear();
     spare_ = std::move(events);
-    if (early_.empty() && !ring_) break;  // else the frame before it came by the other queue
+    if (early_.empty()) break;  // else the frame before it came by the other queue
   }
   if (!done || dead_) return done;
   tell_credit();

@@ -84,6 +84,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
+  int poll_spinning(int budget) override;
   int poll_told(int budget) override {
     return has_inbox_.load(std::memory_order_acquire) || (ring_ && Ring::waits(ring_slot())) ? poll(budget)
                                                                                              : 0;
@@ -135,8 +136,11 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::byte* frame_slot(uint32_t seq) {
     return frames_.get() + (seq % Rail::kCredits) * size_t{Rail::kSlotBytes};
   }
-  void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
+  // `upgrades`: it may wake the engine instead of the loop, where credits run out.
+  void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake,
+            bool upgrades = true);
   void transmit(uint32_t seq);
+  int take_in(bool completions);
   void handle(Event& event);
   void frame(const Arrived& from);
   bool deliver_slot(const Arrived& from);  // false: the pair has ended, as that of
@@ -211,7 +215,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   // Where the peer writes small frames while the loop looks, which the latest frame out has promised.
   std::unique_ptr<std::byte, void (*)(void*)> ring_{nullptr, nullptr};
   uint32_t ring_registration_ = 0;
-  bool looks_told_ = false, looks_not_due_ = false;
+  bool looks_told_ = false;
   uint32_t looks_ = 0;
   uint32_t slept_at_ = 0;  // the frame that was expected when the loop slept last
   struct RingThere {       // the peer's

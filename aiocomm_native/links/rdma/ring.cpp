@@ -47,7 +47,8 @@ void RdmaPeer::offer_ring() {
 
 // A promise that is taken back costs a frame: a loop that has slept of late gives none.
 bool RdmaPeer::promises() {
-  looks_told_ = ring_registration_ && host_.loop_looks() && expected_ - slept_at_ >= kAwakeFor;
+  looks_told_ = ring_registration_ && host_.loop_looks() && expected_ - slept_at_ >= kAwakeFor &&
+                has_credit(kReserve);  // so that one is left for the word that it looks no more
   return looks_told_;
 }
 
@@ -102,23 +103,18 @@ void RdmaPeer::heard_of_ring(const Head& head) {
 void RdmaPeer::loop_sleeps() {
   slept_at_ = expected_;
   if (!looks_told_ || dead_) return;
-  looks_not_due_ = true;
-  tell_of_ring();
-}
-
-// As credits allow: the peer gives more by a frame that wakes the engine, and this is done then.
-void RdmaPeer::tell_of_ring() {
-  if (!open_ || dead_) return;
   FrameHeader word{};
   word.kind = FrameKind::link_private;
-  if (looks_not_due_ && has_credit(0)) {
-    looks_not_due_ = false;
-    if (looks_told_) emit(word, nullptr, nullptr, Wake::engine);
-  }
-  if (ring_there_.word_due && has_credit(0)) {
-    ring_there_.word_due = false;
-    emit(word, nullptr, nullptr, Wake::loop);
-  }
+  emit(word, nullptr, nullptr, Wake::engine);
+}
+
+// As credits allow. By the queue pair that what was written went by, so that it comes after that.
+void RdmaPeer::tell_of_ring() {
+  if (!ring_there_.word_due || !open_ || dead_ || !has_credit(0)) return;
+  ring_there_.word_due = false;
+  FrameHeader word{};
+  word.kind = FrameKind::link_private;
+  emit(word, nullptr, nullptr, Wake::loop, false);
 }
 
 }  // namespace aiocomm::rdma
