@@ -10,7 +10,7 @@ import numpy as np
 from aiocomm._operations import limit_of
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.call import Call
-from aiocomm.collectives.quick import prepare
+from aiocomm.collectives.quick import is_plain, prepare, shape_of
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,27 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Collectives"]
 
 _SHAPES: Final = 256  # prepared per channel
-
-
-def _shape(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
-    """What a call depends on, where its arrays are NumPy's own; the rest is looked at when it is repeated."""
-    if type(out) is np.ndarray:
-        if given is None:
-            return out.dtype, out.size, *more
-        if type(given) is np.ndarray:
-            return out.dtype, out.size, given.dtype, given.size, *more
-    elif out is None and type(given) is np.ndarray:
-        return given.dtype, given.size, None, None, *more
-    return None
-
-
-def _plain(out: Any, given: Any) -> bool:
-    """Whether repeats with such arrays can be prepared: contiguous, apart, and those written to writable."""
-    if out is not None and not out.flags.c_contiguous:
-        return False
-    if given is None:
-        return True
-    return bool(given.flags.c_contiguous) and (out is None or not np.may_share_memory(out, given))
 
 
 class Collectives:
@@ -119,7 +98,7 @@ class Collectives:
         counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
         if (result := request.result) is not None:
             np.divide(result, result.dtype.type(group.size), out=result)
-        if shape is not None and shape not in scope.prepared and _plain(out, given):
+        if shape is not None and shape not in scope.prepared and is_plain(out, given):
             if len(scope.prepared) >= _SHAPES:
                 scope.prepared.clear()
             some = out if out is not None else given
@@ -171,7 +150,7 @@ class Collectives:
             lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(x, None, "broadcast", root, algorithm) if stream is None else None,
+            shape_of(x, None, "broadcast", root, algorithm) if stream is None else None,
             None,
             x,
         )
@@ -199,7 +178,7 @@ class Collectives:
             lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(out, given, "scatter", root, algorithm) if stream is None else None,
+            shape_of(out, given, "scatter", root, algorithm) if stream is None else None,
             given,
             out,
         )
@@ -252,7 +231,7 @@ class Collectives:
             lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(into, x, "gather", root, algorithm) if stream is None else None,
+            shape_of(into, x, "gather", root, algorithm) if stream is None else None,
             x,
             into,
         )
@@ -303,7 +282,7 @@ class Collectives:
             lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(out, x, "all_gather", algorithm) if stream is None else None,
+            shape_of(out, x, "all_gather", algorithm) if stream is None else None,
             x,
             out,
         )
@@ -354,7 +333,7 @@ class Collectives:
             lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            _shape(out, x, "all_to_all", algorithm) if stream is None else None,
+            shape_of(out, x, "all_to_all", algorithm) if stream is None else None,
             x,
             out,
         )
@@ -425,7 +404,7 @@ class Collectives:
             ),
             channel,
             deadline,
-            _shape(into, given, "reduce", root, op, algorithm),
+            shape_of(into, given, "reduce", root, op, algorithm),
             given,
             into,
         )
@@ -466,7 +445,7 @@ class Collectives:
             ),
             channel,
             deadline,
-            _shape(out, x, "reduce_scatter", op, algorithm) if counts is None else None,
+            shape_of(out, x, "reduce_scatter", op, algorithm) if counts is None else None,
             x,
             out,
         )
@@ -498,9 +477,9 @@ class Collectives:
             ),
             channel,
             deadline,
-            _shape(x, None, "all_reduce", op, algorithm)
+            shape_of(x, None, "all_reduce", op, algorithm)
             if out is None
-            else _shape(out, x, "all_reduce", op, algorithm),
+            else shape_of(out, x, "all_reduce", op, algorithm),
             None if out is None else x,
             x if out is None else out,
         )

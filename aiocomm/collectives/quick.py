@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+
 from aiocomm.collectives import headers
 from aiocomm.collectives.call import Call, run_locally
 from aiocomm.collectives.exchange import HEADERS
@@ -20,7 +22,6 @@ from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Sp
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from aiocomm.collectives.plan import Plan
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     _Step = tuple[int, int, int, _Span, _Span, _Span, int, tuple[int, ...]]
     _Frame = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "is_plain", "prepare", "shape_of"]
 
 _BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
 _KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3}
@@ -204,3 +205,24 @@ def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | 
     if _moved(plan) > _MOST_BYTES or not _native(plan.steps, request):
         return None
     return Prepared(scope, request, dtype)
+
+
+def shape_of(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
+    """What a call depends on, where its arrays are NumPy's own; the rest is looked at when it is repeated."""
+    if type(out) is np.ndarray:
+        if given is None:
+            return out.dtype, out.size, *more
+        if type(given) is np.ndarray:
+            return out.dtype, out.size, given.dtype, given.size, *more
+    elif out is None and type(given) is np.ndarray:
+        return given.dtype, given.size, None, None, *more
+    return None
+
+
+def is_plain(out: Any, given: Any) -> bool:
+    """Whether repeats with such arrays can be prepared: contiguous, apart, and those written to writable."""
+    if out is not None and not out.flags.c_contiguous:
+        return False
+    if given is None:
+        return True
+    return bool(given.flags.c_contiguous) and (out is None or not np.may_share_memory(out, given))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from harness import world
 
 import aiocomm
 from aiocomm.errors import TruncationError
@@ -261,27 +262,28 @@ async def test_statistics_count_messages_and_bytes(pair: Pair, variant: Variant)
     assert sender.queued == sender.in_flight_bytes == receiver.in_flight_bytes == 0
 
 
-async def test_send_nowait_takes_or_refuses(pair: Pair, variant: Variant) -> None:
-    a, b = pair
-    payload = variant.random(60_000)
-    await a.send(b"x", 1, tag=5000)  # the link's own greeting may still be on its way
-    accepted, refused = [], None
-    for tag in range(2000):
-        try:
-            accepted.append(a.send_nowait(payload, 1, tag=tag))
-        except aiocomm.WouldBlock as error:
-            refused = error
-            break
-    assert accepted
-    assert refused is not None, "a peer that reads nothing must be felt"
-    assert len(accepted) * payload.nbytes <= 16 << 20, "no more than a peer may hold unread"
-    assert a.links[variant.link].statistics().would_block == 1
-    for tag in range(len(accepted)):
-        got = variant.array(60_000)
-        await b.recv(got, 0, tag=tag)
-        np.testing.assert_array_equal(got, payload)
-    for transfer in accepted:
-        await transfer
+async def test_send_nowait_takes_or_refuses(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, nbytes = 1 << 20, 4000
+    monkeypatch.setenv("AIOCOMM_UNEXPECTED_BYTES", str(bound))
+    payload = variant.random(nbytes)
+    async with world(2, links=(variant.link,), warmup=True) as (a, b):
+        await a.send(b"x", 1, tag=5000)  # the link's own greeting may still be on its way
+        accepted, refused = [], None
+        for tag in range(bound // nbytes + 1):
+            try:
+                accepted.append(a.send_nowait(payload, 1, tag=tag))
+            except aiocomm.WouldBlock as error:
+                refused = error
+                break
+        assert accepted
+        assert refused is not None, "a peer that reads nothing must be felt"
+        assert a.links[variant.link].statistics().would_block == 1
+        for tag in range(len(accepted)):
+            got = variant.array(nbytes)
+            await b.recv(got, 0, tag=tag)
+            np.testing.assert_array_equal(got, payload)
+        for transfer in accepted:
+            await transfer
 
 
 async def test_many_messages_leave_nothing_behind(pair: Pair, variant: Variant) -> None:
