@@ -21,8 +21,7 @@ import anyio.lowlevel
 import numpy as np
 
 from aiocomm.collectives import gpu, headers
-from aiocomm.collectives.exchange import Exchange
-from aiocomm.collectives.plan import EAGER_BYTES
+from aiocomm.collectives.exchange import Exchange, slot_bytes
 from aiocomm.collectives.steps import OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm.errors import UsageError
 
@@ -123,7 +122,7 @@ class Call(Exchange):
         """
         self.enter(number)
         self._begun = True
-        self._width = headers.HEADER_BYTES + 16 * self._group.size + EAGER_BYTES
+        self._width = slot_bytes(self._group.size)
         self._slots, self._memory = slots, scratch
         self._waits, self._ready, self._left = list(waits), list(ready), left
         heapify(self._ready)

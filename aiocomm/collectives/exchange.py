@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
 
-__all__ = ["HEADERS", "Exchange"]
+__all__ = ["HEADERS", "Exchange", "slot_bytes"]
 
 HEADERS: Final = 1 << (TAG_BITS - 1)  # tags of a call from here on carry headers
+
+
+def slot_bytes(size: int) -> int:
+    """Of what comes from one rank of a group: its header, with what may travel with it."""
+    return headers.HEADER_BYTES + 16 * size + EAGER_BYTES
 
 
 class Exchange(Flight):
@@ -50,7 +55,7 @@ class Exchange(Flight):
         if self._large:
             self._disseminate(head)
             return
-        self._width = width = headers.HEADER_BYTES + 16 * size + EAGER_BYTES
+        self._width = width = slot_bytes(size)
         self._slots = slots = self._scope.scratch(size * width)
         for peer in range(size):
             if peer != rank:

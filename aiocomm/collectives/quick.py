@@ -14,8 +14,8 @@ import numpy as np
 
 from aiocomm.collectives import headers
 from aiocomm.collectives.call import Call, run_locally
-from aiocomm.collectives.exchange import HEADERS
-from aiocomm.collectives.plan import EAGER_BYTES, Eager
+from aiocomm.collectives.exchange import HEADERS, slot_bytes
+from aiocomm.collectives.plan import Eager
 from aiocomm.collectives.requests import Request
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
@@ -78,7 +78,7 @@ class Prepared:
             header=request.header,
             rank=group.rank,
             ranks=list(group.ranks),
-            width=headers.HEADER_BYTES + 16 * group.size + EAGER_BYTES,
+            width=slot_bytes(group.size),
             header_tag=HEADERS,
             sends=[] if eager is None else [(peer, _span(span)) for peer, span in eager.sends.items()],
             receives=[] if eager is None else [(peer, _span(span)) for peer, span in eager.receives.items()],

@@ -224,7 +224,7 @@ void Engine::progress(bool rung, bool may_linger) {
   bool more = true;
   for (int round = 0; more && round < kTurns; ++round) {
     Token token(*this, true);
-    if (!page_->loop_spins.load(std::memory_order_relaxed))
+    if (!round && !page_->loop_spins.load(std::memory_order_relaxed))
       tell_peers_of_sleep();  // else the loop will say so
     more = poll_links() >= kPollBudget;
     if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)

@@ -88,12 +88,11 @@ void RdmaPeer::emit(const FrameHeader& header, const std::byte* meta, const std:
 void RdmaPeer::transmit(uint32_t seq) {
   Lane& lane = *lanes_[active_];
   if (lane.state != Lane::State::up) return;  // goes out once one is
-  uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
   Prefix prefix;
   std::memcpy(&prefix, frame_slot(seq), sizeof prefix);
   auto post = [&] {
-    return lane.rail.post_frame(lane.pairs, static_cast<Wake>(prefix.wake), seq, frame_slot(seq),
-                                frame_bytes_[seq % Rail::kCredits], lkey);
+    return lane.rail.post_frame(lane.pairs, static_cast<Wake>(prefix.wake),
+                                frame_piece(lane, seq, frame_bytes_[seq % Rail::kCredits]));
   };
   int error = post();
   if (error == ENOMEM) {  // the peer has given credits back for frames whose completions nobody has looked at
@@ -105,9 +104,19 @@ void RdmaPeer::transmit(uint32_t seq) {
 
 void RdmaPeer::tell_credit() {
   if (expected_ - told_ < Rail::kCredits / 2 || !open_ || !has_credit(0)) return;
+  emit_word(Wake::engine);
+}
+
+// Nothing but its prefix, which tells credits and whether the loop looks.
+void RdmaPeer::emit_word(Wake wake, bool upgrades) {
   FrameHeader header{};
   header.kind = FrameKind::link_private;
-  emit(header, nullptr, nullptr, Wake::engine);
+  emit(header, nullptr, nullptr, wake, upgrades);
+}
+
+FramePiece RdmaPeer::frame_piece(const Lane& lane, uint32_t seq, size_t nbytes) {
+  uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
+  return {seq, frame_slot(seq), static_cast<uint32_t>(nbytes), lkey};
 }
 
 // ---------------------------------------------------------------- in

@@ -139,6 +139,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   // `upgrades`: it may wake the engine instead of the loop, where credits run out.
   void emit(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake,
             bool upgrades = true);
+  void emit_word(Wake wake, bool upgrades = true);
+  FramePiece frame_piece(const Lane& lane, uint32_t seq, size_t nbytes);
   void transmit(uint32_t seq);
   int take_in(bool completions);
   void handle(Event& event);

@@ -75,6 +75,12 @@ struct QueuePairs {
   Numbers numbers() const;
 };
 
+struct FramePiece {
+  uint32_t seq;
+  const std::byte* data;
+  uint32_t nbytes, lkey;
+};
+
 struct Work {
   Completions* lane = nullptr;
   ibv_qp* qp = nullptr;
@@ -149,11 +155,9 @@ class Rail final : public Pollable {
   void remove(QueuePairs& pairs, std::mutex& posting);
   void fail(const QueuePairs& pairs);  // what is posted comes back with an error
 
-  int post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
-                 uint32_t lkey);
+  int post_frame(const QueuePairs& pairs, Wake wake, const FramePiece& frame);
   // Into the peer's memory, and nobody there is told.
-  int write_frame(const QueuePairs& pairs, uint32_t seq, const std::byte* data, uint32_t nbytes,
-                  uint32_t lkey, uint64_t remote, uint32_t rkey);
+  int write_frame(const QueuePairs& pairs, const FramePiece& frame, uint64_t remote, uint32_t rkey);
   // Posts at once where that takes no time: a frame's size, or by a device whose calls are quick.
   void post_bulk(const Work& work);
   const std::byte* slot(uint32_t index) const;
@@ -173,6 +177,7 @@ class Rail final : public Pollable {
   void run_poller();
   void run_poster();
   void post_now(const Work& work);
+  int post_piece(ibv_qp* qp, ibv_send_wr& request, const FramePiece& frame);
   void work_off(std::unique_lock<std::mutex>& lock);
   void arm_bulk();
   int poll_queue(ibv_cq* queue);

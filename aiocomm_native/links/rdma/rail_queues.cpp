@@ -22,36 +22,32 @@ constexpr uint64_t kQuickNs = 20000;
 
 // ---------------------------------------------------------------- out
 
-int Rail::post_frame(const QueuePairs& pairs, Wake wake, uint32_t seq, const std::byte* data, uint32_t nbytes,
-                     uint32_t lkey) {
-  ibv_sge piece{reinterpret_cast<uint64_t>(data), nbytes, lkey};
-  ibv_send_wr request{}, *bad;
-  request.wr_id = id_of(What::frame, seq);
-  request.sg_list = &piece;
-  request.num_sge = 1;
+int Rail::post_frame(const QueuePairs& pairs, Wake wake, const FramePiece& frame) {
+  ibv_send_wr request{};
   request.opcode = IBV_WR_SEND;
-  request.send_flags = IBV_SEND_SIGNALED | (wake == Wake::none ? 0 : IBV_SEND_SOLICITED);
+  if (wake != Wake::none) request.send_flags = IBV_SEND_SOLICITED;
   counters.sends.fetch_add(1, std::memory_order_relaxed);
-  if (nbytes <= max_inline_) {
-    request.send_flags |= IBV_SEND_INLINE;
-    counters.inline_sends.fetch_add(1, std::memory_order_relaxed);
-  }
-  return ibv_post_send(pairs.frames(wake), &request, &bad);
+  if (frame.nbytes <= max_inline_) counters.inline_sends.fetch_add(1, std::memory_order_relaxed);
+  return post_piece(pairs.frames(wake), request, frame);
 }
 
-int Rail::write_frame(const QueuePairs& pairs, uint32_t seq, const std::byte* data, uint32_t nbytes,
-                      uint32_t lkey, uint64_t remote, uint32_t rkey) {
-  ibv_sge piece{reinterpret_cast<uint64_t>(data), nbytes, lkey};
-  ibv_send_wr request{}, *bad;
-  request.wr_id = id_of(What::frame, seq);
-  request.sg_list = &piece;
-  request.num_sge = 1;
+int Rail::write_frame(const QueuePairs& pairs, const FramePiece& frame, uint64_t remote, uint32_t rkey) {
+  ibv_send_wr request{};
   request.opcode = IBV_WR_RDMA_WRITE;
-  request.send_flags = IBV_SEND_SIGNALED | (nbytes <= max_inline_ ? IBV_SEND_INLINE : 0);
   request.wr.rdma.remote_addr = remote;
   request.wr.rdma.rkey = rkey;
   counters.ring_writes.fetch_add(1, std::memory_order_relaxed);
-  return ibv_post_send(pairs.frames(Wake::loop), &request, &bad);
+  return post_piece(pairs.frames(Wake::loop), request, frame);
+}
+
+int Rail::post_piece(ibv_qp* qp, ibv_send_wr& request, const FramePiece& frame) {
+  ibv_sge piece{reinterpret_cast<uint64_t>(frame.data), frame.nbytes, frame.lkey};
+  ibv_send_wr* bad;
+  request.wr_id = id_of(What::frame, frame.seq);
+  request.sg_list = &piece;
+  request.num_sge = 1;
+  request.send_flags |= IBV_SEND_SIGNALED | (frame.nbytes <= max_inline_ ? IBV_SEND_INLINE : 0);
+  return ibv_post_send(qp, &request, &bad);
 }
 
 void Rail::post_bulk(const Work& work) {

@@ -13,12 +13,9 @@
 
 #include "links/rdma/ring.hpp"
 
-#include <algorithm>
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 
-#include "core/doorbell.hpp"
 #include "links/rdma/clock.hpp"
 #include "links/rdma/link.hpp"
 #include "links/rdma/peer.hpp"
@@ -64,10 +61,9 @@ bool RdmaPeer::write_to_ring(uint32_t seq) {
   const Ring::Mark mark = Ring::mark(seq, frame, nbytes);
   std::memcpy(frame + nbytes, &mark, sizeof mark);
   uint64_t into = ring_there_.address + Ring::offset(seq, Rail::kCredits, nbytes);
-  uint32_t lkey = link_.registrations().get(frames_registration_)->local().of[lane.index];
-  int error = lane.rail.write_frame(lane.pairs, seq, frame, static_cast<uint32_t>(nbytes + sizeof mark), lkey,
-                                    into, ring_there_.keys.of[lane.index]);
-  if (error) return false;
+  if (lane.rail.write_frame(lane.pairs, frame_piece(lane, seq, nbytes + sizeof mark), into,
+                            ring_there_.keys.of[lane.index]))
+    return false;
   ring_there_.written = seq + 1;
   return true;
 }
@@ -103,18 +99,14 @@ void RdmaPeer::heard_of_ring(const Head& head) {
 void RdmaPeer::loop_sleeps() {
   slept_at_ = expected_;
   if (!looks_told_ || dead_) return;
-  FrameHeader word{};
-  word.kind = FrameKind::link_private;
-  emit(word, nullptr, nullptr, Wake::engine);
+  emit_word(Wake::engine);
 }
 
 // As credits allow. By the queue pair that what was written went by, so that it comes after that.
 void RdmaPeer::tell_of_ring() {
   if (!ring_there_.word_due || !open_ || dead_ || !has_credit(0)) return;
   ring_there_.word_due = false;
-  FrameHeader word{};
-  word.kind = FrameKind::link_private;
-  emit(word, nullptr, nullptr, Wake::loop, false);
+  emit_word(Wake::loop, false);
 }
 
 }  // namespace aiocomm::rdma
