@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PING, _LOAD, _END = 1, 2, 3  # tags
 
 SPIN_S = 3e-3
-"""Of the mode that spins: longer than a copy of 1 GiB, so that as for NIXL's and NCCL's programs no core sleeps."""
+"""Of the mode that spins: longer than a copy of 1 GiB, so that no core sleeps, as with NIXL and NCCL."""
 
 
 async def _one_way(comm: Any, role: int, arrays: list[Memory], count: int, outstanding: int) -> float:
