@@ -10,7 +10,7 @@ import numpy as np
 from aiocomm._operations import limit_of
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.call import Call
-from aiocomm.collectives.quick import is_plain, prepare, shape_of
+from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,18 +56,24 @@ class Collectives:
         make: Callable[[Group], Request],
         channel: Channel | None,
         deadline: float | None,
-        shape: tuple[Any, ...] | None = None,
+        what: tuple[Any, ...] | None = None,
         given: Any = None,
         out: Any = None,
+        stream: Any = None,
     ) -> None:
         """Run a call.
 
         Args:
-            shape: what `make` depends on, where repeats need not make it again; see `_shape`.
-            given: `IN` of the schedule, if there is a shape.
-            out: `OUT` of the schedule, if there is a shape.
+            what: what `make` depends on beside the arrays, where repeats need not make it again.
+            given: `IN` of the schedule, if there is `what`.
+            out: `OUT` of the schedule, if there is `what`.
         """
         group = self._members()
+        shape = None
+        if what is not None:
+            shape = shape_of(out, given, *what) if stream is None else None
+            if shape is None and (found := on_gpus(group, out, given, stream, what)) is not None:
+                shape, out, given = found
         if deadline is not None:
             limit_of(deadline)
         scope = group._scope(channel)
@@ -98,13 +104,12 @@ class Collectives:
         counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
         if (result := request.result) is not None:
             np.divide(result, result.dtype.type(group.size), out=result)
-        if shape is not None and shape not in scope.prepared and is_plain(out, given):
+        if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
             if len(scope.prepared) >= _SHAPES:
                 scope.prepared.clear()
             some = out if out is not None else given
-            scope.prepared[shape] = prepare(
-                scope, request, np.dtype(np.uint8) if some is None else some.dtype
-            )
+            plain = some is None or request.on_gpu
+            scope.prepared[shape] = prepare(scope, request, np.dtype(np.uint8) if plain else some.dtype)
 
     async def split(self, color: int | None, key: int = 0, *, deadline: float | None = None) -> Group | None:
         """Divide the group: ranks that name one colour become a group. All ranks of this group call it.
@@ -150,9 +155,10 @@ class Collectives:
             lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            shape_of(x, None, "broadcast", root, algorithm) if stream is None else None,
+            ("broadcast", root, algorithm),
             None,
             x,
+            stream,
         )
 
     async def scatter(
@@ -178,9 +184,10 @@ class Collectives:
             lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            shape_of(out, given, "scatter", root, algorithm) if stream is None else None,
+            ("scatter", root, algorithm),
             given,
             out,
+            stream,
         )
 
     async def scatterv(
@@ -231,9 +238,10 @@ class Collectives:
             lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            shape_of(into, x, "gather", root, algorithm) if stream is None else None,
+            ("gather", root, algorithm),
             x,
             into,
+            stream,
         )
 
     async def gatherv(
@@ -282,9 +290,10 @@ class Collectives:
             lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            shape_of(out, x, "all_gather", algorithm) if stream is None else None,
+            ("all_gather", algorithm),
             x,
             out,
+            stream,
         )
 
     async def all_gatherv(
@@ -333,9 +342,10 @@ class Collectives:
             lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
-            shape_of(out, x, "all_to_all", algorithm) if stream is None else None,
+            ("all_to_all", algorithm),
             x,
             out,
+            stream,
         )
 
     async def all_to_allv(
@@ -404,9 +414,10 @@ class Collectives:
             ),
             channel,
             deadline,
-            shape_of(into, given, "reduce", root, op, algorithm),
+            ("reduce", root, op, algorithm, sm_budget),
             given,
             into,
+            stream,
         )
 
     async def reduce_scatter(
@@ -445,9 +456,10 @@ class Collectives:
             ),
             channel,
             deadline,
-            shape_of(out, x, "reduce_scatter", op, algorithm) if counts is None else None,
+            ("reduce_scatter", op, algorithm, sm_budget) if counts is None else None,
             x,
             out,
+            stream,
         )
 
     async def all_reduce(
@@ -477,9 +489,8 @@ class Collectives:
             ),
             channel,
             deadline,
-            shape_of(x, None, "all_reduce", op, algorithm)
-            if out is None
-            else shape_of(out, x, "all_reduce", op, algorithm),
+            ("all_reduce", op, algorithm, sm_budget),
             None if out is None else x,
             x if out is None else out,
+            stream,
         )

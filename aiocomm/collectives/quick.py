@@ -4,6 +4,8 @@ What a call needs is prepared once per operation, dtype, size and the like, as a
 header, its steps, and which bytes travel with the header. A call is then one call into the extension, which
 posts and awaits messages, compares headers, copies and reduces. What has not come by the time at which the
 loop has to have its turn, or is wrong, becomes a `Call` like any other, which goes on from there.
+
+GPU arrays are described for every call; what is looked up is the same for all arrays of one form.
 """
 
 from __future__ import annotations
@@ -12,27 +14,32 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from aiocomm._operations import on_gpu
 from aiocomm.collectives import headers
 from aiocomm.collectives.call import Call, run_locally
 from aiocomm.collectives.exchange import HEADERS, slot_bytes
+from aiocomm.collectives.gpu import GpuArray
 from aiocomm.collectives.plan import Eager
 from aiocomm.collectives.requests import Request
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
+from aiocomm.errors import UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from aiocomm._device import Description
     from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.scope import Scope
     from aiocomm.collectives.steps import Step
+    from aiocomm.group import Group
 
     _Span = tuple[int, int, int]
     _Step = tuple[int, int, int, _Span, _Span, _Span, int, tuple[int, ...]]
     _Frame = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 
-__all__ = ["Prepared", "is_plain", "prepare", "shape_of"]
+__all__ = ["Prepared", "is_plain", "on_gpus", "prepare", "shape_of"]
 
 _BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
 _KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3}
@@ -88,6 +95,7 @@ class Prepared:
             item=dtype.itemsize,
             format=f"{dtype.kind}{dtype.itemsize}",
             op=_operator(request),
+            on_gpu=request.on_gpu,
         )
         self._slot_bytes = self._call.slot_bytes
         self._scratch = 0 if plan is None else plan.scratch
@@ -103,8 +111,9 @@ class Prepared:
 
         Args:
             number: of the call.
-            given: `IN`, of the dtype and size that was prepared for; None where there is none.
-            out: `OUT`.
+            given: `IN`, of the dtype and size that was prepared for; None where there is none. Of GPU arrays
+                the description.
+            out: `OUT`, likewise.
 
         Returns:
             None: it is done. False: nothing was begun, since these arrays are not like the ones prepared for.
@@ -130,6 +139,7 @@ class Prepared:
             request.header,
             request.plan,
             self._views(given, out, scratch),
+            on_gpu=request.on_gpu,
             dtype=request.dtype,
             ufunc=request.ufunc,
             partials=request.partials,
@@ -150,8 +160,10 @@ class Prepared:
             if memory is not None:
                 self._scope.give_back(memory)
 
-    @staticmethod
-    def _views(given: Any, out: Any, scratch: Any) -> dict[Any, Any]:
+    def _views(self, given: Any, out: Any, scratch: Any) -> dict[Any, Any]:
+        if self._request.on_gpu:
+            arrays = {IN: given, OUT: out}
+            return {name: GpuArray(one) for name, one in arrays.items() if one is not None}
         views = {IN: given, OUT: out, TMP: scratch}
         return {name: array.reshape(-1).view("u1") for name, array in views.items() if array is not None}
 
@@ -198,9 +210,9 @@ def _moved(plan: Plan) -> int:
 def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | None:
     """What repeats of a call need, if they are not so large that other tasks should run meanwhile."""
     plan = request.plan
-    if scope.group.size > headers.DIRECT_MEMBERS or request.on_gpu or request.vector:
+    if scope.group.size > headers.DIRECT_MEMBERS or request.vector or request.reduction is not None:
         return None
-    if plan is None or plan.eager is not None:
+    if plan is None or plan.eager is not None or request.on_gpu:  # what GPUs copy takes no time of the loop's
         return Prepared(scope, request, dtype)
     if _moved(plan) > _MOST_BYTES or not _native(plan.steps, request):
         return None
@@ -214,9 +226,40 @@ def shape_of(out: Any, given: Any, *more: Any) -> tuple[Any, ...] | None:
             return out.dtype, out.size, *more
         if type(given) is np.ndarray:
             return out.dtype, out.size, given.dtype, given.size, *more
-    elif out is None and type(given) is np.ndarray:
-        return given.dtype, given.size, None, None, *more
+    elif out is None:
+        if given is None:
+            return more
+        if type(given) is np.ndarray:
+            return given.dtype, given.size, None, None, *more
     return None
+
+
+def on_gpus(
+    group: Group, out: Any, given: Any, stream: Any, what: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], Description | None, Description | None] | None:
+    """The same of GPU arrays, with their descriptions: of `out`, and of `given` where that is not part of it.
+
+    None: they are not both on GPUs, or are wrong, which the call as it is made the first time tells all.
+    """
+    engine = group._comm._engine
+    if not engine.has_mover():
+        return None
+    described: list[Description | None] = []
+    try:
+        for array, writable in ((out, True), (given, False)):
+            described.append(None if array is None else on_gpu(engine, array, writable, stream))
+            if described[-1] is None and array is not None:
+                return None
+    except UsageError:
+        return None
+    into, source = described
+    form = [None if one is None else (one[5], one[2], one[6]) for one in described]
+    inside = None  # where in `out` it begins
+    if into is not None and source is not None:
+        start = source[1] - into[1]
+        if -source[2] < start < into[2]:
+            inside, source = start, None
+    return ("GPU", *form, inside, *what), into, source
 
 
 def is_plain(out: Any, given: Any) -> bool:

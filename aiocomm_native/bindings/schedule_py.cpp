@@ -6,6 +6,8 @@
 //   - It decides nothing that is not plain success. Whatever has failed, differs or is still under way is handed over
 //     as transfers, with the counts of what each step waits for; Python goes on from there (aiocomm/collectives/call.py).
 //   - What is being copied for its receives is copied by the calling thread, which has nothing better to do.
+//   - GPU arrays are described and bound once per call, so their streams are waited for once; a message is about a part
+//     of what was bound. A copy between two of them is a message to oneself.
 //   - The arrays and the frame (`slots`, `scratch`) belong to the caller; transfers that are handed over keep them.
 
 #include <nanobind/nanobind.h>
@@ -17,11 +19,12 @@
 #include <array>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
 #include "core/reduce.hpp"
 #include "links/shm/copy.hpp"
@@ -32,74 +35,18 @@ namespace aiocomm::py {
 
 namespace {
 
-constexpr uint64_t kLingerNs = 100000;  // that is looked for news before the loop gets its turn, at most
-constexpr uint64_t kTurnNs = 1000000;   // of one call, after which other tasks get a turn
-
-enum Kind : int { kSend, kRecv, kCopy, kReduce };
-enum Buffer : int { kIn, kOut, kTmp, kBuffers };
-
-using SpanTuple = std::tuple<int, uint64_t, uint64_t>;
-using StepTuple =
-    std::tuple<int, int, int64_t, SpanTuple, SpanTuple, SpanTuple, uint32_t, std::vector<uint32_t>>;
-using Rides = std::vector<std::tuple<int, SpanTuple>>;  // group rank, and what travels with its header
-
-struct Span {
-  Span() = default;
-  explicit Span(const SpanTuple& from)
-      : buffer(std::get<0>(from)), start(std::get<1>(from)), stop(std::get<2>(from)) {}
-  uint64_t nbytes() const { return stop - start; }
-  int buffer = kIn;
-  uint64_t start = 0, stop = 0;
-};
-
-struct Step {
-  explicit Step(const StepTuple& from)
-      : kind(static_cast<Kind>(std::get<0>(from))),
-        peer(std::get<1>(from)),
-        tag(std::get<2>(from)),
-        first(std::get<3>(from)),
-        second(std::get<4>(from)),
-        third(std::get<5>(from)),
-        waits(std::get<6>(from)),
-        followers(std::get<7>(from)) {}
-  Kind kind;
-  int peer;                   // rank of the group
-  int64_t tag;                // within the call
-  Span first, second, third;  // what is moved; target and source; target and operands
-  uint32_t waits;
-  std::vector<uint32_t> followers;
-};
-
-// A buffer while the call runs.
-struct Lent {
-  ~Lent() {
-    if (held) PyBuffer_Release(&view);
-  }
-  bool borrow(PyObject* object, bool writable) {
-    if (object == Py_None) return true;
-    if (PyObject_GetBuffer(object, &view, PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    held = true;
-    data = static_cast<std::byte*>(view.buf);
-    nbytes = static_cast<uint64_t>(view.len);
-    owner = object;
-    return true;
-  }
-  Py_buffer view;
-  std::byte* data = nullptr;
-  uint64_t nbytes = 0;
-  PyObject* owner = Py_None;
-  bool held = false;
-};
+constexpr uint64_t kLingerNs = 100000;     // that is looked for news before the loop gets its turn, at most
+constexpr uint64_t kTurnNs = 1000000;      // of one call, after which other tasks get a turn
+constexpr uint64_t kLargeBytes = 8 << 20;  // to be received by GPUs: takes longer than a wake-up
+constexpr uint64_t kAnswerNs =
+    15000;  // after which a large message that both sides have called for is under way
 
 class PreparedCall {
  public:
   PreparedCall(uint32_t channel, nb::bytes header, int rank, std::vector<int> ranks, uint64_t width,
                int64_t header_tag, const Rides& sends, const Rides& receives, bool eager, bool writes,
                const std::vector<StepTuple>& steps, uint64_t item, const std::string& format,
-               const std::string& op)
+               const std::string& op, bool on_gpu)
       : channel_(channel),
         header_(header.c_str(), header.size()),
         rank_(rank),
@@ -109,20 +56,26 @@ class PreparedCall {
         eager_(eager),
         writes_(writes),
         item_(item),
-        reduction_(find_reduction(format, op)) {
+        reduction_(find_reduction(format, op)),
+        on_gpu_(on_gpu) {
     for (const StepTuple& step : steps) steps_.emplace_back(step);
     const size_t n = ranks_.size();
     gives_.resize(n);
     takes_.resize(n);
     for (const auto& [peer, span] : sends) gives_.at(peer) = Span(span);
     for (const auto& [peer, span] : receives) takes_.at(peer) = Span(span);
-    flights_.resize(2 * n + steps_.size());
+    if (on_gpu && (eager || !sends.empty())) throw nb::value_error("GPU memory does not ride with headers");
+    flights_.resize(2 * n + steps_.size() * (on_gpu ? 2 : 1));
+    uint64_t incoming = 0;
     for (const Step& step : steps_) {
       for (const Span* span : {&step.first, &step.second, &step.third}) need(*span);
-      if (step.kind == kReduce && !reduction_) throw nb::value_error("a reduction that NumPy does");
+      if (step.kind == kReduce && (!reduction_ || on_gpu))
+        throw nb::value_error("a reduction that is not done here");
+      if (step.kind == kRecv) incoming += step.first.nbytes();
       for (uint32_t follower : step.followers)
         if (follower >= steps_.size()) throw nb::value_error("a step that follows is not there");
     }
+    large_ = on_gpu && incoming > kLargeBytes;
     for (const auto* spans : {&gives_, &takes_})
       for (const Span& span : *spans) need(span);
     most_ = 0;
@@ -140,16 +93,21 @@ class PreparedCall {
     std::array<Lent, 4> lent;  // by Buffer, then the slots
     const std::array<std::pair<nb::handle, bool>, 4> objects{
         {{given, false}, {out, writes_}, {scratch, true}, {slots, true}}};
+    if (on_gpu_ && !e.engine->mover()) return nb::bool_(false);
     for (size_t i = 0; i < lent.size(); ++i) {
-      if (!lent[i].borrow(objects[i].first.ptr(), objects[i].second)) return nb::bool_(false);
+      PyObject* object = objects[i].first.ptr();
+      const bool device = on_gpu_ && i < kTmp;
+      if (!(device ? lent[i].bind(object, *e.engine->mover()) : lent[i].borrow(object, objects[i].second)))
+        return nb::bool_(false);
       data_[i] = lent[i].data;
+      if (i < kBuffers) gpu_[i] = lent[i].gpu.get();
     }
     for (int i = 0; i < kBuffers; ++i)
       if (lent[i].nbytes < needs_[i] || reinterpret_cast<uintptr_t>(data_[i]) % item_)
         return nb::bool_(false);
     const Lent &from = lent[kIn], &into = lent[kOut];
-    const bool overlap = from.data < into.data + into.nbytes && into.data < from.data + from.nbytes;
-    if (lent[kBuffers].nbytes < slot_bytes() || overlap || in_use(e, into)) return nb::bool_(false);
+    if (lent[kBuffers].nbytes < slot_bytes() || from.overlaps(into) || in_use(e, into))
+      return nb::bool_(false);
     tag_ = tag;
     deadline_ns_ = deadline >= 0 ? e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1 : 0;
     running_ = true;
@@ -167,7 +125,9 @@ class PreparedCall {
  private:
   size_t size() const { return ranks_.size(); }
   size_t step_key(size_t step) const { return 2 * size() + step; }
-  bool done() const { return !trouble_ && judged_ && !missing_ && !sending_ && !left_; }
+  // Of the message of a step that copies within a GPU: what is sent to oneself.
+  size_t twin_key(size_t step) const { return step_key(steps_.size() + step); }
+  bool done() const { return !trouble_ && judged_ && !missing_ && !sending_ && !left_ && !twins_; }
   std::byte* at(const Span& span) const { return data_[span.buffer] + span.start; }
   std::byte* slot(size_t peer) const { return data_[kBuffers] + peer * width_; }
 
@@ -207,9 +167,10 @@ class PreparedCall {
         const uint64_t now = engine.now();
         if (!lingers || now > turn_ends) break;
         looked = true;
+        const bool moves = large_ && judged_;
         // Also where the loop may spin: with fewer cores than processes, who spins keeps its peer from running.
-        const bool found = engine.linger(now + kLingerNs);
-        if (!found) break;
+        const bool found = engine.linger(now + (moves ? kAnswerNs : kLingerNs));
+        if (!found || moves) break;
       }
       engine.host_copies(false);
       // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
@@ -224,6 +185,7 @@ class PreparedCall {
     trouble_ = judged_ = false;
     missing_ = sending_ = n - 1;
     left_ = eager_ ? 0 : steps_.size();
+    twins_ = 0;
     ready_.clear();
     waits_.resize(steps_.size());
     // Sent first: the peers wait for it.
@@ -234,7 +196,8 @@ class PreparedCall {
       std::memcpy(message, header_.data(), header_.size());
       const Span& rides = gives_[peer];
       if (rides.nbytes()) std::memcpy(message + header_.size(), at(rides), rides.nbytes());
-      post(engine, OpKind::send, n + peer, peer, message, header_.size() + rides.nbytes(), header_tag_);
+      post(engine, OpKind::send, n + peer, peer, message, header_.size() + rides.nbytes(), header_tag_,
+           nullptr);
     }
     if (!eager_)
       for (size_t i = 0; i < steps_.size(); ++i) {
@@ -244,15 +207,22 @@ class PreparedCall {
     advance(engine, true);
     for (size_t away = 1; away < n; ++away) {
       const size_t peer = (rank_ + n - away) % n;
-      post(engine, OpKind::recv, peer, peer, slot(peer), width_, header_tag_);
+      post(engine, OpKind::recv, peer, peer, slot(peer), width_, header_tag_, nullptr);
     }
     advance(engine);
     judge_if_all_came();
   }
 
+  void post(Engine& engine, OpKind kind, size_t key, size_t peer, const Span& span, int64_t tag) {
+    std::unique_ptr<DeviceBuffer> gpu;
+    if (gpu_[span.buffer]) gpu = engine.mover()->part(*gpu_[span.buffer], span.start, span.nbytes());
+    post(engine, kind, key, peer, at(span), span.nbytes(), tag, std::move(gpu));
+  }
+
   void post(Engine& engine, OpKind kind, size_t key, size_t peer, std::byte* data, uint64_t nbytes,
-            int64_t tag) {
+            int64_t tag, std::unique_ptr<DeviceBuffer> gpu) {
     Op* op = engine.new_op();
+    op->gpu = std::move(gpu);
     op->kind = kind;
     op->peer = ranks_[peer];
     op->channel = channel_;
@@ -276,12 +246,18 @@ class PreparedCall {
     while (!ready_.empty() && !trouble_) {
       const uint32_t index = ready_.front();
       const Step& step = steps_[index];
-      if (messages_only && (step.kind == kCopy || step.kind == kReduce)) return;
+      if (messages_only && !on_gpu_ && (step.kind == kCopy || step.kind == kReduce)) return;
       std::pop_heap(ready_.begin(), ready_.end(), std::greater<>());
       ready_.pop_back();
       if (step.kind == kSend || step.kind == kRecv) {
         post(engine, step.kind == kSend ? OpKind::send : OpKind::recv, step_key(index),
-             static_cast<size_t>(step.peer), at(step.first), step.first.nbytes(), step.tag);
+             static_cast<size_t>(step.peer), step.first, step.tag);
+        continue;
+      }
+      if (on_gpu_) {
+        ++twins_;
+        post(engine, OpKind::recv, step_key(index), rank_, step.first, 1 + index);
+        post(engine, OpKind::send, twin_key(index), rank_, step.second, 1 + index);
         continue;
       }
       do_local(step);
@@ -338,7 +314,7 @@ class PreparedCall {
     SilentOp& flight = flights_[key];
     Op* op = flight.op;
     flight.ended = true;
-    const bool is_step = key >= step_key(0);
+    const bool is_twin = key >= twin_key(0), is_step = key >= step_key(0) && !is_twin;
     const size_t index = key - step_key(0);
     if (op->code != Code::ok ||
         (is_step && op->kind == OpKind::recv && op->moved != steps_[index].first.nbytes())) {
@@ -347,7 +323,9 @@ class PreparedCall {
     }
     engine.release(op);
     flight.op = nullptr;
-    if (is_step)
+    if (is_twin)
+      --twins_;
+    else if (is_step)
       step_ended(static_cast<uint32_t>(index));
     else if (key < size())
       --missing_;
@@ -372,17 +350,28 @@ class PreparedCall {
     for (const Step& step : steps_) do_local(step);
   }
 
-  // (headers under way, by key as in Exchange; steps under way; what each step waits for; steps that may begin)
-  nb::object hand_over(nb::pointer_and_handle<PyEngine> self, const std::array<Lent, 4>& lent) {
-    nb::list heads, steps, waits, ready;
+  // (headers under way, by key as in Exchange; steps under way, and as ~step what is sent to oneself for one; what each
+  // step waits for; steps that may begin)
+  nb::object hand_over(nb::pointer_and_handle<PyEngine> self, std::array<Lent, 4>& lent) {
+    nb::list heads, steps, waits, ready, wholes;
+    for (Lent& one : lent) {
+      if (!one.gpu) continue;
+      wholes.append(nb::borrow(one.owner));
+      wholes.append(nb::steal(new_device_memory(std::move(one.gpu))));
+    }
     for (size_t key = 0; key < flights_.size(); ++key) {
       SilentOp& flight = flights_[key];
       if (!flight.op) continue;
-      const bool is_step = key >= step_key(0);
+      const bool is_twin = key >= twin_key(0), is_step = key >= step_key(0) && !is_twin;
       const PyObject* keep = lent[kBuffers].owner;
-      if (is_step) keep = lent[steps_[key - step_key(0)].first.buffer].owner;
+      if (on_gpu_ && (is_step || is_twin))
+        keep = wholes.ptr();
+      else if (is_step)
+        keep = lent[steps_[key - step_key(0)].first.buffer].owner;
       nb::object transfer = as_transfer(self, flight, const_cast<PyObject*>(keep));
-      if (is_step)
+      if (is_twin)
+        steps.append(nb::make_tuple(~static_cast<int64_t>(key - twin_key(0)), transfer));
+      else if (is_step)
         steps.append(nb::make_tuple(key - step_key(0), transfer));
       else
         heads.append(nb::make_tuple(key, transfer));
@@ -427,6 +416,8 @@ class PreparedCall {
   const bool writes_;  // to `out`
   const uint64_t item_;
   const Reduction reduction_;
+  const bool on_gpu_;  // `in` and `out` are
+  bool large_ = false;
   std::vector<Step> steps_;
   std::vector<Span> gives_, takes_;  // by rank of the group
   std::array<uint64_t, kBuffers> needs_{};
@@ -437,9 +428,10 @@ class PreparedCall {
   int64_t tag_ = 0;
   uint64_t deadline_ns_ = 0;
   std::array<std::byte*, kBuffers + 1> data_{};
+  std::array<const DeviceBuffer*, kBuffers> gpu_{};
   std::vector<SilentOp> flights_;  // headers from each rank, headers to each rank, steps
   std::vector<uint32_t> waits_, ready_;
-  size_t missing_ = 0, sending_ = 0, left_ = 0;
+  size_t missing_ = 0, sending_ = 0, left_ = 0, twins_ = 0;
 };
 
 }  // namespace
@@ -455,10 +447,10 @@ void bind_schedule(nb::module_& m) {
       "that goes.")
       .def(nb::init<uint32_t, nb::bytes, int, std::vector<int>, uint64_t, int64_t, const Rides&, const Rides&,
                     bool, bool, const std::vector<StepTuple>&, uint64_t, const std::string&,
-                    const std::string&>(),
+                    const std::string&, bool>(),
            nb::arg("channel"), nb::arg("header"), nb::arg("rank"), nb::arg("ranks"), nb::arg("width"),
            nb::arg("header_tag"), nb::arg("sends"), nb::arg("receives"), nb::arg("eager"), nb::arg("writes"),
-           nb::arg("steps"), nb::arg("item"), nb::arg("format"), nb::arg("op"))
+           nb::arg("steps"), nb::arg("item"), nb::arg("format"), nb::arg("op"), nb::arg("on_gpu") = false)
       .def_prop_ro("slot_bytes", &PreparedCall::slot_bytes)
       .def_prop_ro("scratch_bytes", &PreparedCall::scratch_bytes)
       .def("attempt", &PreparedCall::attempt, nb::arg("engine"), nb::arg("tag"), nb::arg("given").none(),

@@ -36,6 +36,7 @@ bool Engine::look_told() {
 void Engine::begin_spin() {
   awake(page_->loop);
   loop_spins_.store(true, std::memory_order_relaxed);
+  met_ = false;
 }
 
 bool Engine::look_spinning() {
@@ -47,7 +48,7 @@ bool Engine::look_spinning() {
   if (!token_.try_lock()) return false;
   in_loop_thread_ = true;
   drain_submissions();
-  for (size_t i = 0; i < polled_.size(); ++i) polled_[i]->poll_spinning(kPollBudget);
+  for (size_t i = 0; i < polled_.size(); ++i) met_ |= polled_[i]->poll_spinning(kPollBudget) > 0;
   if (has_express()) dispatch_fds(express_epoll_, 0, true);
   in_loop_thread_ = false;
   const bool copies = std::exchange(spin_copies_, false);
@@ -101,8 +102,13 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
       relax();
   }
   for (Engine* engine : engines) engine->end_spin();
-  for (Engine* engine : engines) found = found || engine->has_completed();
-  if (patient && asked && until_ns == own_end) patience.spun(found, taken, began, last, asked);
+  bool met = false;
+  for (Engine* engine : engines) {
+    found = found || engine->has_completed();
+    // With GPUs a frame that came (a rendezvous that goes on) would have had to wake the engine's thread.
+    met = met || (engine->met_ && engine->spin_tries_);
+  }
+  if (patient && asked && until_ns == own_end) patience.spun(found || met, taken, began, last, asked);
   return found;
 }
 
