@@ -415,7 +415,7 @@ class Engine final : public Host, public FrameSink {
   bool look_told();
   Patience lingering_;          // the loop's thread only, as what follows
   bool covers_engine_ = false;  // in a spin: it sees what the engine's thread would be woken for
-  bool met_ = false;            // frames have come in it
+  bool met_ = false;            // in a spin: frames have come
 
   // under the token
   PriorityMutex token_;
