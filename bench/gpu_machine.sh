@@ -39,7 +39,7 @@ suite() { # NAME OPTIONS...
 tests() {
   logs=$(mktemp -d)
   for file in links/test_gpu links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
-    integration/test_gpu_collectives fault/test_cuda_faults; do
+    integration/test_gpu_collectives integration/test_gpu_repeats fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
       timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \
         >"$logs/$(basename $file)-$loop" 2>&1 &

@@ -73,8 +73,8 @@ class Device {
   SmallCopies small;
 
  private:
-  // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
-  static constexpr size_t kStreams = 6;
+  // Two for bulk and one for what is urgent between devices, to and from the host, within the device, kernels.
+  static constexpr size_t kStreams = 7;
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
