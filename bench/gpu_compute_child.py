@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Of all subjects the same: one array that fits into the GPU's cache would disturb the kernels less.
 _ARRAYS, _EACH = 4, 64 * MIB
+_SETTLES_S = 0.15
 
 
 def _kernels(torch: Any) -> dict[str, Callable[[], Any]]:
@@ -44,28 +45,55 @@ def _kernels(torch: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _rate(torch: Any, kernel: Callable[[], Any], seconds: float) -> float:
-    """Kernels per second; the loop runs ahead of the GPU by a few dozen launches only."""
+class _Flow:
+    """A transfer that goes on beside the kernels: what it has moved, and since when that is counted."""
+
+    def __init__(self) -> None:
+        self.moved = 0.0
+        self._counted = (0.0, 0.0)
+
+    def count(self) -> None:
+        self._counted = (time.perf_counter(), self.moved)
+
+    def rate(self) -> float:
+        """GB/s since `count`."""
+        since, moved = self._counted
+        return (self.moved - moved) / (time.perf_counter() - since) / 1e9
+
+
+def _rate(torch: Any, kernel: Callable[[], Any], seconds: float, flow: _Flow) -> tuple[float, float]:
+    """Kernels per second and the flow's GB/s; the loop runs ahead of the GPU by a few dozen launches only.
+
+    The kernels run for a while before they are counted, and so without a pause from one measurement to the
+    next: a GPU whose power is what limits it runs faster for a while after every pause.
+    """
     stream = torch.cuda.current_stream()
-    done, start = 0, time.perf_counter()
     events: list[Any] = []
-    while time.perf_counter() - start < seconds:
-        for _ in range(8):
-            kernel()
-        event = torch.cuda.Event()
-        event.record(stream)
-        events.append(event)
-        done += 8
-        if len(events) > 4:
-            events.pop(0).synchronize()
-    torch.cuda.synchronize()
-    return done / (time.perf_counter() - start)
+
+    def run(for_s: float) -> float:
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < for_s:
+            for _ in range(8):
+                kernel()
+            event = torch.cuda.Event()
+            event.record(stream)
+            events.append(event)
+            done += 8
+            if len(events) > 4:
+                events.pop(0).synchronize()
+        torch.cuda.synchronize()
+        return done / (time.perf_counter() - start)
+
+    run(_SETTLES_S)
+    flow.count()
+    kernels = run(seconds)
+    return kernels, flow.rate()
 
 
 def _measure(
-    torch: Any, begin: Callable[[], None], end: Callable[[], float], arguments: Mapping[str, Any]
+    torch: Any, flow: _Flow, begin: Callable[[], None], end: Callable[[], None], arguments: Mapping[str, Any]
 ) -> Metrics:
-    """Each kernel alone and beside the transfer, in turns; `end` answers the rate in GB/s.
+    """Each kernel alone and beside the transfer, in turns; neither `begin` nor `end` waits.
 
     Clocks drift by more than a transfer costs, so each turn beside it is held against those before and after.
     """
@@ -75,14 +103,16 @@ def _measure(
         for _ in range(8):
             kernel()
         torch.cuda.synchronize()
-        alone = [_rate(torch, kernel, seconds)]
+        alone = [_rate(torch, kernel, seconds, flow)[0]]
         kept, moved = [], []
         for _ in range(turns):
             begin()
-            beside = _rate(torch, kernel, seconds)
-            moved.append(end())
-            alone.append(_rate(torch, kernel, seconds))
+            beside, rate = _rate(torch, kernel, seconds, flow)
+            end()
+            moved.append(rate)
+            alone.append(_rate(torch, kernel, seconds, flow)[0])
             kept.append(2 * beside / (alone[-2] + alone[-1]))
+        found[f"kernels_s/{name}"] = statistics.median(alone)
         found[f"kept/{name}"] = statistics.median(kept)
         found[f"gbytes_s/{name}"] = statistics.median(moved)
         # Time lost per GB moved while the kernels ran.
@@ -99,8 +129,8 @@ def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
     torch.cuda.set_device(role)
     arrays = [torch.zeros(_EACH, dtype=torch.uint8, device="cuda") for _ in range(_ARRAYS)]
     torch.cuda.synchronize()
-    running, wanted, stopping = threading.Event(), threading.Event(), threading.Event()
-    state: dict[str, float] = {}
+    wanted, stopping = threading.Event(), threading.Event()
+    flow = _Flow()
 
     async def main() -> None:
         comm = await ours.connect(role, control, "cuda")
@@ -116,7 +146,7 @@ def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
                     await comm.recv(go, 0)
                 if not go[0]:
                     break
-                await _flow(comm, role, arrays, wanted, running, state)
+                await _messages(comm, role, arrays, wanted, flow)
         await comm.barrier()
         await comm.aclose()
 
@@ -126,39 +156,19 @@ def child_ours(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
 
-    def begin() -> None:
-        running.clear()
-        wanted.set()
-        running.wait()
-        state["start"], state["moved"] = time.perf_counter(), 0.0
-
-    def end() -> float:
-        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
-        wanted.clear()
-        time.sleep(0.05)
-        return rate
-
-    found = _measure(torch, begin, end, arguments)
+    found = _measure(torch, flow, wanted.set, wanted.clear, arguments)
     stopping.set()
     thread.join()
     return found
 
 
-async def _flow(
-    comm: Any,
-    role: int,
-    arrays: list[Any],
-    wanted: threading.Event,
-    running: threading.Event,
-    state: dict[str, float],
-) -> None:
+async def _messages(comm: Any, role: int, arrays: list[Any], wanted: threading.Event, flow: _Flow) -> None:
     if role == 0:
         open_ = [comm.send(array, 1, tag=1) for array in arrays]
         number = 0
         while wanted.is_set():
             await open_[number % 4]
-            state["moved"] = state.get("moved", 0.0) + arrays[0].nbytes
-            running.set()
+            flow.moved += arrays[0].nbytes
             open_[number % 4] = comm.send(arrays[number % 4], 1, tag=1)
             number += 1
         end = arrays[0][:16]
@@ -195,7 +205,7 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
         return {}
     stop = threading.Event()
     threads: list[threading.Thread] = []
-    state = {"moved": 0.0, "start": 0.0}
+    flow = _Flow()
     word = driver.pinned(4096)
     tell = {
         "": lambda stream: None,
@@ -203,7 +213,7 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
         "copy": lambda stream: driver.copy(word, memory.address, 4, stream),
     }[arguments.get("told", "")]
 
-    def flow() -> None:
+    def copies() -> None:
         mine = Driver(role)  # the context, on this thread
         streams = [mine.stream(), mine.stream()]
         number = 0
@@ -213,25 +223,21 @@ def child_floor(role: int, control: Control, arguments: Mapping[str, Any]) -> Me
             at = number % _ARRAYS * _EACH
             mine.copy(peer + at, memory.address + at, _EACH, stream)
             tell(stream)
-            state["moved"] += _EACH
+            flow.moved += _EACH
             number += 1
         for stream in streams:
             mine.wait(stream)
 
     def begin() -> None:
         stop.clear()
-        threads.append(threading.Thread(target=flow))
+        threads.append(threading.Thread(target=copies))
         threads[-1].start()
-        time.sleep(0.05)
-        state["start"], state["moved"] = time.perf_counter(), 0.0
 
-    def end() -> float:
-        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+    def end() -> None:
         stop.set()
         threads[-1].join()
-        return rate
 
-    found = _measure(torch, begin, end, arguments)
+    found = _measure(torch, flow, begin, end, arguments)
     control.send("end")
     return found
 
@@ -253,10 +259,10 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
     )
     arrays = [torch.zeros(_EACH, dtype=torch.uint8, device="cuda") for _ in range(_ARRAYS)]
     stream = torch.cuda.Stream()
-    state = {"moved": 0.0, "start": 0.0}
+    flow = _Flow()
     go = torch.zeros(1, dtype=torch.uint8, device="cuda")
 
-    def flow(stop: threading.Event) -> None:
+    def messages(stop: threading.Event) -> None:
         torch.cuda.set_device(role)
         with torch.cuda.stream(stream):
             while True:
@@ -275,11 +281,11 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
                     else:
                         dist.recv(data, 0)
                 stream.synchronize()
-                state["moved"] += 2 * _ARRAYS * _EACH
+                flow.moved += 2 * _ARRAYS * _EACH
 
     if role == 1:
         while control.recv() == "begin":
-            flow(threading.Event())
+            messages(threading.Event())
         return {}
     stop = threading.Event()
     threads: list[threading.Thread] = []
@@ -287,17 +293,13 @@ def child_nccl(role: int, control: Control, arguments: Mapping[str, Any]) -> Met
     def begin() -> None:
         stop.clear()
         control.send("begin")
-        threads.append(threading.Thread(target=flow, args=(stop,)))
+        threads.append(threading.Thread(target=messages, args=(stop,)))
         threads[-1].start()
-        time.sleep(0.1)
-        state["start"], state["moved"] = time.perf_counter(), 0.0
 
-    def end() -> float:
-        rate = state["moved"] / (time.perf_counter() - state["start"]) / 1e9
+    def end() -> None:
         stop.set()
         threads[-1].join()
-        return rate
 
-    found = _measure(torch, begin, end, arguments)
+    found = _measure(torch, flow, begin, end, arguments)
     control.send("end")
     return found

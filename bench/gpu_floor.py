@@ -84,7 +84,9 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             driver.copy(peer, own.address, large, stream)
             driver.wait(stream)
         found["gbytes_s_serial/1GiB"] = large * arguments["repeats"] / (time.perf_counter() - start) / 1e9
-        found["put_gbytes_s/1GiB"] = found["gbytes_s_serial/1GiB"]
+        for key in ("put", "get"):
+            found[f"{key}_gbytes_s/1GiB"] = found["gbytes_s/1GiB"]
+            found[f"{key}_gbytes_s_serial/1GiB"] = found["gbytes_s_serial/1GiB"]
         seen = []
         for _ in range(1000):
             start = time.perf_counter()

@@ -17,7 +17,7 @@ from .peers import ours
 from .sizes import KIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from .control import Control
     from .gpu_driver import Memory
@@ -30,15 +30,24 @@ async def _one_way(comm: Any, role: int, arrays: list[Memory], count: int, outst
     """Rate in GB/s; `outstanding` messages at once, each of its own array."""
     await comm.barrier()
     start = time.perf_counter()
+
+    def begin(number: int) -> Any:
+        array = arrays[number % len(arrays)]
+        return comm.send(array, 1) if role == 0 else comm.recv(array, 0)
+
+    await _keep(count, outstanding, begin)
+    return arrays[0].nbytes * count / (time.perf_counter() - start) / 1e9
+
+
+async def _keep(count: int, outstanding: int, begin: Callable[[int], Any]) -> None:
+    """Run `count` operations, so many of them at once."""
     open_: deque[Any] = deque()
     for number in range(count):
-        array = arrays[number % len(arrays)]
         if len(open_) == outstanding:
             await open_.popleft()
-        open_.append(comm.send(array, 1) if role == 0 else comm.recv(array, 0))
+        open_.append(begin(number))
     for transfer in open_:
         await transfer
-    return arrays[0].nbytes * count / (time.perf_counter() - start) / 1e9
 
 
 async def _one_by_one(comm: Any, role: int, array: Memory, name: str, count: int) -> Metrics:
@@ -99,16 +108,16 @@ async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
     )
 
 
-async def _both_ways(comm: Any, role: int, data: Memory, into: Memory, count: int) -> float:
+async def _both_ways(
+    comm: Any, role: int, data: list[Memory], into: list[Memory], count: int, outstanding: int
+) -> float:
     await comm.barrier()
     start = time.perf_counter()
-
-    async def all_of(operation: Any, array: Memory) -> None:
-        for _ in range(count):
-            await operation(array, 1 - role)
-
-    await asyncio.gather(all_of(comm.send, data), all_of(comm.recv, into))
-    return data.nbytes * count / (time.perf_counter() - start) / 1e9
+    await asyncio.gather(
+        _keep(count, outstanding, lambda number: comm.send(data[number % len(data)], 1 - role)),
+        _keep(count, outstanding, lambda number: comm.recv(into[number % len(into)], 1 - role)),
+    )
+    return data[0].nbytes * count / (time.perf_counter() - start) / 1e9
 
 
 async def _ping_pong(channel: Any, role: int, data: Memory, into: Memory, count: int) -> list[float]:
@@ -189,23 +198,23 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     import aiocomm
 
     urgent_data, urgent_into = driver.allocate(64 * KIB), driver.allocate(64 * KIB)
-    data, into = driver.allocate(large), driver.allocate(large)
+    data, into, more = (driver.allocate(large) for _ in range(3))
     mine = data if role == 0 else into
     found: Metrics = {}
     data.fill(3 + role)
     await _one_way(comm, role, [mine], 2, 1)
     if role == 1 and (into.read(0, 4096) != bytes([3]) * 4096 or into.read(large - 7, 7) != bytes([3]) * 7):
         raise AssertionError("the bytes did not arrive")
-    found["gbytes_s/1GiB"] = await _one_way(comm, role, [mine], repeats, 1)
-    found["gbytes_s_serial/1GiB"] = found["gbytes_s/1GiB"]
+    await _one_way(comm, role, [mine, more], 2, 2)
+    found["gbytes_s/1GiB"] = await _one_way(comm, role, [mine, more], repeats, 2)
+    found["gbytes_s_serial/1GiB"] = await _one_way(comm, role, [mine], repeats, 1)
     found.update(await _one_by_one(comm, role, mine[: min(large, 256 * MIB)], "256MiB", 2 * repeats))
-    halves_of = [mine[: large // 2], mine[large // 2 :]]
-    found["gbytes_s_two/512MiB"] = await _one_way(comm, role, halves_of, 2 * repeats, 2)
     pieces = [mine[at * 16 * MIB : (at + 1) * 16 * MIB] for at in range(16)]
     await _one_way(comm, role, pieces, 16, 8)
     found["gbytes_s/16MiB"] = await _one_way(comm, role, pieces, 400, 8)
-    await _both_ways(comm, role, data, into, 2)
-    found["gbytes_s_both/1GiB"] = await _both_ways(comm, role, data, into, 4 * repeats)
+    await _both_ways(comm, role, [data], [into, more], 2, 2)
+    found["gbytes_s_both/1GiB"] = await _both_ways(comm, role, [data], [into, more], 4 * repeats, 2)
+    found["gbytes_s_both_serial/1GiB"] = await _both_ways(comm, role, [data], [into], 2 * repeats, 1)
     await _ping_pong(comm, role, urgent_data, urgent_into, 200)
     for nbytes, name in ((8, "8B"), (64 * KIB, "64KiB"), (MIB, "1MiB")):
         a, b = (urgent_data, urgent_into) if nbytes <= 64 * KIB else (data, into)
@@ -245,7 +254,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     found["urgent_p99_us/both_ways"] = figures.percentile(halves, 0.99) * 1e6
     found["bulk_gbytes_s/both_alone"], found["bulk_gbytes_s/both_ways"] = alone, kept
     found["bulk_kept/both_ways"] = kept / alone
-    found.update(await _one_sided(comm, role, data, into, repeats))
+    found.update(await _one_sided(comm, role, [data, more], into, repeats))
     found.update(await _pages(comm, role, data, into))
     found.update(await _gathers(comm, role, data, into, repeats))
     found.update(await _shares(comm, role, one))
@@ -255,7 +264,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     return found
 
 
-async def _one_sided(comm: Any, role: int, data: Memory, into: Memory, repeats: int) -> Metrics:
+async def _one_sided(comm: Any, role: int, arrays: list[Memory], into: Memory, repeats: int) -> Metrics:
     """Rank 0 puts into and gets from memory of rank 1, which does nothing."""
     found: Metrics = {}
     async with comm.register(into) as region:
@@ -263,11 +272,13 @@ async def _one_sided(comm: Any, role: int, data: Memory, into: Memory, repeats: 
         await comm.barrier()
         if role == 0:
             for name, call in (("put", comm.put), ("get", lambda x, r: comm.get(r, x))):
-                await call(data, remote)
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    await call(data, remote)
-                found[f"{name}_gbytes_s/1GiB"] = data.nbytes * repeats / (time.perf_counter() - start) / 1e9
+                await call(arrays[0], remote)
+                await call(arrays[1], remote)
+                for outstanding, key in ((2, "gbytes_s"), (1, "gbytes_s_serial")):
+                    start = time.perf_counter()
+                    await _keep(repeats, outstanding, lambda number: call(arrays[number % 2], remote))  # noqa: B023
+                    elapsed = time.perf_counter() - start
+                    found[f"{name}_{key}/1GiB"] = into.nbytes * repeats / elapsed / 1e9
         await comm.barrier()
     return found
 

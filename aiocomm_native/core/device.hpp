@@ -125,6 +125,7 @@ struct MoveJob {
   OpId op = 0;
   uint64_t to = 0, from = 0, nbytes = 0, offset = 0;
   uint64_t posted_ns = 0, issued_ns = 0, ended_ns = 0;
+  uint64_t order = 0;  // in which the device was given it
   uint8_t device = 0, cls = 0;
   Lane lane = Lane::peer;
   int error = 0;                  // the driver's

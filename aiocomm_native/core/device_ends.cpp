@@ -144,8 +144,13 @@ bool DeviceProtocol::assist() {
   return did > 0;
 }
 
-void DeviceProtocol::expect(uint64_t ns) {
-  due_ns_.store(engine_.now() + std::min(ns, kMostDue), std::memory_order_relaxed);
+void DeviceProtocol::expect(uint64_t ns, bool by_engine) {
+  const uint64_t due = engine_.now() + std::min(ns, kMostDue);
+  if (by_engine) {
+    if (engine_.spin_tries_) engine_due_ns_ = std::max(engine_due_ns_, due);
+    return;
+  }
+  due_ns_.store(std::max(due_ns_.load(std::memory_order_relaxed), due), std::memory_order_relaxed);
   engine_.wake_loop();
 }
 
@@ -179,7 +184,8 @@ void DeviceProtocol::linger() {
 }
 
 // A loop that is woken a little before the end sees it at once. The sender of a message that is pulled, and the receiver
-// of one that is pushed, hear of the end by a frame: theirs must be awake by then, too.
+// of one that is pushed, hear of the end by a frame: theirs must be awake by then, too. Whose memory is accessed has no
+// loop that waits; its engine's thread is woken, since the next access is likely to follow at once.
 void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   Engine::Token token(engine_, Engine::Token::Spin{});
   Op* op = engine_.find(id);
@@ -188,16 +194,19 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   auto concerns = [&](WakePage& page) {
     return ns <= kMostLinger || page.loop_spins.load(std::memory_order_relaxed) != 0;
   };
-  if (concerns(*engine_.page_)) expect(ns);
+  if (concerns(*engine_.page_)) expect(ns, false);
   Peer* peer = engine_.find_peer(op->peer);
   if (!peer || peer->state != Peer::State::up) return;
   WakePage* page = peer->link->page();
-  if (!page || !concerns(*page)) return;
-  if (page->loop.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
+  const bool by_engine = op->kind == OpKind::put || op->kind == OpKind::get;
+  if (!page || (!by_engine && !concerns(*page))) return;
+  const WakeWord& sleeper = by_engine ? page->engine : page->loop;
+  if (sleeper.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
   FrameHeader h{};
   h.kind = FrameKind::soon;
+  h.flags = by_engine ? kOneSided : 0;
   h.nbytes = ns;
-  engine_.send_control(*peer, h, Wake::loop);
+  engine_.send_control(*peer, h, by_engine ? Wake::engine : Wake::loop);
 }
 
 bool DeviceProtocol::end_assist() {

@@ -60,9 +60,11 @@ class DeviceProtocol final : public MoverHost {
   void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
 
   // --- the loop's way into and out of sleep
-  void expect(uint64_t ns);  // a copy ends about then: the loop is woken
-  void linger();             // by the loop's thread, without the token: waits for what was expected
-  uint64_t take_due();       // when that was expected, once; 0: nothing was
+  // A copy ends about then: the loop is woken, or the engine's thread does not sleep before.
+  void expect(uint64_t ns, bool by_engine);
+  uint64_t engine_due() const { return engine_due_ns_; }
+  void linger();        // by the loop's thread, without the token: waits for what was expected
+  uint64_t take_due();  // when that was expected, once; 0: nothing was
 
   // --- ends
   void cancel_move(Op& op);
@@ -121,6 +123,7 @@ class DeviceProtocol final : public MoverHost {
   std::atomic<int> assistants_{0};
   // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
   std::atomic<uint64_t> due_ns_{0};
+  uint64_t engine_due_ns_ = 0;  // the same of an access of a peer, for which the engine's thread stays awake
 };
 
 }  // namespace aiocomm

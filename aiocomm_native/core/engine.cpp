@@ -421,7 +421,7 @@ void Engine::run() {
       for (size_t i = 0; i < schedulers_.size(); ++i) pump(static_cast<uint8_t>(i));
       if (did)
         spin_until = t + spin_ns_;
-      else if (t < spin_until)
+      else if (t < spin_until || t < device_.engine_due())
         did = 1;
     }
     gone.clear();

@@ -46,7 +46,7 @@ enum class FrameKind : uint8_t {
   key_revoke,   // region `rop` closes: begin nothing more; kAgain: this has been said before
   key_revoked,  // answer: nothing of ours is under way there any more; kStillUsed: something still is
   note,  // number `rop` of the notifications that ride on writes: metadata is its payload, `nbytes` those of the put
-  soon,  // a copy of device memory that the loop waits for ends within about `nbytes` ns: it is woken in time
+  soon,  // a copy of device memory ends within about `nbytes` ns: who waits for it is woken in time
   freed,  // device memory at `address` with buffer id `rop` is the sender's no more: mappings of it are to be dropped
   rest,     // the pair is idle here: shall it be closed?
   resting,  // answer: `code` ok, if it is idle there, too
@@ -62,6 +62,7 @@ enum FrameFlags : uint8_t {
   kReads = 8,      // cts: the receiver can read the sender's host memory
   kWritable = 16,  // key_is
   kAgain = 1,      // key_revoke
+  kOneSided = 1,   // soon: no loop waits for it, but the engine may soon be asked again
   kStillUsed = 1,  // key_revoked
   kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };

@@ -38,7 +38,7 @@ bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
   until_ns = began + patience.stretched(asked);
   const uint64_t own_end = until_ns;
-  bool found = false, taken = false, covers = false;
+  bool found = false, taken = false, covers = false, met = false;
   while (!(found = has_completed() || has_events())) {
     // Peers need not wake the engine's thread for what is seen here.
     if (page_->engine.word.load(std::memory_order_relaxed) == WakeWord::kAsleep) {
@@ -48,7 +48,7 @@ bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
     if (token_.try_lock()) {
       in_loop_thread_ = true;
       drain_submissions();
-      for (size_t i = 0; i < polled_.size(); ++i) polled_[i]->poll_spinning(kPollBudget);
+      for (size_t i = 0; i < polled_.size(); ++i) met |= polled_[i]->poll_spinning(kPollBudget) > 0;
       if (has_express()) dispatch_fds(express_epoll_, 0, true);
       in_loop_thread_ = false;
       bool copies = std::exchange(spin_copies_, false);
@@ -76,7 +76,9 @@ bool Engine::spin(uint64_t until_ns, Patience& patience, bool yields) {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (covers) anything_to_poll();
   found = found || has_completed();
-  if (patient && asked && until_ns == own_end) patience.spun(found, taken, began, last, asked);
+  // With GPUs a frame that came (a rendezvous that goes on) would have had to wake the engine's thread.
+  if (patient && asked && until_ns == own_end)
+    patience.spun(found || (met && spin_tries_), taken, began, last, asked);
   return found;
 }
 

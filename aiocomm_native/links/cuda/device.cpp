@@ -28,10 +28,16 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kWakeNs = 220000;
 // How long before its end a long copy is announced to loops that spin, and to those that sleep; bytes of a long one.
-constexpr uint64_t kAhead[] = {400000, 40000}, kLong = 32 << 20;
+constexpr uint64_t kAhead[] = {700000, 40000}, kLong = 32 << 20;
+constexpr uint64_t kLateShare =
+    8;  // a long copy takes at most this part longer than is expected of it: others share
+        // the memory and the links
 constexpr uint64_t kMostLate = 1000000;
-constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
-constexpr double kMostRate = 400;     // between devices, in bytes per ns
+constexpr uint64_t kLongestRun = 4ull << 30;  // bytes over which a rate is taken
+constexpr uint64_t kEarlyNs = 20000;          // that a copy takes at most whose end is announced at once
+constexpr double kMostRate = 400;             // between devices, in bytes per ns
+
+constexpr size_t kPeerStreams = 3;  // the first are those of copies between devices
 
 uint64_t now_ns() {
   timespec t;
@@ -271,6 +277,7 @@ bool Device::issue() {
       if (is_lost(code)) lost_ = code;
       continue;
     }
+    job.order = ++issued_;
     stream.inflight.emplace_back(++stream.issued, job);
     const size_t bulk = streams_[0].inflight.size() + streams_[1].inflight.size() - (index < 2);
     if (job.early && spin_ns_ && bulk == 0) early_.push_back(job.op);
@@ -330,7 +337,7 @@ bool Device::collect(uint64_t now) {
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
       job.ended_ns = now;
-      if (i < 3) rate(job);
+      if (i < kPeerStreams) rate(job);
       finished_.push_back(job);
       stream.inflight.pop_front();
     }
@@ -342,12 +349,16 @@ bool Device::collect(uint64_t now) {
 }
 
 // A copy between devices has ended. What is expected of the next follows a faster one at once and a slower one by and by:
-// a loop that is woken too late has missed the end.
+// a loop that is woken too late has missed the end. Over some copies in a row one end that was seen late counts for little.
 void Device::rate(const MoveJob& job) {
-  const uint64_t began = std::max(job.posted_ns, peer_done_ns_);
+  if (job.issued_ns >= peer_done_ns_ || run_bytes_ > kLongestRun) {
+    run_began_ns_ = std::max(job.issued_ns, peer_done_ns_);
+    run_bytes_ = 0;
+  }
   peer_done_ns_ = job.ended_ns;
-  if (job.nbytes < kLong || job.rows || job.ended_ns <= began) return;
-  const double seen = static_cast<double>(job.nbytes) / static_cast<double>(job.ended_ns - began);
+  run_bytes_ += job.nbytes;
+  if (job.nbytes < kLong || job.rows || job.ended_ns <= run_began_ns_) return;
+  const double seen = static_cast<double>(run_bytes_) / static_cast<double>(job.ended_ns - run_began_ns_);
   peer_rate_ = std::max(seen, peer_rate_ + (seen - peer_rate_) / 2);
   late_ns_ -=
       late_ns_ / 64;  // where all ends are watched from the beginning, no sleep says that timers are good
@@ -394,15 +405,34 @@ bool Device::open_gates() {
   return true;
 }
 
+// Whatever their streams, copies between devices run first in, first out: this one ends next. Null: none is under way.
+const MoveJob* Device::first_between() const {
+  const MoveJob* first = nullptr;
+  for (size_t i = 0; i < kPeerStreams; ++i) {
+    if (streams_[i].inflight.empty()) continue;
+    const MoveJob& job = streams_[i].inflight.front().second;
+    if (!first || job.order < first->order) first = &job;
+  }
+  return first;
+}
+
+uint64_t Device::takes(const MoveJob& job) const {
+  return static_cast<uint64_t>(static_cast<double>(job.nbytes) / peer_rate_) + job.slow_ns;
+}
+
+uint64_t Device::expected_end(const MoveJob& job) const {
+  return std::max(job.issued_ns, peer_done_ns_) + takes(job);
+}
+
 // About when the copy that ends next should; 0: none is under way.
 uint64_t Device::expected_end() const {
-  uint64_t soonest = 0;
-  for (size_t i = 0; i < kStreams; ++i) {
-    const Stream& stream = streams_[i];
-    if (stream.inflight.empty()) continue;
-    const MoveJob& job = stream.inflight.front().second;
-    const uint64_t rate = i < 3 ? 400 : i == kLocal ? 1000 : 60;  // bytes per ns, of the fastest
-    uint64_t end = std::max(job.posted_ns, i < 3 ? peer_done_ns_ : 0) + job.nbytes / rate + job.slow_ns;
+  const MoveJob* first = first_between();
+  uint64_t soonest = first ? expected_end(*first) : 0;
+  for (size_t i = kPeerStreams; i < kStreams; ++i) {
+    if (streams_[i].inflight.empty()) continue;
+    const MoveJob& job = streams_[i].inflight.front().second;
+    const uint64_t rate = i == kLocal ? 1000 : 60;  // bytes per ns, of the fastest
+    const uint64_t end = job.issued_ns + job.nbytes / rate + job.slow_ns;
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;
@@ -413,23 +443,20 @@ uint64_t Device::margin() const { return 2 * (kWakeNs + late_ns_); }
 
 // Waking up takes longer than what is left.
 bool Device::ends_soon(uint64_t now) const {
-  uint64_t end = expected_end();
-  return end && now + margin() > end && now < end + spin_ns_;
+  const uint64_t end = expected_end();
+  if (!end || now + margin() <= end) return false;
+  const MoveJob* first = first_between();
+  return now < end + spin_ns_ + (first ? takes(*first) / kLateShare : 0);
 }
 
 void Device::announce_end(uint64_t now) {
-  for (size_t i = 0; i < 3; ++i) {
-    if (streams_[i].inflight.empty()) continue;
-    const MoveJob& job = streams_[i].inflight.front().second;
-    if (job.nbytes < kLong) continue;
-    const auto takes = static_cast<uint64_t>(static_cast<double>(job.nbytes) / peer_rate_) + job.slow_ns;
-    const uint64_t end = std::max(job.posted_ns, peer_done_ns_) + takes;
-    for (size_t turn = 0; turn < announced_.size(); ++turn) {
-      Announced& last = announced_[turn];
-      if (now + kAhead[turn] < end || (job.op == last.op && job.offset == last.offset)) continue;
-      last = {job.op, job.offset};
-      host_.ends_soon(job.op, turn == 0 && end > now ? end - now + kAhead[1] : kAhead[1]);
-    }
+  const MoveJob* job = first_between();
+  if (!job || job->nbytes < kLong) return;
+  const uint64_t end = expected_end(*job), late = takes(*job) / kLateShare;
+  for (size_t turn = 0; turn < announced_.size(); ++turn) {
+    if (now + kAhead[turn] < end || announced_[turn] == job->order) continue;
+    announced_[turn] = job->order;
+    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1]);
   }
 }
 

@@ -97,11 +97,9 @@ class Device {
   void sleep(uint64_t now);
   bool ends_soon(uint64_t now) const;
   void announce_end(uint64_t now);
-  struct Announced {
-    OpId op = 0;
-    uint64_t offset = 0;
-  };
-  std::array<Announced, 2> announced_;  // last, to loops that spin and to those that sleep
+  const MoveJob* first_between() const;
+  uint64_t takes(const MoveJob& job) const;  // between devices, in ns
+  uint64_t expected_end(const MoveJob& job) const;
   uint64_t expected_end() const;
   void rate(const MoveJob& job);
   uint64_t margin() const;
@@ -113,11 +111,15 @@ class Device {
   MoverHost& host_;
   const uint64_t spin_ns_;
   std::array<Stream, kStreams> streams_;
+  uint64_t issued_ = 0;  // copies so far
+  std::array<uint64_t, 2> announced_ =
+      {};                      // of those the last whose end was told to loops that spin, that sleep
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
-  double peer_rate_;           // bytes per ns that is expected of long ones
-  uint64_t late_ns_ = 0;       // by which timers have been late
-  std::vector<OpId> early_;    // issued in this turn: loops are woken for them
-  int lost_ = 0;               // the driver's code, once the device is lost
+  uint64_t run_began_ns_ = 0, run_bytes_ = 0;  // of copies between devices that followed each other at once
+  double peer_rate_;                           // bytes per ns that is expected of long ones
+  uint64_t late_ns_ = 0;                       // by which timers have been late
+  std::vector<OpId> early_;                    // issued in this turn: loops are woken for them
+  int lost_ = 0;                               // the driver's code, once the device is lost
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
   RowCopies row_copies_;
