@@ -48,7 +48,7 @@ tests() {
   # What no loop is named for.
   timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
-    tests/integration/test_gpu_reductions.py \
+    tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &
   wait
   for log in "$logs"/*; do
@@ -74,7 +74,7 @@ for step in "$@"; do
     ;;
   reductions)
     timeout 150 python3 -P -m pytest -q -p no:cacheprovider --timeout 30 tests/integration/test_gpu_reductions.py \
-      >"$out/gpu-reductions.log" 2>&1 || true
+      tests/integration/test_gpu_two_shot.py >"$out/gpu-reductions.log" 2>&1 || true
     tail -n 25 "$out/gpu-reductions.log"
     ;;
   examples)
