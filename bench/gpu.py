@@ -79,6 +79,7 @@ _COLUMNS = (
     Column("pages_gbytes_s/scattered", "scattered\npages, GB/s", 1, "higher"),
     Column("pages_get_gbytes_s/scattered", "got,\nGB/s", 1, "higher"),
     Column("all_gather_gbytes_s/128MiB", "all_gather of\n128 MiB, GB/s", 1, "higher"),
+    Column("all_gather_us/1MiB", "of 1 MiB\nµs", 1),
     Column("all_gather_us/64KiB", "of 64 KiB\nµs", 1),
     Column("all_reduce_us/256MiB", "all_reduce of\n256 MiB, µs", 0),
     Column("all_reduce_us/64KiB", "of 64 KiB\nµs", 1),
@@ -118,6 +119,9 @@ SUITE = Suite(
             _FLOOR,
         ),
         Rule("scattered pages ÷ raw batch", _SPIN, "pages_gbytes_s/scattered", ">=", 0.97, _FLOOR),
+        Rule("all_gather of 1 MiB, µs", _SPIN, "all_gather_us/1MiB", "<=", 35),
+        Rule("all_gather of 64 KiB, µs", _SPIN, "all_gather_us/64KiB", "<=", 35),
+        Rule("all_reduce of 64 KiB, µs", _SPIN, "all_reduce_us/64KiB", "<=", 30),
         Rule(
             "all_reduce 256 MiB ÷ NCCL's",
             _SPIN,

@@ -23,9 +23,10 @@ from aiocomm.errors import LinkError, UsageError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-__all__ = ["Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
+__all__ = ["THREADS", "Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
 
-_THREADS: Final = 512  # of a block
+THREADS: Final = 512  # of a block
+_RANKS: Final = 16  # whose arrays one kernel combines: aiocomm_native/bindings/combining.hpp
 _VECTORS: Final = 4  # of 16 bytes, that a thread has under way at once
 
 _BF16_LOAD: Final = "__uint_as_float((unsigned)x << 16)"
@@ -121,6 +122,12 @@ __device__ stored_t combined(stored_t l, stored_t r) {{
 }}
 constexpr unsigned kPer = 16 / sizeof(stored_t), kVectors = {vectors};
 struct alignas(16) Vector {{ stored_t at[kPer]; }};
+__device__ stored_t divided(stored_t x, unsigned by) {{ return save((value_t)(load(x) / (value_t)by)); }}
+// The arrays of all ranks, as they are mapped here: this rank's block of each.
+struct Arrays {{
+  size_type in[{ranks}], out[{ranks}], count;
+  unsigned size, by;
+}};
 
 extern "C" __global__ void __launch_bounds__({threads})
 combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n) {{
@@ -153,7 +160,51 @@ combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n)
 extern "C" __global__ void __launch_bounds__({threads}) divide(stored_t* out, size_type n, unsigned by) {{
   const size_type stride = (size_type)gridDim.x * blockDim.x;
   for (size_type i = (size_type)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
-    out[i] = save((value_t)(load(out[i]) / (value_t)by));
+    out[i] = divided(out[i], by);
+}}
+
+extern "C" __global__ void __launch_bounds__({threads}) combine_all(const Arrays all) {{
+  const size_type stride = (size_type)gridDim.x * blockDim.x;
+  const size_type first = (size_type)blockIdx.x * blockDim.x + threadIdx.x;
+  size_type bits = 0, done = 0;
+  for (unsigned rank = 0; rank < all.size; ++rank) bits |= all.in[rank] | all.out[rank];
+  if ((bits & 15) == 0) {{
+    const size_type vectors = all.count / kPer;
+    for (size_type i = first; i < vectors; i += stride * kVectors) {{
+      Vector total[kVectors], part[kVectors];
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) total[v] = ((const Vector*)all.in[0])[i + v * stride];
+      for (unsigned rank = 1; rank < all.size; ++rank) {{
+#pragma unroll
+        for (unsigned v = 0; v < kVectors; ++v)
+          if (i + v * stride < vectors) part[v] = ((const Vector*)all.in[rank])[i + v * stride];
+#pragma unroll
+        for (unsigned v = 0; v < kVectors; ++v)
+          if (i + v * stride < vectors) {{
+#pragma unroll
+            for (unsigned k = 0; k < kPer; ++k) total[v].at[k] = combined(total[v].at[k], part[v].at[k]);
+          }}
+      }}
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) {{
+          if (all.by)
+#pragma unroll
+            for (unsigned k = 0; k < kPer; ++k) total[v].at[k] = divided(total[v].at[k], all.by);
+          for (unsigned rank = 0; rank < all.size; ++rank)
+            ((Vector*)all.out[rank])[i + v * stride] = total[v];
+        }}
+    }}
+    done = vectors * kPer;
+  }}
+  for (size_type i = done + first; i < all.count; i += stride) {{
+    stored_t total = ((const stored_t*)all.in[0])[i];
+    for (unsigned rank = 1; rank < all.size; ++rank)
+      total = combined(total, ((const stored_t*)all.in[rank])[i]);
+    if (all.by) total = divided(total, all.by);
+    for (unsigned rank = 0; rank < all.size; ++rank) ((stored_t*)all.out[rank])[i] = total;
+  }}
 }}
 """
 
@@ -182,7 +233,8 @@ def kernel_source(dtype: str, op: str) -> str:
         save=kind.save,
         expression=_OPERATORS[op],
         vectors=_VECTORS,
-        threads=_THREADS,
+        threads=THREADS,
+        ranks=_RANKS,
     )
 
 
@@ -326,6 +378,10 @@ class Kernels:
         blocks = _blocks(count * itemsize, sm_budget)
         self._launch(function, blocks, _Address(out), _Size(count), ctypes.c_uint(by))
 
+    def over_all(self, dtype: str, op: str) -> int:
+        """Handle of the function that combines the arrays of all ranks."""
+        return self._function(dtype, op, "combine_all").value or 0
+
     def synchronize(self) -> None:
         """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():
@@ -338,7 +394,7 @@ class Kernels:
                 "cuLaunchKernel",
                 function,
                 *(blocks, 1, 1),
-                *(_THREADS, 1, 1),
+                *(THREADS, 1, 1),
                 0,
                 self._stream,
                 pointers,
@@ -357,7 +413,7 @@ class Kernels:
         image = compiled(kernel_source(dtype, op), f"sm_{major.value}{minor.value}")
         with self.current():
             call("cuModuleLoadData", ctypes.byref(module), image)
-            for entry in ("combine", "divide"):
+            for entry in ("combine", "combine_all", "divide"):
                 function = _Handle()
                 call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
                 self._functions[dtype, op, entry] = function
@@ -378,7 +434,7 @@ class _Current:
 
 
 def _blocks(nbytes: int, sm_budget: int) -> int:
-    return max(1, min(sm_budget, -(-nbytes // (16 * _THREADS))))
+    return max(1, min(sm_budget, -(-nbytes // (16 * THREADS))))
 
 
 @functools.cache

@@ -71,6 +71,22 @@ struct Gate {
   }
 };
 
+// One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has.
+struct KernelCall {
+  struct Far {
+    Rank owner = -1;
+    DevicePlace place;
+    uint64_t nbytes = 0;
+    size_t at = 0;  // where in `argument` its address belongs, as it is mapped here
+    bool reached = false;
+    std::shared_ptr<void> mapping;
+  };
+  uint64_t function = 0;
+  uint32_t blocks = 1, threads = 1;
+  std::vector<std::byte> argument;  // the only one, by value
+  std::vector<Far> far;
+};
+
 // The device memory of one operation. Made by Mover::bind, dropped with the op.
 struct DeviceBuffer {
   virtual ~DeviceBuffer() = default;
@@ -94,12 +110,13 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
-  bool direct = false;            // the adapters of the pair's link reach it
-  bool not_direct = false;        // they were tried, and do not
-  bool allocates = false;         // a receive whose memory is made once the message's size is known
-  std::unique_ptr<RowList> rows;  // put, get: not all of the memory, but these rows of it
-  bool by_rows = false;           // the peer's op has rows of this memory
-  uint64_t reach = 0;             // bytes of the peer's memory that it is about; 0: as many as the op has
+  bool direct = false;                 // the adapters of the pair's link reach it
+  bool not_direct = false;             // they were tried, and do not
+  bool allocates = false;              // a receive whose memory is made once the message's size is known
+  std::unique_ptr<RowList> rows;       // put, get: not all of the memory, but these rows of it
+  std::unique_ptr<KernelCall> kernel;  // instead of a copy; the op moves no bytes for anybody else
+  bool by_rows = false;                // the peer's op has rows of this memory
+  uint64_t reach = 0;  // bytes of the peer's memory that it is about; 0: as many as the op has
   uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
@@ -115,6 +132,7 @@ struct MoveJob {
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
+  KernelCall* kernel = nullptr;   // of the op: it is launched
   uint64_t slow_ns = 0;           // that it takes longer than one copy of its size
 };
 

@@ -19,7 +19,8 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
-constexpr size_t kBatch = 16;  // small copies that share one written value
+constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
+constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
@@ -28,7 +29,9 @@ constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is 
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
 constexpr uint32_t kStandBack = 64;   // turns of the thread, each of which takes some 0.1 us
 
-bool is_small(const MoveJob& job) { return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows; }
+bool is_small(const MoveJob& job) {
+  return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows && !job.kernel;
+}
 
 void add(std::atomic<uint64_t>& sum, uint64_t ns) {  // one writer
   sum.store(sum.load(std::memory_order_relaxed) + ns, std::memory_order_relaxed);
@@ -88,8 +91,11 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     std::memset(words, 0, kWords * sizeof(uint32_t));
     words_ = static_cast<volatile uint32_t*>(words);
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
-    for (Stream& stream : streams_)
-      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, 0), "make a stream");
+    for (Stream& stream : streams_) {
+      const int priority = &stream == &streams_[kKernels] ? kMostUrgent : 0;
+      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, priority),
+            "make a stream");
+    }
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
@@ -172,6 +178,7 @@ void Device::give_back(const Gate& gate) {
 // ---------------------------------------------------------------- the thread
 
 size_t Device::stream_of(const MoveJob& job) {
+  if (job.kernel) return kKernels;
   if (job.local) return kLocal;
   if (job.lane == Lane::out) return 3;
   if (job.lane == Lane::in) return 4;
@@ -305,6 +312,11 @@ bool Device::issue(bool by_thread) {
 }
 
 int Device::copy(MoveJob& job, Stream& stream) {
+  if (KernelCall* kernel = job.kernel) {
+    void* argument = kernel->argument.data();
+    return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(kernel->function), kernel->blocks, 1, 1,
+                                 kernel->threads, 1, 1, 0, stream.handle, &argument, nullptr);
+  }
   if (!job.rows) return driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
   int code = row_copies_.queue(driver, job, stream.handle);
   if (code != CUDA_SUCCESS) driver.cuStreamSynchronize(stream.handle);  // some may be under way

@@ -78,8 +78,8 @@ class Device {
   SmallCopies small;
 
  private:
-  // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
-  static constexpr size_t kStreams = 6, kPeerStreams = 3, kLocal = 5;
+  // Two for bulk and one for what is urgent between devices, to and from the host, within the device, kernels.
+  static constexpr size_t kStreams = 7, kPeerStreams = 3, kLocal = 5, kKernels = 6;
   static constexpr uint64_t kLong = 32 << 20;  // bytes of a copy whose end is announced
   struct Stream {
     CUstream handle = nullptr;
