@@ -7,9 +7,10 @@ from typing import Final
 
 from .sizes import KIB
 
-__all__ = ["AT_ONCE", "BLOCK", "BLOCKS", "LAYERS", "PAGES", "SCATTERED", "STRIDED", "pages"]
+__all__ = ["AT_ONCE", "BLOCK", "BLOCKS", "CALLS", "LAYERS", "PAGES", "SCATTERED", "STRIDED", "pages"]
 
 AT_ONCE: Final = 4  # calls, as of several requests or layers
+CALLS: Final = 24
 BLOCK: Final = 32 * KIB
 BLOCKS: Final = 4096
 LAYERS: Final = 128  # K and V of 64

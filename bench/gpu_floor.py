@@ -39,17 +39,16 @@ def _blocks(
         scattered = driver.batch(to, source, block, stream)
 
         for name, queue in (("strided", strided), ("scattered", scattered)):
-            for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.AT_ONCE, "pages_gbytes_s")):
-                times = []
-                for _ in range(8):
-                    driver.wait(stream)
-                    start = time.perf_counter()
+            queue()
+            for calls, key in ((1, "pages_one_gbytes_s"), (gpu_blocks.CALLS, "pages_gbytes_s")):
+                driver.wait(stream)
+                start = time.perf_counter()
+                for _ in range(gpu_blocks.CALLS // calls):
                     for _ in range(calls):
                         queue()
                     driver.wait(stream)
-                    times.append(time.perf_counter() - start)
-                moved = calls * gpu_blocks.BLOCKS * block
-                found[f"{key}/{name}"] = moved / statistics.median(times[2:]) / 1e9
+                moved = gpu_blocks.CALLS * gpu_blocks.BLOCKS * block
+                found[f"{key}/{name}"] = moved / (time.perf_counter() - start) / 1e9
     control.swap("blocks done")
     return found
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _PING, _LOAD, _END = 1, 2, 3  # tags
 
+SPIN_S = 3e-3
+"""Of the mode that spins: longer than a copy of 1 GiB, so that no core sleeps, as with NIXL and NCCL."""
+
 
 async def _one_way(comm: Any, role: int, arrays: list[Memory], count: int, outstanding: int) -> float:
     """Rate in GB/s; `outstanding` messages at once, each of its own array."""
@@ -222,6 +225,7 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
         found[f"half_us/{name}"] = statistics.median(halves) * 1e6
         found[f"p99_us/{name}"] = figures.percentile(halves, 0.99) * 1e6
     found.update(await _parts(comm, role, urgent_data, urgent_into))
+    found.update(await _one_sided(comm, role, [data, more], into, repeats))
     urgent = comm.channel("bench-urgent", priority=aiocomm.Priority.URGENT)
     bulk = comm.channel("bench-bulk")
     await _ping_pong(urgent, role, urgent_data, urgent_into, 100)
@@ -254,7 +258,6 @@ async def measure(comm: Any, role: int, driver: Driver, arguments: Mapping[str, 
     found["urgent_p99_us/both_ways"] = figures.percentile(halves, 0.99) * 1e6
     found["bulk_gbytes_s/both_alone"], found["bulk_gbytes_s/both_ways"] = alone, kept
     found["bulk_kept/both_ways"] = kept / alone
-    found.update(await _one_sided(comm, role, [data, more], into, repeats))
     found.update(await _pages(comm, role, data, into))
     found.update(await _gathers(comm, role, data, into, repeats))
     found.update(await _shares(comm, role, one))
@@ -310,18 +313,17 @@ async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
                 def get() -> Any:
                     return comm.get_pages(remote, take, ours, give, sm_budget=budget)  # noqa: B023
 
-                for key, call, calls in (
+                for key, call, outstanding in (
                     ("pages_one_gbytes_s", put, 1),
                     ("pages_gbytes_s", put, gpu_blocks.AT_ONCE),
                     ("pages_get_gbytes_s", get, gpu_blocks.AT_ONCE),
                 ):
-                    times = []
-                    for _ in range(8):
-                        start = time.perf_counter()
-                        await asyncio.gather(*[call() for _ in range(calls)])
-                        times.append(time.perf_counter() - start)
-                    moved = calls * gpu_blocks.BLOCKS * gpu_blocks.BLOCK
-                    found[f"{key}/{name}"] = moved / statistics.median(times[2:]) / 1e9
+                    for _ in range(2):
+                        await call()
+                    start = time.perf_counter()
+                    await _keep(gpu_blocks.CALLS, outstanding, lambda _: asyncio.ensure_future(call()))  # noqa: B023
+                    moved = gpu_blocks.CALLS * gpu_blocks.BLOCKS * gpu_blocks.BLOCK
+                    found[f"{key}/{name}"] = moved / (time.perf_counter() - start) / 1e9
             await comm.barrier()
     return found
 
@@ -484,4 +486,4 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
         finally:
             await comm.aclose()
 
-    return work.run_on(arguments["loop"], opened)
+    return work.run_on(arguments["loop"], opened, SPIN_S)

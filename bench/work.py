@@ -149,8 +149,8 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     return run_on(peer.loop, main)
 
 
-def run_on(loop: Loop, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine as the peer's programs would."""
+def run_on(loop: Loop, main: Callable[[], Coroutine[Any, Any, T]], spin_s: float = SPIN_S) -> T:
+    """Run a coroutine as the peer's programs would; `spin_s` is for our own loop."""
     if loop == "blocking":
         try:
             main().send(None)
@@ -164,7 +164,7 @@ def run_on(loop: Loop, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     if loop == "aiocomm":
         import aiocomm
 
-        found: T = aiocomm.run(main(), spin=SPIN_S)
+        found: T = aiocomm.run(main(), spin=spin_s)
         return found
     return asyncio.run(main())
 

@@ -386,7 +386,7 @@ void DeviceProtocol::stage_out(Op& op, Peer& peer) {
 }
 
 void DeviceProtocol::go_on(const OpId* ops, size_t count) {
-  Engine::Token token(engine_, Engine::Token::Spin{});
+  Engine::Token token(engine_);
   for (size_t i = 0; i < count; ++i) {
     Op* op = engine_.find(ops[i]);
     if (!op || !op->gpu || !op->gpu->waiting) continue;

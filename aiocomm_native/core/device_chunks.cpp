@@ -172,7 +172,7 @@ void DeviceProtocol::arriving(Op& op, const FrameHeader& header, uint64_t nbytes
 }
 
 void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
-  Engine::Token token(engine_, Engine::Token::Spin{});
+  Engine::Token token(engine_);
   for (size_t i = 0; i < count; ++i) {
     MoveJob& job = jobs[i];
     DeviceQueue& queue = queue_of(job.device, job.lane);

@@ -187,7 +187,7 @@ void DeviceProtocol::linger() {
 // of one that is pushed, hear of the end by a frame: theirs must be awake by then, too. Whose memory is accessed has no
 // loop that waits; its engine's thread is woken, since the next access is likely to follow at once.
 void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
-  Engine::Token token(engine_, Engine::Token::Spin{});
+  Engine::Token token(engine_);
   Op* op = engine_.find(id);
   if (!op || !op->gpu || op->state != OpState::moving) return;
   // Long before the end this is for loops that spin only.

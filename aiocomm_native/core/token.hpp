@@ -7,23 +7,11 @@ namespace aiocomm {
 
 class Engine::Token {
  public:
-  // For threads that must not sleep over the fractions of a microsecond for which a spinning loop holds the token.
-  struct Spin {};
-  Token(Engine& engine, Spin) : engine_(engine) {
-    int left = engine.spin_tries_;
-    while (!engine_.token_.try_lock())
-      if (left-- <= 0) {
-        engine_.token_.lock();
-        break;
-      }
-    engine_.in_loop_thread_ = false;
-    engine_.drain_submissions();
-  }
   explicit Token(Engine& engine, bool loop_thread = false) : engine_(engine) {
     if (loop_thread)
       engine_.token_.lock_first();
     else
-      engine_.token_.lock();
+      engine_.token_.lock(engine.spin_tries_);
     engine_.in_loop_thread_ = loop_thread;
     engine_.drain_submissions();
   }

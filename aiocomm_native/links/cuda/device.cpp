@@ -200,7 +200,7 @@ size_t Device::stream_of(const MoveJob& job) {
   if (job.lane == Lane::out) return 3;
   if (job.lane == Lane::in) return 4;
   if (job.cls > 1) return 2;
-  return bulk_ ^= 1;
+  return job.nbytes >= kLong ? 0 : bulk_ ^= 1;
 }
 
 bool Device::idle() const {

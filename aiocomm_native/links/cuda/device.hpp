@@ -105,7 +105,9 @@ class Device {
   uint64_t margin() const;
   void late_by(uint64_t ns);
   size_t stream_of(const MoveJob& job);
-  size_t bulk_ = 0;  // the stream of the last bulk copy: while one writes its number, the other copies
+  // The stream of the last bulk copy: while one writes its number, the other copies. Long copies are all on one: on some
+  // machines those of two streams share the way and end together, and what follows is asked for too late.
+  size_t bulk_ = 0;
   volatile uint32_t& word(size_t index) { return words_[index]; }
 
   MoverHost& host_;
