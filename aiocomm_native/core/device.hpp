@@ -155,6 +155,7 @@ struct Reach {
   uint64_t base = 0;  // where `theirs.base` is mapped here
   std::shared_ptr<void> mapping;
   std::string reason;  // of `refused`
+  bool direct = true;  // of `ready`: kernels reach it, too; else copies do, by a detour
 };
 
 // What the engine offers to a mover. None of it is called with the token held.
