@@ -28,7 +28,7 @@ class AsyncioBackend:
 
     def attach(self, engine: Engine) -> None:
         ready = getattr(self._loop, "_ready", None)
-        engine.bind_asyncio(self._loop, ready, self._spin.spin_s if self._spin is not None else 0.0)
+        engine.bind_asyncio(self._loop, ready)
         self._loop.add_reader(engine.loop_fd, engine.drain)
         self._loop.add_reader(engine.express_fd, engine.drain_express)
         if self._spin is not None:

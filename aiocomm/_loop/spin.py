@@ -13,6 +13,8 @@ import selectors
 import threading
 from typing import TYPE_CHECKING
 
+from aiocomm_native import _core
+
 if TYPE_CHECKING:
     from aiocomm_native._core import Engine
 
@@ -22,45 +24,39 @@ _spinning = threading.Lock()  # held by the one thread that spins
 
 
 class SpinSelector(selectors.EpollSelector):
-    """An epoll selector for `asyncio.SelectorEventLoop` with engines that are polled first."""
+    """An epoll selector for `asyncio.SelectorEventLoop`: polls all engines, each turn, before it sleeps."""
 
     def __init__(self, spin_s: float) -> None:
         super().__init__()
-        self.spin_s = spin_s
-        self._engines: list[Engine] = []
+        self._spinner = _core.Spinner(spin_s)
+        self._engines: list[Engine] = []  # which it does not keep
 
     def add(self, engine: Engine) -> None:
         """Poll this engine, too."""
         self._engines.append(engine)
+        self._spinner.add(engine)
 
     def discard(self, engine: Engine) -> None:
         """Poll it no more."""
         if engine in self._engines:
+            self._spinner.discard(engine)
             self._engines.remove(engine)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As for any selector; completions found by polling are handed to the loop as ready callbacks."""
-        engines = self._engines
-        if not engines:
+        if not self._engines:
             return super().select(timeout)
-        found = False
-        if timeout is None or timeout > 0:
-            alone = _spinning.acquire(blocking=False)
+        spinner, waits = self._spinner, timeout is None or timeout > 0
+        if waits and _spinning.acquire(blocking=False):
             try:
-                share = self.spin_s / len(engines) if alone else 0.0
-                for engine in engines:
-                    found = engine.spin(share) or found
+                found = spinner.spin()
             finally:
-                if alone:
-                    _spinning.release()
-            if not found:
-                for engine in engines:
-                    found = engine.prepare_to_sleep() or found
+                _spinning.release()
         else:
-            for engine in engines:
-                found = engine.spin(0.0) or found
+            found = spinner.look()
+        if waits and not found:
+            found = spinner.prepare_to_sleep()
         try:
             return super().select(0 if found else timeout)
         finally:
-            for engine in engines:
-                engine.woken()
+            spinner.woken()

@@ -65,13 +65,7 @@ class Engine:
 
     def drain_express(self) -> int: ...
 
-    def spin(self, seconds: float) -> bool: ...
-
-    def prepare_to_sleep(self) -> bool: ...
-
-    def woken(self) -> None: ...
-
-    def bind_asyncio(self, loop: object, ready: object | None, spin_s: float) -> None: ...
+    def bind_asyncio(self, loop: object, ready: object | None) -> None: ...
 
     def bind_trio(self) -> None: ...
 
@@ -138,6 +132,32 @@ class Engine:
 
     @property
     def express_fd(self) -> int: ...
+
+class Spinner:
+    """The engines of a loop that polls them before it sleeps."""
+
+    def __init__(self, spin_s: float) -> None: ...
+
+    def add(self, engine: Engine) -> None:
+        """The caller keeps it until it is discarded."""
+
+    def discard(self, engine: Engine) -> None: ...
+
+    def spin(self) -> bool:
+        """
+        Poll all of them until one has news, and say whether one has; its tasks are made ready.
+        """
+
+    def look(self) -> bool:
+        """The same, once."""
+
+    def prepare_to_sleep(self) -> bool:
+        """
+        Have them wake the loop from now on. True: something has come before that.
+        """
+
+    def woken(self) -> None:
+        """The loop has slept."""
 
 def reduces(format: str, op: str) -> bool:
     """Whether the extension reduces elements of this format by itself."""

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings/spinner.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
@@ -19,10 +20,15 @@ namespace aiocomm::py {
 void bind_operations(nb::class_<PyEngine>& engine);
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
+// spin_py.cpp
+void bind_spinner(nb::module_& m);
 // half_trip_py.cpp
 void bind_half_trips(nb::class_<PyEngine>& engine);
 
-PyEngine::~PyEngine() { clear(); }
+PyEngine::~PyEngine() {
+  if (spinner) spinner->discard(*this);
+  clear();
+}
 
 int PyEngine::traverse(visitproc visit, void* arg) {
   for (PyObject* o : {loop, call_soon, ready, on_connect, on_events, on_unretrieved}) Py_VISIT(o);
@@ -107,34 +113,6 @@ int drain(PyEngine& e, int budget) { return drain_after(e, budget, true); }
 
 // For the descriptor of messages from other hosts: the doorbell has not rung for them.
 int drain_express(PyEngine& e) { return drain_after(e, 256, false); }
-
-// For loops with a selector of ours: spins, then says whether there is something to run.
-bool spin(PyEngine& e, double seconds) {
-  bool found;
-  {
-    nb::gil_scoped_release release;
-    found = e.engine->has_completed() || e.engine->has_events() ||
-            e.engine->spin(e.engine->now() + static_cast<uint64_t>(seconds * 1e9));
-  }
-  if (found && e.drain(256) < 0) throw nb::python_error();
-  return found;
-}
-
-bool prepare_to_sleep(PyEngine& e) {
-  bool found;
-  {
-    nb::gil_scoped_release release;
-    e.engine->loop_sleeps();
-    found = e.engine->anything_to_poll() || e.engine->has_completed() || e.engine->has_events();
-  }
-  if (found && e.drain(256) < 0) throw nb::python_error();
-  return found;
-}
-
-void woken(PyEngine& e) {
-  e.slept_ns = e.engine->now();
-  e.engine->loop_wakes(e.slept_ns);
-}
 
 template <PyObject* PyEngine::* Member>
 void set_hook(PyEngine& e, nb::object value) {
@@ -228,6 +206,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
   bind_operations(engine);
   bind_half_trips(engine);
+  bind_spinner(m);
   engine
       .def(
           "__init__",
@@ -238,19 +217,14 @@ void bind_engine(nb::module_& m) {
           "links"_a, "numbers"_a, "texts"_a)
       .def("drain", drain, "budget"_a = 256)
       .def("drain_express", drain_express)
-      .def("spin", spin, "seconds"_a)
-      .def("prepare_to_sleep", prepare_to_sleep)
-      .def("woken", woken)
       .def(
           "bind_asyncio",
-          [](PyEngine& e, nb::object loop, nb::object ready, double spin_s) {
+          [](PyEngine& e, nb::object loop, nb::object ready) {
             Py_XSETREF(e.call_soon, nb::object(loop.attr("call_soon")).release().ptr());
             Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
             Py_XSETREF(e.loop, loop.release().ptr());
-            e.spin_ns = static_cast<uint64_t>(spin_s * 1e9);
-            e.engine->may_spin(e.spin_ns != 0);
           },
-          "loop"_a, "ready"_a.none(), "spin_s"_a)
+          "loop"_a, "ready"_a.none())
       .def("bind_trio", [](PyEngine& e) { e.trio = true; })
       .def("on_connect_wanted", set_hook<&PyEngine::on_connect>, "callback"_a.none())
       .def("on_events", set_hook<&PyEngine::on_events>, "callback"_a.none())

@@ -52,7 +52,8 @@ class Bare {
       }
       if (engine_.has_events()) engine_.progress(false);  // they wait for Python, and end every spin at once
       uint64_t now = engine_.now();
-      engine_.spin(now + kSpinNs);
+      Engine* engine = &engine_;
+      Engine::spin({&engine, 1}, now + kSpinNs, patience_);
       // The buffer is this object's: the operation must have let go of it, however it ends.
       if (now > give_up) engine_.cancel(mine, Code::deadline);
     }
@@ -61,6 +62,7 @@ class Bare {
   Engine& engine_;
   const Rank peer_;
   std::vector<std::byte> bytes_;
+  Patience patience_;
 };
 
 std::vector<double> half_trips(PyEngine& e, int peer, uint64_t nbytes, int count, bool first) {
@@ -82,7 +84,7 @@ std::vector<double> half_trips(PyEngine& e, int peer, uint64_t nbytes, int count
     } catch (...) {
       failure = std::current_exception();
     }
-    e.engine->may_spin(e.spin_ns != 0);
+    e.engine->may_spin(e.spinner != nullptr);
     e.engine->progress(false);  // from here on the loop has to be woken again
   }
   for (Op* op : bare.others) end_transfer(static_cast<Transfer*>(op->cookie));

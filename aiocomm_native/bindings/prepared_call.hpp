@@ -113,10 +113,7 @@ class PreparedCall {
       }
       engine.host_copies(false);
       // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
-      if (looked && !e.spin_ns) {
-        engine.loop_sleeps();
-        engine.anything_to_poll();
-      }
+      if (looked && !e.spinner) engine.loop_sleeps();
     }
     for (Op* op : others) end_transfer(static_cast<Transfer*>(op->cookie));
   }

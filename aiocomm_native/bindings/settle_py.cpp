@@ -26,10 +26,7 @@ bool look_for_news(PyEngine* engine, double seconds) {
     nb::gil_scoped_release release;
     something = engine->engine->linger(engine->engine->now() + static_cast<uint64_t>(seconds * 1e9));
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
-    if (!engine->spin_ns) {
-      engine->engine->loop_sleeps();
-      something = engine->engine->anything_to_poll() || something;
-    }
+    if (!engine->spinner) something = engine->engine->loop_sleeps() || something;
   }
   if (engine->drain(64) < 0) throw nb::python_error();
   return something;

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "bindings/spinner.hpp"
+
 namespace aiocomm::py {
 
 Hooks hooks;
@@ -171,20 +173,19 @@ PyObject* transfer_make_cancelled_error(PyObject* self, PyObject*) {
 // Spins for the answer before giving the task's turn up: a suspended await costs more than the message.
 void spin_for(Transfer* t) {
   PyEngine* engine = t->engine;
-  uint64_t now = engine->engine->now();
-  if (!may_spin(engine, now)) return;
-  uint64_t until = now + engine->spin_ns;
-  while (t->outcome == Outcome::pending) {
-    bool found;
-    Py_BEGIN_ALLOW_THREADS found = engine->engine->spin(until);
-    Py_END_ALLOW_THREADS if (engine->drain(64) < 0) PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(t));
+  const uint64_t now = engine->engine->now();
+  if (now - engine->spinner->slept_ns() > kSpinBudgetNs || !loop_has_nothing_else(engine)) return;
+  const uint64_t until = now + engine->spinner->spin_ns();
+  while (t->outcome == Outcome::pending && engine->spinner) {
+    const int found = engine->spinner->spin(until);
+    if (found < 0) PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(t));
     if (!found || !loop_has_nothing_else(engine)) return;
   }
 }
 
 PySendResult transfer_send(PyObject* self, PyObject*, PyObject** result) {
   Transfer* t = cast(self);
-  if (t->outcome == Outcome::pending && t->engine->spin_ns) spin_for(t);
+  if (t->outcome == Outcome::pending && t->engine->spinner) spin_for(t);
   if (t->outcome == Outcome::pending) {
     t->blocking = true;
     *result = Py_NewRef(self);
@@ -373,10 +374,6 @@ PyStructSequence_Desc status_desc = {"aiocomm_native.Status", "What a receive go
 }  // namespace
 
 bool loop_has_nothing_else(PyEngine* engine) { return engine->ready && PyObject_Size(engine->ready) == 0; }
-
-bool may_spin(PyEngine* engine, uint64_t now) {
-  return now - engine->slept_ns <= kSpinBudgetNs && loop_has_nothing_else(engine);
-}
 
 Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind) {
   auto t = cast(TransferType->tp_alloc(TransferType, 0));  // zeroed

@@ -27,6 +27,8 @@ struct Hooks {
 };
 extern Hooks hooks;
 
+class Spinner;
+
 class PyEngine {
  public:
   explicit PyEngine(EngineConfig config) : engine(std::make_unique<Engine>(std::move(config))) {}
@@ -49,8 +51,7 @@ class PyEngine {
   // By link, while somebody iterates its submissions() or completions().
   std::map<uint8_t, PyObject*> on_submit, on_complete;
   bool trio = false;
-  uint64_t spin_ns = 0;
-  uint64_t slept_ns = 0;                           // when the loop last looked at its descriptors
+  Spinner* spinner = nullptr;                      // of a loop that spins
   std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
 };
 
@@ -101,8 +102,7 @@ const char* kind_name(OpKind kind);
 bool call_back(Transfer* transfer, PyObject* callback, PyObject* context);  // false: a Python error is set
 void let_go(Transfer* transfer);                                            // of its buffer
 bool loop_has_nothing_else(PyEngine* engine);
-bool may_spin(PyEngine* engine, uint64_t now);  // whether a task may go on without its loop
-int init_transfer(PyObject* module);            // adds Transfer and Status
+int init_transfer(PyObject* module);  // adds Transfer and Status
 
 // Describes a buffer's format and shape in an op's metadata, and back.
 void encode_meta(Op& op, const Py_buffer& view);

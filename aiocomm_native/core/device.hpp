@@ -168,6 +168,7 @@ class MoverHost {
   virtual void begin_assist() = 0;
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
+  virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
   virtual bool urgent_lately()
@@ -199,6 +200,8 @@ class Mover {
   virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
   virtual bool post(const MoveJob& job) = 0;  // false: no room now
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
+  // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
+  virtual void turn() = 0;
   // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
   // The memory of a reserved buffer: its place is filled in. It goes back with the buffer.

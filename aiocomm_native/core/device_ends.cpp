@@ -209,6 +209,8 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   engine_.send_control(*peer, h, by_engine ? Wake::engine : Wake::loop);
 }
 
+bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }
+
 bool DeviceProtocol::end_assist() {
   assistants_.fetch_sub(1, std::memory_order_relaxed);
   prepare_sleep(engine_.page_->engine);

@@ -63,7 +63,10 @@ class DeviceProtocol final : public MoverHost {
   // A copy ends about then: the loop is woken, or the engine's thread does not sleep before.
   void expect(uint64_t ns, bool by_engine);
   uint64_t engine_due() const { return engine_due_ns_; }
-  void linger();        // by the loop's thread, without the token: waits for what was expected
+  void linger();  // by the loop's thread, without the token: waits for what was expected
+  void turn() {   // by the loop's thread while it spins, without the token
+    if (mover_) mover_->turn();
+  }
   uint64_t take_due();  // when that was expected, once; 0: nothing was
 
   // --- ends
@@ -86,6 +89,7 @@ class DeviceProtocol final : public MoverHost {
   void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
+  bool loop_looks() const override;
   void ends_soon(OpId op, uint64_t ns) override;
   bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;

@@ -21,6 +21,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -145,10 +146,16 @@ class Engine final : public Host, public FrameSink {
   bool cancel(Op* op, Code why);  // false: too late, the op has ended
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
-  // Polls until something completed or `until_ns`; for loops that spin before they sleep.
-  bool spin(uint64_t until_ns) { return spin(until_ns, patience_, false); }
+  // Polls all engines of a loop, at least one, until one of them has news or `until_ns`; for loops that spin before they
+  // sleep. `patience` is the loop's.
+  static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience) {
+    return spin(engines, until_ns, patience, false);
+  }
   // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
-  bool linger(uint64_t until_ns) { return spin(until_ns, lingering_, true); }
+  bool linger(uint64_t until_ns) {
+    Engine* self = this;
+    return spin({&self, 1}, until_ns, lingering_, true);
+  }
   // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
   void host_copies(bool may) {
     hosts_copies_ = may;
@@ -160,12 +167,10 @@ class Engine final : public Host, public FrameSink {
   bool has_events() const { return has_events_.load(std::memory_order_acquire) || connect_wanted(); }
   std::vector<Rank> take_connect_wanted();
   bool connect_wanted() const { return has_wanted_.load(std::memory_order_acquire); }
-  void loop_sleeps();
-  void loop_wakes(uint64_t now_ns) {
-    awake(page_->loop);
-    patience_.woke(now_ns);
-  }
-  bool anything_to_poll();
+  bool has_news() const { return has_completed() || has_events(); }
+  // From now on the loop has to be woken. True: something has come before that.
+  bool loop_sleeps();
+  void loop_wakes() { awake(page_->loop); }
 
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
   void close_channel(uint32_t index);
@@ -404,8 +409,14 @@ class Engine final : public Host, public FrameSink {
   std::thread thread_;
 
   // spin.cpp
-  bool spin(uint64_t until_ns, Patience& patience, bool yields);
-  Patience patience_, lingering_;  // the loop's thread only
+  static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields);
+  void begin_spin();
+  bool look_spinning();  // true: it has copied by itself, which takes its time
+  void end_spin();
+  bool look_told();
+  Patience lingering_;          // the loop's thread only, as what follows
+  bool covers_engine_ = false;  // in a spin: it sees what the engine's thread would be woken for
+  bool met_ = false;            // in a spin: frames have come
 
   // under the token
   PriorityMutex token_;

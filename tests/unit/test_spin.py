@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import math
 import threading
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from harness import world
 
 import aiocomm
 from aiocomm._loop.spin import SpinSelector
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,17 +78,24 @@ def test_a_bad_spin_is_refused(spin: float) -> None:
 
 
 class Asked:
-    """An engine in a selector's eyes; notes for how long it was asked to spin, and by which thread."""
+    """A native spinner in a selector's eyes; notes what it was asked for, and by which thread."""
 
     def __init__(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
-        self.spins: list[float] = []
+        self.calls: list[str] = []
         self.threads: set[int] = set()
         self._meanwhile = meanwhile
 
-    def spin(self, seconds: float) -> bool:
-        self.spins.append(seconds)
+    def add(self, engine: object) -> None:
+        """One more engine."""
+
+    def spin(self) -> bool:
+        self.calls.append("spin")
         self.threads.add(threading.get_ident())
         self._meanwhile()
+        return False
+
+    def look(self) -> bool:
+        self.calls.append("look")
         return False
 
     def prepare_to_sleep(self) -> bool:
@@ -95,38 +105,85 @@ class Asked:
         """The selector is through."""
 
 
-def test_communicators_of_one_loop_share_one_spin() -> None:
-    selector, engines = SpinSelector(40e-6), [Asked(), Asked()]
-    for engine in engines:
-        selector.add(engine)  # type: ignore[arg-type]
+def selector_over(spinner: Asked) -> SpinSelector:
+    """A selector with one engine, and this spinner."""
+    selector = SpinSelector(40e-6)
+    selector._spinner = spinner  # type: ignore[assignment]
+    selector.add(object())  # type: ignore[arg-type]
+    return selector
+
+
+def test_a_loop_with_something_to_run_only_looks() -> None:
+    asked = Asked()
+    selector = selector_over(asked)
     selector.select(None)
-    assert [engine.spins for engine in engines] == [[20e-6], [20e-6]]
-    assert engines[0].threads == engines[1].threads == {threading.get_ident()}
     selector.select(0)
-    assert engines[0].spins == [20e-6, 0.0], "a loop with something to run only looks"
-    selector.discard(engines[0])  # type: ignore[arg-type]
-    selector.select(None)
-    assert engines[0].spins == [20e-6, 0.0]
-    assert engines[1].spins == [20e-6, 0.0, 40e-6]
+    assert asked.calls == ["spin", "look"]
+    assert asked.threads == {threading.get_ident()}
     selector.close()
 
 
 def test_loops_in_several_threads_spin_one_at_a_time() -> None:
     """More spinners than cores cost milliseconds: one per process, and whoever comes meanwhile sleeps."""
-    other, asked = SpinSelector(40e-6), Asked()
-    other.add(asked)  # type: ignore[arg-type]
+    asked = Asked()
+    other = selector_over(asked)
 
     def elsewhere() -> None:
         thread = threading.Thread(target=other.select)
         thread.start()
         thread.join()
 
-    first, spinning = SpinSelector(40e-6), Asked(elsewhere)
-    first.add(spinning)  # type: ignore[arg-type]
+    spinning = Asked(elsewhere)
+    first = selector_over(spinning)
     first.select(None)
-    assert spinning.spins == [40e-6]
-    assert asked.spins == [0.0], "it looked, and did not spin"
+    assert spinning.calls == ["spin"]
+    assert asked.calls == ["look"], "it did not spin"
     other.select(None)
-    assert asked.spins == [0.0, 40e-6], "the first has let go"
+    assert asked.calls == ["look", "spin"], "the first has let go"
     for selector in (first, other):
         selector.close()
+
+
+async def one_after_the_other(link: str) -> None:
+    spinner = _core.Spinner(600.0)  # longer than a test may take: each turn has to look at all of them
+    async with world(3, links=(link,), warmup=True) as comms:
+        for comm in comms:
+            spinner.add(comm._engine)
+        for receiver, sender in itertools.permutations(comms, 2):
+            got = bytearray(1)
+            receiving = receiver.recv(got, sender.rank)
+            sending = sender.send(b"x", receiver.rank)
+            while not (receiving.done() and sending.done()):
+                spinner.spin()
+            assert got == b"x"
+        spinner.prepare_to_sleep()  # from here on the loop waits by itself
+        for comm in comms:
+            spinner.discard(comm._engine)
+
+
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+def test_communicators_of_one_loop_are_looked_at_together(link: str) -> None:
+    asyncio.run(one_after_the_other(link))
+
+
+def test_a_spinner_outlives_its_engines_and_they_it() -> None:
+    async def main() -> None:
+        async with world(2, warmup=True) as (a, b):
+            short, long = _core.Spinner(50e-6), _core.Spinner(50e-6)
+            for comm in (a, b):
+                short.add(comm._engine)
+            long.add(a._engine)  # it takes it over
+            short.prepare_to_sleep()
+            del short
+            gc.collect()
+            sending = b.send(b"x", 0)
+            got = bytearray(1)
+            await a.recv(got, 1)
+            await sending
+            assert got == b"x"
+            long.discard(b._engine)  # which it does not have
+            long.discard(a._engine)
+        assert not long.spin()
+        assert not long.prepare_to_sleep()
+
+    asyncio.run(main())

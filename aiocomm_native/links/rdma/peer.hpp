@@ -106,7 +106,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
                         kGo = 'g', kNoRail = 'n', kBroken = 'b';
   static constexpr uint32_t kProbe = 0xffffffff;
   static constexpr uint32_t kReserve = 2;
-  static constexpr uint32_t kLooksPerPoll = 4;  // into the ring, for one at completions
+  static constexpr uint32_t kLooksPerPoll = 16;  // into the ring, for one at completions
   static constexpr uint32_t kAwakeFor =
       8;  // frames that have come to a loop since it slept, before it promises to look
   static constexpr uint64_t kFrameMax = sizeof(FrameHeader) + kMaxMeta + 4096;

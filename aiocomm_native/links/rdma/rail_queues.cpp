@@ -169,7 +169,11 @@ void Rail::on_ready(uint32_t) {
   {
     std::lock_guard lock(polling_);
     Attending all(nullptr);
-    poll_queues();
+    int found = 0, n;
+    do {
+      found += n = poll_queue(express_queue_);
+    } while (n == kBatch);
+    if (!found) return;
     attended_ = all_lanes_;
   }
   // None of them is freed while the token is held; one that has ended meanwhile has nothing to say.
