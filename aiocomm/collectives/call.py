@@ -99,7 +99,7 @@ class Call(Exchange):
     def enter(self, number: int) -> None:
         """Give the call a number that `Scope.begin` has returned; before `run`."""
         self._number = number
-        self._scope.calls[number] = self
+        self._scope.enter(number, self)
 
     @property
     def algorithm(self) -> str:
@@ -239,6 +239,13 @@ class Call(Exchange):
             if isinstance(step, Together):
                 self._launch_together(index)
                 continue
+            if isinstance(step, Send | Recv) and self._together is not None:
+                # What is said of kernels has no deadline: arrays are let go when they are over.
+                patient = plan.numbers[index] > 0
+                self._post(
+                    type(step), (False, index), step.peer, bytearray(), 1 + plan.numbers[index], None, patient
+                )
+                continue
             if isinstance(step, Send | Recv):
                 span = step.source if isinstance(step, Send) else step.target
                 data = self._part(span, not plan.waits[index], plan.reduced[index])
@@ -263,8 +270,6 @@ class Call(Exchange):
         Args:
             reduced: they wait for the kernels that were launched.
         """
-        if self._together is not None:
-            return bytearray()  # of a word
         view, reduction = self._request.views[span.buffer], self._request.reduction
         if not self._request.on_gpu:
             return view[span.start : span.stop]
@@ -272,6 +277,39 @@ class Call(Exchange):
             self._unproven = False
             return view.part(span.start, span.stop, False, reduction.kernels.stream)
         return view.part(span.start, span.stop, first)
+
+    async def _give_up(self, error: BaseException) -> None:
+        """See `two_shot` for what others are told, and what is waited for."""
+        offered = self._together or self._offered
+        if offered is None or offered.declined:
+            await super()._give_up(error)
+            return
+        going = offered.plan if self._together is not None else None
+        first = len(going.steps) + 1 - self._group.size if going is not None else 0  # that hears `done`
+        told = False
+
+        def is_word(key: tuple[bool, int]) -> bool:
+            return going is not None and not key[0] and key[1] >= first
+
+        def over() -> bool:
+            nonlocal told
+            if not told and not all(is_word(key) for key in self._flying):
+                return False
+            if not told and not isinstance(error, UsageError):
+                self._scope.abort(self._number, error)
+            told = True
+            for (_, index), transfer in list(self._flying.items()):
+                step = offered.plan.steps[index]
+                if isinstance(step, Recv) and self._group.ranks[step.peer] in self._quit:
+                    transfer.cancel()
+            return not self._flying
+
+        self._over = True
+        self._listen()
+        for key, transfer in list(self._flying.items()):
+            if not is_word(key):
+                transfer.cancel()
+        await self._gate.wait_shielded(over)
 
     def _launch_together(self, index: int) -> None:
         assert self._together is not None

@@ -247,11 +247,12 @@ def compiled(source: str, architecture: str) -> bytes:
     try:
         from cuda.bindings import nvrtc
 
-        code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"aiocomm_reduction.cu", 0, [], [])
+        code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"aiocomm.cu", 0, [], [])
     except (ImportError, RuntimeError) as error:
         raise UsageError(
-            f"reductions on GPUs are compiled by NVRTC, which is not there ({error}): pip install "
-            "'aiocomm[cuda12]' or 'aiocomm[cuda13]', whichever the driver is; or reduce host arrays"
+            f"what runs on GPUs is compiled by NVRTC, which is not there ({error}): pip install "
+            "'aiocomm[cuda12]' or 'aiocomm[cuda13]', whichever the driver is; or reduce host arrays, and "
+            "leave sm_budget= of pages out"
         ) from error
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -259,7 +260,7 @@ def compiled(source: str, architecture: str) -> bytes:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise UsageError(f"NVRTC does not compile the reduction for {architecture}: {log.decode().strip()}")
+        raise UsageError(f"NVRTC does not compile a kernel for {architecture}: {log.decode().strip()}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     image = bytearray(size)
     nvrtc.nvrtcGetCUBIN(program, image)
@@ -290,7 +291,7 @@ class _Driver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(code, ctypes.byref(text))
             called = (text.value or b"?").decode()
-            raise LinkError(f"a reduction on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
+            raise LinkError(f"a kernel on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
 
 
 @functools.cache
@@ -382,6 +383,13 @@ class Kernels:
         """Handle of the function that combines the arrays of all ranks."""
         return self._function(dtype, op, "combine_all").value or 0
 
+    def entry(self, source: str, name: str) -> int:
+        """Handle of a function of some other source, which is compiled and loaded once."""
+        key = (source, "", name)
+        if key not in self._functions:
+            self._load(source, {name: key})
+        return self._functions[key].value or 0
+
     def synchronize(self) -> None:
         """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():
@@ -403,21 +411,23 @@ class Kernels:
 
     def _function(self, dtype: str, op: str, name: str) -> _Handle:
         key = (dtype, op, name)
-        found = self._functions.get(key)
-        if found is not None:
-            return found
+        if key not in self._functions:
+            entries = ("combine", "combine_all", "divide")
+            self._load(kernel_source(dtype, op), {entry: (dtype, op, entry) for entry in entries})
+        return self._functions[key]
+
+    def _load(self, source: str, entries: dict[str, tuple[str, str, str]]) -> None:
         call, module = _driver(), _Handle()
         major, minor = ctypes.c_int(), ctypes.c_int()
         call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, self.device)
         call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, self.device)
-        image = compiled(kernel_source(dtype, op), f"sm_{major.value}{minor.value}")
+        image = compiled(source, f"sm_{major.value}{minor.value}")
         with self.current():
             call("cuModuleLoadData", ctypes.byref(module), image)
-            for entry in ("combine", "combine_all", "divide"):
+            for entry, key in entries.items():
                 function = _Handle()
                 call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
-                self._functions[dtype, op, entry] = function
-        return self._functions[key]
+                self._functions[key] = function
 
 
 class _Current:

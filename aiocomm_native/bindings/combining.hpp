@@ -1,11 +1,13 @@
 // All-reduce by one kernel per rank: it reads its block of every rank's array, and writes the result to all of them.
 //
 // Rules
-//   - With its header a rank offers its arrays, once the work on their streams is done. Only where all have offered does
-//     anyone launch: whoever does not offer has the call made by messages on all ranks.
+//   - With its header a rank offers its arrays, once the work on their streams is done. Only where all have offered, and
+//     have said that they know so and stay, does anyone launch: whoever does not offer has the call made by messages on
+//     all ranks.
 //   - A block is read and written by the kernel of its own rank alone, so kernels do not wait for each other, and input
 //     and output may be one array.
-//   - Having offered, a rank touches its arrays no more before all the others have said that their kernels are over.
+//   - Having said that it stays, a rank does so until all the others have said that their kernels are over, or that they
+//     give the call up (aiocomm/collectives/two_shot.py).
 #pragma once
 
 #include <cstddef>

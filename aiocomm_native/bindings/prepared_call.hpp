@@ -194,7 +194,7 @@ class PreparedCall {
     op->link = 0;
     op->data = data;
     op->nbytes = op->capacity = nbytes;
-    op->deadline_ns = deadline_ns_;
+    op->deadline_ns = key < patient_from_ ? deadline_ns_ : 0;
     flights_[key] = {op, false};
     op->cookie = silent_cookie(&flights_[key]);
     if (engine.submit(op)) ended(engine, key);
@@ -353,6 +353,7 @@ class PreparedCall {
   const bool on_gpu_;  // `in` and `out` are
   bool large_ = false;
   Combining combining_;
+  size_t patient_from_ = ~size_t{0};  // keys of what ends when kernels are over, whatever the deadline
   std::vector<Step> steps_;
   std::vector<Span> gives_, takes_;  // by rank of the group
   std::array<uint64_t, kBuffers> needs_{};

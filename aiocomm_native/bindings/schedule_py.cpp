@@ -53,6 +53,9 @@ void PreparedCall::combine(uint64_t function, int device, uint32_t blocks, uint3
                            uint32_t divide_by) {
   if (!function || !blocks || !threads || !item || !on_gpu_ || size() > kMostTogether)
     throw nb::value_error("nothing that could be launched");
+  const auto together =
+      std::find_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.kind == kTogether; });
+  patient_from_ = step_key(static_cast<size_t>(together - steps_.begin()));
   combining_ = {function, device, blocks, threads, item, divide_by};
   most_ = header_.size() + sizeof(Offer);
 }

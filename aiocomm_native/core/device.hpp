@@ -87,6 +87,12 @@ struct KernelCall {
   std::vector<Far> far;
 };
 
+// A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.
+struct Gather {
+  uint64_t function = 0;
+  uint32_t blocks = 1, threads = 1;
+};
+
 // The device memory of one operation. Made by Mover::bind, dropped with the op.
 struct DeviceBuffer {
   virtual ~DeviceBuffer() = default;
@@ -115,6 +121,7 @@ struct DeviceBuffer {
   bool allocates = false;              // a receive whose memory is made once the message's size is known
   std::unique_ptr<RowList> rows;       // put, get: not all of the memory, but these rows of it
   std::unique_ptr<KernelCall> kernel;  // instead of a copy; the op moves no bytes for anybody else
+  std::unique_ptr<Gather> gather;      // of `rows`, if multiprocessors may take part
   bool by_rows = false;                // the peer's op has rows of this memory
   uint64_t reach = 0;  // bytes of the peer's memory that it is about; 0: as many as the op has
   uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
@@ -133,7 +140,9 @@ struct MoveJob {
   bool local = false;             // within one device: by none of the engines between devices
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched
-  uint64_t slow_ns = 0;           // that it takes longer than one copy of its size
+  const Gather* gather = nullptr;  // of the op, for its rows
+  void* table = nullptr;           // of rows that are being gathered: its mover's
+  uint64_t slow_ns = 0;            // that it takes longer than one copy of its size
 };
 
 // An allocation that others may have mapped, and that its owner has freed.
@@ -146,6 +155,7 @@ struct Reach {
   uint64_t base = 0;  // where `theirs.base` is mapped here
   std::shared_ptr<void> mapping;
   std::string reason;  // of `refused`
+  bool direct = true;  // of `ready`: kernels reach it, too; else copies do, by a detour
 };
 
 // What the engine offers to a mover. None of it is called with the token held.

@@ -119,6 +119,7 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.posted_ns = engine_.now();
     const uint64_t skip = gpu.rows ? 0 : chunk->offset;
     job.rows = gpu.rows.get();
+    job.gather = gpu.gather.get();
     uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
     uint64_t other =
         queue.lane == Lane::peer ? gpu.remote + skip : reinterpret_cast<uint64_t>(gpu.bounce) + chunk->offset;

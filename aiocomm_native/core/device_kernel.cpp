@@ -42,8 +42,8 @@ void DeviceProtocol::start_kernel(Op& op) {
       gpu.waiting = true;
       return;
     }
-    if (reach.state == Reach::State::refused) {
-      staged_because(*peer, reach.reason);
+    if (reach.state == Reach::State::refused || !reach.direct) {
+      staged_because(*peer, reach.direct ? reach.reason : "the GPUs have no access to each other's memory");
       return engine_.end_early(op, Code::unreachable);
     }
     far.mapping = std::move(reach.mapping);

@@ -244,6 +244,44 @@ async def test_a_rank_that_is_late(gpu: Driver) -> None:
         assert called(comms[1]) == {"all_reduce/one_shot": 1, "all_reduce/two_shot": 3}
 
 
+async def test_who_gives_up_stays_until_all_kernels_are_over(
+    gpu: Driver, simulator: simulated.Simulator
+) -> None:
+    """Its array is read and written by them."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        arrays = [on_gpu(rank, block(rank, 0, 3000)) for rank in range(2)]
+        gives_up, ended = anyio.CancelScope(), []
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            await comm.all_reduce(arrays[comm.rank])
+
+        async def last(comm: aiocomm.Communicator) -> None:
+            with gives_up if comm.rank else contextlib.suppress(aiocomm.TransferCancelled):
+                await call(comm)
+            ended.append(comm.rank)
+
+        for _ in range(2):
+            await all_call(comms, call)
+        simulator.pause(0, simulated.Engine.LOCAL)
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                tasks.start_soon(last, comm)
+            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.LOCAL)
+            gives_up.cancel()
+            for _ in range(5):
+                receiving = comms[1].recv(bytearray(1), 0)
+                await comms[0].send(b"x", 1)
+                await receiving
+            assert not ended
+            simulator.resume(0, simulated.Engine.LOCAL)
+        assert sorted(ended) == [0, 1]
+        assert gives_up.cancelled_caught
+        for rank, array in enumerate(arrays):
+            array.write(block(rank, 1, 3000))
+        await all_call(comms, call)
+        assert np.array_equal(arrays[0].numpy(), total(2, 1, 3000))
+
+
 async def test_a_rank_is_lost(gpu: Driver) -> None:
     async def call(comm: aiocomm.Communicator) -> None:
         group = await comm.group([0, 1, 2])

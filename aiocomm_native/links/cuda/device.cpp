@@ -118,6 +118,7 @@ void Device::release() {
     for (Stream& stream : streams_)
       if (stream.handle) driver.cuStreamDestroy(stream.handle);
     if (words_) driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
+    row_copies_.clear(driver);
   }
   driver.cuDevicePrimaryCtxRelease(ordinal);
   if (bell_ >= 0) ::close(bell_);
@@ -369,6 +370,7 @@ bool Device::collect(uint64_t now, bool by_thread) {
 void Device::finish() {
   std::vector<MoveJob> jobs;
   jobs.swap(finished_);
+  for (const MoveJob& job : jobs) row_copies_.ended(job);
   host_.moved(jobs.data(), jobs.size());
   if (is_small(jobs.front())) {
     add(small.count, 1);

@@ -322,25 +322,25 @@ Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waite
   uint64_t pair = static_cast<uint64_t>(device) << 32 | theirs.device;
   {
     std::lock_guard lock(mutex_);
-    auto [it, fresh] = peered_.try_emplace(pair, false);
-    if (it->second) return {Reach::State::ready, theirs.base, {}, {}};
-    if (!fresh) {  // asked for by another transfer: copies work meanwhile, by a detour
-      return {Reach::State::ready, theirs.base, {}, {}};
-    }
+    auto [it, fresh] = peered_.try_emplace(pair, Peering::opening);
+    // Asked for by another transfer: copies work meanwhile, by a detour.
+    if (!fresh) return {Reach::State::ready, theirs.base, {}, {}, it->second == Peering::direct};
   }
   int other = theirs.device;
   state_->helper.submit([this, state = state_.get(), device, other, pair, waiter] {
+    Peering peering = Peering::detour;
     try {
       Device& mine = state->device(device);
       Device& their = state->device(other);
       state->driver.cuCtxSetCurrent(mine.context);
-      state->driver.cuCtxEnablePeerAccess(their.context, 0);  // refused: the driver copies by a detour
+      CUresult code = state->driver.cuCtxEnablePeerAccess(their.context, 0);
+      if (code == CUDA_SUCCESS || code == CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED) peering = Peering::direct;
     } catch (const std::exception&) {
       // the copy itself will say what is wrong
     }
     {
       std::lock_guard lock(mutex_);
-      peered_[pair] = true;
+      peered_[pair] = peering;
     }
     state->host.go_on(&waiter, 1);
   });

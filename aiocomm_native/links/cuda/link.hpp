@@ -121,8 +121,9 @@ class CudaLink final : public Link, public Mover {
   const int pid_ = ::getpid();  // asked for with every message
   std::mutex mutex_;
   std::shared_ptr<State> state_;
-  std::atomic<State*> turning_{nullptr};       // the same, for turn()
-  std::unordered_map<uint64_t, bool> peered_;  // pairs of devices; false: being enabled
+  std::atomic<State*> turning_{nullptr};  // the same, for turn()
+  enum class Peering : uint8_t { opening, direct, detour };
+  std::unordered_map<uint64_t, Peering> peered_;  // pairs of devices
 };
 
 }  // namespace aiocomm::cuda

@@ -94,7 +94,29 @@ CUresult Sim::compute_all(Lock& lock, Device& device, Op& op) {
   return CUDA_SUCCESS;
 }
 
+CUresult Sim::gather(Lock& lock, Device& device, const Kernel& kernel) {
+  struct Row {
+    uint64_t to, from, nbytes;
+  };
+  std::vector<Row> rows(kernel.count);
+  const size_t nbytes = rows.size() * sizeof(Row);
+  std::vector<Piece> table;
+  bool stale = false;
+  if (CUresult code = translate(device, kernel.rows, nbytes, table, stale)) return code;
+  move({{reinterpret_cast<std::byte*>(rows.data()), nbytes, nullptr}}, table, 0, nbytes);
+  for (const Row& row : rows) {
+    std::vector<Piece> to, from;
+    if (CUresult code = translate(device, row.to, row.nbytes, to, stale)) return code;
+    if (CUresult code = translate(device, row.from, row.nbytes, from, stale)) return code;
+    if (!stale) move(to, from, 0, row.nbytes);
+    faults().count("bytes", row.nbytes);
+  }
+  (void)lock;
+  return health(device.context);
+}
+
 CUresult Sim::compute(Lock& lock, Device& device, Op& op) {
+  if (op.kernel->rows) return gather(lock, device, *op.kernel);
   if (!op.kernel->in.empty()) return compute_all(lock, device, op);
   std::vector<Piece> to, left, right;
   bool stale = false;

@@ -1,5 +1,5 @@
-// Modules and kernels. Nothing is compiled here: the image of a module is the source of one of aiocomm's reductions, whose
-// first line names the dtype and the operator, and the host computes what its kernels would.
+// Modules and kernels. Nothing is compiled here: the image of a module is one of aiocomm's sources. The first line of a
+// reduction names the dtype and the operator, that of the other the rows it copies; the host does what kernels would.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -138,7 +138,9 @@ FAKE_API cuModuleLoadData(CUmodule* out, const void* image) {
   std::string slashes, name, what;
   Kernel kernel;
   source >> slashes >> name >> what >> kernel.dtype >> kernel.op;
-  auto item = kItems.find(kernel.dtype);
+  const bool gathers = what == "gather:";
+  auto item = kItems.find(gathers ? "uint8" : kernel.dtype);
+  if (gathers && name == "aiocomm") what = "reduction:";
   if (name != "aiocomm" || what != "reduction:" || item == kItems.end()) return CUDA_ERROR_INVALID_IMAGE;
   kernel.item = item->second;
   *out = reinterpret_cast<CUmodule>(sim().fresh_handle());
@@ -156,8 +158,10 @@ FAKE_API cuModuleGetFunction(CUfunction* out, CUmodule module, const char* name)
   Call call("cuModuleGetFunction", Needs::context);
   if (call) return call.code;
   if (!sim().modules.count(module)) return CUDA_ERROR_INVALID_HANDLE;
-  if (std::string(name) != "combine" && std::string(name) != "combine_all" && std::string(name) != "divide")
-    return CUDA_ERROR_NOT_FOUND;
+  const bool gathers = sim().modules[module].dtype == "rows";
+  const std::set<std::string> known =
+      gathers ? std::set<std::string>{"gather"} : std::set<std::string>{"combine", "combine_all", "divide"};
+  if (!known.count(name)) return CUDA_ERROR_NOT_FOUND;
   *out = reinterpret_cast<CUfunction>(sim().fresh_handle());
   sim().functions[*out] = {module, name};
   return CUDA_SUCCESS;
@@ -191,6 +195,10 @@ FAKE_API cuLaunchKernel(CUfunction function, unsigned blocks, unsigned blocks_y,
     kernel->out.assign(all.out, all.out + all.size);
     kernel->by = all.by;
     count = all.count;
+  } else if (name == "gather") {
+    kernel->rows = argument(0);
+    kernel->count = count = argument(1);
+    op.uses.clear();
   } else if (op.to = argument(0); name == "combine") {
     op.from = argument(1);
     op.second = argument(2);
