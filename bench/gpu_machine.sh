@@ -31,7 +31,7 @@ nvidia-smi topo -m | head -6
 suite() { # NAME OPTIONS...
   name=$1
   shift
-  (cd /tmp && timeout 240 python3 -P -m aiocomm bench "$name" --timeout 60 --out "$out/$name.json" "$@") ||
+  (cd /tmp && timeout 330 python3 -P -m aiocomm bench "$name" --timeout 60 --out "$out/$name.json" "$@") ||
     echo "suite $name: status $?"
 }
 

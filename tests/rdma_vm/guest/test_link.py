@@ -159,6 +159,29 @@ async def test_a_small_message_wakes_the_loop_alone() -> None:
         assert device(a)["wakeups"] + device(b)["wakeups"] - before < 10
 
 
+@pytest.mark.parametrize("near", [0, 1])
+async def test_what_is_not_urged_on_goes_over_the_near_rail(near: int) -> None:
+    nodes = ",".join(f"rxe{host}{rail}={int(rail != near)}" for host in "ab" for rail in range(2))
+    async with hosts(2, AIOCOMM_RDMA_NODES=nodes) as (a, b):
+        devices = [f"rxea{rail}" for rail in range(2)]
+        before = device(a)
+        for nbytes in (1000, 200_000):
+            for number in range(10):
+                sent, got = np.full(nbytes, number, np.uint8), np.zeros(nbytes, np.uint8)
+                offered = device(a)["frames_received"]
+                receiving = b.recv(got, 0)
+                await until(lambda: nbytes == 1000 or device(a)["frames_received"] > offered)  # noqa: B023
+                await a.send(sent, 1)
+                await receiving
+                np.testing.assert_array_equal(got, sent)
+        grew = [
+            {what: device(a)[f"{name}.{what}"] - before[f"{name}.{what}"] for what in ("sends", "writes")}
+            for name in devices
+        ]
+        assert grew[near] == {"sends": 10, "writes": 10}
+        assert grew[1 - near] == {"sends": 0, "writes": 0}
+
+
 async def test_classes_of_channels_travel_by_queue_pairs_of_their_own() -> None:
     levels = {"AIOCOMM_RDMA_TRAFFIC_CLASS": "0,0,104,136", "AIOCOMM_RDMA_URGENT_TRAFFIC_CLASS": "136"}
     async with hosts(2, **levels) as (a, b):
