@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Of all subjects the same: one array that fits into the GPU's cache would disturb the kernels less.
 _ARRAYS, _EACH = 4, 64 * MIB
 _SETTLES_S = 0.15
+_HEATS_S = 1.0
 
 
 def _kernels(torch: Any) -> dict[str, Callable[[], Any]]:
@@ -100,9 +101,7 @@ def _measure(
     seconds, turns = arguments["seconds"], arguments["turns"]
     found: Metrics = {}
     for name, kernel in _kernels(torch).items():
-        for _ in range(8):
-            kernel()
-        torch.cuda.synchronize()
+        _rate(torch, kernel, _HEATS_S, flow)
         alone = [_rate(torch, kernel, seconds, flow)[0]]
         kept, moved = [], []
         for _ in range(turns):

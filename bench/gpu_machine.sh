@@ -31,7 +31,7 @@ nvidia-smi topo -m | head -6
 suite() { # NAME OPTIONS...
   name=$1
   shift
-  (cd /tmp && timeout 240 python3 -P -m aiocomm bench "$name" --timeout 60 --out "$out/$name.json" "$@") ||
+  (cd /tmp && timeout 330 python3 -P -m aiocomm bench "$name" --timeout 60 --out "$out/$name.json" "$@") ||
     echo "suite $name: status $?"
 }
 
@@ -39,7 +39,7 @@ suite() { # NAME OPTIONS...
 tests() {
   logs=$(mktemp -d)
   for file in links/test_gpu links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
-    integration/test_gpu_collectives fault/test_cuda_faults; do
+    integration/test_gpu_collectives integration/test_gpu_repeats fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
       timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \
         >"$logs/$(basename $file)-$loop" 2>&1 &
@@ -48,7 +48,7 @@ tests() {
   # What no loop is named for.
   timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
-    tests/integration/test_gpu_reductions.py \
+    tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &
   wait
   for log in "$logs"/*; do
@@ -74,7 +74,7 @@ for step in "$@"; do
     ;;
   reductions)
     timeout 150 python3 -P -m pytest -q -p no:cacheprovider --timeout 30 tests/integration/test_gpu_reductions.py \
-      >"$out/gpu-reductions.log" 2>&1 || true
+      tests/integration/test_gpu_two_shot.py tests/integration/test_gpu_gather.py >"$out/gpu-reductions.log" 2>&1 || true
     tail -n 25 "$out/gpu-reductions.log"
     ;;
   examples)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
-    """Measure bandwidth one way and both ways, and half round trips, with the host waiting for each."""
+    """Measure bandwidth, half round trips and collectives, with the host waiting for each."""
     import torch
     import torch.distributed as dist
 
@@ -52,7 +52,8 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
         return nbytes * count * outstanding / (time.perf_counter() - start) / 1e9
 
     found: Metrics = {
-        "gbytes_s/1GiB": one_way(large, arguments["repeats"], 1),
+        "gbytes_s/1GiB": one_way(large, arguments["repeats"] // 2, 2),
+        "gbytes_s_serial/1GiB": one_way(large, arguments["repeats"], 1),
         "gbytes_s/16MiB": one_way(16 * MIB, 25, 8),
     }
 
@@ -91,5 +92,21 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         found[f"all_reduce_us/{name}"] = statistics.median(times[len(times) // 4 :]) * 1e6
+    for name, nbytes, count in (
+        ("128MiB", 128 * MIB, arguments["repeats"]),
+        ("1MiB", MIB, 300),
+        ("64KiB", small, 300),
+    ):
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            dist.all_gather_into_tensor(into[: 2 * nbytes], data[:nbytes])
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        median = statistics.median(times[len(times) // 4 :])
+        if name == "128MiB":
+            found[f"all_gather_gbytes_s/{name}"] = nbytes / median / 1e9
+        else:
+            found[f"all_gather_us/{name}"] = median * 1e6
     control.swap("done")
     return found if role == 0 else {}

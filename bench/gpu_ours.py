@@ -291,9 +291,10 @@ async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
     import aiocomm
 
     found: Metrics = {}
-    for name, shape, axis, count in (
-        ("strided", gpu_blocks.STRIDED, 1, gpu_blocks.PAGES),
-        ("scattered", gpu_blocks.SCATTERED, 0, gpu_blocks.BLOCKS),
+    for name, shape, axis, count, budget in (
+        ("strided", gpu_blocks.STRIDED, 1, gpu_blocks.PAGES, None),
+        ("scattered", gpu_blocks.SCATTERED, 0, gpu_blocks.BLOCKS, None),
+        ("gathered", gpu_blocks.SCATTERED, 0, gpu_blocks.BLOCKS, 8),
     ):
         ours = aiocomm.Pages(data.shaped(*shape), page_axis=axis)
         async with await comm.lease_pages(aiocomm.Pages(into.shaped(*shape), page_axis=axis)) as lease:
@@ -307,10 +308,10 @@ async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
             if role == 0:
 
                 def put() -> Any:
-                    return comm.put_pages(ours, give, remote, take)  # noqa: B023
+                    return comm.put_pages(ours, give, remote, take, sm_budget=budget)  # noqa: B023
 
                 def get() -> Any:
-                    return comm.get_pages(remote, take, ours, give)  # noqa: B023
+                    return comm.get_pages(remote, take, ours, give, sm_budget=budget)  # noqa: B023
 
                 for key, call, outstanding in (
                     ("pages_one_gbytes_s", put, 1),

@@ -16,11 +16,18 @@ MIXED: Final = "xeon-2xh200-gpu-mixed-2026-11-26"
 def gpu_table() -> str:
     """Medians and, in brackets, 99 of 100 of the suite `gpu`."""
     rows = (
-        ("1 GiB one way, GB/s, each awaited", "gbytes_s_serial/1GiB", "", 0),
-        ("the same, queued (aiocomm: awaited)", "gbytes_s/1GiB", "", 0),
+        ("1 GiB one way, GB/s, two in flight (raw copies: all queued)", "gbytes_s/1GiB", "", 0),
+        ("the same, each awaited", "gbytes_s_serial/1GiB", "", 0),
         ("256 MiB, each awaited", "gbytes_s_steady/256MiB", "", 0),
         ("1 GiB both ways, GB/s each", "gbytes_s_both/1GiB", "", 0),
         ("eight of 16 MiB outstanding, GB/s", "gbytes_s/16MiB", "", 0),
+        ("put 1 GiB, GB/s, two in flight", "put_gbytes_s/1GiB", "", 0),
+        ("get 1 GiB, GB/s, two in flight", "get_gbytes_s/1GiB", "", 0),
+        ("pages of equal stride, GB/s, four calls in flight", "pages_gbytes_s/strided", "", 0),
+        ("scattered pages, GB/s, four calls in flight", "pages_gbytes_s/scattered", "", 0),
+        ("all_reduce of 256 MiB, µs", "all_reduce_us/256MiB", "", 0),
+        ("all_reduce of 64 KiB, µs", "all_reduce_us/64KiB", "", 0),
+        ("all_gather of 64 KiB, µs", "all_gather_us/64KiB", "", 0),
         ("64 KiB half round trip, µs (p99)", "half_us/64KiB", "p99_us/64KiB", 1),
         ("urgent 64 KiB beside bulk one way, µs (p99)", "urgent_us/one_way", "urgent_p99_us/one_way", 1),
         ("… and the bulk's rate ÷ with nothing urgent sent", "bulk_kept/one_way", "", 2),

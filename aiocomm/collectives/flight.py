@@ -48,6 +48,7 @@ class Flight:
         self._header_error: BaseException | None = None
         self._data_error: BaseException | None = None
         self._aborted: AiocommError | None = None
+        self._quit: set[int] = set()  # ranks of the world that have given it up
         self._unsure: list[tuple[tuple[bool, int], PeerLostError]] = []
         self._missing = set(range(self._group.size)) - {self._group.rank}
         self._judged = False
@@ -64,10 +65,11 @@ class Flight:
         """Whether this rank's call has a deadline of its own."""
         return self._ends is not None
 
-    def abort(self, error: AiocommError) -> None:
-        """Another rank has given the call up."""
+    def abort(self, error: AiocommError, source: int) -> None:
+        """Another rank of the world has given the call up."""
         if self._aborted is None:
             self._aborted = error
+        self._quit.add(source)
         self._gate.ring()
 
     # ------------------------------------------------------------ hooks
@@ -94,11 +96,16 @@ class Flight:
         data: Any,
         tag: int,
         channel: int | None = None,
+        patient: bool = False,
     ) -> None:
-        """Submit a transfer, whose end is told under `key`; headers have a True in it."""
+        """Submit a transfer, whose end is told under `key`; headers have a True in it.
+
+        Args:
+            patient: it has no deadline.
+        """
         comm, rank = self._scope.comm, self._group.ranks[peer]
         index = self._scope.index if channel is None else channel
-        limit = -1.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
+        limit = -1.0 if self._ends is None or patient else max(0.0, self._ends - time.monotonic())
         full = self._number << TAG_BITS | tag
         if kind is Send:
             transfer = comm._send(data, rank, index, full, limit, 0)

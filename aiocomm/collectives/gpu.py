@@ -6,7 +6,7 @@ Only reductions compute, and need scratch memory: see `kernels`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
@@ -16,6 +16,8 @@ from aiocomm.collectives.kernels import device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiocomm._device import Description
     from aiocomm._operations import Operations
     from aiocomm.collectives.kernels import Kernels, Scratch
@@ -165,6 +167,14 @@ class Reduction:
         """Queue a step; the arguments are addresses."""
         count = nbytes // self.itemsize
         self.kernels.combine(self.dtype, self.op, target, left, right, count, self.itemsize, self.sm_budget)
+
+    def over_all(self) -> int:
+        """Handle of the function that combines the arrays of all ranks in one launch."""
+        return self.kernels.over_all(self.dtype, self.op)
+
+    def of(self, arrays: Iterable[GpuArray]) -> Reduction:
+        """The same of arrays that may have other streams."""
+        return replace(self, streams=frozenset(array.stream for array in arrays) - {NO_STREAM})
 
     def divide(self, target: GpuArray, by: int) -> None:
         """Queue that a sum becomes a mean."""

@@ -23,9 +23,10 @@ from aiocomm.errors import LinkError, UsageError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-__all__ = ["Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
+__all__ = ["THREADS", "Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
 
-_THREADS: Final = 512  # of a block
+THREADS: Final = 512  # of a block
+_RANKS: Final = 16  # whose arrays one kernel combines: aiocomm_native/bindings/combining.hpp
 _VECTORS: Final = 4  # of 16 bytes, that a thread has under way at once
 
 _BF16_LOAD: Final = "__uint_as_float((unsigned)x << 16)"
@@ -121,6 +122,12 @@ __device__ stored_t combined(stored_t l, stored_t r) {{
 }}
 constexpr unsigned kPer = 16 / sizeof(stored_t), kVectors = {vectors};
 struct alignas(16) Vector {{ stored_t at[kPer]; }};
+__device__ stored_t divided(stored_t x, unsigned by) {{ return save((value_t)(load(x) / (value_t)by)); }}
+// The arrays of all ranks, as they are mapped here: this rank's block of each.
+struct Arrays {{
+  size_type in[{ranks}], out[{ranks}], count;
+  unsigned size, by;
+}};
 
 extern "C" __global__ void __launch_bounds__({threads})
 combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n) {{
@@ -153,7 +160,51 @@ combine(stored_t* out, const stored_t* left, const stored_t* right, size_type n)
 extern "C" __global__ void __launch_bounds__({threads}) divide(stored_t* out, size_type n, unsigned by) {{
   const size_type stride = (size_type)gridDim.x * blockDim.x;
   for (size_type i = (size_type)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
-    out[i] = save((value_t)(load(out[i]) / (value_t)by));
+    out[i] = divided(out[i], by);
+}}
+
+extern "C" __global__ void __launch_bounds__({threads}) combine_all(const Arrays all) {{
+  const size_type stride = (size_type)gridDim.x * blockDim.x;
+  const size_type first = (size_type)blockIdx.x * blockDim.x + threadIdx.x;
+  size_type bits = 0, done = 0;
+  for (unsigned rank = 0; rank < all.size; ++rank) bits |= all.in[rank] | all.out[rank];
+  if ((bits & 15) == 0) {{
+    const size_type vectors = all.count / kPer;
+    for (size_type i = first; i < vectors; i += stride * kVectors) {{
+      Vector total[kVectors], part[kVectors];
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) total[v] = ((const Vector*)all.in[0])[i + v * stride];
+      for (unsigned rank = 1; rank < all.size; ++rank) {{
+#pragma unroll
+        for (unsigned v = 0; v < kVectors; ++v)
+          if (i + v * stride < vectors) part[v] = ((const Vector*)all.in[rank])[i + v * stride];
+#pragma unroll
+        for (unsigned v = 0; v < kVectors; ++v)
+          if (i + v * stride < vectors) {{
+#pragma unroll
+            for (unsigned k = 0; k < kPer; ++k) total[v].at[k] = combined(total[v].at[k], part[v].at[k]);
+          }}
+      }}
+#pragma unroll
+      for (unsigned v = 0; v < kVectors; ++v)
+        if (i + v * stride < vectors) {{
+          if (all.by)
+#pragma unroll
+            for (unsigned k = 0; k < kPer; ++k) total[v].at[k] = divided(total[v].at[k], all.by);
+          for (unsigned rank = 0; rank < all.size; ++rank)
+            ((Vector*)all.out[rank])[i + v * stride] = total[v];
+        }}
+    }}
+    done = vectors * kPer;
+  }}
+  for (size_type i = done + first; i < all.count; i += stride) {{
+    stored_t total = ((const stored_t*)all.in[0])[i];
+    for (unsigned rank = 1; rank < all.size; ++rank)
+      total = combined(total, ((const stored_t*)all.in[rank])[i]);
+    if (all.by) total = divided(total, all.by);
+    for (unsigned rank = 0; rank < all.size; ++rank) ((stored_t*)all.out[rank])[i] = total;
+  }}
 }}
 """
 
@@ -182,7 +233,8 @@ def kernel_source(dtype: str, op: str) -> str:
         save=kind.save,
         expression=_OPERATORS[op],
         vectors=_VECTORS,
-        threads=_THREADS,
+        threads=THREADS,
+        ranks=_RANKS,
     )
 
 
@@ -195,11 +247,12 @@ def compiled(source: str, architecture: str) -> bytes:
     try:
         from cuda.bindings import nvrtc
 
-        code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"aiocomm_reduction.cu", 0, [], [])
+        code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"aiocomm.cu", 0, [], [])
     except (ImportError, RuntimeError) as error:
         raise UsageError(
-            f"reductions on GPUs are compiled by NVRTC, which is not there ({error}): pip install "
-            "'aiocomm[cuda12]' or 'aiocomm[cuda13]', whichever the driver is; or reduce host arrays"
+            f"what runs on GPUs is compiled by NVRTC, which is not there ({error}): pip install "
+            "'aiocomm[cuda12]' or 'aiocomm[cuda13]', whichever the driver is; or reduce host arrays, and "
+            "leave sm_budget= of pages out"
         ) from error
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -207,7 +260,7 @@ def compiled(source: str, architecture: str) -> bytes:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise UsageError(f"NVRTC does not compile the reduction for {architecture}: {log.decode().strip()}")
+        raise UsageError(f"NVRTC does not compile a kernel for {architecture}: {log.decode().strip()}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     image = bytearray(size)
     nvrtc.nvrtcGetCUBIN(program, image)
@@ -238,7 +291,7 @@ class _Driver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(code, ctypes.byref(text))
             called = (text.value or b"?").decode()
-            raise LinkError(f"a reduction on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
+            raise LinkError(f"a kernel on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
 
 
 @functools.cache
@@ -326,6 +379,17 @@ class Kernels:
         blocks = _blocks(count * itemsize, sm_budget)
         self._launch(function, blocks, _Address(out), _Size(count), ctypes.c_uint(by))
 
+    def over_all(self, dtype: str, op: str) -> int:
+        """Handle of the function that combines the arrays of all ranks."""
+        return self._function(dtype, op, "combine_all").value or 0
+
+    def entry(self, source: str, name: str) -> int:
+        """Handle of a function of some other source, which is compiled and loaded once."""
+        key = (source, "", name)
+        if key not in self._functions:
+            self._load(source, {name: key})
+        return self._functions[key].value or 0
+
     def synchronize(self) -> None:
         """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():
@@ -338,7 +402,7 @@ class Kernels:
                 "cuLaunchKernel",
                 function,
                 *(blocks, 1, 1),
-                *(_THREADS, 1, 1),
+                *(THREADS, 1, 1),
                 0,
                 self._stream,
                 pointers,
@@ -347,21 +411,23 @@ class Kernels:
 
     def _function(self, dtype: str, op: str, name: str) -> _Handle:
         key = (dtype, op, name)
-        found = self._functions.get(key)
-        if found is not None:
-            return found
+        if key not in self._functions:
+            entries = ("combine", "combine_all", "divide")
+            self._load(kernel_source(dtype, op), {entry: (dtype, op, entry) for entry in entries})
+        return self._functions[key]
+
+    def _load(self, source: str, entries: dict[str, tuple[str, str, str]]) -> None:
         call, module = _driver(), _Handle()
         major, minor = ctypes.c_int(), ctypes.c_int()
         call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, self.device)
         call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, self.device)
-        image = compiled(kernel_source(dtype, op), f"sm_{major.value}{minor.value}")
+        image = compiled(source, f"sm_{major.value}{minor.value}")
         with self.current():
             call("cuModuleLoadData", ctypes.byref(module), image)
-            for entry in ("combine", "divide"):
+            for entry, key in entries.items():
                 function = _Handle()
                 call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
-                self._functions[dtype, op, entry] = function
-        return self._functions[key]
+                self._functions[key] = function
 
 
 class _Current:
@@ -378,7 +444,7 @@ class _Current:
 
 
 def _blocks(nbytes: int, sm_budget: int) -> int:
-    return max(1, min(sm_budget, -(-nbytes // (16 * _THREADS))))
+    return max(1, min(sm_budget, -(-nbytes // (16 * THREADS))))
 
 
 @functools.cache

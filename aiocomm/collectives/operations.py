@@ -85,7 +85,7 @@ class Collectives:
             if begun is not False:
                 if begun is not None:
                     await begun.run()
-                counts[prepared.counted] += 1
+                counts[prepared.counted if begun is None else f"{operation}/{begun.algorithm}"] += 1
                 if prepared.mean:
                     np.divide(out, out.dtype.type(group.size), out=out)
                 if begun is None and not counts[prepared.counted] % prepared.in_a_row:

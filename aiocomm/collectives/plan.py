@@ -11,7 +11,7 @@ from aiocomm.collectives.cost import chunk_bytes
 from aiocomm.collectives.steps import Copy, Recv, Reduce, Send, dependencies
 
 if TYPE_CHECKING:
-    from aiocomm.collectives.steps import Problem, Span, Step
+    from aiocomm.collectives.steps import Problem, Span, Step, Together
 
 __all__ = ["EAGER_BYTES", "Eager", "Plan", "make_plan"]
 
@@ -33,7 +33,7 @@ class Plan:
 
     operation: str
     algorithm: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Together, ...]
     scratch: int
     waits: tuple[int, ...]  # earlier steps that a step waits for
     followers: tuple[tuple[int, ...], ...]

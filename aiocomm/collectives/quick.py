@@ -10,6 +10,7 @@ GPU arrays are described for every call; what is looked up is the same for all a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -19,10 +20,11 @@ from aiocomm.collectives import headers
 from aiocomm.collectives.call import Call, run_locally
 from aiocomm.collectives.exchange import HEADERS, slot_bytes
 from aiocomm.collectives.gpu import GpuArray
+from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.plan import Eager
-from aiocomm.collectives.requests import Request
 from aiocomm.collectives.scope import TAG_BITS
-from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
+from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span, Together
+from aiocomm.collectives.two_shot import Offered, two_shot
 from aiocomm.errors import UsageError
 from aiocomm_native import _core
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from aiocomm._device import Description
     from aiocomm.collectives.plan import Plan
+    from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
     from aiocomm.collectives.steps import Step
     from aiocomm.group import Group
@@ -42,8 +45,10 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "is_plain", "on_gpus", "prepare", "shape_of"]
 
 _BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
-_KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3}
+_KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3, Together: 4}
 _NOTHING: Final = (0, 0, 0)
+_DECLINED: Final = 1
+_GOING: Final = 2  # what a call that was begun has come to; else it is not known how it is made
 _NOWHERE: Final = Span(IN, 0, 0)
 _FRAMES: Final = 4  # calls of one shape at once whose memory is kept
 _KEPT_BYTES: Final = 256 << 10  # of a frame that is kept beside the scope's own spare memory
@@ -63,17 +68,21 @@ class Prepared:
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         group, plan = scope.group, request.plan
         self._scope, self._request = scope, request
-        self.counted = f"{request.operation}/{plan.algorithm if plan else 'headers'}"
+        self._joint: Plan | None = None  # where all ranks can
+        if request.together:
+            self._joint = two_shot(group.rank, group.size)
+        first = self._joint or plan
+        self.counted = f"{request.operation}/{first.algorithm if first else 'headers'}"
         self.mean = request.result is not None
         eager = plan.eager if plan is not None else Eager({}, {}, ())
         steps: list[_Step] = []
         self._later: tuple[Copy | Reduce, ...] = ()  # what NumPy has to do with what came
         if eager is None:
-            assert plan is not None
+            assert first is not None
             steps = [
                 _described(step, 1 + number, waits, followers)
                 for step, number, waits, followers in zip(
-                    plan.steps, plan.numbers, plan.waits, plan.followers, strict=True
+                    first.steps, first.numbers, first.waits, first.followers, strict=True
                 )
             ]
         elif _native(eager.local, request):
@@ -97,8 +106,17 @@ class Prepared:
             op=_operator(request),
             on_gpu=request.on_gpu,
         )
+        if self._joint is not None and (reduction := request.reduction) is not None:
+            self._call.combine(
+                reduction.over_all(),
+                reduction.kernels.device,
+                reduction.sm_budget,
+                THREADS,
+                reduction.itemsize,
+                group.size if reduction.mean else 0,
+            )
         self._slot_bytes = self._call.slot_bytes
-        self._scratch = 0 if plan is None else plan.scratch
+        self._scratch = 0 if plan is None or request.on_gpu else plan.scratch
         self._kept = self._slot_bytes + self._scratch <= _KEPT_BYTES
         self._frames: list[_Frame] = []
         moved = 0 if plan is None else _moved(plan)
@@ -133,19 +151,17 @@ class Prepared:
         if begun is False:
             self._give_back(frame)
             return False
-        request = self._request
-        again = Request(
-            request.operation,
-            request.header,
-            request.plan,
-            self._views(given, out, scratch),
-            on_gpu=request.on_gpu,
-            dtype=request.dtype,
-            ufunc=request.ufunc,
-            partials=request.partials,
-        )
+        *under_way, progress = begun
+        again = replace(self._request, views=self._views(given, out, scratch))
+        if again.reduction is not None:
+            again.reduction = again.reduction.of(again.views.values())
         call = Call(scope, again, deadline)
-        call.take_over(number, slots, scratch, *begun)
+        if self._joint is not None:
+            call.offer(
+                Offered(scope.comm, self._call, given, out, self._joint, progress == _DECLINED),
+                progress == _GOING,
+            )
+        call.take_over(number, slots, scratch, *under_way)
         return call
 
     def _frame(self) -> _Frame:
@@ -172,7 +188,9 @@ def _span(span: Span) -> _Span:
     return _BUFFERS[span.buffer], span.start, span.stop
 
 
-def _described(step: Step, number: int = 0, waits: int = 0, followers: tuple[int, ...] = ()) -> _Step:
+def _described(
+    step: Step | Together, number: int = 0, waits: int = 0, followers: tuple[int, ...] = ()
+) -> _Step:
     peer, spans = -1, [_NOTHING] * 3
     match step:
         case Send():
@@ -191,7 +209,7 @@ def _operator(request: Request) -> str:
     return "" if request.ufunc is None else names[request.ufunc.__name__]
 
 
-def _native(steps: tuple[Step, ...], request: Request) -> bool:
+def _native(steps: tuple[Step | Together, ...], request: Request) -> bool:
     """Whether the extension can do these steps with the same bits as NumPy."""
     if not any(isinstance(step, Reduce) for step in steps):
         return True
@@ -199,8 +217,8 @@ def _native(steps: tuple[Step, ...], request: Request) -> bool:
     return request.partials is None and _core.reduces(f"{dtype.kind}{dtype.itemsize}", _operator(request))
 
 
-def _target(step: Step) -> Span:
-    return _NOWHERE if isinstance(step, Send) else step.target
+def _target(step: Step | Together) -> Span:
+    return _NOWHERE if isinstance(step, Send | Together) else step.target
 
 
 def _moved(plan: Plan) -> int:
@@ -210,7 +228,9 @@ def _moved(plan: Plan) -> int:
 def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | None:
     """What repeats of a call need, if they are not so large that other tasks should run meanwhile."""
     plan = request.plan
-    if scope.group.size > headers.DIRECT_MEMBERS or request.vector or request.reduction is not None:
+    if scope.group.size > headers.DIRECT_MEMBERS or request.vector:
+        return None
+    if request.reduction is not None and not request.together:
         return None
     if plan is None or plan.eager is not None or request.on_gpu:  # what GPUs copy takes no time of the loop's
         return Prepared(scope, request, dtype)

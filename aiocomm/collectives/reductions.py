@@ -21,6 +21,7 @@ from aiocomm.collectives.requests import (
     same_dtype,
 )
 from aiocomm.collectives.steps import IN, OUT, Problem, even
+from aiocomm.collectives.two_shot import MOST_BYTES
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,19 @@ def reduced(
         arrays = [source, *([target] if isinstance(target, gpu.GpuArray) else ())]
         kernels = gpu.reduction(op, arrays, sm_budget)
         plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text, on_gpu=True)
-        return Request(operation, head, plan, views, on_gpu=True, dtype=source.dtype, reduction=kernels)
+        return Request(
+            operation,
+            head,
+            plan,
+            views,
+            on_gpu=True,
+            dtype=source.dtype,
+            reduction=kernels,
+            together=operation == "all_reduce"
+            and algorithm is None
+            and size > 1
+            and 0 < source.nbytes <= MOST_BYTES,
+        )
     ufunc = operator(op, source.dtype)
     if is_narrow(source.dtype):
         check_algorithm(operation, algorithm, str(source.dtype))

@@ -68,6 +68,7 @@ class Request:
     result: NDArray[Any] | None = None  # to be divided by the number of ranks
     partials: Callable[[], Partials] | None = None  # of reductions whose results are rounded once
     reduction: gpu.Reduction | None = None  # of GPU arrays
+    together: bool = False  # repeats may be made by one kernel per rank
 
 
 def refused(operation: str, error: UsageError) -> Request:

@@ -6,6 +6,7 @@ A rank whose call fails tells the others, who may be waiting for a rank that wai
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -33,6 +34,7 @@ _ABORT_TAG: Final = 0
 _ABORT_S: Final = 5.0
 _KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call: first touch is slow
 _REMEMBERED: Final = 256
+_MISSED: Final = 16
 
 
 class Scope:
@@ -45,6 +47,7 @@ class Scope:
         self.calls: dict[int, Flight] = {}
         self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
+        self._missed: deque[tuple[int, AiocommError, int]] = deque(maxlen=_MISSED)
         self._spare: list[npt.NDArray[np.uint8]] = []
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
@@ -63,6 +66,13 @@ class Scope:
         if call is not None:
             self.calls[number] = call
         return number
+
+    def enter(self, number: int, call: Flight) -> None:
+        """Enter a call that was numbered without one, and tell it what was heard of it meanwhile."""
+        self.calls[number] = call
+        for about, error, source in self._missed:
+            if about == number:
+                call.abort(error, source)
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a call, not cleared; to be given back."""
@@ -118,8 +128,10 @@ class Scope:
         else:
             error = TransferCancelled(f"{self.group.name_of(source)} gave the call up: {text}", source)
         if call is not None:
-            call.abort(error)
-        elif number >= self._next and len(self._failed) < _REMEMBERED:
+            call.abort(error, source)
+        elif number < self._next:
+            self._missed.append((number, error, source))  # of a call that is being begun, maybe
+        elif len(self._failed) < _REMEMBERED:
             self._failed[number] = error
 
 

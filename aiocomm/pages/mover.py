@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
+    from aiocomm.pages.gather import Gather
     from aiocomm.pages.lease import RemotePages
     from aiocomm.pages.planner import Copies, Integers
     from aiocomm_native import Transfer
@@ -90,21 +91,32 @@ class Mover:
         region: Any,
         data: Any,
         copies: Copies,
+        gather: Gather | None,
         ended: Callable[[], object],
         instead: Callable[[], Iterator[Transfer[Any]]],
     ) -> Transfer[Any]:
-        """Submit a put of rows of GPU memory, as `put`; `instead` makes what follows if it cannot be done."""
+        """Submit a put of rows of GPU memory, as `put`.
+
+        Args:
+            gather: a kernel for rows without a common stride.
+            instead: makes what follows if it cannot be done.
+        """
         where = data, region.rank, self._index, region._number, region._start
-        transfer = self.comm._engine.put_rows(*where, *_rows(copies), None, self._left())
+        transfer = self.comm._engine.put_rows(*where, *_rows(copies), None, self._left(), gather)
         self._flying[transfer], self._instead[transfer] = ended, instead
         return transfer
 
     def get_rows(
-        self, region: Any, into: Any, copies: Copies, instead: Callable[[], Iterator[Transfer[Any]]]
+        self,
+        region: Any,
+        into: Any,
+        copies: Copies,
+        gather: Gather | None,
+        instead: Callable[[], Iterator[Transfer[Any]]],
     ) -> Transfer[Any]:
         """Submit a get of rows, as `put_rows`."""
         where = into, region.rank, self._index, region._number, region._start
-        transfer = self.comm._engine.get_rows(*where, *_rows(copies), self._left())
+        transfer = self.comm._engine.get_rows(*where, *_rows(copies), self._left(), gather)
         self._flying[transfer], self._instead[transfer] = _nothing, instead
         return transfer
 

@@ -53,6 +53,7 @@ class PageOperations:
         channel: Channel | None = None,
         deadline: float | None = None,
         stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Write pages into a peer's pages; ends when all bytes are in place there.
 
@@ -62,16 +63,21 @@ class PageOperations:
             notify: at most 4,096 bytes that the owner gets from `notifications()` after all data.
             stream: of GPU pages: nothing is read before the work that this stream has when it is submitted is
                 done. Default: the current stream of the arrays' library.
+            sm_budget: streaming multiprocessors of this side's GPU that may copy rows without a common
+                stride, between GPUs that reach each other. Default: none, copy engines do it. Compiled on
+                first use.
 
         Raises:
-            UsageError: an index is out of range or not leased, a target comes twice, or the layouts do not
-                fit; nothing was written.
+            UsageError: an index is out of range or not leased, a target comes twice, the layouts do not fit,
+                or a kernel cannot be compiled; nothing was written.
             StaleHandleError: a page was assigned to somebody else, or the lease has ended.
 
         Cancelling stops between chunks; pages that were under way are undefined.
         """
         comm = cast("Any", self)
-        await transfers.put_pages(comm, pages, give, remote, take, notify, channel, deadline, stream)
+        await transfers.put_pages(
+            comm, pages, give, remote, take, notify, channel, deadline, stream, sm_budget
+        )
 
     async def put_layers(
         self,
@@ -84,6 +90,7 @@ class PageOperations:
         channel: Channel | None = None,
         deadline: float | None = None,
         stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Write pages layer by layer; the owner sees each as it arrives, by `lease.layers()`.
 
@@ -96,12 +103,15 @@ class PageOperations:
             take: the peer's pages, as for `put_pages`.
             notify: as for `put_pages`: once, after the last layer.
             stream: as for `put_pages`.
+            sm_budget: as for `put_pages`.
 
         Errors and cancellation are those of `put_pages`; the owner's iteration then ends with
         `TransferCancelled`.
         """
         comm = cast("Any", self)
-        await transfers.put_layers(comm, layers, give, remotes, take, notify, channel, deadline, stream)
+        await transfers.put_layers(
+            comm, layers, give, remotes, take, notify, channel, deadline, stream, sm_budget
+        )
 
     async def get_pages(
         self,
@@ -113,6 +123,9 @@ class PageOperations:
         channel: Channel | None = None,
         deadline: float | None = None,
         stream: Any = None,
+        sm_budget: int | None = None,
     ) -> None:
         """Read a peer's pages into pages of this process. Arguments and errors as for `put_pages`."""
-        await transfers.get_pages(cast("Any", self), remote, give, pages, take, channel, deadline, stream)
+        await transfers.get_pages(
+            cast("Any", self), remote, give, pages, take, channel, deadline, stream, sm_budget
+        )

@@ -1,10 +1,11 @@
 """Moves pages between processes with the communicator's one-sided transfers.
 
-GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself. Else, or where
-that engine does not reach the peer's memory, one put or get per range that is contiguous at the peer; where
-the local side is scattered, rows of host memory are packed into (or unpacked from) staging memory, and rows
-of GPU memory are put or got by themselves. Several transfers are under way at once, across layers, too; a
-layer's note follows when all of the layer has ended, and the notification when all has.
+GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself, or with a budget
+of multiprocessors a kernel where they have no common stride. Else, or where that engine does not reach the
+peer's memory, one put or get per range that is contiguous at the peer; where the local side is scattered,
+rows of host memory are packed into (or unpacked from) staging memory, and rows of GPU memory are put or got
+by themselves. Several transfers are under way at once, across layers, too; a layer's note follows when all of
+the layer has ended, and the notification when all has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from aiocomm._device import part_of
 from aiocomm.errors import AiocommError, UsageError
+from aiocomm.pages.gather import check_budget, gather_of
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.planner import page_list
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
+    from aiocomm.pages.gather import Gather
     from aiocomm.pages.layout import Layout, Pages
     from aiocomm.pages.lease import RemotePages
     from aiocomm.pages.memory import Bytes
@@ -66,15 +69,17 @@ async def put_pages(
     channel: Channel | None,
     deadline: float | None,
     stream: Any,
+    sm_budget: int | None,
 ) -> None:
     """See `Communicator.put_pages`."""
     give, take = page_list(give), page_list(take)
+    check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
     remote.check(take)
     plan = await _planned(pages, remote, pages.layout, give, remote.layout, take, at_target=True)
     mover.check(remote)
-    await mover.run(_puts(mover, pages, remote, plan, stream, _nothing, _nothing))
+    await mover.run(_puts(mover, pages, remote, plan, stream, sm_budget, _nothing, _nothing))
     await mover.notify(remote, notify)
 
 
@@ -88,6 +93,7 @@ async def put_layers(
     channel: Channel | None,
     deadline: float | None,
     stream: Any,
+    sm_budget: int | None,
 ) -> None:
     """See `Communicator.put_layers`."""
     if len(layers) != len(remotes) or not layers:
@@ -97,6 +103,7 @@ async def put_layers(
     give, take = page_list(give), page_list(take)
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
+    check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
     planned = []
@@ -109,7 +116,7 @@ async def put_layers(
     def jobs() -> Jobs:
         for layer, (pages, remote, plan) in enumerate(zip(layers, remotes, planned, strict=True)):
             begun, ended = partial(notes.part_begun, layer), partial(notes.part_ended, layer)
-            yield from _puts(mover, pages, remote, plan, stream, begun, ended)
+            yield from _puts(mover, pages, remote, plan, stream, sm_budget, begun, ended)
             yield from notes.all_begun(layer)
 
     try:
@@ -129,9 +136,11 @@ async def get_pages(
     channel: Channel | None,
     deadline: float | None,
     stream: Any,
+    sm_budget: int | None,
 ) -> None:
     """See `Communicator.get_pages`."""
     give, take = page_list(give), page_list(take)
+    check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     remote.check(give)
     if not all(is_writable(pages.arrays[array]) for array in pages.layout.planes):
@@ -147,7 +156,7 @@ async def get_pages(
                 yield from one_by_one()
             elif len(plan.copies):
                 instead = partial(_instead, remote, one_by_one, _nothing)
-                yield mover.get_rows(region, local, plan.copies, instead)
+                yield mover.get_rows(region, local, plan.copies, _gather(local, sm_budget), instead)
 
     await mover.run(jobs())
 
@@ -175,6 +184,7 @@ def _puts(
     remote: RemotePages,
     plan: _Plan,
     stream: Any,
+    sm_budget: int | None,
     begun: Callable[[], object],
     ended: Callable[[], object],
 ) -> Jobs:
@@ -185,9 +195,12 @@ def _puts(
             yield from one_by_one()
         elif len(plan.copies):
             begun()
-            yield mover.put_rows(
-                region, local, plan.copies, ended, partial(_instead, remote, one_by_one, ended)
-            )
+            instead = partial(_instead, remote, one_by_one, ended)
+            yield mover.put_rows(region, local, plan.copies, _gather(local, sm_budget), ended, instead)
+
+
+def _gather(local: Bytes, sm_budget: int | None) -> Gather | None:
+    return gather_of(local, sm_budget) if isinstance(local, tuple) else None
 
 
 def _instead(remote: RemotePages, one_by_one: Callable[[], Jobs], ended: Callable[[], object]) -> Jobs:

@@ -169,6 +169,15 @@ class PreparedCall:
 
     def __init__(self, channel: int, header: bytes, rank: int, ranks: Sequence[int], width: int, header_tag: int, sends: Sequence[tuple[int, tuple[int, int, int]]], receives: Sequence[tuple[int, tuple[int, int, int]]], eager: bool, writes: bool, steps: Sequence[tuple[int, int, int, tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, Sequence[int]]], item: int, format: str, op: str, on_gpu: bool = False) -> None: ...
 
+    def combine(self, function: int, device: int, blocks: int, threads: int, item: int, divide_by: int) -> None:
+        """Has the call made by a kernel per rank where all ranks can."""
+
+    def launch(self, engine: Engine, given: object | None, out: object, slots: object) -> object:
+        """Launch this rank's kernel. None: there is nothing for it to do."""
+
+    def all_offered(self, slots: object) -> bool:
+        """Whether all others have offered their arrays."""
+
     @property
     def slot_bytes(self) -> int: ...
 

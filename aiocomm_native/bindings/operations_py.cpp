@@ -279,27 +279,43 @@ void take_rows(Start& start, bool outgoing, const Integers& from, const Integers
   op.gpu->rows = std::move(rows);
 }
 
+// (function, blocks, threads) of a kernel for rows without a common stride, or None.
+void take_gather(Start& start, nb::handle how) {
+  if (how.is_none()) return;
+  unsigned long long function;
+  unsigned blocks, threads;
+  if (!PyArg_ParseTuple(how.ptr(), "KII", &function, &blocks, &threads)) start.give_up();
+  if (!function || !blocks || threads < 32 || threads > 1024 || threads % 32) {
+    PyErr_SetString(PyExc_ValueError, "no kernel that could be launched");
+    start.give_up();
+  }
+  start.op->gpu->gather = std::make_unique<Gather>(Gather{function, blocks, threads});
+}
+
 nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel, uint64_t region,
                     uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
                     const Integers& to_step, const Integers& nbytes, const Integers& count, nb::object notify,
-                    double deadline) {
+                    double deadline, nb::object gather) {
   Start start(self, OpKind::put, dst, channel, deadline);
   start.memory(description.ptr(), false);
   start.op->region = region;
   start.op->offset = offset;
   take_rows(start, true, from, from_step, to, to_step, nbytes, count);
+  take_gather(start, gather);
   set_notification(start, notify);
   return start.submit();
 }
 
 nb::object get_rows(Self self, nb::tuple description, int src, uint32_t channel, uint64_t region,
                     uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
-                    const Integers& to_step, const Integers& nbytes, const Integers& count, double deadline) {
+                    const Integers& to_step, const Integers& nbytes, const Integers& count, double deadline,
+                    nb::object gather) {
   Start start(self, OpKind::get, src, channel, deadline);
   start.memory(description.ptr(), true);
   start.op->region = region;
   start.op->offset = offset;
   take_rows(start, false, from, from_step, to, to_step, nbytes, count);
+  take_gather(start, gather);
   return start.submit();
 }
 
@@ -323,8 +339,9 @@ void bind_operations(nb::class_<PyEngine>& engine) {
       .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("get", get)
       .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
-      .def("get_rows", get_rows)
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
+      .def("get_rows", get_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
       .def(
           "add_region",
           [](PyEngine& e, nb::handle object, bool writable) {

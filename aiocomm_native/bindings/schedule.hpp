@@ -2,8 +2,10 @@
 #pragma once
 
 #include <Python.h>
+#include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -12,11 +14,12 @@
 #include <vector>
 
 #include "bindings/device_py.hpp"
+#include "bindings/transfer.hpp"
 #include "core/device.hpp"
 
 namespace aiocomm::py {
 
-enum Kind : int { kSend, kRecv, kCopy, kReduce };
+enum Kind : int { kSend, kRecv, kCopy, kReduce, kTogether };
 enum Buffer : int { kIn, kOut, kTmp, kBuffers };
 
 using SpanTuple = std::tuple<int, uint64_t, uint64_t>;
@@ -94,5 +97,11 @@ struct Lent {
   PyObject* owner = Py_None;
   bool held = false;
 };
+
+// Of an operation that was posted without one; `keep` lives as long.
+nanobind::object as_transfer(nanobind::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* keep);
+
+// What operations on GPU arrays keep: their owners, and what was bound.
+nanobind::list wholes_of(std::array<Lent, 4>& lent);
 
 }  // namespace aiocomm::py

@@ -71,6 +71,28 @@ struct Gate {
   }
 };
 
+// One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has.
+struct KernelCall {
+  struct Far {
+    Rank owner = -1;
+    DevicePlace place;
+    uint64_t nbytes = 0;
+    size_t at = 0;  // where in `argument` its address belongs, as it is mapped here
+    bool reached = false;
+    std::shared_ptr<void> mapping;
+  };
+  uint64_t function = 0;
+  uint32_t blocks = 1, threads = 1;
+  std::vector<std::byte> argument;  // the only one, by value
+  std::vector<Far> far;
+};
+
+// A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.
+struct Gather {
+  uint64_t function = 0;
+  uint32_t blocks = 1, threads = 1;
+};
+
 // The device memory of one operation. Made by Mover::bind, dropped with the op.
 struct DeviceBuffer {
   virtual ~DeviceBuffer() = default;
@@ -94,12 +116,14 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
-  bool direct = false;            // the adapters of the pair's link reach it
-  bool not_direct = false;        // they were tried, and do not
-  bool allocates = false;         // a receive whose memory is made once the message's size is known
-  std::unique_ptr<RowList> rows;  // put, get: not all of the memory, but these rows of it
-  bool by_rows = false;           // the peer's op has rows of this memory
-  uint64_t reach = 0;             // bytes of the peer's memory that it is about; 0: as many as the op has
+  bool direct = false;                 // the adapters of the pair's link reach it
+  bool not_direct = false;             // they were tried, and do not
+  bool allocates = false;              // a receive whose memory is made once the message's size is known
+  std::unique_ptr<RowList> rows;       // put, get: not all of the memory, but these rows of it
+  std::unique_ptr<KernelCall> kernel;  // instead of a copy; the op moves no bytes for anybody else
+  std::unique_ptr<Gather> gather;      // of `rows`, if multiprocessors may take part
+  bool by_rows = false;                // the peer's op has rows of this memory
+  uint64_t reach = 0;  // bytes of the peer's memory that it is about; 0: as many as the op has
   uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };
@@ -115,7 +139,10 @@ struct MoveJob {
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
-  uint64_t slow_ns = 0;           // that it takes longer than one copy of its size
+  KernelCall* kernel = nullptr;   // of the op: it is launched
+  const Gather* gather = nullptr;  // of the op, for its rows
+  void* table = nullptr;           // of rows that are being gathered: its mover's
+  uint64_t slow_ns = 0;            // that it takes longer than one copy of its size
 };
 
 // An allocation that others may have mapped, and that its owner has freed.
@@ -128,6 +155,7 @@ struct Reach {
   uint64_t base = 0;  // where `theirs.base` is mapped here
   std::shared_ptr<void> mapping;
   std::string reason;  // of `refused`
+  bool direct = true;  // of `ready`: kernels reach it, too; else copies do, by a detour
 };
 
 // What the engine offers to a mover. None of it is called with the token held.
@@ -140,6 +168,7 @@ class MoverHost {
   virtual void begin_assist() = 0;
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
+  virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
   virtual bool urgent_lately()
@@ -171,6 +200,8 @@ class Mover {
   virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
   virtual bool post(const MoveJob& job) = 0;  // false: no room now
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
+  // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
+  virtual void turn() = 0;
   // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
   // The memory of a reserved buffer: its place is filled in. It goes back with the buffer.

@@ -127,7 +127,9 @@ bool DeviceProtocol::wait_for_gate(Op& op) {
 }
 
 void DeviceProtocol::proceed(Op& op, Peer& peer) {
-  if (op.kind == OpKind::recv || op.kind == OpKind::get)
+  if (op.gpu->kernel)
+    start_kernel(op);
+  else if (op.kind == OpKind::recv || op.kind == OpKind::get)
     continue_receive(op, peer);
   else if (op.kind == OpKind::serve && op.gpu->by_rows)
     serve(op, peer);

@@ -119,6 +119,7 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.posted_ns = engine_.now();
     const uint64_t skip = gpu.rows ? 0 : chunk->offset;
     job.rows = gpu.rows.get();
+    job.gather = gpu.gather.get();
     uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
     uint64_t other =
         queue.lane == Lane::peer ? gpu.remote + skip : reinterpret_cast<uint64_t>(gpu.bounce) + chunk->offset;
@@ -175,7 +176,7 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     MoveJob& job = jobs[i];
     DeviceQueue& queue = queue_of(job.device, job.lane);
-    if (job.lane != Lane::in) {
+    if (job.lane != Lane::in && !job.kernel) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
       uint64_t elapsed = 0;
       if (job.nbytes >= kRated && job.ended_ns >= began && !job.local) {
@@ -200,6 +201,10 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       engine_.settle(*op);
     } else if (job.error) {
       fail(*op, job.error);
+    } else if (job.kernel) {
+      op->moved = op->nbytes;
+      op->path = Path::device;
+      engine_.finish(*op, Code::ok);
     } else if (job.lane == Lane::in) {
       gpu.landed += job.nbytes;
       if (gpu.landed == op->nbytes) engine_.received(*op);

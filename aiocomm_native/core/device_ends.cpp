@@ -24,7 +24,7 @@ void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
 // `error` 0: no host memory for staging.
 void DeviceProtocol::fail(Op& op, int error) {
   op.error = error ? error : -1;
-  if (op.kind == OpKind::recv || op.kind == OpKind::get) {
+  if ((op.kind == OpKind::recv || op.kind == OpKind::get) && !(op.gpu && op.gpu->kernel)) {
     Peer* peer = engine_.find_peer(op.peer);
     if (op.gpu) {
       op.gpu->owes_fin = true;
@@ -208,6 +208,8 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   h.nbytes = ns;
   engine_.send_control(*peer, h, by_engine ? Wake::engine : Wake::loop);
 }
+
+bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }
 
 bool DeviceProtocol::end_assist() {
   assistants_.fetch_sub(1, std::memory_order_relaxed);

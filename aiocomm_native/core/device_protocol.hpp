@@ -3,8 +3,8 @@
 // A receive's way:  deliver -> continue_receive (again after every wait) -> pull | pushed | stage_in
 // A send's way:     announce -> cts -> continue_send (again after every wait) -> push | stage_out
 //
-// One per engine, whose token guards it all. In three files: what is chosen (device_choose.cpp), chunks on their way
-// (device_chunks.cpp), and ends and progress (device_ends.cpp).
+// One per engine, whose token guards it all. In four files: what is chosen (device_choose.cpp), chunks on their way
+// (device_chunks.cpp), kernels (device_kernel.cpp), and ends and progress (device_ends.cpp).
 #pragma once
 
 #include <atomic>
@@ -43,6 +43,9 @@ class DeviceProtocol final : public MoverHost {
   bool wait_for_gate(Op& op);
   Post refuse(Op& op);             // on links whose devices reach registered host memory only
   void serve(Op& op, Peer& peer);  // answers a get of a region in device memory
+  void start_kernel(Op& op);       // again after every wait
+  // Makes the place of memory known to a peer for kernels of its own; false: it cannot reach it. Without the token.
+  bool share(Rank rank, DeviceBuffer& buffer);
   // A receive has been matched, and its message or its buffer (or both) are device memory.
   void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* place,
                const std::byte* payload);
@@ -60,7 +63,10 @@ class DeviceProtocol final : public MoverHost {
   // A copy ends about then: the loop is woken, or the engine's thread does not sleep before.
   void expect(uint64_t ns, bool by_engine);
   uint64_t engine_due() const { return engine_due_ns_; }
-  void linger();        // by the loop's thread, without the token: waits for what was expected
+  void linger();  // by the loop's thread, without the token: waits for what was expected
+  void turn() {   // by the loop's thread while it spins, without the token
+    if (mover_) mover_->turn();
+  }
   uint64_t take_due();  // when that was expected, once; 0: nothing was
 
   // --- ends
@@ -83,6 +89,7 @@ class DeviceProtocol final : public MoverHost {
   void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
+  bool loop_looks() const override;
   void ends_soon(OpId op, uint64_t ns) override;
   bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;

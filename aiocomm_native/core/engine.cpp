@@ -4,13 +4,13 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <new>
 #include <utility>
 
+#include "core/clock.hpp"
 #include "core/slice.hpp"
 #include "core/token.hpp"
 
@@ -169,11 +169,7 @@ std::vector<std::string> Engine::link_names() const {
 
 Link& Engine::link(const std::string& name) { return *links_[link_index(name)]; }
 
-uint64_t Engine::now() const {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
-}
+uint64_t Engine::now() const { return now_ns(); }
 
 double Engine::setting(std::string_view name, double fallback) const {
   return number(config_, std::string(name), fallback);

@@ -223,6 +223,7 @@ class Engine final : public Host, public FrameSink {
 
   MoverHost& mover_host() override { return device_; }
   Mover* mover() { return device_.mover(); }
+  bool share(Rank rank, DeviceBuffer& buffer) { return device_.share(rank, buffer); }
   // The link whose counters an op belongs to.
   uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 

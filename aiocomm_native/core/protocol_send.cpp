@@ -36,6 +36,7 @@ void Engine::start(Op& op) {
   if (!channels_[op.channel].open) return finish(op, Code::closed);
   if (op.deadline_ns) start_deadline(op);
   if (op.kind == OpKind::recv) return start_recv(op);
+  if (op.gpu && op.gpu->kernel) return device_.start_kernel(op);
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state == Peer::State::lost) return finish(op, Code::peer_lost);
   if (peer->state == Peer::State::up && !peer->resting) return start_on(op, *peer);

@@ -54,7 +54,9 @@ bool Engine::look_spinning() {
   const bool copies = std::exchange(spin_copies_, false);
   token_.unlock();
   after_unlock();
-  return copies && copier_->run_one();
+  const bool copied = copies && copier_->run_one();
+  device_.turn();
+  return copied;
 }
 
 void Engine::end_spin() {

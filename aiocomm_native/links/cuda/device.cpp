@@ -1,13 +1,13 @@
 #include "links/cuda/device.hpp"
 
-#include <poll.h>
 #include <pthread.h>
 #include <sys/prctl.h>
-#include <time.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <optional>
+#include <utility>
 
 #include "core/link.hpp"
 #include "core/relax.hpp"
@@ -19,32 +19,19 @@ constexpr size_t kWords = 16384;    // the first are the streams', one per cache
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 16384;
-constexpr size_t kLocal = 5;   // the stream of copies within the device
-constexpr size_t kBatch = 16;  // small copies that share one written value
+constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
+constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
-constexpr uint64_t kWakeNs = 220000;
-// How long before its end a long copy is announced to loops that spin, and to those that sleep; bytes of a long one.
-constexpr uint64_t kAhead[] = {700000, 40000}, kLong = 32 << 20;
-constexpr uint64_t kLateShare =
-    8;  // a long copy takes at most this part longer than is expected of it: others share
-        // the memory and the links
-constexpr uint64_t kMostLate = 1000000;
-constexpr uint64_t kLongestRun = 4ull << 30;  // bytes over which a rate is taken
-constexpr uint64_t kEarlyNs = 20000;          // that a copy takes at most whose end is announced at once
-constexpr double kMostRate = 400;             // between devices, in bytes per ns
+constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
+constexpr double kMostRate = 400;     // between devices, in bytes per ns
+constexpr uint32_t kStandBack = 64;   // turns of the thread, each of which takes some 0.1 us
 
-constexpr size_t kPeerStreams = 3;  // the first are those of copies between devices
-
-uint64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+bool is_small(const MoveJob& job) {
+  return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows && !job.kernel;
 }
-
-bool is_small(const MoveJob& job) { return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows; }
 
 void add(std::atomic<uint64_t>& sum, uint64_t ns) {  // one writer
   sum.store(sum.load(std::memory_order_relaxed) + ns, std::memory_order_relaxed);
@@ -104,8 +91,11 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     std::memset(words, 0, kWords * sizeof(uint32_t));
     words_ = static_cast<volatile uint32_t*>(words);
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
-    for (Stream& stream : streams_)
-      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, 0), "make a stream");
+    for (Stream& stream : streams_) {
+      const int priority = &stream == &streams_[kKernels] ? kMostUrgent : 0;
+      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, priority),
+            "make a stream");
+    }
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
@@ -128,6 +118,7 @@ void Device::release() {
     for (Stream& stream : streams_)
       if (stream.handle) driver.cuStreamDestroy(stream.handle);
     if (words_) driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
+    row_copies_.clear(driver);
   }
   driver.cuDevicePrimaryCtxRelease(ordinal);
   if (bell_ >= 0) ::close(bell_);
@@ -188,6 +179,7 @@ void Device::give_back(const Gate& gate) {
 // ---------------------------------------------------------------- the thread
 
 size_t Device::stream_of(const MoveJob& job) {
+  if (job.kernel) return kKernels;
   if (job.local) return kLocal;
   if (job.lane == Lane::out) return 3;
   if (job.lane == Lane::in) return 4;
@@ -196,8 +188,9 @@ size_t Device::stream_of(const MoveJob& job) {
 }
 
 bool Device::idle() const {
-  return gates_.empty() && std::all_of(streams_.begin(), streams_.end(),
-                                       [](const Stream& stream) { return stream.inflight.empty(); });
+  return gates_.empty() && left_.empty() &&
+         std::all_of(streams_.begin(), streams_.end(),
+                     [](const Stream& stream) { return stream.inflight.empty(); });
 }
 
 void Device::run() {
@@ -208,11 +201,12 @@ void Device::run() {
   driver.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Current
   uint64_t spin_until = 0;
   bool assisting = false;
+  uint32_t seen_turns = 0;
   for (uint32_t turn = 0;; ++turn) {
-    bool did = issue();
     uint64_t now = now_ns();
-    did = collect(now) || did;
-    did = open_gates() || did;
+    // The loop may be kept from going on at any moment, so it is not relied on for long.
+    bool did = (!host_.loop_looks() || turn % kStandBack == 0) && work(true);
+    did = std::exchange(seen_turns, turns_.load(std::memory_order_relaxed)) != seen_turns || did;
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
     if (did) {
       spin_until = now + spin_ns_;
@@ -222,12 +216,19 @@ void Device::run() {
       }
       continue;
     }
-    if (stopping_.load(std::memory_order_acquire)) gates_.clear();  // the transfers have ended without them
-    if (stopping_.load(std::memory_order_acquire) && idle() && jobs_.empty()) break;
-    if (now < spin_until || (spin_ns_ && ends_soon(now))) {
-      announce_end(now);
-      relax();
-      continue;
+    {
+      std::unique_lock lock(turn_, std::try_to_lock);
+      if (!lock.owns_lock()) continue;
+      if (stopping_.load(std::memory_order_acquire)) {
+        gates_.clear();  // the transfers have ended without them
+        if (idle() && jobs_.empty()) break;
+      }
+      if (now < spin_until || (spin_ns_ && ends_soon(now))) {
+        announce_end(now);
+        lock.unlock();
+        relax();
+        continue;
+      }
     }
     if (assisting) {
       assisting = false;
@@ -243,7 +244,22 @@ void Device::run() {
   if (assisting) host_.end_assist();
 }
 
-bool Device::issue() {
+bool Device::work(bool by_thread) {
+  std::unique_lock lock(turn_, std::try_to_lock);
+  if (!lock.owns_lock()) return false;
+  bool did = issue(by_thread);
+  did = collect(now_ns(), by_thread) || did;
+  return open_gates() || did;
+}
+
+void Device::turn() {
+  if (work(false)) turns_.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool Device::issue(bool by_thread) {
+  if (!by_thread && (!left_.empty() || jobs_.empty())) return false;
+  std::optional<Current> current;
+  if (!by_thread) current.emplace(*this);
   bool did = false;
   MoveJob job;
   uint8_t touched = 0;
@@ -251,8 +267,17 @@ bool Device::issue() {
     if (std::any_of(streams_.begin(), streams_.end(),
                     [](const Stream& stream) { return stream.inflight.size() >= kInflight; }))
       break;
-    if (!jobs_.pop(job)) break;
+    if (!left_.empty()) {
+      job = left_.front();
+      left_.pop_front();
+    } else if (!jobs_.pop(job)) {
+      break;
+    }
     did = true;
+    if (job.rows && !by_thread) {  // many calls of the driver
+      left_.push_back(job);
+      break;
+    }
     size_t index = stream_of(job);
     Stream& stream = streams_[index];
     int code = lost_;
@@ -272,6 +297,7 @@ bool Device::issue() {
     }
     job.order = ++issued_;
     stream.inflight.emplace_back(++stream.issued, job);
+    if (!by_thread) add(small.by_loop, 1);
     const size_t bulk = streams_[0].inflight.size() + streams_[1].inflight.size() - (index < 2);
     if (job.early && spin_ns_ && bulk == 0) early_.push_back(job.op);
     if (job.nbytes >= kTellFrom)
@@ -287,6 +313,11 @@ bool Device::issue() {
 }
 
 int Device::copy(MoveJob& job, Stream& stream) {
+  if (KernelCall* kernel = job.kernel) {
+    void* argument = kernel->argument.data();
+    return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(kernel->function), kernel->blocks, 1, 1,
+                                 kernel->threads, 1, 1, 0, stream.handle, &argument, nullptr);
+  }
   if (!job.rows) return driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
   int code = row_copies_.queue(driver, job, stream.handle);
   if (code != CUDA_SUCCESS) driver.cuStreamSynchronize(stream.handle);  // some may be under way
@@ -316,7 +347,7 @@ void Device::fail(Stream& stream, int error) {
   if (is_lost(error)) lost_ = error;
 }
 
-bool Device::collect(uint64_t now) {
+bool Device::collect(uint64_t now, bool by_thread) {
   for (size_t i = 0; i < kStreams; ++i) {
     Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
@@ -329,32 +360,17 @@ bool Device::collect(uint64_t now) {
       finished_.push_back(job);
       stream.inflight.pop_front();
     }
-    if (!stream.inflight.empty()) watch(stream, now);
+    if (by_thread && !stream.inflight.empty()) watch(stream, now);
   }
   if (finished_.empty()) return false;
   finish();
   return true;
 }
 
-// A copy between devices has ended. What is expected of the next follows a faster one at once and a slower one by and by:
-// a loop that is woken too late has missed the end. Over some copies in a row one end that was seen late counts for little.
-void Device::rate(const MoveJob& job) {
-  if (job.issued_ns >= peer_done_ns_ || run_bytes_ > kLongestRun) {
-    run_began_ns_ = std::max(job.issued_ns, peer_done_ns_);
-    run_bytes_ = 0;
-  }
-  peer_done_ns_ = job.ended_ns;
-  run_bytes_ += job.nbytes;
-  if (job.nbytes < kLong || job.rows || job.ended_ns <= run_began_ns_) return;
-  const double seen = static_cast<double>(run_bytes_) / static_cast<double>(job.ended_ns - run_began_ns_);
-  peer_rate_ = std::max(seen, peer_rate_ + (seen - peer_rate_) / 2);
-  late_ns_ -=
-      late_ns_ / 64;  // where all ends are watched from the beginning, no sleep says that timers are good
-}
-
 void Device::finish() {
   std::vector<MoveJob> jobs;
   jobs.swap(finished_);
+  for (const MoveJob& job : jobs) row_copies_.ended(job);
   host_.moved(jobs.data(), jobs.size());
   if (is_small(jobs.front())) {
     add(small.count, 1);
@@ -391,92 +407,6 @@ bool Device::open_gates() {
   if (ready.empty()) return false;
   host_.go_on(ready.data(), ready.size());
   return true;
-}
-
-// Whatever their streams, copies between devices run first in, first out: this one ends next. Null: none is under way.
-const MoveJob* Device::first_between() const {
-  const MoveJob* first = nullptr;
-  for (size_t i = 0; i < kPeerStreams; ++i) {
-    if (streams_[i].inflight.empty()) continue;
-    const MoveJob& job = streams_[i].inflight.front().second;
-    if (!first || job.order < first->order) first = &job;
-  }
-  return first;
-}
-
-uint64_t Device::takes(const MoveJob& job) const {
-  return static_cast<uint64_t>(static_cast<double>(job.nbytes) / peer_rate_) + job.slow_ns;
-}
-
-uint64_t Device::expected_end(const MoveJob& job) const {
-  return std::max(job.issued_ns, peer_done_ns_) + takes(job);
-}
-
-// About when the copy that ends next should; 0: none is under way.
-uint64_t Device::expected_end() const {
-  const MoveJob* first = first_between();
-  uint64_t soonest = first ? expected_end(*first) : 0;
-  for (size_t i = kPeerStreams; i < kStreams; ++i) {
-    if (streams_[i].inflight.empty()) continue;
-    const MoveJob& job = streams_[i].inflight.front().second;
-    const uint64_t rate = i == kLocal ? 1000 : 60;  // bytes per ns, of the fastest
-    const uint64_t end = job.issued_ns + job.nbytes / rate + job.slow_ns;
-    soonest = soonest ? std::min(soonest, end) : end;
-  }
-  return soonest;
-}
-
-// How long before its end a copy is watched. Timers of virtual machines may be late by half a millisecond.
-uint64_t Device::margin() const { return 2 * (kWakeNs + late_ns_); }
-
-// Waking up takes longer than what is left.
-bool Device::ends_soon(uint64_t now) const {
-  const uint64_t end = expected_end();
-  if (!end || now + margin() <= end) return false;
-  const MoveJob* first = first_between();
-  return now < end + spin_ns_ + (first ? takes(*first) / kLateShare : 0);
-}
-
-void Device::announce_end(uint64_t now) {
-  const MoveJob* job = first_between();
-  if (!job || job->nbytes < kLong) return;
-  const uint64_t end = expected_end(*job), late = takes(*job) / kLateShare;
-  for (size_t turn = 0; turn < announced_.size(); ++turn) {
-    if (now + kAhead[turn] < end || announced_[turn] == job->order) continue;
-    announced_[turn] = job->order;
-    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1]);
-  }
-}
-
-// The worst of late, which is forgotten by and by.
-void Device::late_by(uint64_t ns) { late_ns_ = std::min(std::max(ns, late_ns_ - late_ns_ / 16), kMostLate); }
-
-void Device::sleep(uint64_t now) {
-  constexpr uint64_t kShort = 20000, kRarely = 200000;
-  uint64_t ns = 0;
-  prepare_sleep(wake_);
-  // Pairs with ring(): either it sees us asleep, or we see what it brought.
-  if (!jobs_.empty() || !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
-    awake(wake_);
-    return;
-  }
-  pollfd bell{bell_, POLLIN, 0};
-  timespec limit{};
-  timespec* timeout = nullptr;
-  if (!idle()) {
-    uint64_t end = expected_end();
-    ns = kShort;
-    if (end > now + margin() + kShort)
-      ns = end - now - margin();
-    else if (end == 0 || now > end + 1000000)
-      ns = kRarely;
-    limit.tv_sec = static_cast<time_t>(ns / 1000000000);
-    limit.tv_nsec = static_cast<long>(ns % 1000000000);
-    timeout = &limit;
-  }
-  if (ppoll(&bell, 1, timeout, nullptr) == 0) late_by(now_ns() - now - ns);
-  awake(wake_);
-  clear_fd(bell_);
 }
 
 }  // namespace aiocomm::cuda

@@ -5,6 +5,8 @@
 //  * A stream writes a number to pinned host memory behind the copies that it was given, and the thread reads it:
 //    while it waits it calls no driver function, so it takes no lock from a thread that launches kernels. Only a copy
 //    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing.
+//  * A loop that spins works in the thread's place (turn()), which stands back: what is handed over, and what has ended,
+//    need not be told from one thread to the other.
 //  * What is handed over goes through lock-free queues; a sleeping thread is rung awake. It spins for a moment after
 //    it was active, drives the engine meanwhile (MoverHost::assist), and sleeps without a time limit when nothing is
 //    under way.
@@ -19,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/clock.hpp"
 #include "core/device.hpp"
 #include "core/doorbell.hpp"
 #include "core/mpsc.hpp"
@@ -34,6 +37,7 @@ struct GateWait {
 
 // Where the time of small copies between devices has gone, sums in ns. Written by the copy thread.
 struct SmallCopies {
+  std::atomic<uint64_t> by_loop{0};  // issued by a loop that spins, of all copies
   std::atomic<uint64_t> count{0}, handed{0}, issued{0}, seen{0}, told{0};
 };
 
@@ -47,6 +51,7 @@ class Device {
 
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
+  void turn();  // by a loop that spins, in place of the thread; rows are left to that
   void stop();  // waits for what was posted
 
   // A gate that opens when the work that `stream` has now is done. Throws LinkFailure.
@@ -73,8 +78,9 @@ class Device {
   SmallCopies small;
 
  private:
-  // Two for bulk and one for what is urgent between devices, to and from the host, within the device.
-  static constexpr size_t kStreams = 6;
+  // Two for bulk and one for what is urgent between devices, to and from the host, within the device, kernels.
+  static constexpr size_t kStreams = 7, kPeerStreams = 3, kLocal = 5, kKernels = 6;
+  static constexpr uint64_t kLong = 32 << 20;  // bytes of a copy whose end is announced
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -85,10 +91,11 @@ class Device {
 
   void run();
   void release();
-  bool issue();
+  bool issue(bool by_thread);
+  bool work(bool by_thread);
   int copy(MoveJob& job, Stream& stream);
   void tell(Stream& stream);
-  bool collect(uint64_t now);
+  bool collect(uint64_t now, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);
   void fail(Stream& stream, int error);
@@ -112,6 +119,11 @@ class Device {
 
   MoverHost& host_;
   const uint64_t spin_ns_;
+
+  // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
+  std::mutex turn_;
+  std::deque<MoveJob> left_;        // taken from the queue, for the thread to issue
+  std::atomic<uint32_t> turns_{0};  // of the loop, in which it did something
   std::array<Stream, kStreams> streams_;
   uint64_t issued_ = 0;  // copies so far
   std::array<uint64_t, 2> announced_ =

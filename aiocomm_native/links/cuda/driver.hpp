@@ -19,6 +19,7 @@ using CUdeviceptr = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
+using CUfunction = struct CUfunc_st*;
 using CUmemoryPool = struct CUmemPoolHandle_st*;
 using CUmemGenericAllocationHandle = unsigned long long;
 
@@ -87,6 +88,7 @@ constexpr CUresult CUDA_ERROR_NVLINK_UNCORRECTABLE = 220;
 constexpr CUresult CUDA_ERROR_INVALID_HANDLE = 400;
 constexpr CUresult CUDA_ERROR_NOT_READY = 600;
 constexpr CUresult CUDA_ERROR_ILLEGAL_ADDRESS = 700;
+constexpr CUresult CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED = 704;
 constexpr CUresult CUDA_ERROR_CONTEXT_IS_DESTROYED = 709;
 constexpr CUresult CUDA_ERROR_NOT_PERMITTED = 800;
 constexpr CUresult CUDA_ERROR_NOT_SUPPORTED = 801;
@@ -160,6 +162,9 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
   X(cuMemHostUnregister, 4000, CUresult(void*))                                                          \
   X(cuMemcpyAsync, 4000, CUresult(CUdeviceptr, CUdeviceptr, size_t, CUstream))                           \
   X(cuMemcpy2DAsync, 3020, CUresult(const CUDA_MEMCPY2D*, CUstream))                                     \
+  X(cuLaunchKernel, 4000,                                                                                \
+    CUresult(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, \
+             void**, void**))                                                                            \
   X(cuStreamCreateWithPriority, 5050, CUresult(CUstream*, unsigned, int))                                \
   X(cuStreamDestroy, 4000, CUresult(CUstream))                                                           \
   X(cuStreamQuery, 2000, CUresult(CUstream))                                                             \

@@ -68,7 +68,13 @@ Device& State::device(int ordinal) {
   if (stopped_) throw LinkFailure("the communicator is closed", ESHUTDOWN);
   auto fresh = new Device(driver, ordinal, host, spin_ns_);
   devices_[static_cast<size_t>(ordinal)].store(fresh, std::memory_order_release);
+  count_.store(std::max(count_.load(std::memory_order_relaxed), ordinal + 1), std::memory_order_release);
   return *fresh;
+}
+
+void State::turn() {
+  for (int i = 0; i < count_.load(std::memory_order_acquire); ++i)
+    if (Device* device = started(i)) device->turn();
 }
 
 void State::stop() {
@@ -133,6 +139,7 @@ State& CudaLink::state() {
     const Driver& driver = Driver::of_process();
     if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
     state_ = std::make_shared<State>(driver, host_);
+    turning_.store(state_.get(), std::memory_order_release);
   }
   return *state_;
 }
@@ -315,25 +322,25 @@ Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waite
   uint64_t pair = static_cast<uint64_t>(device) << 32 | theirs.device;
   {
     std::lock_guard lock(mutex_);
-    auto [it, fresh] = peered_.try_emplace(pair, false);
-    if (it->second) return {Reach::State::ready, theirs.base, {}, {}};
-    if (!fresh) {  // asked for by another transfer: copies work meanwhile, by a detour
-      return {Reach::State::ready, theirs.base, {}, {}};
-    }
+    auto [it, fresh] = peered_.try_emplace(pair, Peering::opening);
+    // Asked for by another transfer: copies work meanwhile, by a detour.
+    if (!fresh) return {Reach::State::ready, theirs.base, {}, {}, it->second == Peering::direct};
   }
   int other = theirs.device;
   state_->helper.submit([this, state = state_.get(), device, other, pair, waiter] {
+    Peering peering = Peering::detour;
     try {
       Device& mine = state->device(device);
       Device& their = state->device(other);
       state->driver.cuCtxSetCurrent(mine.context);
-      state->driver.cuCtxEnablePeerAccess(their.context, 0);  // refused: the driver copies by a detour
+      CUresult code = state->driver.cuCtxEnablePeerAccess(their.context, 0);
+      if (code == CUDA_SUCCESS || code == CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED) peering = Peering::direct;
     } catch (const std::exception&) {
       // the copy itself will say what is wrong
     }
     {
       std::lock_guard lock(mutex_);
-      peered_[pair] = true;
+      peered_[pair] = peering;
     }
     state->host.go_on(&waiter, 1);
   });
@@ -344,6 +351,10 @@ bool CudaLink::post(const MoveJob& job) { return state_->started(job.device)->po
 
 void CudaLink::await_gate(const Gate& gate, int device, OpId waiter) {
   state_->started(device)->await_gate({gate, waiter});
+}
+
+void CudaLink::turn() {
+  if (State* state = turning_.load(std::memory_order_acquire)) state->turn();
 }
 
 Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) {
@@ -421,7 +432,8 @@ void CudaLink::stop() {
 }
 
 // Of small copies between devices: how many were seen to end, and nanoseconds from their posting to the copy thread, with
-// the driver, from there until they were seen, and until their transfers had ended; in all.
+// the driver, from there until they were seen, and until their transfers had ended; in all. And copies of any size that a
+// loop that spins has issued by itself.
 std::map<std::string, uint64_t> CudaLink::counters() {
   std::map<std::string, uint64_t> found;
   std::lock_guard lock(mutex_);
@@ -430,6 +442,7 @@ std::map<std::string, uint64_t> CudaLink::counters() {
     if (!device) continue;
     const SmallCopies& small = device->small;
     const std::string name = "gpu" + std::to_string(i) + ".small_";
+    found["gpu" + std::to_string(i) + ".by_loop"] = small.by_loop.load(std::memory_order_relaxed);
     for (auto [what, sum] : {std::pair{"copies", &small.count},
                              {"handed_ns", &small.handed},
                              {"issued_ns", &small.issued},

@@ -30,6 +30,7 @@ class State {
   Device* started(int ordinal) const {
     return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire);
   }
+  void turn();  // of the devices that are started, by the loop's thread
   void stop();
 
   const Driver& driver;
@@ -58,6 +59,7 @@ class State {
   std::mutex mutex_;
   bool stopped_ = false;
   std::array<std::atomic<Device*>, kDevices> devices_{};
+  std::atomic<int> count_{0};  // no device beyond is started
 };
 
 struct CudaBuffer final : DeviceBuffer {
@@ -89,6 +91,7 @@ class CudaLink final : public Link, public Mover {
   void offer(DeviceBuffer& buffer, LinkPeer& peer) override;
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter) override;
+  void turn() override;
   Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) override;
   uint64_t load(int device) const override;
@@ -118,7 +121,9 @@ class CudaLink final : public Link, public Mover {
   const int pid_ = ::getpid();  // asked for with every message
   std::mutex mutex_;
   std::shared_ptr<State> state_;
-  std::unordered_map<uint64_t, bool> peered_;  // pairs of devices; false: being enabled
+  std::atomic<State*> turning_{nullptr};  // the same, for turn()
+  enum class Peering : uint8_t { opening, direct, detour };
+  std::unordered_map<uint64_t, Peering> peered_;  // pairs of devices
 };
 
 }  // namespace aiocomm::cuda

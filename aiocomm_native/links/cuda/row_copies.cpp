@@ -1,5 +1,9 @@
 #include "links/cuda/row_copies.hpp"
 
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
 namespace aiocomm::cuda {
 
 namespace {
@@ -8,6 +12,10 @@ constexpr int64_t kMostPitch = 0x7fffffff;  // CU_DEVICE_ATTRIBUTE_MAX_PITCH of 
 // A 2-D copy costs 2.6 us and 0.1 us a row, a copy in a batch 0.6 us, one by itself 2.6 us.
 constexpr uint64_t kFewRows = 6;
 constexpr uint64_t kCopyNs = 500, kRowNs = 50;  // that a copy, or a row of a 2-D one, takes beside its bytes
+// Rows are cut for the kernel, so that its warps have about as much to do; bytes per ns of one block, and of an engine.
+constexpr uint64_t kPiece = 32 << 10, kBlockRate = 31, kEngineRate = 400;
+constexpr uint64_t kGatherNs = 15000;  // that the table takes, and the launch
+constexpr size_t kLeastRoom = 4096;
 
 bool is_pitch(int64_t step, uint64_t width) {
   return step >= static_cast<int64_t>(width) && step <= kMostPitch;
@@ -32,14 +40,76 @@ CUresult RowCopies::queue(const Driver& driver, MoveJob& job, CUstream stream) {
       job.slow_ns += kRowNs * rows.count;
       return;
     }
+    for (uint64_t i = 0; i < rows.count && job.gather; ++i)
+      for (uint64_t done = 0; done < rows.nbytes; done += kPiece)
+        listed_.push_back({job.to + rows.to + i * static_cast<uint64_t>(rows.to_step) + done,
+                           job.from + rows.from + i * static_cast<uint64_t>(rows.from_step) + done,
+                           std::min(kPiece, rows.nbytes - done)});
+    if (job.gather) return;
     for (uint64_t i = 0; i < rows.count && code == CUDA_SUCCESS; ++i)
       code = one(driver, job.to + rows.to + i * static_cast<uint64_t>(rows.to_step),
                  job.from + rows.from + i * static_cast<uint64_t>(rows.from_step), rows.nbytes, stream);
     job.slow_ns += kCopyNs * rows.count;
   });
   if (code == CUDA_SUCCESS) code = flush(driver, stream);
-  to_.clear(), from_.clear(), nbytes_.clear();
+  if (code == CUDA_SUCCESS && !listed_.empty()) code = gather(driver, job, stream);
+  to_.clear(), from_.clear(), nbytes_.clear(), listed_.clear();
   return code;
+}
+
+CUresult RowCopies::gather(const Driver& driver, MoveJob& job, CUstream stream) {
+  Table* table = nullptr;
+  if (CUresult code = take_table(driver, listed_.size(), table); code != CUDA_SUCCESS) return code;
+  job.table = table;
+  const size_t nbytes = listed_.size() * sizeof(Row);
+  std::memcpy(table->host, listed_.data(), nbytes);
+  CUresult code =
+      driver.cuMemcpyAsync(table->device, reinterpret_cast<CUdeviceptr>(table->host), nbytes, stream);
+  if (code != CUDA_SUCCESS) return code;
+  const auto warps = static_cast<uint64_t>(job.gather->threads / 32);
+  const auto blocks = std::min<uint64_t>(job.gather->blocks, (listed_.size() + warps - 1) / warps);
+  uint64_t count = listed_.size(), moved = 0;
+  for (const Row& row : listed_) moved += row.nbytes;
+  job.slow_ns += kGatherNs + moved / (kBlockRate * std::min<uint64_t>(blocks, 12)) - moved / kEngineRate;
+  void* arguments[] = {&table->device, &count};
+  return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(job.gather->function),
+                               static_cast<unsigned>(blocks), 1, 1, job.gather->threads, 1, 1, 0, stream,
+                               arguments, nullptr);
+}
+
+// A new one takes the driver a while; it is kept for the next.
+CUresult RowCopies::take_table(const Driver& driver, size_t rows, Table*& table) {
+  for (auto& one : tables_)
+    if (!one->used && one->room >= rows) {
+      one->used = true;
+      table = one.get();
+      return CUDA_SUCCESS;
+    }
+  auto made = std::make_unique<Table>();
+  made->room = std::max(kLeastRoom, std::bit_ceil(rows));
+  CUresult code = driver.cuMemHostAlloc(&made->host, made->room * sizeof(Row), CU_MEMHOSTALLOC_PORTABLE);
+  if (code != CUDA_SUCCESS) return code;
+  code = driver.cuMemAlloc(&made->device, made->room * sizeof(Row));
+  if (code != CUDA_SUCCESS) {
+    driver.cuMemFreeHost(made->host);
+    return code;
+  }
+  made->used = true;
+  table = made.get();
+  tables_.push_back(std::move(made));
+  return CUDA_SUCCESS;
+}
+
+void RowCopies::ended(const MoveJob& job) {
+  if (job.table) static_cast<Table*>(job.table)->used = false;
+}
+
+void RowCopies::clear(const Driver& driver) {
+  for (auto& table : tables_) {
+    driver.cuMemFreeHost(table->host);
+    driver.cuMemFree(table->device);
+  }
+  tables_.clear();
 }
 
 CUresult RowCopies::one(const Driver& driver, CUdeviceptr to, CUdeviceptr from, size_t nbytes,

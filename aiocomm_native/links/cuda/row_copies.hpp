@@ -1,7 +1,10 @@
-// Rows that lie apart, copied by the copy engine: equally spaced ones as one 2-D copy, the rest as batches.
+// Rows that lie apart, copied by the copy engine: equally spaced ones as one 2-D copy, the rest as batches, or where the
+// job allows it by a kernel that reads them from a table.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/device.hpp"
@@ -14,14 +17,29 @@ class RowCopies {
  public:
   // Queues a job's copies, and estimates `slow_ns`. Where it fails, those before are queued.
   CUresult queue(const Driver& driver, MoveJob& job, CUstream stream);
+  void ended(const MoveJob& job);    // and nothing reads its table any more
+  void clear(const Driver& driver);  // in a current context
 
  private:
+  struct Row {  // as in aiocomm/pages/gather.py
+    uint64_t to, from, nbytes;
+  };
+  struct Table {
+    void* host = nullptr;  // pinned
+    CUdeviceptr device = 0;
+    size_t room = 0;  // rows
+    bool used = false;
+  };
+  CUresult gather(const Driver& driver, MoveJob& job, CUstream stream);
+  CUresult take_table(const Driver& driver, size_t rows, Table*& table);
   CUresult one(const Driver& driver, CUdeviceptr to, CUdeviceptr from, size_t nbytes, CUstream stream);
   CUresult flush(const Driver& driver, CUstream stream);
 
   std::vector<CUdeviceptr> to_, from_;  // of the batch that is being collected
   std::vector<size_t> nbytes_;
   bool no_batches_ = false;  // the driver has refused one
+  std::vector<Row> listed_;  // for the kernel
+  std::vector<std::unique_ptr<Table>> tables_;
 };
 
 }  // namespace aiocomm::cuda

@@ -66,7 +66,58 @@ CUresult Sim::translate(Device& device, uint64_t address, size_t nbytes, std::ve
   return CUDA_SUCCESS;
 }
 
+CUresult Sim::compute_all(Lock& lock, Device& device, Op& op) {
+  const Kernel& kernel = *op.kernel;
+  std::vector<std::vector<Piece>> in(kernel.in.size()), out(kernel.out.size());
+  bool stale = false;
+  for (size_t rank = 0; rank < in.size(); ++rank) {
+    if (CUresult code = translate(device, kernel.in[rank], op.width, in[rank], stale)) return code;
+    if (CUresult code = translate(device, kernel.out[rank], op.width, out[rank], stale)) return code;
+  }
+  lock.unlock();
+  std::vector<std::byte> total(op.width), part(op.width), result(op.width);
+  Kernel pair = kernel;
+  pair.by = 0;
+  move({{total.data(), total.size(), nullptr}}, in[0], 0, op.width);
+  for (size_t rank = 1; rank < in.size(); ++rank) {
+    move({{part.data(), part.size(), nullptr}}, in[rank], 0, op.width);
+    pair.run(result.data(), total.data(), part.data(), op.width);
+    total.swap(result);
+  }
+  if (kernel.by) {
+    kernel.run(result.data(), total.data(), total.data(), op.width);
+    total.swap(result);
+  }
+  for (size_t rank = 0; rank < out.size() && !stale; ++rank)
+    move(out[rank], {{total.data(), total.size(), nullptr}}, 0, op.width);
+  lock.lock();
+  return CUDA_SUCCESS;
+}
+
+CUresult Sim::gather(Lock& lock, Device& device, const Kernel& kernel) {
+  struct Row {
+    uint64_t to, from, nbytes;
+  };
+  std::vector<Row> rows(kernel.count);
+  const size_t nbytes = rows.size() * sizeof(Row);
+  std::vector<Piece> table;
+  bool stale = false;
+  if (CUresult code = translate(device, kernel.rows, nbytes, table, stale)) return code;
+  move({{reinterpret_cast<std::byte*>(rows.data()), nbytes, nullptr}}, table, 0, nbytes);
+  for (const Row& row : rows) {
+    std::vector<Piece> to, from;
+    if (CUresult code = translate(device, row.to, row.nbytes, to, stale)) return code;
+    if (CUresult code = translate(device, row.from, row.nbytes, from, stale)) return code;
+    if (!stale) move(to, from, 0, row.nbytes);
+    faults().count("bytes", row.nbytes);
+  }
+  (void)lock;
+  return health(device.context);
+}
+
 CUresult Sim::compute(Lock& lock, Device& device, Op& op) {
+  if (op.kernel->rows) return gather(lock, device, *op.kernel);
+  if (!op.kernel->in.empty()) return compute_all(lock, device, op);
   std::vector<Piece> to, left, right;
   bool stale = false;
   for (auto& [address, pieces] : {std::pair{op.to, &to}, {op.from, &left}, {op.second, &right}})

@@ -1,5 +1,5 @@
-// Modules and kernels. Nothing is compiled here: the image of a module is the source of one of aiocomm's reductions, whose
-// first line names the dtype and the operator, and the host computes what its kernels would.
+// Modules and kernels. Nothing is compiled here: the image of a module is one of aiocomm's sources. The first line of a
+// reduction names the dtype and the operator, that of the other the rows it copies; the host does what kernels would.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -138,7 +138,9 @@ FAKE_API cuModuleLoadData(CUmodule* out, const void* image) {
   std::string slashes, name, what;
   Kernel kernel;
   source >> slashes >> name >> what >> kernel.dtype >> kernel.op;
-  auto item = kItems.find(kernel.dtype);
+  const bool gathers = what == "gather:";
+  auto item = kItems.find(gathers ? "uint8" : kernel.dtype);
+  if (gathers && name == "aiocomm") what = "reduction:";
   if (name != "aiocomm" || what != "reduction:" || item == kItems.end()) return CUDA_ERROR_INVALID_IMAGE;
   kernel.item = item->second;
   *out = reinterpret_cast<CUmodule>(sim().fresh_handle());
@@ -156,7 +158,10 @@ FAKE_API cuModuleGetFunction(CUfunction* out, CUmodule module, const char* name)
   Call call("cuModuleGetFunction", Needs::context);
   if (call) return call.code;
   if (!sim().modules.count(module)) return CUDA_ERROR_INVALID_HANDLE;
-  if (std::strcmp(name, "combine") != 0 && std::strcmp(name, "divide") != 0) return CUDA_ERROR_NOT_FOUND;
+  const bool gathers = sim().modules[module].dtype == "rows";
+  const std::set<std::string> known =
+      gathers ? std::set<std::string>{"gather"} : std::set<std::string>{"combine", "combine_all", "divide"};
+  if (!known.count(name)) return CUDA_ERROR_NOT_FOUND;
   *out = reinterpret_cast<CUfunction>(sim().fresh_handle());
   sim().functions[*out] = {module, name};
   return CUDA_SUCCESS;
@@ -178,9 +183,23 @@ FAKE_API cuLaunchKernel(CUfunction function, unsigned blocks, unsigned blocks_y,
   auto kernel = std::make_shared<Kernel>(sim().modules.at(module));
   auto argument = [&](int index) { return *static_cast<uint64_t*>(arguments[index]); };
   Op op(Op::Kind::kernel);
-  op.to = argument(0);
   uint64_t count;
-  if (name == "combine") {
+  if (name == "combine_all") {
+    struct Arrays {
+      uint64_t in[16], out[16], count;
+      uint32_t size, by;
+    };
+    const auto& all = *static_cast<const Arrays*>(arguments[0]);
+    if (!all.size || all.size > 16) return CUDA_ERROR_INVALID_VALUE;
+    kernel->in.assign(all.in, all.in + all.size);
+    kernel->out.assign(all.out, all.out + all.size);
+    kernel->by = all.by;
+    count = all.count;
+  } else if (name == "gather") {
+    kernel->rows = argument(0);
+    kernel->count = count = argument(1);
+    op.uses.clear();
+  } else if (op.to = argument(0); name == "combine") {
     op.from = argument(1);
     op.second = argument(2);
     count = argument(3);
@@ -189,9 +208,12 @@ FAKE_API cuLaunchKernel(CUfunction function, unsigned blocks, unsigned blocks_y,
     count = argument(1);
     kernel->by = *static_cast<unsigned*>(arguments[2]);
   }
+  std::vector<uint64_t> touched{op.to, op.from, op.second};
+  touched.insert(touched.end(), kernel->in.begin(), kernel->in.end());
+  touched.insert(touched.end(), kernel->out.begin(), kernel->out.end());
   op.width = count * kernel->item;
   op.kernel = std::move(kernel);
-  for (uint64_t address : {op.to, op.from, op.second}) {
+  for (uint64_t address : touched) {
     std::vector<Piece> pieces;
     // The real one accepts any address, and breaks the context when the kernel runs; so does this one.
     if (!address || !sim().memory->pieces(address, op.width, pieces)) continue;

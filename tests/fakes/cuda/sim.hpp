@@ -53,6 +53,9 @@ struct Kernel {
   std::string dtype, op;
   size_t item = 0;
   unsigned by = 0;  // divide by this instead
+  // Of `combine_all`: the arrays of all ranks, which are combined in their order and written back to all.
+  std::vector<uint64_t> in, out;
+  uint64_t rows = 0, count = 0;  // of `gather`: a table in device memory of what is copied where
   void run(std::byte* out, const std::byte* left, const std::byte* right, size_t nbytes) const;
 };
 
@@ -164,6 +167,8 @@ class Sim {
   void run_engine(int device, EngineKind kind);
   CUresult perform(Lock& lock, Device& device, EngineState& engine, Op& op);
   CUresult compute(Lock& lock, Device& device, Op& op);
+  CUresult compute_all(Lock& lock, Device& device, Op& op);
+  CUresult gather(Lock& lock, Device& device, const Kernel& kernel);
   CUresult translate(Device& device, uint64_t address, size_t nbytes, std::vector<Piece>& out, bool& stale);
   void poll();
 

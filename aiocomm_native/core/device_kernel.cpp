@@ -1,0 +1,68 @@
+// Kernels that read and write memory of several ranks. All of them have agreed to that, by messages of their own, before
+// one is launched, and hear from each other afterwards that they are over; here is only how one rank launches its own.
+
+#include <cstring>
+#include <utility>
+
+#include "core/engine.hpp"
+#include "core/token.hpp"
+
+namespace aiocomm {
+
+namespace {
+constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
+}
+
+bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
+  Engine::Token token(engine_, true);
+  Peer* peer = engine_.find_peer(rank);
+  if (!peer || peer->state != Peer::State::up || !peer->link || peer->told_staged) return false;
+  mover_->offer(buffer, *peer->link);
+  return buffer.place.exported == Export::ipc;
+}
+
+void DeviceProtocol::start_kernel(Op& op) {
+  DeviceBuffer& gpu = *op.gpu;
+  KernelCall& kernel = *gpu.kernel;
+  if (op.state == OpState::queued) {
+    op.state = OpState::moving;
+    op.started_ns = engine_.now();
+    ++engine_.counters_[index_].submitted;
+  }
+  for (KernelCall::Far& far : kernel.far) {
+    if (far.reached) continue;
+    Peer* peer = engine_.find_peer(far.owner);
+    if (!peer || peer->state != Peer::State::up) return engine_.end_early(op, Code::peer_lost);
+    const uint64_t within = far.place.address - far.place.base;
+    if (within > far.place.extent || far.nbytes > far.place.extent - within)
+      return engine_.tear_down(*peer, "protocol violation: a place outside its allocation");
+    peer->device_owner = far.place.owner;
+    Reach reach = mover_->reach(gpu.device, far.place, *peer->link, op.id);
+    if (reach.state == Reach::State::opening) {
+      gpu.waiting = true;
+      return;
+    }
+    if (reach.state == Reach::State::refused || !reach.direct) {
+      staged_because(*peer, reach.direct ? reach.reason : "the GPUs have no access to each other's memory");
+      return engine_.end_early(op, Code::unreachable);
+    }
+    far.mapping = std::move(reach.mapping);
+    far.reached = true;
+    const uint64_t address = reach.base + within;
+    std::memcpy(kernel.argument.data() + far.at, &address, sizeof address);
+  }
+  MoveJob job;
+  job.op = op.id;
+  job.nbytes = op.nbytes;
+  job.device = static_cast<uint8_t>(gpu.device);
+  job.cls = engine_.channels_[op.channel].cls;
+  job.posted_ns = engine_.now();
+  job.kernel = &kernel;
+  job.local = job.early = true;
+  job.slow_ns = kLaunchNs;
+  ++gpu.inflight;
+  DeviceQueue& queue = queue_of(gpu.device, Lane::peer);
+  if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
+}
+
+}  // namespace aiocomm
