@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import plots
 
-GPU: Final = "xeon-2xh200-gpu-2026-11-26"
-COMPUTE: Final = "xeon-2xh200-gpu-compute-2026-11-26"
+GPU: Final = "xeon-2xh100-gpu-2026-11-26"
+COMPUTE: Final = "xeon-2xh100-gpu-compute-2026-11-26"
 MIXED: Final = "xeon-2xh200-gpu-mixed-2026-11-26"
 
 

@@ -1,14 +1,16 @@
 """A selector that polls the engines for a moment before it sleeps.
 
 A wake-up through the kernel costs more than moving 64 KiB. Spinning saves it where answers come fast, and
-costs a core for at most `spin_s` after the last of them. It stops by itself where cores are short: the native
-side gives up once its core was taken from it, and skips spins for a while.
+costs a core for at most `spin_s` after the last of them; timers and descriptors have their turn meanwhile. It
+stops by itself where cores are short: the native side gives up once its core was taken from it, and skips
+spins for a while.
 
 A process spins in one thread at most: loops of other threads only look meanwhile, and sleep.
 """
 
 from __future__ import annotations
 
+import math
 import selectors
 import threading
 from typing import TYPE_CHECKING
@@ -28,7 +30,7 @@ class SpinSelector(selectors.EpollSelector):
 
     def __init__(self, spin_s: float) -> None:
         super().__init__()
-        self._spinner = _core.Spinner(spin_s)
+        self._spinner = _core.Spinner(spin_s, self.fileno())
         self._engines: list[Engine] = []  # which it does not keep
 
     def add(self, engine: Engine) -> None:
@@ -49,7 +51,7 @@ class SpinSelector(selectors.EpollSelector):
         spinner, waits = self._spinner, timeout is None or timeout > 0
         if waits and _spinning.acquire(blocking=False):
             try:
-                found = spinner.spin()
+                found = spinner.spin(math.inf if timeout is None else timeout)
             finally:
                 _spinning.release()
         else:

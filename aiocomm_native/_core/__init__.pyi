@@ -136,16 +136,19 @@ class Engine:
 class Spinner:
     """The engines of a loop that polls them before it sleeps."""
 
-    def __init__(self, spin_s: float) -> None: ...
+    def __init__(self, spin_s: float, others: int = -1) -> None:
+        """
+        `others`: a descriptor that is readable when something else has come that the loop waits for.
+        """
 
     def add(self, engine: Engine) -> None:
         """The caller keeps it until it is discarded."""
 
     def discard(self, engine: Engine) -> None: ...
 
-    def spin(self) -> bool:
+    def spin(self, seconds: float) -> bool:
         """
-        Poll all of them until one has news, and say whether one has; its tasks are made ready.
+        Poll all of them until one has news, and say whether one has; its tasks are made ready. For so long at most, and no longer than the loop may spin, or something else has come.
         """
 
     def look(self) -> bool:

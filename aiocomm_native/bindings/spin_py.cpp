@@ -36,7 +36,7 @@ int Spinner::spin(uint64_t until_ns) {
   bool found;
   {
     nb::gil_scoped_release release;
-    found = Engine::spin(engines_, until_ns, patience_);
+    found = Engine::spin(engines_, until_ns, patience_, others_);
   }
   return found ? hand_over() : 0;
 }
@@ -77,13 +77,23 @@ void bind_spinner(nb::module_& m) {
   nb::class_<Spinner>(m, "Spinner", "The engines of a loop that polls them before it sleeps.")
       .def(
           "__init__",
-          [](Spinner* self, double spin_s) { new (self) Spinner(static_cast<uint64_t>(spin_s * 1e9)); },
-          "spin_s"_a)
+          [](Spinner* self, double spin_s, int others) {
+            new (self) Spinner(static_cast<uint64_t>(spin_s * 1e9), others);
+          },
+          "spin_s"_a, "others"_a = -1,
+          "`others`: a descriptor that is readable when something else has come that the loop waits for.")
       .def("add", &Spinner::add, "engine"_a, "The caller keeps it until it is discarded.")
       .def("discard", &Spinner::discard, "engine"_a)
       .def(
-          "spin", [](Spinner& self) { return or_throw(self.spin(self.now() + self.spin_ns())); },
-          "Poll all of them until one has news, and say whether one has; its tasks are made ready.")
+          "spin",
+          [](Spinner& self, double seconds) {
+            const auto most = static_cast<double>(self.spin_ns());
+            return or_throw(self.spin(self.now() + static_cast<uint64_t>(std::min(seconds * 1e9, most))));
+          },
+          "seconds"_a,
+          "Poll all of them until one has news, and say whether one has; its tasks are made ready. For so "
+          "long "
+          "at most, and no longer than the loop may spin, or something else has come.")
       .def(
           "look", [](Spinner& self) { return or_throw(self.spin(0)); }, "The same, once.")
       .def(

@@ -14,7 +14,7 @@ class PyEngine;
 // With the GIL, on the loop's thread. The engines are kept by whoever adds them (aiocomm/_loop/spin.py).
 class Spinner {
  public:
-  explicit Spinner(uint64_t spin_ns) : spin_ns_(spin_ns) {}
+  Spinner(uint64_t spin_ns, int others) : spin_ns_(spin_ns), others_(others) {}
   ~Spinner();
   Spinner(const Spinner&) = delete;
   Spinner& operator=(const Spinner&) = delete;
@@ -35,6 +35,7 @@ class Spinner {
   int hand_over();
 
   const uint64_t spin_ns_;
+  const int others_;  // of the loop's selector, which closes it after the last spin
   uint64_t slept_ns_ = 0;
   std::vector<PyEngine*> members_;
   std::vector<Engine*> engines_;  // theirs

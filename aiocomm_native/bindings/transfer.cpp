@@ -17,6 +17,7 @@ PyTypeObject* StatusType = nullptr;
 namespace {
 
 constexpr uint64_t kSpinBudgetNs = 500000;  // a task may go on without its loop for this long
+constexpr uint64_t kMostAwaitNs = 100000;   // of which it waits at a time
 
 Transfer* cast(PyObject* self) { return reinterpret_cast<Transfer*>(self); }
 
@@ -175,7 +176,8 @@ void spin_for(Transfer* t) {
   PyEngine* engine = t->engine;
   const uint64_t now = engine->engine->now();
   if (now - engine->spinner->slept_ns() > kSpinBudgetNs || !loop_has_nothing_else(engine)) return;
-  const uint64_t until = now + engine->spinner->spin_ns();
+  // The rest of a longer spin is the selector's, which sees to timers.
+  const uint64_t until = now + std::min(engine->spinner->spin_ns(), kMostAwaitNs);
   while (t->outcome == Outcome::pending && engine->spinner) {
     const int found = engine->spinner->spin(until);
     if (found < 0) PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(t));

@@ -1,5 +1,6 @@
 // How the loop's thread looks for news before it sleeps.
 
+#include <poll.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kQuickLookNs = 500;
+constexpr uint64_t kOthersNs = 20000;  // between looks at what else the loop waits for
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
 }  // namespace
 
@@ -68,9 +70,10 @@ void Engine::end_spin() {
   look_told();
 }
 
-bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields) {
+bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
+                  int others) {
   for (Engine* engine : engines) engine->begin_spin();
-  uint64_t began = engines[0]->now(), last = began;
+  uint64_t began = engines[0]->now(), last = began, looked = began;
   bool patient = patience.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
   until_ns = began + patience.stretched(asked);
@@ -78,7 +81,7 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
   auto any_news = [&] {
     return std::any_of(engines.begin(), engines.end(), [](Engine* one) { return one->has_news(); });
   };
-  bool found = any_news(), taken = false;
+  bool found = any_news(), taken = false, interrupted = false;
   if (found)  // the others are looked at all the same: one may have news each time
     for (Engine* engine : engines)
       if (!engine->has_news()) engine->look_spinning();
@@ -98,6 +101,11 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     const bool quick = t - last < kQuickLookNs;
     last = t;
     if ((found = any_news())) break;
+    if (others >= 0 && t > looked + kOthersNs) {
+      looked = t;
+      pollfd one{others, POLLIN, 0};
+      if ((interrupted = ::poll(&one, 1, 0) > 0)) break;
+    }
     if (yields)
       sched_yield();
     else if (quick)  // one that takes longer leaves the other hyperthread enough
@@ -110,7 +118,8 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     // With GPUs a frame that came (a rendezvous that goes on) would have had to wake the engine's thread.
     met = met || (engine->met_ && engine->spin_tries_);
   }
-  if (patient && asked && until_ns == own_end) patience.spun(found || met, taken, began, last, asked);
+  if (patient && asked && !interrupted && until_ns == own_end)
+    patience.spun(found || met, taken, began, last, asked);
   return found;
 }
 

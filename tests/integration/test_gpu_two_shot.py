@@ -353,7 +353,8 @@ async def test_between_processes(
             assert np.array_equal(x.numpy(), 6 * np.arange(5000, dtype=np.float32) + 3 * turn)
         ways = dict(comm.statistics().collectives)
         if mapped or comm.rank:  # the parent's driver was there before it was to fail
-            assert ways.get("all_reduce/two_shot", 0) == (5 if mapped else 0), ways
+            # Nothing is prepared for the first call; one whose stream is busy for long goes by messages, too.
+            assert (0 < ways.get("all_reduce/two_shot", 0) <= 5) is mapped, ways
 
     async with aiocomm.spawn(work, n=2, links=LINKS) as comm:
         await work(comm)

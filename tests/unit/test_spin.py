@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import math
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ class Asked:
     def add(self, engine: object) -> None:
         """One more engine."""
 
-    def spin(self) -> bool:
+    def spin(self, seconds: float) -> bool:
+        assert seconds > 0
         self.calls.append("spin")
         self.threads.add(threading.get_ident())
         self._meanwhile()
@@ -154,7 +156,7 @@ async def one_after_the_other(link: str) -> None:
             receiving = receiver.recv(got, sender.rank)
             sending = sender.send(b"x", receiver.rank)
             while not (receiving.done() and sending.done()):
-                spinner.spin()
+                spinner.spin(math.inf)
             assert got == b"x"
         spinner.prepare_to_sleep()  # from here on the loop waits by itself
         for comm in comms:
@@ -183,7 +185,31 @@ def test_a_spinner_outlives_its_engines_and_they_it() -> None:
             assert got == b"x"
             long.discard(b._engine)  # which it does not have
             long.discard(a._engine)
-        assert not long.spin()
+        assert not long.spin(math.inf)
         assert not long.prepare_to_sleep()
 
     asyncio.run(main())
+
+
+def test_a_long_spin_ends_for_timers_descriptors_and_threads() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with world(2, links=("shm",), warmup=True) as (a, b):
+            await asyncio.sleep(0.001)
+            assert await asyncio.to_thread(lambda: 7) == 7
+            reader, writer = os.pipe()
+            came = asyncio.Event()
+            loop.add_reader(reader, came.set)
+            os.write(writer, b"x")
+            await came.wait()
+            loop.remove_reader(reader)
+            for one in (reader, writer):
+                os.close(one)
+            receiving = b.recv(bytearray(1), 0)  # an await spins, too
+            later = loop.call_later(0.001, lambda: a.send(b"x", 1))
+            await receiving
+            later.cancel()
+
+    # Longer than a test may take.
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinSelector(600.0))) as runner:
+        runner.run(main())

@@ -256,6 +256,7 @@ void Device::turn() {
   if (work(false)) turns_.fetch_add(1, std::memory_order_relaxed);
 }
 
+// The loop issues only what no driver waits in: to ordinary host memory, say, it copies before it comes back.
 bool Device::issue(bool by_thread) {
   if (!by_thread && (!left_.empty() || jobs_.empty())) return false;
   std::optional<Current> current;
@@ -274,7 +275,7 @@ bool Device::issue(bool by_thread) {
       break;
     }
     did = true;
-    if (job.rows && !by_thread) {  // many calls of the driver
+    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer || job.nbytes >= kLong)) {
       left_.push_back(job);
       break;
     }

@@ -51,7 +51,7 @@ class Device {
 
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
-  void turn();  // by a loop that spins, in place of the thread; rows are left to that
+  void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
   void stop();  // waits for what was posted
 
   // A gate that opens when the work that `stream` has now is done. Throws LinkFailure.
