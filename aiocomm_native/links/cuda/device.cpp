@@ -91,11 +91,9 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     std::memset(words, 0, kWords * sizeof(uint32_t));
     words_ = static_cast<volatile uint32_t*>(words);
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
-    for (Stream& stream : streams_) {
-      const int priority = &stream == &streams_[kKernels] ? kMostUrgent : 0;
-      check(driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, priority),
+    for (size_t i = 0; i < kKernels; ++i)
+      check(driver.cuStreamCreateWithPriority(&streams_[i].handle, CU_STREAM_NON_BLOCKING, 0),
             "make a stream");
-    }
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
@@ -317,6 +315,10 @@ bool Device::issue(bool by_thread) {
 
 int Device::copy(MoveJob& job, Stream& stream) {
   if (KernelCall* kernel = job.kernel) {
+    if (!stream.handle) {  // most processes launch none
+      const int made = driver.cuStreamCreateWithPriority(&stream.handle, CU_STREAM_NON_BLOCKING, kMostUrgent);
+      if (made != CUDA_SUCCESS) return made;
+    }
     void* argument = kernel->argument.data();
     return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(kernel->function), kernel->blocks, 1, 1,
                                  kernel->threads, 1, 1, 0, stream.handle, &argument, nullptr);
