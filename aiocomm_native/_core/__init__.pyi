@@ -148,7 +148,7 @@ class Spinner:
 
     def spin(self, seconds: float) -> bool:
         """
-        Poll all of them until one has news, and say whether one has; its tasks are made ready. For so long at most, and no longer than the loop may spin, or something else has come.
+        Poll all of them until one has news, and say whether one has; its tasks are made ready. Ends after `seconds` at the latest, or when the loop may spin no longer, or something else has come.
         """
 
     def look(self) -> bool:

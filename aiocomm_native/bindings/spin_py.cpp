@@ -87,13 +87,14 @@ void bind_spinner(nb::module_& m) {
       .def(
           "spin",
           [](Spinner& self, double seconds) {
-            const auto most = static_cast<double>(self.spin_ns());
-            return or_throw(self.spin(self.now() + static_cast<uint64_t>(std::min(seconds * 1e9, most))));
+            constexpr double kStretch = 8;  // by which patience may make it longer
+            const double ns = std::min(seconds * 1e9 / kStretch, static_cast<double>(self.spin_ns()));
+            return or_throw(self.spin(self.now() + static_cast<uint64_t>(ns)));
           },
           "seconds"_a,
-          "Poll all of them until one has news, and say whether one has; its tasks are made ready. For so "
-          "long "
-          "at most, and no longer than the loop may spin, or something else has come.")
+          "Poll all of them until one has news, and say whether one has; its tasks are made ready. Ends "
+          "after "
+          "`seconds` at the latest, or when the loop may spin no longer, or something else has come.")
       .def(
           "look", [](Spinner& self) { return or_throw(self.spin(0)); }, "The same, once.")
       .def(

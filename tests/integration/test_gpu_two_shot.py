@@ -11,6 +11,7 @@ import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
 from harness import all_call, world
+from integration.test_collectives import repeats_and_their_ends
 
 import aiocomm
 from aiocomm.collectives import kernels
@@ -194,33 +195,7 @@ async def test_repeats_may_overlap(gpu: Driver) -> None:
 
 async def test_repeats_end_as_first_ones_do(gpu: Driver) -> None:
     async def call(comm: aiocomm.Communicator) -> None:
-        x = on_gpu(comm.rank, block(comm.rank, 0, 3000))
-        for _ in range(2):
-            await comm.all_reduce(x)
-            await comm.all_reduce(x, "max")
-        with pytest.raises(aiocomm.UsageError, match="rank 1 called all_reduce max"):
-            await comm.all_reduce(x, "max" if comm.rank == 1 else "sum")
-        if comm.rank == 2:  # never calls in time
-            for other in (0, 1):
-                await comm.recv(bytearray(2), src=other)
-            with contextlib.suppress(aiocomm.TransferCancelled):
-                await comm.all_reduce(x)
-        else:
-            with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0\.2 s by .*rank 2"):
-                await comm.all_reduce(x, deadline=0.2)
-            await comm.send(b"go", dst=2)
-        await comm.barrier()
-        if comm.rank == 0:
-            with anyio.move_on_after(0.05) as scope:
-                await comm.all_reduce(x)
-            assert scope.cancelled_caught
-            await comm.send(b"go", dst=2)
-        elif comm.rank == 1:
-            with pytest.raises(aiocomm.TransferCancelled, match="rank 0 gave the call up: cancelled"):
-                await comm.all_reduce(x)
-        else:
-            await comm.recv(bytearray(2), src=0)
-        await comm.barrier(channel=comm.channel("apart"), deadline=5.0)
+        await repeats_and_their_ends(comm, on_gpu(comm.rank, block(comm.rank, 0, 3000)))
 
     async with world(3, links=LINKS, warmup=True) as comms:
         await all_call(comms, call)

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <cstring>
 #include <optional>
-#include <utility>
 
 #include "core/link.hpp"
 #include "core/relax.hpp"
@@ -204,7 +203,9 @@ void Device::run() {
     uint64_t now = now_ns();
     // The loop may be kept from going on at any moment, so it is not relied on for long.
     bool did = (!host_.loop_looks() || turn % kStandBack == 0) && work(true);
-    did = std::exchange(seen_turns, turns_.load(std::memory_order_relaxed)) != seen_turns || did;
+    const uint32_t turns = turns_.load(std::memory_order_relaxed);
+    did = did || turns != seen_turns;
+    seen_turns = turns;
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
     if (did) {
       spin_until = now + spin_ns_;
