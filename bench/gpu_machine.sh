@@ -38,15 +38,16 @@ suite() { # NAME OPTIONS...
 # Each in a process of its own and all at once: what is tested is whether they pass, not how fast.
 tests() {
   logs=$(mktemp -d)
+  where="-o faulthandler_timeout=60" # a thread that is stuck in the driver is not reached by a signal
   for file in links/test_gpu links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
     integration/test_gpu_collectives integration/test_gpu_repeats fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
-      timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \
+      timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \
         >"$logs/$(basename $file)-$loop" 2>&1 &
     done
   done
   # What no loop is named for.
-  timeout 200 python3 -P -m pytest -q -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
+  timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
     tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &
