@@ -123,6 +123,25 @@ async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Co
                 tasks.start_soon(call, comm)
 
 
+async def held_up(
+    comms: list[aiocomm.Communicator],
+    call: Callable[[aiocomm.Communicator], Any],
+    gates: list[Any],
+    ended: list[int],
+) -> None:
+    """Run a call on both ranks: messages come and go, but while there are shut gates no rank has `ended`."""
+    async with anyio.create_task_group() as tasks:
+        for comm in comms:
+            tasks.start_soon(call, comm)
+        for _ in range(3):
+            receiving = comms[1].recv(bytearray(1), 0)
+            await comms[0].send(b"x", 1)
+            await receiving
+        assert not (gates and ended)
+        for gate in gates:
+            gate.open()
+
+
 async def reach_each_other(pair: tuple[aiocomm.Communicator, aiocomm.Communicator]) -> None:
     """Whatever became of a third one, messages go between these two."""
     a, b = pair

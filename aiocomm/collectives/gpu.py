@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
 from aiocomm._operations import on_gpu
 from aiocomm.collectives.arrays import MEAN, check_operator
-from aiocomm.collectives.kernels import device_of, kernels_of
+from aiocomm.collectives.kernels import check_budget, device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class GpuArray:
 
     def device(self) -> int:
         """Ordinal of its GPU."""
-        return self._described[3] if self._described[3] >= 0 else device_of(self.address)
+        return device_of(self._described)
 
     def part(self, start: int, stop: int, waits: bool, stream: int = NO_STREAM) -> Description:
         """Bytes of it.
@@ -190,9 +190,8 @@ def reduction(op: str, arrays: list[GpuArray], sm_budget: int | None) -> Reducti
     """
     dtype = arrays[0].dtype.name
     check_operator(op, dtype, not dtype.startswith(("float", "bfloat")))
+    check_budget(sm_budget)
     budget = SM_BUDGET if sm_budget is None else sm_budget
-    if not isinstance(budget, int) or budget < 1:
-        raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
     try:
         devices = {array.device() for array in arrays if array.nbytes}
         if len(devices) > 1:

@@ -23,7 +23,18 @@ from aiocomm.errors import LinkError, UsageError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-__all__ = ["THREADS", "Kernels", "Scratch", "kernel_source", "kernels_of", "types"]
+    from aiocomm._device import Description
+
+__all__ = [
+    "THREADS",
+    "Kernels",
+    "Scratch",
+    "check_budget",
+    "device_of",
+    "kernel_source",
+    "kernels_of",
+    "types",
+]
 
 THREADS: Final = 512  # of a block
 _RANKS: Final = 16  # whose arrays one kernel combines: aiocomm_native/bindings/combining.hpp
@@ -299,11 +310,23 @@ def _driver() -> _Driver:
     return _Driver()
 
 
-def device_of(address: int) -> int:
+def device_of(described: Description) -> int:
     """Ordinal of the GPU whose memory this is."""
+    if described[3] >= 0:
+        return described[3]
     ordinal = ctypes.c_int()
-    _driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(address))
+    _driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(described[1]))
     return ordinal.value
+
+
+def check_budget(sm_budget: int | None) -> None:
+    """Refuse what is no number of multiprocessors.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if sm_budget is not None and (not isinstance(sm_budget, int) or sm_budget < 1):
+        raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
 
 
 class Scratch:

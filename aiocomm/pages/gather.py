@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Gather = tuple[int, int, int]
 
-__all__ = ["SOURCE", "check_budget", "gather_of"]
+__all__ = ["SOURCE", "gather_of"]
 
 _AT_ONCE: Final = 8  # vectors that a thread has under way
 SOURCE: Final = f"""// aiocomm gather: rows
@@ -62,16 +62,6 @@ extern "C" __global__ void __launch_bounds__({THREADS}) gather(const Row* rows, 
 """
 
 
-def check_budget(sm_budget: int | None) -> None:
-    """Refuse what is no number of multiprocessors.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if sm_budget is not None and (not isinstance(sm_budget, int) or sm_budget < 1):
-        raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
-
-
 def gather_of(local: Description, sm_budget: int | None) -> Gather | None:
     """What is launched for rows of this memory: the function, how many blocks, threads of each.
 
@@ -81,7 +71,7 @@ def gather_of(local: Description, sm_budget: int | None) -> Gather | None:
     if sm_budget is None or not local[2]:
         return None
     try:
-        kernels = kernels_of(local[3] if local[3] >= 0 else device_of(local[1]))
+        kernels = kernels_of(device_of(local))
         return kernels.entry(SOURCE, "gather"), sm_budget, THREADS
     except (LinkError, OSError) as error:
         raise UsageError(f"cannot gather on this GPU: {error}") from error

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._device import part_of
+from aiocomm.collectives.kernels import check_budget
 from aiocomm.errors import AiocommError, UsageError
-from aiocomm.pages.gather import check_budget, gather_of
+from aiocomm.pages.gather import gather_of
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.planner import page_list

@@ -118,6 +118,13 @@ class PreparedCall {
     for (Op* op : others) end_transfer(static_cast<Transfer*>(op->cookie));
   }
 
+  // Whether all others' offers have come to these slots.
+  bool offered_in(const std::byte* slots) const {
+    for (size_t peer = 0; peer < size(); ++peer)
+      if (peer != rank_ && !has_offer(slots + peer * width_ + header_.size())) return false;
+    return true;
+  }
+
   // What is offered is there for kernels at once: the work on its streams is waited for, if not for long.
   bool can_offer(Engine& engine, uint64_t until) const {
     while (!in_->gpu->gate.open() || !out_->gpu->gate.open()) {
@@ -319,12 +326,11 @@ class PreparedCall {
       }
     judged_ = true;
     if (progress_ == Progress::undecided) {
-      for (size_t peer = 0; peer < size(); ++peer)
-        if (peer != rank_ && !has_offer(offer_of(peer))) {
-          progress_ = Progress::declined;
-          trouble_ = true;
-          return;
-        }
+      if (!offered_in(data_[kBuffers])) {
+        progress_ = Progress::declined;
+        trouble_ = true;
+        return;
+      }
       progress_ = Progress::going;
       enqueue_first();
       return advance(engine);

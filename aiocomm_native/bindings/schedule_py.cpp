@@ -85,10 +85,7 @@ nb::object PreparedCall::launch(nb::pointer_and_handle<PyEngine> self, nb::handl
 
 bool PreparedCall::all_offered(nb::handle slots) const {
   Lent lent;
-  if (!lent.borrow(slots.ptr(), true) || lent.nbytes < slot_bytes()) return false;
-  for (size_t peer = 0; peer < size(); ++peer)
-    if (peer != rank_ && !has_offer(lent.data + peer * width_ + header_.size())) return false;
-  return true;
+  return lent.borrow(slots.ptr(), true) && lent.nbytes >= slot_bytes() && offered_in(lent.data);
 }
 
 nb::object PreparedCall::attempt(nb::pointer_and_handle<PyEngine> self, int64_t tag, nb::handle given,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
-from harness import all_call, world
+from harness import all_call, held_up, world
 
 import aiocomm
 
@@ -139,16 +138,7 @@ async def test_a_call_waits_for_its_stream(gpu: Driver) -> None:
             await comm.all_gather(outs[comm.rank], mine, stream=streams[comm.rank])
             ended.append(comm.rank)
 
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(call, comm)
-            for _ in range(3):
-                receiving = comms[1].recv(bytearray(1), 0)
-                await comms[0].send(b"x", 1)
-                await receiving
-            assert not ended
-            for gate in gates:
-                gate.open()
+        await held_up(comms, call, gates, ended)
         for out in outs:
             assert np.array_equal(out.numpy(), np.repeat(np.array([0x0101, 0x0202], np.int16), 1000))
         for stream in streams:

@@ -298,14 +298,18 @@ async def test_without_nvrtc_the_error_says_what_to_install(
     kernels.kernels_of.cache_clear()
 
 
-@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
-@pytest.mark.parametrize("dtype", kernels.types())
-def test_kernels_compile(dtype: str, op: str) -> None:
+def assert_it_compiles(source: str) -> None:
+    """NVRTC makes images of it; skips where there is none."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-python is not installed")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError:
         pytest.skip("NVRTC is not installed")
     for architecture in ("sm_80", "sm_90"):
-        image = COMPILED(kernels.kernel_source(dtype, op), architecture)
-        assert image.startswith(b"\x7fELF")
+        assert COMPILED(source, architecture).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+@pytest.mark.parametrize("dtype", kernels.types())
+def test_kernels_compile(dtype: str, op: str) -> None:
+    assert_it_compiles(kernels.kernel_source(dtype, op))

@@ -9,7 +9,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Stream, driver
-from harness import all_call, world
+from harness import all_call, held_up, world
 
 import aiocomm
 from aiocomm.collectives import quick
@@ -137,16 +137,7 @@ async def test_a_repeat_waits_for_its_stream(gpu: Driver, count: int) -> None:
         gates = [stream.gate() for stream in streams]
         for rank, stream in enumerate(streams):
             stream.fill(arrays[rank], rank + 1)
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(call, comm)
-            for _ in range(3):
-                receiving = comms[1].recv(bytearray(1), 0)
-                await comms[0].send(b"x", 1)
-                await receiving
-            assert not ended
-            for gate in gates:
-                gate.open()
+        await held_up(comms, call, gates, ended)
         for out in outs:
             assert np.array_equal(out.numpy(), np.repeat(np.array([1, 2], np.uint8), count))
         for stream in streams:

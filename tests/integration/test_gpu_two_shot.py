@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
-from harness import all_call, world
-from integration.test_collectives import repeats_and_their_ends
+from harness import all_call, held_up, world
+from integration.test_collectives import lost_before_a_repeat, repeats_and_their_ends
 
 import aiocomm
 from aiocomm.collectives import kernels
@@ -121,16 +121,7 @@ async def test_work_on_the_users_stream_is_waited_for(gpu: Driver, waits: bool) 
             stream.fill(arrays[rank], rank + 1)
             if not waits:
                 stream.synchronize()
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(call, comm)
-            for _ in range(3):
-                receiving = comms[1].recv(bytearray(1), 0)
-                await comms[0].send(b"x", 1)
-                await receiving
-            assert not (waits and ended)
-            for gate in gates:
-                gate.open()
+        await held_up(comms, call, gates, ended)
         for array in arrays:
             assert np.array_equal(array.numpy(), np.full(4000, 3, "u1"))
         again = "one_shot" if waits else "two_shot"
@@ -263,16 +254,9 @@ async def test_who_gives_up_stays_until_all_kernels_are_over(
 
 async def test_a_rank_is_lost(gpu: Driver) -> None:
     async def call(comm: aiocomm.Communicator) -> None:
-        group = await comm.group([0, 1, 2])
         x = on_gpu(comm.rank, block(comm.rank, 0, 3000))
-        for _ in range(2):
-            await group.all_reduce(x)
-        if comm.rank == 2:
-            await comm.aclose()
+        if (rest := await lost_before_a_repeat(comm, x)) is None:
             return
-        with pytest.raises(aiocomm.PeerLostError, match="rank 2 is gone"):
-            await group.all_reduce(x)
-        rest = await group.shrink(deadline=5.0)
         for turn in range(2):
             x.write(block(comm.rank, turn, 3000))
             await rest.all_reduce(x)

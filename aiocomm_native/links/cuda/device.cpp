@@ -282,8 +282,8 @@ bool Device::issue(bool by_thread) {
     Stream& stream = streams_[index];
     int code = lost_;
     const bool early = job.early && spin_ns_ && streams_[0].inflight.empty() && streams_[1].inflight.empty();
-    const bool sleep = early && !host_.loop_looks();
-    if (sleep) host_.ends_soon(job.op, kEarlyNs);  // first of all: waking up takes longer than the copy
+    const bool first = early && !host_.loop_looks();
+    if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
     if (!code) code = copy(job, stream);
     job.issued_ns = now_ns();
@@ -301,7 +301,7 @@ bool Device::issue(bool by_thread) {
     job.order = ++issued_;
     stream.inflight.emplace_back(++stream.issued, job);
     if (!by_thread) add(small.by_loop, 1);
-    if (early && !sleep) early_.push_back(job.op);
+    if (early && !first) early_.push_back(job.op);
     if (job.nbytes >= kTellFrom)
       tell(stream);
     else

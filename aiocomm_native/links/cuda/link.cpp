@@ -66,12 +66,12 @@ Device& State::device(int ordinal) {
   if (stopped_) throw LinkFailure("the communicator is closed", ESHUTDOWN);
   auto fresh = new Device(driver, ordinal, host, spin_ns_);
   devices_[static_cast<size_t>(ordinal)].store(fresh, std::memory_order_release);
-  count_.store(std::max(count_.load(std::memory_order_relaxed), ordinal + 1), std::memory_order_release);
   return *fresh;
 }
 
 void State::turn() {
-  for (int i = 0; i < count_.load(std::memory_order_acquire); ++i)
+  const int most = std::min(driver.devices, static_cast<int>(kDevices));
+  for (int i = 0; i < most; ++i)
     if (Device* device = started(i)) device->turn();
 }
 

@@ -59,7 +59,6 @@ class State {
   std::mutex mutex_;
   bool stopped_ = false;
   std::array<std::atomic<Device*>, kDevices> devices_{};
-  std::atomic<int> count_{0};  // no device beyond is started
 };
 
 struct CudaBuffer final : DeviceBuffer {
