@@ -38,7 +38,7 @@ namespace {
 
 // In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
 // get a turn.
-constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 20000, kTurnNs = 1000000;
+constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -70,7 +70,7 @@ struct Meeting {
 
 class PySharedCall {
  public:
-  enum Result : int { kNo, kDone, kDoneTurn, kPending, kStuck, kBroken, kOpen };
+  enum Result : int { kNotMet, kDone, kDoneTurn, kPending, kStuck, kBroken, kOpen };
 
   PySharedCall(std::shared_ptr<Meeting> meeting, int kind, size_t root, std::vector<uint64_t> sizes,
                bool in_place, uint64_t item, const std::string& format, const std::string& op,
@@ -88,16 +88,17 @@ class PySharedCall {
 
   int attempt(nb::handle engine, uint64_t number, nb::handle given, nb::handle out) {
     PyEngine& e = *nb::cast<PyEngine*>(engine);
-    if (running_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNo;
+    if (running_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
     const bool writes = kind_ != SharedCall::Kind::broadcast || !is_root_;
     Arrays arrays;
-    if (!arrays.in.borrow(given.ptr(), false) || !arrays.out.borrow(out.ptr(), writes)) return kNo;
+    if (!arrays.in.borrow(given.ptr(), false) || !arrays.out.borrow(out.ptr(), writes)) return kNotMet;
     const Lent &in = arrays.in, &into = arrays.out;
-    if (in.nbytes != call_.in_bytes() || into.nbytes != call_.out_bytes() || in.overlaps(into)) return kNo;
+    if (in.nbytes != call_.in_bytes() || into.nbytes != call_.out_bytes() || in.overlaps(into))
+      return kNotMet;
     for (const Lent* one : {&in, &into})
-      if (reinterpret_cast<uintptr_t>(one->data) % item_) return kNo;
+      if (reinterpret_cast<uintptr_t>(one->data) % item_) return kNotMet;
     for (const auto& [start, nbytes] : e.receiving)
-      if (start < into.data + into.nbytes && into.data < start + nbytes) return kNo;
+      if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
     const bool waits = loop_has_nothing_else(&e);
     Result result;
     {
@@ -117,7 +118,7 @@ class PySharedCall {
 
   int proceed(double seconds) {
     std::unique_ptr<Arrays> over;
-    Result result = kNo;
+    Result result = kNotMet;
     {
       nb::gil_scoped_release release;
       std::lock_guard lock(mutex_);
@@ -175,12 +176,12 @@ class PySharedCall {
     Arena& arena = *m.arena;
     const uint64_t began = now_ns();
     uint64_t now = began;
+    if (arena.broken()) return kNotMet;
     while (!arena.all_done(m.met)) {
-      if (!waits || now - began > kKeepCoreNs) return kNo;
+      if (!waits || now - began > kMeetNs) return kNotMet;
       m.wait(now, began);
       now = now_ns();
     }
-    if (arena.broken()) return kNo;
     waits = waits && m.patience.may_spin(now);
     std::memcpy(arena.header(m.rank), header_.data(), header_.size());
     call_.begin(arena, number_, in, out);
@@ -215,14 +216,14 @@ class PySharedCall {
   }
 
   Result judge(Arena::Meeting state) {
-    if (state != Arena::Meeting::met) return kNo;
+    if (state != Arena::Meeting::met) return kNotMet;
     Meeting& m = *meeting_;
     Arena& arena = *m.arena;
     m.met = number_;
     for (size_t rank = 0; rank < arena.ranks(); ++rank)
       if (std::memcmp(arena.header(rank), header_.data(), header_.size()) != 0) {
         arena.set_done(m.rank, number_);  // all see that, and say by messages what is wrong
-        return kNo;
+        return kNotMet;
       }
     return kPending;
   }
