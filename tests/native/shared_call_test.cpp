@@ -1,0 +1,203 @@
+// needs: core/arena.cpp core/shared_call.cpp core/reduce.cpp links/shm/copy.cpp
+//
+// Collectives through an arena, as several ranks of one process: in any order of their steps every call ends, with what it
+// must, also where some ranks are in the next call already. And whoever arrives, waits or gives up: all say the same of a
+// call.
+
+#include "core/shared_call.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+using namespace aiocomm;
+
+#define CHECK(condition)                                                                             \
+  do {                                                                                               \
+    if (!(condition)) {                                                                              \
+      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
+      std::abort();                                                                                  \
+    }                                                                                                \
+  } while (0)
+
+namespace {
+
+unsigned g_seed;
+using Kind = SharedCall::Kind;
+using Meeting = Arena::Meeting;
+
+std::vector<std::shared_ptr<Arena>> arenas(size_t ranks) {
+  std::vector<std::shared_ptr<Arena>> all{Arena::create(ranks)};
+  while (all.size() < ranks) {
+    all.push_back(Arena::open(getpid(), all[0]->fd(), all[0]->nonce(), ranks));
+    CHECK(all.back());
+  }
+  CHECK(!Arena::open(getpid(), all[0]->fd(), all[0]->nonce() + 1, ranks));
+  return all;
+}
+
+uint32_t value(size_t call, size_t rank, size_t i) {
+  return static_cast<uint32_t>(call * 1000003 + rank * 7919 + i * 31 + i / 4096);
+}
+
+// One shape at all ranks, and what they have and must get.
+struct Shape {
+  Kind kind;
+  size_t ranks, root = 0;
+  std::vector<uint64_t> sizes;
+  bool in_place = false;
+  std::vector<std::unique_ptr<SharedCall>> calls;
+
+  Shape(Kind kind, size_t ranks, size_t items, std::mt19937& random) : kind(kind), ranks(ranks) {
+    root = random() % ranks;
+    in_place = (kind == Kind::all_gather || kind == Kind::all_reduce) && random() % 2;
+    if (kind == Kind::barrier) items = 0;
+    if (kind == Kind::all_reduce) {
+      for (size_t rank = 0; rank < ranks; ++rank)
+        sizes.push_back(4 * (items / ranks + (rank < items % ranks)));
+    } else {
+      sizes.assign(kind == Kind::barrier || kind == Kind::broadcast ? 1 : ranks, 4 * items);
+    }
+    for (size_t rank = 0; rank < ranks; ++rank)
+      calls.push_back(std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place, 4,
+                                                   find_reduction("u4", "sum")));
+  }
+
+  size_t given() const {  // items of a rank's contribution
+    uint64_t nbytes = 0;
+    for (uint64_t one : sizes) nbytes += one;
+    return (kind == Kind::all_gather ? sizes[0] : nbytes) / 4;
+  }
+};
+
+struct Rank {
+  size_t next = 0;  // call
+  bool begun = false, met = false;
+  std::vector<uint32_t> in, out;
+};
+
+void check(const Shape& shape, size_t call, size_t rank, const std::vector<uint32_t>& out) {
+  const size_t per = shape.sizes[0] / 4;
+  for (size_t i = 0; i < out.size(); ++i) {
+    uint32_t must = 0;
+    switch (shape.kind) {
+      case Kind::barrier:
+        break;
+      case Kind::broadcast:
+        must = value(call, shape.root, i);
+        break;
+      case Kind::all_gather:
+        must = value(call, i / per, i % per);
+        break;
+      case Kind::all_to_all:
+        must = value(call, i / per, rank * per + i % per);
+        break;
+      case Kind::all_reduce:
+        for (size_t other = 0; other < shape.ranks; ++other) must += value(call, other, i);
+    }
+    CHECK(out[i] == must);
+  }
+}
+
+void history(size_t ranks) {
+  std::mt19937 random(g_seed);
+  auto all = arenas(ranks);
+  constexpr size_t kCalls = 12;
+  std::vector<Shape> shapes;
+  for (size_t call = 0; call < kCalls; ++call) {
+    const size_t most = random() % 3 ? 3000 : 8192 * 24;
+    shapes.emplace_back(static_cast<Kind>(random() % 5), ranks, 1 + random() % (most / ranks), random);
+  }
+  std::vector<Rank> at(ranks);
+  size_t ended = 0;
+  uint64_t idle = 0;
+  while (ended < ranks) {
+    const size_t rank = random() % ranks;
+    Rank& one = at[rank];
+    if (one.next == kCalls) continue;
+    Shape& shape = shapes[one.next];
+    SharedCall& call = *shape.calls[rank];
+    Arena& arena = *all[rank];
+    CHECK(++idle < 1000000);  // else it is a deadlock
+    if (!one.begun) {
+      if (!arena.all_done(one.next)) continue;
+      const size_t given = shape.given(), out = call.out_bytes() / 4;
+      one.in.resize(given);
+      for (size_t i = 0; i < given; ++i) one.in[i] = value(one.next, rank, i);
+      one.out.assign(out, 0xdeadbeef);
+      if (shape.kind == Kind::broadcast ? rank == shape.root : shape.in_place)
+        std::copy(one.in.begin(), one.in.end(),
+                  one.out.begin() + (shape.kind == Kind::all_gather ? rank * given : 0));
+      CHECK(call.in_bytes() == 0 || call.in_bytes() == 4 * given);
+      call.begin(arena, one.next + 1, reinterpret_cast<std::byte*>(one.in.data()),
+                 reinterpret_cast<std::byte*>(one.out.data()));
+      one.begun = true;
+      one.met = arena.arrive(one.next + 1) == Meeting::met;
+      continue;
+    }
+    if (!one.met) {
+      const Meeting state = arena.look(one.next + 1);
+      CHECK(state != Meeting::closed);
+      one.met = state == Meeting::met;
+      continue;
+    }
+    for (size_t steps = random() % 20; steps && !call.ended(); --steps)
+      if (call.advance(arena)) idle = 0;
+    if (!call.ended()) continue;
+    idle = 0;
+    arena.set_done(rank, one.next + 1);
+    check(shape, one.next, rank, one.out);
+    one.begun = one.met = false;
+    if (++one.next == kCalls) ++ended;
+  }
+}
+
+// Threads arrive at one call after another; some give up at once, some after a while. Between calls they wait for all, as
+// ranks that make a call by messages do.
+void agreement(size_t ranks) {
+  auto all = arenas(ranks);
+  constexpr size_t kCalls = 300;
+  std::vector<std::atomic<int>> met(kCalls + 1), over(kCalls + 1);
+  std::vector<std::thread> threads;
+  for (size_t rank = 0; rank < ranks; ++rank)
+    threads.emplace_back([&, rank] {
+      std::mt19937 random(g_seed * 31 + static_cast<unsigned>(rank));
+      Arena& arena = *all[rank];
+      for (size_t call = 1; call <= kCalls; ++call) {
+        Meeting state = Meeting::closed;
+        if (random() % 16) {
+          state = arena.arrive(call);
+          for (size_t looks = random() % 200; looks && state == Meeting::open; --looks) {
+            state = arena.look(call);
+            std::this_thread::yield();
+          }
+          if (state == Meeting::open) state = arena.close(call);
+        } else {
+          state = arena.close(call);
+        }
+        CHECK(state != Meeting::open);
+        met[call] += state == Meeting::met;
+        ++over[call];
+        while (over[call] < static_cast<int>(ranks)) std::this_thread::yield();
+        CHECK(met[call] == 0 || met[call] == static_cast<int>(ranks));
+      }
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+}  // namespace
+
+int main() {
+  for (g_seed = 1; g_seed <= 40; ++g_seed) history(2 + g_seed % 5);
+  for (g_seed = 41; g_seed <= 44; ++g_seed) history(16);
+  for (g_seed = 1; g_seed <= 3; ++g_seed) agreement(1 + g_seed);
+  std::puts("ok");
+}
