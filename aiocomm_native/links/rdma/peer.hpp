@@ -125,7 +125,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     uint64_t posted_ns = 0;
     uint32_t launches = 0;  // so that word of an earlier one is told from that of the latest
     bool busy = false;
-    bool parked = false;  // its lane has failed
+    bool parked = false;   // its lane has failed
+    bool refused = false;  // by the peer's device: told when the peer is known to live
   };
   struct Arrived {  // a frame before its turn
     uint32_t lane, slot, nbytes;
@@ -150,6 +151,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void advance();
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
+  void finish(uint32_t index, int error, uint64_t elapsed_ns);
   Lane* best_lane(uint64_t nbytes, int node);
   Lane* nearest_lane();  // to the memory of frames
   void violated(const char* what);
@@ -172,6 +174,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void tell_failed(const Lane& lane, Loss loss = Loss::path);
   void no_rail(const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
+  void refuse(const Lane& lane);
   void relaunch(Lane& lane);
   void resend_frames();
   void give_up(const std::string& reason);
