@@ -48,7 +48,7 @@ struct Lane final : Completions {
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
-  bool moves() const override { return outstanding.load(std::memory_order_relaxed) != 0; }
+  bool moves() const override;
   void look(uint64_t now_ns) override;
   void attend() override;
 
@@ -84,6 +84,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
+  int poll_last(int budget) override;
   int poll_spinning(int budget) override;
   int poll_told(int budget) override {
     return has_inbox_.load(std::memory_order_acquire) || (ring_ && Ring::waits(ring_slot())) ? poll(budget)
@@ -91,6 +92,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   }
   void loop_sleeps() override;
   Path pull_path(const Location&) override { return Path::read; }
+  void expect_writes(bool due) override;
   void tick(uint64_t now_ns) override;
   bool needs_ticks() const override { return !dead_; }
   void close() override;
@@ -235,9 +237,12 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::vector<uint32_t> free_chunks_;
 
   std::mutex inbox_mutex_;
+  std::atomic<int> writes_due_{
+      0};  // receives whose last chunk was first over another lane; under the inbox's lock
   std::vector<Event> inbox_;
   uint32_t inbox_frames_ = 0;
-  std::vector<Event> spare_;  // storage of events that have been handled; under the token
+  std::vector<Event> events_;  // taken from the inbox, of which so many have been handled; under the token
+  size_t handled_ = 0;
   std::atomic<bool> has_inbox_{false};
 };
 

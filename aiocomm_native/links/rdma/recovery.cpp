@@ -205,8 +205,7 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
   if (known) std::memcpy(&word.lane, data + 1, 4);
   if (word.what == kNoRail) {  // and how many of our frames it has taken in
     if (word.lane - consumed_there_ <= sent_ - consumed_there_) consumed_there_ = word.lane;
-    for (auto& lane : lanes_) lane->rail.drain();
-    while (!dead_ && poll(1 << 20) > 0) {  // what it had sent has come, or is lost
+    while (!dead_ && poll_last(1 << 20) > 0) {  // what it had sent has come, or is lost
     }
     if (!dead_) give_up("no rail is left, as the peer says");
     return length;

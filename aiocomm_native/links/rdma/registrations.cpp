@@ -49,7 +49,8 @@ Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, u
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)
-    if (slot && slot->ready && !slot->failed) drop(*slot);  // what is not ready is the registrar's
+    if (slot && slot->ready && !slot->failed && !slot->leaving)
+      drop(*slot);  // the others are the registrar's
 }
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
@@ -113,7 +114,7 @@ Registration& Registrations::acquire_device(const DeviceRange& range, Access acc
 void Registrations::forget_device(uint64_t base, uint64_t buffer_id) {
   for (auto& slot : slots_) {
     Registration* found = slot.get();
-    if (!found || found->buffer_id != buffer_id || found->of_base != base) continue;
+    if (!found || found->leaving || found->buffer_id != buffer_id || found->of_base != base) continue;
     unlist(*found);
     if (std::exchange(found->kept, false)) kept_bytes_ -= found->nbytes;
     if (found->ready && !found->users) drop(*found);
@@ -183,18 +184,25 @@ std::vector<Registered> Registrations::take() {
   return news;
 }
 
-void Registrations::release(uint32_t id) {
+bool Registrations::release(uint32_t id) {
   Registration* registration = get(id);
-  if (!registration || --registration->users) return;
+  if (!registration || --registration->users) return true;
   if (!registration->ready)
     unlist(
         *registration);  // its memory may be freed before it is ready, and its address come back with other memory
   else if (registration->failed)
     free_slot(*registration);
   else if (!registration->kept)
-    drop(*registration);
+    return drop(*registration);
   else
     trim();
+  return true;
+}
+
+std::vector<uint32_t> Registrations::take_released() {
+  std::vector<uint32_t> ids = registrar_.take_given_back();
+  for (uint32_t id : ids) free_slot(*slots_[id - 1]);
+  return ids;
 }
 
 Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access, uint64_t buffer_id) {
@@ -234,17 +242,23 @@ void Registrations::forget_freed() {
   }
 }
 
-void Registrations::drop(Registration& registration) {
+bool Registrations::drop(Registration& registration) {
   // A peer that may write is kept out before its operation ends.
   bool exposed = registration.access != Access::local && registration.access != Access::peer_reads;
+  unlist(registration);
+  if (exposed && registration.nbytes > kAsideAwaited) {
+    registration.leaving = true;
+    registrar_.give_back(registration.regions, registration.id);
+    return false;
+  }
   if (registration.nbytes > kAside && !exposed) {
     registrar_.give_back(registration.regions);
   } else {
     for (ibv_mr* region : registration.regions)
       if (region) verbs_.dereg_mr(region);
   }
-  unlist(registration);
   free_slot(registration);
+  return true;
 }
 
 void Registrations::unlist(const Registration& registration) {
