@@ -50,8 +50,8 @@ void register_now(const Verbs& verbs, Registering& job) {
   }
   auto add = [&](ibv_pd* domain) {
     return fd < 0 ? verbs.reg_mr(domain, job.base, job.nbytes, job.access)
-                  : verbs.reg_dmabuf_mr(domain, 0, job.nbytes, reinterpret_cast<uint64_t>(job.base), fd,
-                                        job.access);
+                  : verbs.reg_dmabuf_mr(domain, job.offset, job.nbytes, reinterpret_cast<uint64_t>(job.base),
+                                        fd, job.access);
   };
   for (size_t i = 0; i < job.domains.size() && !job.error; ++i) {
     if (!job.domains[i] || (job.regions[i] = add(job.domains[i]))) continue;

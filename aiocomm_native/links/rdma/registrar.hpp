@@ -36,6 +36,7 @@ struct Registering {
   std::shared_ptr<Segment> segment;  // that it is part of: stays mapped meanwhile
   // Of device memory: its dma-buf, to be closed; -1: the driver refuses. Empty: registered by its address.
   std::function<int()> open;
+  uint64_t offset = 0;  // into that, of `base`
 
   Regions regions{};
   int node = -1;  // of NUMA, where the first page lies

@@ -25,6 +25,11 @@ int access_of(Access access) {
   }
 }
 
+bool of_region(Access access) { return access == Access::region_reads || access == Access::region_writes; }
+
+// Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
+bool exact(Access access) { return of_region(access) || access == Access::peer_writes; }
+
 }  // namespace
 
 Keys Registration::local() const {
@@ -55,17 +60,14 @@ Registrations::~Registrations() {
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  bool of_region = access == Access::region_reads || access == Access::region_writes;
-  if (Registration* found = of_region ? nullptr : find(data, nbytes, access)) {
+  if (Registration* found = of_region(access) ? nullptr : find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
     return *found;
   }
   Registering job = job_for(const_cast<std::byte*>(data), nbytes, access);
-  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
-  bool exact = of_region || access == Access::peer_writes;
-  job.segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
+  job.segment = exact(access) ? nullptr : Segments::of_process().find(data, nbytes);
   auto fresh = std::make_unique<Registration>();
   if (job.segment) {
     job.base = job.segment->base;
@@ -77,10 +79,10 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   return add(std::move(fresh), std::move(job));
 }
 
-// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range.
+// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range are exported.
 Registration& Registrations::acquire_device(const DeviceRange& range, Access access) {
   auto data = reinterpret_cast<std::byte*>(range.address);
-  if (Registration* found = find(data, range.nbytes, access, range.buffer_id)) {
+  if (Registration* found = of_region(access) ? nullptr : find(data, range.nbytes, access, range.buffer_id)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -94,11 +96,13 @@ Registration& Registrations::acquire_device(const DeviceRange& range, Access acc
       forget_device(other->of_base, other->buffer_id);
   }
   constexpr uint64_t kPage = 4096;
-  bool whole = range.extent <= keep_bytes_ && access != Access::peer_writes;
+  bool whole = range.extent <= keep_bytes_ && !exact(access);
   uint64_t from = (whole ? range.base : range.address) & ~(kPage - 1);
   uint64_t to = whole ? range.base + range.extent : range.address + range.nbytes;
   to = (to + kPage - 1) & ~(kPage - 1);
-  Registering job = job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  Registering job = exact(access) ? job_for(data, range.nbytes, access)
+                                  : job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  job.offset = reinterpret_cast<uint64_t>(job.base) - from;
   job.by_node = false;
   job.node = range.node;
   if (range.open) job.open = [open = range.open, from, nbytes = to - from] { return open(from, nbytes); };
@@ -244,7 +248,7 @@ void Registrations::forget_freed() {
 
 bool Registrations::drop(Registration& registration) {
   // A peer that may write is kept out before its operation ends.
-  bool exposed = registration.access != Access::local && registration.access != Access::peer_reads;
+  bool exposed = exact(registration.access);
   unlist(registration);
   if (exposed && registration.nbytes > kAsideAwaited) {
     registration.leaving = true;

@@ -211,12 +211,13 @@ EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* domain, uint64_t offset, size_t nbytes,
       return nullptr;
     }
   }
-  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset);
-  void* bytes = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
-  if (bytes == MAP_FAILED) return nullptr;
+  size_t into = offset % 4096;
+  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset - into);
+  void* pages = mmap(nullptr, into + nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
+  if (pages == MAP_FAILED) return nullptr;
   auto base = reinterpret_cast<void*>(address);
-  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(bytes), nbytes, access);
-  if (!region) munmap(bytes, nbytes);
+  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(pages) + into, nbytes, access);
+  if (!region) munmap(pages, into + nbytes);
   return region;
 }
 EXPORT int ibv_dereg_mr(ibv_mr* mr) {
@@ -228,7 +229,8 @@ EXPORT int ibv_dereg_mr(ibv_mr* mr) {
   --all.leaving;
   if (!all.regions.erase(mr->lkey)) return EINVAL;
   auto* bytes = static_cast<Region*>(mr)->bytes;
-  if (bytes != mr->addr) munmap(bytes, mr->length);
+  size_t into = reinterpret_cast<uintptr_t>(bytes) % 4096;
+  if (bytes != mr->addr) munmap(bytes - into, into + mr->length);
   delete static_cast<Region*>(mr);
   all.changed.notify_all();
   return 0;
