@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     _Step = tuple[int, int, int, _Span, _Span, _Span, int, tuple[int, ...]]
     _Frame = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 
-__all__ = ["Prepared", "is_plain", "on_gpus", "prepare", "shape_of"]
+__all__ = ["Prepared", "is_plain", "on_gpus", "operator_of", "prepare", "shape_of"]
 
 _BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
 _KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3, Together: 4}
@@ -103,7 +103,7 @@ class Prepared:
             steps=steps,
             item=dtype.itemsize,
             format=f"{dtype.kind}{dtype.itemsize}",
-            op=_operator(request),
+            op=operator_of(request),
             on_gpu=request.on_gpu,
         )
         if self._joint is not None and (reduction := request.reduction) is not None:
@@ -204,7 +204,8 @@ def _described(
     return _KINDS[type(step)], peer, number, spans[0], spans[1], spans[2], waits, followers
 
 
-def _operator(request: Request) -> str:
+def operator_of(request: Request) -> str:
+    """The name of a request's reduction in the extension; empty: it has none."""
     names = {"add": "sum", "multiply": "prod", "minimum": "min", "maximum": "max"}
     return "" if request.ufunc is None else names[request.ufunc.__name__]
 
@@ -214,7 +215,7 @@ def _native(steps: tuple[Step | Together, ...], request: Request) -> bool:
     if not any(isinstance(step, Reduce) for step in steps):
         return True
     dtype = request.dtype
-    return request.partials is None and _core.reduces(f"{dtype.kind}{dtype.itemsize}", _operator(request))
+    return request.partials is None and _core.reduces(f"{dtype.kind}{dtype.itemsize}", operator_of(request))
 
 
 def _target(step: Step | Together) -> Span:

@@ -100,7 +100,16 @@ def reduced(
         return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, partials=partials)
     plan, head = find_plan(group, operation, algorithm, problem, source.nbytes, text)
     result = target if op == MEAN and isinstance(target, np.ndarray) else None
-    return Request(operation, head, plan, views, dtype=source.dtype, ufunc=ufunc, result=result)
+    return Request(
+        operation,
+        head,
+        plan,
+        views,
+        dtype=source.dtype,
+        ufunc=ufunc,
+        result=result,
+        problem=problem if algorithm is None else None,
+    )
 
 
 def _shares(length: int, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:

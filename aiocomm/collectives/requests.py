@@ -68,6 +68,7 @@ class Request:
     result: NDArray[Any] | None = None  # to be divided by the number of ranks
     partials: Callable[[], Partials] | None = None  # of reductions whose results are rounded once
     reduction: gpu.Reduction | None = None  # of GPU arrays
+    problem: Problem | None = None  # where any algorithm would do
     together: bool = False  # repeats may be made by one kernel per rank
 
 
@@ -263,7 +264,15 @@ def moved(
         views[IN] = bytes_of(source)
     if target is not None:
         views[OUT] = bytes_of(target)
-    return Request(operation, head, plan, views, np.array(vector, np.int64).tobytes(), on_gpu)
+    return Request(
+        operation,
+        head,
+        plan,
+        views,
+        np.array(vector, np.int64).tobytes(),
+        on_gpu,
+        problem=problem if algorithm is None else None,
+    )
 
 
 def _vectors(

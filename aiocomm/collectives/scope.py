@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.flight import Flight
     from aiocomm.collectives.kernels import Kernels
     from aiocomm.collectives.quick import Prepared
+    from aiocomm.collectives.shared import Place, Shared
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
     from aiocomm_native import Transfer
@@ -51,6 +52,8 @@ class Scope:
         self._spare: list[npt.NDArray[np.uint8]] = []
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
+        self.shared: dict[Any, Shared] = {}  # by the shape, likewise
+        self.place: Place | None = None  # of the arena, once a call may go through it
         self._listen()
 
     def begin(self, call: Flight | None) -> int:

@@ -192,6 +192,43 @@ class PreparedCall:
         Do the call. None: it is done; False: nothing was begun; else what is under way.
         """
 
+class Arena:
+    """Memory that the ranks of a group on one host share."""
+
+    @staticmethod
+    def create(ranks: int) -> Arena:
+        """Make one, as rank 0 of the group."""
+
+    @staticmethod
+    def open(place: tuple[int, int, int], rank: int, ranks: int) -> object:
+        """Open the one that another process has made. None: it cannot be."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """
+        Where others find it: process, descriptor, and what tells it from others.
+        """
+
+class SharedCall:
+    """One rank's part of a collective of one shape through an arena."""
+
+    def __init__(self, arena: Arena, kind: int, root: int, sizes: Sequence[int], in_place: bool, item: int, format: str, op: str, header: bytes) -> None: ...
+
+    def attempt(self, engine: object, number: int, given: object | None, out: object | None) -> int:
+        """
+        Do the call. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a turn; 3: going on; 4: the same, and others are waited for; 5: another rank has given it up; 6: not all have come yet.
+        """
+
+    def proceed(self, seconds: float) -> int:
+        """Go on with it; as `attempt`."""
+
+    def abandon(self) -> None:
+        """Give it up, for all ranks."""
+
+    @property
+    def moved(self) -> int:
+        """Bytes that it copies to or from the arena here."""
+
 def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: int, hidden: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], begin: int, end: int, sums: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], sums_kind: int) -> None:
     """
     Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.

@@ -7,6 +7,7 @@ namespace nb = nanobind;
 namespace aiocomm::py {
 void bind_engine(nb::module_& m);
 void bind_schedule(nb::module_& m);
+void bind_shared(nb::module_& m);
 }  // namespace aiocomm::py
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
@@ -22,6 +23,7 @@ NB_MODULE(_core, m) {
     throw nb::python_error();
   aiocomm::py::bind_engine(m);
   aiocomm::py::bind_schedule(m);
+  aiocomm::py::bind_shared(m);
   bind_experts(m);
   bind_pages(m);
   bind_settle(m);

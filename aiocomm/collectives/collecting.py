@@ -1,0 +1,110 @@
+"""How a collective call is made: through an arena, by one call into the extension, or by a `Call`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio.lowlevel
+import numpy as np
+
+from aiocomm._operations import limit_of
+from aiocomm.collectives import requests, shared
+from aiocomm.collectives.call import Call
+from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
+from aiocomm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiocomm.channel import Channel
+    from aiocomm.collectives.requests import Request
+    from aiocomm.group import Group
+
+__all__ = ["Collecting"]
+
+_SHAPES: Final = 256  # prepared per channel
+
+
+class Collecting:
+    """Base of what has collective operations."""
+
+    def _members(self) -> Group:
+        raise NotImplementedError
+
+    async def _collect(
+        self,
+        operation: str,
+        make: Callable[[Group], Request],
+        channel: Channel | None,
+        deadline: float | None,
+        what: tuple[Any, ...] | None = None,
+        given: Any = None,
+        out: Any = None,
+        stream: Any = None,
+    ) -> None:
+        """Run a call.
+
+        Args:
+            what: what `make` depends on beside the arrays, where repeats need not make it again.
+            given: `IN` of the schedule, if there is `what`.
+            out: `OUT` of the schedule, if there is `what`.
+        """
+        group = self._members()
+        shape = None
+        if what is not None:
+            shape = shape_of(out, given, *what) if stream is None else None
+            if shape is None and (found := on_gpus(group, out, given, stream, what)) is not None:
+                shape, out, given = found
+        if deadline is not None:
+            limit_of(deadline)
+        scope = group._scope(channel)
+        counts = group._comm._collective_calls
+        number = 0
+        if shape is not None and (arena := scope.shared.get(shape)) is not None:
+            number = scope.begin(None)
+            outcome = arena.attempt(number, given, out)
+            met = outcome != shared.NOT_MET
+            if outcome >= shared.GOING_ON:
+                met = await arena.flight(number, outcome, deadline).run()
+            if met:
+                counts[arena.counted] += 1
+                if arena.mean:
+                    np.divide(out, out.dtype.type(group.size), out=out)
+                if outcome == shared.TURN:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                return
+        if shape is not None and (prepared := scope.prepared.get(shape)) is not None:
+            number = number or scope.begin(None)
+            begun = prepared.attempt(number, given, out, deadline)
+            if begun is not False:
+                if begun is not None:
+                    await begun.run()
+                counts[prepared.counted if begun is None else f"{operation}/{begun.algorithm}"] += 1
+                if prepared.mean:
+                    np.divide(out, out.dtype.type(group.size), out=out)
+                if begun is None and not counts[prepared.counted] % prepared.in_a_row:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
+                return
+        try:
+            request = make(group)
+        except UsageError as error:
+            request = requests.refused(operation, error)
+        call = Call(scope, request, deadline)
+        if number:
+            call.enter(number)
+        await call.run()
+        if not call.suspended:
+            await anyio.lowlevel.cancel_shielded_checkpoint()
+        counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
+        if (result := request.result) is not None:
+            np.divide(result, result.dtype.type(group.size), out=result)
+        if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
+            if len(scope.prepared) >= _SHAPES:
+                scope.prepared.clear()
+                scope.shared.clear()
+            some = out if out is not None else given
+            plain = some is None or request.on_gpu
+            dtype = np.dtype(np.uint8) if plain else some.dtype
+            scope.prepared[shape] = prepare(scope, request, dtype)
+            if (arena := shared.prepare(scope, request, dtype)) is not None:
+                scope.shared[shape] = arena

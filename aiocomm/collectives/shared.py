@@ -1,0 +1,255 @@
+"""Repeated calls through memory that the ranks of a group on one host share: an arena.
+
+Rank 0 makes the arena once a call of a shape has run, and tells the others where to find it. What repeats in
+that shape is then one call into the extension, in which the ranks meet and copy by themselves. Where they do
+not meet within a moment, all make the call by messages; `aiocomm_native/core/arena.hpp` has the rules.
+
+What is large goes on in a thread, while the loop runs. A call that has met and fails at one rank fails on
+all, and the group goes by messages from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from aiocomm.collectives import headers
+from aiocomm.collectives.exchange import HEADERS
+from aiocomm.collectives.flight import Flight
+from aiocomm.collectives.quick import operator_of
+from aiocomm.collectives.steps import Recv
+from aiocomm.errors import DeadlineExceeded, LinkError, TransferCancelled
+from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aiocomm.collectives.requests import Request
+    from aiocomm.collectives.scope import Scope
+
+__all__ = ["DONE", "GOING_ON", "NOT_MET", "TURN", "Place", "Shared", "SharedFlight", "prepare"]
+
+NOT_MET: Final = 0
+DONE: Final = 1
+TURN: Final = 2  # done, and other tasks should have a turn
+GOING_ON: Final = 3
+_STUCK: Final = 4
+_BROKEN: Final = 5
+_OPEN: Final = 6  # not all have come
+
+_KINDS: Final = {"barrier": 0, "broadcast": 1, "all_gather": 2, "all_to_all": 3, "all_reduce": 4}
+_IN_ORDER: Final = ("one_shot", "direct")  # reduce in the order of the ranks, as an arena does
+_TAG: Final = 1  # of no call: calls are numbered from 1
+_PLACE: Final = struct.Struct("<iiQ")
+_CHUNK_BYTES: Final = 32 << 10
+_TURN_S: Final = 1e-3
+_THREAD_BYTES: Final = 8 << 20  # that a call moves, from which on a thread does it
+_THREAD_S: Final = 20e-3
+_WATCH_S: Final = 5e-3  # without progress, after which it is found out who is lost
+
+
+class Place:
+    """A scope's arena, once it is known here."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.arena: _core.Arena | None = None
+        self._scope = scope
+        group = scope.group
+        if group.rank:
+            self._told = bytearray(_PLACE.size)
+            receive = scope.comm._recv(self._told, group.ranks[0], scope.index, _TAG, -1.0)
+            receive.add_done_callback(self._found)
+            return
+        with contextlib.suppress(LinkError, OSError):
+            self.arena = _core.Arena.create(group.size)
+            told = _PLACE.pack(*self.arena.place)
+            for rank in group.ranks[1:]:
+                sent = scope.comm._send(told, rank, scope.index, _TAG, -1.0, 0)
+                sent.add_done_callback(_look_away)
+
+    def _found(self, receive: Any) -> None:
+        if receive.cancelled() or receive.exception() is not None:
+            return
+        group = self._scope.group
+        found: Any = _core.Arena.open(_PLACE.unpack(self._told), group.rank, group.size)
+        self.arena = found
+
+
+class Shared:
+    """One rank's calls of one shape."""
+
+    def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
+        self._scope, self._request, self._dtype = scope, request, dtype
+        self._native: _core.SharedCall | None = None
+        self.counted = f"{request.operation}/shared"
+        self.mean = request.result is not None
+
+    def attempt(self, number: int, given: Any, out: Any) -> int:
+        """Do the call, or begin it: `GOING_ON` or more has to be gone on with by `SharedFlight`.
+
+        Args:
+            number: of the call.
+            given: `IN`; None where there is none.
+            out: `OUT`, likewise.
+        """
+        scope = self._scope
+        native = self._native
+        if scope.calls or (native is None and (native := self._made()) is None):
+            return NOT_MET
+        return native.attempt(scope.comm._engine, number, given, out)
+
+    def _made(self) -> _core.SharedCall | None:
+        place = self._scope.place
+        if place is None or place.arena is None:
+            return None
+        request, problem, dtype = self._request, self._request.problem, self._dtype
+        sizes: tuple[int, ...] = (0,)
+        root, in_place = 0, False
+        if problem is not None:
+            sizes, root, in_place = problem.receives, problem.root, problem.in_place
+        self._native = _core.SharedCall(
+            place.arena,
+            _KINDS[request.operation],
+            root,
+            list(sizes),
+            in_place,
+            dtype.itemsize,
+            f"{dtype.kind}{dtype.itemsize}",
+            operator_of(request),
+            request.header,
+        )
+        return self._native
+
+    def flight(self, number: int, result: int, deadline: float | None) -> SharedFlight:
+        """What goes on with a call that was begun."""
+        assert self._native is not None
+        return SharedFlight(self._scope, self._request.operation, deadline, self._native, number, result)
+
+
+class SharedFlight(Flight):
+    """A call that has met, and goes on."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        operation: str,
+        deadline: float | None,
+        native: _core.SharedCall,
+        number: int,
+        result: int,
+    ) -> None:
+        super().__init__(scope, operation, deadline)
+        self._native, self._result = native, result
+        self._missing.clear()
+        self._number = number
+        scope.enter(number, self)
+
+    async def run(self) -> bool:
+        """Go on to the end. False: the ranks have not met, and the call is to be made by messages.
+
+        Raises:
+            PeerLostError, TransferCancelled, DeadlineExceeded, ClosedError: as for transfers.
+        """
+        moved = time.monotonic()
+        watched = False
+        try:
+            while self._result > TURN:
+                if self._result == _BROKEN:
+                    raise await self._why_broken()
+                if self._result in (GOING_ON, _OPEN):
+                    moved = time.monotonic()
+                    await anyio.lowlevel.checkpoint()
+                else:
+                    stuck_s = time.monotonic() - moved
+                    await anyio.sleep(0 if stuck_s < _WATCH_S else min(stuck_s / 10, 0.01))
+                    if stuck_s > _WATCH_S and not watched:
+                        watched = True
+                        self._watch_others()
+                self._raise_wrong()
+                if self._native.moved > _THREAD_BYTES and self._result != _OPEN:
+                    self._result = await anyio.to_thread.run_sync(self._native.proceed, _THREAD_S)
+                else:
+                    self._result = self._native.proceed(_TURN_S)
+        except BaseException as error:
+            self._native.abandon()
+            await self._give_up(error)
+            raise
+        else:
+            if self._flying:
+                await self._let_go()
+            return self._result != NOT_MET
+        finally:
+            del self._scope.calls[self._number]
+
+    def _watch_others(self) -> None:
+        """Receive what is never sent: that ends where its sender is lost."""
+        for peer in range(self._group.size):
+            if peer != self._group.rank:
+                self._post(Recv, (True, peer), peer, bytearray(1), HEADERS, patient=True)
+        self._listen()
+
+    def _raise_wrong(self) -> None:
+        if self._aborted is not None:
+            raise self._explained(self._aborted)
+        if self._header_error is not None:
+            raise self._explained(self._header_error)
+        late = self._ends is not None and time.monotonic() > self._ends
+        if late and self._result != _OPEN:  # else the messages say who has not called
+            raise self._explained(DeadlineExceeded("not done in time"))
+
+    async def _why_broken(self) -> BaseException:
+        """Wait for the reason, which comes as a message."""
+        with anyio.move_on_after(0.25):
+            while self._aborted is None:
+                await self._gate.wait()
+        if self._aborted is not None:
+            return self._explained(self._aborted)
+        what = f"{self._operation} (call {self._number} of {self._group.label})"
+        return TransferCancelled(f"{what}: another rank has given it up")
+
+    async def _let_go(self) -> None:
+        self._over = True
+        for transfer in list(self._flying.values()):
+            transfer.cancel()
+        await self._gate.wait_shielded(lambda: not self._flying)
+
+    def _header_ended(self, index: int) -> None:
+        """Nothing is sent there; see `_watch_others`."""
+
+    def _data_ended(self, index: int, nbytes: int | None) -> None:
+        """There are no messages of data."""
+
+    def _has_work(self) -> bool:
+        return False
+
+
+def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Shared | None:
+    """What repeats of a call need to go through an arena, if they may."""
+    group, plan = scope.group, request.plan
+    if request.operation not in _KINDS or request.on_gpu or request.partials is not None or request.vector:
+        return None
+    if not 2 <= group.size <= headers.DIRECT_MEMBERS or group.link != "shm" or group.hosts:
+        return None
+    if request.operation != "barrier":
+        problem = request.problem
+        if plan is None or problem is None or not sum(problem.receives):
+            return None
+    if request.operation == "all_reduce":
+        if plan is None or plan.algorithm not in _IN_ORDER or _CHUNK_BYTES % dtype.itemsize:
+            return None
+        if not _core.reduces(f"{dtype.kind}{dtype.itemsize}", operator_of(request)):
+            return None
+    if scope.place is None:
+        scope.place = Place(scope)
+    return Shared(scope, request, dtype)
+
+
+def _look_away(transfer: Any) -> None:
+    if not transfer.cancelled():
+        transfer.exception()

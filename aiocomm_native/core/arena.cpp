@@ -1,0 +1,167 @@
+#include "core/arena.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <new>
+#include <string>
+
+#include "core/link.hpp"
+
+namespace aiocomm {
+
+// Alone on its lines is what one rank writes and others look at.
+struct Arena::Control {
+  struct alignas(64) Counter {
+    std::atomic<uint64_t> value{0};  // its writer releases, the others acquire
+  };
+  struct alignas(64) Reader {
+    std::atomic<uint64_t> of[kRanks] = {};
+  };
+  uint64_t nonce = 0;
+  std::atomic<uint32_t> broken{0};
+  Counter word;  // the number of a call, whether it is closed, how many have arrived
+  Counter done[kRanks], written[kRanks];
+  Reader read[kRanks];
+};
+
+namespace {
+
+constexpr uint64_t kClosed = 1 << 7, kArrived = kClosed - 1, kCallShift = 8;
+constexpr uint64_t kControlBytes = 8192;
+
+uint64_t of_call(uint64_t counter, uint64_t call) {
+  return counter >> Arena::kCountBits == call ? counter & ((1ull << Arena::kCountBits) - 1) : 0;
+}
+
+uint64_t counter_of(uint64_t call, uint64_t chunks) { return call << Arena::kCountBits | chunks; }
+
+}  // namespace
+
+uint64_t Arena::bytes_for(size_t ranks) { return kControlBytes + ranks * kSlots * kChunk; }
+
+Arena::Arena(void* base, uint64_t nbytes, int fd, size_t ranks)
+    : base_(static_cast<std::byte*>(base)),
+      nbytes_(nbytes),
+      fd_(fd),
+      ranks_(ranks),
+      control_(static_cast<Control*>(base)),
+      headers_(base_ + sizeof(Control)),
+      rings_(base_ + kControlBytes) {
+  static_assert(sizeof(Control) % 64 == 0 && sizeof(Control) + kRanks * kHeader <= kControlBytes);
+  static_assert(std::atomic<uint64_t>::is_always_lock_free);
+}
+
+Arena::~Arena() {
+  munmap(base_, nbytes_);
+  if (fd_ >= 0) ::close(fd_);
+}
+
+std::shared_ptr<Arena> Arena::create(size_t ranks) {
+  const uint64_t nbytes = bytes_for(ranks);
+  const int fd = memfd_create("aiocomm-arena", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0) throw LinkFailure("cannot make shared memory for collectives (memfd_create)", errno);
+  void* base = MAP_FAILED;
+  if (ftruncate(fd, static_cast<off_t>(nbytes)) == 0 &&
+      fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0)
+    base = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  uint64_t nonce = 0;
+  if (base == MAP_FAILED || getrandom(&nonce, sizeof nonce, 0) != sizeof nonce) {
+    const int error = errno;
+    if (base != MAP_FAILED) munmap(base, nbytes);
+    ::close(fd);
+    throw LinkFailure("cannot make " + std::to_string(nbytes) + " bytes of shared memory for collectives",
+                      error);
+  }
+  (new (base) Control)->nonce = nonce;
+  return std::shared_ptr<Arena>(new Arena(base, nbytes, fd, ranks));
+}
+
+std::shared_ptr<Arena> Arena::open(pid_t owner, int fd, uint64_t nonce, size_t ranks) {
+  const std::string path = "/proc/" + std::to_string(owner) + "/fd/" + std::to_string(fd);
+  const int here = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK);
+  if (here < 0) return nullptr;
+  const uint64_t nbytes = bytes_for(ranks);
+  struct stat info;
+  const int seals = fcntl(here, F_GET_SEALS);
+  void* base = MAP_FAILED;
+  // Touching memory that its owner has cut off would be our end.
+  if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(here, &info) == 0 &&
+      static_cast<uint64_t>(info.st_size) >= nbytes)
+    base = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, here, 0);
+  ::close(here);
+  if (base == MAP_FAILED) return nullptr;
+  std::shared_ptr<Arena> found(new Arena(base, nbytes, -1, ranks));
+  return found->nonce() == nonce ? found : nullptr;  // else that process's descriptor is another's by now
+}
+
+uint64_t Arena::nonce() const { return control_->nonce; }
+
+Arena::Meeting Arena::look(uint64_t call) const {
+  const uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  if (word >> kCallShift != call || word & kClosed) return Meeting::closed;
+  return (word & kArrived) == ranks_ ? Meeting::met : Meeting::open;
+}
+
+Arena::Meeting Arena::arrive(uint64_t call) {
+  uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  for (;;) {
+    const uint64_t at = word >> kCallShift;
+    if (at > call || (at == call && word & kClosed)) return Meeting::closed;
+    const uint64_t next = at < call ? call << kCallShift | 1 : word + 1;
+    if ((next & kArrived) > ranks_) return Meeting::closed;
+    // Releases what this rank has written, and acquires what those have that came before.
+    if (control_->word.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
+                                                   std::memory_order_acquire))
+      return (next & kArrived) == ranks_ ? Meeting::met : Meeting::open;
+  }
+}
+
+Arena::Meeting Arena::close(uint64_t call) {
+  uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  for (;;) {
+    const uint64_t at = word >> kCallShift;
+    if (at > call || (at == call && word & kClosed)) return Meeting::closed;
+    if (at == call && (word & kArrived) == ranks_) return Meeting::met;
+    const uint64_t next = (at < call ? call << kCallShift : word) | kClosed;
+    if (control_->word.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
+                                                   std::memory_order_acquire))
+      return Meeting::closed;
+  }
+}
+
+uint64_t Arena::written(size_t rank, uint64_t call) const {
+  return of_call(control_->written[rank].value.load(std::memory_order_acquire), call);
+}
+
+void Arena::wrote(size_t rank, uint64_t call, uint64_t chunks) {
+  control_->written[rank].value.store(counter_of(call, chunks), std::memory_order_release);
+}
+
+uint64_t Arena::read(size_t reader, size_t writer, uint64_t call) const {
+  return of_call(control_->read[reader].of[writer].load(std::memory_order_acquire), call);
+}
+
+void Arena::has_read(size_t reader, size_t writer, uint64_t call, uint64_t chunks) {
+  control_->read[reader].of[writer].store(counter_of(call, chunks), std::memory_order_release);
+}
+
+bool Arena::all_done(uint64_t call) const {
+  for (size_t rank = 0; rank < ranks_; ++rank)
+    if (control_->done[rank].value.load(std::memory_order_acquire) < call) return false;
+  return true;
+}
+
+void Arena::set_done(size_t rank, uint64_t call) {
+  control_->done[rank].value.store(call, std::memory_order_release);
+}
+
+bool Arena::broken() const { return control_->broken.load(std::memory_order_acquire) != 0; }
+
+void Arena::set_broken() { control_->broken.store(1, std::memory_order_release); }
+
+}  // namespace aiocomm

@@ -1,0 +1,253 @@
+"""Collectives through shared memory: what repeats among processes of one host, and what goes wrong there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import cloudpickle
+import numpy as np
+import pytest
+
+import aiocomm
+from aiocomm.collectives.shared import Shared
+from aiocomm.launch import WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.anyio
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
+SIZES = {"one": 1, "small": 700, "chunks": 90_001, "large": 500_000}  # elements of float64
+MOST = 3000  # calls among which some must meet, however busy the machine is
+
+
+def met(comm: aiocomm.Communicator, operation: str) -> int:
+    """Calls that went through shared memory: the same number on all ranks, which agree on each."""
+    return comm.statistics().collectives.get(f"{operation}/shared", 0)
+
+
+def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
+    """What a rank gives in a turn: no other rank or turn has it, and sums of a few are exact."""
+    return ((np.arange(count) * 7 + rank * 13 + turn) % 50).astype(np.float64)
+
+
+async def _broadcast(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+    root = comm.size - 1
+    x[:] = block(comm.rank, turn, n)
+    await comm.barrier()  # so that all come at nearly one time
+    await comm.broadcast(x, root)
+    assert np.array_equal(x, block(root, turn, n))
+
+
+async def _all_gather(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+    x[:] = block(comm.rank, turn, n)
+    out[:] = -1
+    await comm.barrier()  # so that all come at nearly one time
+    await comm.all_gather(out, x)
+    for rank, one in enumerate(out):
+        assert np.array_equal(one, block(rank, turn, n))
+
+
+async def _all_to_all(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+    size, me = comm.size, comm.rank
+    blocks = np.stack([block(me * size + rank, turn, n) for rank in range(size)])
+    out[:] = -1
+    await comm.barrier()  # so that all come at nearly one time
+    await comm.all_to_all(out, blocks)
+    for rank, one in enumerate(out):
+        assert np.array_equal(one, block(rank * size + me, turn, n))
+
+
+async def _all_reduce(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+    x[:] = block(comm.rank, turn, n)
+    total = sum(block(rank, turn, n) for rank in range(comm.size))
+    await comm.barrier()  # so that all come at nearly one time
+    if turn % 2:
+        await comm.all_reduce(x)
+        assert np.array_equal(x, total)
+        return
+    given, x[:] = x.copy(), -1
+    await comm.all_reduce(given, out=x)
+    assert np.array_equal(x, total)
+
+
+async def _barrier(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+    await comm.barrier()
+
+
+OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
+    "broadcast": _broadcast,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "all_reduce": _all_reduce,
+    "barrier": _barrier,
+}
+
+
+async def _everything(comm: aiocomm.Communicator, until_met: bool) -> None:
+    for n in SIZES.values():
+        x, out = np.empty(n), np.empty((comm.size, n))
+        for operation, do in OPERATIONS.items():
+            before = met(comm, operation)
+            for turn in range(MOST):
+                await do(comm, n, turn, x, out)
+                enough = met(comm, operation) > before or not until_met
+                if turn >= 5 and enough:  # decided alike by all
+                    break
+            if until_met:
+                assert met(comm, operation) > before, (operation, n)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+async def test_what_repeats_goes_through_shared_memory(size: int) -> None:
+    async with aiocomm.spawn(_everything, size - 1, True, links="shm") as comm:
+        await _everything(comm, True)
+
+
+async def test_a_rank_whose_loop_is_another_has_the_same_results() -> None:
+    async with aiocomm.spawn(_everything, 1, False, links="shm") as comm:
+        await _everything(comm, False)
+
+
+async def _alike_in_all_ways(comm: aiocomm.Communicator) -> None:
+    rng = np.random.default_rng(comm.rank)
+    for n in (900, 60_000):
+        given = rng.standard_normal(n).astype(np.float32)
+        results = set()
+        for _ in range(60):
+            x = given.copy()
+            await comm.all_reduce(x)
+            results.add(x.tobytes())
+        everywhere = np.empty((comm.size, n), np.float32)
+        await comm.all_gather(everywhere, x)
+        assert all(np.array_equal(one, x) for one in everywhere)
+        assert len(results) == 1, "the bits depend on the way"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_sums_have_the_same_bits_through_shared_memory_and_by_messages() -> None:
+    async with aiocomm.spawn(_alike_in_all_ways, 2, links="shm") as comm:
+        await _alike_in_all_ways(comm)
+
+
+async def _calls_at_once(comm: aiocomm.Communicator) -> None:
+    outs = [np.empty((comm.size, 5000)) for _ in range(4)]
+
+    async def one(number: int, turn: int) -> None:
+        await comm.all_gather(outs[number], block(comm.rank + 10 * number, turn, 5000))
+
+    for turn in range(40):
+        async with anyio.create_task_group() as tasks:
+            for number in range(len(outs)):
+                tasks.start_soon(one, number, turn)
+        for number, out in enumerate(outs):
+            for rank, row in enumerate(out):
+                assert np.array_equal(row, block(rank + 10 * number, turn, 5000))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_calls_that_overlap_do_not_mix() -> None:
+    async with aiocomm.spawn(_calls_at_once, 2, links="shm") as comm:
+        await _calls_at_once(comm)
+
+
+async def _differing(comm: aiocomm.Communicator) -> None:
+    x = np.empty(100)
+    for root in (0, 1, 0, 1):
+        for _ in range(20):
+            await comm.broadcast(x, root)
+    for _ in range(10):
+        with pytest.raises(aiocomm.UsageError, match="all ranks must call alike"):
+            await comm.broadcast(x, comm.rank)
+        x[:] = comm.rank
+        await comm.broadcast(x, 1)
+        assert (x == 1).all()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_calls_that_differ_are_found_by_all() -> None:
+    async with aiocomm.spawn(_differing, 1, links="shm") as comm:
+        await _differing(comm)
+
+
+COUNT = 4_000_000  # elements that take more than one turn
+
+
+async def _until_one_goes_on(comm: aiocomm.Communicator, instead: Any) -> None:
+    """Call until a large call has met, and `instead` goes on with it."""
+    flight = Shared.flight
+    begun: list[int] = []
+
+    def other(self: Shared, number: int, result: int, deadline: float | None) -> Any:
+        ours = flight(self, number, result, deadline)
+        if result in (3, 4):
+            run = ours.run
+
+            async def held() -> bool:
+                begun.append(number)
+                await instead()
+                return await run()
+
+            ours.run = held  # type: ignore[method-assign]
+        return ours
+
+    Shared.flight = other  # type: ignore[method-assign]
+    x = np.zeros(COUNT)
+    for _ in range(MOST):
+        await comm.all_reduce(x, deadline=30)
+    raise AssertionError("no call met")
+
+
+async def _killed(comm: aiocomm.Communicator) -> None:
+    async def die() -> None:
+        if comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(aiocomm.PeerLostError) as lost:
+        await _until_one_goes_on(comm, die)
+    assert lost.value.peer == 1
+    left = await comm._members().shrink(deadline=10)
+    for _ in range(20):
+        x = np.full(COUNT // 100, comm.rank)
+        await left.all_reduce(x)
+        assert (x == 2).all()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on() -> None:
+    with pytest.raises(WorkerError) as caught:
+        async with aiocomm.spawn(_killed, 2, links="shm") as comm:
+            await _killed(comm)
+    assert caught.value.rank == 1
+    assert caught.value.exit_code == -signal.SIGKILL
+
+
+async def _cancelled(comm: aiocomm.Communicator) -> None:
+    with anyio.CancelScope() as scope:
+
+        async def cancel() -> None:
+            if comm.rank == 1:
+                scope.cancel()
+
+        if comm.rank == 1:
+            await _until_one_goes_on(comm, cancel)
+        with pytest.raises(aiocomm.TransferCancelled, match="cancelled"):
+            await _until_one_goes_on(comm, cancel)
+    assert scope.cancelled_caught == (comm.rank == 1)
+    before = met(comm, "all_reduce")
+    for _ in range(20):
+        x = np.full(COUNT // 100, comm.rank)
+        await comm.all_reduce(x)
+        assert (x == sum(range(comm.size))).all()
+    assert met(comm, "all_reduce") == before, "what has failed once is not used again"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all() -> None:
+    async with aiocomm.spawn(_cancelled, 2, links="shm") as comm:
+        await _cancelled(comm)
