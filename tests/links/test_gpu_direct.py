@@ -167,7 +167,9 @@ async def test_a_region_of_gpu_memory(
         await a.get(remote[:nbytes], into)
         assert (back == data).all()
         assert (into.numpy() == data[8:]).all()
-        assert adapters.regions(nbytes + 8) - adapters.regions(nbytes + 9) == 2, "just its bytes, by each adapter"
+        assert adapters.regions(nbytes + 8) - adapters.regions(nbytes + 9) == 2, (
+            "just its bytes, by each adapter"
+        )
         assert frames_of(b) == quiet + 1, "its key"
     assert (made(b), fallbacks(b)) == (1, 0)
 
