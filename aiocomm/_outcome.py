@@ -100,7 +100,7 @@ def make_error(
                 errno.EXDEV,
                 "EXDEV",
             )
-        case _ if link == "cuda":
+        case _ if link == "cuda" or number == errno.EOPNOTSUPP:
             return _device_failure(what + over, number)
         case _:
             name = os.strerror(number) if number else "unknown"
@@ -117,8 +117,9 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
         )
     if number == errno.EOPNOTSUPP:
         return errors.LinkError(
-            f"{what}: regions of GPU memory are not reached over the link rdma in this version: send and "
-            "receive it, or leave that link out (AIOCOMM_LINKS=shm,tcp,cuda)",
+            f"{what}: GPU memory takes part in put and get over the link rdma only where the adapters at its "
+            "side read and write it (see `aiocomm doctor`, and the Fallback event at the owner). "
+            "Send and receive it, or leave that link out: AIOCOMM_LINKS=shm,tcp,cuda",
             number,
             "EOPNOTSUPP",
         )

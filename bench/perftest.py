@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-PROGRAMS: Final = ("ib_write_bw", "ib_read_bw", "ib_write_lat")
+PROGRAMS: Final = ("ib_write_bw", "ib_read_bw", "ib_write_lat", "ib_send_lat")
 _LISTENING_S: Final = 15.0
 
 

@@ -152,6 +152,7 @@ void Engine::close() {
     settle(*op);
   }
   for (auto& link : links_) link->close();
+  let_go({});
 }
 
 void Engine::set_identity(Rank rank, uint64_t generation) {

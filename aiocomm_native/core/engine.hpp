@@ -108,6 +108,7 @@ struct RegionInfo {
   uint32_t registration = 0;  // with `link`, whose devices peers reach it by; 0: none has asked
   std::vector<Rank> asking;   // for its key, while that is being made
   uint8_t link = 0;
+  bool letting_go = false;  // of its registration: on_released frees it
   std::vector<KeyHolder> holders;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
@@ -241,6 +242,7 @@ class Engine final : public Host, public FrameSink {
   void on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) override;
   void on_writable(LinkPeer& to) override;
   void on_held(Link& link, uint32_t id, int error, const std::string& reason) override;
+  void on_released(Link& link, uint32_t id) override;
   void on_unsure(LinkPeer& to, const FrameHeader& header) override;
   void on_lost(LinkPeer& peer, const std::string& reason) override;
 
@@ -294,6 +296,12 @@ class Engine final : public Host, public FrameSink {
   // The same for device memory, once its gate is open. failed: it goes another way, and has not ended.
   Hold reach(Op& op, Peer& peer, Access access);
   void go_on_held(Op& op);
+  struct Held {
+    uint8_t link;
+    uint32_t registration;
+    bool operator==(const Held&) const = default;
+  };
+  void let_go(std::optional<Held> which);
   void get_ready(Op& op, Peer& peer, bool pulls, bool on_device);
   void let_flow_go_on(Op& op);
   bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);
@@ -365,6 +373,7 @@ class Engine final : public Host, public FrameSink {
   void on_key_revoked(Peer& peer, const FrameHeader& header);
   void revoke(uint64_t region, uint8_t flags);
   void ask_again(uint64_t region);
+  Code not_by_key(const RegionInfo& region, Rank rank, const std::string& reason);
   void forget_holder(uint64_t region, Rank rank);
   void forget_holder(Rank rank);
   void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);

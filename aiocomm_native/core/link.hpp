@@ -95,6 +95,8 @@ class FrameSink {
   virtual void on_held(Link& link, uint32_t id, int error, const std::string& reason) {
     (void)link, (void)id, (void)error, (void)reason;
   }
+  // Memory for which Link::release returned false is nobody's any more.
+  virtual void on_released(Link& link, uint32_t id) { (void)link, (void)id; }
   // The pair is about to be lost by devices of ours, and whether this frame has reached the peer is not known.
   virtual void on_unsure(LinkPeer& to, const FrameHeader& header) { (void)to, (void)header; }
   virtual void on_lost(LinkPeer& peer, const std::string& reason) = 0;
@@ -120,6 +122,8 @@ class LinkPeer {
   // Hands over what has arrived, at most about `budget` frames; returns how many, and `budget` or more where
   // another look is due.
   virtual int poll(int budget) { return budget * 0; }
+  // The same when the pair is about to end: nothing that has come is missed, whoever is looking at it.
+  virtual int poll_last(int budget) { return poll(budget); }
   // The same of what is known to have arrived, where threads of the link's own see to that.
   virtual int poll_told(int budget) { return poll(budget); }
   // The same for a loop that spins, and looks again at once: it may leave out what is not urgent.
@@ -162,6 +166,9 @@ class LinkPeer {
     (void)key;
     return -1;
   }
+  // The last write into a receive has come before others of the same: whoever takes them in is to be woken for each, until
+  // as many calls have said that none is due.
+  virtual void expect_writes(bool due) { (void)due; }
   // Called once per heartbeat interval while `needs_ticks`; a link that sees a dead peer by other means does not.
   virtual void tick(uint64_t now_ns) { (void)now_ns; }
   virtual bool needs_ticks() const { return false; }
@@ -268,7 +275,11 @@ class Link {
     (void)id;
     return true;
   }
-  virtual void release(uint32_t id) { (void)id; }
+  // False: peers can write into it, and to keep them out takes long; FrameSink::on_released follows when it is done.
+  virtual bool release(uint32_t id) {
+    (void)id;
+    return true;
+  }
   // Counters of its own, by name.
   virtual std::map<std::string, uint64_t> counters() { return {}; }
   // Ends its threads and gives back what it holds of the machine; its peers are closed.

@@ -173,6 +173,9 @@ OffersMade::Slot* OffersMade::chunk(uint32_t immediate, uint64_t nbytes) {
     ++slot.base;
   }
   slot.bytes += nbytes;
+  bool before_others =
+      static_cast<int16_t>(static_cast<uint16_t>(immediate) - static_cast<uint16_t>(slot.base)) >= 0;
+  if (immediate & kLastChunk && before_others) slot.overtaken = true;
   return &slot;
 }
 

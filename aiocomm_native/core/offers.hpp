@@ -121,7 +121,9 @@ class OffersMade {
     uint32_t base = 0;            // all chunks below have come
     std::bitset<kWindow> window;  // of those from `base` on
     uint8_t generation = 0;
-    bool pending = false;  // nothing of its message has been noticed
+    bool pending = false;    // nothing of its message has been noticed
+    bool overtaken = false;  // its last chunk has come before others
+    bool expected = false;   // which the link knows
   };
 
   // A receive of this key was posted and waits.

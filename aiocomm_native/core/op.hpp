@@ -64,7 +64,9 @@ struct Op {
   bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
   bool has_key = false;     // put, get: devices move it, by the key of its region
   bool holding = false;     // `registration` is not there yet: on_held goes on
-  bool owes_word = false;   // the peer is to hear that we have let go of its buffer, once we have
+  bool letting_go =
+      false;  // all is said and done, but for a device that lets go of its memory: on_released ends it
+  bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched
   uint32_t channel = 0;  // index into the engine's channels

@@ -18,12 +18,17 @@ void Engine::finish(Op& op, Code code) {
   if (op.deadline_ns || op.state == OpState::draining) timers_.cancel(op.id);
   if (op.cancel_requested) code = Code::cancelled;  // whoever cancelled was promised this end
   op.code = code;
+  if (op.offer) drop_offer(op);
+  if (op.has_key) end_access(op);
+  if (op.registration && !links_[op.link]->release(op.registration)) {
+    op.state = OpState::draining;
+    op.letting_go = true;
+    return;
+  }
+  op.registration = 0;
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
-  if (op.offer) drop_offer(op);
-  if (op.has_key) end_access(op);
-  if (op.registration) links_[op.link]->release(std::exchange(op.registration, 0));
   LinkCounters& counters = counters_[executor_of(op)];
   if (code == Code::ok) {
     ++counters.completed;
@@ -65,7 +70,7 @@ void Engine::drop_inflight(Op& op) {
 }
 
 bool Engine::settle(Op& op) {
-  if (op.inflight || op.awaits_fin) return false;
+  if (op.inflight || op.awaits_fin || op.letting_go) return false;
   if (op.gpu) {
     if (op.gpu->inflight || op.gpu->remote_writes) return false;
     device_.settle(op);
@@ -189,7 +194,7 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   if (peer.link && reason.starts_with(kViolation)) ++counters_[peer.link_index].violations;
   // What the peer has sent before its end is still delivered.
   for (int turn = 0; turn < kLastTurns && peer.link && peer.state == Peer::State::up; ++turn)
-    if (peer.link->poll(1 << 20) <= 0) break;
+    if (peer.link->poll_last(1 << 20) <= 0) break;
   if (peer.state == Peer::State::lost) return;
   if (peer.link && peer.state == Peer::State::up && reason == kLeft) {
     FrameHeader answer{};  // closing without a word would look like a death

@@ -15,6 +15,8 @@
 // that only does not answer is asked once per `drain_timeout`: it says at least that it is busy, or its pair is closed.
 
 #include <algorithm>
+#include <cerrno>
+#include <set>
 #include <utility>
 
 #include "core/engine.hpp"
@@ -25,6 +27,7 @@ namespace {
 
 constexpr uint64_t kMaxRegion = 1ull << 56;
 constexpr char kServed[] = "put and get served by the region's owner";
+constexpr char kUnreached[] = "put and get refused";
 
 FrameHeader about(FrameKind kind, uint64_t region) {
   FrameHeader h{};
@@ -100,12 +103,12 @@ void Engine::on_key(Peer& peer, const FrameHeader& header) {
   if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::asked)
     throw ProtocolViolation("a key that nobody asked for");
   auto code = static_cast<Code>(header.code);
-  if (code != Code::ok && code != Code::stale && code != Code::link_failed)
+  if (code != Code::ok && code != Code::stale && code != Code::link_failed && code != Code::unreachable)
     throw ProtocolViolation("unknown outcome");
   if (code == Code::ok && (header.nbytes > kMaxRegion || (header.nbytes && !header.segment)))
     throw ProtocolViolation("a key to no memory");
   std::vector<OpId> waiting = std::exchange(it->second.waiting, {});
-  if (code == Code::stale) {
+  if (code == Code::stale || code == Code::unreachable) {
     peer.onesided->keys.erase(it);
   } else {
     RegionKey& key = it->second;
@@ -122,6 +125,9 @@ void Engine::on_key(Peer& peer, const FrameHeader& header) {
       begin_access(*op, peer, it->second);
     } else if (code == Code::stale) {
       finish(*op, Code::stale);
+    } else if (code == Code::unreachable) {
+      op->error = EOPNOTSUPP;
+      finish(*op, Code::link_failed);
     } else {
       op->state = OpState::queued;
       if (send_header(*op, peer) != Post::again) continue;
@@ -196,13 +202,14 @@ void Engine::give_key(Peer& peer, uint64_t id) {
   RegionInfo* region = nullptr;
   Code code = check_region(id, 0, 0, false, &region);
   FrameHeader reply = about(FrameKind::key_is, id);
-  if (code == Code::ok && region->gpu) code = Code::link_failed;  // no device of this link reaches it
   if (code == Code::ok && region->nbytes) {
     Link& link = *links_[peer.link_index];
     Access access = region->writable ? Access::region_writes : Access::region_reads;
     try {
       if (!region->registration) {
-        region->registration = link.hold(region->base, region->nbytes, access);
+        region->registration = region->gpu
+                                   ? link.hold_device(region->gpu->place, region->nbytes, access, *mover())
+                                   : link.hold(region->base, region->nbytes, access);
         region->link = peer.link_index;
       }
       if (!link.held(region->registration)) {
@@ -211,8 +218,7 @@ void Engine::give_key(Peer& peer, uint64_t id) {
         return;
       }
     } catch (const LinkFailure& failure) {
-      code = Code::link_failed;
-      fallback(peer.rank, kServed, failure.what());
+      code = not_by_key(*region, peer.rank, failure.what());
     }
   }
   reply.code = static_cast<uint8_t>(code);
@@ -224,6 +230,12 @@ void Engine::give_key(Peer& peer, uint64_t id) {
     if (!holder_of(*region, peer.rank)) region->holders.push_back({peer.rank});
   }
   send_control(peer, reply, Wake::engine);
+}
+
+// Devices do not reach the region: its owner's CPU serves it, unless it is GPU memory.
+Code Engine::not_by_key(const RegionInfo& region, Rank rank, const std::string& reason) {
+  fallback(rank, region.gpu ? kUnreached : kServed, reason);
+  return region.gpu ? Code::unreachable : Code::link_failed;
 }
 
 // Its registration has been made, or (`error`) cannot be; or the region was closed meanwhile.
@@ -238,8 +250,7 @@ void Engine::answer_askers(uint64_t id, int error, const std::string& reason) {
       continue;
     }
     FrameHeader reply = about(FrameKind::key_is, id);
-    reply.code = static_cast<uint8_t>(Code::link_failed);
-    fallback(rank, kServed, reason);
+    reply.code = static_cast<uint8_t>(not_by_key(region, rank, reason));
     send_control(*peer, reply, Wake::engine);
   }
 }
@@ -306,6 +317,11 @@ void Engine::on_note(Peer& peer, const FrameHeader& header, const std::byte* pay
 }
 
 void Engine::tell(Peer& peer, const std::vector<Note>& notes) {
+  // What an adapter has written into a GPU is seen there only then; a note does not say into which region.
+  std::set<int> devices;
+  for (auto& [id, region] : regions_)
+    if (region.gpu && region.registration && !notes.empty() && devices.insert(region.gpu->device).second)
+      mover()->flush(region.gpu->device);
   for (const Note& note : notes)
     notify(peer.rank, reinterpret_cast<const std::byte*>(note.payload.data()), note.payload.size(),
            note.nbytes);

@@ -85,7 +85,10 @@ void Engine::taken(Op& op) {
 void Engine::drop_offer(Op& op) {
   if (!op.offer) return;
   Peer* peer = find_peer(op.peer);
-  if (peer && peer->offers) peer->offers->made.release(op.offer);
+  if (peer && peer->offers) {
+    if (peer->offers->made.slot(op.offer).expected) peer->link->expect_writes(false);
+    peer->offers->made.release(op.offer);
+  }
   op.offer = 0;
 }
 
@@ -103,6 +106,7 @@ void Engine::on_immediate(LinkPeer& from, uint32_t value, uint64_t nbytes) {
   counters_[peer->link_index].bytes_received += nbytes;
   Op& op = *ops_.find(slot->receive);  // it gives its slot back when it ends
   if (peer->offers->made.noticed(op.offer)) taken(op);
+  if (slot->overtaken && !std::exchange(slot->expected, true)) from.expect_writes(true);
   complete_offer(op, *peer);
 }
 

@@ -36,9 +36,10 @@ bool Engine::close_region(uint64_t id) {
 bool Engine::free_region(uint64_t id) {
   auto it = regions_.find(id);
   RegionInfo& region = it->second;
-  if (region.active || !region.holders.empty()) return false;
-  if (region.registration) links_[region.link]->release(region.registration);
+  if (region.active || !region.holders.empty() || region.letting_go) return false;
   timers_.cancel(kRegionTimer | id);
+  region.letting_go = region.registration && !links_[region.link]->release(region.registration);
+  if (region.letting_go) return false;
   regions_.erase(it);
   return true;
 }

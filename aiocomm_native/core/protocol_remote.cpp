@@ -82,6 +82,33 @@ void Engine::on_held(Link& link, uint32_t id, int error, const std::string& reas
   pump(index);
 }
 
+void Engine::on_released(Link& link, uint32_t id) { let_go(Held{link_index(std::string(link.name())), id}); }
+
+// What waited for that alone ends. Without `which`: for any memory, since the links are closed.
+void Engine::let_go(std::optional<Held> which) {
+  auto waits = [&](const auto& one) {
+    return one.letting_go && (!which || *which == Held{one.link, one.registration});
+  };
+  std::vector<Op*> ops;
+  ops_.for_each_live([&](Op& op) {
+    if (waits(op)) ops.push_back(&op);
+  });
+  for (Op* op : ops) {
+    op->letting_go = false;
+    op->registration = 0;
+    finish(*op, op->code);
+  }
+  std::vector<uint64_t> ids;
+  for (auto& [id, region] : regions_)
+    if (waits(region)) ids.push_back(id);
+  for (uint64_t id : ids) {
+    RegionInfo& region = regions_.at(id);
+    region.letting_go = false;
+    region.registration = 0;
+    if (free_region(id)) emit({EngineEvent::Kind::region_free, rank_, id, {}, {}});
+  }
+}
+
 void Engine::go_on_held(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (op.state == OpState::queued) return let_flow_go_on(op);  // its header comes next

@@ -48,6 +48,19 @@ class Adapters:
         self._library.fake_verbs_pause(ctypes.c_size_t(-1))
 
     @contextlib.contextmanager
+    def keeping(self, nbytes: int) -> Iterator[None]:
+        """Deregistrations of that many bytes and more wait for the end of the block."""
+        self._library.fake_verbs_keep(ctypes.c_size_t(nbytes))
+        try:
+            yield
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """What is kept is deregistered."""
+        self._library.fake_verbs_keep(ctypes.c_size_t(-1))
+
+    @contextlib.contextmanager
     def refusing(self, nbytes: int, error: int) -> Iterator[None]:
         """Registrations of that many bytes and more fail with an errno."""
         self._library.fake_verbs_fail(ctypes.c_size_t(nbytes), error)
@@ -69,6 +82,11 @@ class Adapters:
     def waiting(self) -> int:
         """Registrations that wait."""
         return int(self._library.fake_verbs_waiting())
+
+    @property
+    def leaving(self) -> int:
+        """Deregistrations that wait."""
+        return int(self._library.fake_verbs_leaving())
 
     def regions(self, nbytes: int) -> int:
         """Regions of that many bytes and more that are registered now, one per adapter."""

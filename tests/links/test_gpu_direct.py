@@ -5,6 +5,7 @@ Over the simulated driver and simulated adapters: the choice and the sequence of
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,10 @@ async def both(*transfers: Any) -> None:
 def made(comm: aiocomm.Communicator) -> int:
     """Registrations of GPU memory."""
     return comm.links["rdma"].statistics().device["registrations_of_devices"]
+
+
+def frames_of(comm: aiocomm.Communicator) -> int:
+    return comm.links["rdma"].statistics().frames_sent
 
 
 def paths(comm: aiocomm.Communicator, link: str = "cuda") -> dict[str, int]:
@@ -124,7 +129,7 @@ async def test_what_comes_is_flushed_before_it_is_told(pair: Pair, simulator: si
 
 
 async def test_put_and_get_of_gpu_memory_here(pair: Pair) -> None:
-    """The region is host memory; that of GPUs is not reached over this link."""
+    """The region is host memory."""
     a, b = pair
     memory, data = np.zeros(4 << 20, np.uint8), random(1 << 20)
     source, into = DeviceArray(1 << 20).write(data), DeviceArray(1 << 20)
@@ -135,6 +140,52 @@ async def test_put_and_get_of_gpu_memory_here(pair: Pair) -> None:
         memory[1 << 20 : 2 << 20] = data[::-1]
         await a.get(remote[1 << 20 : 2 << 20], into)
     assert (into.numpy() == data[::-1]).all()
+
+
+@pytest.mark.parametrize("nbytes", [8192, 5 << 20])
+@pytest.mark.parametrize("offset", [0, 100])
+async def test_a_region_of_gpu_memory(
+    pair: Pair, simulator: simulated.Simulator, adapters: Adapters, nbytes: int, offset: int
+) -> None:
+    """Written and read by the adapters: its owner takes no part, and nothing beside it is reached."""
+    a, b = pair
+    source, into = DeviceArray(nbytes), DeviceArray(nbytes)
+    memory = DeviceArray(nbytes + 8, offset=offset)
+    data, back = random(nbytes + 8), np.zeros(nbytes + 8, np.uint8)
+    quiet = frames_of(b)
+    async with b.register(memory) as region:
+        remote = a.remote(region.handle)
+        flushed = simulator.calls("cuFlushGPUDirectRDMAWrites")
+        told = b.notifications()
+        await a.put(data, remote, notify=b"there")
+        async with aclosing(told) as notes:
+            assert (await anext(notes)).payload == b"there"
+        assert simulator.calls("cuFlushGPUDirectRDMAWrites") == flushed + 1
+        assert (memory.numpy() == data).all()
+        await a.get(remote, back)
+        await a.put(source.write(data[8:]), remote[:nbytes])
+        await a.get(remote[:nbytes], into)
+        assert (back == data).all()
+        assert (into.numpy() == data[8:]).all()
+        assert adapters.regions(nbytes + 8) - adapters.regions(nbytes + 9) == 2, (
+            "just its bytes, by each adapter"
+        )
+        assert frames_of(b) == quiet + 1, "its key"
+    assert (made(b), fallbacks(b)) == (1, 0)
+
+
+async def test_a_region_of_gpu_memory_that_adapters_refuse(pair: Pair, adapters: Adapters) -> None:
+    a, b = pair
+    events, data = b.events(), random(1 << 20)
+    async with b.register(DeviceArray(1 << 20)) as region:
+        remote = a.remote(region.handle)
+        with adapters.refusing_dma_bufs():
+            for transfer in (lambda: a.put(data, remote), lambda: a.get(remote, data.copy())):
+                with pytest.raises(aiocomm.LinkError, match="the Fallback event at the owner"):
+                    await transfer()
+    await b.aclose()
+    told = [event async for event in events if isinstance(event, aiocomm.Fallback)]
+    assert {(event.rank, event.path) for event in told} == {(0, "put and get refused")}
 
 
 async def test_an_allocation_is_registered_once(pair: Pair) -> None:

@@ -1,9 +1,10 @@
-"""Near rails go first, by the NUMA nodes that the settings give to two simulated adapters."""
+"""Messages over two rails, of simulated adapters: which go first, and when they have arrived."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +71,53 @@ async def test_the_near_rail_goes_first(near: int, monkeypatch: pytest.MonkeyPat
         after = by_device(pair[0], "sends", "writes")
         assert after[near] - before[near] >= 40
         assert after[1 - near] == before[1 - near]
+
+
+async def posted(pair: Pair, nbytes: int) -> tuple[aiocomm.Transfer, np.ndarray]:
+    """A receive of rank 1 that rank 0 can write into."""
+    a, b = pair
+    got, quiet = np.zeros(nbytes, np.uint8), b.links["rdma"].statistics().frames_sent
+    receiving = b.recv(got, 0, tag=1)
+    await until(lambda: b.links["rdma"].statistics().frames_sent > quiet)
+    answer = bytearray(5)
+    await b.send(b"after", 0)
+    await a.recv(answer, 1)
+    return receiving, got
+
+
+async def test_it_ends_with_the_last_chunk_of_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is posted last wakes the receiver; others may come after it, and nobody looks by chance."""
+    monkeypatch.setenv("AIOCOMM_HEARTBEAT_S", "1000")
+    async with world(2, links=("rdma",), warmup=True) as pair:
+        for number in range(1, 6):
+            nbytes = number * (2 << 20) + number
+            receiving, got = await posted((pair[0], pair[1]), nbytes)
+            await pair[0].send(np.full(nbytes, number, np.uint8), 1, tag=1)
+            assert (await receiving).nbytes == nbytes
+            assert (got == number).all()
+        written = pair[1].links["rdma"].statistics().messages_by_path["write"]
+        assert written == 5
+        device = pair[0].links["rdma"].statistics().device
+        assert min(device["fake0.writes"], device["fake1.writes"]) > 0
+
+
+@pytest.mark.parametrize("rails", [1, 2])
+async def test_what_is_written_is_delivered_though_its_sender_leaves_at_once(
+    rails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last word comes by another queue than the bytes."""
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", ",".join(f"fake{rail}" for rail in range(rails)))
+    for _ in range(8):
+        async with world(2, links=("rdma",), warmup=True) as pair:
+            receiving, got = await posted((pair[0], pair[1]), 9_000_000)
+            await pair[0].send(np.full(9_000_000, 7, np.uint8), 1, tag=1)
+            leaving = threading.Thread(target=pair[0]._engine.close)
+            leaving.start()
+            assert (await receiving).nbytes == 9_000_000
+            assert (got == 7).all()
+            leaving.join()
 
 
 @pytest.mark.parametrize("wrong", ["fake0", "fake0=", "fake0=x", "fake0=0,", "=1"])

@@ -9,6 +9,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import numpy as np
 import pytest
 from fakes.adapters import HEADERS, Adapters, build
@@ -242,6 +243,91 @@ async def test_a_region_that_cannot_be_registered_is_served(pair: Pair, adapters
             await a.get(a.remote(region.handle)[:64], got)
     np.testing.assert_array_equal(got, memory[:64])
     assert b.links["rdma"].statistics().fallbacks == 1
+
+
+# ---------------------------------------------------------------- given back aside: what a peer may write
+
+
+async def written(pair: Pair, adapters: Adapters) -> tuple[aiocomm.Transfer, np.ndarray]:
+    """A posted receive, written by its sender, whose memory is being given back."""
+    a, b = pair
+    got, quiet = np.zeros(LARGE, np.uint8), frames_of(b)
+    receiving = b.recv(got, 0, tag=1)
+    await until(lambda: frames_of(b) > quiet)  # its offer
+    await a.send(np.full(LARGE, 7, np.uint8), 1, tag=1)
+    await until(lambda: adapters.leaving == 2)  # its sender's is, too
+    return receiving, got
+
+
+async def test_others_go_on_while_it_is_given_back(pair: Pair, adapters: Adapters) -> None:
+    with adapters.keeping(LARGE):
+        receiving, got = await written(pair, adapters)
+        assert await Case(pair, "").echo() == b"after"
+        assert not receiving.done(), "a peer could still write into it"
+        assert (got == 7).all()
+    assert (await receiving).nbytes == LARGE
+    await until(lambda: adapters.regions(LARGE) == 0)  # its sender's, too
+
+
+async def test_it_is_cancelled_while_it_is_given_back(pair: Pair, adapters: Adapters) -> None:
+    with adapters.keeping(LARGE):
+        receiving, _ = await written(pair, adapters)
+        assert receiving.cancel()
+        assert await Case(pair, "").echo() == b"after"
+        assert not receiving.done(), "a peer could still write into it"
+    await until(receiving.done)
+    assert receiving.cancelled()
+    await until(lambda: adapters.regions(LARGE) == 0)
+
+
+async def test_the_peer_is_lost_while_it_is_given_back(pair: Pair, adapters: Adapters) -> None:
+    a, b = pair
+    with adapters.keeping(LARGE):
+        receiving, got = await written(pair, adapters)
+        closing = threading.Thread(target=a._engine.close)
+        closing.start()
+        await until(lambda: not next(peer for peer in b.peers if peer.rank == 0).alive)
+        assert not receiving.done()
+    closing.join()
+    assert (await receiving).nbytes == LARGE, "all of it had come"
+    assert (got == 7).all()
+
+
+async def test_all_is_closed_while_it_is_given_back(pair: Pair, adapters: Adapters) -> None:
+    _, b = pair
+    with adapters.keeping(LARGE):
+        receiving, _ = await written(pair, adapters)
+        later = threading.Thread(target=adapters.let_go)
+        later.start()
+        await b.aclose()
+        later.join()
+    assert receiving.done()
+
+
+async def test_registering_does_not_hold_up_giving_back(pair: Pair, adapters: Adapters) -> None:
+    _, b = pair
+    with adapters.keeping(LARGE):
+        receiving, _ = await written(pair, adapters)
+        with adapters.paused(LARGE):
+            next_one = b.recv(np.zeros(LARGE, np.uint8), 0, tag=1)
+            await until(lambda: adapters.waiting)
+            adapters.let_go()
+            assert (await receiving).nbytes == LARGE
+    next_one.cancel()
+    await until(next_one.done)
+
+
+async def test_a_large_region_is_given_back_aside(pair: Pair, adapters: Adapters) -> None:
+    a, b = pair
+    region, first = b.register(np.full(LARGE, 3, np.uint8)), np.zeros(4, np.uint8)
+    await a.get(a.remote(region.handle)[:4], first)
+    async with anyio.create_task_group() as group:
+        with adapters.keeping(LARGE):
+            group.start_soon(region.aclose)
+            await until(lambda: adapters.leaving)
+            assert await Case(pair, "").echo() == b"after"
+            assert adapters.regions(LARGE) == 2, "one per adapter"
+    assert adapters.regions(LARGE) == 0
 
 
 async def test_messages_keep_their_order(pair: Pair, adapters: Adapters) -> None:

@@ -272,6 +272,24 @@ void what_is_large_is_registered_aside() {
   CHECK(cache.counters().aside == 3 && cache.counters().pinned_bytes == 0);
 }
 
+void what_a_peer_may_write_is_kept_from_it_before_that_is_told() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  g_rings = 0;
+  Registrations cache(verbs, {&domain}, 1 << 20, false, ring);
+  const uint64_t large = Registrations::kAsideAwaited + 1;
+  std::vector<std::byte> memory(large);
+  Registration& exposed = cache.acquire(memory.data(), large, Access::peer_writes);
+  uint32_t id = exposed.id;
+  await([] { return g_rings == 1; });
+  CHECK(cache.take().size() == 1 && exposed.ready);
+  CHECK(!cache.release(id) && cache.get(id) == &exposed);
+  CHECK(cache.acquire(memory.data(), 8, Access::peer_writes).id != id);  // found by nobody
+  await([] { return g_rings == 2; });
+  CHECK((cache.take_released() == std::vector<uint32_t>{id}) && !cache.get(id));
+  CHECK(g_registered.size() == 1);
+}
+
 void what_fails_aside_is_told() {
   Verbs verbs = counting();
   ibv_pd domain{};
@@ -332,6 +350,7 @@ int main() {
   what_a_peer_may_write_is_not_kept();
   refusals_are_explained();
   what_is_large_is_registered_aside();
+  what_a_peer_may_write_is_kept_from_it_before_that_is_told();
   CHECK(g_registered.empty());
   device_memory_is_known_by_its_allocation();
   CHECK(g_registered.empty());

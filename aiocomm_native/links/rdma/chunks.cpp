@@ -62,6 +62,7 @@ Post RdmaPeer::post_remote(const RemoteChunk& what) {
   chunk.local = what.nbytes ? local->local() : Keys{};  // no bytes, no keys: only the immediate goes
   chunk.remote = what.nbytes ? keys->second : Keys{};
   chunk.busy = true;
+  chunk.refused = false;
   launch(index, *lane);
   return Post::pending;
 }
@@ -104,20 +105,13 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
   if (!done.busy || done.parked || done.lane != lane.index ||
       ((which ^ done.launches) & ((1u << kLaunchBits) - 1)))
     return;  // of an earlier launch
-  // The peer's device refused the access: it would do so on any lane. That breaks the queue pair, at both ends.
-  bool refused = error == EACCES;
   if (error) {
-    if (refused) {
-      done.busy = false;
-      free_chunks_.push_back(index);
-    }
-    RemoteChunk of = done.of;
-    lane_failed(
+    // The peer's device refused the access: it would do so on any lane. That breaks the queue pair, at both ends.
+    done.refused = error == EACCES;
+    return lane_failed(
         lane,
-        lane.rail.name() + (refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
-        refused || error == ECONNRESET ? Loss::pairs : Loss::path);
-    if (refused && !dead_) host_.sink().on_remote(*this, of.op, of.nbytes, error, 0);
-    return;
+        lane.rail.name() + (done.refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
+        done.refused || error == ECONNRESET ? Loss::pairs : Loss::path);
   }
   --lane.chunks;
   lane.bytes -= done.of.nbytes;
@@ -131,10 +125,14 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
     lane.rate += 0.25 * (rate - lane.rate);
   }
   lane.last_done_ns = now;
-  RemoteChunk of = done.of;
-  done.busy = false;
+  finish(index, 0, elapsed);
+}
+
+void RdmaPeer::finish(uint32_t index, int error, uint64_t elapsed_ns) {
+  RemoteChunk of = chunks_[index].of;
+  chunks_[index].busy = false;
   free_chunks_.push_back(index);
-  host_.sink().on_remote(*this, of.op, of.nbytes, 0, elapsed);
+  host_.sink().on_remote(*this, of.op, of.nbytes, error, elapsed_ns);
 }
 
 }  // namespace aiocomm::rdma

@@ -43,6 +43,10 @@ void Lane::failed(const std::string& reason) {
   peer.put({RdmaPeer::Event::Kind::failed, index, 0, 0, reason}, Wake::engine);
 }
 
+bool Lane::moves() const {
+  return outstanding.load(std::memory_order_relaxed) || peer.writes_due_.load(std::memory_order_relaxed);
+}
+
 bool Lane::expects() const {
   return outstanding.load(std::memory_order_relaxed) || peer.starved_.load(std::memory_order_acquire) ||
          (peer.active_.load(std::memory_order_relaxed) == index &&
@@ -70,6 +74,9 @@ void RdmaPeer::put(Event event, Wake wake) {
   bool many;
   {
     std::lock_guard lock(inbox_mutex_);
+    if (event.kind == Event::Kind::immediate && wake == Wake::none &&
+        writes_due_.load(std::memory_order_relaxed))
+      wake = Wake::engine;
     inbox_frames_ += event.kind == Event::Kind::frame;
     inbox_.push_back(std::move(event));
     many = inbox_frames_ >= Rail::kCredits / 4;  // what nobody looks at uses credits up
@@ -80,6 +87,20 @@ void RdmaPeer::put(Event event, Wake wake) {
     ring(host_.wake_page().loop, host_.loop_fd());
   else if (wake != Wake::none || many || starved_.load(std::memory_order_acquire))
     ring(host_.wake_page().engine, host_.engine_fd());
+}
+
+// The others of these writes wake nobody by themselves, and may be in the inbox by now.
+void RdmaPeer::expect_writes(bool due) {
+  bool waits;
+  {
+    std::lock_guard lock(inbox_mutex_);
+    writes_due_.fetch_add(due ? 1 : -1, std::memory_order_relaxed);
+    waits = !inbox_.empty();
+  }
+  if (!due) return;
+  for (auto& lane : lanes_)
+    if (lane->state == Lane::State::up) lane->rail.kick();
+  if (waits) ring(host_.wake_page().engine, host_.engine_fd());
 }
 
 }  // namespace aiocomm::rdma

@@ -97,6 +97,7 @@ void RdmaLink::close() {
 
 void RdmaLink::on_ready(uint32_t) {
   clear_fd(news_);
+  for (uint32_t id : registrations_->take_released()) host_.sink().on_released(*this, id);
   for (const Registered& news : registrations_->take()) {
     // Of all memory, not of this allocation only, which may be in several pieces.
     if (news.of_device && (news.error == EOPNOTSUPP || news.error == ENOSYS || news.error == EINVAL))

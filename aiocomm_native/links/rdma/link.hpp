@@ -33,9 +33,7 @@ class RdmaLink final : public Link, public Pollable {
     if (registrations_) registrations_->forget_device(memory.base, memory.buffer_id);
   }
   bool held(uint32_t id) override;
-  void release(uint32_t id) override {
-    if (registrations_) registrations_->release(id);
-  }
+  bool release(uint32_t id) override { return !registrations_ || registrations_->release(id); }
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 

@@ -106,6 +106,12 @@ void RdmaPeer::shut() {
 
 int RdmaPeer::poll(int) { return take_in(true); }
 
+// A chunk may be in another queue than the word that its sender leaves, or in another thread's hands.
+int RdmaPeer::poll_last(int budget) {
+  for (auto& lane : lanes_) lane->rail.drain();
+  return poll(budget);
+}
+
 // While the peer writes to the ring, completions are mostly those of our own, and can wait.
 int RdmaPeer::poll_spinning(int) { return take_in(!looks_told_ || ++looks_ % kLooksPerPoll == 0); }
 
@@ -119,18 +125,20 @@ int RdmaPeer::take_in(bool completions) {
       Attending self(this);
       for (auto& lane : lanes_) lane->rail.poll();
     }
-    if (!has_inbox_.load(std::memory_order_acquire)) break;
-    std::vector<Event> events = std::move(spare_);  // handling may come back here
-    {
+    if (!has_inbox_.load(std::memory_order_acquire) && handled_ == events_.size()) break;
+    if (handled_ == events_.size()) {
+      events_.clear();
+      handled_ = 0;
       std::lock_guard lock(inbox_mutex_);
-      events.swap(inbox_);
+      events_.swap(inbox_);
       inbox_frames_ = 0;
       has_inbox_.store(false, std::memory_order_release);
     }
-    for (Event& event : events) handle(event);
-    done += static_cast<int>(events.size());
-    events.clear();
-    spare_ = std::move(events);
+    for (; handled_ < events_.size(); ++done) {
+      Event event =
+          std::move(events_[handled_++]);  // handling may come back here, and go on with those after it
+      handle(event);
+    }
     if (early_.empty()) break;  // else the frame before it came by the other queue
   }
   if (!done || dead_) return done;
@@ -195,8 +203,7 @@ void RdmaPeer::read_socket() {
     if (n <= 0) {
       // What the peer had sent has been acknowledged, or is lost with it.
       std::string reason = n == 0 ? "the peer closed the connection" : strerror(errno);
-      for (auto& lane : lanes_) lane->rail.drain();
-      while (!dead_ && poll(1 << 20) > 0) {
+      while (!dead_ && poll_last(1 << 20) > 0) {
       }
       return lose(reason);
     }

@@ -48,7 +48,7 @@ struct Lane final : Completions {
   void chunk_done(uint32_t chunk, int error) override;
   void failed(const std::string& reason) override;
   bool expects() const override;
-  bool moves() const override { return outstanding.load(std::memory_order_relaxed) != 0; }
+  bool moves() const override;
   void look(uint64_t now_ns) override;
   void attend() override;
 
@@ -84,6 +84,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   bool reaches_regions() const override { return true; }
   uint64_t frame_limit() const override { return kFrameMax; }
   int poll(int budget) override;
+  int poll_last(int budget) override;
   int poll_spinning(int budget) override;
   int poll_told(int budget) override {
     return has_inbox_.load(std::memory_order_acquire) || (ring_ && Ring::waits(ring_slot())) ? poll(budget)
@@ -91,6 +92,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   }
   void loop_sleeps() override;
   Path pull_path(const Location&) override { return Path::read; }
+  void expect_writes(bool due) override;
   void tick(uint64_t now_ns) override;
   bool needs_ticks() const override { return !dead_; }
   void close() override;
@@ -125,7 +127,8 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     uint64_t posted_ns = 0;
     uint32_t launches = 0;  // so that word of an earlier one is told from that of the latest
     bool busy = false;
-    bool parked = false;  // its lane has failed
+    bool parked = false;   // its lane has failed
+    bool refused = false;  // by the peer's device: told when the peer is known to live
   };
   struct Arrived {  // a frame before its turn
     uint32_t lane, slot, nbytes;
@@ -150,6 +153,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void advance();
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
+  void finish(uint32_t index, int error, uint64_t elapsed_ns);
   Lane* best_lane(uint64_t nbytes, int node);
   Lane* nearest_lane();  // to the memory of frames
   void violated(const char* what);
@@ -172,6 +176,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void tell_failed(const Lane& lane, Loss loss = Loss::path);
   void no_rail(const std::string& reason);
   void lane_closed(Lane& lane);  // by the peer
+  void refuse(const Lane& lane);
   void relaunch(Lane& lane);
   void resend_frames();
   void give_up(const std::string& reason);
@@ -232,9 +237,12 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   std::vector<uint32_t> free_chunks_;
 
   std::mutex inbox_mutex_;
+  std::atomic<int> writes_due_{
+      0};  // receives whose last chunk was first over another lane; under the inbox's lock
   std::vector<Event> inbox_;
   uint32_t inbox_frames_ = 0;
-  std::vector<Event> spare_;  // storage of events that have been handled; under the token
+  std::vector<Event> events_;  // taken from the inbox, of which so many have been handled; under the token
+  size_t handled_ = 0;
   std::atomic<bool> has_inbox_{false};
 };
 

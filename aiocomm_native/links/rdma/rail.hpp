@@ -13,6 +13,8 @@
 //  * Frames arrive in slots of one shared receive queue. A slot is the receiver's until the engine has looked at it;
 //    credits keep peers from sending more than there are slots. Immediates arrive in a receive queue without memory,
 //    which the poller refills as it empties it.
+//  * Where a message goes over several rails, its last chunk may come before others. Then all completions wake until those
+//    have come (LinkPeer::expect_writes).
 //  * A send completion wakes nobody by itself (`solicited only`): while some are due the poller looks every kLookMs. Nor
 //    does a chunk that a peer has written, unless it is its last one: the bulk queue is armed for all that completes only
 //    while chunks of ours are under way.
@@ -56,9 +58,9 @@ class Completions {
   virtual void chunk_done(uint32_t chunk, int error) = 0;  // 0: its bytes are where they should be
   virtual void failed(const std::string& reason) = 0;      // its queue pairs will not come back by themselves
   virtual bool expects() const = 0;                        // completions are due, which may wake nobody
-  virtual bool moves() const = 0;                          // chunks of ours are under way
-  virtual void look(uint64_t now_ns) = 0;                  // now and then while it expects
-  virtual void attend() = 0;                               // under the token: what has come is to be handled
+  virtual bool moves() const = 0;          // each completion matters, also one that wakes nobody
+  virtual void look(uint64_t now_ns) = 0;  // now and then while it expects
+  virtual void attend() = 0;               // under the token: what has come is to be handled
 
  protected:
   ~Completions() = default;

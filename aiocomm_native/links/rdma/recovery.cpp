@@ -112,8 +112,17 @@ void RdmaPeer::resend_frames() {
 void RdmaPeer::lane_closed(Lane& lane) {
   if (lane.state != Lane::State::failed || !lane.reachable) return;
   lane.state = Lane::State::down;
+  refuse(lane);
+  if (dead_) return;
   if (!dark_ns_) return relaunch(lane);
   if (initiator_) try_again(lane);
+}
+
+// A process that is killed loses its memory first and its connection after that: only one that has answered has
+// refused an access.
+void RdmaPeer::refuse(const Lane& lane) {
+  for (uint32_t i = 0; i < chunks_.size() && !dead_; ++i)
+    if (chunks_[i].busy && chunks_[i].refused && chunks_[i].lane == lane.index) finish(i, EACCES, 0);
 }
 
 void RdmaPeer::relaunch(Lane& lane) {
@@ -196,8 +205,7 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
   if (known) std::memcpy(&word.lane, data + 1, 4);
   if (word.what == kNoRail) {  // and how many of our frames it has taken in
     if (word.lane - consumed_there_ <= sent_ - consumed_there_) consumed_there_ = word.lane;
-    for (auto& lane : lanes_) lane->rail.drain();
-    while (!dead_ && poll(1 << 20) > 0) {  // what it had sent has come, or is lost
+    while (!dead_ && poll_last(1 << 20) > 0) {  // what it had sent has come, or is lost
     }
     if (!dead_) give_up("no rail is left, as the peer says");
     return length;

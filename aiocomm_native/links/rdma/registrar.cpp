@@ -50,8 +50,8 @@ void register_now(const Verbs& verbs, Registering& job) {
   }
   auto add = [&](ibv_pd* domain) {
     return fd < 0 ? verbs.reg_mr(domain, job.base, job.nbytes, job.access)
-                  : verbs.reg_dmabuf_mr(domain, 0, job.nbytes, reinterpret_cast<uint64_t>(job.base), fd,
-                                        job.access);
+                  : verbs.reg_dmabuf_mr(domain, job.offset, job.nbytes, reinterpret_cast<uint64_t>(job.base),
+                                        fd, job.access);
   };
   for (size_t i = 0; i < job.domains.size() && !job.error; ++i) {
     if (!job.domains[i] || (job.regions[i] = add(job.domains[i]))) continue;
@@ -70,63 +70,93 @@ Registrar::~Registrar() {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
-  wake_.notify_one();
-  if (thread_.joinable()) thread_.join();
+  wake_.notify_all();
+  for (std::thread* thread : {&registering_, &giving_back_})
+    if (thread->joinable()) thread->join();
   for (Registering& job : done_)
     for (ibv_mr* region : job.regions)
       if (region) verbs_.dereg_mr(region);
 }
 
-void Registrar::push(Job job) {
+void Registrar::submit(Registering job) {
   {
     std::lock_guard lock(mutex_);
-    jobs_.push_back(std::move(job));
-    if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
+    wanted_.push_back(std::move(job));
+    if (!registering_.joinable()) registering_ = std::thread([this] { register_all(); });
   }
-  wake_.notify_one();
+  wake_.notify_all();
 }
 
-void Registrar::submit(Registering job) { push({std::move(job), {}, false}); }
-
-void Registrar::give_back(const Regions& regions) { push({{}, regions, true}); }
+void Registrar::give_back(const Regions& regions, uint32_t number) {
+  {
+    std::lock_guard lock(mutex_);
+    unwanted_.push_back({regions, number});
+    if (!giving_back_.joinable()) giving_back_ = std::thread([this] { give_back_all(); });
+  }
+  wake_.notify_all();
+}
 
 std::vector<Registering> Registrar::take() {
   std::lock_guard lock(mutex_);
   return std::exchange(done_, {});
 }
 
-bool Registrar::busy() {
+std::vector<uint32_t> Registrar::take_given_back() {
   std::lock_guard lock(mutex_);
-  return asked_ = working_ || !jobs_.empty() || !done_.empty();
+  return std::exchange(given_back_, {});
 }
 
-void Registrar::work() {
+bool Registrar::busy() {
+  std::lock_guard lock(mutex_);
+  return asked_ =
+             working_ || !wanted_.empty() || !unwanted_.empty() || !done_.empty() || !given_back_.empty();
+}
+
+void Registrar::register_all() {
   pthread_setname_np(pthread_self(), "aiocomm-pin");
   take_short_slices(SCHED_BATCH);  // as copy threads: it must not take a core from an event loop in its turn
   std::unique_lock lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
-    if (jobs_.empty()) return;
-    Job job = std::move(jobs_.front());
-    jobs_.pop_front();
-    if (stopping_ && !job.gives_back) continue;
-    working_ = true;
+    wake_.wait(lock, [this] { return stopping_ || !wanted_.empty(); });
+    if (stopping_) return;
+    Registering job = std::move(wanted_.front());
+    wanted_.pop_front();
+    ++working_;
     lock.unlock();
-    if (job.gives_back) {
-      for (ibv_mr* region : job.unwanted)
-        if (region) verbs_.dereg_mr(region);
-    } else {
-      register_now(verbs_, job.wanted);
-      job.wanted.segment.reset();  // unmapping takes long, too
-    }
+    register_now(verbs_, job);
+    job.segment.reset();  // unmapping takes long, too
     lock.lock();
-    working_ = false;
-    if (!job.gives_back) done_.push_back(std::move(job.wanted));
-    if (job.gives_back && (!asked_ || !jobs_.empty())) continue;
-    lock.unlock();
-    ring_();
-    lock.lock();
+    done_.push_back(std::move(job));
+    end_job(lock, true);
   }
+}
+
+void Registrar::give_back_all() {
+  pthread_setname_np(pthread_self(), "aiocomm-unpin");
+  take_short_slices(SCHED_BATCH);
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    wake_.wait(lock, [this] { return stopping_ || !unwanted_.empty(); });
+    if (unwanted_.empty()) return;
+    Unwanted job = unwanted_.front();
+    unwanted_.pop_front();
+    ++working_;
+    lock.unlock();
+    for (ibv_mr* region : job.regions)
+      if (region) verbs_.dereg_mr(region);
+    lock.lock();
+    if (job.number) given_back_.push_back(job.number);
+    end_job(lock, job.number != 0);
+  }
+}
+
+void Registrar::end_job(std::unique_lock<std::mutex>& lock, bool tells) {
+  --working_;
+  bool all_done = asked_ && !working_ && wanted_.empty() && unwanted_.empty();
+  if (!tells && !all_done) return;
+  lock.unlock();
+  ring_();
+  lock.lock();
 }
 
 }  // namespace aiocomm::rdma

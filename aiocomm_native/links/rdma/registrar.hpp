@@ -1,8 +1,9 @@
 // Registers and gives back memory aside: the kernel finds and pins every page, which for large memory takes milliseconds
 // to seconds, and neither the engine's token nor an event loop may wait for that.
 //
-// One thread per link, started at its first job; jobs are done in order. What has been registered is taken by the
-// token's holder, who is rung for it. Nobody is rung for what was given back, but whoever asked when all is done.
+// Two threads per link, each started at its first job: one registers, and what is given back does not stand behind
+// that. Each does its jobs in order. What has been registered, or given back under a number, is taken by the token's
+// holder, who is rung for it. Nobody is rung for what else was given back, but whoever asked when all is done.
 #pragma once
 
 #include <array>
@@ -35,6 +36,7 @@ struct Registering {
   std::shared_ptr<Segment> segment;  // that it is part of: stays mapped meanwhile
   // Of device memory: its dma-buf, to be closed; -1: the driver refuses. Empty: registered by its address.
   std::function<int()> open;
+  uint64_t offset = 0;  // into that, of `base`
 
   Regions regions{};
   int node = -1;  // of NUMA, where the first page lies
@@ -51,27 +53,31 @@ class Registrar {
   Registrar(const Verbs& verbs, std::function<void()> ring) : verbs_(verbs), ring_(std::move(ring)) {}
   ~Registrar();  // gives back what is to be given back first
   void submit(Registering job);
-  void give_back(const Regions& regions);
-  std::vector<Registering> take();  // what has been registered, or has failed, since the last call
-  bool busy();                      // something is submitted and not done; if so, it rings once all is done
+  void give_back(const Regions& regions, uint32_t number = 0);
+  std::vector<Registering> take();          // what has been registered, or has failed, since the last call
+  std::vector<uint32_t> take_given_back();  // numbers, likewise
+  bool busy();  // something is submitted and not done; if so, it rings once all is done
 
  private:
-  struct Job {
-    Registering wanted;
-    Regions unwanted{};
-    bool gives_back = false;
+  struct Unwanted {
+    Regions regions{};
+    uint32_t number = 0;  // 0: nobody waits for it
   };
-  void push(Job job);
-  void work();
+  void register_all();
+  void give_back_all();
+  void end_job(std::unique_lock<std::mutex>& lock, bool tells);
 
   const Verbs& verbs_;
   const std::function<void()> ring_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<Job> jobs_;
+  std::deque<Registering> wanted_;
+  std::deque<Unwanted> unwanted_;
   std::vector<Registering> done_;
-  bool working_ = false, stopping_ = false, asked_ = false;
-  std::thread thread_;
+  std::vector<uint32_t> given_back_;
+  int working_ = 0;  // threads
+  bool stopping_ = false, asked_ = false;
+  std::thread registering_, giving_back_;
 };
 
 }  // namespace aiocomm::rdma

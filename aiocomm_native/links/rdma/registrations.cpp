@@ -25,6 +25,11 @@ int access_of(Access access) {
   }
 }
 
+bool of_region(Access access) { return access == Access::region_reads || access == Access::region_writes; }
+
+// Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
+bool exact(Access access) { return of_region(access) || access == Access::peer_writes; }
+
 }  // namespace
 
 Keys Registration::local() const {
@@ -49,22 +54,20 @@ Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, u
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)
-    if (slot && slot->ready && !slot->failed) drop(*slot);  // what is not ready is the registrar's
+    if (slot && slot->ready && !slot->failed && !slot->leaving)
+      drop(*slot);  // the others are the registrar's
 }
 
 Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Access access) {
   forget_freed();
-  bool of_region = access == Access::region_reads || access == Access::region_writes;
-  if (Registration* found = of_region ? nullptr : find(data, nbytes, access)) {
+  if (Registration* found = of_region(access) ? nullptr : find(data, nbytes, access)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
     return *found;
   }
   Registering job = job_for(const_cast<std::byte*>(data), nbytes, access);
-  // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
-  bool exact = of_region || access == Access::peer_writes;
-  job.segment = exact ? nullptr : Segments::of_process().find(data, nbytes);
+  job.segment = exact(access) ? nullptr : Segments::of_process().find(data, nbytes);
   auto fresh = std::make_unique<Registration>();
   if (job.segment) {
     job.base = job.segment->base;
@@ -76,10 +79,10 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
   return add(std::move(fresh), std::move(job));
 }
 
-// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range.
+// The whole allocation, where it may be kept: to export and map it takes long. Else the pages of the range are exported.
 Registration& Registrations::acquire_device(const DeviceRange& range, Access access) {
   auto data = reinterpret_cast<std::byte*>(range.address);
-  if (Registration* found = find(data, range.nbytes, access, range.buffer_id)) {
+  if (Registration* found = of_region(access) ? nullptr : find(data, range.nbytes, access, range.buffer_id)) {
     ++counters_.found;
     ++found->users;
     found->used = ++uses_;
@@ -93,11 +96,13 @@ Registration& Registrations::acquire_device(const DeviceRange& range, Access acc
       forget_device(other->of_base, other->buffer_id);
   }
   constexpr uint64_t kPage = 4096;
-  bool whole = range.extent <= keep_bytes_ && access != Access::peer_writes;
+  bool whole = range.extent <= keep_bytes_ && !exact(access);
   uint64_t from = (whole ? range.base : range.address) & ~(kPage - 1);
   uint64_t to = whole ? range.base + range.extent : range.address + range.nbytes;
   to = (to + kPage - 1) & ~(kPage - 1);
-  Registering job = job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  Registering job = exact(access) ? job_for(data, range.nbytes, access)
+                                  : job_for(reinterpret_cast<std::byte*>(from), to - from, access);
+  job.offset = reinterpret_cast<uint64_t>(job.base) - from;
   job.by_node = false;
   job.node = range.node;
   if (range.open) job.open = [open = range.open, from, nbytes = to - from] { return open(from, nbytes); };
@@ -113,7 +118,7 @@ Registration& Registrations::acquire_device(const DeviceRange& range, Access acc
 void Registrations::forget_device(uint64_t base, uint64_t buffer_id) {
   for (auto& slot : slots_) {
     Registration* found = slot.get();
-    if (!found || found->buffer_id != buffer_id || found->of_base != base) continue;
+    if (!found || found->leaving || found->buffer_id != buffer_id || found->of_base != base) continue;
     unlist(*found);
     if (std::exchange(found->kept, false)) kept_bytes_ -= found->nbytes;
     if (found->ready && !found->users) drop(*found);
@@ -183,18 +188,25 @@ std::vector<Registered> Registrations::take() {
   return news;
 }
 
-void Registrations::release(uint32_t id) {
+bool Registrations::release(uint32_t id) {
   Registration* registration = get(id);
-  if (!registration || --registration->users) return;
+  if (!registration || --registration->users) return true;
   if (!registration->ready)
     unlist(
         *registration);  // its memory may be freed before it is ready, and its address come back with other memory
   else if (registration->failed)
     free_slot(*registration);
   else if (!registration->kept)
-    drop(*registration);
+    return drop(*registration);
   else
     trim();
+  return true;
+}
+
+std::vector<uint32_t> Registrations::take_released() {
+  std::vector<uint32_t> ids = registrar_.take_given_back();
+  for (uint32_t id : ids) free_slot(*slots_[id - 1]);
+  return ids;
 }
 
 Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access access, uint64_t buffer_id) {
@@ -234,17 +246,23 @@ void Registrations::forget_freed() {
   }
 }
 
-void Registrations::drop(Registration& registration) {
+bool Registrations::drop(Registration& registration) {
   // A peer that may write is kept out before its operation ends.
-  bool exposed = registration.access != Access::local && registration.access != Access::peer_reads;
+  bool exposed = exact(registration.access);
+  unlist(registration);
+  if (exposed && registration.nbytes > kAsideAwaited) {
+    registration.leaving = true;
+    registrar_.give_back(registration.regions, registration.id);
+    return false;
+  }
   if (registration.nbytes > kAside && !exposed) {
     registrar_.give_back(registration.regions);
   } else {
     for (ibv_mr* region : registration.regions)
       if (region) verbs_.dereg_mr(region);
   }
-  unlist(registration);
   free_slot(registration);
+  return true;
 }
 
 void Registrations::unlist(const Registration& registration) {

@@ -10,7 +10,8 @@
 //  * A key opens no more than its purpose needs: what a peer is to read, it cannot write.
 //  * What is large is registered aside (registrar.hpp). Until then its registration is not ready: it has no keys yet, and
 //    whoever holds it waits for word of it (`take`). If all have let go of it by then, it is given back at once, and
-//    nobody finds it meanwhile. What peers cannot write is given back aside, too.
+//    nobody finds it meanwhile. What is large is given back aside, too; where peers could write into it, its last holder
+//    waits for word of that (`take_released`): until then the memory is not its own.
 //  * Ids are small and used again, so that a peer's table of them stays small.
 #pragma once
 
@@ -44,10 +45,11 @@ struct Registration {
   uint64_t of_base = 0;    // where that begins
   bool kept = false;       // after its last use
   uint32_t users = 0;
-  uint64_t used = 0;    // when last, in uses
-  int node = -1;        // of NUMA, where its first page lies; -1: not asked, or not told
-  bool ready = true;    // false: it is being registered
-  bool failed = false;  // it could not be, which its holders have been told
+  uint64_t used = 0;     // when last, in uses
+  int node = -1;         // of NUMA, where its first page lies; -1: not asked, or not told
+  bool ready = true;     // false: it is being registered
+  bool failed = false;   // it could not be, which its holders have been told
+  bool leaving = false;  // it is being given back
   Regions regions{};
   Keys local() const;
   Keys peer() const;
@@ -77,6 +79,8 @@ class Registrations {
  public:
   // More than this is registered aside: to wake a thread costs as much as to pin about so many bytes.
   static constexpr uint64_t kAside = 1 << 20;
+  // More than this is given back aside where somebody waits for it: two threads are woken, then.
+  static constexpr uint64_t kAsideAwaited = 4 << 20;
 
   // `by_node`: the rails are on several NUMA nodes, so that it matters where memory lies. `ring`: called by another
   // thread, take() has something.
@@ -92,7 +96,8 @@ class Registrations {
   std::vector<Registered> take();
   // Memory is being registered or given back: no rail may be forgotten now. If so, it rings once that is over.
   bool busy() { return registrar_.busy(); }
-  void release(uint32_t id);
+  bool release(uint32_t id);  // false: take_released has word of it once peers cannot write there any more
+  std::vector<uint32_t> take_released();
   Registration* get(uint32_t id);
   // That rail's device is gone: nothing is registered with it any more.
   void forget_rail(size_t rail);
@@ -103,7 +108,7 @@ class Registrations {
   Registering job_for(std::byte* base, uint64_t nbytes, Access access);
   Registration& add(std::unique_ptr<Registration> fresh, Registering job);
   void forget_freed();
-  void drop(Registration& registration);
+  bool drop(Registration& registration);  // false: as `release`
   void unlist(const Registration& registration);
   void free_slot(Registration& registration);
   void trim();

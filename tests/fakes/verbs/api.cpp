@@ -211,21 +211,28 @@ EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* domain, uint64_t offset, size_t nbytes,
       return nullptr;
     }
   }
-  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset);
-  void* bytes = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
-  if (bytes == MAP_FAILED) return nullptr;
+  size_t into = offset % 4096;
+  off_t at = lseek(fd, 0, SEEK_CUR) + static_cast<off_t>(offset - into);
+  void* pages = mmap(nullptr, into + nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, at);
+  if (pages == MAP_FAILED) return nullptr;
   auto base = reinterpret_cast<void*>(address);
-  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(bytes), nbytes, access);
-  if (!region) munmap(bytes, nbytes);
+  ibv_mr* region = add_region(domain, base, static_cast<std::byte*>(pages) + into, nbytes, access);
+  if (!region) munmap(pages, into + nbytes);
   return region;
 }
 EXPORT int ibv_dereg_mr(ibv_mr* mr) {
-  std::lock_guard lock(machine().mutex);
-  if (!machine().regions.erase(mr->lkey)) return EINVAL;
+  Machine& all = machine();
+  std::unique_lock lock(all.mutex);
+  ++all.leaving;
+  all.changed.notify_all();
+  all.changed.wait(lock, [&] { return mr->length < all.kept.from; });
+  --all.leaving;
+  if (!all.regions.erase(mr->lkey)) return EINVAL;
   auto* bytes = static_cast<Region*>(mr)->bytes;
-  if (bytes != mr->addr) munmap(bytes, mr->length);
+  size_t into = reinterpret_cast<uintptr_t>(bytes) % 4096;
+  if (bytes != mr->addr) munmap(bytes - into, into + mr->length);
   delete static_cast<Region*>(mr);
-  machine().changed.notify_all();
+  all.changed.notify_all();
   return 0;
 }
 
@@ -333,6 +340,11 @@ EXPORT void fake_verbs_pause(size_t from) {
   machine().paused.from = from;
   machine().changed.notify_all();
 }
+EXPORT void fake_verbs_keep(size_t from) {  // the same for what is deregistered
+  std::lock_guard lock(machine().mutex);
+  machine().kept.from = from;
+  machine().changed.notify_all();
+}
 EXPORT void fake_verbs_fail(size_t from, int error) {
   std::lock_guard lock(machine().mutex);
   machine().failing = {from, error};
@@ -344,6 +356,10 @@ EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
 EXPORT int fake_verbs_waiting() {
   std::lock_guard lock(machine().mutex);
   return machine().waiting;
+}
+EXPORT int fake_verbs_leaving() {
+  std::lock_guard lock(machine().mutex);
+  return machine().leaving;
 }
 EXPORT int fake_verbs_regions(size_t from) {  // there now, of `from` bytes and more
   std::lock_guard lock(machine().mutex);

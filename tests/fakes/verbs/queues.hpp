@@ -65,8 +65,10 @@ struct Machine {
   std::set<Channel*> channels;
   uint32_t next_key = 1, next_pair = 16;
   Fault paused, failing;
+  Fault kept;           // deregistrations that wait
   bool dma_buf = true;  // adapters take dma-bufs
   int waiting = 0;      // registrations
+  int leaving = 0;      // deregistrations that wait
   uint64_t registered = 0;
 };
 Machine& machine();

@@ -140,21 +140,25 @@ class LinkPeer:
         for _ in range(_SLOTS):
             self.bulk.receive(0)
 
-    async def renew(self) -> None:
-        """The engine says that the lane's queue pairs are broken: swap new ones, as recovery.cpp has it."""
-        assert await self._word() == (b"b", 0)
+    async def close_lane(self) -> None:
+        """The engine says that the lane's queue pairs are broken: close these ends, and say so."""
+        assert await self.word() == (b"b", 0)
         for end in self._ends:
             end.close()
+        await asyncio.get_running_loop().sock_sendall(self.socket, LANE_WORD.pack(b"c", 0, *[0] * 6)[:5])
+
+    async def renew(self) -> None:
+        """The engine says that the lane's queue pairs are broken: swap new ones, as recovery.cpp has it."""
+        await self.close_lane()
         self._make_ends()
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self.socket, LANE_WORD.pack(b"c", 0, *[0] * 6)[:5])
         await loop.sock_sendall(self.socket, LANE_WORD.pack(b"o", 0, *self._numbers()))
         what, lane, *numbers = LANE_WORD.unpack(await self._exactly(LANE_WORD.size, first=b"t"))
         assert (what, lane) == (b"t", 0)
         self._connect(numbers)
         await loop.sock_sendall(self.socket, LANE_WORD.pack(b"g", 0, *[0] * 6)[:5])
 
-    async def _word(self) -> tuple[bytes, int]:
+    async def word(self) -> tuple[bytes, int]:
         """The next word of a lane, without numbers."""
         what = await self._exactly(1)
         return what, int.from_bytes(await self._exactly(4, first=b""), "little")

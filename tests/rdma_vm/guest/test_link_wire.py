@@ -97,6 +97,10 @@ async def lost(comm: aiocomm.Communicator, rank: int = 2) -> None:
     await until(lambda: not next(peer for peer in comm.peers if peer.rank == rank).alive)
 
 
+async def lane_down(comm: aiocomm.Communicator) -> None:
+    await until(lambda: comm.links["rdma"].statistics().device["lanes_failed"] == 1)
+
+
 async def offered(peer: LinkPeer, nbytes: int = BIG) -> tuple[aiocomm.Transfer, np.ndarray, int, int, int]:
     """A receive of `comm`, and the address, key and immediate that it offers."""
     out = np.zeros(nbytes, np.uint8)
@@ -439,10 +443,12 @@ async def test_an_access_that_is_refused_breaks_its_lane_which_is_made_anew(peer
     await peer.receive(KEY_ASK)
     answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9, code=0)
     peer.send(answer, key=card["rkey"] ^ 0x5A00)
+    await lane_down(peer.comm)
+    sending = peer.comm.send(array(100), dst=2, tag=7)  # with no lane up: it waits
+    assert not putting.done(), "the peer may be dying"
+    await peer.renew()
     with pytest.raises(aiocomm.StaleHandleError):
         await putting
-    sending = peer.comm.send(array(100), dst=2, tag=7)  # with no lane up: it waits
-    await peer.renew()
     assert (await peer.receive()).frame.payload == array(100).tobytes()
     await sending
     assert next(other for other in peer.comm.peers if other.rank == 2).alive
@@ -468,12 +474,27 @@ async def test_a_peer_that_does_not_make_a_broken_lane_anew_ends_by_its_link(
         await peer.receive(KEY_ASK)
         answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9)
         peer.send(answer, key=card["rkey"] ^ 0x5A00)
+        await peer.close_lane()
         with pytest.raises(aiocomm.StaleHandleError):
             await putting
         sending = peer.comm.send(array(BIG), dst=2, tag=7)
         async with peer.signs_of_life():
             with pytest.raises(aiocomm.LinkError):
                 await sending
+
+
+async def test_a_peer_whose_memory_goes_before_its_connection_is_lost(peer: LinkPeer) -> None:
+    """Of a process that is killed: its device refuses what is under way, and it says nothing."""
+    card = peer.bulk.card()
+    putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
+    await peer.receive(KEY_ASK)
+    answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9, code=0)
+    peer.send(answer, key=card["rkey"] ^ 0x5A00)
+    await lane_down(peer.comm)
+    assert not putting.done()
+    peer.socket.close()
+    with pytest.raises(aiocomm.PeerLostError):
+        await putting
 
 
 async def test_a_peer_to_whom_there_is_no_way_is_refused_by_name(comm: aiocomm.Communicator) -> None:
