@@ -401,7 +401,10 @@ void Engine::job_done(CopyJob& job) {
     else if (op->moved == op->nbytes)
       received(*op);
   }
-  pump(link_index);
+  // The threads are all links': a chunk of another may have been refused one. This link comes last, else it would keep
+  // them to itself.
+  const size_t count = schedulers_.size();
+  for (size_t away = 1; away <= count; ++away) pump(static_cast<uint8_t>((link_index + away) % count));
 }
 
 void Engine::received(Op& op) {
