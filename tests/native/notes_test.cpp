@@ -13,19 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "seeded.hpp"
+
 using namespace aiocomm;
 
-#define CHECK(condition)                                                                             \
-  do {                                                                                               \
-    if (!(condition)) {                                                                              \
-      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
-      std::abort();                                                                                  \
-    }                                                                                                \
-  } while (0)
-
 namespace {
-
-unsigned g_seed;
 
 template <class F>
 bool illegal(F&& f) {

@@ -17,20 +17,12 @@
 #include <vector>
 
 #include "core/match.hpp"
+#include "seeded.hpp"
 
 using namespace aiocomm;
 
-#define CHECK(condition)                                                                             \
-  do {                                                                                               \
-    if (!(condition)) {                                                                              \
-      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
-      std::abort();                                                                                  \
-    }                                                                                                \
-  } while (0)
-
 namespace {
 
-unsigned g_seed;
 constexpr Rank kSource = 0;
 
 struct Receive {

@@ -18,19 +18,12 @@
 #include <thread>
 #include <vector>
 
-using namespace aiocomm;
+#include "seeded.hpp"
 
-#define CHECK(condition)                                                                             \
-  do {                                                                                               \
-    if (!(condition)) {                                                                              \
-      std::fprintf(stderr, "%s:%d: not so: %s (seed %u)\n", __FILE__, __LINE__, #condition, g_seed); \
-      std::abort();                                                                                  \
-    }                                                                                                \
-  } while (0)
+using namespace aiocomm;
 
 namespace {
 
-unsigned g_seed;
 using Kind = SharedCall::Kind;
 using Meeting = Arena::Meeting;
 

@@ -37,6 +37,11 @@ int node_of(const void* address) {
 
 }  // namespace
 
+void deregister(const Verbs& verbs, const Regions& regions) {
+  for (ibv_mr* region : regions)
+    if (region) verbs.dereg_mr(region);
+}
+
 void register_now(const Verbs& verbs, Registering& job) {
   int fd = -1;
   try {
@@ -59,9 +64,7 @@ void register_now(const Verbs& verbs, Registering& job) {
     job.reason = explain(job.nbytes, job.error);
   }
   if (fd >= 0) ::close(fd);  // the registrations keep the memory
-  if (job.error)
-    for (ibv_mr*& region : job.regions)
-      if (region) verbs.dereg_mr(std::exchange(region, nullptr));
+  if (job.error) deregister(verbs, std::exchange(job.regions, {}));
   if (job.by_node && !job.error) job.node = node_of(job.base);
 }
 
@@ -73,9 +76,7 @@ Registrar::~Registrar() {
   wake_.notify_all();
   for (std::thread* thread : {&registering_, &giving_back_})
     if (thread->joinable()) thread->join();
-  for (Registering& job : done_)
-    for (ibv_mr* region : job.regions)
-      if (region) verbs_.dereg_mr(region);
+  for (const Registering& job : done_) deregister(verbs_, job.regions);
 }
 
 void Registrar::submit(Registering job) {
@@ -142,8 +143,7 @@ void Registrar::give_back_all() {
     unwanted_.pop_front();
     ++working_;
     lock.unlock();
-    for (ibv_mr* region : job.regions)
-      if (region) verbs_.dereg_mr(region);
+    deregister(verbs_, job.regions);
     lock.lock();
     if (job.number) given_back_.push_back(job.number);
     end_job(lock, job.number != 0);

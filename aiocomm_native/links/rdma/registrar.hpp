@@ -44,6 +44,8 @@ struct Registering {
   std::string reason;
 };
 
+void deregister(const Verbs& verbs, const Regions& regions);
+
 // Registers it with all of its rails, or with none.
 void register_now(const Verbs& verbs, Registering& job);
 

@@ -258,8 +258,7 @@ bool Registrations::drop(Registration& registration) {
   if (registration.nbytes > kAside && !exposed) {
     registrar_.give_back(registration.regions);
   } else {
-    for (ibv_mr* region : registration.regions)
-      if (region) verbs_.dereg_mr(region);
+    deregister(verbs_, registration.regions);
   }
   free_slot(registration);
   return true;

@@ -437,12 +437,18 @@ async def test_a_key_asked_back_twice_is_answered_once(peer: LinkPeer) -> None:
     assert (await peer.receive()).frame.kind == KEY_IS, "no word besides, and the pair goes on"
 
 
-async def test_an_access_that_is_refused_breaks_its_lane_which_is_made_anew(peer: LinkPeer) -> None:
+async def put_that_is_refused(peer: LinkPeer) -> aiocomm.Transfer:
+    """The key that it was given opens nothing."""
     card = peer.bulk.card()
     putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
     await peer.receive(KEY_ASK)
     answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9, code=0)
     peer.send(answer, key=card["rkey"] ^ 0x5A00)
+    return putting
+
+
+async def test_an_access_that_is_refused_breaks_its_lane_which_is_made_anew(peer: LinkPeer) -> None:
+    putting = await put_that_is_refused(peer)
     await lane_down(peer.comm)
     sending = peer.comm.send(array(100), dst=2, tag=7)  # with no lane up: it waits
     assert not putting.done(), "the peer may be dying"
@@ -469,11 +475,7 @@ async def test_a_peer_that_does_not_make_a_broken_lane_anew_ends_by_its_link(
 ) -> None:
     monkeypatch.setenv("AIOCOMM_RDMA_RETRY_S", "0.1")
     async with peer_of_its_own(monkeypatch, heartbeat_s="0.2") as peer:
-        card = peer.bulk.card()
-        putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
-        await peer.receive(KEY_ASK)
-        answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9)
-        peer.send(answer, key=card["rkey"] ^ 0x5A00)
+        putting = await put_that_is_refused(peer)
         await peer.close_lane()
         with pytest.raises(aiocomm.StaleHandleError):
             await putting
@@ -485,11 +487,7 @@ async def test_a_peer_that_does_not_make_a_broken_lane_anew_ends_by_its_link(
 
 async def test_a_peer_whose_memory_goes_before_its_connection_is_lost(peer: LinkPeer) -> None:
     """Of a process that is killed: its device refuses what is under way, and it says nothing."""
-    card = peer.bulk.card()
-    putting = peer.comm.put(array(BIG), handle(peer, 77, BIG))
-    await peer.receive(KEY_ASK)
-    answer = Frame(KEY_IS, flags=WRITABLE, rop=77, address=card["address"], nbytes=BIG, segment=9, code=0)
-    peer.send(answer, key=card["rkey"] ^ 0x5A00)
+    putting = await put_that_is_refused(peer)
     await lane_down(peer.comm)
     assert not putting.done()
     peer.socket.close()
