@@ -39,7 +39,7 @@ suite() { # NAME OPTIONS...
 tests() {
   logs=$(mktemp -d)
   where="-o faulthandler_timeout=60" # a thread that is stuck in the driver is not reached by a signal
-  for file in links/test_gpu links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
+  for file in links/test_gpu links/test_gpu_giving_back links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
     integration/test_gpu_collectives integration/test_gpu_repeats fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
       timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \

@@ -50,6 +50,7 @@ class State {
 
  private:
   int look_for_freed();
+  uint64_t give_up();  // pinned memory and the like, once streams are at rest; the number of that task
 
   static constexpr size_t kDevices = WakePage::kDevices;
   const uint64_t spin_ns_;

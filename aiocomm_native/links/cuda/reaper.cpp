@@ -1,0 +1,57 @@
+#include "links/cuda/reaper.hpp"
+
+#include <pthread.h>
+
+#include <thread>
+#include <utility>
+
+namespace aiocomm::cuda {
+
+Reaper& Reaper::of_process() {
+  static Reaper* reaper = new Reaper(Driver::of_process());
+  return *reaper;
+}
+
+uint64_t Reaper::submit(CUcontext context, std::function<void()> task) {
+  std::lock_guard lock(mutex_);
+  tasks_.push_back({context, std::move(task)});
+  if (!std::exchange(started_, true)) std::thread([this] { run(); }).detach();
+  wake_.notify_one();
+  return ++submitted_;
+}
+
+bool Reaper::wait(uint64_t number, std::chrono::milliseconds longest) {
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, longest, [&] { return done_ >= number; });
+}
+
+bool Reaper::wait(std::chrono::milliseconds longest) {
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, longest, [this, all = submitted_] { return done_ >= all; });
+}
+
+void Reaper::run() {
+  pthread_setname_np(pthread_self(), "aiocomm-gpuend");
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    wake_.wait(lock, [this] { return !tasks_.empty(); });
+    std::deque<Task> batch;
+    batch.swap(tasks_);
+    lock.unlock();
+    CUcontext rests = nullptr;
+    for (Task& task : batch) {
+      driver_.cuCtxSetCurrent(task.context);
+      if (task.context != rests) driver_.cuCtxSynchronize();
+      rests = task.context;
+      task.run();
+      task.run = nullptr;  // with what it holds
+    }
+    lock.lock();
+    done_ += batch.size();
+    ended_.notify_all();
+  }
+}
+
+}  // namespace aiocomm::cuda
