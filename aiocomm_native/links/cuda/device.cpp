@@ -271,8 +271,12 @@ void Device::turn() {
 // The loop issues only what no driver waits in: to ordinary host memory, say, it copies before it comes back.
 bool Device::issue(bool by_thread) {
   if (!by_thread && (!left_.empty() || jobs_.empty())) return false;
+  std::optional<Reaper::Undisturbed> undisturbed;
   std::optional<Current> current;
-  if (!by_thread) current.emplace(*this);
+  if (!by_thread) {
+    if (!undisturbed.emplace(Reaper::of_process())) return false;
+    current.emplace(*this);
+  }
   bool did = false;
   MoveJob job;
   uint8_t touched = 0;

@@ -145,7 +145,6 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
   X(cuDevicePrimaryCtxRetain, 7000, CUresult(CUcontext*, CUdevice))                                      \
   X(cuDevicePrimaryCtxRelease, 11000, CUresult(CUdevice))                                                \
   X(cuCtxSetCurrent, 4000, CUresult(CUcontext))                                                          \
-  X(cuCtxSynchronize, 2000, CUresult())                                                                  \
   X(cuCtxGetCurrent, 4000, CUresult(CUcontext*))                                                         \
   X(cuCtxGetDevice, 2000, CUresult(CUdevice*))                                                           \
   X(cuCtxEnablePeerAccess, 4000, CUresult(CUcontext, unsigned))                                          \

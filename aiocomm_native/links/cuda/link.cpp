@@ -82,8 +82,6 @@ void State::stop() {
   mappings.clear();
   exports.clear();
   helper.stop();
-  // Behind work of the user's that takes longer it is given back when that has ended.
-  Reaper::of_process().wait(give_up(), kPatience);
 }
 
 uint64_t State::give_up() {
@@ -433,7 +431,10 @@ void CudaLink::stop() {
     std::lock_guard lock(mutex_);
     state = state_;
   }
-  if (state) state->stop();
+  if (!state) return;
+  state->stop();
+  // Behind work of the user's that takes longer it is given back when that has ended.
+  Reaper::of_process().wait(state->give_up(), kPatience);
 }
 
 // Of small copies between devices: how many were seen to end, and nanoseconds from their posting to the copy thread, with

@@ -32,6 +32,7 @@ class State {
   }
   void turn();  // of the devices that are started, by the loop's thread
   void stop();
+  uint64_t give_up();  // after stop(): pinned memory and the like; the number of the last of the reaper's tasks
 
   const Driver& driver;
   MoverHost& host;
@@ -50,7 +51,6 @@ class State {
 
  private:
   int look_for_freed();
-  uint64_t give_up();  // pinned memory and the like, once streams are at rest; the number of that task
 
   static constexpr size_t kDevices = WakePage::kDevices;
   const uint64_t spin_ns_;

@@ -5,6 +5,8 @@
 #include <thread>
 #include <utility>
 
+#include "core/relax.hpp"
+
 namespace aiocomm::cuda {
 
 Reaper& Reaper::of_process() {
@@ -40,12 +42,12 @@ void Reaper::run() {
     std::deque<Task> batch;
     batch.swap(tasks_);
     lock.unlock();
-    CUcontext rests = nullptr;
     for (Task& task : batch) {
       driver_.cuCtxSetCurrent(task.context);
-      if (task.context != rests) driver_.cuCtxSynchronize();
-      rests = task.context;
+      calls_.store(true);
+      while (undisturbed_.load()) relax();
       task.run();
+      calls_.store(false);
       task.run = nullptr;  // with what it holds
     }
     lock.lock();
