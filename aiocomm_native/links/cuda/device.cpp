@@ -291,7 +291,7 @@ bool Device::issue(bool by_thread) {
       break;
     }
     did = true;
-    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer || job.nbytes >= kLong)) {
+    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer)) {
       left_.push_back(job);
       break;
     }

@@ -234,7 +234,8 @@ void Mappings::map_blocks(Attempt& attempt, Mapping& mapping, int device, const 
 
 void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process) {
   driver_.cuCtxSetCurrent(context);
-  if (*closing_ >= limit_) Reaper::of_process().wait(kPatience);  // they gather behind a device that is busy for long
+  // They gather behind a device that is busy for long.
+  if (*closing_ >= limit_) Reaper::of_process().wait(kPatience);
   auto mapping = std::make_shared<Mapping>(driver_, context, closing_);
   Attempt attempt;
   const auto began = std::chrono::steady_clock::now();
