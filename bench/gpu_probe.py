@@ -67,7 +67,7 @@ def calls(driver: Driver, own: Memory, peer: int) -> Metrics:
     capturing = driver.call("cuStreamIsCapturing", legacy, ctypes.byref(value))
     attribute = driver.call("cuPointerGetAttribute", ctypes.byref(number), _BUFFER_ID, address)
     return {
-        # A copy until it is seen, less what the two calls cost in Python: the driver's part of a half round trip.
+        # A copy until it is seen, less what two calls cost in Python: the driver's part of a half round trip.
         "half_us/64KiB": statistics.median(seen) - 2 * nothing,
         "call_us/nothing": nothing,
         "call_us/buffer_id": _median(attribute),

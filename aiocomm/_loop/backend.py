@@ -42,7 +42,7 @@ class Backend(Protocol):
 
 
 def import_early() -> None:
-    """Have anyio import now what it imports on first use: that would stop the loop in the middle of a call."""
+    """Have anyio import now what it imports on first use: it would stop the loop in the middle of a call."""
     anyio.get_cancelled_exc_class()  # asks the running loop's own part of it
     for name in ("CancelScope", "Event", "create_task_group", "fail_after", "move_on_after", "sleep"):
         getattr(anyio, name)
