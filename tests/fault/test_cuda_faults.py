@@ -646,13 +646,18 @@ async def test_a_capture_elsewhere_in_the_process_is_not_broken(gpu: Driver) -> 
 async def test_nothing_is_left_when_a_world_ends(simulator: Simulator) -> None:
     kinds = ("streams", "events", "imports", "pinned", "registered", "references", "contexts")
 
-    async def one() -> dict[str, int]:
+    async def one() -> None:
         async with world(2, links=LINKS, warmup=True) as (a, b):
             assert await exchange(a, b, 1) == [None] * 6
         del a, b
         gc.collect()
+
+    def held() -> dict[str, int]:
         return {kind: simulator.held(kind) for kind in kinds}
 
-    await one()  # the test's own contexts are there now, and garbage of earlier tests is gone
-    before = await one()
-    assert await one() == before
+    await one()  # garbage of earlier tests is gone
+    before = held()
+    for _ in range(3):
+        await one()
+    # A thread gives back, which may be at it.
+    await until(lambda: all(now <= before[kind] for kind, now in held().items()))

@@ -9,6 +9,10 @@
 
 namespace aiocomm::cuda {
 
+namespace {
+constexpr std::chrono::milliseconds kLingers{100};  // the thread, for the next task
+}  // namespace
+
 Reaper& Reaper::of_process() {
   static Reaper* reaper = new Reaper(Driver::of_process());
   return *reaper;
@@ -37,8 +41,7 @@ void Reaper::run() {
   int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
   std::unique_lock lock(mutex_);
-  for (;;) {
-    wake_.wait(lock, [this] { return !tasks_.empty(); });
+  while (wake_.wait_for(lock, kLingers, [this] { return !tasks_.empty(); })) {
     std::deque<Task> batch;
     batch.swap(tasks_);
     lock.unlock();
@@ -54,6 +57,7 @@ void Reaper::run() {
     done_ += batch.size();
     ended_.notify_all();
   }
+  started_ = false;
 }
 
 }  // namespace aiocomm::cuda

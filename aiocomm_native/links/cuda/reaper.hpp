@@ -20,7 +20,7 @@ namespace aiocomm::cuda {
 
 class Reaper {
  public:
-  // Never ends: what is still waited for when the process ends, ends with it.
+  // What it still waits for when the process ends, ends with that. Its thread lives while it has something to do.
   static Reaper& of_process();
 
   // Calls `task` in this context; in the order of submission. Returns its number. Any thread.
