@@ -3,7 +3,7 @@
 # Usage: bench/gpu_machine.sh STEP... ; the steps, in the order in which they are named:
 #   bench      suite `gpu`, three rounds            quick      one short round of it
 #   mixed      suite `gpu-mixed`                    compute    suite `gpu-compute`
-#   ring       suite `gpu-ring`, of all GPUs
+#   ring       suite `gpu-ring`, of all GPUs        collectives  suite `gpu-collectives`, of all GPUs
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
 #   reductions those of the tests that compute     examples   the examples for GPUs
@@ -67,6 +67,7 @@ for step in "$@"; do
   mixed) suite gpu-mixed --rounds 3 ;;
   ring) suite gpu-ring --rounds 3 ;;
   compute) suite gpu-compute --rounds 2 ;;
+  collectives) suite gpu-collectives --rounds 2 ;;
   tests) tests ;;
   real)
     timeout 200 python3 -P -m pytest -q -p no:cacheprovider --durations 10 tests/integration/test_gpu_real.py \

@@ -352,7 +352,7 @@ async def _gathers(comm: Any, role: int, data: Memory, into: Memory, repeats: in
     return found
 
 
-class _Floats:
+class Floats:
     """Device memory as float32."""
 
     def __init__(self, memory: Memory) -> None:
@@ -365,7 +365,7 @@ async def _reduces(comm: Any, data: Memory, repeats: int) -> Metrics:
     """all_reduce of float32 in place, in µs."""
     found: Metrics = {}
     for name, nbytes, count in (("256MiB", 256 * MIB, repeats), ("64KiB", 64 * KIB, 300)):
-        x = _Floats(data[:nbytes])
+        x = Floats(data[:nbytes])
         times = []
         for _ in range(count):
             start = time.perf_counter()
