@@ -1,4 +1,4 @@
-"""Suite `gpu-collectives`: collectives of all GPUs of a host, beside raw copies by hand and NCCL through torch.
+"""Suite `gpu-collectives`: collectives of all GPUs of a host, beside raw copies by hand and NCCL by torch.
 
 One process a GPU makes every kind of call, turn by turn, with the host waiting for each: what differs is who
 moves the bytes. The loop spins. By hand an all_gather is a copy to each rank on a stream of its own, and a

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import plots
 
-GPU: Final = "xeon-2xh100-gpu-2026-11-26"
-COMPUTE: Final = "xeon-2xh100-gpu-compute-2026-11-26"
-MIXED: Final = "xeon-2xh200-gpu-mixed-2026-11-26"
+GPU: Final = "xeon-2xh100-gpu-2026-11-27"
+COMPUTE: Final = "xeon-2xh100-gpu-compute-2026-11-27"
+MIXED: Final = "xeon-2xh100-gpu-mixed-2026-11-27"
 
 
 def gpu_table() -> str:
