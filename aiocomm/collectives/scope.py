@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.shared import Place, Shared
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
+    from aiocomm.moe.memory import Pool
     from aiocomm_native import Transfer
 
 __all__ = ["TAG_BITS", "Scope"]
@@ -53,6 +54,7 @@ class Scope:
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self.shared: dict[Any, Shared] = {}  # by the shape, likewise
+        self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
         self.place: Place | None = None  # of the arena, once a call may go through it
         self._listen()
 

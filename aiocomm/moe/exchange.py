@@ -80,6 +80,11 @@ class Exchange(Flight):
         self.rode = True  # nothing followed
 
     @property
+    def operation(self) -> str:
+        """Its name."""
+        return self._operation
+
+    @property
     def number(self) -> int:
         """Of the call in its scope."""
         return self._number

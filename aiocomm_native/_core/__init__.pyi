@@ -33,6 +33,16 @@ class Engine:
 
     def __init__(self, links: Sequence[str], numbers: Mapping[str, float], texts: Mapping[str, str]) -> None: ...
 
+    def place_for(self, description: tuple[Any, ...], rank: int) -> bytes | None:
+        """
+        What a peer's kernels need in order to reach this memory. None: they cannot.
+        """
+
+    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> Transfer[Any]:
+        """
+        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it.
+        """
+
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
 
     def recv(self, arg0: object | None, arg1: int, arg2: int, arg3: int, arg4: float, /) -> Transfer[Any]: ...

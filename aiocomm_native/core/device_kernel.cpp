@@ -29,6 +29,11 @@ void DeviceProtocol::start_kernel(Op& op) {
     op.started_ns = engine_.now();
     ++engine_.counters_[index_].submitted;
   }
+  for (const Gate& gate : kernel.gates) {
+    if (gate.open()) continue;
+    gpu.waiting = true;
+    return mover_->await_gate(gate, gpu.device, op.id);
+  }
   for (KernelCall::Far& far : kernel.far) {
     if (far.reached) continue;
     Peer* peer = engine_.find_peer(far.owner);
