@@ -142,6 +142,7 @@ class DeviceExchange(Exchange):
         self._temporary: list[Block] = []
         self._pinned: list[Pinned] = []
         self._told: set[int] = set()  # ranks that have a header with a place
+        scope.comm._lenders.add(scope)
         self._launches = _KERNELS
         self._getting = _GETS
         self._where: dict[int, Where] = {}
@@ -161,6 +162,7 @@ class DeviceExchange(Exchange):
                 self._pool.give_back(block)
             for memory in self._pinned:
                 self._pool.give_back_pinned(memory)
+            self._scope.answer()
 
     # ------------------------------------------------------------ of each operation
 

@@ -49,11 +49,11 @@ class Block:
     """Device memory, its region, and what must be over before it is used again."""
 
     def __init__(self, kernels: Kernels, engine: Engine, nbytes: int) -> None:
-        self._memory = Scratch(kernels, nbytes)
-        self._kernels = kernels
-        self._engine = engine
         self._region: int | None = None
         self._events: list[ctypes.c_void_p] = []  # recorded
+        self._kernels = kernels
+        self._engine = engine
+        self._memory = Scratch(kernels, nbytes)
         self.nbytes = nbytes
         self.address = self._memory.address
         self._places: dict[int, bytes] = {}  # by rank of the world
@@ -101,8 +101,8 @@ class Block:
         return True
 
     def __del__(self) -> None:
-        if (region := getattr(self, "_region", None)) is not None:
-            self._engine.close_region(region)  # before its memory goes
+        if self._region is not None:
+            self._engine.close_region(self._region)  # before its memory goes
         with contextlib.suppress(LinkError), self._kernels.current():
             for event in self._events:
                 driver()("cuEventDestroy_v2", event)
@@ -162,10 +162,14 @@ class Pool:
         else:
             self.give_back(block)
 
-    def heard(self, rank: int, ended: int) -> None:
-        """A rank has ended all calls up to this one."""
+    def lent(self) -> list[tuple[int, set[int]]]:
+        """By call, the ranks that may still read memory of it."""
+        return [(call, ranks) for call, _, ranks in self._lent]
+
+    def heard(self, rank: int, ended: int, exactly: bool = False) -> None:
+        """A rank has ended all calls up to this one, or `exactly` this one."""
         for call, block, ranks in self._lent:
-            if call <= ended:
+            if call == ended or (call < ended and not exactly):
                 ranks.discard(rank)
                 if not ranks:
                     self.give_back(block)
