@@ -180,7 +180,6 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 await self._drain()
         finally:
             self._closed = True
-            self._lenders.clear()
             closing = self._plane.close()
             try:
                 await self._backend.wait(closing)
@@ -190,6 +189,9 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
                     pass
                 self._backend.detach(self._engine)
+                for scope in self._lenders:
+                    scope.close()
+                self._lenders.clear()
                 for hook in (
                     self._engine.on_connect_wanted,
                     self._engine.on_events,

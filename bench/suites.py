@@ -6,6 +6,7 @@ from . import (
     gpu,
     gpu_compute,
     gpu_mixed,
+    gpu_moe,
     gpu_ring,
     idle,
     moe,
@@ -38,6 +39,7 @@ SUITES: dict[str, Suite] = {
         gpu_compute.SUITE,
         gpu_mixed.SUITE,
         gpu_ring.SUITE,
+        gpu_moe.SUITE,
         rdma.SUITE,
     )
 }

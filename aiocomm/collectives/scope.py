@@ -144,6 +144,11 @@ class Scope:
                 self._asked.remove((number, source))
                 self._tell(headers.abort_message(number, headers.Why.ENDED, -1, ""), source)
 
+    def close(self) -> None:
+        """Give memory back; no call is under way any more."""
+        for pool in self.pools.values():
+            pool.close()
+
     def _has_ended(self, number: int, source: int) -> None:
         for pool in self.pools.values():
             pool.heard(self.group.ranks.index(source), number, exactly=True)

@@ -141,6 +141,7 @@ class DeviceExchange(Exchange):
         self._lent: list[Block] = []  # once this call is over
         self._temporary: list[Block] = []
         self._pinned: list[Pinned] = []
+        self._brief = True
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS

@@ -136,6 +136,7 @@ class Pool:
         self._free: dict[int, list[Block]] = {}
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
+        self._closed = False
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.unreached: set[int] = set()  # ranks of the group whose memory kernels of this GPU do not reach
 
@@ -151,7 +152,7 @@ class Pool:
 
     def give_back(self, block: Block) -> None:
         """Keep it for the next, unless that is much."""
-        if self._kept + block.nbytes <= _KEPT_BYTES:
+        if not self._closed and self._kept + block.nbytes <= _KEPT_BYTES:
             self._kept += block.nbytes
             self._free.setdefault(block.nbytes, []).append(block)
 
@@ -183,7 +184,14 @@ class Pool:
 
     def give_back_pinned(self, memory: Pinned) -> None:
         """Keep it for the next."""
-        self._pinned.setdefault(memory.nbytes, []).append(memory)
+        if not self._closed:
+            self._pinned.setdefault(memory.nbytes, []).append(memory)
+
+    def close(self) -> None:
+        """Give the driver what is not in use, and from now on what comes back."""
+        self._closed = True
+        for kept in (self._free, self._pinned, self._lent):
+            kept.clear()
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
         """Queue a copy on the kernels' stream."""
