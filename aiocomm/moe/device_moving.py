@@ -275,13 +275,13 @@ class DeviceDispatch(DeviceExchange):
                     f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
                 ) from None
         self.found = arrange(came, self._placed, rank)
+        self.tables = Tables(self._pool, self.found, self.parts, self._given.rows)
 
     async def _finish(self) -> None:
         given, lease = self._given, self._lease
         assert lease is not None
         form, shape = given.description[5], (self._begins[-1], given.hidden)
         self.tokens = _array(lease, self._pool.device, form, shape, given.itemsize)
-        self.tables = Tables(self._pool, self.found, self.parts, given.rows)
 
 
 class DeviceCombine(DeviceExchange):
