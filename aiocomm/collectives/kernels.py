@@ -414,6 +414,11 @@ class Kernels:
             self._load(source, {name: key})
         return self._functions[key].value or 0
 
+    def loaded(self, source: str, name: str) -> int:
+        """The same of one that `entry` has loaded, or 0."""
+        found = self._functions.get((source, "", name))
+        return 0 if found is None else found.value or 0
+
     def synchronize(self) -> None:
         """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():

@@ -74,10 +74,6 @@ def matrix_of(options: Options, x: Any, name: str, writable: bool = False) -> Ma
     engine = options.scope.comm._engine
     if (described := on_gpu(engine, x, writable, options.stream)) is None:
         return None
-    try:
-        engine.check_device_memory(described)  # now, and not when other ranks wait for it
-    except LinkError as error:
-        raise UsageError(f"{name}: {error}") from error
     return Matrix(described, name)
 
 

@@ -245,6 +245,8 @@ class DeviceExchange(Exchange):
     async def _entry(self, source: str, name: str) -> int:
         """Handle of a kernel, which is compiled on another thread."""
         kernels = self._pool.kernels
+        if found := kernels.loaded(source, name):
+            return found
         try:
             return await anyio.to_thread.run_sync(kernels.entry, source, name)
         except (LinkError, OSError) as error:
@@ -263,19 +265,11 @@ class DeviceExchange(Exchange):
         self._launches += 1
         blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
         home = (None, 0, 0, self._pool.device, NO_STREAM, "B", (0,))
-        transfer = comm._engine.launch(
-            function,
-            blocks,
-            THREADS,
-            argument,
-            home,
-            list(after),
-            list(far),
-            comm.rank,
-            self._scope.index,
-            nbytes,
-            self._left(),
-        )
+        where = home, list(after), list(far), comm.rank, self._scope.index
+        try:
+            transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
+        except LinkError as error:  # about the caller's arrays, or their streams
+            raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
         self._watch((False, self._launches), transfer)
         return self._launches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
 from aiocomm.moe.routing import arrange, checked, route
 from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, PLAIN, WEIGH, sums_source
-from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists
+from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +138,7 @@ class DeviceDispatch(DeviceExchange):
             ids, weights = checked(self._given.rows, self._ids, self._weights, self._placed.experts)
             self._parts = self.parts = route(ids, weights, self._placed)
 
-        await self._work(64 * int(np.prod(self._shape(self._ids))), work)
+        await self._work(64 * math.prod(self._shape(self._ids)), work)
 
     async def _pack(self) -> None:
         """Bring the rows for each rank together."""
@@ -263,18 +264,21 @@ class DeviceDispatch(DeviceExchange):
 
     def _arrange(self) -> None:
         rank = self._group.rank
-        came = []
-        for peer in range(self._group.size):
-            if peer == rank:
-                came.append(self.parts[rank])
-                continue
-            try:
-                came.append(unpack_lists(self._heads[peer], self._lists[peer], self._placed, rank))
-            except ValueError as error:
-                raise PeerError(
-                    f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
-                ) from None
-        self.found = arrange(came, self._placed, rank)
+        came = [
+            self.parts[rank] if peer == rank else view_lists(self._heads[peer], self._lists[peer])
+            for peer in range(self._group.size)
+        ]
+        try:
+            self.found = arrange(came, self._placed, rank)
+        except ValueError:
+            for peer, head in self._heads.items():
+                try:
+                    unpack_lists(head, self._lists[peer], self._placed, rank)
+                except ValueError as error:
+                    raise PeerError(
+                        f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
+                    ) from None
+            raise
         self.tables = Tables(self._pool, self.found, self.parts, self._given.rows)
 
     async def _finish(self) -> None:

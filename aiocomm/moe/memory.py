@@ -50,7 +50,8 @@ class Block:
 
     def __init__(self, kernels: Kernels, engine: Engine, nbytes: int) -> None:
         self._region: int | None = None
-        self._events: list[ctypes.c_void_p] = []  # recorded
+        self._events: list[ctypes.c_void_p] = []
+        self._recorded = 0  # of them, the first ones
         self._kernels = kernels
         self._engine = engine
         self._memory = Scratch(kernels, nbytes)
@@ -82,22 +83,25 @@ class Block:
         """It is not used again before the work is done that these streams have now."""
         with self._kernels.current():
             for stream in streams:
-                event = ctypes.c_void_p()
-                driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
-                self._events.append(event)
-                driver()("cuEventRecord", event, ctypes.c_void_p(stream))
+                if self._recorded == len(self._events):
+                    event = ctypes.c_void_p()
+                    driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+                    self._events.append(event)
+                driver()("cuEventRecord", self._events[self._recorded], ctypes.c_void_p(stream))
+                self._recorded += 1
 
     def idle(self) -> bool:
         """Whether the work that it waited for is over."""
-        while self._events:
-            with self._kernels.current():
+        if not self._recorded:
+            return True
+        with self._kernels.current():
+            while self._recorded:
                 try:
-                    driver()("cuEventQuery", self._events[-1])
+                    driver()("cuEventQuery", self._events[self._recorded - 1])
                 except LinkError as error:
                     if error.code == _NOT_READY:
                         return False
-                with contextlib.suppress(LinkError):
-                    driver()("cuEventDestroy_v2", self._events.pop())
+                self._recorded -= 1
         return True
 
     def __del__(self) -> None:
@@ -134,6 +138,7 @@ class Pool:
         self.device = device
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
+        self._free_tables: dict[int, list[Block]] = {}
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
@@ -155,6 +160,17 @@ class Pool:
         if not self._closed and self._kept + block.nbytes <= _KEPT_BYTES:
             self._kept += block.nbytes
             self._free.setdefault(block.nbytes, []).append(block)
+
+    def take_tables(self, nbytes: int) -> Block:
+        """A block that nothing but `upload` writes, in the order of the kernels' stream."""
+        size = _size_class(nbytes, _LEAST)
+        free = self._free_tables.get(size)
+        return free.pop() if free else Block(self.kernels, self._engine, size)
+
+    def give_back_tables(self, block: Block) -> None:
+        """Keep it for the next; no kernel reads it any more."""
+        if not self._closed:
+            self._free_tables.setdefault(block.nbytes, []).append(block)
 
     def lend(self, call: int, block: Block, ranks: set[int]) -> None:
         """Give it back once these ranks have ended the call."""
@@ -190,7 +206,7 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
-        for kept in (self._free, self._pinned, self._lent):
+        for kept in (self._free, self._free_tables, self._pinned, self._lent):
             kept.clear()
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
@@ -249,7 +265,7 @@ class Tables:
             starts.append(-(-(starts[-1] + one.nbytes) // 16) * 16)
         self._pool = pool
         self._pinned = pool.take_pinned(starts[-1])
-        self._block = pool.take(starts[-1])
+        self._block = pool.take_tables(starts[-1])
         for start, one in zip(starts, lists, strict=False):
             self._pinned.bytes[start : start + one.nbytes] = one.reshape(-1).view(np.uint8)
         pool.upload(self._block, self._pinned, starts[-1])
@@ -267,7 +283,5 @@ class Tables:
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
-            with contextlib.suppress(LinkError):
-                self._block.record([self._pool.kernels.stream])
-                self._pool.give_back(self._block)
+            self._pool.give_back_tables(self._block)
             self._pool.give_back_pinned(self._pinned)

@@ -136,12 +136,16 @@ def route(ids: NDArray[Any], weights: Floats, placement: Placement) -> list[Part
 
 
 def arrange(parts: Sequence[Part], placement: Placement, rank: int) -> Arrangement:
-    """Order what came to a rank, by the rank that it came from, into runs by expert."""
+    """Order what came to a rank, by the rank that it came from, into runs by expert.
+
+    Raises:
+        ValueError: a part contradicts itself, or is for experts of another rank.
+    """
     held = len(placement.held[rank])
     count, total = sum(len(part.counts) for part in parts), sum(len(part.experts) for part in parts)
     starts, offsets = np.empty(len(parts) + 1, np.int64), np.empty(held + 1, np.int64)
     rows, order, first = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(count + 1, np.int64)
     weights = np.empty(total, np.float32)
     came = [(part.counts, part.experts, part.weights) for part in parts]
-    _core.arrange_parts(came, placement.local, held, starts, rows, offsets, weights, order, first)
+    _core.arrange_parts(came, placement.here(rank), held, starts, rows, offsets, weights, order, first)
     return Arrangement(starts, rows, offsets, weights, order, first)

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from aiocomm.collectives.kernels import THREADS
@@ -239,6 +240,7 @@ extern "C" __global__ void __launch_bounds__({threads}) add_rows(const Add all) 
 """
 
 
+@functools.cache
 def sums_source(terms: str, wire: str, out: str) -> str:
     """CUDA C++ of the sums of outputs of a dtype, whose partial sums travel in another; see `KINDS`."""
     total = "float64" if terms == "float64" else "float32"

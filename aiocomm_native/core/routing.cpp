@@ -50,7 +50,10 @@ bool arrange_parts(std::span<const CamePart> parts, std::span<const int64_t> loc
   for (size_t p = 0; p < parts.size(); ++p) {
     arranged.starts[p + 1] = arranged.starts[p] + static_cast<int64_t>(parts[p].counts.size());
     size_t total = 0;
-    for (uint16_t count : parts[p].counts) total += count;
+    for (uint16_t count : parts[p].counts) {
+      if (!count) return false;
+      total += count;
+    }
     if (total != parts[p].experts.size()) return false;
     for (int32_t expert : parts[p].experts) {
       if (expert < 0 || static_cast<size_t>(expert) >= local.size()) return false;

@@ -37,8 +37,8 @@ struct Arranged {
   int64_t *order, *first;
 };
 
-// `local` is the number of each expert among those of its rank, of which `held` are here. False: a part's counts do not
-// sum to its assignments, or an expert is out of range.
+// `local` is the number of each expert among the `held` ones that are here; of others it is below 0. False: a part's
+// counts do not sum to its assignments, or have a 0, or an expert is not here.
 bool arrange_parts(std::span<const CamePart> parts, std::span<const int64_t> local, size_t held,
                    const Arranged& arranged);
 
