@@ -142,6 +142,9 @@ class DeviceExchange(Exchange):
         self._temporary: list[Block] = []
         self._pinned: list[Pinned] = []
         self._brief = True
+        self._entries: list[int] = []  # handles of its kernels
+        self._given: list[int] | None = None  # keys of what was launched first
+        self._refused: UsageError | None = None
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
@@ -167,29 +170,59 @@ class DeviceExchange(Exchange):
 
     # ------------------------------------------------------------ of each operation
 
-    async def _prepare(self) -> None:
-        """Bring what this rank gives into place.
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        """The source of its kernels, and their names."""
+        raise NotImplementedError
+
+    def _give(self) -> list[int]:
+        """Launch what brings this rank's part into place, as far as that is known; returns keys."""
+        raise NotImplementedError
+
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        """Do what headers wait for, but for these launches; returns keys of all that is left to wait for.
 
         Raises:
             UsageError: the arguments are wrong, which all ranks are told.
         """
         raise NotImplementedError
 
-    def _tell(self, peer: int) -> None:
-        """Send a rank its header."""
+    def _message(self, peer: int) -> Any:
+        """A rank's header and what goes with it."""
         raise NotImplementedError
+
+    def _follow(self, peer: int) -> None:
+        """Send what did not go with it."""
+
+    def _start(self) -> None:
+        source, names = self._sources()
+        self._entries = [self._pool.kernels.loaded(source, name) for name in names]
+        if all(self._entries):  # else they are compiled first
+            try:
+                self._given = self._give()
+            except UsageError as error:
+                self._refused = error
 
     async def _send(self) -> None:
         try:
-            await self._prepare()
+            if self._refused is not None:
+                raise self._refused
+            if self._given is None:
+                source, names = self._sources()
+                self._entries = [await self._entry(source, name) for name in names]
+                self._given = self._give()
+            keys = await self._prepare(self._given)
+            messages = [(peer, self._message(peer)) for peer in self._others()]
+            await self._landed(keys)
         except UsageError as error:
             self._header = header(f"{REFUSED}{error}")
             for peer in self._others():
                 self._send_head(peer, Head(self._header, 0, 0, 0).pack())
             return
-        for peer in self._others():
+        for peer, message in messages:
             self._told.add(peer)
-            self._tell(peer)
+            self._send_head(peer, message)
+        for peer, _ in messages:
+            self._follow(peer)
 
     # ------------------------------------------------------------ memory
 
@@ -245,8 +278,6 @@ class DeviceExchange(Exchange):
     async def _entry(self, source: str, name: str) -> int:
         """Handle of a kernel, which is compiled on another thread."""
         kernels = self._pool.kernels
-        if found := kernels.loaded(source, name):
-            return found
         try:
             return await anyio.to_thread.run_sync(kernels.entry, source, name)
         except (LinkError, OSError) as error:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.scope import Scope
     from aiocomm.moe.device_exchange import Setting
     from aiocomm.moe.dispatched import Dispatched
-    from aiocomm.moe.memory import Block
+    from aiocomm.moe.memory import Block, Pinned
     from aiocomm.moe.placement import Placement
     from aiocomm.moe.routing import Arrangement, Part
 
@@ -74,7 +74,8 @@ class DeviceDispatch(DeviceExchange):
         weights: Any,
     ) -> None:
         super().__init__(scope, setting, "dispatch", text, placement, ())
-        self._given = tokens
+        self._tokens = tokens
+        self._read: list[tuple[str, Description, Pinned]] = []  # what is read back
         self._placed = placement
         self._ids, self._weights = ids, weights
         self._width = tokens.hidden * tokens.itemsize
@@ -82,6 +83,7 @@ class DeviceDispatch(DeviceExchange):
         self._packed = False
         self._starts = [0] * (scope.group.size + 1)  # of what is packed for each rank, in rows
         self._lists: dict[int, Bytes] = {}
+        self._following: list[int] = []  # ranks whose lists do not ride
         self._lease: Lease | None = None
         self.tokens: DeviceArray
         self.parts: Sequence[Part] = ()
@@ -91,43 +93,45 @@ class DeviceDispatch(DeviceExchange):
     @property
     def count(self) -> int:
         """Tokens of this rank."""
-        return self._given.rows
+        return self._tokens.rows
 
     # ------------------------------------------------------------ what this rank gives
 
-    async def _prepare(self) -> None:
-        self._function = await self._entry(MOVE_SOURCE, "move_rows")
-        given, runs = self._given, []
-        self._after: list[Description] = [given.description]
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        return MOVE_SOURCE, ("move_rows",)
+
+    def _give(self) -> list[int]:
+        tokens, runs = self._tokens, []
+        self._after: list[Description] = [tokens.description]
         alone = self._group.size == 1
-        choices = self._shape(self._ids)[-1] if len(self._shape(self._ids)) > 1 else 1
-        lists = 4 * given.rows + lists_bytes(given.rows, given.rows * choices)
+        shape = self._shape(self._ids)
+        lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
         fits = DEVICE_HEAD_BYTES + lists <= self._slot_bytes
-        self._packed = not (fits and self._kernels_may_read(given.nbytes)) and not alone
-        if not self._packed and not alone and given.nbytes:
-            self._slab = self._lend(given.nbytes)
-            runs.append((self._slab.address, given.address, given.nbytes))
-        read = []
+        self._packed = not (fits and self._kernels_may_read(tokens.nbytes)) and not alone
+        if not self._packed and not alone and tokens.nbytes:
+            self._slab = self._lend(tokens.nbytes)
+            runs.append((self._slab.address, tokens.address, tokens.nbytes))
         for name in ("_ids", "_weights"):
             if isinstance(described := getattr(self, name), tuple):
                 memory = self._borrow_pinned(described[2])
                 runs.append((memory.address, described[1], described[2]))
-                read.append((name, described, memory))
+                self._read.append((name, described, memory))
                 self._after.insert(0, described)
-        keys = []
-        if runs:
-            argument = _move(0, self._width, {}, 0, 0, runs)
-            keys.append(self._launch(self._function, argument, sum(run[2] for run in runs), self._after))
-            self._after = []
-        if not read:
-            await self._route()
-        await self._landed(keys)
-        if read:
-            for name, described, memory in read:
+        if not runs:
+            return []
+        argument = _move(0, self._width, {}, 0, 0, runs)
+        key = self._launch(self._entries[0], argument, sum(run[2] for run in runs), self._after)
+        self._after = []
+        return [key]
+
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        if self._read:
+            await self._landed(keys)
+            for name, described, memory in self._read:
                 setattr(self, name, _host_array(described, memory.bytes))
-            await self._route()
-        if self._packed:
-            await self._pack()
+            keys = []
+        await self._route()
+        return [*keys, *self._pack()] if self._packed else keys
 
     @staticmethod
     def _shape(array: Any) -> tuple[int, ...]:
@@ -135,19 +139,19 @@ class DeviceDispatch(DeviceExchange):
 
     async def _route(self) -> None:
         def work() -> None:
-            ids, weights = checked(self._given.rows, self._ids, self._weights, self._placed.experts)
+            ids, weights = checked(self._tokens.rows, self._ids, self._weights, self._placed.experts)
             self._parts = self.parts = route(ids, weights, self._placed)
 
         await self._work(64 * math.prod(self._shape(self._ids)), work)
 
-    async def _pack(self) -> None:
+    def _pack(self) -> list[int]:
         """Bring the rows for each rank together."""
         rows = np.array([part.rows for part in self.parts])
         rows[self._group.rank] = 0
         self._starts = [0, *np.cumsum(rows).tolist()]
         count = self._starts[-1]
         if not count or not self._width:
-            return
+            return []
         table = np.zeros(count, _ENTRY)
         table["place"] = np.arange(count)
         for peer in self._others():
@@ -155,11 +159,12 @@ class DeviceDispatch(DeviceExchange):
         memory = self._borrow_pinned(table.nbytes)
         numbers(memory, 0, table)
         self._slab = self._lend(count * self._width)
-        argument = _move(self._slab.address, self._width, {0: self._given.address}, memory.address, count)
-        await self._landed([self._launch(self._function, argument, count * self._width, self._after)])
+        argument = _move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
+        key = self._launch(self._entries[0], argument, count * self._width, self._after)
         self._after = []
+        return [key]
 
-    def _tell(self, peer: int) -> None:
+    def _message(self, peer: int) -> Any:
         part = self.parts[peer]
         lists = lists_bytes(part.rows, len(part.experts))
         indices = 0 if self._packed else 4 * part.rows
@@ -168,20 +173,24 @@ class DeviceDispatch(DeviceExchange):
         if self._packed:
             start, extent = self._starts[peer] * self._width, part.rows * self._width
         else:
-            start, extent = 0, self._given.nbytes * bool(part.rows)
+            start, extent = 0, self._tokens.nbytes * bool(part.rows)
         where = self._where_of(self._slab, peer, start, extent, self._packed)
         message = self._borrow(DEVICE_HEAD_BYTES + (indices + lists) * rides)
         message[:DEVICE_HEAD_BYTES] = np.frombuffer(head.pack() + where.pack(), np.uint8)
-        behind = message[DEVICE_HEAD_BYTES:]
-        if not rides:
-            behind = self._borrow(lists)
-            pack_lists(part, behind)
-        else:
+        if rides:
+            behind = message[DEVICE_HEAD_BYTES:]
             behind[:indices].view(np.uint32)[:] = part.tokens[: indices // 4]
             pack_lists(part, behind[indices:])
-        self._send_head(peer, message)
-        if not rides:
-            self._send_following(peer, LISTS, behind)
+        else:
+            self._following.append(peer)
+        return message
+
+    def _follow(self, peer: int) -> None:
+        if peer in self._following:
+            part = self.parts[peer]
+            lists = self._borrow(lists_bytes(part.rows, len(part.experts)))
+            pack_lists(part, lists)
+            self._send_following(peer, LISTS, lists)
 
     # ------------------------------------------------------------ what it gets
 
@@ -241,11 +250,11 @@ class DeviceDispatch(DeviceExchange):
             here["source"], here["index"] = source, tokens
             here["place"] = np.arange(self._begins[source], self._begins[source] + len(tokens))
             done += len(tokens)
-        base = {self._group.rank: self._given.address} | copies
+        base = {self._group.rank: self._tokens.address} | copies
         far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
         nbytes = count * self._width
         argument = _move(self._into[1], self._width, base, memory.address, count if self._width else 0)
-        key = self._launch(self._function, argument, nbytes, self._after, far)
+        key = self._launch(self._entries[0], argument, nbytes, self._after, far)
         self._after = []
         return key
 
@@ -279,10 +288,10 @@ class DeviceDispatch(DeviceExchange):
                         f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
                     ) from None
             raise
-        self.tables = Tables(self._pool, self.found, self.parts, self._given.rows)
+        self.tables = Tables(self._pool, self.found, self.parts, self._tokens.rows)
 
     async def _finish(self) -> None:
-        given, lease = self._given, self._lease
+        given, lease = self._tokens, self._lease
         assert lease is not None
         form, shape = given.description[5], (self._begins[-1], given.hidden)
         self.tokens = _array(lease, self._pool.device, form, shape, given.itemsize)
@@ -327,10 +336,10 @@ class DeviceCombine(DeviceExchange):
     def _whole(self, *addresses: int) -> int:
         return int(self._outputs.hidden % 8 == 0 and not any(address % 16 for address in addresses))
 
-    async def _prepare(self) -> None:
-        source = sums_source(self._outputs.dtype, self._wire, self._result)
-        weigh = await self._entry(source, "weigh_rows")
-        self._add = await self._entry(source, "add_rows")
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        return sums_source(self._outputs.dtype, self._wire, self._result), ("weigh_rows", "add_rows")
+
+    def _give(self) -> list[int]:
         outputs, tables, rank = self._outputs, self._tables, self._group.rank
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
@@ -340,7 +349,7 @@ class DeviceCombine(DeviceExchange):
         if self._out is not None:
             self._after.append(self._out.description)
         if not starts[-1] or not outputs.hidden:
-            return
+            return []
         self._slab = self._lend(travels + own * outputs.hidden * self._sum)
         self._own = self._slab.address + travels
         argument = _WEIGH.pack(
@@ -358,16 +367,20 @@ class DeviceCombine(DeviceExchange):
             0,
             0,
         )
-        await self._landed([self._launch(weigh, argument, outputs.nbytes, self._after)])
+        key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
         self._after = []
+        return [key]
 
-    def _tell(self, peer: int) -> None:
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        return keys
+
+    def _message(self, peer: int) -> Any:
         starts = self._found.starts
         rows = int(starts[peer + 1] - starts[peer])
         head = Head(self._header, rows, 0, PACKED * self._packed)
         start = int(starts[peer]) * self._row
         where = self._where_of(self._slab, peer, start, rows * self._row, self._packed)
-        self._send_head(peer, head.pack() + where.pack())
+        return head.pack() + where.pack()
 
     async def _receive(self) -> None:
         self._learn()
@@ -426,7 +439,7 @@ class DeviceCombine(DeviceExchange):
             self._whole(self._target),
         )
         far = [self._far(peer, 8 * peer) for peer in pulled]
-        key = self._launch(self._add, argument, nbytes * self._group.size, self._after, far)
+        key = self._launch(self._entries[1], argument, nbytes * self._group.size, self._after, far)
         self._after = []
         return key
 

@@ -43,12 +43,12 @@ class ExpertOperations:
     - `path`: `"latency"`: rows travel with the counts, in one message per pair, as long as they fit into its
       slot (2 MiB, less in groups of more than 32). `"bandwidth"`: counts first, then the rows, straight into
       place. `"auto"` decides by size, pair by pair; ranks need not agree.
-      Of GPU arrays: the others' kernels read up to 8 MiB of a rank where they are, more is got by copy engines;
-      `"latency"` and `"bandwidth"` force the one or the other.
+      Of GPU arrays: the others' kernels read up to 8 MiB of a rank where they are, more is got by copy
+      engines; `"latency"` and `"bandwidth"` force the one or the other.
     - `channel`: whose priority and weight apply to rows that follow the counts; messages with counts go on an
       urgent channel.
-    - `stream`: of GPU arrays, which all ranks pass or none: whose queued work is waited for by the GPU; default:
-      the current stream of the array's library.
+    - `stream`: of GPU arrays, which all ranks pass or none: whose queued work is waited for by the GPU;
+      default: the current stream of the array's library.
     - `sm_budget`: streaming multiprocessors that a kernel for GPU arrays may take, default 24.
     - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
     - `UsageError`, the same on all ranks, if they differ in hidden size, dtype, experts or placement, or if
@@ -147,11 +147,12 @@ class ExpertOperations:
             dispatched: what the ranks' common `dispatch` returned.
             out: receives the result; shape (tokens, hidden), any floating dtype. Default: a new array of the
                 dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
-            wire: dtype in which the ranks' sums travel, or its name, default float32; a shorter one rounds each
-                once.
+            wire: dtype in which the ranks' sums travel, or its name, default float32; a shorter one rounds
+                each once.
 
         Returns:
-            The result, `out` where it is given: one row per token that this rank dispatched, zeros for those without experts.
+            The result, `out` where it is given: one row per token that this rank dispatched, zeros for those
+            without experts.
         """
         group = self._members()
         scope, bulk = _begin(group, channel, deadline)
