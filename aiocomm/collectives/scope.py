@@ -123,6 +123,8 @@ class Scope:
     async def settle(self) -> None:
         """Wait until no other member reads memory that was lent to it; for as long as it is there."""
         comm = self.comm
+        if self.group.closed:
+            return
         for pool in self.pools.values():
             for number, ranks in pool.lent():
                 message = headers.abort_message(number, headers.Why.ASKS, -1, "")

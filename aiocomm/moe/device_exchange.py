@@ -296,7 +296,8 @@ class DeviceExchange(Exchange):
         self._launches += 1
         blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
         home = (None, 0, 0, self._pool.device, NO_STREAM, "B", (0,))
-        where = home, list(after), list(far), comm.rank, self._scope.index
+        behind = {description[4]: description for description in after if description[2]}  # by stream
+        where = home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
             transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
         except LinkError as error:  # about the caller's arrays, or their streams

@@ -50,7 +50,9 @@ _ENTRY = np.dtype([("source", "u4"), ("index", "u4"), ("place", "u4"), ("unused"
 def _move(
     to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
 ) -> bytes:
-    bases = [base.get(rank, 0) for rank in range(MOST_RANKS)]
+    bases = [0] * MOST_RANKS
+    for rank, address in base.items():
+        bases[rank] = address
     plain = [number for run in runs for number in run] + [0] * (3 * (PLAIN - len(runs)))
     return _MOVE.pack(*bases, to, table, count, width, *plain)
 

@@ -519,6 +519,39 @@ async def test_a_lost_rank_is_reported_with_its_experts_and_tokens() -> None:
         await all_call(members, rank)
 
 
+@pytest.mark.parametrize("how", ["leaves", "closes its group", "gives up"])
+async def test_who_leaves_first(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits until the others have read what it gave, and not for what nobody will read."""
+    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", "3600")
+    async with world(3, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            group = await comm.group([0, 1, 2])
+            await layer(group, 21, 16)
+            x, ids, weights = batch(comm.rank, 21, 16)
+            given = on_gpu(comm.rank, x)
+            if how == "gives up":
+                if comm.rank == 0:
+                    with pytest.raises(aiocomm.DeadlineExceeded):
+                        await group.dispatch(given, ids, weights, experts=EXPERTS, deadline=0.0)
+                else:
+                    with pytest.raises((aiocomm.TransferCancelled, aiocomm.ExpertsLostError)):
+                        await group.dispatch(given, ids, weights, experts=EXPERTS)
+            else:
+                came = await group.dispatch(given, ids, weights, experts=EXPERTS)
+                for source in range(3):
+                    there, chosen, _ = batch(source, 21, 16)
+                    mine = there[np.isin(chosen, came.experts).any(1)]
+                    rows = to_host(came.tokens, np.float32)[came.starts[source] : came.starts[source + 1]]
+                    assert np.array_equal(rows, mine)
+            if how == "closes its group":
+                group.close()
+            if comm.rank == 0:
+                await comm.aclose()
+
+        await all_call(members, rank)
+
+
 @pytest.mark.parametrize("entry", ["cuLaunchKernel", "cuMemAlloc"])
 async def test_a_driver_that_fails(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
     """The rank has the driver's error, the other hears of it, and the next call is fine."""
