@@ -586,6 +586,12 @@ async def test_gpus_without_access_to_each_other(gpu: Driver, simulator: simulat
         await all_call(members, rank)
 
 
+@pytest.mark.parametrize("path", ["auto", "bandwidth"])
+async def test_beside_tcp(path: str) -> None:
+    async with world(2, links=("tcp", "cuda"), warmup=True) as members:
+        await all_call(members, lambda comm: layer(comm, 21, 16, path=path))
+
+
 # ------------------------------------------------------------ processes
 
 
