@@ -58,6 +58,7 @@ class Scope:
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self.shared: dict[Any, Shared] = {}  # by the shape, likewise
         self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
+        self.closed = False  # in the middle of a call
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)
         self.place: Place | None = None  # of the arena, once a call may go through it
@@ -123,7 +124,7 @@ class Scope:
     async def settle(self) -> None:
         """Wait until no other member reads memory that was lent to it; for as long as it is there."""
         comm = self.comm
-        if self.group.closed:
+        if self.closed:
             return
         for pool in self.pools.values():
             for number, ranks in pool.lent():

@@ -37,7 +37,10 @@ void DeviceProtocol::start_kernel(Op& op) {
   for (KernelCall::Far& far : kernel.far) {
     if (far.reached) continue;
     Peer* peer = engine_.find_peer(far.owner);
-    if (!peer || peer->state != Peer::State::up) return engine_.end_early(op, Code::peer_lost);
+    if (!peer || peer->state != Peer::State::up) {
+      op.peer = far.owner;  // who is named
+      return engine_.end_early(op, Code::peer_lost);
+    }
     const uint64_t within = far.place.address - far.place.base;
     if (within > far.place.extent || far.nbytes > far.place.extent - within)
       return engine_.tear_down(*peer, "protocol violation: a place outside its allocation");
