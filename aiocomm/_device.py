@@ -14,16 +14,13 @@ from string import ascii_letters
 from typing import Any, Final, TypeAlias
 
 from aiocomm import _dlpack
-from aiocomm._streams import resolve
+from aiocomm._streams import NO_STREAM, resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
 __all__ = ["NO_STREAM", "Description", "DeviceArray", "describe", "is_read_only", "itemsize_of", "part_of"]
 
 Description: TypeAlias = tuple[Any, int, int, int, int, str, tuple[int, ...]]
 """What keeps the memory, address, bytes, device (-1: wherever it is), stream handle, dtype, shape."""
-
-NO_STREAM: Final = 2**64 - 1
-"""Stream handle of memory for which no queued work is waited for."""
 
 _TORCH_FORMATS: Final = {
     "torch.float32": "f",

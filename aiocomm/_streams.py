@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from aiocomm.errors import UsageError, UsageTypeError
 
-__all__ = ["LEGACY", "resolve"]
+__all__ = ["LEGACY", "NO_STREAM", "resolve"]
 
 LEGACY: Final = 0
 """Handle of the legacy default stream, which waits for all blocking streams of its device."""
 
-_HANDLES: Final = 2**64 - 1  # the last one means: no stream
+NO_STREAM: Final = 2**64 - 1
+"""Of memory for which no queued work is waited for."""
 
 
 def resolve(stream: Any, array: Any, device: int) -> int:
@@ -35,7 +36,7 @@ def resolve(stream: Any, array: Any, device: int) -> int:
     if stream is None:
         return _current(array, device)
     handle = _handle(stream)
-    if not 0 <= handle < _HANDLES:
+    if not 0 <= handle < NO_STREAM:
         raise UsageError(
             f"stream={stream!r} is no stream handle: pass the stream, its handle, 0 for the legacy default "
             "stream or 2 for the per-thread one"
@@ -51,7 +52,8 @@ def _current(array: Any, device: int) -> int:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return int(cupy.cuda.get_current_stream(device).ptr)
     interface = getattr(array, "__cuda_array_interface__", None) or {}
-    return int(interface.get("stream") or LEGACY)
+    stream = interface.get("stream", LEGACY)
+    return NO_STREAM if stream is None else int(stream)
 
 
 def _handle(stream: Any) -> int:

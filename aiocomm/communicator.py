@@ -11,7 +11,7 @@ import anyio
 from aiocomm import _outcome
 from aiocomm._control.plane import ControlPlane, peer_of
 from aiocomm._log import EventLog
-from aiocomm._loop.backend import current_backend
+from aiocomm._loop.backend import current_backend, import_early
 from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
@@ -73,6 +73,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
     def __init__(self, world: World, settings: Settings) -> None:
         _outcome.install()
         self._backend: Backend = current_backend()
+        import_early()
         self._settings = settings
         self._log = EventLog(settings.log_level)
         self._world = world

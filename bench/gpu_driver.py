@@ -171,6 +171,7 @@ class Memory:
             "data": (self.address, False),
             "strides": None,
             "version": 3,
+            "stream": None,  # nothing is queued that raw copies would wait for, either
         }
 
     def shaped(self, *shape: int) -> Memory:

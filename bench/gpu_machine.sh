@@ -3,7 +3,8 @@
 # Usage: bench/gpu_machine.sh STEP... ; the steps, in the order in which they are named:
 #   bench      suite `gpu`, three rounds            quick      one short round of it
 #   mixed      suite `gpu-mixed`                    compute    suite `gpu-compute`
-#   ring       suite `gpu-ring`, of all GPUs        moe        suite `gpu-moe`, of all GPUs, and the tests of it
+#   ring       suite `gpu-ring`, of all GPUs        collectives  suite `gpu-collectives`, of all GPUs
+#   moe        suite `gpu-moe`, of all GPUs, and the tests of it
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
 #   reductions those of the tests that compute     examples   the examples for GPUs
@@ -39,7 +40,7 @@ suite() { # NAME OPTIONS...
 tests() {
   logs=$(mktemp -d)
   where="-o faulthandler_timeout=60" # a thread that is stuck in the driver is not reached by a signal
-  for file in links/test_gpu links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
+  for file in links/test_gpu links/test_gpu_giving_back links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
     integration/test_gpu_collectives integration/test_gpu_repeats integration/test_gpu_moe fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
       timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "$loop" "tests/$file.py" \
@@ -73,6 +74,7 @@ for step in "$@"; do
     tail -n 25 "$out/gpu-moe.log"
     ;;
   compute) suite gpu-compute --rounds 2 ;;
+  collectives) suite gpu-collectives --rounds 2 ;;
   tests) tests ;;
   real)
     timeout 200 python3 -P -m pytest -q -p no:cacheprovider --durations 10 tests/integration/test_gpu_real.py \

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from aiocomm._device import NO_STREAM
+from aiocomm._streams import LEGACY, NO_STREAM
 
 from . import figures, gpu_blocks, work
 from .gpu_driver import Driver, Kernel
@@ -103,6 +103,11 @@ async def _parts(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
     halves = await _ping_pong(comm, role, *known, 1000)
     await comm.barrier()
     found = {"half_us_known/64KiB": statistics.median(halves) * 1e6}
+    # With a stream to wait for, idle as it is.
+    queued = [(*one[:4], LEGACY, *one[5:]) for one in known]
+    halves = await _ping_pong(comm, role, *queued, 1000)
+    await comm.barrier()
+    found["half_us_stream/64KiB"] = statistics.median(halves) * 1e6
     return (
         found
         | small
@@ -347,7 +352,7 @@ async def _gathers(comm: Any, role: int, data: Memory, into: Memory, repeats: in
     return found
 
 
-class _Floats:
+class Floats:
     """Device memory as float32."""
 
     def __init__(self, memory: Memory) -> None:
@@ -360,7 +365,7 @@ async def _reduces(comm: Any, data: Memory, repeats: int) -> Metrics:
     """all_reduce of float32 in place, in µs."""
     found: Metrics = {}
     for name, nbytes, count in (("256MiB", 256 * MIB, repeats), ("64KiB", 64 * KIB, 300)):
-        x = _Floats(data[:nbytes])
+        x = Floats(data[:nbytes])
         times = []
         for _ in range(count):
             start = time.perf_counter()

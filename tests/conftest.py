@@ -8,6 +8,7 @@ unused by them.)
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
 from pathlib import Path
@@ -67,6 +68,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver
     library = simulated.choose()
     if not library:
         yield gpus.driver()
+        gc.collect()  # what is given back later would hold up whoever makes streams then
         return
     report = tmp_path / "violations"
     monkeypatch.setenv("AIOCOMM_LIBCUDA", str(library))

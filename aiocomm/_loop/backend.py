@@ -7,6 +7,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+import anyio
+
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from aiocomm_native._core import Engine
 
-__all__ = ["Backend", "current_backend"]
+__all__ = ["Backend", "current_backend", "import_early"]
 
 
 class Backend(Protocol):
@@ -37,6 +39,13 @@ class Backend(Protocol):
 
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         """Run on the loop's thread, soon. Any thread; does nothing once the loop is closed."""
+
+
+def import_early() -> None:
+    """Have anyio import now what it imports on first use: it would stop the loop in the middle of a call."""
+    anyio.get_cancelled_exc_class()  # asks the running loop's own part of it
+    for name in ("CancelScope", "Event", "create_task_group", "fail_after", "move_on_after", "sleep"):
+        getattr(anyio, name)
 
 
 def current_backend() -> Backend:

@@ -56,6 +56,8 @@ class SpinSelector(selectors.EpollSelector):
                 _spinning.release()
         else:
             found = spinner.look()
+        if found and spinner.looked():
+            return []
         if waits and not found:
             found = spinner.prepare_to_sleep()
         try:

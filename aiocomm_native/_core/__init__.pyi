@@ -172,6 +172,9 @@ class Spinner:
     def woken(self) -> None:
         """The loop has slept."""
 
+    def looked(self) -> bool:
+        """Whether its descriptors were looked at a moment ago."""
+
 def reduces(format: str, op: str) -> bool:
     """Whether the extension reduces elements of this format by itself."""
 

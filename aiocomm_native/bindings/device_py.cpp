@@ -63,7 +63,8 @@ Found read(PyObject* interface, bool writable, DeviceView& out) {
   out.format = format_of(text);
   if (!out.format) return Found::ask;
   out.address = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(where, 0));
-  if (queue && queue != Py_None) out.stream = PyLong_AsUnsignedLongLong(queue);
+  if (queue)  // its exporter says which stream, or that nothing is queued
+    out.stream = queue == Py_None ? Mover::kNoStream : PyLong_AsUnsignedLongLong(queue);
   out.nbytes = static_cast<uint64_t>(std::atoi(text + 2));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dims); ++i) {
     Py_ssize_t dim = PyLong_AsSsize_t(PyTuple_GET_ITEM(dims, i));

@@ -36,7 +36,7 @@ int Spinner::spin(uint64_t until_ns) {
   bool found;
   {
     nb::gil_scoped_release release;
-    found = Engine::spin(engines_, until_ns, patience_, others_);
+    found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_);
   }
   return found ? hand_over() : 0;
 }
@@ -52,7 +52,7 @@ int Spinner::prepare_to_sleep() {
 
 void Spinner::woken() {
   if (engines_.empty()) return;
-  slept_ns_ = engines_[0]->now();
+  slept_ns_ = others_.looked_ns = engines_[0]->now();
   patience_.woke(slept_ns_);
   for (Engine* one : engines_) one->loop_wakes();
 }
@@ -100,7 +100,8 @@ void bind_spinner(nb::module_& m) {
       .def(
           "prepare_to_sleep", [](Spinner& self) { return or_throw(self.prepare_to_sleep()); },
           "Have them wake the loop from now on. True: something has come before that.")
-      .def("woken", &Spinner::woken, "The loop has slept.");
+      .def("woken", &Spinner::woken, "The loop has slept.")
+      .def("looked", &Spinner::looked, "Whether its descriptors were looked at a moment ago.");
 }
 
 }  // namespace aiocomm::py

@@ -14,7 +14,7 @@ class PyEngine;
 // With the GIL, on the loop's thread. The engines are kept by whoever adds them (aiocomm/_loop/spin.py).
 class Spinner {
  public:
-  Spinner(uint64_t spin_ns, int others) : spin_ns_(spin_ns), others_(others) {}
+  Spinner(uint64_t spin_ns, int others) : spin_ns_(spin_ns), others_{others} {}
   ~Spinner();
   Spinner(const Spinner&) = delete;
   Spinner& operator=(const Spinner&) = delete;
@@ -29,13 +29,14 @@ class Spinner {
 
   uint64_t now() const { return engines_.empty() ? 0 : engines_[0]->now(); }
   uint64_t spin_ns() const { return spin_ns_; }
-  uint64_t slept_ns() const { return slept_ns_; }  // when the loop last looked at its descriptors
+  uint64_t slept_ns() const { return slept_ns_; }  // when the loop last was at its selector
+  bool looked() const { return others_.looked(now()); }
 
  private:
   int hand_over();
 
   const uint64_t spin_ns_;
-  const int others_;  // of the loop's selector, which closes it after the last spin
+  Others others_;  // of the loop's selector, which closes it after the last spin
   uint64_t slept_ns_ = 0;
   std::vector<PyEngine*> members_;
   std::vector<Engine*> engines_;  // theirs

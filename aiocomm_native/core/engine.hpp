@@ -113,6 +113,15 @@ struct RegionInfo {
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
+// What a loop waits for beside its engines: a descriptor that is readable when any of that is.
+struct Others {
+  int fd = -1;
+  uint64_t looked_ns = 0;
+
+  static constexpr uint64_t kLookNs = 20000;  // between looks, in spins
+  bool looked(uint64_t now_ns) const { return now_ns < looked_ns + kLookNs; }
+};
+
 class Engine final : public Host, public FrameSink {
  public:
   explicit Engine(EngineConfig config);
@@ -148,15 +157,15 @@ class Engine final : public Host, public FrameSink {
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
   // Polls all engines of a loop, at least one, until one of them has news or `until_ns`; for loops that spin before they
-  // sleep. `patience` is the loop's; so is `others`, a descriptor that is readable when any of those is that the loop
-  // waits for: the spin ends then, too (-1: there are none).
-  static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, int others = -1) {
+  // sleep. `patience` is the loop's; so is `others`: when anything comes there, the spin ends, too.
+  static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience,
+                   Others* others = nullptr) {
     return spin(engines, until_ns, patience, false, others);
   }
   // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
   bool linger(uint64_t until_ns) {
     Engine* self = this;
-    return spin({&self, 1}, until_ns, lingering_, true, -1);
+    return spin({&self, 1}, until_ns, lingering_, true, nullptr);
   }
   // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
   void host_copies(bool may) {
@@ -420,7 +429,7 @@ class Engine final : public Host, public FrameSink {
 
   // spin.cpp
   static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                   int others);
+                   Others* others);
   void begin_spin();
   bool look_spinning();  // true: it has copied by itself, which takes its time
   void end_spin();

@@ -14,7 +14,6 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kQuickLookNs = 500;
-constexpr uint64_t kOthersNs = 20000;  // between looks at what else the loop waits for
 constexpr uint64_t kTakenNs = 300000;  // a gap this long in a spin: the core was given to someone else
 }  // namespace
 
@@ -71,9 +70,9 @@ void Engine::end_spin() {
 }
 
 bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                  int others) {
+                  Others* others) {
   for (Engine* engine : engines) engine->begin_spin();
-  uint64_t began = engines[0]->now(), last = began, looked = began;
+  uint64_t began = engines[0]->now(), last = began;
   bool patient = patience.may_spin(began);
   const uint64_t asked = until_ns > began ? until_ns - began : 0;
   until_ns = began + patience.stretched(asked);
@@ -101,9 +100,9 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     const bool quick = t - last < kQuickLookNs;
     last = t;
     if ((found = any_news())) break;
-    if (others >= 0 && t > looked + kOthersNs) {
-      looked = t;
-      pollfd one{others, POLLIN, 0};
+    if (others && !others->looked(t)) {
+      others->looked_ns = t;
+      pollfd one{others->fd, POLLIN, 0};
       if ((interrupted = ::poll(&one, 1, 0) > 0)) break;
     }
     if (yields)

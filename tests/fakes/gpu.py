@@ -216,7 +216,7 @@ class Stream:
 class Gate:
     """A word in pinned memory that a stream waits for."""
 
-    shut: ClassVar[set[int]] = set()  # ids of those that are not open
+    shut: ClassVar[set[object]] = set()  # those that are not open, and engines that a test holds up
     late: ClassVar[list[Callable[[], None]]] = []  # what waits for them to open
 
     def __init__(self, stream: Stream) -> None:
@@ -234,9 +234,14 @@ class Gate:
     def open(self) -> None:
         """Let the stream go on."""
         self._memory.numpy()[0] = 1
-        self.shut.discard(id(self))
-        while not self.shut and self.late:
-            self.late.pop()()
+        self.opened(id(self))
+
+    @classmethod
+    def opened(cls, which: object) -> None:
+        """One of `shut` no longer is."""
+        cls.shut.discard(which)
+        while not cls.shut and cls.late:
+            cls.late.pop()()
 
 
 class DeviceArray:

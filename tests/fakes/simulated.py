@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from fakes.compiled import shared_library
+from fakes.gpu import Gate
 
 __all__ = ["Engine", "Simulator", "build", "choose"]
 
@@ -111,6 +112,7 @@ class Simulator:
     def pause(self, device: int, engine: Engine) -> None:
         """Let an engine finish what it is at, and then nothing more."""
         self._check(self._library.fake_pause(device, engine))
+        Gate.shut.add((device, engine))
 
     def step(self, device: int, engine: Engine, count: int = 1) -> None:
         """Let a paused engine execute `count` more operations."""
@@ -119,10 +121,12 @@ class Simulator:
     def resume(self, device: int, engine: Engine) -> None:
         """Let an engine run freely again."""
         self._check(self._library.fake_resume(device, engine))
+        Gate.opened((device, engine))
 
     def stop_halfway(self, device: int, engine: Engine) -> None:
         """Let an engine stop in the middle of its next copy."""
         self._check(self._library.fake_stop_halfway(device, engine))
+        Gate.shut.add((device, engine))
 
     def executed(self, device: int, engine: Engine) -> int:
         """How many operations an engine has executed in all."""
@@ -152,6 +156,7 @@ class Simulator:
         for device in range(16):
             for engine in Engine:
                 self._library.fake_resume(device, engine)
+                Gate.opened((device, engine))
         self.violations()
 
     @staticmethod

@@ -544,7 +544,7 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray, driver
         from fakes.simulated import Simulator
-        from harness import held
+        from harness import held, until
 
         simulator = Simulator(driver().library)
         arrays = [DeviceArray(4096, device=1) for _ in range(buffers)]
@@ -557,7 +557,7 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
                 before = held()
         after = held()
         assert after == before, (before, after)
-        assert simulator.held("imports") <= mappings
+        await until(lambda: simulator.held("imports") <= mappings)
         assert simulator.held("allocations") == buffers
         await comm.send(b"x", 0)
 
@@ -571,7 +571,7 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
                     await transfer
                 if start == transfers // 10:
                     pinned = simulator.held("pinned")
-            assert simulator.held("imports") <= mappings
+            await until(lambda: simulator.held("imports") <= mappings)
             assert simulator.held("pinned") == pinned
             await comm.recv(bytearray(1), 1)
 
@@ -646,13 +646,18 @@ async def test_a_capture_elsewhere_in_the_process_is_not_broken(gpu: Driver) -> 
 async def test_nothing_is_left_when_a_world_ends(simulator: Simulator) -> None:
     kinds = ("streams", "events", "imports", "pinned", "registered", "references", "contexts")
 
-    async def one() -> dict[str, int]:
+    async def one() -> None:
         async with world(2, links=LINKS, warmup=True) as (a, b):
             assert await exchange(a, b, 1) == [None] * 6
         del a, b
         gc.collect()
+
+    def held() -> dict[str, int]:
         return {kind: simulator.held(kind) for kind in kinds}
 
-    await one()  # the test's own contexts are there now, and garbage of earlier tests is gone
-    before = await one()
-    assert await one() == before
+    await one()  # garbage of earlier tests is gone
+    before = held()
+    for _ in range(3):
+        await one()
+    # A thread gives back, which may be at it.
+    await until(lambda: all(now <= before[kind] for kind, now in held().items()))

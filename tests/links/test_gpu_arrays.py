@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from fakes import simulated
-from fakes.gpu import DeviceArray, Driver
+from fakes.gpu import DeviceArray, Driver, Stream
 from harness import world
 
 import aiocomm
@@ -113,6 +113,36 @@ async def test_what_cannot_be_exported_says_so(pair: Pair) -> None:
 
     with pytest.raises(aiocomm.UsageError, match="requires grad"):
         a.send(Refusing(DeviceArray(16), (4,)), 1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+async def test_an_interface_may_say_that_nothing_is_queued(pair: Pair, native: bool) -> None:
+    """By `stream: None`."""
+
+    class Exported:
+        def __init__(self, array: DeviceArray) -> None:
+            interface = array.__cuda_array_interface__ | {"stream": None}
+            # What is not contiguous at first sight is read in Python.
+            self.__cuda_array_interface__ = interface if native else interface | {"strides": (1,)}
+            self.array = array
+
+    a, b = pair
+    stream, busy = Stream(), DeviceArray(1)
+    source = DeviceArray(4096, stream=stream.handle).write(np.full(4096, 7, np.uint8))
+    into, waits = DeviceArray(4096, stream=stream.handle), DeviceArray(4096, stream=stream.handle)
+    await both(a.send(Exported(source), 1), b.recv(Exported(into), 0))
+    gate = stream.gate()
+    stream.fill(busy, 1)
+    into_later = b.recv(waits, 0, tag=1)
+    later = a.send(source, 1, tag=1)
+    await both(a.send(Exported(source), 1), b.recv(Exported(into), 0))
+    assert not stream.done()
+    assert not into_later.done()
+    gate.open()
+    await both(later, into_later)
+    assert (into.numpy() == 7).all()
+    assert (waits.numpy() == 7).all()
+    stream.close()
 
 
 def test_buffers_of_cuda_core() -> None:

@@ -22,6 +22,9 @@ from links.test_gpu import (  # noqa: F401
     test_memory_of_every_kind,
     test_messages_keep_their_order_behind_a_busy_stream,
 )
+from links.test_gpu_giving_back import (  # noqa: F401
+    test_the_loop_goes_on_while_memory_waits_to_be_freed,
+)
 from links.test_gpu_onesided import (  # noqa: F401
     test_notifications_keep_the_order_of_small_puts,
 )

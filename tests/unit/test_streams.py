@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aiocomm._streams import LEGACY, resolve
+from aiocomm._streams import LEGACY, NO_STREAM, resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
 
@@ -77,7 +77,7 @@ def test_integers_that_are_no_handles(handle: int) -> None:
 
 def test_none_is_what_the_array_names() -> None:
     assert resolve(None, Array(stream=0x123), -1) == 0x123
-    assert resolve(None, Array(stream=None), -1) == LEGACY
+    assert resolve(None, Array(stream=None), -1) == NO_STREAM  # as the interface has it
     assert resolve(None, Array(), -1) == LEGACY
     assert resolve(None, object(), -1) == LEGACY
 

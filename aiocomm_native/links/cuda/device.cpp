@@ -7,9 +7,11 @@
 #include <cerrno>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "core/link.hpp"
 #include "core/relax.hpp"
+#include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
 
@@ -96,7 +98,12 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
-    release();
+    {
+      Current current(*this);
+      give_up()();
+    }
+    driver.cuDevicePrimaryCtxRelease(ordinal);
+    if (bell_ >= 0) ::close(bell_);
     throw;
   }
   for (auto i = static_cast<uint32_t>(kWords); i-- > kFirstGate;) free_gates_.push_back(i);
@@ -105,20 +112,24 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
 
 Device::~Device() {
   stop();
-  release();
+  Reaper::of_process().submit(context, [give = give_up(), &driver = driver, ordinal = ordinal] {
+    give();
+    driver.cuDevicePrimaryCtxRelease(ordinal);
+  });
+  if (bell_ >= 0) ::close(bell_);
 }
 
-// What the constructor has taken, as far as it has.
-void Device::release() {
-  {
-    Current current(*this);
-    for (Stream& stream : streams_)
-      if (stream.handle) driver.cuStreamDestroy(stream.handle);
-    if (words_) driver.cuMemFreeHost(const_cast<uint32_t*>(words_));
-    row_copies_.clear(driver);
-  }
-  driver.cuDevicePrimaryCtxRelease(ordinal);
-  if (bell_ >= 0) ::close(bell_);
+std::function<void()> Device::give_up() {
+  std::array<CUstream, kStreams> streams;
+  for (size_t i = 0; i < kStreams; ++i) streams[i] = std::exchange(streams_[i].handle, nullptr);
+  auto tables = std::make_shared<RowCopies>(std::move(row_copies_));
+  std::lock_guard lock(gate_mutex_);
+  return [&driver = driver, streams, tables, words = std::exchange(words_, nullptr)] {
+    for (CUstream stream : streams)
+      if (stream) driver.cuStreamDestroy(stream);
+    if (words) driver.cuMemFreeHost(const_cast<uint32_t*>(words));
+    tables->clear(driver);
+  };
 }
 
 void Device::stop() {
@@ -144,6 +155,7 @@ Gate Device::gate_behind(CUstream stream) {
   uint32_t slot;
   {
     std::lock_guard lock(gate_mutex_);
+    if (!words_) throw LinkFailure("the communicator is closed", ESHUTDOWN);
     std::erase_if(shut_gates_, [&](const Gate& gate) {
       if (!gate.open()) return false;
       free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
@@ -167,6 +179,7 @@ Gate Device::gate_behind(CUstream stream) {
 void Device::give_back(const Gate& gate) {
   if (!gate.word) return;
   std::lock_guard lock(gate_mutex_);
+  if (!words_) return;
   if (gate.open())
     free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
   else
@@ -258,8 +271,12 @@ void Device::turn() {
 // The loop issues only what no driver waits in: to ordinary host memory, say, it copies before it comes back.
 bool Device::issue(bool by_thread) {
   if (!by_thread && (!left_.empty() || jobs_.empty())) return false;
+  std::optional<Reaper::Undisturbed> undisturbed;
   std::optional<Current> current;
-  if (!by_thread) current.emplace(*this);
+  if (!by_thread) {
+    if (!undisturbed.emplace(Reaper::of_process())) return false;
+    current.emplace(*this);
+  }
   bool did = false;
   MoveJob job;
   uint8_t touched = 0;
@@ -274,7 +291,7 @@ bool Device::issue(bool by_thread) {
       break;
     }
     did = true;
-    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer || job.nbytes >= kLong)) {
+    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer)) {
       left_.push_back(job);
       break;
     }

@@ -15,6 +15,7 @@
 #include <array>
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -53,6 +54,8 @@ class Device {
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
   void stop();  // waits for what was posted
+  // After stop(): what gives back its streams and its pinned memory, to be called in its context. Nothing works any more.
+  std::function<void()> give_up();
 
   // A gate that opens when the work that `stream` has now is done. Throws LinkFailure.
   Gate gate_behind(CUstream stream);
@@ -90,7 +93,6 @@ class Device {
   };
 
   void run();
-  void release();
   bool issue(bool by_thread);
   bool work(bool by_thread);
   int copy(MoveJob& job, Stream& stream);

@@ -9,10 +9,13 @@
 #include <cstring>
 #include <utility>
 
+#include "links/cuda/reaper.hpp"
+
 namespace aiocomm::cuda {
 
 namespace {
 
+constexpr std::chrono::milliseconds kPatience{1000};  // of close(), with streams that are busy
 constexpr uint64_t kEagerBounce =
     1 << 20;  // smaller: ordinary memory at once rather than pinned memory later
 
@@ -46,13 +49,7 @@ State::State(const Driver& d, Host& h)
 
 State::~State() {
   stop();
-  for (auto& device : devices_) {
-    if (!device.load()) continue;
-    Device::Current current(*device.load());  // of this thread none may be, and the driver then frees nothing
-    bounces.clear();
-    relays.clear();
-    break;
-  }
+  give_up();  // what buffers had until now
   for (auto& device : devices_) delete device.load();
 }
 
@@ -87,6 +84,19 @@ void State::stop() {
   helper.stop();
 }
 
+uint64_t State::give_up() {
+  uint64_t last = 0;
+  for (auto& device : devices_) {
+    Device* const started = device.load();
+    if (!started) continue;
+    if (!last)  // of whichever device
+      for (const auto& give : {bounces.give_up(), relays.give_up()})
+        Reaper::of_process().submit(started->context, give);
+    last = Reaper::of_process().submit(started->context, started->give_up());
+  }
+  return last;
+}
+
 // Twenty times a second while there is something to move, and once a second otherwise.
 int State::look_for_freed() {
   using std::chrono::duration_cast, std::chrono::milliseconds, std::chrono::steady_clock;
@@ -112,14 +122,9 @@ CudaBuffer::~CudaBuffer() {
   mapping.reset();  // before the state, whose helper closes it
   if (Device* started = state->started(device); started && !borrows_gate) started->give_back(gate);
   if (bounce) state->bounces.give_back(bounce);
-  if (own) {
-    // cuMemFree waits for the work that still uses it: on the helper's thread or, once that has ended, here.
-    auto free = [state = state.get(), memory = own, device = device] {
-      Device::Current current(*state->started(device));
-      state->driver.cuMemFree(memory);
-    };
-    if (!state->helper.submit(free)) free();
-  }
+  if (own)
+    Reaper::of_process().submit(state->started(device)->context,
+                                [&driver = state->driver, memory = own] { driver.cuMemFree(memory); });
   if (relay) state->relays.give_back(device, relay, relay_size);
 }
 
@@ -426,7 +431,10 @@ void CudaLink::stop() {
     std::lock_guard lock(mutex_);
     state = state_;
   }
-  if (state) state->stop();
+  if (!state) return;
+  state->stop();
+  // Behind work of the user's that takes longer it is given back when that has ended.
+  Reaper::of_process().wait(state->give_up(), kPatience);
 }
 
 // Of small copies between devices: how many were seen to end, and nanoseconds from their posting to the copy thread, with

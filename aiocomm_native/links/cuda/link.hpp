@@ -32,6 +32,8 @@ class State {
   }
   void turn();  // of the devices that are started, by the loop's thread
   void stop();
+  // After stop(): pinned memory and the like. Returns the number of the last of the tasks of the reaper.
+  uint64_t give_up();
 
   const Driver& driver;
   MoverHost& host;

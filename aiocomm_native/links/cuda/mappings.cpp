@@ -10,12 +10,14 @@
 #include <utility>
 
 #include "links/cuda/exports.hpp"
+#include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
 
 namespace {
 constexpr int kRestFactor = 60;
 constexpr std::chrono::microseconds kLeastRest{2000}, kMostRest{20000};
+constexpr std::chrono::milliseconds kPatience{1000};
 }  // namespace
 
 bool Helper::submit(std::function<void()> task) {
@@ -64,14 +66,14 @@ void Helper::run() {
   }
 }
 
-// Closed by the helper's thread once the last transfer that uses it has ended.
+// Closed, not by the thread that lets go of it, once the last transfer that uses it has ended.
 struct Mappings::Mapping {
-  Mapping(const Driver& driver, Helper& helper, CUcontext context)
-      : driver_(driver), helper_(helper), context_(context) {}
+  Mapping(const Driver& driver, CUcontext context, std::shared_ptr<std::atomic<size_t>> closing)
+      : driver_(driver), context_(context), closing_(std::move(closing)) {}
   ~Mapping() {
     if (!base) return;
-    auto close = [&driver = driver_, context = context_, base = base, reserved = reserved, blocks = blocks] {
-      driver.cuCtxSetCurrent(context);
+    ++*closing_;
+    auto close = [&driver = driver_, closing = closing_, base = base, reserved = reserved, blocks = blocks] {
       if (reserved) {
         uint64_t at = base;
         for (uint64_t size : blocks) {
@@ -82,8 +84,9 @@ struct Mappings::Mapping {
       } else {
         driver.cuIpcCloseMemHandle(base);
       }
+      --*closing;
     };
-    helper_.submit(close);
+    Reaper::of_process().submit(context_, close);
   }
   CUdeviceptr base = 0;
   size_t reserved = 0;           // VMM: bytes of the address range
@@ -91,8 +94,8 @@ struct Mappings::Mapping {
 
  private:
   const Driver& driver_;
-  Helper& helper_;
   const CUcontext context_;
+  const std::shared_ptr<std::atomic<size_t>> closing_;  // how many wait for that
 };
 
 bool Mappings::knows(int device, const DevicePlace& theirs) {
@@ -231,7 +234,9 @@ void Mappings::map_blocks(Attempt& attempt, Mapping& mapping, int device, const 
 
 void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process) {
   driver_.cuCtxSetCurrent(context);
-  auto mapping = std::make_shared<Mapping>(driver_, helper_, context);
+  // They gather behind a device that is busy for long.
+  if (*closing_ >= limit_) Reaper::of_process().wait(kPatience);
+  auto mapping = std::make_shared<Mapping>(driver_, context, closing_);
   Attempt attempt;
   const auto began = std::chrono::steady_clock::now();
   if (theirs.exported == Export::ipc) {

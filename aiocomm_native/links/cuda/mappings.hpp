@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -93,6 +94,7 @@ class Mappings {
   MoverHost& host_;
   Helper& helper_;
   const size_t limit_;
+  const std::shared_ptr<std::atomic<size_t>> closing_ = std::make_shared<std::atomic<size_t>>(0);
   std::mutex mutex_;
   std::unordered_map<Key, Entry, Hash> entries_;
   std::list<Key> ages_;  // used longest ago first

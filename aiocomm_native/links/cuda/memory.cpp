@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "core/link.hpp"
 
@@ -51,18 +52,25 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   return found;
 }
 
-void Bounces::clear() {
+std::function<void()> Bounces::give_up() {
   std::lock_guard lock(mutex_);
-  for (auto& [memory, block] : blocks_) {
-    if (block.kind == Kind::pinned) {
-      driver_.cuMemFreeHost(memory);
-      continue;
-    }
-    if (block.kind == Kind::registered) driver_.cuMemHostUnregister(memory);
-    std::free(memory);
-  }
-  blocks_.clear();
+  std::map<std::byte*, Block> blocks;
+  blocks.swap(blocks_);
   free_.clear();
+  for (auto it = blocks.begin(); it != blocks.end();)  // ordinary memory is somebody's
+    if (auto next = std::next(it); it->second.kind == Kind::plain)
+      blocks_.insert(blocks.extract(std::exchange(it, next)));
+    else
+      it = next;
+  return [&driver = driver_, blocks = std::move(blocks)] {
+    for (auto& [memory, block] : blocks)
+      if (block.kind == Kind::pinned) {
+        driver.cuMemFreeHost(memory);
+      } else {
+        driver.cuMemHostUnregister(memory);
+        std::free(memory);
+      }
+  };
 }
 
 std::byte* Bounces::take(uint64_t nbytes) {
@@ -122,6 +130,7 @@ std::byte* Bounces::make(uint64_t nbytes) {
 void Bounces::give_back(std::byte* memory) {
   std::lock_guard lock(mutex_);
   auto it = blocks_.find(memory);
+  if (it == blocks_.end()) return;  // given up
   if (it->second.kind != Kind::plain) {
     free_[it->second.nbytes].push_back(memory);
   } else {
@@ -130,12 +139,13 @@ void Bounces::give_back(std::byte* memory) {
   }
 }
 
-void Relays::clear() {
+std::function<void()> Relays::give_up() {
   std::lock_guard lock(mutex_);
-  for (auto& [device, pool] : pools_)
-    for (auto& [size, list] : pool.free)
-      for (uint64_t memory : list) driver_.cuMemFree(memory);
-  pools_.clear();
+  return [&driver = driver_, pools = std::exchange(pools_, {})] {
+    for (auto& [device, pool] : pools)
+      for (auto& [size, list] : pool.free)
+        for (uint64_t memory : list) driver.cuMemFree(memory);
+  };
 }
 
 uint64_t Relays::take(int device, uint64_t nbytes, uint64_t& size) {

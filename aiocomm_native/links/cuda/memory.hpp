@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -33,8 +34,7 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes);
 class Bounces {
  public:
   Bounces(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
-  ~Bounces() { clear(); }
-  void clear();                       // in a current context
+  std::function<void()> give_up();    // what gives back all that is pinned, in a current context
   std::byte* take(uint64_t nbytes);   // at hand; nullptr: see make()
   std::byte* plain(uint64_t nbytes);  // ordinary memory, at once; nullptr: none left
   bool may_pin(uint64_t nbytes);      // whether make() is worth a try
@@ -61,7 +61,7 @@ class Bounces {
 class Relays {
  public:
   Relays(const Driver& driver, uint64_t limit) : driver_(driver), limit_(limit) {}
-  void clear();                                                // in a current context
+  std::function<void()> give_up();                             // what frees all at hand, in a current context
   uint64_t take(int device, uint64_t nbytes, uint64_t& size);  // at hand; 0: see make()
   bool may_make(int device, uint64_t nbytes);
   void make(int device, uint64_t nbytes);  // puts one at hand; takes milliseconds, in a context of the device

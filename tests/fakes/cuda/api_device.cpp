@@ -261,7 +261,13 @@ FAKE_API cuCtxGetDevice(CUdevice* device) {
 
 FAKE_API cuCtxSynchronize(void) {
   Call call("cuCtxSynchronize", Needs::context, true);
-  return call ? call.code : sim().wait_all(call.lock, *call.context);
+  if (call) return call.code;
+  for (auto& [handle, stream] : sim().streams)
+    if (stream->context == call.context && stream->capture != CU_STREAM_CAPTURE_STATUS_NONE) {
+      capture_broken();  // whatever the thread's mode
+      return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
+  return sim().wait_all(call.lock, *call.context);
 }
 
 FAKE_API cuCtxEnablePeerAccess(CUcontext peer, unsigned flags) {

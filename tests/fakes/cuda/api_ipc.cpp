@@ -129,6 +129,7 @@ FAKE_API cuIpcCloseMemHandle(CUdeviceptr address) {
   if (range->pending)
     faults().violation("mapping closed while " + std::to_string(range->pending) +
                        " queued operations use it");
+  if (CUresult code = sim().come_to_rest(call.lock, *call.context)) return code;
   sim().memory->forget(range);
   sim().memory->unreserve(address, (range->size + kGranularity - 1) / kGranularity * kGranularity);
   return CUDA_SUCCESS;

@@ -13,10 +13,9 @@ RangePtr owned(CUdeviceptr address, Origin origin) {
 
 // The real one waits for everything queued; so does this, after noting what would be a race if it did not.
 CUresult free_now(Call& call, const RangePtr& range) {
-  if (range->pending) {
+  if (range->pending)
     faults().violation("memory freed while " + std::to_string(range->pending) + " queued operations use it");
-    if (CUresult code = sim().wait_all(call.lock, sim().devices[range->device]->context)) return code;
-  }
+  if (CUresult code = sim().come_to_rest(call.lock, sim().devices[range->device]->context)) return code;
   return sim().memory->release(range);
 }
 
@@ -197,11 +196,10 @@ FAKE_API cuMemFreeHost(void* address) {
   if (call) return call.code;
   RangePtr range = owned(as_device(address), Origin::pinned);
   if (!range) return CUDA_ERROR_INVALID_VALUE;
-  if (range->pending) {
+  if (range->pending)
     faults().violation("pinned memory freed while " + std::to_string(range->pending) +
                        " queued operations use it");
-    if (CUresult code = sim().wait_all(call.lock, *call.context)) return code;
-  }
+  if (CUresult code = sim().come_to_rest(call.lock, *call.context)) return code;
   sim().memory->forget(range);
   return CUDA_SUCCESS;
 }
@@ -229,6 +227,7 @@ FAKE_API cuMemHostUnregister(void* address) {
   if (range->pending)
     faults().violation("host memory unregistered while " + std::to_string(range->pending) +
                        " queued operations use it");
+  if (CUresult code = sim().come_to_rest(call.lock, *call.context)) return code;
   sim().memory->forget(range);
   return CUDA_SUCCESS;
 }

@@ -104,8 +104,11 @@ CUresult Sim::submit(Lock& lock, const StreamPtr& stream, Op op) {
     return stream->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE ? CUDA_SUCCESS
                                                               : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
   }
-  // The legacy stream waits for all blocking ones of its context, and they for it.
   Context& context = *stream->context;
+  if (op.kind == Op::Kind::copy || op.kind == Op::Kind::fill || op.kind == Op::Kind::kernel ||
+      op.kind == Op::Kind::record)
+    changed.wait(lock, [&] { return !context.giving_back || health(context); });
+  // The legacy stream waits for all blocking ones of its context, and they for it.
   if (stream == context.legacy) {
     for (auto& other : active_)
       if (other->context == &context && other->blocking && other != stream)
@@ -150,6 +153,14 @@ CUresult Sim::wait_all(Lock& lock, Context& context) {
       if (stream->context == &context) return false;
     return true;
   });
+  return code;
+}
+
+CUresult Sim::come_to_rest(Lock& lock, Context& context) {
+  ++context.giving_back;
+  const CUresult code = wait_all(lock, context);
+  --context.giving_back;
+  changed.notify_all();
   return code;
 }
 

@@ -5,6 +5,8 @@
 //  * Each device has one thread per engine (host to device, device to host, to a peer, local, host functions). It takes
 //    the ready operation that was *submitted* first, of whatever stream: a copy queued later never overtakes.
 //  * Everything else (events, values written and waited for) happens the moment it is ready.
+//  * What gives memory back waits for all that is queued in its context, and meanwhile no thread can queue a copy, a fill, a
+//    kernel or an event there (seen on driver 580; values can be written).
 //  * An operation that touches what is not mapped breaks its context: nothing more executes, every call says so.
 // One lock guards all; engines drop it while they move bytes.
 #pragma once
@@ -110,6 +112,7 @@ struct Context {
   int device;
   int references = 0;
   CUresult error = CUDA_SUCCESS;
+  int giving_back = 0;  // calls that give memory back, and wait for all that is queued
   std::set<int> peers;
   StreamPtr legacy;
   std::map<std::thread::id, StreamPtr> per_thread;
@@ -155,6 +158,7 @@ class Sim {
   CUresult submit(Lock& lock, const StreamPtr& stream, Op op);
   CUresult wait(Lock& lock, const StreamPtr& stream, uint64_t until);
   CUresult wait_all(Lock& lock, Context& context);
+  CUresult come_to_rest(Lock& lock, Context& context);  // before memory is given back
   void heal(Lock& lock);
   // Completes what can be, hands the rest to engines. To be called after every change.
   void pump();

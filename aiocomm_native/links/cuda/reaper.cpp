@@ -1,0 +1,63 @@
+#include "links/cuda/reaper.hpp"
+
+#include <pthread.h>
+
+#include <thread>
+#include <utility>
+
+#include "core/relax.hpp"
+
+namespace aiocomm::cuda {
+
+namespace {
+constexpr std::chrono::milliseconds kLingers{100};  // the thread, for the next task
+}  // namespace
+
+Reaper& Reaper::of_process() {
+  static Reaper* reaper = new Reaper(Driver::of_process());
+  return *reaper;
+}
+
+uint64_t Reaper::submit(CUcontext context, std::function<void()> task) {
+  std::lock_guard lock(mutex_);
+  tasks_.push_back({context, std::move(task)});
+  if (!std::exchange(started_, true)) std::thread([this] { run(); }).detach();
+  wake_.notify_one();
+  return ++submitted_;
+}
+
+bool Reaper::wait(uint64_t number, std::chrono::milliseconds longest) {
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, longest, [&] { return done_ >= number; });
+}
+
+bool Reaper::wait(std::chrono::milliseconds longest) {
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, longest, [this, all = submitted_] { return done_ >= all; });
+}
+
+void Reaper::run() {
+  pthread_setname_np(pthread_self(), "aiocomm-gpuend");
+  int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_.cuThreadExchangeStreamCaptureMode(&capture_mode);  // as in Device::Current
+  std::unique_lock lock(mutex_);
+  while (wake_.wait_for(lock, kLingers, [this] { return !tasks_.empty(); })) {
+    std::deque<Task> batch;
+    batch.swap(tasks_);
+    lock.unlock();
+    for (Task& task : batch) {
+      driver_.cuCtxSetCurrent(task.context);
+      calls_.store(true);
+      while (undisturbed_.load()) relax();
+      task.run();
+      calls_.store(false);
+      task.run = nullptr;  // with what it holds
+    }
+    lock.lock();
+    done_ += batch.size();
+    ended_.notify_all();
+  }
+  started_ = false;
+}
+
+}  // namespace aiocomm::cuda

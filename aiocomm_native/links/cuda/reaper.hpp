@@ -1,0 +1,73 @@
+// Gives back what the driver gives back only when a device has come to rest: device memory, pinned memory, mappings.
+//
+// Such a call waits for all that is queued on its device, also for a kernel that runs for long, or that itself waits for a
+// transfer; and it holds meanwhile the lock without which no thread can queue a copy there. So no loop makes it, but one
+// thread of the process; and loops that spin leave their copies to the copy threads until it is over. (To wait for the device
+// first, in a way that holds nothing, cuCtxSynchronize would be the call: it breaks graphs that other threads capture.)
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+
+#include "links/cuda/driver.hpp"
+
+namespace aiocomm::cuda {
+
+class Reaper {
+ public:
+  // What it still waits for when the process ends, ends with that. Its thread lives while it has something to do.
+  static Reaper& of_process();
+
+  // Calls `task` in this context; in the order of submission. Returns its number. Any thread.
+  uint64_t submit(CUcontext context, std::function<void()> task);
+  // Until the task with this number, or all so far, have ended; false: it takes longer.
+  bool wait(uint64_t number, std::chrono::milliseconds longest);
+  bool wait(std::chrono::milliseconds longest);
+
+  // While one of these exists that is true, no task is called: a copy is queued without waiting for one.
+  class Undisturbed {
+   public:
+    explicit Undisturbed(Reaper& reaper) : reaper_(reaper) {
+      reaper_.undisturbed_.fetch_add(1);
+      if (reaper_.calls_.load()) release();
+    }
+    ~Undisturbed() {
+      if (held_) release();
+    }
+    Undisturbed(const Undisturbed&) = delete;
+    Undisturbed& operator=(const Undisturbed&) = delete;
+    explicit operator bool() const { return held_; }
+
+   private:
+    void release() {
+      reaper_.undisturbed_.fetch_sub(1);
+      held_ = false;
+    }
+    Reaper& reaper_;
+    bool held_ = true;
+  };
+
+ private:
+  struct Task {
+    CUcontext context;
+    std::function<void()> run;
+  };
+  explicit Reaper(const Driver& driver) : driver_(driver) {}
+  void run();
+
+  const Driver& driver_;
+  std::mutex mutex_;
+  std::condition_variable wake_, ended_;
+  std::deque<Task> tasks_;
+  uint64_t submitted_ = 0, done_ = 0;
+  bool started_ = false;
+  std::atomic<bool> calls_{false};
+  std::atomic<uint32_t> undisturbed_{0};
+};
+
+}  // namespace aiocomm::cuda
