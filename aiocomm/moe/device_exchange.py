@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aiocomm.moe.memory import Block, Pinned, Pool
     from aiocomm.moe.placement import Placement
     from aiocomm.moe.routing import Part
+    from aiocomm_native import Transfer
 
     Far = tuple[int, bytes, int, int, int]
 
@@ -51,6 +52,7 @@ DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
+_TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class DeviceExchange(Exchange):
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
         self._refused: UsageError | None = None
+        self._reached = True  # by kernels: all that they would read
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
@@ -323,12 +326,19 @@ class DeviceExchange(Exchange):
             self._settle_sends()
             self._raise_any()
             await self._wait()
-        error = self._data_error
-        if isinstance(error, LinkError) and error.code == errno.EXDEV:
-            self._data_error = None
-            return False
         self._raise_any()
-        return True
+        reached, self._reached = self._reached, True
+        return reached
+
+    def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
+        if self._flying.get(key) is transfer and _KERNELS <= key[1] < _GETS and not transfer.cancelled():
+            error = transfer.exception()
+            if isinstance(error, LinkError) and error.code == errno.EXDEV:
+                del self._flying[key]
+                self._reached = False
+                self._gate.ring()
+                return
+        super()._ended(key, transfer)
 
     def _raise_any(self) -> None:
         if self._judged:
@@ -339,7 +349,7 @@ class DeviceExchange(Exchange):
             raise self._explained(self._data_error)
 
     def _may_pull(self, peer: int) -> bool:
-        return bool(self._where[peer].place) and peer not in self._pool.unreached
+        return bool(self._where[peer].place) and self._pool.missed[peer] < _TRIES
 
     def _far(self, peer: int, at: int) -> Far:
         where = self._where[peer]

@@ -229,8 +229,9 @@ class DeviceDispatch(DeviceExchange):
         riding = all(head.flags & LISTS_RIDE for head in heads.values())
         if riding:
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
-        if not await self._landed(keys) or len(pulled) + 1 < len(indices):
-            self._pool.unreached.update(pulled)
+        if not (reached := await self._landed(keys)):
+            self._pool.missed.update(pulled)
+        if not reached or len(pulled) + 1 < len(indices):
             await self._pull_copies(indices)
         if not riding:
             await self._rest()
@@ -413,7 +414,7 @@ class DeviceCombine(DeviceExchange):
             return
         bases = await self._copies(copied)
         if not await self._landed([self._add_up(bases, pulled, nbytes)]):
-            self._pool.unreached.update(pulled)
+            self._pool.missed.update(pulled)
             bases |= await self._copies(pulled)
             await self._landed([self._add_up(bases, [], nbytes)])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -143,7 +144,7 @@ class Pool:
         self._kept = 0
         self._closed = False
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
-        self.unreached: set[int] = set()  # ranks of the group whose memory kernels of this GPU do not reach
+        self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
     def take(self, nbytes: int) -> Block:
         """A block of at least so many bytes, not cleared."""
