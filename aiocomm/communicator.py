@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from aiocomm._control.plane import Welcome
     from aiocomm._loop.backend import Backend
     from aiocomm._world import World
+    from aiocomm.collectives.scope import Scope
     from aiocomm.config import Settings
     from aiocomm.pages.streaming import LayerNotes
     from aiocomm.region import Region
@@ -110,6 +111,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._groups: dict[str, int] = {}  # groups made so far, by members
         self._world_group: Group | None = None
         self._collective_calls: Counter[str] = Counter()
+        self._lenders: set[Scope] = set()  # whose memory others may read after a call
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
         engine.on_connect_wanted(self._plane.request_pair)
@@ -188,6 +190,9 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
                     pass
                 self._backend.detach(self._engine)
+                for scope in self._lenders:
+                    scope.close()
+                self._lenders.clear()
                 for hook in (
                     self._engine.on_connect_wanted,
                     self._engine.on_events,
@@ -201,11 +206,14 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
     async def _drain(self) -> None:
         """Wait until what was sent has been fetched: it may still lie in this process's memory."""
-        if not (pending := self._engine.outgoing()):
+        pending = self._engine.outgoing()
+        if not pending and not self._lenders:
             return
         with anyio.move_on_after(self._settings.drain_timeout_s):
             for transfer in pending:
                 await _ended(transfer)
+            for scope in self._lenders:
+                await scope.settle()
 
     # ------------------------------------------------------------ who is there
 

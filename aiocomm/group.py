@@ -109,7 +109,9 @@ class Group(Collectives, ExpertOperations):
         if not self._comm.closed:
             channels = [scope.index for scope in self._scopes.values()]
             for scope, rows in self._expert_scopes.values():
-                channels += [scope.index, rows]
+                # Others may ask whether calls have ended, which read memory of theirs.
+                channels += [rows] if scope.pools and not scope.calls else [scope.index, rows]
+                scope.closed = bool(scope.calls)
             for index in channels:
                 self._comm._engine.close_channel(index)
             self._comm._engine.drain()

@@ -7,6 +7,7 @@ from . import (
     gpu_collectives,
     gpu_compute,
     gpu_mixed,
+    gpu_moe,
     gpu_ring,
     idle,
     moe,
@@ -40,6 +41,7 @@ SUITES: dict[str, Suite] = {
         gpu_compute.SUITE,
         gpu_mixed.SUITE,
         gpu_ring.SUITE,
+        gpu_moe.SUITE,
         rdma.SUITE,
     )
 }

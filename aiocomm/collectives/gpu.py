@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from aiocomm.collectives.kernels import Kernels, Scratch
     from aiocomm.collectives.plan import Plan
 
-__all__ = ["GpuArray", "Reduction", "check_plan", "choose", "chunk_bytes", "flat", "reduction", "view"]
+__all__ = [
+    "GpuArray",
+    "Reduction",
+    "check_plan",
+    "choose",
+    "chunk_bytes",
+    "flat",
+    "form_of",
+    "itemsize_in",
+    "name_of",
+    "reduction",
+    "view",
+]
 
 _CHAIN_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
 _LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
@@ -60,6 +72,22 @@ _NAMES: Final = {
     "f8e4m3fn": "float8_e4m3fn",
     "f8e5m2": "float8_e5m2",
 }
+_FORMS: Final = {name: form for form, name in _NAMES.items()}
+
+
+def form_of(name: str) -> str:
+    """A dtype as descriptions name it."""
+    return _FORMS.get(name, name)
+
+
+def name_of(form: str) -> str:
+    """A dtype that a description names."""
+    return _NAMES.get(form, form)
+
+
+def itemsize_in(form: str) -> int:
+    """Bytes of an element of a dtype that a description names."""
+    return itemsize_of((None, 0, 0, -1, NO_STREAM, form, (0,)))
 
 
 class GpuArray:

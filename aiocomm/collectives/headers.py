@@ -41,11 +41,13 @@ ABORT_BYTES: Final = _ABORT.size
 
 
 class Why(enum.IntEnum):
-    """Why a call failed at another rank."""
+    """Why a call failed at another rank, or what else is said of it."""
 
     OTHER = 0
     LOST = 1
     DEADLINE = 2
+    ASKS = 3  # no failure: the sender, who is about to leave, asks whether the call has ended
+    ENDED = 4  # and is told so
 
 
 def header(text: str) -> bytes:

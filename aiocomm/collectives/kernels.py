@@ -31,6 +31,7 @@ __all__ = [
     "Scratch",
     "check_budget",
     "device_of",
+    "driver",
     "kernel_source",
     "kernels_of",
     "types",
@@ -306,7 +307,7 @@ class _Driver:
 
 
 @functools.cache
-def _driver() -> _Driver:
+def driver() -> _Driver:
     return _Driver()
 
 
@@ -315,7 +316,7 @@ def device_of(described: Description) -> int:
     if described[3] >= 0:
         return described[3]
     ordinal = ctypes.c_int()
-    _driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(described[1]))
+    driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(described[1]))
     return ordinal.value
 
 
@@ -337,7 +338,7 @@ class Scratch:
         self.nbytes = nbytes
         address = _Address()
         with kernels.current():
-            _driver()("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            driver()("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
         self.address = int(address.value)
 
     @property
@@ -348,7 +349,7 @@ class Scratch:
     def __del__(self) -> None:
         if address := getattr(self, "address", 0):
             with contextlib.suppress(LinkError), self._kernels.current():  # a lost device has taken it along
-                _driver()("cuMemFree_v2", _Address(address))
+                driver()("cuMemFree_v2", _Address(address))
 
 
 class Kernels:
@@ -359,7 +360,7 @@ class Kernels:
         self._context = _Handle()
         self._stream, self._event = _Handle(), _Handle()
         self._functions: dict[tuple[str, str, str], _Handle] = {}
-        call = _driver()
+        call = driver()
         call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         least, greatest = ctypes.c_int(), ctypes.c_int()
         with self.current():
@@ -383,8 +384,8 @@ class Kernels:
     def follow(self, stream: int) -> None:
         """Have what comes wait for the work that a user's stream has now."""
         with self.current():
-            _driver()("cuEventRecord", self._event, _Handle(stream))
-            _driver()("cuStreamWaitEvent", self._stream, self._event, 0)
+            driver()("cuEventRecord", self._event, _Handle(stream))
+            driver()("cuStreamWaitEvent", self._stream, self._event, 0)
 
     def combine(
         self, dtype: str, op: str, out: int, left: int, right: int, count: int, itemsize: int, sm_budget: int
@@ -413,15 +414,20 @@ class Kernels:
             self._load(source, {name: key})
         return self._functions[key].value or 0
 
+    def loaded(self, source: str, name: str) -> int:
+        """The same of one that `entry` has loaded, or 0."""
+        found = self._functions.get((source, "", name))
+        return 0 if found is None else found.value or 0
+
     def synchronize(self) -> None:
         """Wait on the host until nothing is queued, so that a failed call touches nothing any more."""
         with self.current():
-            _driver()("cuStreamSynchronize", self._stream)
+            driver()("cuStreamSynchronize", self._stream)
 
     def _launch(self, function: _Handle, blocks: int, *values: Any) -> None:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         with self.current():
-            _driver()(
+            driver()(
                 "cuLaunchKernel",
                 function,
                 *(blocks, 1, 1),
@@ -440,7 +446,7 @@ class Kernels:
         return self._functions[key]
 
     def _load(self, source: str, entries: dict[str, tuple[str, str, str]]) -> None:
-        call, module = _driver(), _Handle()
+        call, module = driver(), _Handle()
         major, minor = ctypes.c_int(), ctypes.c_int()
         call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, self.device)
         call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, self.device)
@@ -460,10 +466,10 @@ class _Current:
         self._context = context
 
     def __enter__(self) -> None:
-        _driver()("cuCtxPushCurrent_v2", self._context)
+        driver()("cuCtxPushCurrent_v2", self._context)
 
     def __exit__(self, *_: object) -> None:
-        _driver()("cuCtxPopCurrent_v2", ctypes.byref(_Handle()))
+        driver()("cuCtxPopCurrent_v2", ctypes.byref(_Handle()))
 
 
 def _blocks(nbytes: int, sm_budget: int) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 import numpy as np
 
 from aiocomm.collectives import headers
+from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.kernels import Scratch
 from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.shared import Place, Shared
     from aiocomm.communicator import Communicator
     from aiocomm.group import Group
+    from aiocomm.moe.memory import Pool
     from aiocomm_native import Transfer
 
 __all__ = ["TAG_BITS", "Scope"]
@@ -36,6 +39,7 @@ _ABORT_S: Final = 5.0
 _KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call: first touch is slow
 _REMEMBERED: Final = 256
 _MISSED: Final = 16
+_LOOK_S: Final = 0.01  # after which it is looked whether others are gone
 
 
 class Scope:
@@ -53,6 +57,10 @@ class Scope:
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self.shared: dict[Any, Shared] = {}  # by the shape, likewise
+        self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
+        self.closed = False  # in the middle of a call
+        self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
+        self._gate = Gate(comm._backend)
         self.place: Place | None = None  # of the arena, once a call may go through it
         self._listen()
 
@@ -111,6 +119,49 @@ class Scope:
                 told = comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
                 told.add_done_callback(_look_away)
 
+    # ------------------------------------------------------------ before leaving
+
+    async def settle(self) -> None:
+        """Wait until no other member reads memory that was lent to it; for as long as it is there."""
+        comm = self.comm
+        if self.closed:
+            return
+        for pool in self.pools.values():
+            for number, ranks in pool.lent():
+                message = headers.abort_message(number, headers.Why.ASKS, -1, "")
+                for rank in ranks:
+                    self._tell(message, self.group.ranks[rank])
+        while any(
+            comm._peers[self.group.ranks[rank]].alive
+            for pool in self.pools.values()
+            for _, ranks in pool.lent()
+            for rank in ranks
+        ):
+            with anyio.move_on_after(_LOOK_S):
+                await self._gate.wait()
+
+    def answer(self) -> None:
+        """Tell those who ask that a call has ended here, or will not begin."""
+        for number, source in self._asked[:]:
+            if number not in self.calls and (number < self._next or number in self._failed):
+                self._asked.remove((number, source))
+                self._tell(headers.abort_message(number, headers.Why.ENDED, -1, ""), source)
+
+    def close(self) -> None:
+        """Give memory back; no call is under way any more."""
+        for pool in self.pools.values():
+            pool.close()
+
+    def _has_ended(self, number: int, source: int) -> None:
+        for pool in self.pools.values():
+            pool.heard(self.group.ranks.index(source), number, exactly=True)
+        self._gate.ring()
+
+    def _tell(self, message: bytes, rank: int) -> None:
+        if not self.comm.closed:
+            told = self.comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
+            told.add_done_callback(_look_away)
+
     def _listen(self) -> None:
         self._news = bytearray(headers.ABORT_BYTES)
         receive = self.comm._recv(self._news, -1, self.index, _ABORT_TAG, -1.0)
@@ -122,6 +173,11 @@ class Scope:
         source = receive.result().source
         number, why, lost, text = headers.parse_abort(self._news)
         self._listen()
+        if why is headers.Why.ASKS:
+            self._asked.append((number, source))
+            return self.answer()
+        if why is headers.Why.ENDED:
+            return self._has_ended(number, source)
         call = self.calls.get(number)
         error: AiocommError
         if why is headers.Why.LOST:

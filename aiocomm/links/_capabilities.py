@@ -24,6 +24,7 @@ class Capabilities:
     loss: str = _row("a dead peer is seen by")
     encryption: str = _row("encryption")
     reductions: str = _row("reductions of", "host arrays, in NumPy; bfloat16 and float8 with ml_dtypes")
+    experts: str = _row("dispatch and combine of", "host arrays")
 
     def rows(self) -> list[tuple[str, str]]:
         """Title and value of each line."""

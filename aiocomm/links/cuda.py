@@ -26,6 +26,7 @@ CAPABILITIES = Capabilities(
     wake="as the link beside it",
     loss="as the link beside it; a failed GPU by its driver",
     reductions="GPU arrays, by kernels; those of float8 are compiled, and have not run on a GPU yet",
+    experts="GPU arrays, by kernels that read the others' memory, or copy engines",
 )
 
 OLDEST_DRIVER: Final = 12000  # the native link's kOldestDriver

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm.group import Group
+    from aiocomm.moe.memory import Tables
     from aiocomm.moe.placement import Placement
     from aiocomm.moe.routing import Arrangement, Part
 
@@ -35,8 +36,9 @@ class Dispatched:
         placement: Placement,
         sent: Sequence[Part],
         count: int,
-        tokens: NDArray[Any],
+        tokens: Any,
         found: Arrangement,
+        tables: Tables | None = None,
     ) -> None:
         self._group = group
         self._number = number
@@ -45,10 +47,17 @@ class Dispatched:
         self._count = count
         self._found = found
         self._tokens = tokens
+        self._tables = tables  # of tokens on a GPU
 
     @property
-    def tokens(self) -> NDArray[Any]:
-        """One row per token, each once, by the rank it comes from; shape (rows, hidden)."""
+    def tokens(self) -> Any:
+        """One row per token, each once, by the rank it comes from; shape (rows, hidden).
+
+        A NumPy array, or where the tokens came from GPUs, a `DeviceArray`:
+        `torch.as_tensor(came.tokens, device="cuda")`. It shows dtypes that NumPy has not as bytes, row by
+        row: `.view(torch.bfloat16)`. When the last array over it goes, its memory is used again after the
+        work that is queued then on the stream that `dispatch` was called with.
+        """
         return self._tokens
 
     @property
@@ -78,8 +87,17 @@ class Dispatched:
 
     @property
     def inputs(self) -> NDArray[Any]:
-        """The tokens once per assignment, as a grouped matrix product takes them; a copy."""
-        return self._tokens[self._found.rows]
+        """The tokens once per assignment, as a grouped matrix product takes them; a copy.
+
+        Raises:
+            UsageError: they are on a GPU, where the array library's own indexing makes it.
+        """
+        if self._tables is not None:
+            raise UsageError(
+                "inputs is of host arrays; tokens on a GPU are indexed by their own library: "
+                'torch.as_tensor(came.tokens, device="cuda")[came.rows]'
+            )
+        return self._tokens[self._found.rows]  # type: ignore[no-any-return]
 
     def of(self, expert: int) -> slice:
         """The assignments of an expert of this rank: `rows[of(e)]` are its rows.
@@ -102,6 +120,6 @@ class Dispatched:
 
     def __repr__(self) -> str:
         return (
-            f"<aiocomm.Dispatched {len(self._tokens)} tokens for {len(self.rows)} assignments to "
+            f"<aiocomm.Dispatched {int(self.starts[-1])} tokens for {len(self.rows)} assignments to "
             f"{len(self.experts)} experts on rank {self._group.rank}>"
         )

@@ -80,6 +80,11 @@ class Exchange(Flight):
         self.rode = True  # nothing followed
 
     @property
+    def operation(self) -> str:
+        """Its name."""
+        return self._operation
+
+    @property
     def number(self) -> int:
         """Of the call in its scope."""
         return self._number
@@ -96,6 +101,7 @@ class Exchange(Flight):
         except PeerLostError as error:  # another rank has given it up for that
             raise self._explained(error) from None
         try:
+            self._start()
             self._slots = self._borrow(self._group.size * self._slot_bytes)
             for peer in self._others():
                 self._post(Recv, (True, peer), peer, self._slot(peer), _HEAD_TAG)
@@ -119,6 +125,9 @@ class Exchange(Flight):
                 self._scope.give_back(memory)
 
     # ------------------------------------------------------------ of each operation
+
+    def _start(self) -> None:
+        """Begin what takes a while by itself."""
 
     async def _send(self) -> None:
         """Send every rank its message, and what follows it."""

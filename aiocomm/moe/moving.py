@@ -68,6 +68,11 @@ class Dispatch(Exchange):
         self.tokens: Array = tokens[:0]
         self.found: Arrangement
 
+    @property
+    def count(self) -> int:
+        """Tokens of this rank."""
+        return len(self._given)
+
     def _as_bytes(self, array: Array) -> Bytes:
         return array.view(np.uint8).reshape(len(array), self._width)
 

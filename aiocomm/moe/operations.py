@@ -9,12 +9,15 @@ import numpy as np
 from aiocomm._operations import limit_of
 from aiocomm.collectives.arrays import dtype_name, flat
 from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm.moe import device_calls
+from aiocomm.moe.device_calls import Options, matrix_of
+from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
 from aiocomm.moe.placement import place
 from aiocomm.moe.routing import checked, route
-from aiocomm.moe.weighting import KINDS, accumulator
+from aiocomm.moe.weighting import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from aiocomm.channel import Channel
     from aiocomm.group import Group
     from aiocomm.moe.exchange import Exchange
+    from aiocomm.moe.routing import Part
 
     Array = NDArray[Any]
 
@@ -39,8 +43,13 @@ class ExpertOperations:
     - `path`: `"latency"`: rows travel with the counts, in one message per pair, as long as they fit into its
       slot (2 MiB, less in groups of more than 32). `"bandwidth"`: counts first, then the rows, straight into
       place. `"auto"` decides by size, pair by pair; ranks need not agree.
+      Of GPU arrays: the others' kernels read up to 8 MiB of a rank where they are, more is got by copy
+      engines; `"latency"` and `"bandwidth"` force the one or the other.
     - `channel`: whose priority and weight apply to rows that follow the counts; messages with counts go on an
       urgent channel.
+    - `stream`: of GPU arrays, which all ranks pass or none: whose queued work is waited for by the GPU;
+      default: the current stream of the array's library.
+    - `sm_budget`: streaming multiprocessors that a kernel for GPU arrays may take, default 24.
     - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
     - `UsageError`, the same on all ranks, if they differ in hidden size, dtype, experts or placement, or if
       one rank's arguments are wrong.
@@ -63,33 +72,44 @@ class ExpertOperations:
         path: str = "auto",
         channel: Channel | None = None,
         deadline: float | None = None,
+        stream: Any = None,
+        sm_budget: int | None = None,
     ) -> Dispatched:
         """Send each token to the ranks that hold its experts, and receive the tokens for this rank's.
 
         A token travels once to each rank, however many of its experts are there.
 
         Args:
-            tokens: host array of shape (tokens, hidden), of any dtype; ranks may have different numbers of
-                tokens, or none.
-            expert_ids: the experts of each token, -1 for none; integers of shape (tokens, choices).
+            tokens: host or GPU array of shape (tokens, hidden), of any dtype; ranks may have different
+                numbers of tokens, or none.
+            expert_ids: the experts of each token, -1 for none; integers of shape (tokens, choices). Those of
+                tokens on a GPU may be a GPU array, too, which is read back without holding the loop up.
             weights: of the same shape; they travel along, as float32, for `combine`. Default: 1.
             experts: number of experts of all ranks together.
             placement: the rank of each expert; default: contiguous blocks of nearly one size.
         """
         group = self._members()
         scope, bulk = _begin(group, channel, deadline)
-        call: Dispatch | None = None
+        call: Dispatch | DeviceDispatch | None = None
+        parts: list[Part] = []
         refused: UsageError | None = None
         try:
             _check_path(path)
-            given = _matrix(tokens, "tokens")
+            options = Options(scope, bulk, path, deadline, stream, sm_budget)
+            on_gpu = matrix_of(options, tokens, "tokens")
+            given = _matrix(tokens, "tokens") if on_gpu is None else on_gpu
             where = place(experts, placement, group.size)
-            ids, found = checked(len(given), expert_ids, weights, where.experts)
-            text = f"dispatch {dtype_name(given.dtype)} hidden {given.shape[1]}, {experts} experts"
+            hidden = given.shape[1] if isinstance(given, np.ndarray) else given.hidden
+            dtype = dtype_name(given.dtype) if isinstance(given, np.ndarray) else given.dtype
+            text = f"dispatch {dtype} hidden {hidden}, {experts} experts"
             if placement is not None:
                 text += f" placed {where.digest}"
-            parts = route(ids, found, where)
-            call = Dispatch(scope, bulk, text, given, where, parts, path, deadline)
+            if isinstance(given, np.ndarray):
+                ids, found = checked(len(given), expert_ids, weights, where.experts)
+                parts = route(ids, found, where)
+                call = Dispatch(scope, bulk, text, given, where, parts, path, deadline)
+            else:
+                call = device_calls.dispatch(options, text, given, expert_ids, weights, where)
         except UsageError as error:
             refused = error
         if call is None:
@@ -98,7 +118,10 @@ class ExpertOperations:
             raise refused  # alone in its group
         await call.run()
         _count(group, call)
-        return Dispatched(group, call.number, where, parts, len(given), call.tokens, call.found)
+        if isinstance(call, DeviceDispatch):
+            more = call.parts, call.count, call.tokens, call.found, call.tables
+            return Dispatched(group, call.number, where, *more)
+        return Dispatched(group, call.number, where, parts, call.count, call.tokens, call.found)
 
     async def combine(
         self,
@@ -110,7 +133,9 @@ class ExpertOperations:
         path: str = "auto",
         channel: Channel | None = None,
         deadline: float | None = None,
-    ) -> Array:
+        stream: Any = None,
+        sm_budget: int | None = None,
+    ) -> Any:
         """Bring the experts' outputs back to the ranks of the tokens, weighted and summed.
 
         Sums are in float32 (float64 for float64), in an order that only routing and placement decide: on a
@@ -118,42 +143,54 @@ class ExpertOperations:
 
         Args:
             outputs: of the experts of this rank, one row per assignment of `dispatched`, in their order;
-                floats of shape (assignments, hidden).
+                floats of shape (assignments, hidden), on the GPU where the tokens came to, or on the host.
             dispatched: what the ranks' common `dispatch` returned.
             out: receives the result; shape (tokens, hidden), any floating dtype. Default: a new array of the
-                dtype of `outputs`.
-            wire: dtype in which the ranks' sums travel, default float32; a shorter one rounds each once.
+                dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
+            wire: dtype in which the ranks' sums travel, or its name, default float32; a shorter one rounds
+                each once.
 
         Returns:
-            The result: one row per token that this rank dispatched, zeros for those without experts.
+            The result, `out` where it is given: one row per token that this rank dispatched, zeros for those
+            without experts.
         """
         group = self._members()
         scope, bulk = _begin(group, channel, deadline)
-        call: Combine | None = None
+        call: Combine | DeviceCombine | None = None
         refused: UsageError | None = None
+        result: Any = None
         try:
             _check_path(path)
+            options = Options(scope, bulk, path, deadline, stream, sm_budget)
             if not isinstance(dispatched, Dispatched) or dispatched._group is not group:
                 raise UsageError("dispatched is not what a dispatch of this group returned")
-            given = _matrix(outputs, "outputs")
-            travels = accumulator(given.dtype) if wire is None else np.dtype(wire)
-            for name, dtype in (("outputs", given.dtype), ("wire", travels)):
-                _check_floating(name, dtype)
-            if len(given) != len(dispatched.rows):
+            on_gpu = matrix_of(options, outputs, "outputs")
+            if (on_gpu is None) != (dispatched._tables is None):
+                places = ["in host memory", "on a GPU"]
+                ours, theirs = places if on_gpu is None else places[::-1]
+                raise UsageError(f"outputs is {ours}, and the tokens were {theirs}")
+            given = _matrix(outputs, "outputs") if on_gpu is None else on_gpu
+            rows, hidden = given.shape if isinstance(given, np.ndarray) else (given.rows, given.hidden)
+            if rows != len(dispatched.rows):
                 raise UsageError(
-                    f"outputs has {len(given)} rows for {len(dispatched.rows)} assignments: one each, in "
+                    f"outputs has {rows} rows for {len(dispatched.rows)} assignments: one each, in "
                     "their order"
                 )
-            shape = (dispatched._count, given.shape[1])
-            result = np.empty(shape, given.dtype) if out is None else _matrix(out, "out", writable=True)
-            if result.shape != shape:
-                raise UsageError(f"out has shape {result.shape}, the result {shape}")
-            _check_floating("out", result.dtype)
-            text = (
-                f"combine of dispatch {dispatched._number}: {dtype_name(given.dtype)} hidden {shape[1]} as "
-                f"{dtype_name(travels)}"
-            )
-            call = Combine(scope, bulk, text, given, dispatched, travels, result, path, deadline)
+            dtype = dtype_name(given.dtype) if isinstance(given, np.ndarray) else given.dtype
+            travels = _wire(wire, dtype)
+            text = f"combine of dispatch {dispatched._number}: {dtype} hidden {hidden} as {travels}"
+            if isinstance(given, np.ndarray):
+                for name, kind in (("outputs", given.dtype), ("wire", np.dtype(travels))):
+                    _check_floating(name, kind)
+                shape = (dispatched._count, hidden)
+                result = np.empty(shape, given.dtype) if out is None else _matrix(out, "out", writable=True)
+                if result.shape != shape:
+                    raise UsageError(f"out has shape {result.shape}, the result {shape}")
+                _check_floating("out", result.dtype)
+                more = given, dispatched, np.dtype(travels), result, path, deadline
+                call = Combine(scope, bulk, text, *more)
+            else:
+                call = device_calls.combine(options, text, given, dispatched, travels, out)
         except UsageError as error:
             refused = error
         if call is None:
@@ -162,6 +199,8 @@ class ExpertOperations:
             raise refused  # alone in its group
         await call.run()
         _count(group, call)
+        if isinstance(call, DeviceCombine):
+            return call.result if out is None else out
         return result
 
 
@@ -172,13 +211,26 @@ def _begin(group: Group, channel: Channel | None, deadline: float | None) -> Any
 
 
 def _count(group: Group, call: Exchange) -> None:
-    name = "dispatch" if isinstance(call, Dispatch) else "combine"
-    group._comm._collective_calls[f"{name}/{'latency' if call.rode else 'bandwidth'}"] += 1
+    group._comm._collective_calls[f"{call.operation}/{'latency' if call.rode else 'bandwidth'}"] += 1
 
 
 def _check_path(path: str) -> None:
     if path not in PATHS:
         raise UsageError(f"unknown path {path!r}: choose from {', '.join(PATHS)}")
+
+
+def _wire(wire: Any, dtype: str) -> str:
+    """Name of the dtype in which partial sums travel. NumPy knows bfloat16 only where ml_dtypes is loaded."""
+    if wire is None:
+        return "float64" if dtype == "float64" else "float32"
+    if isinstance(wire, str) and wire in KINDS:
+        return wire
+    if type(wire).__module__ == "torch":
+        return str(wire).removeprefix("torch.")
+    try:
+        return dtype_name(np.dtype(wire))
+    except TypeError as error:
+        raise UsageTypeError(f"wire={wire!r} is no dtype: {error}") from error
 
 
 def _check_floating(name: str, dtype: np.dtype[Any]) -> None:

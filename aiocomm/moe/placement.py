@@ -37,7 +37,15 @@ class Placement:
         self.held = [order[start : start + n] for start, n in zip(starts, counts, strict=True)]
         self.local = np.empty(len(owner), np.int64)
         self.local[order] = np.arange(len(owner)) - np.repeat(starts, counts)
+        self._here: dict[int, Integers] = {}
         self.digest = hashlib.blake2b(owner.tobytes(), digest_size=6).hexdigest()
+
+    def here(self, rank: int) -> Integers:
+        """`local` of the experts of a rank, and -1 of all others."""
+        found = self._here.get(rank)
+        if found is None:
+            found = self._here[rank] = np.where(self.owner == rank, self.local, -1)
+        return found
 
     @property
     def experts(self) -> int:

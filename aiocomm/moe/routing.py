@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,43 +115,37 @@ def route(ids: NDArray[Any], weights: Floats, placement: Placement) -> list[Part
         ids: expert of each choice of each token, or -1; shape (tokens, choices).
         weights: of the same shape.
     """
-    choices = ids.shape[1]
-    flat = ids.reshape(-1)
-    there = np.flatnonzero(flat >= 0) if flat.size and flat.min() < 0 else np.arange(flat.size)
-    experts = flat[there].astype(np.int32)
-    owner = placement.owner[experts]
-    order = _order(owner, placement.size)
-    ends = np.cumsum(np.bincount(owner, minlength=placement.size))
-    there, experts = there[order], experts[order]
-    token, weight = there // max(1, choices), weights.reshape(-1)[there]
+    most = ids.size
+    tokens, counts = np.empty(most, np.int64), np.empty(most, np.uint16)
+    experts, routed = np.empty(most, np.int32), np.empty(most, np.float32)
+    rows, assignments = _core.route_tokens(
+        np.ascontiguousarray(ids, np.int64),
+        np.ascontiguousarray(weights, np.float32),
+        placement.owner,
+        placement.size,
+        tokens,
+        counts,
+        experts,
+        routed,
+    )
     parts = []
-    start = 0
-    for end in ends.tolist():
-        mine = token[start:end]
-        first = np.flatnonzero(np.diff(mine, prepend=-1))
-        counts = np.diff(first, append=len(mine)).astype(np.uint16)
-        parts.append(Part(mine[first], counts, experts[start:end], weight[start:end]))
-        start = end
+    for rank in range(placement.size):
+        here, there = slice(rows[rank], rows[rank + 1]), slice(assignments[rank], assignments[rank + 1])
+        parts.append(Part(tokens[here], counts[here], experts[there], routed[there]))
     return parts
 
 
 def arrange(parts: Sequence[Part], placement: Placement, rank: int) -> Arrangement:
-    """Order what came to a rank, by the rank that it came from, into runs by expert."""
-    experts = np.concatenate([part.experts for part in parts])
-    counts = np.concatenate([part.counts for part in parts]).astype(np.int64)
-    local = placement.local[experts]
-    row = np.repeat(np.arange(len(counts)), counts)
+    """Order what came to a rank, by the rank that it came from, into runs by expert.
+
+    Raises:
+        ValueError: a part contradicts itself, or is for experts of another rank.
+    """
     held = len(placement.held[rank])
-    order = _order(local, held)
-    rows = row[order]
-    weights = np.concatenate([part.weights for part in parts])[order]
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(local, minlength=held))))
-    by_row = np.argsort(rows, kind="stable")
-    first = np.concatenate(([0], np.cumsum(counts)))
-    starts = np.concatenate(([0], np.cumsum([part.rows for part in parts])))
-    return Arrangement(starts, rows, offsets, weights, by_row, first)
-
-
-def _order(keys: Integers, bound: int) -> Integers:
-    """Sort keys below `bound`, stably. 16-bit ones are sorted by radix, in linear time."""
-    return np.argsort(keys.astype(np.uint16) if bound <= 1 << 16 else keys, kind="stable")
+    count, total = sum(len(part.counts) for part in parts), sum(len(part.experts) for part in parts)
+    starts, offsets = np.empty(len(parts) + 1, np.int64), np.empty(held + 1, np.int64)
+    rows, order, first = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(count + 1, np.int64)
+    weights = np.empty(total, np.float32)
+    came = [(part.counts, part.experts, part.weights) for part in parts]
+    _core.arrange_parts(came, placement.here(rank), held, starts, rows, offsets, weights, order, first)
+    return Arrangement(starts, rows, offsets, weights, order, first)

@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["HEAD_BYTES", "LISTS_RIDE", "ROWS_RIDE", "Head", "lists_bytes", "pack_lists", "unpack_lists"]
+__all__ = [
+    "HEAD_BYTES",
+    "LISTS_RIDE",
+    "ROWS_RIDE",
+    "Head",
+    "lists_bytes",
+    "pack_lists",
+    "unpack_lists",
+    "view_lists",
+]
 
 LISTS_RIDE: Final = 1
 ROWS_RIDE: Final = 2
+_NONE: Any = np.empty(0, np.int64)
 _FIXED: Final = struct.Struct("<QQQ")
 HEAD_BYTES: Final = HEADER_BYTES + _FIXED.size
 
@@ -69,20 +79,30 @@ def pack_lists(part: Part, into: Bytes) -> None:
     into[start + 4 * m : start + 8 * m].view(np.float32)[:] = part.weights
 
 
+def view_lists(head: Head, lists: Bytes) -> Part:
+    """Views of the lists in a message, which `arrange` checks."""
+    start, m = _padded(head.rows), head.assignments
+    experts = lists[start : start + 4 * m].view(np.int32)
+    return Part(
+        _NONE,
+        lists[: 2 * head.rows].view(np.uint16),
+        experts,
+        lists[start + 4 * m : start + 8 * m].view(np.float32),
+    )
+
+
 def unpack_lists(head: Head, lists: Bytes, placement: Placement, rank: int) -> Part:
     """Views of the lists in a message to `rank`.
 
     Raises:
         ValueError: they contradict the message's head, or the placement.
     """
-    start, m = _padded(head.rows), head.assignments
-    counts = lists[: 2 * head.rows].view(np.uint16)
+    part, m = view_lists(head, lists), head.assignments
+    counts, experts = part.counts, part.experts
     if int(counts.sum(dtype=np.int64)) != m or not counts.all():
         raise ValueError("its lists of experts contradict their own counts")
-    experts = lists[start : start + 4 * m].view(np.int32)
     if m and (
         experts.min() < 0 or experts.max() >= placement.experts or (placement.owner[experts] != rank).any()
     ):
         raise ValueError("it sent tokens for experts that this rank has not")
-    none: Any = np.empty(0, np.int64)
-    return Part(none, counts, experts, lists[start + 4 * m : start + 8 * m].view(np.float32))
+    return part

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     Gather = tuple[int, int, int]
 
-__all__ = ["SOURCE", "gather_of"]
+__all__ = ["ROW_COPY", "SOURCE", "gather_of"]
 
 _AT_ONCE: Final = 8  # vectors that a thread has under way
-SOURCE: Final = f"""// aiocomm gather: rows
-typedef unsigned long long size_type;
+ROW_COPY: Final = f"""typedef unsigned long long size_type;
 struct Row {{ size_type to, from, nbytes; }};
 
+// The row's bytes from `done` on that are whole units, by one warp; returns how far it came.
 template <typename Unit>
 __device__ size_type copied(const Row& row, size_type done, unsigned lane) {{
   const size_type count = (row.nbytes - done) / sizeof(Unit);
@@ -40,7 +40,9 @@ __device__ size_type copied(const Row& row, size_type done, unsigned lane) {{
   }}
   return done + count * sizeof(Unit);
 }}
-
+"""
+SOURCE: Final = f"""// aiocomm gather: rows
+{ROW_COPY}
 extern "C" __global__ void __launch_bounds__({THREADS}) gather(const Row* rows, size_type count) {{
   const unsigned lane = threadIdx.x % 32;
   const size_type stride = (size_type)gridDim.x * (blockDim.x / 32);

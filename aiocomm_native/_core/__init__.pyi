@@ -33,6 +33,16 @@ class Engine:
 
     def __init__(self, links: Sequence[str], numbers: Mapping[str, float], texts: Mapping[str, str]) -> None: ...
 
+    def place_for(self, description: tuple[Any, ...], rank: int) -> bytes | None:
+        """
+        What a peer's kernels need in order to reach this memory. None: they cannot.
+        """
+
+    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> Transfer[Any]:
+        """
+        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it.
+        """
+
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
 
     def recv(self, arg0: object | None, arg1: int, arg2: int, arg3: int, arg4: float, /) -> Transfer[Any]: ...
@@ -236,6 +246,14 @@ def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order=
     """
     Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.
     """
+
+def route_tokens(ids: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], owner: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], ranks: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], counts: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu')], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], routed: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> tuple[list[int], list[int]]:
+    """
+    Writes what goes to each rank; returns where each rank's rows begin, and its assignments.
+    """
+
+def arrange_parts(parts: Sequence[tuple[Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]]], local: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], held: int, starts: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], rows: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], offsets: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Writes in what order what came is kept."""
 
 def add_rows(parts: Sequence[tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], int]], tokens: int, hidden: int, wide: bool, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out_kind: int) -> None:
     """Sums of partial sums by token, in the order of the parts."""

@@ -17,6 +17,7 @@ using namespace nb::literals;
 namespace aiocomm::py {
 
 // operations_py.cpp
+void bind_kernels(nb::class_<PyEngine>& engine);
 void bind_operations(nb::class_<PyEngine>& engine);
 // statistics_py.cpp
 nb::dict counters(PyEngine& engine, const std::string& link);
@@ -204,6 +205,7 @@ void bind_engine(nb::module_& m) {
 
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
+  bind_kernels(engine);
   bind_operations(engine);
   bind_half_trips(engine);
   bind_spinner(m);

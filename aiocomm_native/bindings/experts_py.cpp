@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/routing.hpp"
 #include "core/weighting.hpp"
 
 namespace nb = nanobind;
@@ -55,6 +56,48 @@ void add_rows(const std::vector<std::tuple<Integers, Bytes, int>>& parts, int64_
   aiocomm::add_rows(sums, tokens, hidden, wide, {reinterpret_cast<std::byte*>(out.data()), to});
 }
 
+using Tokens = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Experts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Weights = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ids = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using IdWeights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using GivenCounts = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using GivenExperts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::tuple<std::vector<int64_t>, std::vector<int64_t>> route_tokens(
+    const Ids& ids, const IdWeights& weights, const Integers& owner, size_t ranks, const Tokens& tokens,
+    const Counts& counts, const Experts& experts, const Weights& routed) {
+  const size_t most = ids.size();
+  require(weights.shape(0) == ids.shape(0) && weights.shape(1) == ids.shape(1));
+  require(tokens.size() >= most && counts.size() >= most && experts.size() >= most && routed.size() >= most);
+  std::vector<int64_t> rows, assignments;
+  const bool fine = aiocomm::route_tokens(
+      ids.data(), weights.data(), ids.shape(0), ids.shape(1), {owner.data(), owner.size()}, ranks,
+      {tokens.data(), counts.data(), experts.data(), routed.data()}, rows, assignments);
+  if (!fine) throw nb::value_error("an expert, or its rank, that is not there");
+  return {rows, assignments};
+}
+
+void arrange_parts(const std::vector<std::tuple<GivenCounts, GivenExperts, Floats>>& parts,
+                   const Integers& local, size_t held, const Tokens& starts, const Tokens& rows,
+                   const Tokens& offsets, const Weights& weights, const Tokens& order, const Tokens& first) {
+  std::vector<aiocomm::CamePart> came;
+  size_t all = 0, assignments = 0;
+  for (const auto& [counts, experts, given] : parts) {
+    require(given.size() == experts.size());
+    came.push_back({{counts.data(), counts.size()}, {experts.data(), experts.size()}, given.data()});
+    all += counts.size();
+    assignments += experts.size();
+  }
+  require(starts.size() == parts.size() + 1 && offsets.size() == held + 1 && first.size() == all + 1);
+  require(rows.size() == assignments && weights.size() == assignments && order.size() == assignments);
+  const bool fine = aiocomm::arrange_parts(
+      came, {local.data(), local.size()}, held,
+      {starts.data(), rows.data(), offsets.data(), weights.data(), order.data(), first.data()});
+  if (!fine) throw nb::value_error("lists that contradict each other");
+}
+
 }  // namespace
 
 void bind_experts(nb::module_& m) {
@@ -62,6 +105,12 @@ void bind_experts(nb::module_& m) {
   m.def("weigh_rows", weigh_rows, "terms"_a, "kind"_a, "hidden"_a, "order"_a, "first"_a, "weights"_a,
         "begin"_a, "end"_a, "sums"_a.noconvert(), "sums_kind"_a,
         "Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.");
+  m.def("route_tokens", route_tokens, "ids"_a, "weights"_a, "owner"_a, "ranks"_a, "tokens"_a.noconvert(),
+        "counts"_a.noconvert(), "experts"_a.noconvert(), "routed"_a.noconvert(),
+        "Writes what goes to each rank; returns where each rank's rows begin, and its assignments.");
+  m.def("arrange_parts", arrange_parts, "parts"_a, "local"_a, "held"_a, "starts"_a.noconvert(),
+        "rows"_a.noconvert(), "offsets"_a.noconvert(), "weights"_a.noconvert(), "order"_a.noconvert(),
+        "first"_a.noconvert(), "Writes in what order what came is kept.");
   m.def("add_rows", add_rows, "parts"_a, "tokens"_a, "hidden"_a, "wide"_a, "out"_a.noconvert(), "out_kind"_a,
         "Sums of partial sums by token, in the order of the parts.");
 }

@@ -85,6 +85,7 @@ struct KernelCall {
   uint32_t blocks = 1, threads = 1;
   std::vector<std::byte> argument;  // the only one, by value
   std::vector<Far> far;
+  std::vector<Gate> gates;  // it is launched once all are open; the caller keeps what they are of
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.

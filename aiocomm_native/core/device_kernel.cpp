@@ -29,10 +29,18 @@ void DeviceProtocol::start_kernel(Op& op) {
     op.started_ns = engine_.now();
     ++engine_.counters_[index_].submitted;
   }
+  for (const Gate& gate : kernel.gates) {
+    if (gate.open()) continue;
+    gpu.waiting = true;
+    return mover_->await_gate(gate, gpu.device, op.id);
+  }
   for (KernelCall::Far& far : kernel.far) {
     if (far.reached) continue;
     Peer* peer = engine_.find_peer(far.owner);
-    if (!peer || peer->state != Peer::State::up) return engine_.end_early(op, Code::peer_lost);
+    if (!peer || peer->state != Peer::State::up) {
+      op.peer = far.owner;  // who is named
+      return engine_.end_early(op, Code::peer_lost);
+    }
     const uint64_t within = far.place.address - far.place.base;
     if (within > far.place.extent || far.nbytes > far.place.extent - within)
       return engine_.tear_down(*peer, "protocol violation: a place outside its allocation");

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "experts.hpp"
 #include "sim.hpp"
 
 namespace fake {
@@ -116,6 +117,14 @@ CUresult Sim::gather(Lock& lock, Device& device, const Kernel& kernel) {
 }
 
 CUresult Sim::compute(Lock& lock, Device& device, Op& op) {
+  if (op.kernel->dtype == kExperts) {
+    bool stale = false;
+    auto pieces = [&](uint64_t address, size_t nbytes, std::vector<Piece>& found) {
+      return translate(device, address, nbytes, found, stale);
+    };
+    if (CUresult code = run_experts(*op.kernel, {pieces, [&] { return stale; }})) return code;
+    return health(device.context);
+  }
   if (op.kernel->rows) return gather(lock, device, *op.kernel);
   if (!op.kernel->in.empty()) return compute_all(lock, device, op);
   std::vector<Piece> to, left, right;

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "api.hpp"
+#include "experts.hpp"
 
 namespace fake {
 namespace {
@@ -137,7 +138,15 @@ FAKE_API cuModuleLoadData(CUmodule* out, const void* image) {
   std::istringstream source(static_cast<const char*>(image));
   std::string slashes, name, what;
   Kernel kernel;
-  source >> slashes >> name >> what >> kernel.dtype >> kernel.op;
+  source >> slashes >> name >> what;
+  if (name == "aiocomm" && what == "experts:") {
+    kernel.dtype = kExperts;
+    std::getline(source, kernel.op);
+    *out = reinterpret_cast<CUmodule>(sim().fresh_handle());
+    sim().modules[*out] = kernel;
+    return CUDA_SUCCESS;
+  }
+  source >> kernel.dtype >> kernel.op;
   const bool gathers = what == "gather:";
   auto item = kItems.find(gathers ? "uint8" : kernel.dtype);
   if (gathers && name == "aiocomm") what = "reduction:";
@@ -161,7 +170,8 @@ FAKE_API cuModuleGetFunction(CUfunction* out, CUmodule module, const char* name)
   const bool gathers = sim().modules[module].dtype == "rows";
   const std::set<std::string> known =
       gathers ? std::set<std::string>{"gather"} : std::set<std::string>{"combine", "combine_all", "divide"};
-  if (!known.count(name)) return CUDA_ERROR_NOT_FOUND;
+  const bool experts = sim().modules[module].dtype == kExperts;
+  if (experts ? !expert_argument_words(name) : !known.count(name)) return CUDA_ERROR_NOT_FOUND;
   *out = reinterpret_cast<CUfunction>(sim().fresh_handle());
   sim().functions[*out] = {module, name};
   return CUDA_SUCCESS;
@@ -184,6 +194,13 @@ FAKE_API cuLaunchKernel(CUfunction function, unsigned blocks, unsigned blocks_y,
   auto argument = [&](int index) { return *static_cast<uint64_t*>(arguments[index]); };
   Op op(Op::Kind::kernel);
   uint64_t count;
+  if (const size_t words = expert_argument_words(name)) {
+    const auto* all = static_cast<const uint64_t*>(arguments[0]);
+    kernel->in.assign(all, all + words);
+    kernel->op = name + kernel->op;
+    op.kernel = std::move(kernel);
+    return sim().submit(call.lock, stream, std::move(op));
+  }
   if (name == "combine_all") {
     struct Arrays {
       uint64_t in[16], out[16], count;

@@ -1,0 +1,129 @@
+"""Checks the arguments of a dispatch or combine of GPU arrays, and makes them calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from aiocomm._device import NO_STREAM, describe
+from aiocomm._operations import on_gpu
+from aiocomm.collectives.kernels import check_budget, device_of
+from aiocomm.errors import LinkError, UsageError, UsageTypeError
+from aiocomm.moe.device_exchange import Matrix, Setting
+from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
+from aiocomm.moe.memory import Pool
+from aiocomm.moe.sources import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aiocomm._device import Description
+    from aiocomm.collectives.scope import Scope
+    from aiocomm.moe.dispatched import Dispatched
+    from aiocomm.moe.placement import Placement
+
+__all__ = ["Options", "combine", "dispatch", "matrix_of"]
+
+SM_BUDGET: Final = 24
+
+
+class Options:
+    """What callers say beside the arrays."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        bulk: int,
+        path: str,
+        deadline: float | None,
+        stream: Any,
+        sm_budget: int | None,
+    ) -> None:
+        check_budget(sm_budget)
+        self.scope = scope
+        self.stream = stream
+        self._bulk, self._path, self._deadline = bulk, path, deadline
+        self._sm_budget = SM_BUDGET if sm_budget is None else sm_budget
+
+    def setting(self, described: Iterable[Description]) -> Setting:
+        """Where these arrays are.
+
+        Raises:
+            UsageError: on several GPUs, or on one that cannot be used.
+        """
+        scope, arrays = self.scope, list(described)
+        try:
+            devices = {device_of(one) for one in arrays if one[2]}
+            if len(devices) > 1:
+                raise UsageError(f"the arrays are on several GPUs ({sorted(devices)}): one rank uses one")
+            known = [one[3] for one in arrays if one[3] >= 0] or list(scope.pools)
+            device = devices.pop() if devices else next(iter(known), 0)
+            if device not in scope.pools:
+                scope.pools[device] = Pool(scope.comm._engine, device)
+        except (LinkError, OSError) as error:
+            raise UsageError(f"cannot use this GPU: {error}") from error
+        streams = frozenset(one[4] for one in arrays) - {NO_STREAM}
+        return Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+
+
+def matrix_of(options: Options, x: Any, name: str, writable: bool = False) -> Matrix | None:
+    """See a GPU array; None: it is not one.
+
+    Raises:
+        UsageError: it cannot be used, or has not two dimensions.
+    """
+    engine = options.scope.comm._engine
+    if (described := on_gpu(engine, x, writable, options.stream)) is None:
+        return None
+    return Matrix(described, name)
+
+
+def dispatch(
+    options: Options, text: str, tokens: Matrix, expert_ids: Any, weights: Any, where: Placement
+) -> DeviceDispatch:
+    """The call of a rank whose tokens are on a GPU."""
+    ids = _small(options, expert_ids)
+    found = _small(options, weights)
+    on_gpus = [one for one in (ids, found) if isinstance(one, tuple)]
+    setting = options.setting([tokens.description, *on_gpus])
+    return DeviceDispatch(options.scope, setting, text, tokens, where, ids, found)
+
+
+def combine(
+    options: Options, text: str, outputs: Matrix, dispatched: Dispatched, wire: str, out: Any
+) -> DeviceCombine:
+    """The call of a rank whose outputs are on a GPU.
+
+    Raises:
+        UsageError: `out` does not fit.
+    """
+    shape = (dispatched._count, outputs.hidden)
+    target = None
+    if out is not None:
+        target = matrix_of(options, out, "out", True)
+        if target is None:
+            raise UsageError(
+                "outputs is on a GPU, and out in host memory: the result is made where outputs is"
+            )
+        if (target.rows, target.hidden) != shape:
+            raise UsageError(f"out has shape {(target.rows, target.hidden)}, the result {shape}")
+    result = outputs.dtype if target is None else target.dtype
+    for name, dtype in (("outputs", outputs.dtype), ("wire", wire), ("out", result)):
+        if dtype not in KINDS:
+            raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
+    arrays = [outputs.description] + ([] if target is None else [target.description])
+    setting = options.setting(arrays)
+    tables = dispatched._tables
+    assert tables is not None
+    if tables.device != setting.pool.device:
+        raise UsageError(
+            f"outputs is on GPU {setting.pool.device}, the tokens were dispatched to GPU {tables.device}"
+        )
+    return DeviceCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
+
+
+def _small(options: Options, array: Any) -> Any:
+    """The description of a GPU array, or a host array as it is."""
+    if not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
+        return array
+    described = describe(array, False, options.stream)
+    return array if described is None else described

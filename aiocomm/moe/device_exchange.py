@@ -1,0 +1,368 @@
+"""Dispatch and combine of GPU arrays: what both have in common.
+
+A rank's kernel brings what it gives into memory that the runtime keeps for that; once it is over, the headers
+say where that memory is, and with them go the counts and lists. Who has all headers reads the rows, by a
+kernel that reaches the memory of all, or where that is more, or not possible, by gets, which copy engines do.
+So a call takes two launches and one message per pair, and nobody waits until others have read.
+
+Rules:
+- What a kernel of another rank reads is memory of the pool, never an array of the caller.
+- It is lent until the readers have ended the call, which they say in the headers of later ones: see `memory`.
+- Kernels write memory of their own GPU only.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio.to_thread
+import numpy as np
+
+from aiocomm._device import NO_STREAM, itemsize_of
+from aiocomm.collectives.gpu import GpuArray
+from aiocomm.collectives.headers import REFUSED, header
+from aiocomm.collectives.kernels import THREADS
+from aiocomm.errors import LinkError, PeerError, UsageError
+from aiocomm.moe.exchange import Exchange
+from aiocomm.moe.sources import MOST_RANKS
+from aiocomm.moe.wire import HEAD_BYTES, Head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from aiocomm._device import Description
+    from aiocomm.collectives.scope import Scope
+    from aiocomm.moe.memory import Block, Pinned, Pool
+    from aiocomm.moe.placement import Placement
+    from aiocomm.moe.routing import Part
+    from aiocomm_native import Transfer
+
+    Far = tuple[int, bytes, int, int, int]
+
+__all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
+
+PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
+_LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
+_WHERE: Final = struct.Struct("<QQQQ136s")
+DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
+_WARP_BYTES: Final = 4096
+_KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
+_GETS: Final = 1 << 21
+_TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a rank's rows are.
+
+    Args:
+        ended: the last call of those that it has ended, without a gap.
+        region: of all of that memory.
+        start: of what is for the receiver of the header, in bytes.
+        extent: how many bytes that is.
+        place: for kernels; empty: they do not reach it.
+    """
+
+    ended: int
+    region: int = 0
+    start: int = 0
+    extent: int = 0
+    place: bytes = b""
+
+    def pack(self) -> bytes:
+        """The bytes that travel."""
+        return _WHERE.pack(self.ended, self.region, self.start, self.extent, self.place)
+
+    @classmethod
+    def unpack(cls, message: Any) -> Where:
+        """Parse what is behind a head."""
+        ended, region, start, extent, place = _WHERE.unpack(message[HEAD_BYTES:DEVICE_HEAD_BYTES].tobytes())
+        return cls(ended, region, start, extent, place if any(place) else b"")
+
+
+class Matrix:
+    """A GPU array of two dimensions."""
+
+    __slots__ = ("address", "description", "dtype", "hidden", "itemsize", "nbytes", "rows", "stream")
+
+    def __init__(self, description: Description, name: str) -> None:
+        _, self.address, self.nbytes, _, self.stream, _, shape = description
+        if len(shape) != 2:
+            raise UsageError(f"{name} has shape {shape}: pass two dimensions, (rows, hidden)")
+        self.description = description
+        self.rows, self.hidden = shape
+        self.dtype = GpuArray(description).dtype.name
+        self.itemsize = itemsize_of(description)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the calls of one rank on one GPU have in common.
+
+    Args:
+        sm_budget: streaming multiprocessors that a kernel may take.
+        streams: handles of the caller's streams.
+    """
+
+    pool: Pool
+    bulk: int
+    path: str
+    deadline: float | None
+    sm_budget: int
+    streams: frozenset[int]
+
+
+class DeviceExchange(Exchange):
+    """One dispatch or combine of this rank."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        setting: Setting,
+        operation: str,
+        text: str,
+        placement: Placement,
+        parts: Sequence[Part],
+    ) -> None:
+        super().__init__(
+            scope,
+            setting.bulk,
+            operation,
+            header(text + " on GPUs"),
+            placement,
+            parts,
+            setting.path,
+            setting.deadline,
+        )
+        self._setting = setting
+        self._pool = setting.pool
+        self._lent: list[Block] = []  # once this call is over
+        self._temporary: list[Block] = []
+        self._pinned: list[Pinned] = []
+        self._brief = True
+        self._entries: list[int] = []  # handles of its kernels
+        self._given: list[int] | None = None  # keys of what was launched first
+        self._refused: UsageError | None = None
+        self._reached = True  # by kernels: all that they would read
+        self._told: set[int] = set()  # ranks that have a header with a place
+        scope.comm._lenders.add(scope)
+        self._launches = _KERNELS
+        self._getting = _GETS
+        self._where: dict[int, Where] = {}
+        if scope.group.size > MOST_RANKS:
+            raise UsageError(
+                f"{operation} of GPU arrays takes groups of at most {MOST_RANKS}, not {scope.group.size}"
+            )
+
+    async def run(self) -> None:
+        """Do the call; raises as `Exchange.run`."""
+        try:
+            await super().run()
+        finally:  # nothing of this rank is under way any more
+            for block in self._lent:
+                self._pool.lend(self._number, block, set(self._told))
+            for block in self._temporary:
+                self._pool.give_back(block)
+            for memory in self._pinned:
+                self._pool.give_back_pinned(memory)
+            self._scope.answer()
+
+    # ------------------------------------------------------------ of each operation
+
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        """The source of its kernels, and their names."""
+        raise NotImplementedError
+
+    def _give(self) -> list[int]:
+        """Launch what brings this rank's part into place, as far as that is known; returns keys."""
+        raise NotImplementedError
+
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        """Do what headers wait for, but for these launches; returns keys of all that is left to wait for.
+
+        Raises:
+            UsageError: the arguments are wrong, which all ranks are told.
+        """
+        raise NotImplementedError
+
+    def _message(self, peer: int) -> Any:
+        """A rank's header and what goes with it."""
+        raise NotImplementedError
+
+    def _follow(self, peer: int) -> None:
+        """Send what did not go with it."""
+
+    def _start(self) -> None:
+        source, names = self._sources()
+        self._entries = [self._pool.kernels.loaded(source, name) for name in names]
+        if all(self._entries):  # else they are compiled first
+            try:
+                self._given = self._give()
+            except UsageError as error:
+                self._refused = error
+
+    async def _send(self) -> None:
+        try:
+            if self._refused is not None:
+                raise self._refused
+            if self._given is None:
+                source, names = self._sources()
+                self._entries = [await self._entry(source, name) for name in names]
+                self._given = self._give()
+            keys = await self._prepare(self._given)
+            messages = [(peer, self._message(peer)) for peer in self._others()]
+            await self._landed(keys)
+        except UsageError as error:
+            self._header = header(f"{REFUSED}{error}")
+            for peer in self._others():
+                self._send_head(peer, Head(self._header, 0, 0, 0).pack())
+            return
+        for peer, message in messages:
+            self._told.add(peer)
+            self._send_head(peer, message)
+        for peer, _ in messages:
+            self._follow(peer)
+
+    # ------------------------------------------------------------ memory
+
+    def _kernels_may_read(self, nbytes: int) -> bool:
+        """Whether what this rank gives is read by kernels, as far as it decides that."""
+        return self._setting.path != "bandwidth" and (
+            self._setting.path == "latency" or nbytes <= _LATENCY_BYTES
+        )
+
+    def _lend(self, nbytes: int) -> Block:
+        block = self._pool.take(nbytes)
+        self._lent.append(block)
+        return block
+
+    def _borrow_block(self, nbytes: int) -> Block:
+        block = self._pool.take(nbytes)
+        self._temporary.append(block)
+        return block
+
+    def _borrow_pinned(self, nbytes: int) -> Pinned:
+        memory = self._pool.take_pinned(nbytes)
+        self._pinned.append(memory)
+        return memory
+
+    def _where_of(self, block: Block | None, peer: int, start: int, extent: int, packed: bool) -> Where:
+        """Tell a rank where what is for it lies."""
+        ended = min(self._scope.calls) - 1
+        if block is None or not extent:
+            return Where(ended)
+        place = None if packed else block.place_for(self._group.ranks[peer])
+        return Where(ended, block.region, start, extent, place or b"")
+
+    def _learn(self) -> None:
+        """Read where the others' rows are."""
+        for peer in self._heads:
+            where = self._where[peer] = Where.unpack(self._slot(peer))
+            self._pool.heard(peer, where.ended)
+
+    def _expect(self, peer: int, extent: int, exact: bool) -> None:
+        where = self._where[peer]
+        if where.extent != extent if exact else where.extent < extent:
+            raise PeerError(
+                f"{self._operation}: {self._group.names[peer]} has {where.extent} bytes where {extent} are "
+                "needed",
+                self._group.ranks[peer],
+            )
+
+    # ------------------------------------------------------------ kernels and gets
+
+    def _left(self) -> float:
+        return -1.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+    async def _entry(self, source: str, name: str) -> int:
+        """Handle of a kernel, which is compiled on another thread."""
+        kernels = self._pool.kernels
+        try:
+            return await anyio.to_thread.run_sync(kernels.entry, source, name)
+        except (LinkError, OSError) as error:
+            raise UsageError(f"cannot {self._operation} on this GPU: {error}") from error
+
+    def _launch(
+        self,
+        function: int,
+        argument: bytes,
+        nbytes: int,
+        after: Iterable[Description] = (),
+        far: Iterable[Far] = (),
+    ) -> int:
+        """Launch a kernel; returns the key under which its end is told."""
+        comm = self._scope.comm
+        self._launches += 1
+        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
+        home = (None, 0, 0, self._pool.device, NO_STREAM, "B", (0,))
+        behind = {description[4]: description for description in after if description[2]}  # by stream
+        where = home, list(behind.values()), list(far), comm.rank, self._scope.index
+        try:
+            transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
+        except LinkError as error:  # about the caller's arrays, or their streams
+            raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
+        self._watch((False, self._launches), transfer)
+        return self._launches
+
+    def _get(self, peer: int, into: Description, start: int) -> int:
+        """Get what lies at `start` in a rank's memory; returns the key."""
+        comm, where = self._scope.comm, self._where[peer]
+        self.rode = False
+        self._getting += 1
+        transfer = comm._engine.get(
+            into, self._group.ranks[peer], self._bulk, where.region, start, self._left()
+        )
+        self._watch((False, self._getting), transfer)
+        return self._getting
+
+    async def _landed(self, keys: Iterable[int]) -> bool:
+        """Wait for launches and gets. False: a kernel does not reach all that it would read."""
+        wanted = [(False, key) for key in keys]
+        while any(key in self._flying for key in wanted):
+            self._settle_sends()
+            self._raise_any()
+            await self._wait()
+        self._raise_any()
+        reached, self._reached = self._reached, True
+        return reached
+
+    def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
+        if self._flying.get(key) is transfer and _KERNELS <= key[1] < _GETS and not transfer.cancelled():
+            error = transfer.exception()
+            if isinstance(error, LinkError) and error.code == errno.EXDEV:
+                del self._flying[key]
+                self._reached = False
+                self._gate.ring()
+                return
+        super()._ended(key, transfer)
+
+    def _raise_any(self) -> None:
+        if self._judged:
+            self._raise_trouble()
+            return
+        self._raise_header_trouble()
+        if self._data_error is not None:
+            raise self._explained(self._data_error)
+
+    def _may_pull(self, peer: int) -> bool:
+        return bool(self._where[peer].place) and self._pool.missed[peer] < _TRIES
+
+    def _far(self, peer: int, at: int) -> Far:
+        where = self._where[peer]
+        return self._group.ranks[peer], where.place, where.start, where.extent, at
+
+
+def aligned(nbytes: int, to: int = 256) -> int:
+    """The next multiple."""
+    return (nbytes + to - 1) // to * to
+
+
+def numbers(memory: Pinned, start: int, values: Any) -> int:
+    """Write an array into pinned memory; returns where the next may begin."""
+    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    memory.bytes[start : start + flat.nbytes] = flat
+    return aligned(start + flat.nbytes, 16)

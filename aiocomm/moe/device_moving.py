@@ -1,0 +1,468 @@
+"""Dispatch and combine of one rank whose tokens are on a GPU, on the steps of `device_exchange`."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiocomm._device import DeviceArray, part_of
+from aiocomm.collectives.gpu import form_of, itemsize_in, name_of
+from aiocomm.errors import PeerError
+from aiocomm.moe.device_exchange import (
+    DEVICE_HEAD_BYTES,
+    PACKED,
+    DeviceExchange,
+    Matrix,
+    aligned,
+    numbers,
+)
+from aiocomm.moe.exchange import LISTS
+from aiocomm.moe.memory import Lease, Tables
+from aiocomm.moe.routing import arrange, checked, route
+from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, PLAIN, WEIGH, sums_source
+from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from aiocomm._device import Description
+    from aiocomm.collectives.scope import Scope
+    from aiocomm.moe.device_exchange import Setting
+    from aiocomm.moe.dispatched import Dispatched
+    from aiocomm.moe.memory import Block, Pinned
+    from aiocomm.moe.placement import Placement
+    from aiocomm.moe.routing import Arrangement, Part
+
+    Bytes = NDArray[np.uint8]
+    Run = tuple[int, int, int]  # to, from, bytes
+
+__all__ = ["DeviceCombine", "DeviceDispatch"]
+
+_MOVE, _WEIGH, _ADD = struct.Struct(MOVE), struct.Struct(WEIGH), struct.Struct(ADD)
+_ENTRY = np.dtype([("source", "u4"), ("index", "u4"), ("place", "u4"), ("unused", "u4")])
+
+
+def _move(
+    to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
+) -> bytes:
+    bases = [0] * MOST_RANKS
+    for rank, address in base.items():
+        bases[rank] = address
+    plain = [number for run in runs for number in run] + [0] * (3 * (PLAIN - len(runs)))
+    return _MOVE.pack(*bases, to, table, count, width, *plain)
+
+
+class DeviceDispatch(DeviceExchange):
+    """Rows go out as bytes of any dtype.
+
+    Args:
+        tokens: on a GPU; shape (tokens, hidden).
+        ids: the experts of each token, and their weights; host arrays, or descriptions of GPU arrays.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        setting: Setting,
+        text: str,
+        tokens: Matrix,
+        placement: Placement,
+        ids: Any,
+        weights: Any,
+    ) -> None:
+        super().__init__(scope, setting, "dispatch", text, placement, ())
+        self._tokens = tokens
+        self._read: list[tuple[str, Description, Pinned]] = []  # what is read back
+        self._placed = placement
+        self._ids, self._weights = ids, weights
+        self._width = tokens.hidden * tokens.itemsize
+        self._slab: Block | None = None
+        self._packed = False
+        self._starts = [0] * (scope.group.size + 1)  # of what is packed for each rank, in rows
+        self._lists: dict[int, Bytes] = {}
+        self._following: list[int] = []  # ranks whose lists do not ride
+        self._lease: Lease | None = None
+        self.tokens: DeviceArray
+        self.parts: Sequence[Part] = ()
+        self.found: Arrangement
+        self.tables: Tables
+
+    @property
+    def count(self) -> int:
+        """Tokens of this rank."""
+        return self._tokens.rows
+
+    # ------------------------------------------------------------ what this rank gives
+
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        return MOVE_SOURCE, ("move_rows",)
+
+    def _give(self) -> list[int]:
+        tokens, runs = self._tokens, []
+        self._after: list[Description] = [tokens.description]
+        alone = self._group.size == 1
+        shape = self._shape(self._ids)
+        lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
+        fits = DEVICE_HEAD_BYTES + lists <= self._slot_bytes
+        self._packed = not (fits and self._kernels_may_read(tokens.nbytes)) and not alone
+        if not self._packed and not alone and tokens.nbytes:
+            self._slab = self._lend(tokens.nbytes)
+            runs.append((self._slab.address, tokens.address, tokens.nbytes))
+        for name in ("_ids", "_weights"):
+            if isinstance(described := getattr(self, name), tuple):
+                memory = self._borrow_pinned(described[2])
+                runs.append((memory.address, described[1], described[2]))
+                self._read.append((name, described, memory))
+                self._after.insert(0, described)
+        if not runs:
+            return []
+        argument = _move(0, self._width, {}, 0, 0, runs)
+        key = self._launch(self._entries[0], argument, sum(run[2] for run in runs), self._after)
+        self._after = []
+        return [key]
+
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        if self._read:
+            await self._landed(keys)
+            for name, described, memory in self._read:
+                setattr(self, name, _host_array(described, memory.bytes))
+            keys = []
+        await self._route()
+        return [*keys, *self._pack()] if self._packed else keys
+
+    @staticmethod
+    def _shape(array: Any) -> tuple[int, ...]:
+        return tuple(array[6]) if isinstance(array, tuple) else np.shape(array)
+
+    async def _route(self) -> None:
+        def work() -> None:
+            ids, weights = checked(self._tokens.rows, self._ids, self._weights, self._placed.experts)
+            self._parts = self.parts = route(ids, weights, self._placed)
+
+        await self._work(64 * math.prod(self._shape(self._ids)), work)
+
+    def _pack(self) -> list[int]:
+        """Bring the rows for each rank together."""
+        rows = np.array([part.rows for part in self.parts])
+        rows[self._group.rank] = 0
+        self._starts = [0, *np.cumsum(rows).tolist()]
+        count = self._starts[-1]
+        if not count or not self._width:
+            return []
+        table = np.zeros(count, _ENTRY)
+        table["place"] = np.arange(count)
+        for peer in self._others():
+            table["index"][self._starts[peer] : self._starts[peer + 1]] = self.parts[peer].tokens
+        memory = self._borrow_pinned(table.nbytes)
+        numbers(memory, 0, table)
+        self._slab = self._lend(count * self._width)
+        argument = _move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
+        key = self._launch(self._entries[0], argument, count * self._width, self._after)
+        self._after = []
+        return [key]
+
+    def _message(self, peer: int) -> Any:
+        part = self.parts[peer]
+        lists = lists_bytes(part.rows, len(part.experts))
+        indices = 0 if self._packed else 4 * part.rows
+        rides = DEVICE_HEAD_BYTES + indices + lists <= self._slot_bytes
+        head = Head(self._header, part.rows, len(part.experts), LISTS_RIDE * rides | PACKED * self._packed)
+        if self._packed:
+            start, extent = self._starts[peer] * self._width, part.rows * self._width
+        else:
+            start, extent = 0, self._tokens.nbytes * bool(part.rows)
+        where = self._where_of(self._slab, peer, start, extent, self._packed)
+        message = self._borrow(DEVICE_HEAD_BYTES + (indices + lists) * rides)
+        message[:DEVICE_HEAD_BYTES] = np.frombuffer(head.pack() + where.pack(), np.uint8)
+        if rides:
+            behind = message[DEVICE_HEAD_BYTES:]
+            behind[:indices].view(np.uint32)[:] = part.tokens[: indices // 4]
+            pack_lists(part, behind[indices:])
+        else:
+            self._following.append(peer)
+        return message
+
+    def _follow(self, peer: int) -> None:
+        if peer in self._following:
+            part = self.parts[peer]
+            lists = self._borrow(lists_bytes(part.rows, len(part.experts)))
+            pack_lists(part, lists)
+            self._send_following(peer, LISTS, lists)
+
+    # ------------------------------------------------------------ what it gets
+
+    async def _receive(self) -> None:
+        self._learn()
+        heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
+        counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
+        self._begins = [0, *np.cumsum(counts).tolist()]
+        total = self._begins[-1]
+        block = self._pool.take(total * self._width)
+        self._lease = Lease(self._pool, block, set(self._setting.streams))
+        self._into = block.part(0, total * self._width)
+        keys, indices = [], {rank: own.tokens}
+        for peer, head in heads.items():
+            lists = lists_bytes(head.rows, head.assignments)
+            at = DEVICE_HEAD_BYTES if head.flags & PACKED else DEVICE_HEAD_BYTES + 4 * head.rows
+            if head.flags & LISTS_RIDE:
+                self._lists[peer] = self._slot(peer)[at : at + lists]
+            else:
+                self._lists[peer] = self._borrow(lists)
+                self._receive_following(peer, LISTS, self._lists[peer])
+            if not head.rows or not self._width:
+                continue
+            if head.flags & PACKED:
+                self._expect(peer, head.rows * self._width, True)
+                into = part_of(self._into, self._begins[peer] * self._width, head.rows * self._width)
+                keys.append(self._get(peer, into, self._where[peer].start))
+            else:
+                indices[peer] = self._slot(peer)[DEVICE_HEAD_BYTES:at].view(np.uint32)
+                self._expect(peer, (int(indices[peer].max()) + 1) * self._width, False)
+        pulled = [peer for peer in indices if peer != rank and self._may_pull(peer)]
+        if len(pulled) + 1 == len(indices):
+            keys.append(self._pull(indices, {}))
+        riding = all(head.flags & LISTS_RIDE for head in heads.values())
+        if riding:
+            await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
+        if not (reached := await self._landed(keys)):
+            self._pool.missed.update(pulled)
+        if not reached or len(pulled) + 1 < len(indices):
+            await self._pull_copies(indices)
+        if not riding:
+            await self._rest()
+            await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
+
+    def _pull(self, indices: dict[int, Any], copies: dict[int, int]) -> int:
+        """Have a kernel bring rows into place.
+
+        Args:
+            indices: of the tokens of each rank.
+            copies: where a rank's tokens are on this GPU; of the others they are read where they are.
+        """
+        count = sum(len(of_rank) for of_rank in indices.values())
+        memory = self._borrow_pinned(count * _ENTRY.itemsize)
+        table = memory.bytes[: count * _ENTRY.itemsize].view(_ENTRY)
+        done = 0
+        for source, tokens in indices.items():
+            here = table[done : done + len(tokens)]
+            here["source"], here["index"] = source, tokens
+            here["place"] = np.arange(self._begins[source], self._begins[source] + len(tokens))
+            done += len(tokens)
+        base = {self._group.rank: self._tokens.address} | copies
+        far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
+        nbytes = count * self._width
+        argument = _move(self._into[1], self._width, base, memory.address, count if self._width else 0)
+        key = self._launch(self._entries[0], argument, nbytes, self._after, far)
+        self._after = []
+        return key
+
+    async def _pull_copies(self, indices: dict[int, Any]) -> None:
+        """The same where kernels do not reach the others: all of their tokens are copied here first."""
+        copies, keys = {}, []
+        for peer in indices:
+            if peer == self._group.rank:
+                continue
+            extent = self._where[peer].extent
+            block = self._borrow_block(extent)
+            copies[peer] = block.address
+            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        await self._landed(keys)
+        await self._landed([self._pull(indices, copies)])
+
+    def _arrange(self) -> None:
+        rank = self._group.rank
+        came = [
+            self.parts[rank] if peer == rank else view_lists(self._heads[peer], self._lists[peer])
+            for peer in range(self._group.size)
+        ]
+        try:
+            self.found = arrange(came, self._placed, rank)
+        except ValueError:
+            for peer, head in self._heads.items():
+                try:
+                    unpack_lists(head, self._lists[peer], self._placed, rank)
+                except ValueError as error:
+                    raise PeerError(
+                        f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
+                    ) from None
+            raise
+        self.tables = Tables(self._pool, self.found, self.parts, self._tokens.rows)
+
+    async def _finish(self) -> None:
+        given, lease = self._tokens, self._lease
+        assert lease is not None
+        form, shape = given.description[5], (self._begins[-1], given.hidden)
+        self.tokens = _array(lease, self._pool.device, form, shape, given.itemsize)
+
+
+class DeviceCombine(DeviceExchange):
+    """Partial sums go back to where the tokens came from.
+
+    Args:
+        outputs: one row per assignment; shape (assignments, hidden).
+        wire: dtype in which partial sums travel.
+        out: receives the result; shape (tokens, hidden). None: memory is made for it.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        setting: Setting,
+        text: str,
+        outputs: Matrix,
+        dispatched: Dispatched,
+        wire: str,
+        out: Matrix | None,
+        result: str,
+    ) -> None:
+        super().__init__(scope, setting, "combine", text, dispatched._placement, dispatched._sent)
+        self._dispatched = dispatched
+        self._outputs = outputs
+        self._found = dispatched._found
+        self._count = dispatched._count
+        assert dispatched._tables is not None
+        self._tables = dispatched._tables
+        self._wire, self._result = wire, result
+        self._out = out
+        self._row = outputs.hidden * itemsize_in(form_of(wire))
+        self._sum = 8 if outputs.dtype == "float64" else 4
+        self._slab: Block | None = None
+        self._own = 0  # address of this rank's own partial sums
+        self._packed = False
+        self.result: DeviceArray | None = None
+
+    def _whole(self, *addresses: int) -> int:
+        return int(self._outputs.hidden % 8 == 0 and not any(address % 16 for address in addresses))
+
+    def _sources(self) -> tuple[str, tuple[str, ...]]:
+        return sums_source(self._outputs.dtype, self._wire, self._result), ("weigh_rows", "add_rows")
+
+    def _give(self) -> list[int]:
+        outputs, tables, rank = self._outputs, self._tables, self._group.rank
+        starts = self._found.starts.tolist()
+        own = starts[rank + 1] - starts[rank]
+        travels = aligned(starts[-1] * self._row)
+        self._packed = not self._kernels_may_read(travels) and self._group.size > 1
+        self._after = [outputs.description, tables.ready]
+        if self._out is not None:
+            self._after.append(self._out.description)
+        if not starts[-1] or not outputs.hidden:
+            return []
+        self._slab = self._lend(travels + own * outputs.hidden * self._sum)
+        self._own = self._slab.address + travels
+        argument = _WEIGH.pack(
+            outputs.address,
+            tables.order,
+            tables.first,
+            tables.weights,
+            self._slab.address,
+            self._own,
+            starts[rank],
+            starts[rank + 1],
+            starts[-1],
+            outputs.hidden,
+            self._whole(outputs.address),
+            0,
+            0,
+        )
+        key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
+        self._after = []
+        return [key]
+
+    async def _prepare(self, keys: list[int]) -> list[int]:
+        return keys
+
+    def _message(self, peer: int) -> Any:
+        starts = self._found.starts
+        rows = int(starts[peer + 1] - starts[peer])
+        head = Head(self._header, rows, 0, PACKED * self._packed)
+        start = int(starts[peer]) * self._row
+        where = self._where_of(self._slab, peer, start, rows * self._row, self._packed)
+        return head.pack() + where.pack()
+
+    async def _receive(self) -> None:
+        self._learn()
+        pulled: list[int] = []
+        copied: list[int] = []
+        for peer, head in self._heads.items():
+            rows = self._parts[peer].rows
+            if head.rows != rows:
+                raise PeerError(
+                    f"combine: {self._group.names[peer]} brings {head.rows} rows of the {rows} it got",
+                    self._group.ranks[peer],
+                )
+            if not rows or not self._row:
+                continue
+            self._expect(peer, rows * self._row, True)
+            (pulled if not head.flags & PACKED and self._may_pull(peer) else copied).append(peer)
+        form = form_of(self._result)
+        nbytes = self._count * self._outputs.hidden * itemsize_in(form)
+        if self._out is None:
+            block = self._pool.take(nbytes)
+            lease = Lease(self._pool, block, set(self._setting.streams))
+            shape = (self._count, self._outputs.hidden)
+            self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
+            self._target = block.address
+        else:
+            self._target = self._out.address
+        if not nbytes:
+            return
+        bases = await self._copies(copied)
+        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
+            self._pool.missed.update(pulled)
+            bases |= await self._copies(pulled)
+            await self._landed([self._add_up(bases, [], nbytes)])
+
+    async def _copies(self, peers: Sequence[int]) -> dict[int, int]:
+        """Get the partial sums of these ranks."""
+        bases, keys = {}, []
+        for peer in peers:
+            extent = self._where[peer].extent
+            block = self._borrow_block(extent)
+            bases[peer] = block.address
+            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        await self._landed(keys)
+        return bases
+
+    def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
+        rank = self._group.rank
+        base = bases | {rank: self._own}
+        argument = _ADD.pack(
+            *(base.get(peer, 0) for peer in range(MOST_RANKS)),
+            self._target,
+            self._tables.parts,
+            self._count,
+            self._outputs.hidden,
+            self._group.size | rank << 32,
+            self._whole(self._target),
+        )
+        far = [self._far(peer, 8 * peer) for peer in pulled]
+        key = self._launch(self._entries[1], argument, nbytes * self._group.size, self._after, far)
+        self._after = []
+        return key
+
+    async def _finish(self) -> None:
+        pass
+
+
+def _host_array(described: Description, memory: Bytes) -> Any:
+    """What a GPU array holds, of which these bytes are a copy; a private one."""
+    name = name_of(described[5])
+    data = memory[: described[2]].copy()
+    if name == "bfloat16":  # which NumPy has not by itself
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(described[6])
+    return data.view(np.dtype(name)).reshape(described[6])
+
+
+def _array(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:
+    """An array over a lease; of a dtype that NumPy has not, of its bytes, row by row."""
+    nbytes = shape[0] * shape[1] * itemsize
+    made = DeviceArray(lease, lease.address, nbytes, device, form, shape)
+    if made.typestr == "|u1" and form != "B":
+        made = DeviceArray(lease, lease.address, nbytes, device, "B", (shape[0], shape[1] * itemsize))
+    return made

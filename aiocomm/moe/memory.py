@@ -1,0 +1,288 @@
+"""GPU memory that dispatch and combine use again and again, since getting it from the driver takes long.
+
+Rules:
+- A block that was lent to peers comes back once each of them has said, in the header of a later call, that
+  the call has ended there: they only read it, so a late reader spoils nothing but its own call.
+- A block that the caller had comes back with the last array over it, and is used again once the work is done
+  that the streams of the caller's calls had then. So does torch's allocator, which knows no other streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from aiocomm._device import NO_STREAM, part_of
+from aiocomm.collectives.kernels import Scratch, driver, kernels_of
+from aiocomm.errors import LinkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from aiocomm._device import Description
+    from aiocomm.collectives.kernels import Kernels
+    from aiocomm.moe.routing import Arrangement, Part
+    from aiocomm_native._core import Engine
+
+    Bytes = NDArray[np.uint8]
+
+__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables"]
+
+_LEAST: Final = 64 << 10
+_LEAST_PINNED: Final = 16 << 10
+_PORTABLE_MAPPED: Final = 3
+_NO_TIMING: Final = 2
+_NOT_READY: Final = 600
+_KEPT_BYTES: Final = 1 << 30  # by a pool, that nobody uses
+
+
+def _size_class(nbytes: int, least: int) -> int:
+    return max(least, 1 << max(0, nbytes - 1).bit_length())
+
+
+class Block:
+    """Device memory, its region, and what must be over before it is used again."""
+
+    def __init__(self, kernels: Kernels, engine: Engine, nbytes: int) -> None:
+        self._region: int | None = None
+        self._events: list[ctypes.c_void_p] = []
+        self._recorded = 0  # of them, the first ones
+        self._kernels = kernels
+        self._engine = engine
+        self._memory = Scratch(kernels, nbytes)
+        self.nbytes = nbytes
+        self.address = self._memory.address
+        self._places: dict[int, bytes] = {}  # by rank of the world
+
+    def part(self, start: int, nbytes: int) -> Description:
+        """Bytes of it."""
+        return (self._memory, self.address + start, nbytes, self._kernels.device, NO_STREAM, "B", (nbytes,))
+
+    def place_for(self, rank: int) -> bytes | None:
+        """What a peer's kernels need in order to read it; None: they cannot."""
+        place = self._places.get(rank)
+        if place is None:
+            place = self._engine.place_for(self.part(0, self.nbytes), rank)
+            if place is not None:
+                self._places[rank] = place
+        return place
+
+    @property
+    def region(self) -> int:
+        """Number of the region by which peers get from it."""
+        if self._region is None:
+            self._region, _ = self._engine.add_device_region(self.part(0, self.nbytes), False)
+        return self._region
+
+    def record(self, streams: Iterable[int]) -> None:
+        """It is not used again before the work is done that these streams have now."""
+        with self._kernels.current():
+            for stream in streams:
+                if self._recorded == len(self._events):
+                    event = ctypes.c_void_p()
+                    driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+                    self._events.append(event)
+                driver()("cuEventRecord", self._events[self._recorded], ctypes.c_void_p(stream))
+                self._recorded += 1
+
+    def idle(self) -> bool:
+        """Whether the work that it waited for is over."""
+        if not self._recorded:
+            return True
+        with self._kernels.current():
+            while self._recorded:
+                try:
+                    driver()("cuEventQuery", self._events[self._recorded - 1])
+                except LinkError as error:
+                    if error.code == _NOT_READY:
+                        return False
+                self._recorded -= 1
+        return True
+
+    def __del__(self) -> None:
+        if self._region is not None:
+            self._engine.close_region(self._region)  # before its memory goes
+        with contextlib.suppress(LinkError), self._kernels.current():
+            for event in self._events:
+                driver()("cuEventDestroy_v2", event)
+
+
+class Pinned:
+    """Host memory that kernels read and write."""
+
+    def __init__(self, kernels: Kernels, nbytes: int) -> None:
+        self._kernels = kernels
+        address = ctypes.c_void_p()
+        with kernels.current():
+            driver()("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
+        self.address = address.value or 0
+        self.nbytes = nbytes
+        self.bytes: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
+
+    def __del__(self) -> None:
+        if address := getattr(self, "address", 0):
+            with contextlib.suppress(LinkError), self._kernels.current():
+                driver()("cuMemFreeHost", ctypes.c_void_p(address))
+
+
+class Pool:
+    """Memory of the calls of one scope on one GPU."""
+
+    def __init__(self, engine: Engine, device: int) -> None:
+        self.kernels = kernels_of(device)
+        self.device = device
+        self._engine = engine
+        self._free: dict[int, list[Block]] = {}
+        self._free_tables: dict[int, list[Block]] = {}
+        self._pinned: dict[int, list[Pinned]] = {}
+        self._kept = 0
+        self._closed = False
+        self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
+        self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
+
+    def take(self, nbytes: int) -> Block:
+        """A block of at least so many bytes, not cleared."""
+        size = _size_class(nbytes, _LEAST)
+        free = self._free.setdefault(size, [])
+        for place, block in enumerate(free):
+            if block.idle():
+                self._kept -= size
+                return free.pop(place)
+        return Block(self.kernels, self._engine, size)
+
+    def give_back(self, block: Block) -> None:
+        """Keep it for the next, unless that is much."""
+        if not self._closed and self._kept + block.nbytes <= _KEPT_BYTES:
+            self._kept += block.nbytes
+            self._free.setdefault(block.nbytes, []).append(block)
+
+    def take_tables(self, nbytes: int) -> Block:
+        """A block that nothing but `upload` writes, in the order of the kernels' stream."""
+        size = _size_class(nbytes, _LEAST)
+        free = self._free_tables.get(size)
+        return free.pop() if free else Block(self.kernels, self._engine, size)
+
+    def give_back_tables(self, block: Block) -> None:
+        """Keep it for the next; no kernel reads it any more."""
+        if not self._closed:
+            self._free_tables.setdefault(block.nbytes, []).append(block)
+
+    def lend(self, call: int, block: Block, ranks: set[int]) -> None:
+        """Give it back once these ranks have ended the call."""
+        if ranks:
+            self._lent.append((call, block, ranks))
+        else:
+            self.give_back(block)
+
+    def lent(self) -> list[tuple[int, set[int]]]:
+        """By call, the ranks that may still read memory of it."""
+        return [(call, ranks) for call, _, ranks in self._lent]
+
+    def heard(self, rank: int, ended: int, exactly: bool = False) -> None:
+        """A rank has ended all calls up to this one, or `exactly` this one."""
+        for call, block, ranks in self._lent:
+            if call == ended or (call < ended and not exactly):
+                ranks.discard(rank)
+                if not ranks:
+                    self.give_back(block)
+        self._lent = [one for one in self._lent if one[2]]
+
+    def take_pinned(self, nbytes: int) -> Pinned:
+        """Pinned memory of at least so many bytes."""
+        size = _size_class(nbytes, _LEAST_PINNED)
+        free = self._pinned.get(size)
+        return free.pop() if free else Pinned(self.kernels, size)
+
+    def give_back_pinned(self, memory: Pinned) -> None:
+        """Keep it for the next."""
+        if not self._closed:
+            self._pinned.setdefault(memory.nbytes, []).append(memory)
+
+    def close(self) -> None:
+        """Give the driver what is not in use, and from now on what comes back."""
+        self._closed = True
+        for kept in (self._free, self._free_tables, self._pinned, self._lent):
+            kept.clear()
+
+    def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
+        """Queue a copy on the kernels' stream."""
+        with self.kernels.current():
+            driver()(
+                "cuMemcpyHtoDAsync_v2",
+                ctypes.c_uint64(into.address),
+                ctypes.c_void_p(data.address),
+                ctypes.c_size_t(nbytes),
+                ctypes.c_void_p(self.kernels.stream),
+            )
+
+
+class Lease:
+    """A block that an array of the caller's is over; `streams` are those of the caller's calls."""
+
+    def __init__(self, pool: Pool, block: Block, streams: set[int]) -> None:
+        self._pool = pool
+        self._block = block
+        self.streams = streams
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        return self._block.address
+
+    def __del__(self) -> None:
+        block, pool = self._block, self._pool
+        with contextlib.suppress(LinkError):  # a lost device has taken it along
+            block.record(self.streams)
+            pool.give_back(block)
+
+
+class Tables:
+    """What the sums of a combine need, in the GPU's memory; on its way there once this is made.
+
+    Args:
+        found: what this rank has received.
+        parts: what it has sent to each rank.
+        count: of its tokens.
+    """
+
+    def __init__(self, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> None:
+        of_token = np.full((count, len(parts)), -1, np.int32)
+        for rank, part in enumerate(parts):
+            of_token[part.tokens, rank] = np.arange(part.rows, dtype=np.int32)
+        lists: tuple[NDArray[Any], ...] = (
+            found.order.astype(np.uint32),
+            found.first.astype(np.uint32),
+            found.weights[found.order],
+            of_token,
+        )
+        starts = [0]
+        for one in lists:
+            starts.append(-(-(starts[-1] + one.nbytes) // 16) * 16)
+        self._pool = pool
+        self._pinned = pool.take_pinned(starts[-1])
+        self._block = pool.take_tables(starts[-1])
+        for start, one in zip(starts, lists, strict=False):
+            self._pinned.bytes[start : start + one.nbytes] = one.reshape(-1).view(np.uint8)
+        pool.upload(self._block, self._pinned, starts[-1])
+        self.order, self.first, self.weights, self.parts, _ = (self._block.address + s for s in starts)
+
+    @property
+    def device(self) -> int:
+        """Ordinal of the GPU."""
+        return self._pool.device
+
+    @property
+    def ready(self) -> Description:
+        """Memory whose stream has brought them."""
+        return part_of(self._block.part(0, 1), 0, 1, self._pool.kernels.stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_block"):
+            self._pool.give_back_tables(self._block)
+            self._pool.give_back_pinned(self._pinned)

@@ -1,0 +1,107 @@
+// Kernels as Python launches them: over memory of ours and of peers, who have told where theirs is.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/device_py.hpp"
+#include "bindings/schedule.hpp"
+#include "bindings/transfer.hpp"
+
+namespace nb = nanobind;
+
+namespace aiocomm::py {
+
+namespace {
+
+using Self = nb::pointer_and_handle<PyEngine>;
+using FarTuple = std::tuple<int, nb::bytes, uint64_t, uint64_t, uint64_t>;
+
+std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nb::handle description) {
+  Mover* mover = e.engine->mover();
+  if (!mover) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
+  DeviceView view;
+  if (!PyTuple_CheckExact(description.ptr()) || !read_description(description.ptr(), view))
+    throw nb::python_error();
+  std::unique_ptr<DeviceBuffer> buffer = bind_device(*mover, view);
+  if (!buffer) throw nb::python_error();
+  return buffer;
+}
+
+// What a peer needs in order to reach this memory; None: it cannot.
+nb::object place_for(PyEngine& e, nb::tuple description, int rank) {
+  std::unique_ptr<DeviceBuffer> buffer = bound(e, description);
+  if (!e.engine->share(rank, *buffer)) return nb::none();
+  return nb::bytes(&buffer->place, sizeof buffer->place);
+}
+
+KernelCall::Far far_of(const FarTuple& from, size_t argument_bytes) {
+  const auto& [rank, place, offset, nbytes, at] = from;
+  KernelCall::Far far;
+  if (place.size() != sizeof far.place || at > argument_bytes || argument_bytes - at < sizeof(uint64_t))
+    throw nb::value_error("no place, or none for it");
+  std::memcpy(&far.place, place.c_str(), sizeof far.place);
+  far.owner = rank;
+  far.place.address += offset;
+  far.nbytes = nbytes;
+  far.at = at;
+  return far;
+}
+
+nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads, nb::bytes argument,
+                  nb::tuple home, const std::vector<nb::tuple>& after, const std::vector<FarTuple>& far,
+                  int peer, uint32_t channel, uint64_t nbytes, double deadline) {
+  PyEngine& e = *self.p;
+  if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
+  auto kernel = std::make_unique<KernelCall>();
+  kernel->function = function;
+  kernel->blocks = blocks;
+  kernel->threads = threads;
+  const auto* bytes = reinterpret_cast<const std::byte*>(argument.c_str());
+  kernel->argument.assign(bytes, bytes + argument.size());
+  for (const FarTuple& one : far) kernel->far.push_back(far_of(one, argument.size()));
+  nb::list kept;
+  for (const nb::tuple& description : after) {
+    std::unique_ptr<DeviceBuffer> buffer = bound(e, description);
+    if (!buffer->gate.open()) kernel->gates.push_back(buffer->gate);
+    kept.append(description);
+    kept.append(nb::steal(new_device_memory(std::move(buffer))));  // whose gate goes back with it
+  }
+  std::unique_ptr<DeviceBuffer> gpu = bound(e, home);
+  kept.append(home);
+  gpu->kernel = std::move(kernel);
+  SilentOp flight;
+  flight.op = e.engine->new_op();
+  flight.op->kind = OpKind::get;
+  flight.op->peer = peer;
+  flight.op->channel = channel;
+  flight.op->link = 0;
+  flight.op->nbytes = flight.op->capacity = nbytes;
+  flight.op->gpu = std::move(gpu);
+  if (deadline >= 0) flight.op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
+  flight.op->cookie = silent_cookie(&flight);
+  flight.ended = e.engine->submit(flight.op);
+  nb::object transfer = as_transfer(self, flight, kept.ptr());
+  if (!e.after_submit()) throw nb::python_error();
+  return transfer;
+}
+
+}  // namespace
+
+void bind_kernels(nb::class_<PyEngine>& engine) {
+  engine
+      .def("place_for", place_for, nb::arg("description"), nb::arg("rank"),
+           "What a peer's kernels need in order to reach this memory. None: they cannot.")
+      .def("launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
+           nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
+           nb::arg("nbytes"), nb::arg("deadline"),
+           "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it.");
+}
+
+}  // namespace aiocomm::py

@@ -1,0 +1,209 @@
+#include "experts.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <utility>
+
+namespace fake {
+namespace {
+
+constexpr size_t kRanks = 64, kPlain = 4;  // as in aiocomm/moe/sources.py
+constexpr size_t kMove = kRanks + 4 + 3 * kPlain, kWeigh = 13, kAdd = kRanks + 6;
+
+// Reads and writes device memory; after the first error nothing more.
+class View {
+ public:
+  explicit View(const DeviceMemory& memory) : memory_(memory) {}
+
+  void read(uint64_t address, void* into, size_t nbytes) {
+    each(address, nbytes, [&](std::byte* bytes, size_t at, size_t size) {
+      std::memcpy(static_cast<std::byte*>(into) + at, bytes, size);
+    });
+  }
+
+  void write(uint64_t address, const void* from, size_t nbytes) {
+    each(address, nbytes, [&](std::byte* bytes, size_t at, size_t size) {
+      if (!memory_.stale()) std::memcpy(bytes, static_cast<const std::byte*>(from) + at, size);
+    });
+  }
+
+  template <class T>
+  std::vector<T> array(uint64_t address, size_t count) {
+    std::vector<T> found(count);
+    read(address, found.data(), count * sizeof(T));
+    return found;
+  }
+
+  CUresult code = CUDA_SUCCESS;
+
+ private:
+  template <class F>
+  void each(uint64_t address, size_t nbytes, F&& f) {
+    if (code || !nbytes) return;
+    std::vector<Piece> pieces;
+    code = memory_.pieces(address, nbytes, pieces);
+    if (code) return;
+    size_t at = 0;
+    for (const Piece& piece : pieces) {
+      f(piece.bytes, at, std::min(piece.size, nbytes - at));
+      at += piece.size;
+    }
+  }
+
+  const DeviceMemory& memory_;
+};
+
+size_t bytes_of(const std::string& dtype) { return dtype == "float64" ? 8 : dtype == "float32" ? 4 : 2; }
+
+double half_to_double(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double sign = half >> 15 ? -1 : 1;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+}
+
+// To the nearest, ties to even: found by the distance between two neighbours.
+uint16_t to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent = 0;
+  std::frexp(size, &exponent);
+  const int step = std::max(exponent - 11, -24);
+  const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, -step)));
+  return sign |
+         static_cast<uint16_t>(step == -24 && units < 1024 ? units : ((step + 25) << 10) + units - 1024);
+}
+
+uint16_t to_bfloat(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16 & 0x8000) | 0x7fc0);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// One row in the type of sums, and back.
+template <class Sum>
+std::vector<Sum> load(View& view, uint64_t address, const std::string& dtype, size_t hidden) {
+  std::vector<Sum> row(hidden);
+  if (dtype == "float64") {
+    const auto from = view.array<double>(address, hidden);
+    std::transform(from.begin(), from.end(), row.begin(), [](double x) { return static_cast<Sum>(x); });
+  } else if (dtype == "float32") {
+    const auto from = view.array<float>(address, hidden);
+    std::transform(from.begin(), from.end(), row.begin(), [](float x) { return static_cast<Sum>(x); });
+  } else {
+    const auto from = view.array<uint16_t>(address, hidden);
+    const bool brain = dtype == "bfloat16";
+    std::transform(from.begin(), from.end(), row.begin(), [brain](uint16_t x) {
+      return static_cast<Sum>(brain ? std::bit_cast<float>(uint32_t{x} << 16) : half_to_double(x));
+    });
+  }
+  return row;
+}
+
+template <class Sum>
+void save(View& view, uint64_t address, const std::string& dtype, const std::vector<Sum>& row) {
+  auto write = [&](auto one, auto convert) {
+    std::vector<decltype(one)> made(row.size());
+    std::transform(row.begin(), row.end(), made.begin(), convert);
+    view.write(address, made.data(), made.size() * sizeof one);
+  };
+  if (dtype == "float64") return write(double{}, [](Sum x) { return static_cast<double>(x); });
+  if (dtype == "float32") return write(float{}, [](Sum x) { return static_cast<float>(x); });
+  if (dtype == "float16") return write(uint16_t{}, [](Sum x) { return to_half(static_cast<float>(x)); });
+  write(uint16_t{}, [](Sum x) { return to_bfloat(static_cast<float>(x)); });
+}
+
+void move_rows(View& view, const std::vector<uint64_t>& all) {
+  struct Entry {
+    uint32_t source, index, place, unused;
+  };
+  const uint64_t to = all[kRanks], table = all[kRanks + 1], count = all[kRanks + 2], width = all[kRanks + 3];
+  auto copy = [&](uint64_t target, uint64_t from, size_t nbytes) {
+    const auto bytes = view.array<std::byte>(from, nbytes);
+    view.write(target, bytes.data(), nbytes);
+  };
+  for (size_t run = 0; run < kPlain; ++run) {
+    const uint64_t* plain = &all[kRanks + 4 + 3 * run];
+    copy(plain[0], plain[1], plain[2]);
+  }
+  for (const Entry& entry : view.array<Entry>(table, count))
+    copy(to + entry.place * width, all[entry.source] + entry.index * width, width);
+}
+
+template <class Sum>
+void weigh_rows(View& view, const std::vector<uint64_t>& all, const std::string& terms,
+                const std::string& wire) {
+  const uint64_t own_first = all[6], own_last = all[7], count = all[8], hidden = all[9];
+  const auto first = view.array<uint32_t>(all[2], count + 1);
+  const auto order = view.array<uint32_t>(all[1], first.back());
+  const auto weights = view.array<float>(all[3], first.back());
+  for (uint64_t row = 0; row < count && !view.code; ++row) {
+    std::vector<Sum> sums;
+    for (uint32_t k = first[row]; k < first[row + 1]; ++k) {
+      auto term = load<Sum>(view, all[0] + order[k] * hidden * bytes_of(terms), terms, hidden);
+      const auto weight = static_cast<Sum>(weights[k]);
+      for (size_t i = 0; i < hidden; ++i) {
+        const volatile Sum product = term[i] * weight;  // is not fused with what follows
+        term[i] = sums.empty() ? product : sums[i] + product;
+      }
+      sums = std::move(term);
+    }
+    const bool own = row >= own_first && row < own_last;
+    if (own)
+      save<Sum>(view, all[5] + (row - own_first) * hidden * sizeof(Sum),
+                sizeof(Sum) == 8 ? "float64" : "float32", sums);
+    else
+      save<Sum>(view, all[4] + row * hidden * bytes_of(wire), wire, sums);
+  }
+}
+
+template <class Sum>
+void add_rows(View& view, const std::vector<uint64_t>& all, const std::string& wire, const std::string& out) {
+  const uint64_t* rest = &all[kRanks];
+  const uint64_t to = rest[0], count = rest[2], hidden = rest[3];
+  const auto size = static_cast<uint32_t>(rest[4]), own = static_cast<uint32_t>(rest[4] >> 32);
+  const auto table = view.array<int32_t>(rest[1], count * size);
+  const std::string whole = sizeof(Sum) == 8 ? "float64" : "float32";
+  for (uint64_t token = 0; token < count && !view.code; ++token) {
+    std::vector<Sum> sums(hidden, Sum{0});
+    for (uint32_t rank = 0; rank < size; ++rank) {
+      const int32_t row = table[token * size + rank];
+      if (row < 0) continue;
+      const std::string& dtype = rank == own ? whole : wire;
+      const auto part =
+          load<Sum>(view, all[rank] + static_cast<uint64_t>(row) * hidden * bytes_of(dtype), dtype, hidden);
+      for (size_t i = 0; i < hidden; ++i) sums[i] += part[i];
+    }
+    save<Sum>(view, to + token * hidden * bytes_of(out), out, sums);
+  }
+}
+
+}  // namespace
+
+size_t expert_argument_words(const std::string& name) {
+  if (name == "move_rows") return kMove;
+  if (name == "weigh_rows") return kWeigh;
+  return name == "add_rows" ? kAdd : 0;
+}
+
+CUresult run_experts(const Kernel& kernel, const DeviceMemory& memory) {
+  View view(memory);
+  std::istringstream text(kernel.op);
+  std::string name, terms, wire, out;
+  text >> name >> terms >> wire >> out;
+  const bool wide = terms == "float64";
+  if (name == "move_rows")
+    move_rows(view, kernel.in);
+  else if (name == "weigh_rows")
+    wide ? weigh_rows<double>(view, kernel.in, terms, wire) : weigh_rows<float>(view, kernel.in, terms, wire);
+  else
+    wide ? add_rows<double>(view, kernel.in, wire, out) : add_rows<float>(view, kernel.in, wire, out);
+  return view.code;
+}
+
+}  // namespace fake
