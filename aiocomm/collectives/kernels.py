@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.config import driver_library
 from aiocomm.errors import LinkError, UsageError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -348,8 +348,7 @@ class Scratch:
 
     def __del__(self) -> None:
         if address := getattr(self, "address", 0):
-            with contextlib.suppress(LinkError), self._kernels.current():  # a lost device has taken it along
-                driver()("cuMemFree_v2", _Address(address))
+            _core.free_later(self._kernels.device, address, False)
 
 
 class Kernels:

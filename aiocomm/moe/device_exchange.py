@@ -236,12 +236,12 @@ class DeviceExchange(Exchange):
         )
 
     def _lend(self, nbytes: int) -> Block:
-        block = self._pool.take(nbytes)
+        block = self._pool.take(nbytes, self._setting.streams)
         self._lent.append(block)
         return block
 
     def _borrow_block(self, nbytes: int) -> Block:
-        block = self._pool.take(nbytes)
+        block = self._pool.take(nbytes, self._setting.streams)
         self._temporary.append(block)
         return block
 

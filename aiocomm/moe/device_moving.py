@@ -202,8 +202,8 @@ class DeviceDispatch(DeviceExchange):
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
         self._begins = [0, *np.cumsum(counts).tolist()]
         total = self._begins[-1]
-        block = self._pool.take(total * self._width)
-        self._lease = Lease(self._pool, block, set(self._setting.streams))
+        block = self._pool.take(total * self._width, self._setting.streams)
+        self._lease = Lease(self._pool, block, self._setting.streams)
         self._into = block.part(0, total * self._width)
         keys, indices = [], {rank: own.tokens}
         for peer, head in heads.items():
@@ -403,8 +403,8 @@ class DeviceCombine(DeviceExchange):
         form = form_of(self._result)
         nbytes = self._count * self._outputs.hidden * itemsize_in(form)
         if self._out is None:
-            block = self._pool.take(nbytes)
-            lease = Lease(self._pool, block, set(self._setting.streams))
+            block = self._pool.take(nbytes, self._setting.streams)
+            lease = Lease(self._pool, block, self._setting.streams)
             shape = (self._count, self._outputs.hidden)
             self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
             self._target = block.address

@@ -3,8 +3,9 @@
 Rules:
 - A block that was lent to peers comes back once each of them has said, in the header of a later call, that
   the call has ended there: they only read it, so a late reader spoils nothing but its own call.
-- A block that the caller had comes back with the last array over it, and is used again once the work is done
-  that the streams of the caller's calls had then. So does torch's allocator, which knows no other streams.
+- A block that the caller had comes back with the last array over it, and is used again for calls on the same
+  streams, once the work is done that those have by then. So does torch's allocator, which knows no other
+  streams. They are not touched when the array goes: the caller may have destroyed them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 from aiocomm._device import NO_STREAM, part_of
 from aiocomm.collectives.kernels import Scratch, driver, kernels_of
 from aiocomm.errors import LinkError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -51,8 +53,9 @@ class Block:
 
     def __init__(self, kernels: Kernels, engine: Engine, nbytes: int) -> None:
         self._region: int | None = None
+        self.after: frozenset[int] = frozenset()  # streams, before whose work it is not used again
         self._events: list[ctypes.c_void_p] = []
-        self._recorded = 0  # of them, the first ones
+        self._recorded = 0  # of them, the first ones: behind that work
         self._kernels = kernels
         self._engine = engine
         self._memory = Scratch(kernels, nbytes)
@@ -80,10 +83,9 @@ class Block:
             self._region, _ = self._engine.add_device_region(self.part(0, self.nbytes), False)
         return self._region
 
-    def record(self, streams: Iterable[int]) -> None:
-        """It is not used again before the work is done that these streams have now."""
+    def _record(self) -> None:
         with self._kernels.current():
-            for stream in streams:
+            for stream in self.after:
                 if self._recorded == len(self._events):
                     event = ctypes.c_void_p()
                     driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
@@ -91,10 +93,14 @@ class Block:
                 driver()("cuEventRecord", self._events[self._recorded], ctypes.c_void_p(stream))
                 self._recorded += 1
 
-    def idle(self) -> bool:
-        """Whether the work that it waited for is over."""
-        if not self._recorded:
+    def idle(self, streams: frozenset[int]) -> bool:
+        """Whether the work that it waited for is over; `streams` are those of a call that is being made."""
+        if not self.after:
             return True
+        if not self.after <= streams:  # may be destroyed by now
+            return False
+        if not self._recorded:
+            self._record()
         with self._kernels.current():
             while self._recorded:
                 try:
@@ -103,6 +109,7 @@ class Block:
                     if error.code == _NOT_READY:
                         return False
                 self._recorded -= 1
+        self.after = frozenset()
         return True
 
     def __del__(self) -> None:
@@ -127,8 +134,7 @@ class Pinned:
 
     def __del__(self) -> None:
         if address := getattr(self, "address", 0):
-            with contextlib.suppress(LinkError), self._kernels.current():
-                driver()("cuMemFreeHost", ctypes.c_void_p(address))
+            _core.free_later(self._kernels.device, address, True)
 
 
 class Pool:
@@ -146,12 +152,12 @@ class Pool:
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
-    def take(self, nbytes: int) -> Block:
-        """A block of at least so many bytes, not cleared."""
+    def take(self, nbytes: int, streams: frozenset[int]) -> Block:
+        """A block of at least so many bytes, not cleared, for a call on these streams."""
         size = _size_class(nbytes, _LEAST)
         free = self._free.setdefault(size, [])
         for place, block in enumerate(free):
-            if block.idle():
+            if block.idle(streams):
                 self._kept -= size
                 return free.pop(place)
         return Block(self.kernels, self._engine, size)
@@ -225,7 +231,7 @@ class Pool:
 class Lease:
     """A block that an array of the caller's is over; `streams` are those of the caller's calls."""
 
-    def __init__(self, pool: Pool, block: Block, streams: set[int]) -> None:
+    def __init__(self, pool: Pool, block: Block, streams: frozenset[int]) -> None:
         self._pool = pool
         self._block = block
         self.streams = streams
@@ -236,10 +242,8 @@ class Lease:
         return self._block.address
 
     def __del__(self) -> None:
-        block, pool = self._block, self._pool
-        with contextlib.suppress(LinkError):  # a lost device has taken it along
-            block.record(self.streams)
-            pool.give_back(block)
+        self._block.after = self.streams
+        self._pool.give_back(self._block)
 
 
 class Tables:

@@ -277,3 +277,8 @@ def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C
 
 def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
     """Wait for any of these for a moment, and say whether one has ended."""
+
+def free_later(device: int, address: int, pinned: bool) -> None:
+    """
+    Free memory of the driver's once the GPU is at rest, without waiting for that.
+    """

@@ -13,6 +13,7 @@
 #include "bindings/device_py.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
+#include "links/cuda/reaper.hpp"
 
 namespace nb = nanobind;
 
@@ -93,6 +94,11 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
 }
 
 }  // namespace
+
+void bind_device_memory(nb::module_& m) {
+  m.def("free_later", cuda::free_later, nb::arg("device"), nb::arg("address"), nb::arg("pinned"),
+        "Free memory of the driver's once the GPU is at rest, without waiting for that.");
+}
 
 void bind_kernels(nb::class_<PyEngine>& engine) {
   engine

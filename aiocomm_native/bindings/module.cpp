@@ -8,6 +8,7 @@ namespace aiocomm::py {
 void bind_engine(nb::module_& m);
 void bind_schedule(nb::module_& m);
 void bind_shared(nb::module_& m);
+void bind_device_memory(nb::module_& m);
 }  // namespace aiocomm::py
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
@@ -27,6 +28,7 @@ NB_MODULE(_core, m) {
   bind_experts(m);
   bind_pages(m);
   bind_settle(m);
+  aiocomm::py::bind_device_memory(m);
   nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
   bind_rows(pure);

@@ -312,6 +312,26 @@ async def test_queued_work_is_waited_for() -> None:
             stream.close()
 
 
+async def test_a_stream_may_be_destroyed_before_its_tokens_go() -> None:
+    """Nobody touches it afterwards, and its memory serves no other stream."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        ids = np.zeros((64, 1), np.int64)
+        arrays = [on_gpu(rank, np.full((64, 16), rank + 1, np.float32)) for rank in range(2)]
+        came: list[Any] = [None, None]
+
+        async def dispatch(comm: aiocomm.Communicator) -> None:
+            stream = Stream(device=comm.rank % driver().count)
+            came[comm.rank] = await comm.dispatch(arrays[comm.rank], ids, experts=2, stream=stream)
+            stream.close()
+
+        for _ in range(3):
+            await all_call(comms, dispatch)
+            assert (to_host(came[0].tokens, np.float32)[:64] == 1).all()
+            assert (to_host(came[0].tokens, np.float32)[64:] == 2).all()
+            came[:] = [None, None]
+            gc.collect()
+
+
 async def test_expert_ids_of_a_busy_stream() -> None:
     """They are read once what computes them is done."""
     async with world(2, links=LINKS, warmup=True) as members:

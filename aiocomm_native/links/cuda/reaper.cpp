@@ -60,4 +60,17 @@ void Reaper::run() {
   started_ = false;
 }
 
+void free_later(int device, uint64_t address, bool pinned) {
+  const Driver& driver = Driver::of_process();
+  CUcontext context = nullptr;
+  if (!driver.usable() || driver.cuDevicePrimaryCtxRetain(&context, device) != CUDA_SUCCESS) return;
+  Reaper::of_process().submit(context, [&driver, device, address, pinned] {
+    if (pinned)
+      driver.cuMemFreeHost(reinterpret_cast<void*>(address));
+    else
+      driver.cuMemFree(address);
+    driver.cuDevicePrimaryCtxRelease(device);
+  });
+}
+
 }  // namespace aiocomm::cuda

@@ -70,4 +70,7 @@ class Reaper {
   std::atomic<uint32_t> undisturbed_{0};
 };
 
+// Has the reaper free what cuMemAlloc or (`pinned`) cuMemHostAlloc has made in the device's primary context. Any thread.
+void free_later(int device, uint64_t address, bool pinned);
+
 }  // namespace aiocomm::cuda
