@@ -135,6 +135,7 @@ struct MoveJob {
   uint64_t posted_ns = 0, issued_ns = 0, ended_ns = 0;
   uint64_t order = 0;  // in which the device was given it
   uint8_t device = 0, cls = 0;
+  uint64_t other = 0;  // of two devices, by its UUID
   Lane lane = Lane::peer;
   int error = 0;                  // the driver's
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up

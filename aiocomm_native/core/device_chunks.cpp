@@ -1,6 +1,7 @@
 // Chunks of device memory: which may be posted now, and what follows when they have moved.
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 
 #include "core/engine.hpp"
@@ -114,6 +115,7 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.offset = chunk->offset;
     job.nbytes = chunk->nbytes;
     job.device = static_cast<uint8_t>(queue.device);
+    std::memcpy(&job.other, gpu.theirs.uuid.data(), sizeof job.other);
     job.lane = queue.lane;
     job.cls = chunk->cls;
     job.posted_ns = engine_.now();

@@ -191,9 +191,24 @@ void Device::give_back(const Gate& gate) {
 size_t Device::stream_of(const MoveJob& job) {
   if (job.kernel) return kKernels;
   if (job.local) return kLocal;
-  if (job.lane == Lane::out) return 3;
-  if (job.lane == Lane::in) return 4;
-  if (job.cls > 1) return 2;
+  if (job.lane == Lane::out) return kOut;
+  if (job.lane == Lane::in) return kIn;
+  if (job.cls > 1) return kUrgent;
+  return bulk_stream(job);
+}
+
+// With one other device, copies take turns on two streams: while one writes its number, the other copies. Long ones are all
+// on one: on some machines those of two streams share the way and end together, and what follows is asked for too late.
+// Each of several other devices has a stream: behind each other, copies to them would wait where the ways do not meet.
+size_t Device::bulk_stream(const MoveJob& job) {
+  const auto end = others_.begin() + static_cast<std::ptrdiff_t>(known_others_);
+  auto place = std::find(others_.begin(), end, job.other);
+  if (place == end) {
+    if (known_others_ == kBulkStreams) return job.other % kBulkStreams;
+    *place = job.other;
+    ++known_others_;
+  }
+  if (known_others_ > 1) return static_cast<size_t>(place - others_.begin());
   return job.nbytes >= kLong ? 0 : bulk_ ^= 1;
 }
 
@@ -279,7 +294,7 @@ bool Device::issue(bool by_thread) {
   }
   bool did = false;
   MoveJob job;
-  uint8_t touched = 0;
+  uint16_t touched = 0;
   for (size_t n = 0; n < kBatch; ++n) {
     if (std::any_of(streams_.begin(), streams_.end(),
                     [](const Stream& stream) { return stream.inflight.size() >= kInflight; }))
@@ -298,7 +313,9 @@ bool Device::issue(bool by_thread) {
     size_t index = stream_of(job);
     Stream& stream = streams_[index];
     int code = lost_;
-    const bool early = job.early && spin_ns_ && streams_[0].inflight.empty() && streams_[1].inflight.empty();
+    const bool early = job.early && spin_ns_ &&
+                       std::all_of(streams_.begin(), streams_.begin() + kBulkStreams,
+                                   [](const Stream& bulk) { return bulk.inflight.empty(); });
     const bool first = early && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
@@ -322,7 +339,7 @@ bool Device::issue(bool by_thread) {
     if (job.nbytes >= kTellFrom)
       tell(stream);
     else
-      touched |= static_cast<uint8_t>(1u << index);
+      touched |= static_cast<uint16_t>(1u << index);
   }
   for (size_t i = 0; i < kStreams; ++i)
     if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);

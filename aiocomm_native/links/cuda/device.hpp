@@ -81,8 +81,10 @@ class Device {
   SmallCopies small;
 
  private:
-  // Two for bulk and one for what is urgent between devices, to and from the host, within the device, kernels.
-  static constexpr size_t kStreams = 7, kPeerStreams = 3, kLocal = 5, kKernels = 6;
+  // Some for bulk and one for what is urgent between devices, to and from the host, within the device, kernels.
+  static constexpr size_t kBulkStreams = 4, kUrgent = kBulkStreams, kPeerStreams = kUrgent + 1,
+                          kOut = kPeerStreams, kIn = kOut + 1, kLocal = kIn + 1, kKernels = kLocal + 1,
+                          kStreams = kKernels + 1;
   static constexpr uint64_t kLong = 32 << 20;  // bytes of a copy whose end is announced
   struct Stream {
     CUstream handle = nullptr;
@@ -114,9 +116,10 @@ class Device {
   uint64_t margin() const;
   void late_by(uint64_t ns);
   size_t stream_of(const MoveJob& job);
-  // The stream of the last bulk copy: while one writes its number, the other copies. Long copies are all on one: on some
-  // machines those of two streams share the way and end together, and what follows is asked for too late.
-  size_t bulk_ = 0;
+  size_t bulk_stream(const MoveJob& job);
+  size_t bulk_ = 0;                              // the stream of the last bulk copy
+  std::array<uint64_t, kBulkStreams> others_{};  // the devices that each is for
+  size_t known_others_ = 0;
   volatile uint32_t& word(size_t index) { return words_[index]; }
 
   MoverHost& host_;
