@@ -22,7 +22,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .gpu_driver import Driver
+from .gpu_driver import Driver, missing
 from .gpu_ours import SPIN_S, Floats
 from .model import Column, Rule, Subject, Suite
 from .sizes import KIB, MIB
@@ -46,16 +46,9 @@ _PLAN = (  # operation, bytes (of a rank; of an all_to_all together), its name, 
 )
 
 
-def _missing() -> str:
-    try:
-        return "" if Driver(0).count() > 1 else "needs two GPUs"
-    except (AttributeError, OSError) as error:
-        return f"no GPU: {error}"
-
-
 def _subjects(options: Options) -> list[Subject]:
     chosen = not options.peers or _NAME in options.peers
-    return [Subject(_NAME, "ours", "nvlink", _missing())] if chosen else []
+    return [Subject(_NAME, "ours", "nvlink", missing())] if chosen else []
 
 
 def measure(name: str, options: Options) -> Metrics:

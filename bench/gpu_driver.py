@@ -117,6 +117,14 @@ class Driver:
         self("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
 
+def missing() -> str:
+    """What two GPUs are missing for; empty: nothing."""
+    try:
+        return "" if Driver(0).count() > 1 else "needs two GPUs"
+    except (AttributeError, OSError) as error:
+        return f"no GPU: {error}"
+
+
 class Kernel:
     """A kernel that does nothing, so that what a launch costs is all there is."""
 

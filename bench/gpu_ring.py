@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import pair, work
-from .gpu_driver import Driver
+from .gpu_driver import Driver, missing
 from .model import Column, Rule, Subject, Suite
 from .sizes import GIB, KIB, MIB
 
@@ -25,16 +25,9 @@ _NAME = "aiocomm-gpu"
 _SMALL = 64 * KIB
 
 
-def _missing() -> str:
-    try:
-        return "" if Driver(0).count() > 1 else "needs two GPUs"
-    except (AttributeError, OSError) as error:
-        return f"no GPU: {error}"
-
-
 def _subjects(options: Options) -> list[Subject]:
     chosen = not options.peers or _NAME in options.peers
-    return [Subject(_NAME, "ours", "nvlink", _missing())] if chosen else []
+    return [Subject(_NAME, "ours", "nvlink", missing())] if chosen else []
 
 
 def measure(name: str, options: Options) -> Metrics:
