@@ -289,6 +289,7 @@ _MINOR: Final = 76
 _ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _NON_BLOCKING: Final = 1
 _DISABLE_TIMING: Final = 2
+_RELAXED: Final = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class _Driver:
@@ -459,15 +460,20 @@ class Kernels:
 
 
 class _Current:
-    __slots__ = ("_context",)
+    """Makes a context current, apart from graphs that other threads capture: those forbid to allocate."""
+
+    __slots__ = ("_context", "_mode")
 
     def __init__(self, context: _Handle) -> None:
         self._context = context
+        self._mode = ctypes.c_int(_RELAXED)
 
     def __enter__(self) -> None:
         driver()("cuCtxPushCurrent_v2", self._context)
+        driver()("cuThreadExchangeStreamCaptureMode", ctypes.byref(self._mode))
 
     def __exit__(self, *_: object) -> None:
+        driver()("cuThreadExchangeStreamCaptureMode", ctypes.byref(self._mode))
         driver()("cuCtxPopCurrent_v2", ctypes.byref(_Handle()))
 
 

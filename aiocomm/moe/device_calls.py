@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, describe
 from aiocomm._operations import on_gpu
+from aiocomm._streams import LEGACY
 from aiocomm.collectives.kernels import check_budget, device_of
 from aiocomm.errors import LinkError, UsageError, UsageTypeError
 from aiocomm.moe.device_exchange import Matrix, Setting
@@ -61,7 +62,8 @@ class Options:
                 scope.pools[device] = Pool(scope.comm._engine, device)
         except (LinkError, OSError) as error:
             raise UsageError(f"cannot use this GPU: {error}") from error
-        streams = frozenset(one[4] for one in arrays) - {NO_STREAM}
+        # Results are used on some stream, whatever the arrays say of themselves.
+        streams = frozenset(one[4] for one in arrays) - {NO_STREAM} or frozenset((LEGACY,))
         return Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -41,11 +42,12 @@ _LEAST_PINNED: Final = 16 << 10
 _PORTABLE_MAPPED: Final = 3
 _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
-_KEPT_BYTES: Final = 1 << 30  # by a pool, that nobody uses
+_KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
 
 
 def _size_class(nbytes: int, least: int) -> int:
-    return max(least, 1 << max(0, nbytes - 1).bit_length())
+    step = 1 << max(0, max(0, nbytes - 1).bit_length() - 3)  # a quarter of the power of two below
+    return max(least, -(-nbytes // step) * step)
 
 
 class Block:
@@ -60,6 +62,7 @@ class Block:
         self._engine = engine
         self._memory = Scratch(kernels, nbytes)
         self.nbytes = nbytes
+        self.turn = 0  # in which it was given back
         self.address = self._memory.address
         self._places: dict[int, bytes] = {}  # by rank of the world
 
@@ -83,15 +86,30 @@ class Block:
             self._region, _ = self._engine.add_device_region(self.part(0, self.nbytes), False)
         return self._region
 
-    def _record(self) -> None:
+    def _record(self) -> bool:
+        """Record events behind the work of those streams that have any. False: that cannot be done now."""
+        capturing = ctypes.c_int()
         with self._kernels.current():
-            for stream in self.after:
-                if self._recorded == len(self._events):
-                    event = ctypes.c_void_p()
-                    driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
-                    self._events.append(event)
-                driver()("cuEventRecord", self._events[self._recorded], ctypes.c_void_p(stream))
-                self._recorded += 1
+            for stream in map(ctypes.c_void_p, self.after):
+                try:
+                    driver()("cuStreamIsCapturing", stream, ctypes.byref(capturing))
+                    if capturing.value:
+                        raise LinkError("a graph is captured")
+                    driver()("cuStreamQuery", stream)
+                except LinkError as error:
+                    if error.code != _NOT_READY:
+                        self._recorded = 0
+                        return False
+                    self._record_behind(stream)
+        return True
+
+    def _record_behind(self, stream: ctypes.c_void_p) -> None:
+        if self._recorded == len(self._events):
+            event = ctypes.c_void_p()
+            driver()("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+            self._events.append(event)
+        driver()("cuEventRecord", self._events[self._recorded], stream)
+        self._recorded += 1
 
     def idle(self, streams: frozenset[int]) -> bool:
         """Whether the work that it waited for is over; `streams` are those of a call that is being made."""
@@ -99,8 +117,8 @@ class Block:
             return True
         if not self.after <= streams:  # may be destroyed by now
             return False
-        if not self._recorded:
-            self._record()
+        if not self._recorded and not self._record():
+            return False
         with self._kernels.current():
             while self._recorded:
                 try:
@@ -149,11 +167,15 @@ class Pool:
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
+        self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
+        self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""
+        while self._returned:
+            self.give_back(self._returned.popleft())
         size = _size_class(nbytes, _LEAST)
         free = self._free.setdefault(size, [])
         for place, block in enumerate(free):
@@ -163,10 +185,21 @@ class Pool:
         return Block(self.kernels, self._engine, size)
 
     def give_back(self, block: Block) -> None:
-        """Keep it for the next, unless that is much."""
-        if not self._closed and self._kept + block.nbytes <= _KEPT_BYTES:
-            self._kept += block.nbytes
-            self._free.setdefault(block.nbytes, []).append(block)
+        """Keep it for the next; of what is too much then, those go that have not been used for longest."""
+        if self._closed:
+            return
+        block.turn = next(self._turn)
+        self._kept += block.nbytes
+        self._free.setdefault(block.nbytes, []).append(block)
+        while self._kept > _KEPT_BYTES:
+            oldest = min((one for free in self._free.values() for one in free), key=lambda one: one.turn)
+            self._free[oldest.nbytes].remove(oldest)
+            self._kept -= oldest.nbytes
+
+    def returned(self, block: Block) -> None:
+        """The same, on any thread: at the next call."""
+        if not self._closed:
+            self._returned.append(block)
 
     def take_tables(self, nbytes: int) -> Block:
         """A block that nothing but `upload` writes, in the order of the kernels' stream."""
@@ -213,7 +246,7 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
-        for kept in (self._free, self._free_tables, self._pinned, self._lent):
+        for kept in (self._free, self._free_tables, self._pinned, self._lent, self._returned):
             kept.clear()
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
@@ -243,7 +276,7 @@ class Lease:
 
     def __del__(self) -> None:
         self._block.after = self.streams
-        self._pool.give_back(self._block)
+        self._pool.returned(self._block)
 
 
 class Tables:

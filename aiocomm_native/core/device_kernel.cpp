@@ -42,8 +42,11 @@ void DeviceProtocol::start_kernel(Op& op) {
       return engine_.end_early(op, Code::peer_lost);
     }
     const uint64_t within = far.place.address - far.place.base;
-    if (within > far.place.extent || far.nbytes > far.place.extent - within)
-      return engine_.tear_down(*peer, "protocol violation: a place outside its allocation");
+    if (within > far.place.extent || far.nbytes > far.place.extent - within) {
+      engine_.tear_down(*peer, "protocol violation: a place outside its allocation");
+      op.peer = far.owner;
+      return engine_.end_early(op, Code::peer_lost);
+    }
     peer->device_owner = far.place.owner;
     Reach reach = mover_->reach(gpu.device, far.place, *peer->link, op.id);
     if (reach.state == Reach::State::opening) {

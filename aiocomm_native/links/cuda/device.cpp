@@ -306,7 +306,7 @@ bool Device::issue(bool by_thread) {
       break;
     }
     did = true;
-    if (!by_thread && (job.rows || job.kernel || job.lane != Lane::peer)) {
+    if (!by_thread && (job.rows || job.lane != Lane::peer || (job.kernel && !launched(*job.kernel)))) {
       left_.push_back(job);
       break;
     }
@@ -348,6 +348,11 @@ bool Device::issue(bool by_thread) {
   return did;
 }
 
+// Before: the first launch of a function may have the driver load it.
+bool Device::launched(const KernelCall& kernel) const {
+  return std::find(launched_.begin(), launched_.end(), kernel.function) != launched_.end();
+}
+
 int Device::copy(MoveJob& job, Stream& stream) {
   if (KernelCall* kernel = job.kernel) {
     if (!stream.handle) {  // most processes launch none
@@ -355,8 +360,10 @@ int Device::copy(MoveJob& job, Stream& stream) {
       if (made != CUDA_SUCCESS) return made;
     }
     void* argument = kernel->argument.data();
-    return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(kernel->function), kernel->blocks, 1, 1,
-                                 kernel->threads, 1, 1, 0, stream.handle, &argument, nullptr);
+    const int code = driver.cuLaunchKernel(reinterpret_cast<CUfunction>(kernel->function), kernel->blocks, 1,
+                                           1, kernel->threads, 1, 1, 0, stream.handle, &argument, nullptr);
+    if (code == CUDA_SUCCESS && !launched(*kernel)) launched_.push_back(kernel->function);
+    return code;
   }
   if (!job.rows) return driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
   int code = row_copies_.queue(driver, job, stream.handle);

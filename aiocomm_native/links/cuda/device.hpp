@@ -98,6 +98,7 @@ class Device {
   bool issue(bool by_thread);
   bool work(bool by_thread);
   int copy(MoveJob& job, Stream& stream);
+  bool launched(const KernelCall& kernel) const;
   void tell(Stream& stream);
   bool collect(uint64_t now, bool by_thread);
   bool open_gates();
@@ -142,6 +143,7 @@ class Device {
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
   RowCopies row_copies_;
+  std::vector<uint64_t> launched_;  // functions
   std::vector<MoveJob> finished_;
   std::vector<GateWait> gates_;
 

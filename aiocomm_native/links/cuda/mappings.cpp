@@ -280,12 +280,18 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
 }
 
 void Mappings::forget(uint64_t owner) {
+  std::vector<OpId> waiters;  // kernels: what moves between a pair has ended with it
   std::lock_guard lock(mutex_);
   for (auto it = entries_.begin(); it != entries_.end();) {
     auto next = std::next(it);
-    if (it->first.owner == owner) drop(it);
+    if (it->first.owner == owner) {
+      waiters.insert(waiters.end(), it->second.waiters.begin(), it->second.waiters.end());
+      drop(it);
+    }
     it = next;
   }
+  if (!waiters.empty())
+    helper_.submit([this, waiters = std::move(waiters)] { host_.go_on(waiters.data(), waiters.size()); });
 }
 
 // One that is being opened is for a transfer under way, whose memory its owner must not have freed.
