@@ -282,3 +282,8 @@ def free_later(device: int, address: int, pinned: bool) -> None:
     """
     Free memory of the driver's once the GPU is at rest, without waiting for that.
     """
+
+def given_back(seconds: float) -> bool:
+    """
+    Wait for memory that was let go of until the driver has it. False: it takes longer.
+    """

@@ -98,6 +98,8 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
 void bind_device_memory(nb::module_& m) {
   m.def("free_later", cuda::free_later, nb::arg("device"), nb::arg("address"), nb::arg("pinned"),
         "Free memory of the driver's once the GPU is at rest, without waiting for that.");
+  m.def("given_back", cuda::given_back, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
+        "Wait for memory that was let go of until the driver has it. False: it takes longer.");
 }
 
 void bind_kernels(nb::class_<PyEngine>& engine) {

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import gc
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
+
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,6 +223,7 @@ class Gate:
     late: ClassVar[list[Callable[[], None]]] = []  # what waits for them to open
 
     def __init__(self, stream: Stream) -> None:
+        self.settle()
         self._memory = DeviceArray(1, np.uint32, stream.device, Kind.PINNED)
         self._memory.numpy()[0] = 0
         driver()(
@@ -235,6 +239,13 @@ class Gate:
         """Let the stream go on."""
         self._memory.numpy()[0] = 1
         self.opened(id(self))
+
+    @classmethod
+    def settle(cls) -> None:
+        """Before anything is shut: what is given back behind it would hold up who has to go on."""
+        if not cls.shut:
+            gc.collect()
+            assert _core.given_back(10)
 
     @classmethod
     def opened(cls, which: object) -> None:

@@ -111,6 +111,7 @@ class Simulator:
 
     def pause(self, device: int, engine: Engine) -> None:
         """Let an engine finish what it is at, and then nothing more."""
+        Gate.settle()
         self._check(self._library.fake_pause(device, engine))
         Gate.shut.add((device, engine))
 
@@ -125,6 +126,7 @@ class Simulator:
 
     def stop_halfway(self, device: int, engine: Engine) -> None:
         """Let an engine stop in the middle of its next copy."""
+        Gate.settle()
         self._check(self._library.fake_stop_halfway(device, engine))
         Gate.shut.add((device, engine))
 

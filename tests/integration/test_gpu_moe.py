@@ -457,11 +457,16 @@ async def test_a_cancelled_rank_ends_the_call_on_all(path: str) -> None:
         stream.close()
 
 
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize(("turn", "drain_s"), [(0, 2.0), (1, 2.0), (1, 0.01)])
 async def test_cancelled_while_its_kernel_runs(
-    gpu: Driver, simulator: simulated.Simulator, turn: int
+    gpu: Driver,
+    simulator: simulated.Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    turn: int,
+    drain_s: float,
 ) -> None:
-    """The await ends when the kernel has; with what it gives under way, or with what it gets."""
+    """The await ends when the kernel has, however late; with what it gives under way, or what it gets."""
+    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", str(drain_s))
     async with world(2, links=LINKS, warmup=True) as members:
         scope = anyio.CancelScope()
         ended: list[int] = []
@@ -492,6 +497,11 @@ async def test_cancelled_while_its_kernel_runs(
                 receiving = members[1].recv(bytearray(1), 0)
                 await members[0].send(b"x", 1)
                 await receiving
+            with pytest.raises(aiocomm.DeadlineExceeded):  # meanwhile the shorter time passes
+                await members[0].recv(bytearray(1), 1, tag=1, deadline=0.1)
+            sent = members[0].send(b"to oneself", 0, tag=1)
+            await members[0].recv(bytearray(10), 0, tag=1)
+            await sent
             assert 0 not in ended
             simulator.resume(0, simulated.Engine.LOCAL)
         assert sorted(ended) == [0, 1]

@@ -60,6 +60,10 @@ void Reaper::run() {
   started_ = false;
 }
 
+bool given_back(double seconds) {
+  return Reaper::of_process().wait(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
+}
+
 void free_later(int device, uint64_t address, bool pinned) {
   const Driver& driver = Driver::of_process();
   CUcontext context = nullptr;

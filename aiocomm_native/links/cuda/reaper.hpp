@@ -72,5 +72,7 @@ class Reaper {
 
 // Has the reaper free what cuMemAlloc or (`pinned`) cuMemHostAlloc has made in the device's primary context. Any thread.
 void free_later(int device, uint64_t address, bool pinned);
+// Waits for all that is to be given back; false: it takes longer.
+bool given_back(double seconds);
 
 }  // namespace aiocomm::cuda
