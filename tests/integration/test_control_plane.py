@@ -520,8 +520,10 @@ def test_a_lost_rendezvous_leaves_the_peers_alone() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == f"listening at {address}\n".encode()
         world = [Member(address) for _ in range(2)]
-        for member in world:
-            member.joined()
+        first, second = (member.joined().rank for member in world)
+        # Arrivals are told a little later, several together.
+        world[0].engine.wait(lambda engine: second in engine.peers)
+        world[1].engine.wait(lambda engine: first in engine.peers)
         process.kill()
     for member in world:
         events = member.engine.wait(
