@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import pair, work
-from .gpu_driver import Driver
+from .gpu_driver import Driver, missing
 from .model import Column, Rule, Subject, Suite
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def _missing() -> str:
         import torch
     except ImportError:
         return "pip install torch"
-    try:
-        count = Driver(0).count()
-    except (AttributeError, OSError) as error:
-        return f"no GPU: {error}"
-    return "" if count > 1 and torch.cuda.is_available() else "needs two GPUs"
+    return missing() or ("" if torch.cuda.is_available() else "needs two GPUs")
 
 
 def _subjects(options: Options) -> list[Subject]:

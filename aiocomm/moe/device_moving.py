@@ -391,11 +391,7 @@ class DeviceCombine(DeviceExchange):
         copied: list[int] = []
         for peer, head in self._heads.items():
             rows = self._parts[peer].rows
-            if head.rows != rows:
-                raise PeerError(
-                    f"combine: {self._group.names[peer]} brings {head.rows} rows of the {rows} it got",
-                    self._group.ranks[peer],
-                )
+            self._check_rows(peer, head.rows, rows)
             if not rows or not self._row:
                 continue
             self._expect(peer, rows * self._row, True)

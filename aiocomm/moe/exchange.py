@@ -18,7 +18,7 @@ import numpy as np
 from aiocomm.collectives import headers
 from aiocomm.collectives.flight import Flight
 from aiocomm.collectives.steps import Recv, Send
-from aiocomm.errors import ExpertsLostError, PeerLostError, UsageError
+from aiocomm.errors import ExpertsLostError, PeerError, PeerLostError, UsageError
 from aiocomm.moe.wire import HEAD_BYTES, Head
 
 if TYPE_CHECKING:
@@ -128,6 +128,14 @@ class Exchange(Flight):
 
     def _start(self) -> None:
         """Begin what takes a while by itself."""
+
+    def _check_rows(self, peer: int, brings: int, got: int) -> None:
+        """Of a combine: that a rank brings back what it has got."""
+        if brings != got:
+            raise PeerError(
+                f"combine: {self._group.names[peer]} brings {brings} rows of the {got} it got",
+                self._group.ranks[peer],
+            )
 
     async def _send(self) -> None:
         """Send every rank its message, and what follows it."""

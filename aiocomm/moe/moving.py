@@ -218,11 +218,7 @@ class Combine(Exchange):
         own = self._group.rank
         for peer, head in self._heads.items():
             rows = self._parts[peer].rows
-            if head.rows != rows:
-                raise PeerError(
-                    f"combine: {self._group.names[peer]} brings {head.rows} rows of the {rows} it got",
-                    self._group.ranks[peer],
-                )
+            self._check_rows(peer, head.rows, rows)
             nbytes = rows * self._hidden * self._wire.itemsize
             if head.flags & ROWS_RIDE:
                 came = self._slot(peer)[HEAD_BYTES : HEAD_BYTES + nbytes]
