@@ -12,7 +12,7 @@ from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
 from aiocomm.region import Region, RemoteRegion, exchange
-from aiocomm.types import ANY_SOURCE, MAX_TAG, Notification, Peer, Priority, Status
+from aiocomm.types import ANY_SOURCE, ANY_TAG, MAX_TAG, Notification, Peer, Priority, Status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -37,6 +37,7 @@ class Operations:
     _send: Callable[..., Transfer[None]]
     _recv: Callable[..., Transfer[Any]]
     _here: Callable[[], bool]
+    _catch_up: Callable[[], None]  # takes notice of what the control thread has told
     _closed: bool
     _rank: int
     _ranks: int  # one more than the largest rank ever known
@@ -378,7 +379,10 @@ class Operations:
     # ------------------------------------------------------------ refusals
 
     def _refuse(self, dst: Any = _NOT_GIVEN, src: Any = _NOT_GIVEN, tag: Any = _NOT_GIVEN) -> None:
-        """Say which of the conditions of a call does not hold."""
+        """Say which of the conditions of a call does not hold.
+
+        Returns if all do by now: a message of a peer may be sooner than the word that it has come.
+        """
         if self._closed:
             raise ClosedError("the communicator was closed: connect() again")
         if not self._here():
@@ -390,13 +394,16 @@ class Operations:
             if rank is _NOT_GIVEN:
                 continue
             _integers(rank=rank)
+            if rank >= self._ranks:
+                self._catch_up()
             if not low <= rank < self._ranks:
                 known = f"0 to {self._ranks - 1}" if self._ranks > 1 else "only 0, this process"
                 raise UsageError(f"no rank {rank} in this world: ranks are {known}{hint}")
         if tag is not _NOT_GIVEN:
             _integers(tag=tag)
-            wild = "" if src is _NOT_GIVEN else " and ANY_TAG"
-            raise UsageError(f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}{wild}")
+            if not (0 if src is _NOT_GIVEN else ANY_TAG) <= tag <= MAX_TAG:
+                wild = "" if src is _NOT_GIVEN else " and ANY_TAG"
+                raise UsageError(f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}{wild}")
 
 
 def on_stream(array: Any, writable: bool, stream: Any) -> Any:

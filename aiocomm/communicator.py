@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -104,6 +104,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._unretrieved: list[BaseException] = []
         self._notes: Mailbox[Notification] = Mailbox()
         self._events: Broadcast[Event] = Broadcast()
+        self._told: deque[Event] = deque()  # by the control thread, and not taken notice of yet
         self._regions: dict[int, Region] = {}
         self._layer_notes: dict[int, LayerNotes] = {}
         self._channels: dict[str, Channel] = {}
@@ -283,7 +284,12 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._ranks = max(self._ranks, peer.rank + 1)
 
     def _on_control_event(self, event: Event) -> None:
-        self._backend.call_threadsafe(lambda: self._on_event(event))
+        self._told.append(event)
+        self._backend.call_threadsafe(self._catch_up)
+
+    def _catch_up(self) -> None:
+        while self._told:
+            self._on_event(self._told.popleft())
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, PeerJoined):

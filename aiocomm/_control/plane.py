@@ -233,10 +233,10 @@ class ControlPlane:
             self.on_gone(before.rank, before.generation, False, "a new process has taken its rank")
         self._peers[card.rank] = card
         self._engine.add_peer(card.rank, card.generation)
+        if self._ready:
+            self._tell(PeerJoined(peer_of(card)))  # before there can be a message of it
         self._pairing.add(card)
         self._watch.add(card)
-        if self._ready:
-            self._tell(PeerJoined(peer_of(card)))
 
     def on_gone(self, rank: int, generation: int, graceful: bool, reason: str) -> None:
         """A peer is out of the world. Only the first to say so is heard."""

@@ -126,3 +126,16 @@ async def test_a_peer_whose_end_is_told_before_its_coming_is_not_alive() -> None
         assert [(peer.alive, peer.generation) for peer in comm.peers] == [(True, 78)]
         comm._on_event(aiocomm.PeerLost(3, 77, "told once more"))
         assert [peer.alive for peer in comm.peers] == [True]
+
+
+async def test_a_message_of_a_peer_may_be_sooner_than_the_word_that_it_has_come() -> None:
+    """They come by different threads: what names the peer meanwhile waits for nothing, and is not refused."""
+    async with aiocomm.connect() as comm:
+        comm._on_control_event(aiocomm.PeerJoined(Peer(3, "here", 1, (), ("shm",), True, None, 77)))
+        assert not comm.peers
+        receive = comm.recv(bytearray(1), 3)
+        assert [peer.rank for peer in comm.peers] == [3]
+        with pytest.raises(aiocomm.PeerLostError):  # the engine has not heard of it at all
+            await receive
+        with pytest.raises(aiocomm.UsageError, match="no rank 4 in this world: ranks are 0 to 3"):
+            await comm.send(b"", 4)

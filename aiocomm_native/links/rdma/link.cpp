@@ -63,8 +63,9 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       [this] { ring_fd(news_); });
   host_.watch(news_, EPOLLIN, this, false);
   nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
-  if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) >= 0)
-    host_.watch(nodes_, EPOLLIN, this, false);
+  if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) < 0)
+    ::close(std::exchange(nodes_, -1));
+  if (nodes_ >= 0) host_.watch(nodes_, EPOLLIN, this, false);
   for (auto& rail : rails_) {
     Rail& one = *rail;
     rail->on_gone = [this, &one] {

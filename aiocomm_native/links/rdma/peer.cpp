@@ -142,9 +142,7 @@ int RdmaPeer::take_in(bool completions) {
     if (early_.empty()) break;  // else the frame before it came by the other queue
   }
   if (!done || dead_) return done;
-  tell_credit();
-  if (!dead_) unblock();
-  tell_of_ring();
+  answer();
   // A frame that was sent has overtaken one that was written, which nobody is told of.
   if (ring_ && !early_.empty()) ring(host_.wake_page().engine, host_.engine_fd());
   return done;
@@ -169,6 +167,13 @@ void RdmaPeer::handle(Event& event) {
       if (!dead_) lane_failed(*lanes_[event.lane], event.reason);
       return;
   }
+}
+
+// To what has been taken in: the peer gets its credits back, and what waited for ours goes out.
+void RdmaPeer::answer() {
+  tell_credit();
+  if (!dead_) unblock();
+  tell_of_ring();
 }
 
 void RdmaPeer::violated(const char* what) { lose(std::string("protocol violation: ") + what); }
@@ -259,7 +264,7 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
   incoming_.erase(incoming_.begin(), incoming_.begin() + static_cast<std::ptrdiff_t>(used));
   if (ready_told_ && ready_heard_ && !open_) {
     open_ = true;
-    unblock();
+    answer();  // the peer was open before, and may have used up its credits
   }
   return !dead_;
 }

@@ -157,6 +157,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   Lane* best_lane(uint64_t nbytes, int node);
   Lane* nearest_lane();  // to the memory of frames
   void violated(const char* what);
+  void answer();
   void tell_credit();
   void unblock();
   void stream();
