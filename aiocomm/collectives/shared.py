@@ -51,6 +51,7 @@ _CHUNK_BYTES: Final = 32 << 10
 _TURN_S: Final = 1e-3
 _THREAD_BYTES: Final = 8 << 20  # that a call moves, from which on a thread does it
 _THREAD_S: Final = 20e-3
+_LEAVE_S: Final = 1e-3
 _WATCH_S: Final = 5e-3  # without progress, after which it is found out who is lost
 
 
@@ -108,6 +109,8 @@ class Shared:
         place = self._scope.place
         if place is None or place.arena is None:
             return None
+        engine, group = self._scope.comm._engine, self._scope.group
+        place.arena.set_processes([engine.process_of(rank) for rank in group.ranks])
         request, problem, dtype = self._request, self._request.problem, self._dtype
         sizes: tuple[int, ...] = (0,)
         root, in_place = 0, False
@@ -177,7 +180,9 @@ class SharedFlight(Flight):
                 else:
                     self._result = self._native.proceed(_TURN_S)
         except BaseException as error:
-            self._native.abandon()
+            with anyio.CancelScope(shield=True):
+                while not self._native.abandon():
+                    await anyio.sleep(_LEAVE_S)
             await self._give_up(error)
             raise
         else:

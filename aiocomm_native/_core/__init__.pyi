@@ -93,6 +93,8 @@ class Engine:
 
     def link_of(self, arg: int, /) -> str: ...
 
+    def process_of(self, arg: int, /) -> int: ...
+
     def rank_known(self, arg: int, /) -> bool: ...
 
     def open_channel(self, name: str, cls: int, weight: float) -> int: ...
@@ -222,6 +224,11 @@ class Arena:
         Where others find it: process, descriptor, and what tells it from others.
         """
 
+    def set_processes(self, processes: Sequence[int]) -> None:
+        """
+        Tell which processes the ranks are, so that bytes may go from array to array; -1: not that one.
+        """
+
 class SharedCall:
     """One rank's part of a collective of one shape through an arena."""
 
@@ -235,8 +242,10 @@ class SharedCall:
     def proceed(self, seconds: float) -> int:
         """Go on with it; as `attempt`."""
 
-    def abandon(self) -> None:
-        """Give it up, for all ranks."""
+    def abandon(self) -> bool:
+        """
+        Give it up, for all ranks. False: another one still touches the arrays, call again.
+        """
 
     @property
     def moved(self) -> int:

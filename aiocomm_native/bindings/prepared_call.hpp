@@ -27,7 +27,7 @@
 #include "bindings/transfer.hpp"
 #include "core/reduce.hpp"
 #include "core/relax.hpp"
-#include "links/shm/copy.hpp"
+#include "core/copy.hpp"
 
 namespace aiocomm::py {
 
@@ -249,7 +249,7 @@ class PreparedCall {
 
   void do_local(const Step& step) const {
     if (step.kind == kCopy)
-      shm::copy_large(at(step.first), at(step.second), step.first.nbytes());
+      copy_large(at(step.first), at(step.second), step.first.nbytes());
     else
       reduction_(at(step.first), at(step.second), at(step.third), step.first.nbytes() / item_);
   }

@@ -3,7 +3,7 @@
 // Rules
 //   - `attempt` meets the other ranks, or has the call made by messages; a call that has met is gone on with until it has
 //     ended, or has taken its turn. `proceed` goes on with it then, on any thread, one at a time.
-//   - Arrays are held from the attempt to the end, or to `abandon`.
+//   - Arrays are held from the attempt to the end, or until a call that is abandoned is left by all who touch them.
 //   - One call at a time goes through an arena; who owns it sees to that (aiocomm/collectives/scope.py).
 
 #include <nanobind/nanobind.h>
@@ -25,9 +25,12 @@
 
 #include "bindings/schedule.hpp"
 #include "core/clock.hpp"
+#include "core/cma.hpp"
+#include "core/direct_call.hpp"
 #include "core/patience.hpp"
 #include "core/relax.hpp"
 #include "core/shared_call.hpp"
+#include "core/way_choice.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -39,6 +42,7 @@ namespace {
 // In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
 // get a turn.
 constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
+constexpr uint64_t kLeaveNs = 1000000000;  // for which others are waited for who touch arrays that nobody owns any more
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -60,8 +64,42 @@ struct Meeting {
       relax();
   }
 
+  // `of`: the processes of the ranks, -1: not one whose memory can be reached. They are found once all have told theirs.
+  void set_processes(std::vector<pid_t> of) {
+    if (!processes.empty()) return;
+    processes = std::move(of);
+    processes.resize(arena->ranks(), -1);
+    processes[rank] = getpid();
+    if (std::find(processes.begin(), processes.end(), -1) != processes.end()) return;
+    arena->set_probe(rank, reinterpret_cast<uint64_t>(&word));
+    looks = true;
+  }
+  void look_for_others() {
+    for (size_t other = 0; other < arena->ranks(); ++other)
+      if (!arena->probe(other)) return;
+    looks = false;
+    for (size_t other = 0; other < arena->ranks(); ++other) {
+      uint64_t found = 0;
+      auto* bytes = reinterpret_cast<std::byte*>(&found);
+      const uint64_t at = arena->probe(other);
+      if (read_process(processes[other], at, bytes, sizeof found) || found != arena->nonce() ||
+          write_process(processes[other], at, bytes, sizeof found))
+        return;
+    }
+    reaches = true;
+    arena->set_reaches(rank);
+  }
+  bool gone(size_t other) const {
+    uint64_t word;
+    return read_process(processes[other], arena->probe(other), reinterpret_cast<std::byte*>(&word),
+                        sizeof word) == ESRCH;
+  }
+
   const std::shared_ptr<Arena> arena;
   const size_t rank;
+  uint64_t word = arena->nonce();  // by which others know this process
+  std::vector<pid_t> processes;    // by rank; empty: not known yet
+  bool looks = false, reaches = false;
   bool crowded;  // who waits keeps from running whom it waits for
   Patience patience;
   uint64_t met = 0;  // the last call that did
@@ -79,11 +117,20 @@ class PySharedCall {
         header_(header.c_str(), header.size()),
         kind_(static_cast<SharedCall::Kind>(kind)),
         item_(item),
-        call_(checked(kind, *meeting_, root, sizes, item), meeting_->rank, meeting_->arena->ranks(), root,
-              sizes, in_place, item, find_reduction(format, op)) {
+        rings_(checked(kind, *meeting_, root, sizes, item), meeting_->rank, meeting_->arena->ranks(), root,
+               sizes, in_place, item, find_reduction(format, op)),
+        direct_(kind_, meeting_->rank, meeting_->arena->ranks(), root, sizes, in_place, item,
+                find_reduction(format, op), meeting_->processes) {
     if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
     if (kind_ == SharedCall::Kind::all_reduce && !find_reduction(format, op))
       throw nb::value_error("a reduction that is not done here");
+  }
+
+  ~PySharedCall() {
+    if (!running_) return;
+    nb::gil_scoped_release release;
+    give_up();
+    for (const uint64_t began = now_ns(); !left() && now_ns() - began < kLeaveNs;) sched_yield();
   }
 
   int attempt(nb::handle engine, uint64_t number, nb::handle given, nb::handle out) {
@@ -93,7 +140,7 @@ class PySharedCall {
     Arrays arrays;
     if (!arrays.in.borrow(given.ptr(), false) || !arrays.out.borrow(out.ptr(), writes)) return kNotMet;
     const Lent &in = arrays.in, &into = arrays.out;
-    if (in.nbytes != call_.in_bytes() || into.nbytes != call_.out_bytes() || in.overlaps(into))
+    if (in.nbytes != rings_.in_bytes() || into.nbytes != rings_.out_bytes() || in.overlaps(into))
       return kNotMet;
     for (const Lent* one : {&in, &into})
       if (reinterpret_cast<uintptr_t>(one->data) % item_) return kNotMet;
@@ -131,25 +178,31 @@ class PySharedCall {
     return result;
   }
 
-  // The call fails here: the others are told, and nothing touches the arrays any more.
-  void abandon() {
+  // The call fails here, and the others are told. False: one of them still touches the arrays; to be called again.
+  bool abandon() {
     std::unique_ptr<Arrays> over;
     {
       nb::gil_scoped_release release;
-      Arena& arena = *meeting_->arena;
-      if (!open_ || arena.close(number_) == Arena::Meeting::met) arena.set_broken();  // who goes on ends soon
-      std::lock_guard lock(mutex_);
-      open_ = false;
-      running_ = false;
+      if (running_) give_up();
+      for (const uint64_t began = now_ns(); !left();) {
+        if (now_ns() - began > kTurnNs) return false;
+        sched_yield();
+      }
       over.swap(arrays_);
     }
+    return true;
   }
 
-  uint64_t moved() const { return call_.moved(); }
+  uint64_t moved() const { return rings_.moved(); }
 
  private:
   struct Arrays {
     Lent in, out;
+  };
+
+  struct Seen {
+    const std::byte* data = nullptr;
+    uint64_t nbytes = 0;
   };
 
   static void hold(Lent& into, Lent& from) {
@@ -170,6 +223,52 @@ class PySharedCall {
     return one;
   }
 
+  void give_up() {
+    Arena& arena = *meeting_->arena;
+    if (!open_ || arena.close(number_) == Arena::Meeting::met) arena.set_broken();  // who goes on ends soon
+    std::lock_guard lock(mutex_);
+    open_ = false;
+    running_ = false;
+  }
+
+  // A broken arena is entered by nobody any more, so who is in there is a moment from leaving it, or killed.
+  bool left() const {
+    const Meeting& m = *meeting_;
+    if (!direct_now_) return true;
+    for (size_t other = 0; other < m.arena->ranks(); ++other)
+      if (other != m.rank && m.arena->entered(other) && !m.gone(other)) return false;
+    return true;
+  }
+
+  // Memory of devices, for one, cannot be reached by other processes: nor by this one in their way.
+  bool reachable(const std::byte* data, uint64_t nbytes, Seen& seen) const {
+    if (!nbytes || (seen.data == data && seen.nbytes == nbytes)) return true;
+    std::byte byte;
+    for (const std::byte* at : {data, data + nbytes - 1})
+      if (read_process(meeting_->processes[meeting_->rank], reinterpret_cast<uint64_t>(at), &byte, 1))
+        return false;
+    seen = {data, nbytes};
+    return true;
+  }
+
+  void begin(const std::byte* in, std::byte* out) {
+    Meeting& m = *meeting_;
+    Arena& arena = *m.arena;
+    rings_.begin(arena, number_, in, out);
+    if (m.looks) m.look_for_others();
+    const bool able = m.reaches && direct_.pays() && reachable(in, rings_.in_bytes(), seen_in_) &&
+                      reachable(out, rings_.out_bytes(), seen_out_);
+    if (able)
+      direct_.begin(arena, number_, in, out);
+    else
+      direct_.withhold(arena);
+    if (m.rank != 0) return;
+    if (ran_ && ran_ == m.met) choice_.took(direct_now_, arena.longest());
+    ran_ = 0;
+    const bool direct = able && arena.all_reach() && choice_.next();
+    arena.choose(direct ? Arena::Way::direct : Arena::Way::rings);
+  }
+
   // kPending: all ranks have met.
   Result meet(bool waits, const std::byte* in, std::byte* out) {
     Meeting& m = *meeting_;
@@ -184,16 +283,16 @@ class PySharedCall {
     }
     waits = waits && m.patience.may_spin(now);
     std::memcpy(arena.header(m.rank), header_.data(), header_.size());
-    call_.begin(arena, number_, in, out);
+    begin(in, out);
     Arena::Meeting state = arena.arrive(number_);
     if (state == Arena::Meeting::open && waits) {
       do {
         m.wait(now, began);
         state = arena.look(number_);
       } while (state == Arena::Meeting::open && (now = now_ns()) - began < kMeetNs);
-      if (state == Arena::Meeting::open && call_.moved() >= kWorthWaiting) {
+      if (state == Arena::Meeting::open && rings_.moved() >= kWorthWaiting) {
         open_ = true;
-        closes_ns_ = began + kMeetNs + call_.moved() / kWaitBytes;
+        closes_ns_ = began + kMeetNs + rings_.moved() / kWaitBytes;
         return kOpen;
       }
       if (state == Arena::Meeting::open) state = arena.close(number_);
@@ -225,6 +324,8 @@ class PySharedCall {
         arena.set_done(m.rank, number_);  // all see that, and say by messages what is wrong
         return kNotMet;
       }
+    direct_now_ = arena.way() == Arena::Way::direct && arena.all_told();
+    met_ns_ = now_ns();
     return kPending;
   }
 
@@ -233,8 +334,9 @@ class PySharedCall {
     Arena& arena = *m.arena;
     uint64_t now = now_ns(), last = now;
     bool did = false;
-    while (!call_.ended()) {
-      if (call_.advance(arena)) {
+    auto ended = [&] { return direct_now_ ? direct_.ended(arena) : rings_.ended(); };
+    while (!ended()) {
+      if (direct_now_ ? direct_.advance(arena) : rings_.advance(arena)) {
         did = true;
         if (++looks_ % 16) continue;
         last = now = now_ns();
@@ -242,13 +344,18 @@ class PySharedCall {
       } else {
         m.wait(now, last);
         now = now_ns();
+        // Of a process that has ended others will tell; nobody else's memory has to be out of reach.
+        if (direct_now_ && direct_.error() && direct_.error() != ESRCH) arena.set_broken();
         if (arena.broken()) return kBroken;
       }
-      if (now > until && !call_.ended()) {
+      if (now > until && !ended()) {
         m.turn_began = now;
         return did ? kPending : kStuck;
       }
     }
+    now = now_ns();
+    arena.set_took(m.rank, now - met_ns_);
+    ran_ = number_;
     arena.set_done(m.rank, number_);
     if (now - m.turn_began < kTurnNs) return kDone;
     m.turn_began = now;
@@ -260,7 +367,12 @@ class PySharedCall {
   const SharedCall::Kind kind_;
   const uint64_t item_;
   bool is_root_ = false;
-  SharedCall call_;
+  SharedCall rings_;
+  DirectCall direct_;
+  WayChoice choice_;  // rank 0's
+  bool direct_now_ = false;
+  uint64_t met_ns_ = 0, ran_ = 0;  // the last call that ended here
+  Seen seen_in_, seen_out_;
   std::mutex mutex_;  // who goes on with a call, and who gives it up
   bool running_ = false, open_ = false;
   uint64_t number_ = 0, closes_ns_ = 0;
@@ -294,7 +406,9 @@ void bind_shared(nb::module_& m) {
           [](const Meeting& self) {
             return std::make_tuple(getpid(), self.arena->fd(), self.arena->nonce());
           },
-          "Where others find it: process, descriptor, and what tells it from others.");
+          "Where others find it: process, descriptor, and what tells it from others.")
+      .def("set_processes", &Meeting::set_processes, "processes"_a,
+           "Tell which processes the ranks are, so that bytes may go from array to array; -1: not that one.");
   nb::class_<PySharedCall>(m, "SharedCall", "One rank's part of a collective of one shape through an arena.")
       .def(nb::init<std::shared_ptr<Meeting>, int, size_t, std::vector<uint64_t>, bool, uint64_t,
                     const std::string&, const std::string&, nb::bytes>(),
@@ -306,7 +420,8 @@ void bind_shared(nb::module_& m) {
            "have come "
            "yet.")
       .def("proceed", &PySharedCall::proceed, "seconds"_a, "Go on with it; as `attempt`.")
-      .def("abandon", &PySharedCall::abandon, "Give it up, for all ranks.")
+      .def("abandon", &PySharedCall::abandon,
+           "Give it up, for all ranks. False: another one still touches the arrays, call again.")
       .def_prop_ro("moved", &PySharedCall::moved, "Bytes that it copies to or from the arena here.");
 }
 

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <new>
 #include <string>
@@ -19,20 +20,26 @@ struct Arena::Control {
   struct alignas(64) Counter {
     std::atomic<uint64_t> value{0};  // its writer releases, the others acquire
   };
-  struct alignas(64) Reader {
+  struct alignas(64) Row {
     std::atomic<uint64_t> of[kRanks] = {};
+  };
+  struct alignas(64) Told {
+    std::atomic<uint64_t> given{0}, out{0}, probe{0}, took{0};
+    std::atomic<uint32_t> way{0}, reaches{0};
   };
   uint64_t nonce = 0;
   std::atomic<uint32_t> broken{0};
   Counter word;  // the number of a call, whether it is closed, how many have arrived
-  Counter done[kRanks], written[kRanks];
-  Reader read[kRanks];
+  Counter done[kRanks], written[kRanks], entered[kRanks];
+  Row read[kRanks];                     // by reader
+  Row claimed[kRanks], pushed[kRanks];  // by writer
+  Told told[kRanks];
 };
 
 namespace {
 
 constexpr uint64_t kClosed = 1 << 7, kArrived = kClosed - 1, kCallShift = 8;
-constexpr uint64_t kControlBytes = 8192;
+constexpr uint64_t kControlBytes = 16384;
 
 uint64_t of_call(uint64_t counter, uint64_t call) {
   return counter >> Arena::kCountBits == call ? counter & ((1ull << Arena::kCountBits) - 1) : 0;
@@ -160,8 +167,95 @@ void Arena::set_done(size_t rank, uint64_t call) {
   control_->done[rank].value.store(call, std::memory_order_release);
 }
 
+// Between `arrive` and `done`, which release and acquire.
+void Arena::choose(Way way) {
+  control_->told[0].way.store(static_cast<uint32_t>(way), std::memory_order_relaxed);
+}
+
+Arena::Way Arena::way() const {
+  return control_->told[0].way.load(std::memory_order_relaxed) ? Way::direct : Way::rings;
+}
+
+void Arena::tell(size_t rank, Arrays arrays) {
+  control_->told[rank].given.store(arrays.given, std::memory_order_relaxed);
+  control_->told[rank].out.store(arrays.out, std::memory_order_relaxed);
+}
+
+Arena::Arrays Arena::told(size_t rank) const {
+  return {control_->told[rank].given.load(std::memory_order_relaxed),
+          control_->told[rank].out.load(std::memory_order_relaxed)};
+}
+
+bool Arena::all_told() const {
+  for (size_t rank = 0; rank < ranks_; ++rank)
+    if (!told(rank).out) return false;
+  return true;
+}
+
+void Arena::set_probe(size_t rank, uint64_t address) {
+  control_->told[rank].probe.store(address, std::memory_order_release);
+}
+
+uint64_t Arena::probe(size_t rank) const {
+  return control_->told[rank].probe.load(std::memory_order_acquire);
+}
+
+void Arena::set_reaches(size_t rank) { control_->told[rank].reaches.store(1, std::memory_order_release); }
+
+bool Arena::all_reach() const {
+  for (size_t rank = 0; rank < ranks_; ++rank)
+    if (!control_->told[rank].reaches.load(std::memory_order_acquire)) return false;
+  return true;
+}
+
+uint64_t Arena::claim(size_t writer, size_t reader, uint64_t call, uint64_t chunks) {
+  std::atomic<uint64_t>& claimed = control_->claimed[writer].of[reader];
+  uint64_t value = claimed.load(std::memory_order_relaxed);
+  for (;;) {
+    if (value >> kCountBits > call) return chunks;  // the reader has all of it, and goes on
+    const uint64_t next = of_call(value, call);
+    if (next >= chunks) return chunks;
+    // Relaxed: who claims a chunk learns nothing of it that the meeting has not told.
+    if (claimed.compare_exchange_weak(value, counter_of(call, next + 1), std::memory_order_relaxed))
+      return next;
+  }
+}
+
+uint64_t Arena::pushed(size_t writer, size_t reader, uint64_t call) const {
+  return of_call(control_->pushed[writer].of[reader].load(std::memory_order_acquire), call);
+}
+
+void Arena::has_pushed(size_t writer, size_t reader, uint64_t call, uint64_t chunks) {
+  control_->pushed[writer].of[reader].store(counter_of(call, chunks), std::memory_order_release);
+}
+
+// In one order with `set_broken`: either this rank sees that the arena is broken, or who broke it sees it in there.
+bool Arena::enter(size_t rank) {
+  control_->entered[rank].value.store(1, std::memory_order_seq_cst);
+  if (!control_->broken.load(std::memory_order_seq_cst)) return true;
+  leave(rank);
+  return false;
+}
+
+void Arena::leave(size_t rank) { control_->entered[rank].value.store(0, std::memory_order_release); }
+
+bool Arena::entered(size_t rank) const {
+  return control_->entered[rank].value.load(std::memory_order_seq_cst) != 0;
+}
+
+void Arena::set_took(size_t rank, uint64_t ns) {
+  control_->told[rank].took.store(ns, std::memory_order_relaxed);
+}
+
+uint64_t Arena::longest() const {
+  uint64_t longest = 0;
+  for (size_t rank = 0; rank < ranks_; ++rank)
+    longest = std::max(longest, control_->told[rank].took.load(std::memory_order_relaxed));
+  return longest;
+}
+
 bool Arena::broken() const { return control_->broken.load(std::memory_order_acquire) != 0; }
 
-void Arena::set_broken() { control_->broken.store(1, std::memory_order_release); }
+void Arena::set_broken() { control_->broken.store(1, std::memory_order_seq_cst); }
 
 }  // namespace aiocomm

@@ -6,9 +6,13 @@
 //     Compare-and-swap decides between the two, so no two ranks differ.
 //   - Who touches the word has ended all of its earlier calls, and knows of all others that they have ended the last call
 //     that met (`done`). So whoever waits at a call and finds the word at a later one knows that it was closed.
-//   - Each rank writes its stream of chunks into a ring of its own. Counters carry the call's number: those of earlier
-//     calls count as 0. A slot is written again only when all have read it, or have nothing to read in it.
-//   - What others write is not trusted with anything but the bytes of the result, and with when they come.
+//   - Counters carry the call's number: those of earlier calls count as 0.
+//   - Bytes go by rings, or from array to array, as rank 0 has chosen before it arrived. In the ring of its own each rank
+//     writes its stream of chunks; a slot is written again only when all have read it, or have nothing to read in it.
+//     From array to array the writer pushes chunks and the reader pulls them, by cross-memory attach: whoever claims one
+//     first. Who touches another's arrays has entered; who gives a call up waits until all have left.
+//   - What others write is not trusted with anything but the bytes of the result, and with when they come. Where arrays
+//     are is believed for the process that the link knows the rank by, and for no other.
 //   - A call that has met and fails at some rank breaks the arena for good: the group goes on by messages.
 #pragma once
 
@@ -49,10 +53,39 @@ class Arena {
     return rings_ + (rank * kSlots + chunk % kSlots) * kChunk;
   }
 
+  enum class Way : uint32_t { rings, direct };
+  void choose(Way way);  // rank 0, before it arrives
+  Way way() const;  // once a call has met, until this rank has ended it
+
+  // By rings.
   uint64_t written(size_t rank, uint64_t call) const;
   void wrote(size_t rank, uint64_t call, uint64_t chunks);
   uint64_t read(size_t reader, size_t writer, uint64_t call) const;
   void has_read(size_t reader, size_t writer, uint64_t call, uint64_t chunks);
+
+  // From array to array. `probe`: the address of a word of the rank's process that has the arena's nonce.
+  struct Arrays {
+    uint64_t given, out;
+  };
+  void tell(size_t rank, Arrays arrays);  // before it arrives
+  Arrays told(size_t rank) const;
+  bool all_told() const;
+  void set_probe(size_t rank, uint64_t address);
+  uint64_t probe(size_t rank) const;  // 0: not told
+  void set_reaches(size_t rank);      // the arrays of all others
+  bool all_reach() const;
+  // The next chunk of what `writer` has for `reader`, which nobody else has claimed; `chunks`: there is none.
+  uint64_t claim(size_t writer, size_t reader, uint64_t call, uint64_t chunks);
+  uint64_t pushed(size_t writer, size_t reader, uint64_t call) const;  // chunks, by the writer
+  void has_pushed(size_t writer, size_t reader, uint64_t call, uint64_t chunks);
+  bool enter(size_t rank);  // false: the arena is broken
+  void leave(size_t rank);
+  bool entered(size_t rank) const;
+
+  // How long its part of the last call took, in ns: before it is done.
+  void set_took(size_t rank, uint64_t ns);
+  uint64_t longest() const;
+
   bool all_done(uint64_t call) const;
   void set_done(size_t rank, uint64_t call);
   bool broken() const;

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <utility>
 
-#include "links/shm/copy.hpp"
+#include "core/copy.hpp"
 
 namespace aiocomm {
 
@@ -130,9 +130,9 @@ void SharedCall::begin(Arena& arena, uint64_t call, const std::byte* in, std::by
 
 void SharedCall::copy(std::byte* to, const std::byte* from, size_t nbytes) const {
   if (streams_)
-    shm::copy_past_caches(to, from, nbytes);
+    copy_past_caches(to, from, nbytes);
   else
-    shm::copy_in_caches(to, from, nbytes);
+    copy_in_caches(to, from, nbytes);
 }
 
 bool SharedCall::give(Arena& arena) {
@@ -147,7 +147,7 @@ bool SharedCall::give(Arena& arena) {
     if (given_ >= free_) return false;
   }
   const std::byte* from = (next.from_out ? out_ : in_) + next.at;
-  shm::copy_in_caches(arena.slot(rank_, given_), from, next.nbytes);
+  copy_in_caches(arena.slot(rank_, given_), from, next.nbytes);
   arena.wrote(rank_, call_, ++given_);
   if (next.also >= 0) copy(out_ + next.also, from, next.nbytes);
   --left_;

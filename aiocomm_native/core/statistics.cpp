@@ -32,6 +32,13 @@ std::string Engine::link_of(Rank rank) {
   return peer && peer->state == Peer::State::up ? link_names_[peer->link_index] : std::string();
 }
 
+int Engine::process_of(Rank rank) {
+  Token token(*this, true);
+  Peer* peer = find_peer(rank);
+  if (!peer || peer->state != Peer::State::up || !peer->link) return -1;
+  return peer->link->pull_path(Location{}) == Path::cma ? peer->link->process() : -1;
+}
+
 std::vector<Op*> Engine::outgoing() {
   Token token(*this, true);
   std::vector<Op*> out;

@@ -1,10 +1,10 @@
-// needs: core/arena.cpp core/shared_call.cpp core/reduce.cpp links/shm/copy.cpp
+// needs: core/arena.cpp core/cma.cpp core/copy.cpp core/direct_call.cpp core/reduce.cpp core/shared_call.cpp
 //
 // Collectives through an arena, as several ranks of one process: in any order of their steps every call ends, with what it
 // must, also where some ranks are in the next call already. And whoever arrives, waits or gives up: all say the same of a
 // call.
 
-#include "core/shared_call.hpp"
+#include "core/direct_call.hpp"
 
 #include <unistd.h>
 
@@ -46,12 +46,14 @@ struct Shape {
   Kind kind;
   size_t ranks, root = 0;
   std::vector<uint64_t> sizes;
-  bool in_place = false;
+  std::vector<bool> in_place;  // by rank
+  bool direct;
   std::vector<std::unique_ptr<SharedCall>> calls;
+  std::vector<std::unique_ptr<DirectCall>> directs;
 
   Shape(Kind kind, size_t ranks, size_t items, std::mt19937& random) : kind(kind), ranks(ranks) {
     root = random() % ranks;
-    in_place = (kind == Kind::all_gather || kind == Kind::all_reduce) && random() % 2;
+    direct = kind != Kind::barrier && random() % 2;
     if (kind == Kind::barrier) items = 0;
     if (kind == Kind::all_reduce) {
       for (size_t rank = 0; rank < ranks; ++rank)
@@ -59,9 +61,14 @@ struct Shape {
     } else {
       sizes.assign(kind == Kind::barrier || kind == Kind::broadcast ? 1 : ranks, 4 * items);
     }
-    for (size_t rank = 0; rank < ranks; ++rank)
-      calls.push_back(std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place, 4,
-                                                   find_reduction("u4", "sum")));
+    for (size_t rank = 0; rank < ranks; ++rank) {
+      in_place.push_back((kind == Kind::all_gather || kind == Kind::all_reduce) && random() % 2);
+      const auto sum = find_reduction("u4", "sum");
+      calls.push_back(
+          std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum));
+      directs.push_back(std::make_unique<DirectCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum,
+                                                     std::vector<pid_t>(ranks, getpid())));
+    }
   }
 
   size_t given() const {  // items of a rank's contribution
@@ -118,6 +125,7 @@ void history(size_t ranks) {
     if (one.next == kCalls) continue;
     Shape& shape = shapes[one.next];
     SharedCall& call = *shape.calls[rank];
+    DirectCall& direct = *shape.directs[rank];
     Arena& arena = *all[rank];
     CHECK(++idle < 1000000);  // else it is a deadlock
     if (!one.begun) {
@@ -126,12 +134,15 @@ void history(size_t ranks) {
       one.in.resize(given);
       for (size_t i = 0; i < given; ++i) one.in[i] = value(one.next, rank, i);
       one.out.assign(out, 0xdeadbeef);
-      if (shape.kind == Kind::broadcast ? rank == shape.root : shape.in_place)
+      if (shape.kind == Kind::broadcast ? rank == shape.root : shape.in_place[rank])
         std::copy(one.in.begin(), one.in.end(),
                   one.out.begin() + (shape.kind == Kind::all_gather ? rank * given : 0));
       CHECK(call.in_bytes() == 0 || call.in_bytes() == 4 * given);
-      call.begin(arena, one.next + 1, reinterpret_cast<std::byte*>(one.in.data()),
-                 reinterpret_cast<std::byte*>(one.out.data()));
+      auto* in = reinterpret_cast<std::byte*>(one.in.data());
+      auto* into = reinterpret_cast<std::byte*>(one.out.data());
+      if (rank == 0) arena.choose(shape.direct ? Arena::Way::direct : Arena::Way::rings);
+      call.begin(arena, one.next + 1, in, into);
+      direct.begin(arena, one.next + 1, in, into);
       one.begun = true;
       one.met = arena.arrive(one.next + 1) == Meeting::met;
       continue;
@@ -142,9 +153,12 @@ void history(size_t ranks) {
       one.met = state == Meeting::met;
       continue;
     }
-    for (size_t steps = random() % 20; steps && !call.ended(); --steps)
-      if (call.advance(arena)) idle = 0;
-    if (!call.ended()) continue;
+    const bool by_arrays = arena.way() == Arena::Way::direct;
+    auto over = [&] { return by_arrays ? direct.ended(arena) : call.ended(); };
+    for (size_t steps = random() % 20; steps && !over(); --steps)
+      if (by_arrays ? direct.advance(arena) : call.advance(arena)) idle = 0;
+    CHECK(direct.error() == 0);
+    if (!over()) continue;
     idle = 0;
     arena.set_done(rank, one.next + 1);
     check(shape, one.next, rank, one.out);

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "links/shm/copy.hpp"
+#include "core/copy.hpp"
 
 namespace aiocomm {
 namespace {
@@ -54,7 +54,7 @@ class SelfPeer final : public LinkPeer {
     if (into < from + nbytes && from < into + nbytes)
       std::memmove(into, from, nbytes);
     else
-      shm::copy_large(into, from, nbytes);
+      copy_large(into, from, nbytes);
     return 0;
   }
 

@@ -6,7 +6,6 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,7 +14,8 @@
 #include <cstring>
 
 #include "core/segments.hpp"
-#include "links/shm/copy.hpp"
+#include "core/cma.hpp"
+#include "core/copy.hpp"
 
 namespace aiocomm::shm {
 
@@ -213,10 +213,9 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
     error = ECANCELED;
   } else {
     uint64_t value = 0;
-    iovec local{&value, sizeof value}, remote{reinterpret_cast<void*>(hello.probe_address), sizeof value};
-    ssize_t n = process_vm_readv(pid_, &local, 1, &remote, 1, 0);
-    cma_ = n == sizeof value && value == hello.probe_value;
-    if (!cma_) error = n < 0 ? errno : EFAULT;
+    error = read_process(pid_, hello.probe_address, reinterpret_cast<std::byte*>(&value), sizeof value);
+    cma_ = !error && value == hello.probe_value;
+    if (!cma_ && !error) error = EFAULT;
   }
   if (!cma_ && error != ESRCH)  // that one has ended already, which its socket tells
     host_.fallback(rank, "stream",
@@ -297,16 +296,7 @@ int ShmPeer::pull(const Location& where, std::byte* into, size_t nbytes) {
     copy_large(into, mapping->base + where.address, nbytes);
     return 0;
   }
-  size_t done = 0;
-  while (done < nbytes) {
-    iovec local{into + done, nbytes - done};
-    iovec remote{reinterpret_cast<void*>(where.address + done), nbytes - done};
-    ssize_t n = process_vm_readv(pid_, &local, 1, &remote, 1, 0);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return n < 0 ? errno : EFAULT;
-    done += static_cast<size_t>(n);
-  }
-  return 0;
+  return read_process(pid_, where.address, into, nbytes);
 }
 
 // ---------------------------------------------------------------- frames

@@ -1,4 +1,4 @@
-#include "links/shm/copy.hpp"
+#include "core/copy.hpp"
 
 #include <cstdint>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-namespace aiocomm::shm {
+namespace aiocomm {
 
 #if defined(__x86_64__)
 namespace {
@@ -79,4 +79,4 @@ void copy_past_caches(std::byte* to, const std::byte* from, size_t nbytes) {
   std::memcpy(to, from, nbytes);
 }
 
-}  // namespace aiocomm::shm
+}  // namespace aiocomm

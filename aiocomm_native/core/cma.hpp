@@ -1,0 +1,14 @@
+// Cross-memory attach: one copy between this process's memory and another's, by the kernel. 0 or errno.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace aiocomm {
+
+int read_process(pid_t from, uint64_t address, std::byte* into, size_t nbytes);
+int write_process(pid_t to, uint64_t address, const std::byte* from, size_t nbytes);
+
+}  // namespace aiocomm
