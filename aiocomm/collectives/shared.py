@@ -10,6 +10,7 @@ all, and the group goes by messages from then on.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import struct
 import time
@@ -88,7 +89,7 @@ class Shared:
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         self._scope, self._request, self._dtype = scope, request, dtype
         self._native: _core.SharedCall | None = None
-        self.counted = f"{request.operation}/shared"
+        self._counted = f"{request.operation}/shared", f"{request.operation}/cma"
         self.mean = request.result is not None
 
     def attempt(self, number: int, given: Any, out: Any) -> int:
@@ -104,6 +105,11 @@ class Shared:
         if scope.calls or (native is None and (native := self._made()) is None):
             return NOT_MET
         return native.attempt(scope.comm._engine, number, given, out)
+
+    @property
+    def counted(self) -> str:
+        """Under which name the statistics count the call that has met last."""
+        return self._counted[self._native is not None and self._native.direct]
 
     def _made(self) -> _core.SharedCall | None:
         place = self._scope.place
@@ -180,9 +186,7 @@ class SharedFlight(Flight):
                 else:
                     self._result = self._native.proceed(_TURN_S)
         except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                while not self._native.abandon():
-                    await anyio.sleep(_LEAVE_S)
+            await self._leave()
             await self._give_up(error)
             raise
         else:
@@ -217,6 +221,13 @@ class SharedFlight(Flight):
             return self._explained(self._aborted)
         what = f"{self._operation} (call {self._number} of {self._group.label})"
         return TransferCancelled(f"{what}: another rank has given it up")
+
+    async def _leave(self) -> None:
+        """Return once no other rank touches the arrays, whatever is cancelled meanwhile."""
+        with anyio.CancelScope(shield=True):
+            while not self._native.abandon():
+                with contextlib.suppress(asyncio.CancelledError):  # Task.cancel() goes through a shield
+                    await anyio.sleep(_LEAVE_S)
 
     async def _let_go(self) -> None:
         self._over = True

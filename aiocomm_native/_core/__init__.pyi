@@ -248,6 +248,12 @@ class SharedCall:
         """
 
     @property
+    def direct(self) -> bool:
+        """
+        Whether the call that has met last went from array to array, by cross-memory attach.
+        """
+
+    @property
     def moved(self) -> int:
         """Bytes that it copies to or from the arena here."""
 

@@ -25,9 +25,9 @@
 #include "bindings/combining.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
+#include "core/copy.hpp"
 #include "core/reduce.hpp"
 #include "core/relax.hpp"
-#include "core/copy.hpp"
 
 namespace aiocomm::py {
 

@@ -42,7 +42,8 @@ namespace {
 // In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
 // get a turn.
 constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
-constexpr uint64_t kLeaveNs = 1000000000;  // for which others are waited for who touch arrays that nobody owns any more
+constexpr uint64_t kLeaveNs =
+    1000000000;  // for which others are waited for who touch arrays that nobody owns any more
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -103,6 +104,12 @@ struct Meeting {
   bool crowded;  // who waits keeps from running whom it waits for
   Patience patience;
   uint64_t met = 0;  // the last call that did
+  // Rank 0's last call that ended: how long it took all ranks is known once all have ended it.
+  struct {
+    std::shared_ptr<WayChoice> choice;
+    size_t way = 0;
+    uint64_t number = 0;
+  } ran;
   uint64_t turn_began = 0;
 };
 
@@ -193,6 +200,7 @@ class PySharedCall {
     return true;
   }
 
+  bool direct() const { return direct_now_; }
   uint64_t moved() const { return rings_.moved(); }
 
  private:
@@ -263,9 +271,9 @@ class PySharedCall {
     else
       direct_.withhold(arena);
     if (m.rank != 0) return;
-    if (ran_ && ran_ == m.met) choice_.took(direct_now_, arena.longest());
-    ran_ = 0;
-    const bool direct = able && arena.all_reach() && choice_.next();
+    if (m.ran.choice && m.ran.number == m.met) m.ran.choice->took(m.ran.way, arena.longest());
+    m.ran = {};
+    const bool direct = able && arena.all_reach() && choice_->next();
     arena.choose(direct ? Arena::Way::direct : Arena::Way::rings);
   }
 
@@ -355,7 +363,7 @@ class PySharedCall {
     }
     now = now_ns();
     arena.set_took(m.rank, now - met_ns_);
-    ran_ = number_;
+    if (m.rank == 0) m.ran = {choice_, direct_now_, number_};
     arena.set_done(m.rank, number_);
     if (now - m.turn_began < kTurnNs) return kDone;
     m.turn_began = now;
@@ -369,9 +377,9 @@ class PySharedCall {
   bool is_root_ = false;
   SharedCall rings_;
   DirectCall direct_;
-  WayChoice choice_;  // rank 0's
+  const std::shared_ptr<WayChoice> choice_ = std::make_shared<WayChoice>();  // rank 0's
   bool direct_now_ = false;
-  uint64_t met_ns_ = 0, ran_ = 0;  // the last call that ended here
+  uint64_t met_ns_ = 0;
   Seen seen_in_, seen_out_;
   std::mutex mutex_;  // who goes on with a call, and who gives it up
   bool running_ = false, open_ = false;
@@ -422,6 +430,8 @@ void bind_shared(nb::module_& m) {
       .def("proceed", &PySharedCall::proceed, "seconds"_a, "Go on with it; as `attempt`.")
       .def("abandon", &PySharedCall::abandon,
            "Give it up, for all ranks. False: another one still touches the arrays, call again.")
+      .def_prop_ro("direct", &PySharedCall::direct,
+                   "Whether the call that has met last went from array to array, by cross-memory attach.")
       .def_prop_ro("moved", &PySharedCall::moved, "Bytes that it copies to or from the arena here.");
 }
 

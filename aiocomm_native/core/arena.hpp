@@ -55,7 +55,7 @@ class Arena {
 
   enum class Way : uint32_t { rings, direct };
   void choose(Way way);  // rank 0, before it arrives
-  Way way() const;  // once a call has met, until this rank has ended it
+  Way way() const;       // once a call has met, until this rank has ended it
 
   // By rings.
   uint64_t written(size_t rank, uint64_t call) const;

@@ -37,7 +37,8 @@ __attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte*
 }
 
 // The library's memcpy takes string instructions, which take five times as long on some processors where the low 12 bits
-// of `to` are a little above those of `from`: as between whole pages and arrays that begin 16 bytes into one.
+// of `to` are a little above those of `from`: as between whole pages and arrays that begin 16 bytes into one. Where they
+// are the same, string instructions are the quicker ones.
 __attribute__((target("avx2"))) void copy_avx2(std::byte* to, const std::byte* from, size_t nbytes) {
   size_t blocks = nbytes / 128;
   for (size_t i = 0; i < blocks; ++i, to += 128, from += 128) {
@@ -58,7 +59,8 @@ __attribute__((target("avx2"))) void copy_avx2(std::byte* to, const std::byte* f
 void copy_in_caches(std::byte* to, const std::byte* from, size_t nbytes) {
 #if defined(__x86_64__)
   static const bool avx2 = __builtin_cpu_supports("avx2");
-  if (avx2 && nbytes >= kVectorsFrom) return copy_avx2(to, from, nbytes);
+  const bool alike = (reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from)) % 4096 == 0;
+  if (avx2 && nbytes >= kVectorsFrom && !alike) return copy_avx2(to, from, nbytes);
 #endif
   std::memcpy(to, from, nbytes);
 }

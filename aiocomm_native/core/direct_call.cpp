@@ -13,7 +13,7 @@ namespace {
 
 using Kind = SharedCall::Kind;
 
-constexpr uint64_t kStreamFrom = 8 << 20;  // copied by a call: what it writes will not be in the caches
+constexpr uint64_t kStreamFrom = 2 << 20;  // bytes of a result that the nearer caches would not keep
 constexpr uint64_t kPage = 4096;
 
 std::vector<uint64_t> starts_of(const std::vector<uint64_t>& sizes) {
@@ -44,7 +44,9 @@ DirectCall::DirectCall(Kind kind, size_t rank, size_t ranks, size_t root, std::v
     part_.resize(std::min(chunk_, sizes_[rank]));
     if (ranks > 2) sum_.resize(part_.size());
   } else {
-    chunk_ = std::clamp((most_ / 4 + kPage - 1) / kPage * kPage, kLeast, kMost);
+    const uint64_t parts =
+        kind == Kind::broadcast ? 4 : 1;  // few are quicker; one is not shared by two cores
+    chunk_ = std::clamp((most_ / parts + kPage - 1) / kPage * kPage, kLeast, kMost);
   }
   if (kind == Kind::all_to_all || (kind == Kind::all_gather && !in_place)) {
     own_from_ = kind == Kind::all_gather ? 0 : starts_[rank];
@@ -96,7 +98,7 @@ bool DirectCall::ended(const Arena& arena) const {
   return true;
 }
 
-// A part of what stays, while what is pushed next is in the caches.
+// A part of what stays, while what has been pushed is in the caches.
 bool DirectCall::own_chunk() {
   if (own_done_ == own_bytes_) return false;
   const uint64_t nbytes = std::min(chunk_, own_bytes_ - own_done_);
@@ -180,9 +182,9 @@ bool DirectCall::fold(Arena& arena) {
 bool DirectCall::advance(Arena& arena) {
   if (kind_ == Kind::all_reduce) return fold(arena);
   if (left_over_.is && !move(arena, left_over_.push, left_over_.other, left_over_.chunk)) return false;
-  bool did = own_chunk();
-  for (size_t away = 1; away < ranks_ && !left_over_.is; ++away)
-    did |= push(arena, (rank_ + away) % ranks_);
+  bool did = false;
+  for (size_t away = 1; away < ranks_ && !left_over_.is; ++away) did |= push(arena, (rank_ + away) % ranks_);
+  did |= own_chunk();
   for (size_t away = 1; away < ranks_ && !did && !left_over_.is; ++away)
     did = pull(arena, (rank_ + ranks_ - away) % ranks_);
   return did;

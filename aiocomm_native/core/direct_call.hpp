@@ -38,7 +38,7 @@ class DirectCall {
  private:
   static constexpr uint64_t kLeast = 64 << 10, kMost = 512 << 10, kFoldChunk = 64 << 10;
 
-  struct Pair {  // what a writer has for a reader
+  struct Pair {                 // what a writer has for a reader
     uint64_t from = 0, to = 0;  // in what the writer gives, in the reader's `out`
     uint64_t nbytes = 0;
   };

@@ -298,6 +298,9 @@ class Engine final : public Host, public FrameSink {
   void pump(uint8_t link_index);
   uint32_t copy_limit(uint8_t cls) const;
   bool post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk);
+  // protocol_copy.cpp: bytes that copy threads fetch
+  void job_done(CopyJob& job);
+  void stream_instead(Op& op, Peer& peer);
   // protocol_remote.cpp: bytes that devices move
   // pending: on_held goes on with it. failed: it has ended with that.
   enum class Hold : uint8_t { ready, pending, failed };
@@ -342,6 +345,7 @@ class Engine final : public Host, public FrameSink {
   void deliver(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta,
                const std::byte* payload);
   void deliver_eager(Op& op, Peer& peer, const FrameHeader& header, const std::byte* payload);
+  void ask_for(const Op& op, Peer& peer, OpId message);
   void start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, bool ask);
   bool make_room(Op& op, const FrameHeader& header);
   void owe_credit(Peer& peer, uint64_t nbytes);
@@ -352,7 +356,6 @@ class Engine final : public Host, public FrameSink {
   void on_cancel(Peer& peer, const FrameHeader& header);
   void on_stop(Peer& peer, const FrameHeader& header);
   void on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta);
-  void job_done(CopyJob& job);
   Op* streaming_to(Rank source, OpId rop);
 
   // protocol_onesided.cpp

@@ -61,9 +61,10 @@ struct Op {
   bool cancel_requested = false;  // the caller was promised a cancelled end
   bool matched = false;
   bool in_sched = false;
-  bool awaits_fin = false;  // the peer holds a reference to our buffer until its `fin`
-  bool has_key = false;     // put, get: devices move it, by the key of its region
-  bool holding = false;     // `registration` is not there yet: on_held goes on
+  bool unreachable = false;  // its source is not reached from here, and is sent
+  bool awaits_fin = false;   // the peer holds a reference to our buffer until its `fin`
+  bool has_key = false;      // put, get: devices move it, by the key of its region
+  bool holding = false;      // `registration` is not there yet: on_held goes on
   bool letting_go =
       false;  // all is said and done, but for a device that lets go of its memory: on_released ends it
   bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have

@@ -308,10 +308,13 @@ void Engine::start_rendezvous(Op& op, Peer& peer, const FrameHeader& header, boo
   if (op.path == Path::read && hold(op, Access::local) != Hold::ready) return;
   if (op.path != Path::none) return queue_data(op, peer);
   op.path = Path::stream;
-  if (!ask) return;
+  if (ask) ask_for(op, peer, header.sop);
+}
+
+void Engine::ask_for(const Op& op, Peer& peer, OpId message) {
   FrameHeader h{};
   h.kind = FrameKind::cts;
-  h.sop = header.sop;
+  h.sop = message;
   h.rop = op.id;
   send_control(peer, h, Wake::engine);
 }
@@ -377,34 +380,6 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes,
   if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");
   if (op->gpu) return device_.arriving(*op, header, nbytes);
   if (op->moved == op->nbytes) received(*op);
-}
-
-void Engine::job_done(CopyJob& job) {
-  Token token(*this);
-  --jobs_;
-  Op* op = find(job.op);  // its chunk in flight has kept it from ending
-  Peer* peer = find_peer(op->peer);
-  uint8_t link_index = op->link;
-  schedulers_[link_index]->complete(job.nbytes, now() - job.posted_ns, job.cls);
-  --op->inflight;
-  if (job.error && op->state != OpState::draining) {
-    op->error = job.error;
-    if (peer) send_fin(*peer, op->remote_op, Code::link_failed, op->moved);
-    end_early(*op, job.error == ESRCH ? Code::peer_lost : Code::link_failed);
-  } else {
-    op->moved += job.nbytes;
-    counters_[link_index].bytes_received += job.nbytes;
-    if (op->state == OpState::draining)
-      settle(*op);
-    else if (op->gpu)
-      device_.landing(*op, static_cast<uint64_t>(job.into - op->gpu->bounce), job.nbytes);
-    else if (op->moved == op->nbytes)
-      received(*op);
-  }
-  // The threads are all links': a chunk of another may have been refused one. This link comes last, else it would keep
-  // them to itself.
-  const size_t count = schedulers_.size();
-  for (size_t away = 1; away <= count; ++away) pump(static_cast<uint8_t>((link_index + away) % count));
 }
 
 void Engine::received(Op& op) {

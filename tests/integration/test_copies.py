@@ -1,10 +1,11 @@
-"""Threads that copy, and links that share them."""
+"""Threads that copy, links that share them, and memory that they cannot reach."""
 
 from __future__ import annotations
 
 import anyio
 import numpy as np
 import pytest
+from fakes import secret
 from harness import LIMIT_S, world
 
 pytestmark = pytest.mark.anyio
@@ -26,3 +27,28 @@ async def test_a_link_gets_its_turn_when_another_link_s_copies_have_taken_all_th
                     await transfer
             assert (from_far == 1).all()
             assert (from_here == 2).all()
+
+
+@pytest.mark.skipif(secret.MISSING is not None, reason=str(secret.MISSING))
+@pytest.mark.parametrize("nbytes", [100_000, 20_000_000])
+async def test_what_no_other_process_can_read_is_sent(nbytes: int) -> None:
+    """Memory of devices that is mapped here, for one."""
+    data = np.arange(nbytes, dtype=np.uint8)
+    async with world(2, links=("shm",)) as (a, b):
+        mine, into = secret.secret_array(nbytes), np.zeros(nbytes, np.uint8)
+        mine[:] = data
+        with anyio.fail_after(LIMIT_S):
+            sending = a.send(mine, 1)
+            await b.recv(into, 0)
+            await sending
+            assert (into == data).all()
+            mine[:] = 0
+            sending = b.send(data, 0)
+            await a.recv(mine, 1)  # that it is written to is no matter
+            await sending
+            assert (mine == data).all()
+            target = np.zeros(nbytes, np.uint8)
+            async with b.register(target) as region:
+                await a.put(mine, a.remote(region.handle))
+            assert (target == data).all()
+        assert a.statistics().links["shm"].messages_by_path["stream"] >= 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import cloudpickle
 import numpy as np
 import pytest
+from fakes import secret
 
 import aiocomm
 from aiocomm.collectives.shared import Shared
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
 SIZES = {"one": 1, "small": 700, "chunks": 90_001, "large": 500_000}  # elements of float64
+RING_CHUNK = 32 << 10  # what is no larger goes by rings only
 MOST = 3000  # calls among which some must meet, however busy the machine is
 
 
-def met(comm: aiocomm.Communicator, operation: str) -> int:
-    """Calls that went through shared memory: the same number on all ranks, which agree on each."""
-    return comm.statistics().collectives.get(f"{operation}/shared", 0)
+def met(comm: aiocomm.Communicator, operation: str, ways: tuple[str, ...] = ("shared", "cma")) -> int:
+    """Calls that met, by their ways: the same number on all ranks, which agree on each."""
+    counts = comm.statistics().collectives
+    return sum(counts.get(f"{operation}/{way}", 0) for way in ways)
 
 
 def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
@@ -88,25 +92,55 @@ OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
 }
 
 
-async def _everything(comm: aiocomm.Communicator, until_met: bool) -> None:
+async def _everything(comm: aiocomm.Communicator, until_met: bool, directly: bool = True) -> None:
     for n in SIZES.values():
+        ways = ("shared", "cma") if directly and n * 8 > RING_CHUNK * comm.size else ("shared",)
         x, out = np.empty(n), np.empty((comm.size, n))
         for operation, do in OPERATIONS.items():
-            before = met(comm, operation)
+            wanted = ways if operation != "barrier" else ("shared",)
+            before = [met(comm, operation, (way,)) for way in wanted]
+            missing = set(wanted) if until_met else set()
             for turn in range(MOST):
                 await do(comm, n, turn, x, out)
-                enough = met(comm, operation) > before or not until_met
-                if turn >= 5 and enough:  # decided alike by all
+                missing -= {
+                    way
+                    for way, count in zip(wanted, before, strict=True)
+                    if met(comm, operation, (way,)) > count
+                }
+                if turn >= 5 and not missing:  # decided alike by all
                     break
-            if until_met:
-                assert met(comm, operation) > before, (operation, n)
+            assert not missing, (operation, n)
+    assert directly or met(comm, "all_gather", ("cma",)) == 0
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-async def test_what_repeats_goes_through_shared_memory(size: int) -> None:
-    async with aiocomm.spawn(_everything, size - 1, True, links="shm") as comm:
-        await _everything(comm, True)
+@pytest.mark.parametrize("cma", ["allow", "off"])
+async def test_what_repeats_goes_through_shared_memory(
+    size: int, cma: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOCOMM_CMA", cma)
+    directly = cma != "off"
+    async with aiocomm.spawn(_everything, size - 1, True, directly, links="shm") as comm:
+        await _everything(comm, True, directly)
+
+
+async def _out_of_reach(comm: aiocomm.Communicator, x: np.ndarray[Any, Any]) -> None:
+    for turn in range(MOST):
+        x[:] = turn % 251 if comm.rank == 0 else 0
+        await comm.broadcast(x)
+        assert (x == turn % 251).all()
+        if turn > 20 and met(comm, "broadcast") > 5:
+            break
+    assert met(comm, "broadcast", ("cma",)) == 0
+    assert met(comm, "broadcast") > 5
+
+
+@pytest.mark.skipif(secret.MISSING is not None, reason=str(secret.MISSING))
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_arrays_that_no_other_process_reaches_go_by_rings() -> None:
+    async with aiocomm.spawn(_out_of_reach, 1, np.empty(200_000, np.uint8), links="shm") as comm:
+        await _out_of_reach(comm, secret.secret_array(200_000))
 
 
 async def test_a_rank_whose_loop_is_another_has_the_same_results() -> None:
@@ -175,22 +209,23 @@ async def test_calls_that_differ_are_found_by_all() -> None:
         await _differing(comm)
 
 
+WAYS = pytest.mark.parametrize("direct", [False, True], ids=["rings", "direct"])
 COUNT = 4_000_000  # elements that take more than one turn
 
 
-async def _until_one_goes_on(comm: aiocomm.Communicator, instead: Any) -> None:
-    """Call until a large call has met, and `instead` goes on with it."""
+async def _until_one_goes_on(comm: aiocomm.Communicator, direct: bool, instead: Any) -> None:
+    """Call until a large call has met that goes that way, and `instead` goes on with it."""
     flight = Shared.flight
     begun: list[int] = []
 
     def other(self: Shared, number: int, result: int, deadline: float | None) -> Any:
         ours = flight(self, number, result, deadline)
-        if result in (3, 4):
+        if result in (3, 4) and self.counted.endswith("cma") == direct:
             run = ours.run
 
             async def held() -> bool:
                 begun.append(number)
-                await instead()
+                await instead(ours)
                 return await run()
 
             ours.run = held  # type: ignore[method-assign]
@@ -203,13 +238,13 @@ async def _until_one_goes_on(comm: aiocomm.Communicator, instead: Any) -> None:
     raise AssertionError("no call met")
 
 
-async def _killed(comm: aiocomm.Communicator) -> None:
-    async def die() -> None:
+async def _killed(comm: aiocomm.Communicator, direct: bool) -> None:
+    async def die(flight: Any) -> None:
         if comm.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(aiocomm.PeerLostError) as lost:
-        await _until_one_goes_on(comm, die)
+        await _until_one_goes_on(comm, direct, die)
     assert lost.value.peer == 1
     left = await comm._members().shrink(deadline=10)
     for _ in range(20):
@@ -218,26 +253,27 @@ async def _killed(comm: aiocomm.Communicator) -> None:
         assert (x == 2).all()
 
 
+@WAYS
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on() -> None:
+async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on(direct: bool) -> None:
     with pytest.raises(WorkerError) as caught:
-        async with aiocomm.spawn(_killed, 2, links="shm") as comm:
-            await _killed(comm)
+        async with aiocomm.spawn(_killed, 2, direct, links="shm") as comm:
+            await _killed(comm, direct)
     assert caught.value.rank == 1
     assert caught.value.exit_code == -signal.SIGKILL
 
 
-async def _cancelled(comm: aiocomm.Communicator) -> None:
+async def _cancelled(comm: aiocomm.Communicator, direct: bool) -> None:
     with anyio.CancelScope() as scope:
 
-        async def cancel() -> None:
+        async def cancel(flight: Any) -> None:
             if comm.rank == 1:
                 scope.cancel()
 
         if comm.rank == 1:
-            await _until_one_goes_on(comm, cancel)
+            await _until_one_goes_on(comm, direct, cancel)
         with pytest.raises(aiocomm.TransferCancelled, match="cancelled"):
-            await _until_one_goes_on(comm, cancel)
+            await _until_one_goes_on(comm, direct, cancel)
     assert scope.cancelled_caught == (comm.rank == 1)
     before = met(comm, "all_reduce")
     for _ in range(20):
@@ -247,7 +283,34 @@ async def _cancelled(comm: aiocomm.Communicator) -> None:
     assert met(comm, "all_reduce") == before, "what has failed once is not used again"
 
 
+@WAYS
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all() -> None:
-    async with aiocomm.spawn(_cancelled, 2, links="shm") as comm:
-        await _cancelled(comm)
+async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all(direct: bool) -> None:
+    async with aiocomm.spawn(_cancelled, 2, direct, links="shm") as comm:
+        await _cancelled(comm, direct)
+
+
+async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
+    """All have met; then the deadline of one passes, while another stands still."""
+
+    async def be_late(flight: Any) -> None:
+        if comm.rank == 0:
+            flight._ends = time.monotonic()
+        elif comm.rank == 1:
+            while flight._aborted is None:
+                await flight._gate.wait()
+
+    error = aiocomm.DeadlineExceeded if comm.rank == 0 else aiocomm.AiocommError
+    with pytest.raises(error, match="all_reduce"):
+        await _until_one_goes_on(comm, direct, be_late)
+    for _ in range(20):
+        x = np.full(COUNT // 100, comm.rank)
+        await comm.all_reduce(x)
+        assert (x == sum(range(comm.size))).all()
+
+
+@WAYS
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_deadline_that_passes_in_a_call_ends_it_at_all(direct: bool) -> None:
+    async with aiocomm.spawn(_late, 2, direct, links="shm") as comm:
+        await _late(comm, direct)

@@ -1,15 +1,14 @@
 // needs: core/arena.cpp core/cma.cpp core/copy.cpp core/direct_call.cpp core/reduce.cpp core/shared_call.cpp
 //
 // Collectives through an arena, as several ranks of one process: in any order of their steps every call ends, with what it
-// must, also where some ranks are in the next call already. And whoever arrives, waits or gives up: all say the same of a
-// call.
-
-#include "core/direct_call.hpp"
+// must, also where some ranks are in the next call already, by rings and from array to array. Whoever arrives, waits or
+// gives up: all say the same of a call. And who gives up has its arrays for itself.
 
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +17,9 @@
 #include <thread>
 #include <vector>
 
+#include "core/cma.hpp"
+#include "core/direct_call.hpp"
+#include "core/way_choice.hpp"
 #include "seeded.hpp"
 
 using namespace aiocomm;
@@ -64,8 +66,7 @@ struct Shape {
     for (size_t rank = 0; rank < ranks; ++rank) {
       in_place.push_back((kind == Kind::all_gather || kind == Kind::all_reduce) && random() % 2);
       const auto sum = find_reduction("u4", "sum");
-      calls.push_back(
-          std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum));
+      calls.push_back(std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum));
       directs.push_back(std::make_unique<DirectCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum,
                                                      std::vector<pid_t>(ranks, getpid())));
     }
@@ -200,9 +201,87 @@ void agreement(size_t ranks) {
   for (auto& thread : threads) thread.join();
 }
 
+// One rank touches another's array for as long as it may; the other gives up at some moment. Once nobody is in there any
+// more nothing is written.
+void leaving() {
+  for (int turn = 0; turn < 200; ++turn) {
+    auto all = arenas(2);
+    std::vector<std::byte> array(64);
+    std::atomic<bool> begun{false};
+    std::thread other([&] {
+      for (unsigned i = 1; all[1]->enter(1); ++i) {
+        const auto value = static_cast<std::byte>(i % 250);
+        std::vector<std::byte> from(array.size(), value);
+        CHECK(write_process(getpid(), reinterpret_cast<uint64_t>(array.data()), from.data(), from.size()) ==
+              0);
+        all[1]->leave(1);
+        begun = true;
+      }
+    });
+    while (!begun) std::this_thread::yield();
+    all[0]->set_broken();
+    while (all[0]->entered(1)) std::this_thread::yield();
+    std::fill(array.begin(), array.end(), std::byte{255});
+    other.join();
+    CHECK(std::count(array.begin(), array.end(), std::byte{255}) == 64);
+  }
+}
+
+// Chunks are claimed once, by either side; those of a call that has ended by nobody.
+void claims() {
+  auto all = arenas(2);
+  constexpr uint64_t kChunks = 2000;
+  std::vector<std::atomic<int>> of(kChunks);
+  std::vector<std::thread> threads;
+  for (size_t rank = 0; rank < 2; ++rank)
+    threads.emplace_back([&, rank] {
+      for (uint64_t next; (next = all[rank]->claim(0, 1, 7, kChunks)) < kChunks;) ++of[next];
+    });
+  for (auto& thread : threads) thread.join();
+  for (auto& one : of) CHECK(one == 1);
+  CHECK(all[0]->claim(1, 0, 7, 3) == 0 && all[1]->claim(1, 0, 7, 3) == 1);  // of another pair
+  CHECK(all[0]->claim(0, 1, 8, 3) == 0);
+  CHECK(all[0]->claim(0, 1, 7, kChunks) == kChunks);
+}
+
+// A process that has no such memory, or that there is not.
+void failures() {
+  std::byte byte{};
+  CHECK(read_process(getpid(), 8, &byte, 1) == EFAULT);
+  CHECK(write_process(getpid(), 8, &byte, 1) == EFAULT);
+  CHECK(read_process(1 << 30, 8, &byte, 1) == ESRCH);
+}
+
+void choices() {
+  WayChoice choice;
+  std::vector<size_t> tried;
+  for (int call = 0; call < 12; ++call) {
+    tried.push_back(choice.next());
+    choice.took(tried.back(), tried.back() ? 100 : 900);
+  }
+  CHECK((tried == std::vector<size_t>{1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1}));
+  int better = 0;
+  for (int call = 0; call < 1000; ++call) {
+    const size_t way = choice.next();
+    better += way == 1;
+    choice.took(way, way ? 100 + call % 7 * 50 : 900);  // one that is taken away now and then
+  }
+  CHECK(better > 980 && better < 1000);
+  for (int call = 0; call < 1000; ++call) {
+    const size_t way = choice.next();
+    choice.took(way, way ? 2000 : 900);  // it has become the slower one
+    better -= way == 1;
+  }
+  CHECK(better > 600);
+}
+
 }  // namespace
 
 int main() {
+  leaving();
+  claims();
+  failures();
+  choices();
   for (g_seed = 1; g_seed <= 40; ++g_seed) history(2 + g_seed % 5);
   for (g_seed = 41; g_seed <= 44; ++g_seed) history(16);
   for (g_seed = 1; g_seed <= 3; ++g_seed) agreement(1 + g_seed);

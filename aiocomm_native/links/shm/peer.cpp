@@ -13,9 +13,9 @@
 #include <cerrno>
 #include <cstring>
 
-#include "core/segments.hpp"
 #include "core/cma.hpp"
 #include "core/copy.hpp"
+#include "core/segments.hpp"
 
 namespace aiocomm::shm {
 
