@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 import anyio
 
@@ -112,6 +113,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._groups: dict[str, int] = {}  # groups made so far, by members
         self._world_group: Group | None = None
         self._collective_calls: Counter[str] = Counter()
+        self._scopes: WeakSet[Scope] = WeakSet()
         self._lenders: set[Scope] = set()  # whose memory others may read after a call
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
@@ -182,6 +184,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 await self._drain()
         finally:
             self._closed = True
+            for scope in self._scopes:
+                scope.repeats.clear()
             closing = self._plane.close()
             try:
                 await self._backend.wait(closing)

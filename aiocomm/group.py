@@ -106,6 +106,8 @@ class Group(Collectives, ExpertOperations):
         if self._closed:
             return
         self._closed = True
+        for scope in self._scopes.values():
+            scope.repeats.clear()
         if not self._comm.closed:
             channels = [scope.index for scope in self._scopes.values()]
             for scope, rows in self._expert_scopes.values():

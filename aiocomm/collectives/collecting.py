@@ -12,6 +12,7 @@ from aiocomm.collectives import requests, shared
 from aiocomm.collectives.call import Call
 from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
 from aiocomm.errors import UsageError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
     from aiocomm.collectives.requests import Request
     from aiocomm.group import Group
 
-__all__ = ["Collecting"]
+__all__ = ["NOT_BEGUN", "Collecting"]
 
+NOT_BEGUN: Final = -1
 _SHAPES: Final = 256  # prepared per channel
+
+
+class _Nothing:
+    """Before anything repeats."""
+
+    def attempt(self, *call: Any) -> int:
+        return NOT_BEGUN
 
 
 class Collecting:
     """Base of what has collective operations."""
+
+    _repeats: _core.Repeats | _Nothing = _Nothing()  # calls on the default channel that may be made at once
 
     def _members(self) -> Group:
         raise NotImplementedError
@@ -41,6 +52,7 @@ class Collecting:
         given: Any = None,
         out: Any = None,
         stream: Any = None,
+        begun: int = NOT_BEGUN,
     ) -> None:
         """Run a call.
 
@@ -48,7 +60,11 @@ class Collecting:
             what: what `make` depends on beside the arrays, where repeats need not make it again.
             given: `IN` of the schedule, if there is `what`.
             out: `OUT` of the schedule, if there is `what`.
+            begun: what `Repeats.attempt` has made of it, which has numbered it then.
         """
+        if begun == shared.TURN:
+            await anyio.lowlevel.cancel_shielded_checkpoint()
+            return
         group = self._members()
         shape = None
         if what is not None:
@@ -59,10 +75,15 @@ class Collecting:
             limit_of(deadline)
         scope = group._scope(channel)
         counts = group._comm._collective_calls
-        number = 0
+        number = 0 if begun == NOT_BEGUN else scope.repeats.last
         if shape is not None and (arena := scope.shared.get(shape)) is not None:
-            number = scope.begin(None)
-            outcome = arena.attempt(number, given, out)
+            outcome = begun
+            if begun == NOT_BEGUN:
+                number = scope.begin(None)
+                outcome = arena.attempt(number, given, out)
+                if channel is None and not arena.mean and what is not None and stream is None:
+                    arena.register(what, given, out)
+                    self._repeats = scope.repeats
             met = outcome != shared.NOT_MET
             if outcome >= shared.GOING_ON:
                 met = await arena.flight(number, outcome, deadline).run()
@@ -75,14 +96,14 @@ class Collecting:
                 return
         if shape is not None and (prepared := scope.prepared.get(shape)) is not None:
             number = number or scope.begin(None)
-            begun = prepared.attempt(number, given, out, deadline)
-            if begun is not False:
-                if begun is not None:
-                    await begun.run()
-                counts[prepared.counted if begun is None else f"{operation}/{begun.algorithm}"] += 1
+            call = prepared.attempt(number, given, out, deadline)
+            if call is not False:
+                if call is not None:
+                    await call.run()
+                counts[prepared.counted if call is None else f"{operation}/{call.algorithm}"] += 1
                 if prepared.mean:
                     np.divide(out, out.dtype.type(group.size), out=out)
-                if begun is None and not counts[prepared.counted] % prepared.in_a_row:
+                if call is None and not counts[prepared.counted] % prepared.in_a_row:
                     await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
                 return
         try:
@@ -102,6 +123,7 @@ class Collecting:
             if len(scope.prepared) >= _SHAPES:
                 scope.prepared.clear()
                 scope.shared.clear()
+                scope.repeats.clear()
             some = out if out is not None else given
             plain = some is None or request.on_gpu
             dtype = np.dtype(np.uint8) if plain else some.dtype

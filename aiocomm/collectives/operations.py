@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.collecting import Collecting
+from aiocomm.collectives.shared import DONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +61,12 @@ class Collectives(Collecting):
 
     async def barrier(self, *, channel: Channel | None = None, deadline: float | None = None) -> None:
         """Wait until all ranks have called it."""
-        await self._collect("barrier", lambda group: requests.barrier(), channel, deadline, ("barrier",))
+        begun = self._repeats.attempt("barrier", None, None, None, None, channel, deadline, None)
+        if begun == DONE:
+            return
+        await self._collect(
+            "barrier", lambda group: requests.barrier(), channel, deadline, ("barrier",), begun=begun
+        )
 
     async def broadcast(
         self,
@@ -77,6 +83,9 @@ class Collectives(Collecting):
         Args:
             x: read at the root, written elsewhere.
         """
+        begun = self._repeats.attempt("broadcast", x, None, root, algorithm, channel, deadline, stream)
+        if begun == DONE:
+            return
         await self._collect(
             "broadcast",
             lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
@@ -86,6 +95,7 @@ class Collectives(Collecting):
             None,
             x,
             stream,
+            begun=begun,
         )
 
     async def scatter(
@@ -212,6 +222,9 @@ class Collectives(Collecting):
             out: `size` blocks, in the order of the ranks.
             x: one block, of the same size on all ranks; may be this rank's block of `out`.
         """
+        begun = self._repeats.attempt("all_gather", out, x, None, algorithm, channel, deadline, stream)
+        if begun == DONE:
+            return
         await self._collect(
             "all_gather",
             lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
@@ -221,6 +234,7 @@ class Collectives(Collecting):
             x,
             out,
             stream,
+            begun=begun,
         )
 
     async def all_gatherv(
@@ -264,6 +278,9 @@ class Collectives(Collecting):
             out: `size` blocks, in the order of the ranks they come from.
             x: `size` blocks, in the order of the ranks they are for.
         """
+        begun = self._repeats.attempt("all_to_all", out, x, None, algorithm, channel, deadline, stream)
+        if begun == DONE:
+            return
         await self._collect(
             "all_to_all",
             lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
@@ -273,6 +290,7 @@ class Collectives(Collecting):
             x,
             out,
             stream,
+            begun=begun,
         )
 
     async def all_to_allv(
@@ -409,6 +427,18 @@ class Collectives(Collecting):
             x: becomes the result, unless there is `out`.
             op: as for `reduce`.
         """
+        begun = self._repeats.attempt(
+            "all_reduce",
+            x if out is None else out,
+            None if out is None else x,
+            op,
+            algorithm,
+            channel,
+            deadline,
+            stream,
+        )
+        if begun == DONE:
+            return
         await self._collect(
             "all_reduce",
             lambda g: reductions.reduced(
@@ -420,4 +450,5 @@ class Collectives(Collecting):
             None if out is None else x,
             x if out is None else out,
             stream,
+            begun=begun,
         )

@@ -16,6 +16,7 @@ from aiocomm.collectives import headers
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.kernels import Scratch
 from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +51,10 @@ class Scope:
         self.group = group
         self.index = index
         self.calls: dict[int, Flight] = {}
-        self._next = 1
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
+        self.repeats = _core.Repeats(
+            comm._engine, comm._here, self.calls, self._failed, comm._collective_calls
+        )
         self._missed: deque[tuple[int, AiocommError, int]] = deque(maxlen=_MISSED)
         self._spare: list[npt.NDArray[np.uint8]] = []
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
@@ -61,6 +64,7 @@ class Scope:
         self.closed = False  # in the middle of a call
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)
+        comm._scopes.add(self)
         self.place: Place | None = None  # of the arena, once a call may go through it
         self._listen()
 
@@ -70,8 +74,7 @@ class Scope:
         Raises:
             AiocommError: another rank has given it up already.
         """
-        number = self._next
-        self._next += 1
+        number = self.repeats.take()
         if (error := self._failed.pop(number, None)) is not None:
             raise error
         if call is not None:
@@ -143,7 +146,7 @@ class Scope:
     def answer(self) -> None:
         """Tell those who ask that a call has ended here, or will not begin."""
         for number, source in self._asked[:]:
-            if number not in self.calls and (number < self._next or number in self._failed):
+            if number not in self.calls and (number <= self.repeats.last or number in self._failed):
                 self._asked.remove((number, source))
                 self._tell(headers.abort_message(number, headers.Why.ENDED, -1, ""), source)
 
@@ -188,7 +191,7 @@ class Scope:
             error = TransferCancelled(f"{self.group.name_of(source)} gave the call up: {text}", source)
         if call is not None:
             call.abort(error, source)
-        elif number < self._next:
+        elif number <= self.repeats.last:
             self._missed.append((number, error, source))  # of a call that is being begun, maybe
         elif len(self._failed) < _REMEMBERED:
             self._failed[number] = error

@@ -89,6 +89,7 @@ class Shared:
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         self._scope, self._request, self._dtype = scope, request, dtype
         self._native: _core.SharedCall | None = None
+        self._registered = False
         self._counted = f"{request.operation}/shared", f"{request.operation}/cma"
         self.mean = request.result is not None
 
@@ -110,6 +111,15 @@ class Shared:
     def counted(self) -> str:
         """Under which name the statistics count the call that has met last."""
         return self._counted[self._native is not None and self._native.direct]
+
+    def register(self, what: tuple[Any, ...], given: Any, out: Any) -> None:
+        """Have calls with such arrays, and without options, found by the extension."""
+        operation, *more = what
+        if self._native is None or self._registered or any(one is not None for one in more[1:]):
+            return
+        self._registered = True
+        extra = more[0] if more else None
+        self._scope.repeats.add(operation, out, given, extra, self._native, *self._counted)
 
     def _made(self) -> _core.SharedCall | None:
         place = self._scope.place

@@ -234,7 +234,7 @@ class SharedCall:
 
     def __init__(self, arena: Arena, kind: int, root: int, sizes: Sequence[int], in_place: bool, item: int, format: str, op: str, header: bytes) -> None: ...
 
-    def attempt(self, engine: object, number: int, given: object | None, out: object | None) -> int:
+    def attempt(self, engine: Engine, number: int, given: object | None, out: object | None) -> int:
         """
         Do the call. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a turn; 3: going on; 4: the same, and others are waited for; 5: another rank has given it up; 6: not all have come yet.
         """
@@ -256,6 +256,31 @@ class SharedCall:
     @property
     def moved(self) -> int:
         """Bytes that it copies to or from the arena here."""
+
+class Repeats:
+    """Numbered calls of one scope, and those that repeat."""
+
+    def __init__(self, engine: Engine, here: object, calls: object, failed: object, counts: object) -> None: ...
+
+    def take(self) -> int:
+        """Number a call."""
+
+    @property
+    def last(self) -> int:
+        """The number of the last call."""
+
+    def attempt(self, operation: object, out: object | None, given: object | None, extra: object | None, algorithm: object | None, channel: object | None, deadline: object | None, stream: object | None) -> int:
+        """
+        Number and do a call, if it is one that repeats. -1: nothing was begun; else as `SharedCall.attempt`.
+        """
+
+    def add(self, operation: str, out: object | None, given: object | None, extra: object | None, call: object, by_rings: str, directly: str) -> None:
+        """
+        Keep a call for others with such arrays, and the names that it is counted by.
+        """
+
+    def clear(self) -> None:
+        """Keep none."""
 
 def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: int, hidden: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], begin: int, end: int, sums: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], sums_kind: int) -> None:
     """

@@ -7,6 +7,7 @@ namespace nb = nanobind;
 namespace aiocomm::py {
 void bind_engine(nb::module_& m);
 void bind_schedule(nb::module_& m);
+void bind_repeats(nb::module_& m);
 void bind_shared(nb::module_& m);
 void bind_device_memory(nb::module_& m);
 }  // namespace aiocomm::py
@@ -25,6 +26,7 @@ NB_MODULE(_core, m) {
   aiocomm::py::bind_engine(m);
   aiocomm::py::bind_schedule(m);
   aiocomm::py::bind_shared(m);
+  aiocomm::py::bind_repeats(m);
   bind_experts(m);
   bind_pages(m);
   bind_settle(m);

@@ -1,0 +1,176 @@
+// Collectives that repeat: numbered, found by what they are given, and made through an arena, by one call into here.
+//
+// A call is found by its operation, the types and sizes of its NumPy arrays, and one argument more. Everything else (other
+// arrays, options, a scope with calls under way) is Python's: aiocomm/collectives/collecting.py.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <cstddef>
+#include <functional>
+#include <unordered_map>
+#include <utility>
+
+#include "bindings/shared_call_py.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace aiocomm::py {
+
+namespace {
+
+// Python's objects are compared by identity: names and types are the same objects for ever, other numbers are not found.
+struct Key {
+  PyObject *operation, *extra;
+  PyObject *out_type = nullptr, *given_type = nullptr;  // null: there is no array
+  Py_ssize_t out_bytes = 0, given_bytes = 0;
+  bool operator==(const Key&) const = default;
+};
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    size_t hash = 0;
+    auto mix = [&](size_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15ull; };
+    mix(reinterpret_cast<size_t>(key.operation));
+    mix(reinterpret_cast<size_t>(key.extra));
+    mix(reinterpret_cast<size_t>(key.out_type));
+    mix(static_cast<size_t>(key.out_bytes));
+    mix(reinterpret_cast<size_t>(key.given_type));
+    mix(static_cast<size_t>(key.given_bytes));
+    return hash ^ hash >> 32;
+  }
+};
+
+class Repeats {
+ public:
+  static constexpr int kNotBegun = -1;
+
+  // `here`: whether the caller is on the loop that owns the engine. `calls`, `failed`: those under way, and those that
+  // others have given up. `counts`: calls by the way they went.
+  Repeats(PyEngine& engine, nb::object here, nb::object calls, nb::object failed, nb::object counts)
+      : engine_(&engine),
+        here_(std::move(here)),
+        calls_(nb::cast<nb::dict>(calls)),
+        failed_(nb::cast<nb::dict>(failed)),
+        counts_(nb::cast<nb::dict>(counts)),
+        array_(nb::module_::import_("numpy").attr("ndarray")),
+        dtype_(nb::str("dtype")),
+        nbytes_(nb::str("nbytes")) {}
+
+  uint64_t take() { return next_++; }
+  uint64_t last() const { return next_ - 1; }
+
+  int attempt(nb::handle operation, nb::handle out, nb::handle given, nb::handle extra, nb::handle algorithm,
+              nb::handle channel, nb::handle deadline, nb::handle stream) {
+    if (found_.empty() || !algorithm.is_none() || !channel.is_none() || !deadline.is_none() ||
+        !stream.is_none() || PyDict_GET_SIZE(calls_.ptr()) || PyDict_GET_SIZE(failed_.ptr()))
+      return kNotBegun;
+    Key key{operation.ptr(), extra.ptr()};
+    if (!describe(out, key.out_type, key.out_bytes) || !describe(given, key.given_type, key.given_bytes))
+      return kNotBegun;
+    auto it = found_.find(key);
+    if (it == found_.end() || !nb::cast<bool>(here_())) return kNotBegun;
+    Entry& entry = it->second;
+    const int outcome = entry.call->attempt(*engine_, take(), given, out);
+    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn)
+      count(entry.names[entry.call->direct()]);
+    return outcome;
+  }
+
+  void add(nb::str operation, nb::object out, nb::object given, nb::object extra, nb::object call,
+           nb::str by_rings, nb::str directly) {
+    Key key{operation.ptr(), extra.ptr()};
+    if (!describe(out, key.out_type, key.out_bytes) || !describe(given, key.given_type, key.given_bytes))
+      return;
+    PySharedCall* native = nb::cast<PySharedCall*>(call);
+    nb::object types = nb::make_tuple(nb::borrow(key.out_type ? key.out_type : Py_None),
+                                      nb::borrow(key.given_type ? key.given_type : Py_None));
+    found_.insert_or_assign(
+        key, Entry{native, {by_rings, directly}, nb::make_tuple(operation, extra, types, call)});
+  }
+
+  void clear() { found_.clear(); }
+
+  int traverse(visitproc visit, void* arg) {
+    for (const nb::object* one : {&here_, static_cast<nb::object*>(&calls_),
+                                  static_cast<nb::object*>(&failed_), static_cast<nb::object*>(&counts_)})
+      Py_VISIT(one->ptr());
+    for (auto& [key, entry] : found_) Py_VISIT(entry.keeps.ptr());
+    return 0;
+  }
+  void forget() {
+    found_.clear();
+    here_ = nb::none();
+    calls_ = failed_ = counts_ = nb::dict();
+  }
+
+ private:
+  struct Entry {
+    PySharedCall* call;
+    nb::str names[2];
+    nb::object keeps;  // what the key and the call are
+  };
+
+  // False: it is no array of NumPy.
+  bool describe(nb::handle array, PyObject*& type, Py_ssize_t& nbytes) const {
+    if (array.is_none()) return true;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(array.ptr())) != array_.ptr()) return false;
+    nb::object found = nb::steal(PyObject_GetAttr(array.ptr(), dtype_.ptr()));
+    nb::object size = nb::steal(PyObject_GetAttr(array.ptr(), nbytes_.ptr()));
+    if (!found.is_valid() || !size.is_valid()) nb::raise_python_error();
+    type = found.ptr();  // the array keeps it
+    nbytes = PyLong_AsSsize_t(size.ptr());
+    return true;
+  }
+
+  void count(const nb::str& name) {
+    PyObject* before = PyDict_GetItemWithError(counts_.ptr(), name.ptr());
+    if (!before && PyErr_Occurred()) nb::raise_python_error();
+    nb::object now = nb::steal(PyLong_FromLongLong(1 + (before ? PyLong_AsLongLong(before) : 0)));
+    if (!now.is_valid() || PyDict_SetItem(counts_.ptr(), name.ptr(), now.ptr())) nb::raise_python_error();
+  }
+
+  PyEngine* const engine_;  // the communicator's, which has this
+  nb::object here_;
+  nb::dict calls_, failed_, counts_;
+  const nb::object array_;
+  const nb::str dtype_, nbytes_;
+  uint64_t next_ = 1;
+  std::unordered_map<Key, Entry, Hash> found_;
+};
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  return nb::inst_ready(self) ? nb::inst_ptr<Repeats>(self)->traverse(visit, arg) : 0;
+}
+
+int clear(PyObject* self) {
+  nb::inst_ptr<Repeats>(self)->forget();
+  return 0;
+}
+
+PyType_Slot slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
+                       {0, nullptr}};
+
+}  // namespace
+
+void bind_repeats(nb::module_& m) {
+  nb::class_<Repeats>(m, "Repeats", nb::type_slots(slots),
+                      "Numbered calls of one scope, and those that repeat.")
+      .def(nb::init<PyEngine&, nb::object, nb::object, nb::object, nb::object>(), "engine"_a, "here"_a,
+           "calls"_a, "failed"_a, "counts"_a)
+      .def("take", &Repeats::take, "Number a call.")
+      .def_prop_ro("last", &Repeats::last, "The number of the last call.")
+      .def("attempt", &Repeats::attempt, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(),
+           "algorithm"_a.none(), "channel"_a.none(), "deadline"_a.none(), "stream"_a.none(),
+           "Number and do a call, if it is one that repeats. -1: nothing was begun; else as "
+           "`SharedCall.attempt`.")
+      .def("add", &Repeats::add, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(), "call"_a,
+           "by_rings"_a, "directly"_a,
+           "Keep a call for others with such arrays, and the names that it is counted by.")
+      .def("clear", &Repeats::clear, "Keep none.");
+}
+
+}  // namespace aiocomm::py
