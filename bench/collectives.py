@@ -40,7 +40,7 @@ def _aiocomm(comm: Any) -> Calls:
         await comm.broadcast(x)
 
     async def all_reduce(out: Array, x: Array) -> None:
-        await comm.all_reduce(x.view(np.float32))
+        await comm.all_reduce(x)
 
     async def all_to_all(out: Array, x: Array) -> None:
         await comm.all_to_all(out, x)
@@ -61,7 +61,7 @@ def _gloo() -> Calls:
         dist.broadcast(tensor(x), 0)
 
     async def all_reduce(out: Array, x: Array) -> None:
-        dist.all_reduce(tensor(x.view(np.float32)))
+        dist.all_reduce(tensor(x))
 
     async def all_to_all(out: Array, x: Array) -> None:
         dist.all_to_all_single(tensor(out), tensor(x))
@@ -104,6 +104,8 @@ async def _measure(calls: Calls, role: int, ranks: int, cases: list[list[int]]) 
             if operation == "all_to_all":  # blocks of one size
                 given = x[: nbytes - nbytes % ranks]
                 into = out[: len(given)]
+            elif operation == "all_reduce":
+                given = x.view(np.float32)
             for _ in range(3):
                 await call(into, given)
             taken = []
