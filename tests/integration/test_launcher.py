@@ -343,6 +343,7 @@ def test_a_world_under_the_launcher(script: Callable[[str], str]) -> None:
         async def main():
             async with aiocomm.connect(warmup=True) as comm:
                 print(comm.rank, comm.size, len(comm.peers))
+                await comm.barrier()  # one that has left can no longer be connected with
         asyncio.run(main())
     """)
     done = run("-n", "3", program)

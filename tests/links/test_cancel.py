@@ -249,8 +249,9 @@ async def test_cancelling_the_task(pair: Pair, variant: Variant, state: str) -> 
         except TransferCancelled as error:
             assert error.peer == (1 if receives else 0)  # noqa: PT017  (either end is right)
         else:
-            assert not receives, "a receive that was given up cannot have been fetched"
-            assert (buffer == 1).all()
+            # A device may have written all of it, and its sender heard so, before the receiver's word came.
+            assert not receives or variant.link == "rdma", "what was given up cannot have been fetched"
+            assert receives or (buffer == 1).all()
     elif other is not None:
         await other
     await settle(pair)

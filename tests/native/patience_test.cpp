@@ -1,3 +1,4 @@
+// needs:
 // Whether and how long to spin, at times that are given.
 
 #include "core/patience.hpp"
