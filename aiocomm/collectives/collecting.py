@@ -12,7 +12,6 @@ from aiocomm.collectives import requests, shared
 from aiocomm.collectives.call import Call
 from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
 from aiocomm.errors import UsageError
-from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from aiocomm.channel import Channel
     from aiocomm.collectives.requests import Request
     from aiocomm.group import Group
+    from aiocomm_native import _core
 
 __all__ = ["NOT_BEGUN", "Collecting"]
 

@@ -20,6 +20,7 @@ from fakes.simulated import Engine, Simulator
 from harness import LIMIT_S, until, world
 
 import aiocomm
+from aiocomm_native import _core
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
@@ -179,6 +180,7 @@ async def test_a_device_that_does_not_start_leaves_nothing(simulator: Simulator,
     async with world(2, links=LINKS, warmup=True) as (a, _):
         array = DeviceArray(100, device=3)
         gc.collect()
+        assert _core.given_back(10)  # of earlier tests
         before = {kind: simulator.held(kind) for kind in ("streams", "pinned", "contexts")}
         simulator.fail(call, UNKNOWN, 1 if call == "cuMemHostGetDevicePointer" else 3)
         with pytest.raises(aiocomm.LinkError, match="GPU 3: cannot"):
