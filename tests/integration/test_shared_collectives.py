@@ -218,14 +218,21 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(request.param)
 
 
-async def _until_one_goes_on(comm: aiocomm.Communicator, direct: bool, instead: Any) -> None:
-    """Call until a large call has met that goes that way, and `instead` goes on with it."""
+async def _until_one_goes_on(
+    comm: aiocomm.Communicator, direct: bool, instead: Any, or_waits: bool = False
+) -> None:
+    """Call until a large call has met that goes that way, and `instead` goes on with it.
+
+    Args:
+        or_waits: also with one that waits for others to come.
+    """
     flight = Shared.flight
     begun: list[int] = []
 
     def other(self: Shared, number: int, result: int, deadline: float | None) -> Any:
         ours = flight(self, number, result, deadline)
-        if result in (3, 4) and self.counted.endswith("cma") == direct:
+        goes_on = result in (3, 4) and self.counted.endswith("cma") == direct
+        if goes_on or (or_waits and result == 6):
             run = ours.run
 
             async def held() -> bool:
@@ -310,7 +317,7 @@ async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
 
     error = aiocomm.DeadlineExceeded if comm.rank == 0 else aiocomm.AiocommError
     with pytest.raises(error, match="all_reduce"):
-        await _until_one_goes_on(comm, direct, be_late)
+        await _until_one_goes_on(comm, direct, be_late, or_waits=True)
     for _ in range(20):
         x = np.full(COUNT // 100, comm.rank)
         await comm.all_reduce(x)
