@@ -317,7 +317,7 @@ async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
 
     error = aiocomm.DeadlineExceeded if comm.rank == 0 else aiocomm.AiocommError
     with pytest.raises(error, match="all_reduce"):
-        await _until_one_goes_on(comm, direct, be_late, or_waits=True)
+        await _until_one_goes_on(comm, direct, be_late, or_waits=comm.rank == 0)
     for _ in range(20):
         x = np.full(COUNT // 100, comm.rank)
         await comm.all_reduce(x)
