@@ -286,7 +286,6 @@ _Size = ctypes.c_uint64
 
 _MAJOR: Final = 75
 _MINOR: Final = 76
-_ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _NON_BLOCKING: Final = 1
 _DISABLE_TIMING: Final = 2
 _RELAXED: Final = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -316,9 +315,7 @@ def device_of(described: Description) -> int:
     """Ordinal of the GPU whose memory this is."""
     if described[3] >= 0:
         return described[3]
-    ordinal = ctypes.c_int()
-    driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(described[1]))
-    return ordinal.value
+    return _core.device_of(described[1])
 
 
 def check_budget(sm_budget: int | None) -> None:
@@ -367,6 +364,11 @@ class Kernels:
             call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
             call("cuStreamCreateWithPriority", ctypes.byref(self._stream), _NON_BLOCKING, greatest)
             call("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING)
+
+    @property
+    def context(self) -> int:
+        """Handle of the GPU's primary context."""
+        return self._context.value or 0
 
     @property
     def stream(self) -> int:

@@ -16,14 +16,12 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio.to_thread
-import numpy as np
 
-from aiocomm._device import NO_STREAM, itemsize_of
-from aiocomm.collectives.gpu import GpuArray
+from aiocomm._device import itemsize_of
+from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.errors import LinkError, PeerError, UsageError
@@ -48,6 +46,7 @@ __all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting",
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
+_NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
@@ -55,8 +54,7 @@ _GETS: Final = 1 << 21
 _TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """Where a rank's rows are.
 
     Args:
@@ -75,13 +73,13 @@ class Where:
 
     def pack(self) -> bytes:
         """The bytes that travel."""
-        return _WHERE.pack(self.ended, self.region, self.start, self.extent, self.place)
+        return _WHERE.pack(*self)
 
     @classmethod
     def unpack(cls, message: Any) -> Where:
         """Parse what is behind a head."""
-        ended, region, start, extent, place = _WHERE.unpack(message[HEAD_BYTES:DEVICE_HEAD_BYTES].tobytes())
-        return cls(ended, region, start, extent, place if any(place) else b"")
+        ended, region, start, extent, place = _WHERE.unpack_from(message, HEAD_BYTES)
+        return cls(ended, region, start, extent, b"" if place == _NOWHERE else place)
 
 
 class Matrix:
@@ -95,12 +93,11 @@ class Matrix:
             raise UsageError(f"{name} has shape {shape}: pass two dimensions, (rows, hidden)")
         self.description = description
         self.rows, self.hidden = shape
-        self.dtype = GpuArray(description).dtype.name
+        self.dtype = name_of(description[5])
         self.itemsize = itemsize_of(description)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """What the calls of one rank on one GPU have in common.
 
     Args:
@@ -298,9 +295,8 @@ class DeviceExchange(Exchange):
         comm = self._scope.comm
         self._launches += 1
         blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
-        home = (None, 0, 0, self._pool.device, NO_STREAM, "B", (0,))
         behind = {description[4]: description for description in after if description[2]}  # by stream
-        where = home, list(behind.values()), list(far), comm.rank, self._scope.index
+        where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
             transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
         except LinkError as error:  # about the caller's arrays, or their streams
@@ -359,10 +355,3 @@ class DeviceExchange(Exchange):
 def aligned(nbytes: int, to: int = 256) -> int:
     """The next multiple."""
     return (nbytes + to - 1) // to * to
-
-
-def numbers(memory: Pinned, start: int, values: Any) -> int:
-    """Write an array into pinned memory; returns where the next may begin."""
-    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    memory.bytes[start : start + flat.nbytes] = flat
-    return aligned(start + flat.nbytes, 16)

@@ -13,6 +13,7 @@
 #include "bindings/device_py.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
+#include "links/cuda/driver.hpp"
 #include "links/cuda/reaper.hpp"
 
 namespace nb = nanobind;
@@ -93,6 +94,33 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
   return transfer;
 }
 
+// Ordinal of the GPU whose memory this is.
+int device_of(uint64_t address) {
+  const cuda::Driver& driver = cuda::Driver::of_process();
+  if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+  int ordinal = 0;
+  const cuda::CUresult code =
+      driver.cuPointerGetAttribute(&ordinal, cuda::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address);
+  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("whose memory it is: " + driver.describe(code), code);
+  return ordinal;
+}
+
+// Queues a copy on a stream of this context; while others capture graphs, too.
+void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes) {
+  const cuda::Driver& driver = cuda::Driver::of_process();
+  if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+  int mode = cuda::CU_STREAM_CAPTURE_MODE_RELAXED;
+  cuda::CUcontext before = nullptr;
+  const auto wanted = reinterpret_cast<cuda::CUcontext>(context);
+  driver.cuThreadExchangeStreamCaptureMode(&mode);
+  driver.cuCtxGetCurrent(&before);
+  if (before != wanted) driver.cuCtxSetCurrent(wanted);
+  const cuda::CUresult code = driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
+  if (before != wanted) driver.cuCtxSetCurrent(before);
+  driver.cuThreadExchangeStreamCaptureMode(&mode);
+  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("a copy of tables: " + driver.describe(code), code);
+}
+
 }  // namespace
 
 void bind_device_memory(nb::module_& m) {
@@ -100,6 +128,9 @@ void bind_device_memory(nb::module_& m) {
         "Free memory of the driver's once the GPU is at rest, without waiting for that.");
   m.def("given_back", cuda::given_back, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
         "Wait for memory that was let go of until the driver has it. False: it takes longer.");
+  m.def("device_of", device_of, nb::arg("address"), "Ordinal of the GPU whose memory this is.");
+  m.def("copy_on", copy_on, nb::arg("context"), nb::arg("stream"), nb::arg("to"), nb::arg("source"),
+        nb::arg("nbytes"), "Queue a copy on a stream of this context.");
 }
 
 void bind_kernels(nb::class_<PyEngine>& engine) {
