@@ -21,6 +21,7 @@ from aiocomm.errors import LinkError, UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from aiocomm._device import Description
@@ -411,10 +412,14 @@ class Kernels:
 
     def entry(self, source: str, name: str) -> int:
         """Handle of a function of some other source, which is compiled and loaded once."""
-        key = (source, "", name)
-        if key not in self._functions:
-            self._load(source, {name: key})
-        return self._functions[key].value or 0
+        return self.entries(source, (name,))[0]
+
+    def entries(self, source: str, names: Sequence[str]) -> list[int]:
+        """The same of several functions of it."""
+        keys = {name: (source, "", name) for name in names}
+        if any(key not in self._functions for key in keys.values()):
+            self._load(source, keys)
+        return [self._functions[key].value or 0 for key in keys.values()]
 
     def loaded(self, source: str, name: str) -> int:
         """The same of one that `entry` has loaded, or 0."""

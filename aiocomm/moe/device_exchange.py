@@ -208,7 +208,7 @@ class DeviceExchange(Exchange):
                 raise self._refused
             if self._given is None:
                 source, names = self._sources()
-                self._entries = [await self._entry(source, name) for name in names]
+                self._entries = await self._compiled(source, names)
                 self._given = self._give()
             keys = await self._prepare(self._given)
             messages = [(peer, self._message(peer)) for peer in self._others()]
@@ -275,11 +275,11 @@ class DeviceExchange(Exchange):
     def _left(self) -> float:
         return -1.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
 
-    async def _entry(self, source: str, name: str) -> int:
-        """Handle of a kernel, which is compiled on another thread."""
+    async def _compiled(self, source: str, names: Sequence[str]) -> list[int]:
+        """Handles of kernels, which are compiled on another thread."""
         kernels = self._pool.kernels
         try:
-            return await anyio.to_thread.run_sync(kernels.entry, source, name)
+            return await anyio.to_thread.run_sync(kernels.entries, source, names)
         except (LinkError, OSError) as error:
             raise UsageError(f"cannot {self._operation} on this GPU: {error}") from error
 

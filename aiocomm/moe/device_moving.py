@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from aiocomm.moe.device_exchange import (
     PACKED,
     DeviceExchange,
     Matrix,
-    aligned,
 )
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
@@ -155,14 +155,13 @@ class DeviceDispatch(DeviceExchange):
 
     def _pack(self) -> list[int]:
         """Bring the rows for each rank together."""
-        rows = np.array([part.rows for part in self.parts])
-        rows[self._group.rank] = 0
-        self._starts = [0, *np.cumsum(rows).tolist()]
+        rank = self._group.rank
+        rows = [0 if peer == rank else part.rows for peer, part in enumerate(self.parts)]
+        self._starts = list(itertools.accumulate(rows, initial=0))
         count = self._starts[-1]
         if not count or not self._width:
             return []
         memory = self._borrow_pinned(count * _ENTRY_BYTES)
-        rank = self._group.rank
         packed = [
             (0, p.tokens, s)
             for r, (p, s) in enumerate(zip(self.parts, self._starts, strict=False))
@@ -203,7 +202,7 @@ class DeviceDispatch(DeviceExchange):
         self._learn()
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
-        self._begins = [0, *np.cumsum(counts).tolist()]
+        self._begins = list(itertools.accumulate(counts, initial=0))
         total = self._begins[-1]
         block = self._pool.take(total * self._width, self._setting.streams)
         self._lease = Lease(self._pool, block, self._setting.streams)
@@ -330,9 +329,7 @@ class DeviceCombine(DeviceExchange):
         self._wire, self._result = wire, result
         self._out = out
         self._row = outputs.hidden * itemsize_in(form_of(wire))
-        self._sum = 8 if outputs.dtype == "float64" else 4
         self._slab: Block | None = None
-        self._own = 0  # address of this rank's own partial sums
         self._packed = False
         self.result: DeviceArray | None = None
 
@@ -346,28 +343,21 @@ class DeviceCombine(DeviceExchange):
         outputs, tables, rank = self._outputs, self._tables, self._group.rank
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
-        travels = aligned(starts[-1] * self._row)
+        travels = starts[-1] * self._row
         self._packed = not self._kernels_may_read(travels) and self._group.size > 1
         self._after = [outputs.description, tables.ready]
         if self._out is not None:
             self._after.append(self._out.description)
-        if not starts[-1] or not outputs.hidden:
+        if own == starts[-1] or not outputs.hidden:
             return []
-        self._slab = self._lend(travels + own * outputs.hidden * self._sum)
-        self._own = self._slab.address + travels
+        self._slab = self._lend(travels)
+        counts = starts[rank], own, starts[-1], outputs.hidden
         argument = _WEIGH.pack(
             outputs.address,
-            tables.order,
-            tables.first,
-            tables.weights,
+            *tables.of_terms,
             self._slab.address,
-            self._own,
-            starts[rank],
-            starts[rank + 1],
-            starts[-1],
-            outputs.hidden,
+            *counts,
             self._whole(outputs.address),
-            0,
             0,
         )
         key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
@@ -426,14 +416,14 @@ class DeviceCombine(DeviceExchange):
         return bases
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
-        rank = self._group.rank
-        base = bases | {rank: self._own}
-        shape = self._count, self._outputs.hidden, self._group.size | rank << 32
-        argument = _argument(
-            _ADD_BYTES, base, (self._target, self._tables.parts, *shape, self._whole(self._target))
-        )
+        outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
+        own_first = int(self._found.starts[rank])
+        whole = self._whole(self._target, outputs.address)
+        pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
+        addresses = self._target, tables.parts, outputs.address, *tables.of_terms
+        argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
         far = [self._far(peer, 8 * peer) for peer in pulled]
-        key = self._launch(self._entries[1], argument, nbytes * self._group.size, self._after, far)
+        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far)
         self._after = []
         return key
 

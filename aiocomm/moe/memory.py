@@ -117,8 +117,13 @@ class Block:
             return True
         if not self.after <= streams:  # may be destroyed by now
             return False
-        if not self._recorded and not self._record():
-            return False
+        if not self._recorded:
+            context = self._kernels.context
+            if all(_core.stream_is_idle(context, stream) for stream in self.after):
+                self.after = frozenset()
+                return True
+            if not self._record():
+                return False
         with self._kernels.current():
             while self._recorded:
                 try:
@@ -292,7 +297,8 @@ class Tables:
         lists = found.order, found.first, found.weights
         _core.write_sum_tables(*lists, tokens, count, self._pinned.bytes)
         pool.upload(self._block, self._pinned, nbytes)
-        self.order, self.first, self.weights, self.parts = (self._block.address + s for s in starts)
+        *of_terms, self.parts = (self._block.address + start for start in starts)
+        self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
 
     @property
     def device(self) -> int:

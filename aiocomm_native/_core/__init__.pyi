@@ -313,3 +313,8 @@ def device_of(address: int) -> int:
 
 def copy_on(context: int, stream: int, to: int, source: int, nbytes: int) -> None:
     """Queue a copy on a stream of this context."""
+
+def stream_is_idle(context: int, stream: int) -> bool:
+    """
+    Whether a stream of this context has no work, and is not captured into a graph.
+    """

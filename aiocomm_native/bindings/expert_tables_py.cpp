@@ -129,8 +129,9 @@ void bind_expert_tables(nb::module_& m) {
   m.def("list_moves", list_moves, "into"_a, "parts"_a,
         "Writes where rows are brought; a part is a rank, its rows' indices, and the place of the first. "
         "Returns each part's greatest index + 1.");
-  m.def("sum_tables", sum_tables, "assignments"_a, "rows"_a, "tokens"_a, "ranks"_a,
-        "Where `order`, `first`, `weights` and the tokens' rows begin among a combine's tables, and the end.");
+  m.def(
+      "sum_tables", sum_tables, "assignments"_a, "rows"_a, "tokens"_a, "ranks"_a,
+      "Where `order`, `first`, `weights` and the tokens' rows begin among a combine's tables, and the end.");
   m.def("write_sum_tables", write_sum_tables, "order"_a, "first"_a, "weights"_a, "sent"_a, "tokens"_a,
         "into"_a, "Writes them, the weights by row; `sent` are the tokens that went to each rank.");
 }

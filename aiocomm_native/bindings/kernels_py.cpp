@@ -105,20 +105,47 @@ int device_of(uint64_t address) {
   return ordinal;
 }
 
-// Queues a copy on a stream of this context; while others capture graphs, too.
+// Makes a context the thread's own, apart from graphs that other threads capture, and puts back what it was.
+class Within {
+ public:
+  explicit Within(uint64_t context)
+      : driver(cuda::Driver::of_process()), wanted_(reinterpret_cast<cuda::CUcontext>(context)) {
+    if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+    driver.cuThreadExchangeStreamCaptureMode(&mode_);
+    driver.cuCtxGetCurrent(&before_);
+    if (before_ != wanted_) driver.cuCtxSetCurrent(wanted_);
+  }
+  Within(const Within&) = delete;
+  Within& operator=(const Within&) = delete;
+  ~Within() {
+    if (before_ != wanted_) driver.cuCtxSetCurrent(before_);
+    driver.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+
+  const cuda::Driver& driver;
+
+ private:
+  const cuda::CUcontext wanted_;
+  cuda::CUcontext before_ = nullptr;
+  int mode_ = cuda::CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
 void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes) {
-  const cuda::Driver& driver = cuda::Driver::of_process();
-  if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
-  int mode = cuda::CU_STREAM_CAPTURE_MODE_RELAXED;
-  cuda::CUcontext before = nullptr;
-  const auto wanted = reinterpret_cast<cuda::CUcontext>(context);
-  driver.cuThreadExchangeStreamCaptureMode(&mode);
-  driver.cuCtxGetCurrent(&before);
-  if (before != wanted) driver.cuCtxSetCurrent(wanted);
-  const cuda::CUresult code = driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
-  if (before != wanted) driver.cuCtxSetCurrent(before);
-  driver.cuThreadExchangeStreamCaptureMode(&mode);
+  const Within within(context);
+  const cuda::Driver& driver = within.driver;
+  const cuda::CUresult code =
+      driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
   if (code != cuda::CUDA_SUCCESS) throw LinkFailure("a copy of tables: " + driver.describe(code), code);
+}
+
+// Whether a stream has no work and is not captured: then it need not be asked for more.
+bool stream_is_idle(uint64_t context, uint64_t stream) {
+  const Within within(context);
+  const auto handle = reinterpret_cast<cuda::CUstream>(stream);
+  int capturing = 0;
+  return within.driver.cuStreamIsCapturing(handle, &capturing) == cuda::CUDA_SUCCESS &&
+         capturing == cuda::CU_STREAM_CAPTURE_STATUS_NONE &&
+         within.driver.cuStreamQuery(handle) == cuda::CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -131,6 +158,8 @@ void bind_device_memory(nb::module_& m) {
   m.def("device_of", device_of, nb::arg("address"), "Ordinal of the GPU whose memory this is.");
   m.def("copy_on", copy_on, nb::arg("context"), nb::arg("stream"), nb::arg("to"), nb::arg("source"),
         nb::arg("nbytes"), "Queue a copy on a stream of this context.");
+  m.def("stream_is_idle", stream_is_idle, nb::arg("context"), nb::arg("stream"),
+        "Whether a stream of this context has no work, and is not captured into a graph.");
 }
 
 void bind_kernels(nb::class_<PyEngine>& engine) {
