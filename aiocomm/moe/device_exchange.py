@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
+from aiocomm.collectives.flight import LINGER_S
 from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
@@ -48,6 +49,7 @@ _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read i
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
+_KERNEL_S: Final = 3e-4  # that an own kernel is looked for before the task is suspended: it needs nobody else
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
@@ -144,7 +146,7 @@ class DeviceExchange(Exchange):
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
         self._refused: UsageError | None = None
-        self._reached = True  # by kernels: all that they would read
+        self._unreached: set[int] = set()  # ranks of the group whose memory a kernel has not reached
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
@@ -315,23 +317,36 @@ class DeviceExchange(Exchange):
         self._watch((False, self._getting), transfer)
         return self._getting
 
+    def _copies(self, peers: Iterable[int]) -> tuple[dict[int, int], list[int]]:
+        """Get what these ranks give; returns where it will be, by rank, and keys."""
+        places, keys = {}, []
+        for peer in peers:
+            extent = self._where[peer].extent
+            block = self._borrow_block(extent)
+            places[peer] = block.address
+            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        return places, keys
+
     async def _landed(self, keys: Iterable[int]) -> bool:
-        """Wait for launches and gets. False: a kernel does not reach all that it would read."""
+        """Wait for launches and gets. False: a kernel does not reach what one of the ranks gives."""
         wanted = [(False, key) for key in keys]
+        self._linger_s = _KERNEL_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
             await self._wait()
+        self._linger_s = LINGER_S
         self._raise_any()
-        reached, self._reached = self._reached, True
-        return reached
+        self._pool.missed.update(self._unreached)
+        unreached, self._unreached = self._unreached, set()
+        return not unreached
 
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
         if self._flying.get(key) is transfer and _KERNELS <= key[1] < _GETS and not transfer.cancelled():
             error = transfer.exception()
             if isinstance(error, LinkError) and error.code == errno.EXDEV:
                 del self._flying[key]
-                self._reached = False
+                self._unreached.add(self._group.ranks.index(transfer.peer))
                 self._gate.ring()
                 return
         super()._ended(key, transfer)

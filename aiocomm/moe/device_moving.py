@@ -224,16 +224,21 @@ class DeviceDispatch(DeviceExchange):
                 keys.append(self._get(peer, into, self._where[peer].start))
             else:
                 indices[peer] = self._slot(peer)[DEVICE_HEAD_BYTES:at].view(np.uint32)
-        pulled = [peer for peer in indices if peer != rank and self._may_pull(peer)]
-        if len(pulled) + 1 == len(indices):
-            keys.append(self._pull(indices, {}))
+        others = indices.keys() - {rank}
+        copies, more = self._copies([peer for peer in others if not self._may_pull(peer)])
+        at_once = not copies
+        if at_once:
+            more.append(self._pull(indices, copies))
         riding = all(head.flags & LISTS_RIDE for head in heads.values())
         if riding:
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
-        if not (reached := await self._landed(keys)):
-            self._pool.missed.update(pulled)
-        if not reached or len(pulled) + 1 < len(indices):
-            await self._pull_copies(indices)
+        reached = await self._landed(keys + more)
+        if not at_once:
+            reached = await self._landed([self._pull(indices, copies)])
+        if not reached:
+            rest, more = self._copies(others - copies.keys())
+            await self._landed(more)
+            await self._landed([self._pull(indices, copies | rest)])
         if not riding:
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
@@ -259,19 +264,6 @@ class DeviceDispatch(DeviceExchange):
         key = self._launch(self._entries[0], argument, nbytes, self._after, far)
         self._after = []
         return key
-
-    async def _pull_copies(self, indices: dict[int, Any]) -> None:
-        """The same where kernels do not reach the others: all of their tokens are copied here first."""
-        copies, keys = {}, []
-        for peer in indices:
-            if peer == self._group.rank:
-                continue
-            extent = self._where[peer].extent
-            block = self._borrow_block(extent)
-            copies[peer] = block.address
-            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
-        await self._landed(keys)
-        await self._landed([self._pull(indices, copies)])
 
     def _arrange(self) -> None:
         rank = self._group.rank
@@ -398,22 +390,12 @@ class DeviceCombine(DeviceExchange):
             self._target = self._out.address
         if not nbytes:
             return
-        bases = await self._copies(copied)
-        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
-            self._pool.missed.update(pulled)
-            bases |= await self._copies(pulled)
-            await self._landed([self._add_up(bases, [], nbytes)])
-
-    async def _copies(self, peers: Sequence[int]) -> dict[int, int]:
-        """Get the partial sums of these ranks."""
-        bases, keys = {}, []
-        for peer in peers:
-            extent = self._where[peer].extent
-            block = self._borrow_block(extent)
-            bases[peer] = block.address
-            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        bases, keys = self._copies(copied)
         await self._landed(keys)
-        return bases
+        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
+            more, keys = self._copies(pulled)
+            await self._landed(keys)
+            await self._landed([self._add_up(bases | more, [], nbytes)])
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank

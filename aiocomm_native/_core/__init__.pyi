@@ -311,6 +311,11 @@ def given_back(seconds: float) -> bool:
 def device_of(address: int) -> int:
     """Ordinal of the GPU whose memory this is."""
 
+def current_device() -> int:
+    """
+    Ordinal of the GPU whose context the calling thread has. -1: it has none.
+    """
+
 def copy_on(context: int, stream: int, to: int, source: int, nbytes: int) -> None:
     """Queue a copy on a stream of this context."""
 

@@ -105,6 +105,15 @@ int device_of(uint64_t address) {
   return ordinal;
 }
 
+// Ordinal of the GPU whose context the calling thread has, as array libraries leave it; -1: it has none.
+int current_device() {
+  const cuda::Driver& driver = cuda::Driver::of_process();
+  cuda::CUcontext context = nullptr;
+  cuda::CUdevice device = -1;
+  if (!driver.usable() || driver.cuCtxGetCurrent(&context) != cuda::CUDA_SUCCESS || !context) return -1;
+  return driver.cuCtxGetDevice(&device) == cuda::CUDA_SUCCESS ? device : -1;
+}
+
 // Makes a context the thread's own, apart from graphs that other threads capture, and puts back what it was.
 class Within {
  public:
@@ -156,6 +165,8 @@ void bind_device_memory(nb::module_& m) {
   m.def("given_back", cuda::given_back, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
         "Wait for memory that was let go of until the driver has it. False: it takes longer.");
   m.def("device_of", device_of, nb::arg("address"), "Ordinal of the GPU whose memory this is.");
+  m.def("current_device", current_device,
+        "Ordinal of the GPU whose context the calling thread has. -1: it has none.");
   m.def("copy_on", copy_on, nb::arg("context"), nb::arg("stream"), nb::arg("to"), nb::arg("source"),
         nb::arg("nbytes"), "Queue a copy on a stream of this context.");
   m.def("stream_is_idle", stream_is_idle, nb::arg("context"), nb::arg("stream"),

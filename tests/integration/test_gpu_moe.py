@@ -13,7 +13,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from fakes import simulated
-from fakes.gpu import Driver, Kind, Stream, driver
+from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
 from gpu_experts import EXPERTS, LINKS, Rows, batch, layer, on_gpu, to_host
 from harness import all_call, held_up, world
 
@@ -116,6 +116,31 @@ async def test_placements_groups_and_bytes() -> None:
                 _ = came.inputs
 
         await all_call(members, rank)
+
+
+async def test_a_rank_without_rows_stays_on_its_gpu() -> None:
+    """Empty arrays do not say where they are: then it is the GPU that the caller's library works on."""
+    last = driver().count - 1
+    async with world(1, links=LINKS) as (comm,):
+        driver().use(last)
+        came = await comm.dispatch(
+            DeviceArray((0, 8), np.float32, device=last), np.zeros((0, 2), np.int64), experts=2
+        )
+        assert came.tokens.device == last
+        driver().use(0)
+        result = await comm.combine(DeviceArray((0, 8), np.float32, device=last), came)
+        assert result.device == last
+
+
+async def test_a_combine_without_rows_on_another_channel() -> None:
+    last = driver().count - 1
+    async with world(1, links=LINKS) as (comm,):
+        x = DeviceArray((3, 8), np.float32, device=last).write(np.ones((3, 8), np.float32))
+        came = await comm.dispatch(x, np.full((3, 2), -1), experts=2)
+        driver().use(0)
+        outputs = DeviceArray((0, 8), np.float32, device=last)
+        result = await comm.combine(outputs, came, channel=comm.channel("other"))
+        assert not to_host(result, np.float32).any()
 
 
 async def test_calls_that_repeat_get_no_memory_from_the_driver(

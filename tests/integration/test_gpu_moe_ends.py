@@ -10,7 +10,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes import simulated
-from fakes.gpu import Driver, Stream, driver
+from fakes.gpu import DeviceArray, Driver, Stream, driver
 from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
 from harness import all_call, world
 
@@ -281,6 +281,26 @@ async def test_gpus_without_access_to_each_other(gpu: Driver, simulator: simulat
         async def rank(comm: aiocomm.Communicator) -> None:
             for _ in range(2):
                 await layer(comm, 21, 16)
+
+        await all_call(members, rank)
+
+
+async def test_only_ranks_out_of_reach_are_read_by_copies(
+    gpu: Driver, simulator: simulated.Simulator
+) -> None:
+    """Two ranks on one GPU reach each other; that on another is named, and then no kernel is tried on it."""
+    simulator.fail("cuCtxEnablePeerAccess", 217, forever=True)
+    async with world(3, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            group, device = await comm.group([0, 1, 2]), comm.rank // 2
+            x = np.full((5, 8), comm.rank, np.float32)
+            given = DeviceArray(x.shape, x.dtype, device=device).write(x)
+            for _ in range(8):
+                came = await group.dispatch(given, np.tile([0, 1, 2], (5, 1)), experts=3)
+                assert to_host(came.tokens, np.float32)[:, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+            missed = set(group._expert_scope(None)[0].pools[device].missed)
+            assert missed <= {0, 1} if comm.rank == 2 else missed == {2}
 
         await all_call(members, rank)
 

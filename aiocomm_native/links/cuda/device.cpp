@@ -441,7 +441,10 @@ void Device::watch(Stream& stream, uint64_t now) {
 
 bool Device::open_gates() {
   GateWait wait;
-  while (gate_queue_.pop(wait)) gates_.push_back(wait);
+  while (gate_queue_.pop(wait)) {
+    wait.since_ns = now_ns();
+    gates_.push_back(wait);
+  }
   if (gates_.empty()) return false;
   std::vector<OpId> ready;
   std::erase_if(gates_, [&](const GateWait& gate) {

@@ -34,6 +34,7 @@ namespace aiocomm::cuda {
 struct GateWait {
   Gate gate;
   OpId op = 0;
+  uint64_t since_ns = 0;  // when it came to the copy thread
 };
 
 // Where the time of small copies between devices has gone, sums in ns. Written by the copy thread.
@@ -115,6 +116,7 @@ class Device {
   uint64_t expected_end() const;
   void rate(const MoveJob& job);
   uint64_t margin() const;
+  uint64_t newest_gate() const;  // when it came
   void late_by(uint64_t ns);
   size_t stream_of(const MoveJob& job);
   size_t bulk_stream(const MoveJob& job);
