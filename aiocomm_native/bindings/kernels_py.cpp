@@ -56,6 +56,19 @@ KernelCall::Far far_of(const FarTuple& from, size_t argument_bytes) {
   return far;
 }
 
+// Has what is submitted meanwhile launched by this thread.
+class Held {
+ public:
+  Held(Mover& mover, int device) : mover_(mover), device_(device) { mover_.hold(device_); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() { mover_.let_go(device_); }
+
+ private:
+  Mover& mover_;
+  const int device_;
+};
+
 nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads, nb::bytes argument,
                   nb::tuple home, const std::vector<nb::tuple>& after, const std::vector<FarTuple>& far,
                   int peer, uint32_t channel, uint64_t nbytes, double deadline) {
@@ -88,7 +101,10 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
   flight.op->gpu = std::move(gpu);
   if (deadline >= 0) flight.op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
   flight.op->cookie = silent_cookie(&flight);
-  flight.ended = e.engine->submit(flight.op);
+  {
+    const Held held(*e.engine->mover(), flight.op->gpu->device);
+    flight.ended = e.engine->submit(flight.op);
+  }
   nb::object transfer = as_transfer(self, flight, kept.ptr());
   if (!e.after_submit()) throw nb::python_error();
   return transfer;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import struct
 import sys
 from typing import Any
 
@@ -20,7 +21,7 @@ from harness import all_call, held_up, world
 import aiocomm
 from aiocomm.collectives import kernels
 from aiocomm.launch import WorkerError
-from aiocomm.moe import device_exchange
+from aiocomm.moe import device_exchange, memory, sources
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
@@ -69,6 +70,28 @@ async def test_each_source_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(2):
             await layer(comm, 5, 16)
     assert len(known) == 2  # rows moved, and sums
+
+
+async def test_a_kernel_is_launched_by_the_call_itself() -> None:
+    """Waking the copy thread takes longer than a launch; it may be awake, though, and come first."""
+    async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 5, 16)
+        pool = memory.Pool(comm._engine, 0)
+        function = pool.kernels.entry(sources.MOVE_SOURCE, "move_rows")
+        argument = bytes(struct.calcsize(sources.MOVE))  # nothing to do
+
+        def issued() -> int:
+            return comm.links["cuda"].statistics().device["gpu0.by_loop"]
+
+        for _ in range(100):
+            before = issued()
+            where = pool.home, [], [], comm.rank, 0
+            launched = comm._engine.launch(function, 1, kernels.THREADS, argument, *where, 0, -1.0)
+            at_once = issued() - before
+            await launched
+            if at_once:
+                break
+        assert at_once == 1
 
 
 async def test_larger_than_kernels_read(monkeypatch: pytest.MonkeyPatch) -> None:

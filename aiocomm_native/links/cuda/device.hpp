@@ -54,6 +54,9 @@ class Device {
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
+  // Between the two, posting does not wake the thread: let_go() issues first what it can, as turn() does.
+  void hold() { held_.fetch_add(1, std::memory_order_seq_cst); }
+  void let_go();
   void stop();  // waits for what was posted
   // After stop(): what gives back its streams and its pinned memory, to be called in its context. Nothing works any more.
   std::function<void()> give_up();
@@ -157,6 +160,9 @@ class Device {
   BoundedQueue<GateWait> gate_queue_;
   WakeWord wake_;
   int bell_ = -1;
+  // Posts while it is held leave a mark, which pairs with let_go(): whoever comes second rings.
+  std::atomic<uint32_t> held_{0};
+  std::atomic<bool> unrung_{false};
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };
