@@ -342,7 +342,7 @@ class DeviceExchange(Exchange):
         return not unreached
 
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
-        if self._flying.get(key) is transfer and _KERNELS <= key[1] < _GETS and not transfer.cancelled():
+        if _KERNELS <= key[1] < _GETS and self._flying.get(key) is transfer and not transfer.cancelled():
             error = transfer.exception()
             if isinstance(error, LinkError) and error.code == errno.EXDEV:
                 del self._flying[key]

@@ -73,6 +73,7 @@ class Exchange(Flight):
         self._slot_bytes = min(_SLOT_BYTES, max(_RIDE_BYTES, _SLOTS_BYTES // size))
         self._ride_bytes = {"auto": _RIDE_BYTES, "latency": self._slot_bytes, "bandwidth": HEAD_BYTES}[path]
         self._wanted = set(range(2 * size)) - {self._group.rank, size + self._group.rank}
+        self._for_heads = False  # which are waited for, so one more of several is no news
         self._heads: dict[int, Head] = {}
         self._sizes: dict[int, int] = {}  # of receives of what follows, by their key
         self._borrowed: list[Bytes] = []
@@ -106,11 +107,13 @@ class Exchange(Flight):
             for peer in self._others():
                 self._post(Recv, (True, peer), peer, self._slot(peer), _HEAD_TAG)
             await self._send()
+            self._for_heads = True
             while self._wanted:
                 self._settle_sends()
                 if self._wanted:
                     self._raise_header_trouble()
                     await self._news()
+            self._for_heads = False
             self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
             self._judge()
             await self._receive()
@@ -182,6 +185,9 @@ class Exchange(Flight):
     @staticmethod
     def _key(peer: int, kind: int) -> int:
         return 2 * peer + kind
+
+    def _has_work(self) -> bool:
+        return not (self._for_heads and self._wanted)
 
     def _header_ended(self, index: int) -> None:
         self._wanted.discard(index)
