@@ -21,7 +21,7 @@ from harness import all_call, held_up, world
 import aiocomm
 from aiocomm.collectives import kernels
 from aiocomm.launch import WorkerError
-from aiocomm.moe import device_exchange, memory, sources
+from aiocomm.moe import device_exchange, exchange, memory, sources
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
@@ -109,8 +109,6 @@ async def test_larger_than_kernels_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_lists_that_do_not_ride(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiocomm.moe import exchange
-
     for name in ("_SLOT_BYTES", "_SLOTS_BYTES", "_RIDE_BYTES"):
         monkeypatch.setattr(exchange, name, 1024)
     async with world(2, links=LINKS, warmup=True) as members:
@@ -120,6 +118,13 @@ async def test_lists_that_do_not_ride(monkeypatch: pytest.MonkeyPatch) -> None:
             await layer(comm, 2, 8)
 
         await all_call(members, rank)
+
+
+async def test_slots_of_an_odd_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a group of 33 would be: lists in them lie where their elements may."""
+    monkeypatch.setattr(exchange, "_SLOT_BYTES", 65_537)
+    async with world(3, links=LINKS, warmup=True) as members:
+        await all_call(members, lambda comm: layer(comm, 37, 16))
 
 
 async def test_placements_groups_and_bytes() -> None:
