@@ -21,6 +21,8 @@ from fakes import gpu as gpus
 from fakes import simulated
 from harness import BACKENDS, LIMIT_S, Child, world
 
+from aiocomm.collectives import kernels
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -79,6 +81,14 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpus.Driver
     yield driver
     found.reset()
     assert not report.exists(), report.read_text()
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the simulated driver loads is the source."""
+    if simulated.choose() is not None:
+        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
+        kernels.kernels_of.cache_clear()
 
 
 @pytest.fixture

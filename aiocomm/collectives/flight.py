@@ -37,6 +37,8 @@ _EXPLANATION_S: Final = 0.25  # that a peer's reason for giving up may come afte
 class Flight:
     """Base of a call. `_missing` are the ranks of the group whose headers have not come."""
 
+    _linger_s = LINGER_S
+
     def __init__(self, scope: Scope, operation: str, deadline: float | None) -> None:
         self._scope = scope
         self._group = scope.group
@@ -182,7 +184,7 @@ class Flight:
             if (
                 not self._brief
                 or time.monotonic() > self._breath
-                or not _core.linger(list(flying.values()), LINGER_S)
+                or not _core.linger(list(flying.values()), self._linger_s)
             ):
                 return False
             for key, transfer in list(flying.items()):

@@ -21,6 +21,7 @@ from aiocomm.errors import LinkError, UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from aiocomm._device import Description
@@ -286,7 +287,6 @@ _Size = ctypes.c_uint64
 
 _MAJOR: Final = 75
 _MINOR: Final = 76
-_ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _NON_BLOCKING: Final = 1
 _DISABLE_TIMING: Final = 2
 _RELAXED: Final = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -316,9 +316,7 @@ def device_of(described: Description) -> int:
     """Ordinal of the GPU whose memory this is."""
     if described[3] >= 0:
         return described[3]
-    ordinal = ctypes.c_int()
-    driver()("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, _Address(described[1]))
-    return ordinal.value
+    return _core.device_of(described[1])
 
 
 def check_budget(sm_budget: int | None) -> None:
@@ -369,6 +367,11 @@ class Kernels:
             call("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING)
 
     @property
+    def context(self) -> int:
+        """Handle of the GPU's primary context."""
+        return self._context.value or 0
+
+    @property
     def stream(self) -> int:
         """Handle of the stream that the kernels run on."""
         return self._stream.value or 0
@@ -409,10 +412,14 @@ class Kernels:
 
     def entry(self, source: str, name: str) -> int:
         """Handle of a function of some other source, which is compiled and loaded once."""
-        key = (source, "", name)
-        if key not in self._functions:
-            self._load(source, {name: key})
-        return self._functions[key].value or 0
+        return self.entries(source, (name,))[0]
+
+    def entries(self, source: str, names: Sequence[str]) -> list[int]:
+        """The same of several functions of it."""
+        keys = {name: (source, "", name) for name in names}
+        if any(key not in self._functions for key in keys.values()):
+            self._load(source, keys)
+        return [self._functions[key].value or 0 for key in keys.values()]
 
     def loaded(self, source: str, name: str) -> int:
         """The same of one that `entry` has loaded, or 0."""

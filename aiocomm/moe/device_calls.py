@@ -13,6 +13,7 @@ from aiocomm.moe.device_exchange import Matrix, Setting
 from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
 from aiocomm.moe.memory import Pool
 from aiocomm.moe.sources import KINDS
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,8 +46,11 @@ class Options:
         self._bulk, self._path, self._deadline = bulk, path, deadline
         self._sm_budget = SM_BUDGET if sm_budget is None else sm_budget
 
-    def setting(self, described: Iterable[Description]) -> Setting:
+    def setting(self, described: Iterable[Description], otherwise: int | None = None) -> Setting:
         """Where these arrays are.
+
+        Args:
+            otherwise: the GPU of those that are empty and do not say.
 
         Raises:
             UsageError: on several GPUs, or on one that cannot be used.
@@ -56,8 +60,7 @@ class Options:
             devices = {device_of(one) for one in arrays if one[2]}
             if len(devices) > 1:
                 raise UsageError(f"the arrays are on several GPUs ({sorted(devices)}): one rank uses one")
-            known = [one[3] for one in arrays if one[3] >= 0] or list(scope.pools)
-            device = devices.pop() if devices else next(iter(known), 0)
+            device = devices.pop() if devices else self._device_of_empty(arrays, otherwise)
             if device not in scope.pools:
                 scope.pools[device] = Pool(scope.comm._engine, device)
         except (LinkError, OSError) as error:
@@ -65,6 +68,15 @@ class Options:
         # Results are used on some stream, whatever the arrays say of themselves.
         streams = frozenset(one[4] for one in arrays) - {NO_STREAM} or frozenset((LEGACY,))
         return Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+
+    def _device_of_empty(self, arrays: Iterable[Description], otherwise: int | None) -> int:
+        """The GPU that a rank without rows uses: as they say, as calls before, or as the thread has it."""
+        known = [one[3] for one in arrays if one[3] >= 0]
+        if otherwise is not None:
+            known.append(otherwise)
+        for scope in (self.scope, *self.scope.comm._lenders):
+            known += scope.pools
+        return known[0] if known else max(0, _core.current_device())
 
 
 def matrix_of(options: Options, x: Any, name: str, writable: bool = False) -> Matrix | None:
@@ -113,9 +125,9 @@ def combine(
         if dtype not in KINDS:
             raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
     arrays = [outputs.description] + ([] if target is None else [target.description])
-    setting = options.setting(arrays)
     tables = dispatched._tables
     assert tables is not None
+    setting = options.setting(arrays, tables.device)
     if tables.device != setting.pool.device:
         raise UsageError(
             f"outputs is on GPU {setting.pool.device}, the tokens were dispatched to GPU {tables.device}"

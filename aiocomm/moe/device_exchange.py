@@ -16,14 +16,13 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio.to_thread
-import numpy as np
 
-from aiocomm._device import NO_STREAM, itemsize_of
-from aiocomm.collectives.gpu import GpuArray
+from aiocomm._device import itemsize_of
+from aiocomm.collectives.flight import LINGER_S
+from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.errors import LinkError, PeerError, UsageError
@@ -48,15 +47,16 @@ __all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting",
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
+_NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
+_KERNEL_S: Final = 3e-4  # that an own kernel is looked for before the task is suspended: it needs nobody else
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
 _TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """Where a rank's rows are.
 
     Args:
@@ -75,13 +75,13 @@ class Where:
 
     def pack(self) -> bytes:
         """The bytes that travel."""
-        return _WHERE.pack(self.ended, self.region, self.start, self.extent, self.place)
+        return _WHERE.pack(*self)
 
     @classmethod
     def unpack(cls, message: Any) -> Where:
         """Parse what is behind a head."""
-        ended, region, start, extent, place = _WHERE.unpack(message[HEAD_BYTES:DEVICE_HEAD_BYTES].tobytes())
-        return cls(ended, region, start, extent, place if any(place) else b"")
+        ended, region, start, extent, place = _WHERE.unpack_from(message, HEAD_BYTES)
+        return cls(ended, region, start, extent, b"" if place == _NOWHERE else place)
 
 
 class Matrix:
@@ -95,12 +95,11 @@ class Matrix:
             raise UsageError(f"{name} has shape {shape}: pass two dimensions, (rows, hidden)")
         self.description = description
         self.rows, self.hidden = shape
-        self.dtype = GpuArray(description).dtype.name
+        self.dtype = name_of(description[5])
         self.itemsize = itemsize_of(description)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """What the calls of one rank on one GPU have in common.
 
     Args:
@@ -147,7 +146,7 @@ class DeviceExchange(Exchange):
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
         self._refused: UsageError | None = None
-        self._reached = True  # by kernels: all that they would read
+        self._unreached: set[int] = set()  # ranks of the group whose memory a kernel has not reached
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
@@ -211,7 +210,7 @@ class DeviceExchange(Exchange):
                 raise self._refused
             if self._given is None:
                 source, names = self._sources()
-                self._entries = [await self._entry(source, name) for name in names]
+                self._entries = await self._compiled(source, names)
                 self._given = self._give()
             keys = await self._prepare(self._given)
             messages = [(peer, self._message(peer)) for peer in self._others()]
@@ -278,11 +277,11 @@ class DeviceExchange(Exchange):
     def _left(self) -> float:
         return -1.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
 
-    async def _entry(self, source: str, name: str) -> int:
-        """Handle of a kernel, which is compiled on another thread."""
+    async def _compiled(self, source: str, names: Sequence[str]) -> list[int]:
+        """Handles of kernels, which are compiled on another thread."""
         kernels = self._pool.kernels
         try:
-            return await anyio.to_thread.run_sync(kernels.entry, source, name)
+            return await anyio.to_thread.run_sync(kernels.entries, source, names)
         except (LinkError, OSError) as error:
             raise UsageError(f"cannot {self._operation} on this GPU: {error}") from error
 
@@ -298,9 +297,8 @@ class DeviceExchange(Exchange):
         comm = self._scope.comm
         self._launches += 1
         blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
-        home = (None, 0, 0, self._pool.device, NO_STREAM, "B", (0,))
         behind = {description[4]: description for description in after if description[2]}  # by stream
-        where = home, list(behind.values()), list(far), comm.rank, self._scope.index
+        where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
             transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
         except LinkError as error:  # about the caller's arrays, or their streams
@@ -319,23 +317,36 @@ class DeviceExchange(Exchange):
         self._watch((False, self._getting), transfer)
         return self._getting
 
+    def _copies(self, peers: Iterable[int]) -> tuple[dict[int, int], list[int]]:
+        """Get what these ranks give; returns where it will be, by rank, and keys."""
+        places, keys = {}, []
+        for peer in peers:
+            extent = self._where[peer].extent
+            block = self._borrow_block(extent)
+            places[peer] = block.address
+            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        return places, keys
+
     async def _landed(self, keys: Iterable[int]) -> bool:
-        """Wait for launches and gets. False: a kernel does not reach all that it would read."""
+        """Wait for launches and gets. False: a kernel does not reach what one of the ranks gives."""
         wanted = [(False, key) for key in keys]
+        self._linger_s = _KERNEL_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
             await self._wait()
+        self._linger_s = LINGER_S
         self._raise_any()
-        reached, self._reached = self._reached, True
-        return reached
+        self._pool.missed.update(self._unreached)
+        unreached, self._unreached = self._unreached, set()
+        return not unreached
 
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
-        if self._flying.get(key) is transfer and _KERNELS <= key[1] < _GETS and not transfer.cancelled():
+        if _KERNELS <= key[1] < _GETS and self._flying.get(key) is transfer and not transfer.cancelled():
             error = transfer.exception()
             if isinstance(error, LinkError) and error.code == errno.EXDEV:
                 del self._flying[key]
-                self._reached = False
+                self._unreached.add(self._group.ranks.index(transfer.peer))
                 self._gate.ring()
                 return
         super()._ended(key, transfer)
@@ -359,10 +370,3 @@ class DeviceExchange(Exchange):
 def aligned(nbytes: int, to: int = 256) -> int:
     """The next multiple."""
     return (nbytes + to - 1) // to * to
-
-
-def numbers(memory: Pinned, start: int, values: Any) -> int:
-    """Write an array into pinned memory; returns where the next may begin."""
-    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    memory.bytes[start : start + flat.nbytes] = flat
-    return aligned(start + flat.nbytes, 16)

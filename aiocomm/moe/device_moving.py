@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,13 @@ from aiocomm.moe.device_exchange import (
     PACKED,
     DeviceExchange,
     Matrix,
-    aligned,
-    numbers,
 )
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
-from aiocomm.moe.routing import arrange, checked, route
-from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, PLAIN, WEIGH, sums_source
+from aiocomm.moe.routing import arrange, routed
+from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, WEIGH, sums_source
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,18 +43,26 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceCombine", "DeviceDispatch"]
 
-_MOVE, _WEIGH, _ADD = struct.Struct(MOVE), struct.Struct(WEIGH), struct.Struct(ADD)
-_ENTRY = np.dtype([("source", "u4"), ("index", "u4"), ("place", "u4"), ("unused", "u4")])
+_MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
+_WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
+_ENTRY_BYTES = 16
 
 
 def _move(
     to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
 ) -> bytes:
-    bases = [0] * MOST_RANKS
+    return _argument(
+        _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
+    )
+
+
+def _argument(nbytes: int, base: dict[int, int], rest: Sequence[int]) -> bytes:
+    """A kernel's argument: an address per rank, and what follows; the rest is zeros."""
+    argument = bytearray(nbytes)
     for rank, address in base.items():
-        bases[rank] = address
-    plain = [number for run in runs for number in run] + [0] * (3 * (PLAIN - len(runs)))
-    return _MOVE.pack(*bases, to, table, count, width, *plain)
+        _WORD.pack_into(argument, 8 * rank, address)
+    struct.pack_into(f"<{len(rest)}Q", argument, 8 * MOST_RANKS, *rest)
+    return bytes(argument)
 
 
 class DeviceDispatch(DeviceExchange):
@@ -141,25 +149,25 @@ class DeviceDispatch(DeviceExchange):
 
     async def _route(self) -> None:
         def work() -> None:
-            ids, weights = checked(self._tokens.rows, self._ids, self._weights, self._placed.experts)
-            self._parts = self.parts = route(ids, weights, self._placed)
+            self._parts = self.parts = routed(self._tokens.rows, self._ids, self._weights, self._placed)
 
         await self._work(64 * math.prod(self._shape(self._ids)), work)
 
     def _pack(self) -> list[int]:
         """Bring the rows for each rank together."""
-        rows = np.array([part.rows for part in self.parts])
-        rows[self._group.rank] = 0
-        self._starts = [0, *np.cumsum(rows).tolist()]
+        rank = self._group.rank
+        rows = [0 if peer == rank else part.rows for peer, part in enumerate(self.parts)]
+        self._starts = list(itertools.accumulate(rows, initial=0))
         count = self._starts[-1]
         if not count or not self._width:
             return []
-        table = np.zeros(count, _ENTRY)
-        table["place"] = np.arange(count)
-        for peer in self._others():
-            table["index"][self._starts[peer] : self._starts[peer + 1]] = self.parts[peer].tokens
-        memory = self._borrow_pinned(table.nbytes)
-        numbers(memory, 0, table)
+        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        packed = [
+            (0, p.tokens, s)
+            for r, (p, s) in enumerate(zip(self.parts, self._starts, strict=False))
+            if r != rank
+        ]
+        _core.list_moves(memory.bytes, packed)
         self._slab = self._lend(count * self._width)
         argument = _move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
         key = self._launch(self._entries[0], argument, count * self._width, self._after)
@@ -177,15 +185,9 @@ class DeviceDispatch(DeviceExchange):
         else:
             start, extent = 0, self._tokens.nbytes * bool(part.rows)
         where = self._where_of(self._slab, peer, start, extent, self._packed)
-        message = self._borrow(DEVICE_HEAD_BYTES + (indices + lists) * rides)
-        message[:DEVICE_HEAD_BYTES] = np.frombuffer(head.pack() + where.pack(), np.uint8)
-        if rides:
-            behind = message[DEVICE_HEAD_BYTES:]
-            behind[:indices].view(np.uint32)[:] = part.tokens[: indices // 4]
-            pack_lists(part, behind[indices:])
-        else:
+        if not rides:
             self._following.append(peer)
-        return message
+        return _core.pack_message(head.pack() + where.pack(), *part, rides and not self._packed, rides)
 
     def _follow(self, peer: int) -> None:
         if peer in self._following:
@@ -200,7 +202,7 @@ class DeviceDispatch(DeviceExchange):
         self._learn()
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
-        self._begins = [0, *np.cumsum(counts).tolist()]
+        self._begins = list(itertools.accumulate(counts, initial=0))
         total = self._begins[-1]
         block = self._pool.take(total * self._width, self._setting.streams)
         self._lease = Lease(self._pool, block, self._setting.streams)
@@ -222,17 +224,21 @@ class DeviceDispatch(DeviceExchange):
                 keys.append(self._get(peer, into, self._where[peer].start))
             else:
                 indices[peer] = self._slot(peer)[DEVICE_HEAD_BYTES:at].view(np.uint32)
-                self._expect(peer, (int(indices[peer].max()) + 1) * self._width, False)
-        pulled = [peer for peer in indices if peer != rank and self._may_pull(peer)]
-        if len(pulled) + 1 == len(indices):
-            keys.append(self._pull(indices, {}))
+        others = indices.keys() - {rank}
+        copies, more = self._copies([peer for peer in others if not self._may_pull(peer)])
+        at_once = not copies
+        if at_once:
+            more.append(self._pull(indices, copies))
         riding = all(head.flags & LISTS_RIDE for head in heads.values())
         if riding:
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
-        if not (reached := await self._landed(keys)):
-            self._pool.missed.update(pulled)
-        if not reached or len(pulled) + 1 < len(indices):
-            await self._pull_copies(indices)
+        reached = await self._landed(keys + more)
+        if not at_once:
+            reached = await self._landed([self._pull(indices, copies)])
+        if not reached:
+            rest, more = self._copies(others - copies.keys())
+            await self._landed(more)
+            await self._landed([self._pull(indices, copies | rest)])
         if not riding:
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
@@ -245,14 +251,12 @@ class DeviceDispatch(DeviceExchange):
             copies: where a rank's tokens are on this GPU; of the others they are read where they are.
         """
         count = sum(len(of_rank) for of_rank in indices.values())
-        memory = self._borrow_pinned(count * _ENTRY.itemsize)
-        table = memory.bytes[: count * _ENTRY.itemsize].view(_ENTRY)
-        done = 0
-        for source, tokens in indices.items():
-            here = table[done : done + len(tokens)]
-            here["source"], here["index"] = source, tokens
-            here["place"] = np.arange(self._begins[source], self._begins[source] + len(tokens))
-            done += len(tokens)
+        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        parts = [(source, tokens, self._begins[source]) for source, tokens in indices.items()]
+        extents = _core.list_moves(memory.bytes, parts)
+        for source, extent in zip(indices, extents, strict=True):
+            if source != self._group.rank:
+                self._expect(source, extent * self._width, False)
         base = {self._group.rank: self._tokens.address} | copies
         far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
         nbytes = count * self._width
@@ -260,19 +264,6 @@ class DeviceDispatch(DeviceExchange):
         key = self._launch(self._entries[0], argument, nbytes, self._after, far)
         self._after = []
         return key
-
-    async def _pull_copies(self, indices: dict[int, Any]) -> None:
-        """The same where kernels do not reach the others: all of their tokens are copied here first."""
-        copies, keys = {}, []
-        for peer in indices:
-            if peer == self._group.rank:
-                continue
-            extent = self._where[peer].extent
-            block = self._borrow_block(extent)
-            copies[peer] = block.address
-            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
-        await self._landed(keys)
-        await self._landed([self._pull(indices, copies)])
 
     def _arrange(self) -> None:
         rank = self._group.rank
@@ -330,9 +321,7 @@ class DeviceCombine(DeviceExchange):
         self._wire, self._result = wire, result
         self._out = out
         self._row = outputs.hidden * itemsize_in(form_of(wire))
-        self._sum = 8 if outputs.dtype == "float64" else 4
         self._slab: Block | None = None
-        self._own = 0  # address of this rank's own partial sums
         self._packed = False
         self.result: DeviceArray | None = None
 
@@ -346,28 +335,21 @@ class DeviceCombine(DeviceExchange):
         outputs, tables, rank = self._outputs, self._tables, self._group.rank
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
-        travels = aligned(starts[-1] * self._row)
+        travels = starts[-1] * self._row
         self._packed = not self._kernels_may_read(travels) and self._group.size > 1
         self._after = [outputs.description, tables.ready]
         if self._out is not None:
             self._after.append(self._out.description)
-        if not starts[-1] or not outputs.hidden:
+        if own == starts[-1] or not outputs.hidden:
             return []
-        self._slab = self._lend(travels + own * outputs.hidden * self._sum)
-        self._own = self._slab.address + travels
+        self._slab = self._lend(travels)
+        counts = starts[rank], own, starts[-1], outputs.hidden
         argument = _WEIGH.pack(
             outputs.address,
-            tables.order,
-            tables.first,
-            tables.weights,
+            *tables.of_terms,
             self._slab.address,
-            self._own,
-            starts[rank],
-            starts[rank + 1],
-            starts[-1],
-            outputs.hidden,
+            *counts,
             self._whole(outputs.address),
-            0,
             0,
         )
         key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
@@ -408,37 +390,22 @@ class DeviceCombine(DeviceExchange):
             self._target = self._out.address
         if not nbytes:
             return
-        bases = await self._copies(copied)
-        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
-            self._pool.missed.update(pulled)
-            bases |= await self._copies(pulled)
-            await self._landed([self._add_up(bases, [], nbytes)])
-
-    async def _copies(self, peers: Sequence[int]) -> dict[int, int]:
-        """Get the partial sums of these ranks."""
-        bases, keys = {}, []
-        for peer in peers:
-            extent = self._where[peer].extent
-            block = self._borrow_block(extent)
-            bases[peer] = block.address
-            keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
+        bases, keys = self._copies(copied)
         await self._landed(keys)
-        return bases
+        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
+            more, keys = self._copies(pulled)
+            await self._landed(keys)
+            await self._landed([self._add_up(bases | more, [], nbytes)])
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
-        rank = self._group.rank
-        base = bases | {rank: self._own}
-        argument = _ADD.pack(
-            *(base.get(peer, 0) for peer in range(MOST_RANKS)),
-            self._target,
-            self._tables.parts,
-            self._count,
-            self._outputs.hidden,
-            self._group.size | rank << 32,
-            self._whole(self._target),
-        )
+        outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
+        own_first = int(self._found.starts[rank])
+        whole = self._whole(self._target, outputs.address)
+        pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
+        addresses = self._target, tables.parts, outputs.address, *tables.of_terms
+        argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
         far = [self._far(peer, 8 * peer) for peer in pulled]
-        key = self._launch(self._entries[1], argument, nbytes * self._group.size, self._after, far)
+        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far)
         self._after = []
         return key
 
@@ -447,9 +414,9 @@ class DeviceCombine(DeviceExchange):
 
 
 def _host_array(described: Description, memory: Bytes) -> Any:
-    """What a GPU array holds, of which these bytes are a copy; a private one."""
+    """What a GPU array holds, of which these bytes are a copy."""
     name = name_of(described[5])
-    data = memory[: described[2]].copy()
+    data = memory[: described[2]]
     if name == "bfloat16":  # which NumPy has not by itself
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(described[6])
     return data.view(np.dtype(name)).reshape(described[6])

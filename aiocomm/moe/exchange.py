@@ -40,6 +40,7 @@ _HEAD_TAG: Final = 1
 _FOLLOWING: Final = 2  # tags of what follows, by its kind
 _SLOT_BYTES: Final = 2 << 20
 _SLOTS_BYTES: Final = 64 << 20  # of all ranks
+_LINE: Final = 64
 _RIDE_BYTES: Final = 1 << 20  # of a message whose rows ride; larger ones are worth a round of their own
 _INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
 
@@ -70,9 +71,11 @@ class Exchange(Flight):
         self._placement = placement
         self._parts = parts
         size = self._group.size
-        self._slot_bytes = min(_SLOT_BYTES, max(_RIDE_BYTES, _SLOTS_BYTES // size))
+        # Whole lines, so that lists lie where their elements may.
+        self._slot_bytes = min(_SLOT_BYTES, max(_RIDE_BYTES, _SLOTS_BYTES // size)) // _LINE * _LINE
         self._ride_bytes = {"auto": _RIDE_BYTES, "latency": self._slot_bytes, "bandwidth": HEAD_BYTES}[path]
         self._wanted = set(range(2 * size)) - {self._group.rank, size + self._group.rank}
+        self._for_heads = False  # which are waited for, so one more of several is no news
         self._heads: dict[int, Head] = {}
         self._sizes: dict[int, int] = {}  # of receives of what follows, by their key
         self._borrowed: list[Bytes] = []
@@ -106,11 +109,13 @@ class Exchange(Flight):
             for peer in self._others():
                 self._post(Recv, (True, peer), peer, self._slot(peer), _HEAD_TAG)
             await self._send()
+            self._for_heads = True
             while self._wanted:
                 self._settle_sends()
                 if self._wanted:
                     self._raise_header_trouble()
                     await self._news()
+            self._for_heads = False
             self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
             self._judge()
             await self._receive()
@@ -182,6 +187,9 @@ class Exchange(Flight):
     @staticmethod
     def _key(peer: int, kind: int) -> int:
         return 2 * peer + kind
+
+    def _has_work(self) -> bool:
+        return not (self._for_heads and self._wanted)
 
     def _header_ended(self, index: int) -> None:
         self._wanted.discard(index)

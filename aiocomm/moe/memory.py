@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import itertools
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -117,8 +117,13 @@ class Block:
             return True
         if not self.after <= streams:  # may be destroyed by now
             return False
-        if not self._recorded and not self._record():
-            return False
+        if not self._recorded:
+            context = self._kernels.context
+            if all(_core.stream_is_idle(context, stream) for stream in self.after):
+                self.after = frozenset()
+                return True
+            if not self._record():
+                return False
         with self._kernels.current():
             while self._recorded:
                 try:
@@ -161,6 +166,7 @@ class Pool:
     def __init__(self, engine: Engine, device: int) -> None:
         self.kernels = kernels_of(device)
         self.device = device
+        self.home: Description = (None, 0, 0, device, NO_STREAM, "B", (0,))  # for launches
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
         self._free_tables: dict[int, list[Block]] = {}
@@ -251,14 +257,8 @@ class Pool:
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
         """Queue a copy on the kernels' stream."""
-        with self.kernels.current():
-            driver()(
-                "cuMemcpyHtoDAsync_v2",
-                ctypes.c_uint64(into.address),
-                ctypes.c_void_p(data.address),
-                ctypes.c_size_t(nbytes),
-                ctypes.c_void_p(self.kernels.stream),
-            )
+        kernels = self.kernels
+        _core.copy_on(kernels.context, kernels.stream, into.address, data.address, nbytes)
 
 
 class Lease:
@@ -289,25 +289,16 @@ class Tables:
     """
 
     def __init__(self, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> None:
-        of_token = np.full((count, len(parts)), -1, np.int32)
-        for rank, part in enumerate(parts):
-            of_token[part.tokens, rank] = np.arange(part.rows, dtype=np.int32)
-        lists: tuple[NDArray[Any], ...] = (
-            found.order.astype(np.uint32),
-            found.first.astype(np.uint32),
-            found.weights[found.order],
-            of_token,
-        )
-        starts = [0]
-        for one in lists:
-            starts.append(-(-(starts[-1] + one.nbytes) // 16) * 16)
+        *starts, nbytes = _core.sum_tables(len(found.order), len(found.first) - 1, count, len(parts))
         self._pool = pool
-        self._pinned = pool.take_pinned(starts[-1])
-        self._block = pool.take_tables(starts[-1])
-        for start, one in zip(starts, lists, strict=False):
-            self._pinned.bytes[start : start + one.nbytes] = one.reshape(-1).view(np.uint8)
-        pool.upload(self._block, self._pinned, starts[-1])
-        self.order, self.first, self.weights, self.parts, _ = (self._block.address + s for s in starts)
+        self._pinned = pool.take_pinned(nbytes)
+        self._block = pool.take_tables(nbytes)
+        tokens = [part.tokens for part in parts]
+        lists = found.order, found.first, found.weights
+        _core.write_sum_tables(*lists, tokens, count, self._pinned.bytes)
+        pool.upload(self._block, self._pinned, nbytes)
+        *of_terms, self.parts = (self._block.address + start for start in starts)
+        self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
 
     @property
     def device(self) -> int:

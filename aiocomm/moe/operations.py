@@ -16,7 +16,7 @@ from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
 from aiocomm.moe.placement import place
-from aiocomm.moe.routing import checked, route
+from aiocomm.moe.routing import routed
 from aiocomm.moe.weighting import KINDS
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ class ExpertOperations:
             if placement is not None:
                 text += f" placed {where.digest}"
             if isinstance(given, np.ndarray):
-                ids, found = checked(len(given), expert_ids, weights, where.experts)
-                parts = route(ids, found, where)
+                parts = routed(len(given), expert_ids, weights, where)
                 call = Dispatch(scope, bulk, text, given, where, parts, path, deadline)
             else:
                 call = device_calls.dispatch(options, text, given, expert_ids, weights, where)

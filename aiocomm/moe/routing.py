@@ -8,8 +8,9 @@ an expert's input is one run.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +27,12 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
     Floats = NDArray[np.float32]
 
-__all__ = ["Arrangement", "Part", "arrange", "checked", "route"]
+__all__ = ["Arrangement", "Part", "arrange", "checked", "route", "routed"]
 
 MOST_CHOICES = 0xFFFF  # experts of one token on one rank
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one rank sends another.
 
     Args:
@@ -108,12 +108,33 @@ def checked(
     return ids, found.astype(np.float32)
 
 
-def route(ids: NDArray[Any], weights: Floats, placement: Placement) -> list[Part]:
+def routed(count: int, expert_ids: Any, weights: Any, placement: Placement) -> list[Part]:
+    """The part for each rank, of arguments that are checked on the way.
+
+    Raises:
+        UsageError: as `checked`, which is asked only where something is unusual.
+    """
+    ids = np.asarray(expert_ids)
+    plain = ids.ndim == 2 and len(ids) == count and ids.dtype.kind == "i" and ids.shape[1] <= MOST_CHOICES
+    if plain and weights is not None:
+        weights = np.asarray(weights)
+        plain = weights.shape == ids.shape and weights.dtype.kind in "fiu"
+    if plain:
+        with contextlib.suppress(ValueError):  # an expert that is not there: `checked` says which
+            given = np.ones(ids.shape, np.float32) if weights is None else weights
+            return route(ids, given, placement)
+    return route(*checked(count, ids, weights, placement.experts), placement)
+
+
+def route(ids: NDArray[Any], weights: NDArray[Any], placement: Placement) -> list[Part]:
     """The part for each rank.
 
     Args:
         ids: expert of each choice of each token, or -1; shape (tokens, choices).
         weights: of the same shape.
+
+    Raises:
+        ValueError: an expert is out of range.
     """
     most = ids.size
     tokens, counts = np.empty(most, np.int64), np.empty(most, np.uint16)

@@ -21,7 +21,6 @@ __all__ = ["ADD", "KINDS", "MOST_RANKS", "MOVE", "MOVE_SOURCE", "PLAIN", "WEIGH"
 MOST_RANKS: Final = 64  # of a group, whose addresses an argument holds
 PLAIN: Final = 4  # runs of bytes that a launch copies beside rows
 _PIECE: Final = 4096  # bytes that a warp copies at once
-_AT_ONCE: Final = 2  # groups of eight elements that a thread has under way, and as many that are on their way
 
 MOVE: Final = f"<{MOST_RANKS}Q4Q{3 * PLAIN}Q"  # base, to, table, count, width; to, from, nbytes of each run
 MOVE_SOURCE: Final = f"""// aiocomm experts: move
@@ -99,8 +98,8 @@ _STORED: Final = {  # how a dtype is stored, read and written
 }
 KINDS: Final = tuple(_STORED)
 
-WEIGH: Final = "<5Q4Q4Q"  # see Weigh
-ADD: Final = f"<{MOST_RANKS}Q6Q"  # see Add
+WEIGH: Final = "<5Q6I"  # see Weigh
+ADD: Final = f"<{MOST_RANKS}Q6Q6I"  # see Add
 _KIND: Final = """
 struct {name} {{
   typedef {stored} stored_t;
@@ -112,130 +111,180 @@ _SUMS: Final = """// aiocomm experts: {terms} {wire} {out}
 typedef unsigned long long size_type;
 typedef {sum} sum_t;
 {bits}{kinds}
-constexpr unsigned kPer = 8, kGroups = {at_once}, kStep = 32 * kPer * kGroups;
+typedef Terms::stored_t term_t;
+constexpr unsigned kPer = 8;
 template <typename T> struct alignas(16) Group {{ T at[kPer]; }};
+// Terms, or ranks' parts, that a thread has under way at once, and groups of each: as many as registers hold.
+constexpr unsigned kTerms = sizeof(sum_t) == 8 ? 1 : 2, kParts = 8 / sizeof(Wire::stored_t);
+constexpr unsigned kWeighed = 8 / sizeof(term_t), kAdded = sizeof(sum_t) == 8 ? 1 : 2;
 
-// Elements of a row from `column` on, as many as there are; `whole`: groups lie at multiples of 16 bytes.
-template <typename Kind>
+// Elements of a row from `column` on, as many as there are; `kWhole`: groups lie at multiples of 16 bytes.
+template <typename Kind, bool kWhole>
 __device__ void load_group(Group<typename Kind::stored_t>& into, const typename Kind::stored_t* row,
-                           size_type column, size_type hidden, bool whole) {{
+                           unsigned column, unsigned hidden) {{
   if (column >= hidden) return;
-  if (whole) {{
+  if (kWhole) {{
     into = *(const Group<typename Kind::stored_t>*)(row + column);
     return;
   }}
   for (unsigned i = 0; i < kPer && column + i < hidden; ++i) into.at[i] = row[column + i];
 }}
-template <typename Kind>
-__device__ void save_group(const sum_t* sums, typename Kind::stored_t* row, size_type column,
-                           size_type hidden, bool whole) {{
+template <typename Kind, bool kWhole>
+__device__ void save_group(const sum_t* sums, typename Kind::stored_t* row, unsigned column,
+                           unsigned hidden) {{
   if (column >= hidden) return;
   Group<typename Kind::stored_t> made;
 #pragma unroll
   for (unsigned i = 0; i < kPer; ++i) made.at[i] = Kind::save(sums[i]);
-  if (whole) {{
+  if (kWhole) {{
     *(Group<typename Kind::stored_t>*)(row + column) = made;
     return;
   }}
   for (unsigned i = 0; i < kPer && column + i < hidden; ++i) row[column + i] = made.at[i];
 }}
 
-// Rows `own_first` to `own_last` stay here, in the sums' own type.
-struct Weigh {{
-  size_type terms, order, first, weights, wire;
-  size_type own, own_first, own_last, count;
-  size_type hidden, whole, unused[2];
+// The terms of each row: those of `order` from `first` of it on.
+struct Assigned {{
+  size_type terms, order, first, weights;
 }};
 
-extern "C" __global__ void __launch_bounds__({threads}) weigh_rows(const Weigh all) {{
-  typedef Terms::stored_t term_t;
-  const unsigned lane = threadIdx.x % 32;
-  const size_type stride = (size_type)gridDim.x * (blockDim.x / 32), hidden = all.hidden;
-  const size_type per = (hidden + kStep - 1) / kStep, pieces = all.count * per;
+// Sums of a row's weighted terms. Loads go out before any of them is used.
+template <unsigned kTerms, unsigned kGroups, bool kWhole>
+__device__ void weigh(sum_t* sums, const Assigned& all, unsigned begin, unsigned end, unsigned column,
+                      unsigned hidden) {{
   const unsigned* order = (const unsigned*)all.order;
-  const unsigned* first = (const unsigned*)all.first;
   const float* weights = (const float*)all.weights;
-  for (size_type piece = (size_type)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; piece < pieces;
-       piece += stride) {{
-    const size_type row = piece / per, column = piece % per * kStep + lane * kPer;
-    const unsigned begin = first[row], end = first[row + 1];
-    sum_t sums[kGroups][kPer];
-    Group<term_t> next[kGroups] = {{}};
-    for (unsigned g = 0; g < kGroups; ++g)
-      load_group<Terms>(next[g], (const term_t*)all.terms + order[begin] * hidden, column + g * 32 * kPer,
-                        hidden, all.whole);
-    for (unsigned k = begin; k < end; ++k) {{
-      Group<term_t> here[kGroups];
+  for (unsigned k = begin; k < end; k += kTerms) {{
+    Group<term_t> part[kTerms][kGroups] = {{}};
+    sum_t weight[kTerms] = {{}};
 #pragma unroll
-      for (unsigned g = 0; g < kGroups; ++g) here[g] = next[g];
-      if (k + 1 < end)
+    for (unsigned t = 0; t < kTerms; ++t)
+      if (k + t < end) {{
+        const term_t* row = (const term_t*)all.terms + (size_type)order[k + t] * hidden;
+        weight[t] = (sum_t)weights[k + t];
 #pragma unroll
         for (unsigned g = 0; g < kGroups; ++g)
-          load_group<Terms>(next[g], (const term_t*)all.terms + order[k + 1] * hidden, column + g * 32 * kPer,
-                            hidden, all.whole);
-      const sum_t weight = (sum_t)weights[k];
+          load_group<Terms, kWhole>(part[t][g], row, column + g * 32 * kPer, hidden);
+      }}
 #pragma unroll
-      for (unsigned g = 0; g < kGroups; ++g)
+    for (unsigned t = 0; t < kTerms; ++t)
+      if (k + t < end) {{
 #pragma unroll
-        for (unsigned i = 0; i < kPer; ++i) {{
-          const sum_t term = times(Terms::load(here[g].at[i]), weight);
-          sums[g][i] = k == begin ? term : plus(sums[g][i], term);
-        }}
-    }}
-    const bool own = row >= all.own_first && row < all.own_last;
-    for (unsigned g = 0; g < kGroups; ++g) {{
-      const size_type at = column + g * 32 * kPer;
-      if (own)
-        save_group<Sums>(sums[g], (sum_t*)all.own + (row - all.own_first) * hidden, at, hidden, all.whole);
-      else
-        save_group<Wire>(sums[g], (Wire::stored_t*)all.wire + row * hidden, at, hidden, all.whole);
-    }}
+        for (unsigned g = 0; g < kGroups; ++g)
+#pragma unroll
+          for (unsigned i = 0; i < kPer; ++i) {{
+            const sum_t term = times(Terms::load(part[t][g].at[i]), weight[t]);
+            sum_t& sum = sums[g * kPer + i];
+            sum = k + t == begin ? term : plus(sum, term);
+          }}
+      }}
   }}
 }}
 
-// By rank where its rows begin, of which `table` has one or none (-1) for each token.
-struct Add {{
-  size_type base[{ranks}], out, table, count, hidden;
-  unsigned size, own, whole, unused;
+// Rows from `own_first` on, `own` of them, are left out: whoever adds up weighs them then.
+struct Weigh {{
+  Assigned from;
+  size_type wire;
+  unsigned own_first, own, count, hidden, whole, unused;
 }};
 
-template <typename Kind>
-__device__ void add_group(sum_t* sums, const void* base, size_type row, size_type column, size_type hidden,
-                          bool whole) {{
-  Group<typename Kind::stored_t> part[kGroups] = {{}};
+template <bool kWhole>
+__device__ void weigh_all(const Weigh& all) {{
+  constexpr unsigned kGroups = kWhole ? kWeighed : 1, kStep = 32 * kPer * kGroups;
+  const unsigned lane = threadIdx.x % 32;
+  const unsigned stride = gridDim.x * (blockDim.x / 32), hidden = all.hidden;
+  const unsigned per = (hidden + kStep - 1) / kStep, pieces = (all.count - all.own) * per;
+  const unsigned begins = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (begins >= pieces) return;
+  const unsigned* first = (const unsigned*)all.from.first;
+  unsigned row = begins / per;
+  if (row >= all.own_first) row += all.own;
+  unsigned begin = first[row], end = first[row + 1];
+  for (unsigned piece = begins; piece < pieces; piece += stride) {{
+    unsigned after = row, next_begin = begin, next_end = end;
+    if (piece + stride < pieces) {{  // is on its way meanwhile
+      after = (piece + stride) / per;
+      if (after >= all.own_first) after += all.own;
+      next_begin = first[after], next_end = first[after + 1];
+    }}
+    const unsigned column = piece % per * kStep + lane * kPer;
+    sum_t sums[kGroups * kPer] = {{}};
+    weigh<kTerms, kGroups, kWhole>(sums, all.from, begin, end, column, hidden);
+    for (unsigned g = 0; g < kGroups; ++g)
+      save_group<Wire, kWhole>(sums + g * kPer, (Wire::stored_t*)all.wire + (size_type)row * hidden,
+                               column + g * 32 * kPer, hidden);
+    row = after, begin = next_begin, end = next_end;
+  }}
+}}
+
+extern "C" __global__ void __launch_bounds__({threads}) weigh_rows(const Weigh all) {{
+  if (all.whole)
+    weigh_all<true>(all);
+  else
+    weigh_all<false>(all);
+}}
+
+// By rank where its rows begin, of which `table` has one or none (-1) for each token. Those of rank `own` are
+// weighed here: they are the rows of `from` from `own_first` on.
+struct Add {{
+  size_type base[{ranks}], out, table;
+  Assigned from;
+  unsigned own_first, size, own, count, hidden, whole;
+}};
+
+template <bool kWhole>
+__device__ void add_all(const Add& all) {{
+  typedef Wire::stored_t wire_t;
+  constexpr unsigned kAtOnce = kWhole ? kParts : 1, kGroups = kWhole ? kAdded : 1;
+  constexpr unsigned kStep = 32 * kPer * kGroups;
+  const unsigned lane = threadIdx.x % 32;
+  const unsigned stride = gridDim.x * (blockDim.x / 32), hidden = all.hidden;
+  const unsigned per = (hidden + kStep - 1) / kStep, pieces = all.count * per;
+  const unsigned* first = (const unsigned*)all.from.first + all.own_first;
+  for (unsigned piece = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; piece < pieces; piece += stride) {{
+    const unsigned token = piece / per, column = piece % per * kStep + lane * kPer;
+    const int* rows = (const int*)all.table + (size_type)token * all.size;
+    const int mine = rows[all.own];
+    sum_t sums[kGroups * kPer] = {{}}, own[kGroups * kPer] = {{}};
+    for (unsigned start = 0; start < all.size; start += kAtOnce) {{
+      int row[kAtOnce];
 #pragma unroll
-  for (unsigned g = 0; g < kGroups; ++g)
-    load_group<Kind>(part[g], (const typename Kind::stored_t*)base + row * hidden, column + g * 32 * kPer,
-                     hidden, whole);
+      for (unsigned p = 0; p < kAtOnce; ++p) row[p] = start + p < all.size ? rows[start + p] : -1;
+      Group<wire_t> part[kAtOnce][kGroups] = {{}};
 #pragma unroll
-  for (unsigned g = 0; g < kGroups; ++g)
+      for (unsigned p = 0; p < kAtOnce; ++p)
+        if (row[p] >= 0 && start + p != all.own) {{
+          const wire_t* from = (const wire_t*)all.base[start + p] + (size_type)row[p] * hidden;
 #pragma unroll
-    for (unsigned i = 0; i < kPer; ++i)
-      sums[g * kPer + i] = plus(sums[g * kPer + i], Kind::load(part[g].at[i]));
+          for (unsigned g = 0; g < kGroups; ++g)
+            load_group<Wire, kWhole>(part[p][g], from, column + g * 32 * kPer, hidden);
+        }}
+      if (!start && mine >= 0)  // while they are on their way
+        weigh<1, kGroups, kWhole>(own, all.from, first[mine], first[mine + 1], column, hidden);
+#pragma unroll
+      for (unsigned p = 0; p < kAtOnce; ++p)
+        if (row[p] >= 0) {{
+          const bool here = start + p == all.own;
+#pragma unroll
+          for (unsigned g = 0; g < kGroups; ++g)
+#pragma unroll
+            for (unsigned i = 0; i < kPer; ++i) {{
+              sum_t& sum = sums[g * kPer + i];
+              sum = plus(sum, here ? own[g * kPer + i] : Wire::load(part[p][g].at[i]));
+            }}
+        }}
+    }}
+    for (unsigned g = 0; g < kGroups; ++g)
+      save_group<Out, kWhole>(sums + g * kPer, (Out::stored_t*)all.out + (size_type)token * hidden,
+                              column + g * 32 * kPer, hidden);
+  }}
 }}
 
 extern "C" __global__ void __launch_bounds__({threads}) add_rows(const Add all) {{
-  const unsigned lane = threadIdx.x % 32;
-  const size_type stride = (size_type)gridDim.x * (blockDim.x / 32), hidden = all.hidden;
-  const size_type per = (hidden + kStep - 1) / kStep, pieces = all.count * per;
-  for (size_type piece = (size_type)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; piece < pieces;
-       piece += stride) {{
-    const size_type token = piece / per, column = piece % per * kStep + lane * kPer;
-    const int* rows = (const int*)all.table + token * all.size;
-    sum_t sums[kGroups * kPer] = {{}};
-#pragma unroll 4
-    for (unsigned rank = 0; rank < all.size; ++rank) {{
-      const int row = rows[rank];
-      if (row < 0) continue;
-      if (rank == all.own)
-        add_group<Sums>(sums, (const void*)all.base[rank], row, column, hidden, all.whole);
-      else
-        add_group<Wire>(sums, (const void*)all.base[rank], row, column, hidden, all.whole);
-    }}
-    for (unsigned g = 0; g < kGroups; ++g)
-      save_group<Out>(sums + g * kPer, (Out::stored_t*)all.out + token * hidden, column + g * 32 * kPer,
-                      hidden, all.whole);
-  }}
+  if (all.whole)
+    add_all<true>(all);
+  else
+    add_all<false>(all);
 }}
 """
 
@@ -245,7 +294,7 @@ def sums_source(terms: str, wire: str, out: str) -> str:
     """CUDA C++ of the sums of outputs of a dtype, whose partial sums travel in another; see `KINDS`."""
     total = "float64" if terms == "float64" else "float32"
     kinds = ""
-    for name, dtype in (("Terms", terms), ("Wire", wire), ("Sums", total), ("Out", out)):
+    for name, dtype in (("Terms", terms), ("Wire", wire), ("Out", out)):
         stored, load, save = _STORED[dtype]
         kinds += _KIND.format(name=name, stored=stored, load=load, save=save)
     return _SUMS.format(
@@ -255,7 +304,6 @@ def sums_source(terms: str, wire: str, out: str) -> str:
         sum=_STORED[total][0],
         bits=_BITS,
         kinds=kinds,
-        at_once=_AT_ONCE,
         threads=THREADS,
         ranks=MOST_RANKS,
     )

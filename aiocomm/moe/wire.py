@@ -38,12 +38,14 @@ __all__ = [
 LISTS_RIDE: Final = 1
 ROWS_RIDE: Final = 2
 _NONE: Any = np.empty(0, np.int64)
-_FIXED: Final = struct.Struct("<QQQ")
-HEAD_BYTES: Final = HEADER_BYTES + _FIXED.size
+_HEAD: Final = struct.Struct(f"<{HEADER_BYTES}sQQQ")
+HEAD_BYTES: Final = _HEAD.size
 
 
 class Head:
     """The first bytes of a message."""
+
+    __slots__ = ("assignments", "flags", "header", "rows")
 
     def __init__(self, header: bytes, rows: int, assignments: int, flags: int) -> None:
         self.header = header
@@ -53,13 +55,12 @@ class Head:
 
     def pack(self) -> bytes:
         """The bytes that travel."""
-        return self.header + _FIXED.pack(self.rows, self.assignments, self.flags)
+        return _HEAD.pack(self.header, self.rows, self.assignments, self.flags)
 
     @classmethod
-    def unpack(cls, message: Bytes) -> Head:
+    def unpack(cls, message: Any) -> Head:
         """Parse a message of at least `HEAD_BYTES`."""
-        rows, assignments, flags = _FIXED.unpack(message[HEADER_BYTES:HEAD_BYTES].tobytes())
-        return cls(message[:HEADER_BYTES].tobytes(), rows, assignments, flags)
+        return cls(*_HEAD.unpack_from(message))
 
 
 def _padded(rows: int) -> int:

@@ -282,6 +282,26 @@ class Repeats:
     def clear(self) -> None:
         """Keep none."""
 
+def pack_message(head: bytes, tokens: object, counts: object, experts: object, weights: object, indices: bool, lists: bool) -> bytes:
+    """
+    A head, and behind it, where they are wanted, indices of tokens and lists of experts.
+    """
+
+def list_moves(into: object, parts: Sequence[tuple[int, object, int]]) -> list[int]:
+    """
+    Writes where rows are brought; a part is a rank, its rows' indices, and the place of the first. Returns each part's greatest index + 1.
+    """
+
+def sum_tables(assignments: int, rows: int, tokens: int, ranks: int) -> tuple[int, int, int, int, int]:
+    """
+    Where `order`, `first`, `weights` and the tokens' rows begin among a combine's tables, and the end.
+    """
+
+def write_sum_tables(order: object, first: object, weights: object, sent: Sequence[object], tokens: int, into: object) -> None:
+    """
+    Writes them, the weights by row; `sent` are the tokens that went to each rank.
+    """
+
 def weigh_rows(terms: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: int, hidden: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], begin: int, end: int, sums: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], sums_kind: int) -> None:
     """
     Weighted sums of the terms of each row; kinds are those of core/weighting.hpp.
@@ -326,4 +346,20 @@ def free_later(device: int, address: int, pinned: bool) -> None:
 def given_back(seconds: float) -> bool:
     """
     Wait for memory that was let go of until the driver has it. False: it takes longer.
+    """
+
+def device_of(address: int) -> int:
+    """Ordinal of the GPU whose memory this is."""
+
+def current_device() -> int:
+    """
+    Ordinal of the GPU whose context the calling thread has. -1: it has none.
+    """
+
+def copy_on(context: int, stream: int, to: int, source: int, nbytes: int) -> None:
+    """Queue a copy on a stream of this context."""
+
+def stream_is_idle(context: int, stream: int) -> bool:
+    """
+    Whether a stream of this context has no work, and is not captured into a graph.
     """

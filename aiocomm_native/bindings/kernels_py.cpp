@@ -13,6 +13,7 @@
 #include "bindings/device_py.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
+#include "links/cuda/driver.hpp"
 #include "links/cuda/reaper.hpp"
 
 namespace nb = nanobind;
@@ -55,6 +56,19 @@ KernelCall::Far far_of(const FarTuple& from, size_t argument_bytes) {
   return far;
 }
 
+// Has what is submitted meanwhile launched by this thread.
+class Held {
+ public:
+  Held(Mover& mover, int device) : mover_(mover), device_(device) { mover_.hold(device_); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() { mover_.let_go(device_); }
+
+ private:
+  Mover& mover_;
+  const int device_;
+};
+
 nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads, nb::bytes argument,
                   nb::tuple home, const std::vector<nb::tuple>& after, const std::vector<FarTuple>& far,
                   int peer, uint32_t channel, uint64_t nbytes, double deadline) {
@@ -87,10 +101,76 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
   flight.op->gpu = std::move(gpu);
   if (deadline >= 0) flight.op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
   flight.op->cookie = silent_cookie(&flight);
-  flight.ended = e.engine->submit(flight.op);
+  {
+    const Held held(*e.engine->mover(), flight.op->gpu->device);
+    flight.ended = e.engine->submit(flight.op);
+  }
   nb::object transfer = as_transfer(self, flight, kept.ptr());
   if (!e.after_submit()) throw nb::python_error();
   return transfer;
+}
+
+// Ordinal of the GPU whose memory this is.
+int device_of(uint64_t address) {
+  const cuda::Driver& driver = cuda::Driver::of_process();
+  if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+  int ordinal = 0;
+  const cuda::CUresult code =
+      driver.cuPointerGetAttribute(&ordinal, cuda::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address);
+  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("whose memory it is: " + driver.describe(code), code);
+  return ordinal;
+}
+
+// Ordinal of the GPU whose context the calling thread has, as array libraries leave it; -1: it has none.
+int current_device() {
+  const cuda::Driver& driver = cuda::Driver::of_process();
+  cuda::CUcontext context = nullptr;
+  cuda::CUdevice device = -1;
+  if (!driver.usable() || driver.cuCtxGetCurrent(&context) != cuda::CUDA_SUCCESS || !context) return -1;
+  return driver.cuCtxGetDevice(&device) == cuda::CUDA_SUCCESS ? device : -1;
+}
+
+// Makes a context the thread's own, apart from graphs that other threads capture, and puts back what it was.
+class Within {
+ public:
+  explicit Within(uint64_t context)
+      : driver(cuda::Driver::of_process()), wanted_(reinterpret_cast<cuda::CUcontext>(context)) {
+    if (!driver.usable()) throw LinkFailure(driver.refusal, driver.error);
+    driver.cuThreadExchangeStreamCaptureMode(&mode_);
+    driver.cuCtxGetCurrent(&before_);
+    if (before_ != wanted_) driver.cuCtxSetCurrent(wanted_);
+  }
+  Within(const Within&) = delete;
+  Within& operator=(const Within&) = delete;
+  ~Within() {
+    if (before_ != wanted_) driver.cuCtxSetCurrent(before_);
+    driver.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+
+  const cuda::Driver& driver;
+
+ private:
+  const cuda::CUcontext wanted_;
+  cuda::CUcontext before_ = nullptr;
+  int mode_ = cuda::CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
+void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes) {
+  const Within within(context);
+  const cuda::Driver& driver = within.driver;
+  const cuda::CUresult code =
+      driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
+  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("a copy of tables: " + driver.describe(code), code);
+}
+
+// Whether a stream has no work and is not captured: then it need not be asked for more.
+bool stream_is_idle(uint64_t context, uint64_t stream) {
+  const Within within(context);
+  const auto handle = reinterpret_cast<cuda::CUstream>(stream);
+  int capturing = 0;
+  return within.driver.cuStreamIsCapturing(handle, &capturing) == cuda::CUDA_SUCCESS &&
+         capturing == cuda::CU_STREAM_CAPTURE_STATUS_NONE &&
+         within.driver.cuStreamQuery(handle) == cuda::CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -100,6 +180,13 @@ void bind_device_memory(nb::module_& m) {
         "Free memory of the driver's once the GPU is at rest, without waiting for that.");
   m.def("given_back", cuda::given_back, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
         "Wait for memory that was let go of until the driver has it. False: it takes longer.");
+  m.def("device_of", device_of, nb::arg("address"), "Ordinal of the GPU whose memory this is.");
+  m.def("current_device", current_device,
+        "Ordinal of the GPU whose context the calling thread has. -1: it has none.");
+  m.def("copy_on", copy_on, nb::arg("context"), nb::arg("stream"), nb::arg("to"), nb::arg("source"),
+        nb::arg("nbytes"), "Queue a copy on a stream of this context.");
+  m.def("stream_is_idle", stream_is_idle, nb::arg("context"), nb::arg("stream"),
+        "Whether a stream of this context has no work, and is not captured into a graph.");
 }
 
 void bind_kernels(nb::class_<PyEngine>& engine) {

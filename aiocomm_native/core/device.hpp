@@ -204,6 +204,10 @@ class Mover {
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
   // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
   virtual void turn() = 0;
+  // By the loop's thread, without the token, around a submission for a device that was bound: what is posted in between
+  // is issued by let_go() here and now, as by turn(), and the copy thread is woken after that: which takes longer.
+  virtual void hold(int device) = 0;
+  virtual void let_go(int device) = 0;
   // Host memory for the message: `buffer.bounce`. `waiter` 0: now or never.
   virtual Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) = 0;
   // The memory of a reserved buffer: its place is filled in. It goes back with the buffer.

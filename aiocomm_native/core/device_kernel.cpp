@@ -55,6 +55,7 @@ void DeviceProtocol::start_kernel(Op& op) {
     }
     if (reach.state == Reach::State::refused || !reach.direct) {
       staged_because(*peer, reach.direct ? reach.reason : "the GPUs have no access to each other's memory");
+      op.peer = far.owner;
       return engine_.end_early(op, Code::unreachable);
     }
     far.mapping = std::move(reach.mapping);

@@ -11,7 +11,7 @@ bool route_tokens(const int64_t* ids, const float* weights, size_t tokens, size_
   assignments.assign(ranks + 1, 0);
   std::vector<int64_t> last(ranks, -1);  // token that was seen last
   for (size_t at = 0; at < tokens * choices; ++at) {
-    if (ids[at] < 0) continue;
+    if (ids[at] == -1) continue;
     if (static_cast<uint64_t>(ids[at]) >= owner.size()) return false;
     const auto rank = static_cast<uint64_t>(owner[static_cast<size_t>(ids[at])]);
     if (rank >= ranks) return false;

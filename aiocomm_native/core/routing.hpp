@@ -18,7 +18,7 @@ struct Routed {
 };
 
 // Fills `routed`, and `rows` and `assignments`: where each rank's part begins, and how many there are. `owner` is the
-// rank of each expert; ids below 0 name none. False: an id or an owner is out of range.
+// rank of each expert; an id of -1 names none. False: an id or an owner is out of range.
 bool route_tokens(const int64_t* ids, const float* weights, size_t tokens, size_t choices,
                   std::span<const int64_t> owner, size_t ranks, const Routed& routed,
                   std::vector<int64_t>& rows, std::vector<int64_t>& assignments);

@@ -33,14 +33,6 @@ LINKS = ("shm", "cuda")
 
 
 @pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the simulated driver loads is the source."""
-    if simulated.choose() is not None:
-        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
-        kernels.kernels_of.cache_clear()
-
-
-@pytest.fixture
 async def pair(gpu: Driver, images: None) -> AsyncIterator[Pair]:
     """Ranks 0 and 1, with GPU memory."""
     async with world(2, links=LINKS, warmup=True) as (a, b):

@@ -1,118 +1,30 @@
-"""Dispatch and combine of GPU arrays: what host arrays give, byte by byte, on every path; and their ends."""
+"""Dispatch and combine of GPU arrays: what host arrays give, byte by byte, on every path."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import signal
+import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import cloudpickle
-import ml_dtypes
 import numpy as np
 import pytest
 from fakes import simulated
-from fakes.gpu import Address, DeviceArray, Driver, Handle, Kind, Stream, driver
+from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
+from gpu_experts import EXPERTS, LINKS, Rows, batch, layer, on_gpu, to_host
 from harness import all_call, held_up, world
-from integration.test_gpu_gather import EVERY, as_library
-from integration.test_gpu_reductions import assert_it_compiles
 
 import aiocomm
 from aiocomm.collectives import kernels
 from aiocomm.launch import WorkerError
-from aiocomm.moe import device_exchange, sources
-from aiocomm.moe.placement import place
-from aiocomm.moe.routing import arrange, route
-from aiocomm.moe.weighting import add_up, weigh
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    Array = np.ndarray[Any, Any]
+from aiocomm.moe import device_exchange, exchange, memory, sources
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
-
-LINKS = ("shm", "cuda")
-EXPERTS = 10
-
-
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the simulated driver loads is the source."""
-    if simulated.choose() is not None:
-        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
-        kernels.kernels_of.cache_clear()
-
-
-def on_gpu(rank: int, values: Array, **how: Any) -> DeviceArray:
-    """A copy on this rank's GPU; of a dtype that the interface has no name for, its bytes."""
-    shown = values if values.dtype.kind != "V" else values.view(np.uint16)
-    return DeviceArray(shown.shape, shown.dtype, device=rank % driver().count, **how).write(shown)
-
-
-def to_host(array: Any, dtype: Any) -> Array:
-    """What a GPU array holds, row by row."""
-    found = np.empty(array.shape, np.dtype(array.__cuda_array_interface__["typestr"]))
-    if found.nbytes:
-        driver().use(array.device)
-        driver()(
-            "cuMemcpyDtoH", Handle(found.ctypes.data), Address(array.address), ctypes.c_size_t(found.nbytes)
-        )
-    return found.view(dtype)
-
-
-class Rows:
-    """The first rows of a GPU array."""
-
-    def __init__(self, whole: DeviceArray, count: int) -> None:
-        self._whole = whole
-        self.__cuda_array_interface__ = whole.__cuda_array_interface__ | {"shape": (count, *whole.shape[1:])}
-
-
-def batch(rank: int, tokens: int, hidden: int, dtype: Any = np.float32) -> tuple[Array, Array, Array]:
-    """What a rank dispatches: no other rank has it."""
-    seeded = np.random.default_rng((rank, tokens))
-    x = seeded.normal(size=(tokens, hidden)).astype(dtype)
-    return x, seeded.integers(-1, EXPERTS, (tokens, 3)), seeded.random((tokens, 3), np.float32)
-
-
-async def layer(
-    group: Any,
-    tokens: int,
-    hidden: int,
-    dtype: Any = np.float32,
-    placement: Any = None,
-    wire: Any = None,
-    ids_on_gpu: bool = True,
-    **options: Any,
-) -> None:
-    """A dispatch and a combine of GPU arrays beside those of host arrays."""
-    rank = group._comm.rank if hasattr(group, "_comm") else group.rank
-    x, ids, weights = batch(rank, tokens, hidden, dtype)
-    common = {"experts": EXPERTS, "placement": placement}
-    expected = await group.dispatch(x, ids, weights, **common)
-    small = (on_gpu(rank, ids), on_gpu(rank, weights)) if ids_on_gpu else (ids, weights)
-    came = await group.dispatch(on_gpu(rank, x), *small, **common, **options)
-    assert isinstance(came.tokens, aiocomm.DeviceArray)
-    assert np.array_equal(to_host(came.tokens, dtype), expected.tokens)
-    for name in ("rows", "weights", "offsets", "starts", "experts"):
-        assert np.array_equal(getattr(came, name), getattr(expected, name))
-    outputs = (expected.inputs * 1.7).astype(dtype)
-    wanted = await group.combine(outputs, expected, wire=wire)
-    out = None if tokens % 2 else on_gpu(rank, np.zeros((tokens, hidden), np.float32))
-    if out is not None:
-        wanted = await group.combine(outputs, expected, wire=wire, out=np.empty((tokens, hidden), np.float32))
-    else:
-        await group.combine(outputs, expected, wire=wire)
-    result = await group.combine(on_gpu(rank, outputs), came, wire=wire, out=out, **options)
-    found = to_host(result, dtype) if out is None else out.numpy()
-    assert found.tobytes() == wanted.tobytes()
-
 
 # ------------------------------------------------------------ what comes back
 
@@ -145,6 +57,43 @@ async def test_dtypes(dtype: Any, wire: Any) -> None:
         await all_call(members, rank)
 
 
+async def test_each_source_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.kernels_of.cache_clear()
+    known, compiled = [], kernels.compiled
+
+    def noted(source: str, architecture: str) -> bytes:
+        known.append(source)
+        return compiled(source, architecture)
+
+    monkeypatch.setattr(kernels, "compiled", noted)
+    async with world(1, links=LINKS) as (comm,):
+        for _ in range(2):
+            await layer(comm, 5, 16)
+    assert len(known) == 2  # rows moved, and sums
+
+
+async def test_a_kernel_is_launched_by_the_call_itself() -> None:
+    """Waking the copy thread takes longer than a launch; it may be awake, though, and come first."""
+    async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 5, 16)
+        pool = memory.Pool(comm._engine, 0)
+        function = pool.kernels.entry(sources.MOVE_SOURCE, "move_rows")
+        argument = bytes(struct.calcsize(sources.MOVE))  # nothing to do
+
+        def issued() -> int:
+            return comm.links["cuda"].statistics().device["gpu0.by_loop"]
+
+        for _ in range(100):
+            before = issued()
+            where = pool.home, [], [], comm.rank, 0
+            launched = comm._engine.launch(function, 1, kernels.THREADS, argument, *where, 0, -1.0)
+            at_once = issued() - before
+            await launched
+            if at_once:
+                break
+        assert at_once == 1
+
+
 async def test_larger_than_kernels_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is large is packed and got, by each rank as it decides."""
     monkeypatch.setattr(device_exchange, "_LATENCY_BYTES", 10_000)
@@ -160,8 +109,6 @@ async def test_larger_than_kernels_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_lists_that_do_not_ride(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiocomm.moe import exchange
-
     for name in ("_SLOT_BYTES", "_SLOTS_BYTES", "_RIDE_BYTES"):
         monkeypatch.setattr(exchange, name, 1024)
     async with world(2, links=LINKS, warmup=True) as members:
@@ -171,6 +118,13 @@ async def test_lists_that_do_not_ride(monkeypatch: pytest.MonkeyPatch) -> None:
             await layer(comm, 2, 8)
 
         await all_call(members, rank)
+
+
+async def test_slots_of_an_odd_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a group of 33 would be: lists in them lie where their elements may."""
+    monkeypatch.setattr(exchange, "_SLOT_BYTES", 65_537)
+    async with world(3, links=LINKS, warmup=True) as members:
+        await all_call(members, lambda comm: layer(comm, 37, 16))
 
 
 async def test_placements_groups_and_bytes() -> None:
@@ -190,6 +144,31 @@ async def test_placements_groups_and_bytes() -> None:
                 _ = came.inputs
 
         await all_call(members, rank)
+
+
+async def test_a_rank_without_rows_stays_on_its_gpu() -> None:
+    """Empty arrays do not say where they are: then it is the GPU that the caller's library works on."""
+    last = driver().count - 1
+    async with world(1, links=LINKS) as (comm,):
+        driver().use(last)
+        came = await comm.dispatch(
+            DeviceArray((0, 8), np.float32, device=last), np.zeros((0, 2), np.int64), experts=2
+        )
+        assert came.tokens.device == last
+        driver().use(0)
+        result = await comm.combine(DeviceArray((0, 8), np.float32, device=last), came)
+        assert result.device == last
+
+
+async def test_a_combine_without_rows_on_another_channel() -> None:
+    last = driver().count - 1
+    async with world(1, links=LINKS) as (comm,):
+        x = DeviceArray((3, 8), np.float32, device=last).write(np.ones((3, 8), np.float32))
+        came = await comm.dispatch(x, np.full((3, 2), -1), experts=2)
+        driver().use(0)
+        outputs = DeviceArray((0, 8), np.float32, device=last)
+        result = await comm.combine(outputs, came, channel=comm.channel("other"))
+        assert not to_host(result, np.float32).any()
 
 
 async def test_calls_that_repeat_get_no_memory_from_the_driver(
@@ -354,278 +333,6 @@ async def test_expert_ids_of_a_busy_stream() -> None:
             stream.close()
 
 
-# ------------------------------------------------------------ bad calls
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_bad_calls_are_named_on_all() -> None:
-    async with world(2, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            x = np.ones((3, 8), np.float32)
-            good: dict[str, Any] = {"tokens": on_gpu(comm.rank, x), "expert_ids": [0, 3, 4], "experts": 6}
-            cases: list[tuple[dict[str, Any], str]] = [
-                ({"tokens": x}, "rank . called dispatch float32 hidden 8, 6 experts, and"),
-                ({"tokens": on_gpu(comm.rank, x.reshape(-1))}, "rank 1 refused its call: tokens has shape"),
-                ({"tokens": on_gpu(comm.rank, x[:, :4].copy())}, "rank 1 called .* hidden 4"),
-                ({"expert_ids": on_gpu(comm.rank, np.array([0, 3, 6]))}, "token 2 names expert 6"),
-                ({"expert_ids": on_gpu(comm.rank, np.array([0, 3]))}, "for 3 tokens"),
-                ({"expert_ids": on_gpu(comm.rank, np.zeros(3, np.float32))}, "not integers"),
-                ({"weights": on_gpu(comm.rank, np.zeros((3, 2), np.float32))}, "weights has shape"),
-                ({"sm_budget": 0}, "sm_budget=0"),
-                ({"path": "fast"}, "unknown path"),
-            ]
-            for change, text in cases:
-                call = good | change if comm.rank == 1 else good
-                with pytest.raises(aiocomm.UsageError, match=text):
-                    await comm.dispatch(**call)
-            came = await comm.dispatch(**good)
-            outputs = np.ones((len(came.rows), 8), np.float32)
-            on = on_gpu(comm.rank, outputs)
-            wrong: list[tuple[Any, dict[str, Any], str]] = [
-                (outputs, {}, "rank 1 refused its call: outputs is in host memory"),
-                (on_gpu(comm.rank, outputs[1:]), {}, "for .* assignments"),
-                (on_gpu(comm.rank, outputs.astype(np.int32)), {}, "int32"),
-                (on, {"out": np.zeros((3, 8), np.float32)}, "out in host memory"),
-                (on, {"out": on_gpu(comm.rank, np.zeros((3, 5), np.float32))}, "out has shape"),
-                (on, {"wire": np.int8}, "wire is of dtype int8"),
-                (on, {"wire": "float16"}, "rank 1 called combine .* as float16"),
-            ]
-            for given, options, text in wrong:
-                values, more = (given, options) if comm.rank == 1 else (on, {})
-                with pytest.raises(aiocomm.UsageError, match=text):
-                    await comm.combine(values, came, **more)
-            await comm.combine(on, came)
-            with pytest.raises(aiocomm.UsageError, match=r"belongs to GPU arrays"):
-                await comm.dispatch(x, [0, 3, 4], experts=6, stream=0)
-            await layer(comm, 20, 8)
-            assert comm.statistics().in_flight == 1  # it listens for what others give up
-
-        await all_call(members, rank)
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_kernel_that_does_not_compile_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with world(2, links=LINKS, warmup=True) as members:
-
-        def refuse(source: str, architecture: str) -> bytes:
-            raise aiocomm.UsageError("NVRTC is not there")
-
-        monkeypatch.setattr(kernels, "compiled", refuse)
-        for device in range(driver().count):
-            kernels.kernels_of(device)._functions.clear()
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            with pytest.raises(aiocomm.UsageError, match="NVRTC is not there"):
-                await comm.dispatch(on_gpu(comm.rank, np.ones((2, 4), "f4")), [0, 1], experts=2)
-
-        await all_call(members, rank)
-
-
-# ------------------------------------------------------------ ends
-
-
-@pytest.mark.parametrize("path", ["latency", "bandwidth"])
-async def test_a_cancelled_rank_ends_the_call_on_all(path: str) -> None:
-    """While its stream is busy: what it would have given is not touched afterwards."""
-    async with world(3, links=LINKS, warmup=True) as members:
-        stream = Stream(device=0)
-        scope = anyio.CancelScope()
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            x, ids, _ = batch(comm.rank, 30, 16)
-            given = on_gpu(comm.rank, x)
-            await layer(comm, 11, 8, path=path)
-            if comm.rank == 0:
-                gate = stream.gate()
-                with scope:
-                    await comm.dispatch(given, ids, experts=EXPERTS, path=path, stream=stream)
-                assert scope.cancelled_caught
-                gate.open()
-            elif comm.rank == 1:
-                with pytest.raises(aiocomm.TransferCancelled, match="rank 0 gave the call up: cancelled"):
-                    await comm.dispatch(given, ids, experts=EXPERTS, path=path)
-            else:
-                for _ in range(5):
-                    await anyio.lowlevel.checkpoint()
-                scope.cancel()
-                with pytest.raises(aiocomm.TransferCancelled):
-                    await comm.dispatch(given, ids, experts=EXPERTS, path=path)
-            await layer(comm, 11, 8, path=path)
-
-        await all_call(members, rank)
-        stream.close()
-
-
-@pytest.mark.parametrize(("turn", "drain_s"), [(0, 2.0), (1, 2.0), (1, 0.5)])
-async def test_cancelled_while_its_kernel_runs(
-    gpu: Driver,
-    simulator: simulated.Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-    turn: int,
-    drain_s: float,
-) -> None:
-    """The await ends when the kernel has, however late; with what it gives under way, or what it gets."""
-    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", str(drain_s))
-    async with world(2, links=LINKS, warmup=True) as members:
-        scope = anyio.CancelScope()
-        ended: list[int] = []
-
-        async def call(comm: aiocomm.Communicator) -> None:
-            x, ids, _ = batch(comm.rank, 30, 16)
-            given = on_gpu(comm.rank, x)
-            if comm.rank == 0:
-                with scope:
-                    await comm.dispatch(given, ids, experts=EXPERTS)
-            else:
-                with contextlib.suppress(aiocomm.TransferCancelled):  # or it has all by then
-                    await comm.dispatch(given, ids, experts=EXPERTS)
-            ended.append(comm.rank)
-
-        await all_call(members, lambda comm: layer(comm, 11, 8))
-        gc.collect()  # freeing memory waits for what the GPU does
-        simulator.pause(0, simulated.Engine.LOCAL)
-        async with anyio.create_task_group() as tasks:
-            for comm in members:
-                tasks.start_soon(call, comm)
-            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.LOCAL)
-            if turn == 1:
-                then = simulator.executed(0, simulated.Engine.LOCAL) + 1
-                simulator.step(0, simulated.Engine.LOCAL)
-                await anyio.to_thread.run_sync(simulator.wait_executed, 0, simulated.Engine.LOCAL, then)
-                await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.LOCAL)
-            scope.cancel()
-            for _ in range(5):
-                receiving = members[1].recv(bytearray(1), 0)
-                await members[0].send(b"x", 1)
-                await receiving
-            with pytest.raises(aiocomm.DeadlineExceeded):  # meanwhile the shorter time passes
-                await members[0].recv(bytearray(1), 1, tag=1, deadline=max(0.1, 1.2 - drain_s))
-            sent = members[0].send(b"to oneself", 0, tag=1)
-            await members[0].recv(bytearray(10), 0, tag=1)
-            await sent
-            assert 0 not in ended
-            simulator.resume(0, simulated.Engine.LOCAL)
-        assert sorted(ended) == [0, 1]
-        assert scope.cancelled_caught
-        await all_call(members, lambda comm: layer(comm, 11, 8))
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_rank_that_never_calls_is_named() -> None:
-    async with world(2, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            x = on_gpu(comm.rank, np.ones((3, 8), np.float32))
-            await layer(comm, 11, 8)
-            if comm.rank == 0:
-                with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0\.2 s by rank 1"):
-                    await comm.dispatch(x, [0, 1, 0], experts=2, deadline=0.2)
-                await comm.send(b"go", 1)
-            else:
-                await comm.recv(bytearray(2), 0)
-                with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
-                    await comm.dispatch(x, [0, 1, 0], experts=2)
-            await layer(comm, 11, 8)
-
-        await all_call(members, rank)
-
-
-async def test_a_lost_rank_is_reported_with_its_experts_and_tokens() -> None:
-    async with world(3, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            group = await comm.group([0, 1, 2])
-            x = on_gpu(comm.rank, np.ones((4, 8), np.float32))
-            ids = on_gpu(comm.rank, np.array([[0, 4], [1, 5], [2, 3], [4, 5]]))
-            came = await group.dispatch(x, ids, experts=6)
-            if comm.rank == 2:
-                await comm.aclose()
-                return
-            outputs = on_gpu(comm.rank, np.ones((len(came.rows), 8), np.float32))
-            with pytest.raises(aiocomm.ExpertsLostError, match="with 2 experts, to which 3 tokens") as caught:
-                await group.combine(outputs, came)
-            assert (caught.value.peer, caught.value.tokens, caught.value.experts) == (2, (0, 1, 3), (4, 5))
-            await layer(await group.shrink(deadline=5.0), 30, 16)
-
-        await all_call(members, rank)
-
-
-@pytest.mark.parametrize("how", ["leaves", "closes its group", "gives up"])
-async def test_who_leaves_first(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits until the others have read what it gave, and not for what nobody will read."""
-    monkeypatch.setenv("AIOCOMM_DRAIN_TIMEOUT_S", "3600")
-    async with world(3, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            group = await comm.group([0, 1, 2])
-            await layer(group, 21, 16)
-            x, ids, weights = batch(comm.rank, 21, 16)
-            given = on_gpu(comm.rank, x)
-            if how == "gives up":
-                if comm.rank == 0:
-                    with anyio.CancelScope() as scope:
-                        scope.cancel()
-                        await group.dispatch(given, ids, weights, experts=EXPERTS)
-                else:
-                    # Who has all that it needs by then does not mind.
-                    with contextlib.suppress(aiocomm.TransferCancelled, aiocomm.ExpertsLostError):
-                        await group.dispatch(given, ids, weights, experts=EXPERTS)
-            else:
-                came = await group.dispatch(given, ids, weights, experts=EXPERTS)
-                for source in range(3):
-                    there, chosen, _ = batch(source, 21, 16)
-                    mine = there[np.isin(chosen, came.experts).any(1)]
-                    rows = to_host(came.tokens, np.float32)[came.starts[source] : came.starts[source + 1]]
-                    assert np.array_equal(rows, mine)
-            if how == "closes its group":
-                group.close()
-            if comm.rank == 0:
-                await comm.aclose()
-
-        await all_call(members, rank)
-
-
-@pytest.mark.parametrize("entry", ["cuLaunchKernel", "cuMemAlloc"])
-async def test_a_driver_that_fails(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
-    """The rank has the driver's error, the other hears of it, and the next call is fine."""
-    async with world(2, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            x, ids, weights = batch(comm.rank, 21, 16)
-            given = on_gpu(comm.rank, x)
-            if entry == "cuLaunchKernel":
-                await layer(comm, 21, 16)
-            await comm.barrier()
-            if comm.rank == 0:
-                simulator.fail(entry, 2)
-            await comm.barrier()
-            with pytest.raises((aiocomm.LinkError, aiocomm.TransferCancelled, aiocomm.UsageError)):
-                await comm.dispatch(given, ids, weights, experts=EXPERTS)
-            await comm.barrier()
-            await layer(comm, 21, 16)
-
-        await all_call(members, rank)
-
-
-async def test_gpus_without_access_to_each_other(gpu: Driver, simulator: simulated.Simulator) -> None:
-    """Copies go by way of the host, then; the kernels work on what they have brought."""
-    simulator.fail("cuCtxEnablePeerAccess", 217, forever=True)
-    async with world(3, links=LINKS, warmup=True) as members:
-
-        async def rank(comm: aiocomm.Communicator) -> None:
-            for _ in range(2):
-                await layer(comm, 21, 16)
-
-        await all_call(members, rank)
-
-
-@pytest.mark.parametrize("path", ["auto", "bandwidth"])
-async def test_beside_tcp(path: str) -> None:
-    async with world(2, links=("tcp", "cuda"), warmup=True) as members:
-        await all_call(members, lambda comm: layer(comm, 21, 16, path=path))
-
-
 # ------------------------------------------------------------ processes
 
 
@@ -689,122 +396,3 @@ async def test_survivors_of_a_killed_rank_go_on() -> None:
         async with aiocomm.spawn(_die_in_the_middle, 2, links=LINKS) as comm:
             await _die_in_the_middle(comm)
     assert caught.value.exit_code == -signal.SIGKILL
-
-
-# ------------------------------------------------------------ the sources, as C++
-
-
-def test_the_source_that_moves_rows(tmp_path: Path) -> None:
-    run = (
-        'extern "C" void run(const void* all, unsigned blocks, unsigned threads) {'
-        + EVERY
-        + "move_rows(*(const Move*)all); }"
-    )
-    library = as_library(sources.MOVE_SOURCE, run, tmp_path)
-    rng = np.random.default_rng(0)
-    for width, blocks, threads in ((16, 1, 32), (10_000, 3, 64), (7, 2, 512), (4096, 2, 64)):
-        given = [rng.integers(0, 255, (20, width)).astype(np.uint8) for _ in range(3)]
-        count = 50
-        table = np.zeros((count, 4), np.uint32)
-        table[:, 0], table[:, 1] = rng.integers(0, 3, count), rng.integers(0, 20, count)
-        table[:, 2] = rng.permutation(count)
-        target, plain = np.zeros((count, width), np.uint8), [np.zeros(5001, np.uint8) for _ in range(2)]
-        base = [one.ctypes.data for one in given] + [0] * (sources.MOST_RANKS - 3)
-        more = rng.integers(0, 255, 5001).astype(np.uint8)
-        runs = [plain[0].ctypes.data, more.ctypes.data, 5001, plain[1].ctypes.data, more.ctypes.data, 16]
-        rest = [target.ctypes.data, table.ctypes.data, count, width, *runs, *([0] * 6)]
-        argument = np.array([*base, *rest], np.uint64).tobytes()
-        library.run(ctypes.c_char_p(argument), blocks, threads)
-        expected = np.zeros_like(target)
-        for source, index, where, _ in table.tolist():
-            expected[where] = given[source][index]
-        assert np.array_equal(target, expected)
-        assert np.array_equal(plain[0], more)
-        assert np.array_equal(plain[1][:16], more[:16])
-        assert not plain[1][16:].any()
-
-
-ROUNDED = """
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline double __dmul_rn(double a, double b) { return a * b; }
-static inline double __dadd_rn(double a, double b) { return a + b; }
-"""
-
-
-@pytest.mark.parametrize("hidden", [8, 21, 1500, 1504])
-@pytest.mark.parametrize(
-    "names", ["f2 f4 f2", "f2 f2 f4", "bf bf bf", "f4 bf f4", "f4 f4 f2", "f8 f8 f8", "f8 f4 f8"]
-)
-def test_the_sources_of_sums_are_those_of_the_host(tmp_path: Path, names: str, hidden: int) -> None:
-    dtypes = [np.dtype(ml_dtypes.bfloat16 if name == "bf" else name) for name in names.split()]
-    terms, wire, result = dtypes
-    wide = np.dtype(np.float64 if terms == np.float64 else np.float32)
-    run = (
-        'extern "C" void weigh(const void* all, unsigned blocks, unsigned threads) {'
-        + EVERY
-        + "weigh_rows(*(const Weigh*)all); }\n"
-        + 'extern "C" void add(const void* all, unsigned blocks, unsigned threads) {'
-        + EVERY
-        + "add_rows(*(const Add*)all); }"
-    )
-    source = ROUNDED + sources.sums_source(*(dtype.name for dtype in dtypes)).replace(
-        "__device__ static", "static"
-    )
-    library = as_library(source, run, tmp_path)
-    rng = np.random.default_rng(hidden)
-    size, tokens, me = 3, 9, 1
-    placement = place(EXPERTS, None, size)
-    routed = [
-        route(
-            rng.integers(-1, EXPERTS, (tokens, 4)), rng.normal(size=(tokens, 4)).astype(np.float32), placement
-        )
-        for _ in range(size)
-    ]
-    found = arrange([parts[me] for parts in routed], placement, me)
-    outputs = rng.normal(size=(len(found.rows), hidden)) * np.exp2(
-        rng.integers(-30, 14, (len(found.rows), 1))
-    )
-    outputs = outputs.astype(terms)
-    starts = found.starts.tolist()
-    total, own = starts[-1], slice(starts[me], starts[me + 1])
-    sums, mine = np.zeros((total, hidden), wire), np.zeros((own.stop - own.start, hidden), wide)
-    order, first = found.order.astype(np.uint32), found.first.astype(np.uint32)
-    weights = found.weights[found.order]
-    whole = int(hidden % 8 == 0)
-    argument = np.array(
-        [
-            *(a.ctypes.data for a in (outputs, order, first, weights, sums, mine)),
-            *(own.start, own.stop, total, hidden, whole, 0, 0),
-        ],
-        np.uint64,
-    ).tobytes()
-    library.weigh(ctypes.c_char_p(argument), 2, 64)
-    for peer in range(size):
-        part = np.zeros((starts[peer + 1] - starts[peer], hidden), wide if peer == me else wire)
-        weigh(outputs, found, starts[peer], starts[peer + 1], part)
-        made = mine if peer == me else sums[starts[peer] : starts[peer + 1]]
-        assert part.tobytes() == made.tobytes()
-    parts = [
-        rng.normal(size=(part.rows, hidden)).astype(wide if rank == me else wire)
-        for rank, part in enumerate(routed[me])
-    ]
-    table = np.full((tokens, size), -1, np.int32)
-    for rank, part in enumerate(routed[me]):
-        table[part.tokens, rank] = np.arange(part.rows)
-    out, expected = np.zeros((tokens, hidden), result), np.zeros((tokens, hidden), result)
-    base = [part.ctypes.data for part in parts] + [0] * (sources.MOST_RANKS - size)
-    rest = [out.ctypes.data, table.ctypes.data, tokens, hidden, size | me << 32, whole]
-    library.add(ctypes.c_char_p(np.array([*base, *rest], np.uint64).tobytes()), 2, 64)
-    add_up(
-        [(part.tokens, rows) for part, rows in zip(routed[me], parts, strict=True)],
-        wide == np.float64,
-        expected,
-    )
-    assert out.tobytes() == expected.tobytes()
-
-
-def test_the_sources_compile() -> None:
-    assert_it_compiles(sources.MOVE_SOURCE)
-    for terms in sources.KINDS:
-        assert_it_compiles(sources.sums_source(terms, "float32", "bfloat16"))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import numpy as np
 import pytest
-from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Stream, driver
 from harness import LIMIT_S, all_call, world
 
@@ -38,14 +37,6 @@ DTYPES = ["f8", "f4", "f2", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
 def anyio_backend() -> str:
     """One loop: what a call awaits is what the other collectives await, on all of them."""
     return "asyncio"
-
-
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the simulated driver loads is the source."""
-    if simulated.choose() is not None:
-        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
-        kernels.kernels_of.cache_clear()
 
 
 @pytest.fixture(params=[1, 2, 3, 4])

@@ -25,14 +25,6 @@ LINKS = ("shm", "cuda")
 COUNTS = [1, 1003, 100_000]
 
 
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the simulated driver loads is the source."""
-    if simulated.choose() is not None:
-        monkeypatch.setattr(kernels, "compiled", lambda source, architecture: source.encode() + b"\0")
-        kernels.kernels_of.cache_clear()
-
-
 @pytest.fixture(params=[2, 3, 4])
 async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[list[aiocomm.Communicator]]:
     async with world(request.param, links=LINKS, warmup=True) as members:
@@ -302,8 +294,6 @@ async def test_between_processes(
     async def work(comm: aiocomm.Communicator) -> None:
         import numpy as np
         from fakes.gpu import DeviceArray, driver
-
-        from aiocomm.collectives import kernels
 
         if simulates:
             kernels.compiled = lambda source, architecture: source.encode() + b"\0"

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from aiocomm.collectives.headers import header
 from aiocomm.errors import UsageError
 from aiocomm.moe.placement import Placement, place
-from aiocomm.moe.routing import Part, arrange, checked, route
+from aiocomm.moe.routing import Part, arrange, checked, route, routed
 from aiocomm.moe.weighting import add_up, weigh
 from aiocomm.moe.wire import HEAD_BYTES, Head, lists_bytes, pack_lists, unpack_lists
+from aiocomm_native import _core
 
 Array = np.ndarray[Any, Any]
 
@@ -154,6 +155,67 @@ def test_messages_say_what_the_parts_are(world: tuple[Placement, list[tuple[Arra
                     unpack_lists(head, lists, placement, rank)
 
 
+@settings(max_examples=100, deadline=None)
+@given(world=worlds(), indices=st.booleans(), lists=st.booleans())
+def test_a_message_is_its_head_and_what_rides(
+    world: tuple[Placement, list[tuple[Array, Array]]], indices: bool, lists: bool
+) -> None:
+    for parts in sent(world):
+        for part in parts:
+            packed = np.zeros(lists_bytes(part.rows, len(part.experts)), np.uint8)
+            pack_lists(part, packed)
+            expected = part.tokens.astype(np.uint32).tobytes() * indices + packed.tobytes() * lists
+            assert _core.pack_message(b"head", *part, indices, lists) == b"head" + expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(world=worlds())
+def test_tables_say_what_kernels_read(world: tuple[Placement, list[tuple[Array, Array]]]) -> None:
+    placement, ranks = world
+    every, me = sent(world), placement.size - 1
+    found, parts, count = arrange([parts[me] for parts in every], placement, me), every[me], len(ranks[me][0])
+    order, first, weights, rows_of, nbytes = _core.sum_tables(
+        len(found.order), len(found.first) - 1, count, len(parts)
+    )
+    into = np.full(nbytes + 16, 255, np.uint8)
+    into = into[-into.ctypes.data % 16 :][:nbytes]
+    lists = found.order, found.first, found.weights
+    _core.write_sum_tables(*lists, [part.tokens for part in parts], count, into)
+    assert into[order:][: 4 * len(found.order)].view(np.uint32).tolist() == found.order.tolist()
+    assert into[first:][: 4 * len(found.first)].view(np.uint32).tolist() == found.first.tolist()
+    by_row = found.weights[found.order]
+    assert into[weights:][: by_row.nbytes].view(np.float32).tobytes() == by_row.tobytes()
+    expected = np.full((count, len(parts)), -1, np.int32)
+    for rank, part in enumerate(parts):
+        expected[part.tokens, rank] = np.arange(part.rows)
+    assert into[rows_of:][: expected.nbytes].tobytes() == expected.tobytes()
+    for change in (part.tokens for part in parts if part.rows):
+        change[0] = count
+        with pytest.raises(ValueError, match="do not fit"):
+            _core.write_sum_tables(*lists, [part.tokens for part in parts], count, into)
+        break
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    given_rows=st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 99), max_size=5)), max_size=4),
+)
+def test_moves_list_rows_and_say_how_far_they_reach(given_rows: list[tuple[bool, list[int]]]) -> None:
+    """Indices are 64 bits wide where they are a rank's own, else 32."""
+    expected, extents, parts = [], [], []
+    for source, (wide, rows) in enumerate(given_rows):
+        place = 10 * source
+        parts.append((source, np.array(rows, np.int64 if wide else np.uint32), place))
+        expected += [[source, row, place + at, 0] for at, row in enumerate(rows)]
+        extents.append(max(rows, default=-1) + 1)
+    into = np.zeros((len(expected), 4), np.uint32)
+    assert _core.list_moves(into.reshape(-1).view(np.uint8), parts) == extents
+    assert into.tolist() == expected
+    if expected:
+        with pytest.raises(ValueError, match="do not fit"):
+            _core.list_moves(into[1:].reshape(-1).view(np.uint8), parts)
+
+
 def test_experts_are_placed_in_blocks_of_nearly_one_size() -> None:
     placement = place(10, None, 4)
     assert [held.tolist() for held in placement.held] == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
@@ -178,6 +240,11 @@ def test_experts_are_placed_in_blocks_of_nearly_one_size() -> None:
         (lambda: checked(1, [[-2]], None, 4), "token 0 names expert -2"),
         (lambda: checked(1, [[1]], [[1.0, 2.0]], 4), r"weights has shape \(1, 2\)"),
         (lambda: checked(1, [[1]], [["x"]], 4), "not numbers"),
+        (lambda: routed(2, np.array([[0, 1], [0, 4]]), None, place(4, None, 2)), "token 1 names expert 4"),
+        (lambda: routed(1, np.array([[-2]]), None, place(4, None, 2)), "token 0 names expert -2"),
+        (lambda: routed(1, np.array([[1 << 63]], np.uint64), None, place(4, None, 2)), "names expert 9223"),
+        (lambda: routed(1, np.array([[1]]), [[1.0, 2.0]], place(4, None, 2)), "weights has shape"),
+        (lambda: routed(2, np.array([[1]]), None, place(4, None, 2)), "for 2 tokens"),
     ],
 )
 def test_bad_arguments_are_named(call: Any, message: str) -> None:

@@ -140,8 +140,18 @@ void Device::stop() {
 
 bool Device::post(const MoveJob& job) {
   if (!jobs_.push(job)) return false;
+  if (held_.load(std::memory_order_seq_cst)) {
+    unrung_.store(true, std::memory_order_seq_cst);
+    if (held_.load(std::memory_order_seq_cst)) return true;
+  }
   ring(wake_, bell_);
   return true;
+}
+
+void Device::let_go() {
+  if (unrung_.load(std::memory_order_relaxed)) turn();  // by whom it was posted, so it is seen
+  held_.fetch_sub(1, std::memory_order_seq_cst);
+  if (unrung_.exchange(false, std::memory_order_seq_cst)) ring(wake_, bell_);
 }
 
 void Device::await_gate(const GateWait& wait) {
@@ -316,7 +326,7 @@ bool Device::issue(bool by_thread) {
     const bool early = job.early && spin_ns_ &&
                        std::all_of(streams_.begin(), streams_.begin() + kBulkStreams,
                                    [](const Stream& bulk) { return bulk.inflight.empty(); });
-    const bool first = early && !host_.loop_looks();
+    const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
     if (!code) code = copy(job, stream);
@@ -441,7 +451,10 @@ void Device::watch(Stream& stream, uint64_t now) {
 
 bool Device::open_gates() {
   GateWait wait;
-  while (gate_queue_.pop(wait)) gates_.push_back(wait);
+  while (gate_queue_.pop(wait)) {
+    wait.since_ns = now_ns();
+    gates_.push_back(wait);
+  }
   if (gates_.empty()) return false;
   std::vector<OpId> ready;
   std::erase_if(gates_, [&](const GateWait& gate) {

@@ -34,6 +34,7 @@ namespace aiocomm::cuda {
 struct GateWait {
   Gate gate;
   OpId op = 0;
+  uint64_t since_ns = 0;  // when it came to the copy thread
 };
 
 // Where the time of small copies between devices has gone, sums in ns. Written by the copy thread.
@@ -53,6 +54,9 @@ class Device {
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
+  // Between the two, posting does not wake the thread: let_go() issues first what it can, as turn() does.
+  void hold() { held_.fetch_add(1, std::memory_order_seq_cst); }
+  void let_go();
   void stop();  // waits for what was posted
   // After stop(): what gives back its streams and its pinned memory, to be called in its context. Nothing works any more.
   std::function<void()> give_up();
@@ -115,6 +119,7 @@ class Device {
   uint64_t expected_end() const;
   void rate(const MoveJob& job);
   uint64_t margin() const;
+  uint64_t newest_gate() const;  // when it came
   void late_by(uint64_t ns);
   size_t stream_of(const MoveJob& job);
   size_t bulk_stream(const MoveJob& job);
@@ -155,6 +160,9 @@ class Device {
   BoundedQueue<GateWait> gate_queue_;
   WakeWord wake_;
   int bell_ = -1;
+  // Posts while it is held leave a mark, which pairs with let_go(): whoever comes second rings.
+  std::atomic<uint32_t> held_{0};
+  std::atomic<bool> unrung_{false};
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

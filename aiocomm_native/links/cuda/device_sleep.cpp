@@ -92,8 +92,15 @@ void Device::announce_end(uint64_t now) {
 // The worst of late, which is forgotten by and by.
 void Device::late_by(uint64_t ns) { late_ns_ = std::min(std::max(ns, late_ns_ - late_ns_ / 16), kMostLate); }
 
+uint64_t Device::newest_gate() const {
+  uint64_t newest = 0;
+  for (const GateWait& gate : gates_) newest = std::max(newest, gate.since_ns);
+  return newest;
+}
+
 void Device::sleep(uint64_t now) {
   constexpr uint64_t kShort = 20000, kRarely = 200000;
+  constexpr uint64_t kOfAge = 8;  // what has been waited for so long is seen later by this part of it at most
   uint64_t ns = 0;
   prepare_sleep(wake_);
   std::unique_lock lock(turn_, std::try_to_lock);
@@ -112,7 +119,7 @@ void Device::sleep(uint64_t now) {
     if (end > now + margin() + kShort)
       ns = end - now - margin();
     else if (end == 0 || now > end + 1000000)
-      ns = kRarely;
+      ns = std::clamp((now - std::min(now, std::max(end, newest_gate()))) / kOfAge, kShort, kRarely);
     limit.tv_sec = static_cast<time_t>(ns / 1000000000);
     limit.tv_nsec = static_cast<long>(ns % 1000000000);
     timeout = &limit;

@@ -93,6 +93,8 @@ class CudaLink final : public Link, public Mover {
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter) override;
   void turn() override;
+  void hold(int device) override { state_->started(device)->hold(); }
+  void let_go(int device) override { state_->started(device)->let_go(); }
   Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   Reach::State take_relay(DeviceBuffer& buffer, uint64_t nbytes, LinkPeer& peer, OpId waiter) override;
   uint64_t load(int device) const override;

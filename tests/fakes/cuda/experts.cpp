@@ -11,7 +11,7 @@ namespace fake {
 namespace {
 
 constexpr size_t kRanks = 64, kPlain = 4;  // as in aiocomm/moe/sources.py
-constexpr size_t kMove = kRanks + 4 + 3 * kPlain, kWeigh = 13, kAdd = kRanks + 6;
+constexpr size_t kMove = kRanks + 4 + 3 * kPlain, kWeigh = 8, kAdd = kRanks + 9;
 
 // Reads and writes device memory; after the first error nothing more.
 class View {
@@ -135,48 +135,55 @@ void move_rows(View& view, const std::vector<uint64_t>& all) {
     copy(to + entry.place * width, all[entry.source] + entry.index * width, width);
 }
 
+uint32_t low(uint64_t word) { return static_cast<uint32_t>(word); }
+uint32_t high(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+
+// Of one row; `from`: addresses of the terms, their order, where each row begins in it, and the weights.
 template <class Sum>
-void weigh_rows(View& view, const std::vector<uint64_t>& all, const std::string& terms,
-                const std::string& wire) {
-  const uint64_t own_first = all[6], own_last = all[7], count = all[8], hidden = all[9];
-  const auto first = view.array<uint32_t>(all[2], count + 1);
-  const auto order = view.array<uint32_t>(all[1], first.back());
-  const auto weights = view.array<float>(all[3], first.back());
-  for (uint64_t row = 0; row < count && !view.code; ++row) {
-    std::vector<Sum> sums;
-    for (uint32_t k = first[row]; k < first[row + 1]; ++k) {
-      auto term = load<Sum>(view, all[0] + order[k] * hidden * bytes_of(terms), terms, hidden);
-      const auto weight = static_cast<Sum>(weights[k]);
-      for (size_t i = 0; i < hidden; ++i) {
-        const volatile Sum product = term[i] * weight;  // is not fused with what follows
-        term[i] = sums.empty() ? product : sums[i] + product;
-      }
-      sums = std::move(term);
+std::vector<Sum> weighed(View& view, const uint64_t* from, uint64_t row, const std::string& terms,
+                         size_t hidden) {
+  std::vector<Sum> sums;
+  const auto ends = view.array<uint32_t>(from[2] + row * sizeof(uint32_t), 2);
+  for (uint32_t k = ends[0]; k < ends[1] && !view.code; ++k) {
+    const uint32_t place = view.array<uint32_t>(from[1] + k * sizeof(uint32_t), 1)[0];
+    const auto weight = static_cast<Sum>(view.array<float>(from[3] + k * sizeof(float), 1)[0]);
+    auto term = load<Sum>(view, from[0] + uint64_t{place} * hidden * bytes_of(terms), terms, hidden);
+    for (size_t i = 0; i < hidden; ++i) {
+      const volatile Sum product = term[i] * weight;  // is not fused with what follows
+      term[i] = sums.empty() ? product : sums[i] + product;
     }
-    const bool own = row >= own_first && row < own_last;
-    if (own)
-      save<Sum>(view, all[5] + (row - own_first) * hidden * sizeof(Sum),
-                sizeof(Sum) == 8 ? "float64" : "float32", sums);
-    else
-      save<Sum>(view, all[4] + row * hidden * bytes_of(wire), wire, sums);
+    sums = std::move(term);
   }
+  return sums;
 }
 
 template <class Sum>
-void add_rows(View& view, const std::vector<uint64_t>& all, const std::string& wire, const std::string& out) {
+void weigh_rows(View& view, const std::vector<uint64_t>& all, const std::string& terms,
+                const std::string& wire) {
+  const uint32_t own_first = low(all[5]), own = high(all[5]), count = low(all[6]), hidden = high(all[6]);
+  for (uint32_t row = 0; row < count && !view.code; ++row)
+    if (row < own_first || row >= own_first + own)
+      save<Sum>(view, all[4] + uint64_t{row} * hidden * bytes_of(wire), wire,
+                weighed<Sum>(view, all.data(), row, terms, hidden));
+}
+
+template <class Sum>
+void add_rows(View& view, const std::vector<uint64_t>& all, const std::string& terms, const std::string& wire,
+              const std::string& out) {
   const uint64_t* rest = &all[kRanks];
-  const uint64_t to = rest[0], count = rest[2], hidden = rest[3];
-  const auto size = static_cast<uint32_t>(rest[4]), own = static_cast<uint32_t>(rest[4] >> 32);
-  const auto table = view.array<int32_t>(rest[1], count * size);
-  const std::string whole = sizeof(Sum) == 8 ? "float64" : "float32";
+  const uint64_t to = rest[0];
+  const uint32_t own_first = low(rest[6]), size = high(rest[6]), own = low(rest[7]), count = high(rest[7]);
+  const uint32_t hidden = low(rest[8]);
+  const auto table = view.array<int32_t>(rest[1], uint64_t{count} * size);
   for (uint64_t token = 0; token < count && !view.code; ++token) {
     std::vector<Sum> sums(hidden, Sum{0});
     for (uint32_t rank = 0; rank < size; ++rank) {
       const int32_t row = table[token * size + rank];
       if (row < 0) continue;
-      const std::string& dtype = rank == own ? whole : wire;
-      const auto part =
-          load<Sum>(view, all[rank] + static_cast<uint64_t>(row) * hidden * bytes_of(dtype), dtype, hidden);
+      const auto index = static_cast<uint64_t>(row);
+      const auto part = rank == own
+                            ? weighed<Sum>(view, rest + 2, own_first + index, terms, hidden)
+                            : load<Sum>(view, all[rank] + index * hidden * bytes_of(wire), wire, hidden);
       for (size_t i = 0; i < hidden; ++i) sums[i] += part[i];
     }
     save<Sum>(view, to + token * hidden * bytes_of(out), out, sums);
@@ -202,7 +209,8 @@ CUresult run_experts(const Kernel& kernel, const DeviceMemory& memory) {
   else if (name == "weigh_rows")
     wide ? weigh_rows<double>(view, kernel.in, terms, wire) : weigh_rows<float>(view, kernel.in, terms, wire);
   else
-    wide ? add_rows<double>(view, kernel.in, wire, out) : add_rows<float>(view, kernel.in, wire, out);
+    wide ? add_rows<double>(view, kernel.in, terms, wire, out)
+         : add_rows<float>(view, kernel.in, terms, wire, out);
   return view.code;
 }
 

@@ -1,0 +1,148 @@
+"""The kernels of dispatch and combine, run as C++ on the host, beside what the host itself computes."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gpu_experts import EXPERTS
+from integration.test_gpu_gather import EVERY, as_library
+from integration.test_gpu_reductions import assert_it_compiles
+
+from aiocomm.moe import sources
+from aiocomm.moe.placement import place
+from aiocomm.moe.routing import arrange, route
+from aiocomm.moe.weighting import add_up, weigh
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# ------------------------------------------------------------ the sources, as C++
+
+
+def test_the_source_that_moves_rows(tmp_path: Path) -> None:
+    run = (
+        'extern "C" void run(const void* all, unsigned blocks, unsigned threads) {'
+        + EVERY
+        + "move_rows(*(const Move*)all); }"
+    )
+    library = as_library(sources.MOVE_SOURCE, run, tmp_path)
+    rng = np.random.default_rng(0)
+    for width, blocks, threads in ((16, 1, 32), (10_000, 3, 64), (7, 2, 512), (4096, 2, 64)):
+        given = [rng.integers(0, 255, (20, width)).astype(np.uint8) for _ in range(3)]
+        count = 50
+        table = np.zeros((count, 4), np.uint32)
+        table[:, 0], table[:, 1] = rng.integers(0, 3, count), rng.integers(0, 20, count)
+        table[:, 2] = rng.permutation(count)
+        target, plain = np.zeros((count, width), np.uint8), [np.zeros(5001, np.uint8) for _ in range(2)]
+        base = [one.ctypes.data for one in given] + [0] * (sources.MOST_RANKS - 3)
+        more = rng.integers(0, 255, 5001).astype(np.uint8)
+        runs = [plain[0].ctypes.data, more.ctypes.data, 5001, plain[1].ctypes.data, more.ctypes.data, 16]
+        rest = [target.ctypes.data, table.ctypes.data, count, width, *runs, *([0] * 6)]
+        argument = np.array([*base, *rest], np.uint64).tobytes()
+        library.run(ctypes.c_char_p(argument), blocks, threads)
+        expected = np.zeros_like(target)
+        for source, index, where, _ in table.tolist():
+            expected[where] = given[source][index]
+        assert np.array_equal(target, expected)
+        assert np.array_equal(plain[0], more)
+        assert np.array_equal(plain[1][:16], more[:16])
+        assert not plain[1][16:].any()
+
+
+ROUNDED = """
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __dadd_rn(double a, double b) { return a + b; }
+"""
+
+
+@pytest.mark.parametrize("hidden", [8, 21, 1500, 1504])
+@pytest.mark.parametrize(
+    "names", ["f2 f4 f2", "f2 f2 f4", "bf bf bf", "f4 bf f4", "f4 f4 f2", "f8 f8 f8", "f8 f4 f8"]
+)
+def test_the_sources_of_sums_are_those_of_the_host(tmp_path: Path, names: str, hidden: int) -> None:
+    dtypes = [np.dtype(ml_dtypes.bfloat16 if name == "bf" else name) for name in names.split()]
+    run = (
+        'extern "C" void weigh(const void* all, unsigned blocks, unsigned threads) {'
+        + EVERY
+        + "weigh_rows(*(const Weigh*)all); }\n"
+        + 'extern "C" void add(const void* all, unsigned blocks, unsigned threads) {'
+        + EVERY
+        + "add_rows(*(const Add*)all); }"
+    )
+    source = ROUNDED + sources.sums_source(*(dtype.name for dtype in dtypes)).replace(
+        "__device__ static", "static"
+    )
+    library = as_library(source, run, tmp_path)
+    for size, me in ((3, 1), (6, 5)):  # fewer ranks than are taken at once, and more
+        assert_sums_are_those_of_the_host(library, dtypes, hidden, size, me)
+
+
+def assert_sums_are_those_of_the_host(
+    library: ctypes.CDLL, dtypes: list[np.dtype[Any]], hidden: int, size: int, me: int
+) -> None:
+    terms, wire, result = dtypes
+    wide = np.dtype(np.float64 if terms == np.float64 else np.float32)
+    rng = np.random.default_rng(hidden)
+    tokens = 9
+    placement = place(EXPERTS, None, size)
+    routed = [
+        route(
+            rng.integers(-1, EXPERTS, (tokens, 4)), rng.normal(size=(tokens, 4)).astype(np.float32), placement
+        )
+        for _ in range(size)
+    ]
+    found = arrange([parts[me] for parts in routed], placement, me)
+    outputs = rng.normal(size=(len(found.rows), hidden)) * np.exp2(
+        rng.integers(-30, 14, (len(found.rows), 1))
+    )
+    outputs = outputs.astype(terms)
+    starts = found.starts.tolist()
+    total, own = starts[-1], slice(starts[me], starts[me + 1])
+    sums = np.zeros((total, hidden), wire)
+    order, first = found.order.astype(np.uint32), found.first.astype(np.uint32)
+    weights = found.weights[found.order]
+    whole = int(hidden % 8 == 0)
+    terms_at = [one.ctypes.data for one in (outputs, order, first, weights)]
+    counts = own.start, own.stop - own.start, total, hidden
+    argument = struct.pack(sources.WEIGH, *terms_at, sums.ctypes.data, *counts, whole, 0)
+    library.weigh(ctypes.c_char_p(argument), 2, 64)
+    mine = np.zeros((own.stop - own.start, hidden), wide)
+    for peer in range(size):
+        part = np.zeros((starts[peer + 1] - starts[peer], hidden), wide if peer == me else wire)
+        weigh(outputs, found, starts[peer], starts[peer + 1], part)
+        if peer == me:
+            mine = part
+        else:
+            assert part.tobytes() == sums[starts[peer] : starts[peer + 1]].tobytes()
+    assert not sums[own].any()  # whoever adds up weighs them
+    parts = [
+        mine if rank == me else rng.normal(size=(part.rows, hidden)).astype(wire)
+        for rank, part in enumerate(routed[me])
+    ]
+    table = np.full((tokens, size), -1, np.int32)
+    for rank, part in enumerate(routed[me]):
+        table[part.tokens, rank] = np.arange(part.rows)
+    out, expected = np.zeros((tokens, hidden), result), np.zeros((tokens, hidden), result)
+    base = [0 if rank == me else part.ctypes.data for rank, part in enumerate(parts)]
+    rest = out.ctypes.data, table.ctypes.data, *terms_at, own.start, size, me, tokens, hidden, whole
+    base += [0] * (sources.MOST_RANKS - size)
+    library.add(ctypes.c_char_p(struct.pack(sources.ADD, *base, *rest)), 2, 64)
+    add_up(
+        [(part.tokens, rows) for part, rows in zip(routed[me], parts, strict=True)],
+        wide == np.float64,
+        expected,
+    )
+    assert out.tobytes() == expected.tobytes()
+
+
+def test_the_sources_compile() -> None:
+    assert_it_compiles(sources.MOVE_SOURCE)
+    for terms in sources.KINDS:
+        assert_it_compiles(sources.sums_source(terms, "float32", "bfloat16"))
