@@ -17,11 +17,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -42,8 +44,8 @@ namespace nb = nanobind;
 // In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
 // get a turn.
 inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
-inline constexpr uint64_t kLeaveNs =
-    1000000000;  // for which others are waited for who touch arrays that nobody owns any more
+// kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
+inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -75,8 +77,11 @@ struct Meeting {
   Meeting(std::shared_ptr<Arena> with, size_t own) : arena(std::move(with)), rank(own) {
     crowded = arena->ranks() > cores();
   }
-  void wait(uint64_t now, uint64_t began) const {
-    if (crowded || now - began > kKeepCoreNs)
+  // `large`: of a call that takes longer than a sleep.
+  void wait(uint64_t now, uint64_t began, bool large = false) const {
+    if (large && crowded && now - began > kKeepCoreNs)
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kNapNs));
+    else if (crowded || now - began > kKeepCoreNs)
       sched_yield();
     else
       relax();
@@ -373,7 +378,7 @@ class PySharedCall {
         if (arena.broken()) return kBroken;
       } else {
         unlocked.now();
-        m.wait(now, last);
+        m.wait(now, last, rings_.moved() >= kWorthWaiting);
         now = now_ns();
         // Of a process that has ended others will tell; nobody else's memory has to be out of reach.
         if (direct_now_ && direct_.error() && direct_.error() != ESRCH) arena.set_broken();
