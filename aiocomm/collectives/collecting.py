@@ -76,6 +76,7 @@ class Collecting:
         scope = group._scope(channel)
         counts = group._comm._collective_calls
         number = 0 if begun == NOT_BEGUN else scope.repeats.last
+        assert begun < shared.GOING_ON or shape in scope.shared
         if shape is not None and (arena := scope.shared.get(shape)) is not None:
             outcome = begun
             if begun == NOT_BEGUN:

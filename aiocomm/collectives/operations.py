@@ -432,7 +432,7 @@ class Collectives(Collecting):
             x if out is None else out,
             None if out is None else x,
             op,
-            algorithm,
+            algorithm if sm_budget is None else sm_budget,
             channel,
             deadline,
             stream,

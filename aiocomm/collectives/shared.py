@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import struct
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -138,7 +139,7 @@ class Shared:
             root,
             list(sizes),
             in_place,
-            dtype.itemsize,
+            dtype.itemsize if request.operation == "all_reduce" else 1,
             f"{dtype.kind}{dtype.itemsize}",
             operator_of(request),
             request.header,
@@ -196,8 +197,12 @@ class SharedFlight(Flight):
                 else:
                     self._result = self._native.proceed(_TURN_S)
         except BaseException as error:
-            await self._leave()
-            await self._give_up(error)
+            left = self._native.abandon()
+            try:
+                await self._give_up(error)
+            finally:
+                if not left:
+                    await self._leave()
             raise
         else:
             if self._flying:
@@ -223,7 +228,13 @@ class SharedFlight(Flight):
             raise self._explained(DeadlineExceeded("not done in time"))
 
     async def _why_broken(self) -> BaseException:
-        """Wait for the reason, which comes as a message."""
+        """Wait for the reason, which comes as a message, unless it is here."""
+        if code := self._native.error:
+            what = f"{self._operation} (call {self._number} of {self._group.label})"
+            return LinkError(
+                f"{what}: memory of a rank cannot be read or written by another ({os.strerror(code)}): "
+                "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
+            )
         with anyio.move_on_after(0.25):
             while self._aborted is None:
                 await self._gate.wait()
@@ -234,10 +245,15 @@ class SharedFlight(Flight):
 
     async def _leave(self) -> None:
         """Return once no other rank touches the arrays, whatever is cancelled meanwhile."""
+        cancelled: BaseException | None = None
         with anyio.CancelScope(shield=True):
             while not self._native.abandon():
-                with contextlib.suppress(asyncio.CancelledError):  # Task.cancel() goes through a shield
+                try:
                     await anyio.sleep(_LEAVE_S)
+                except asyncio.CancelledError as error:  # Task.cancel() goes through a shield
+                    cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     async def _let_go(self) -> None:
         self._over = True

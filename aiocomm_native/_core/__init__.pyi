@@ -248,6 +248,10 @@ class SharedCall:
         """
 
     @property
+    def error(self) -> int:
+        """Errno of memory that cannot be reached after all; 0: none."""
+
+    @property
     def direct(self) -> bool:
         """
         Whether the call that has met last went from array to array, by cross-memory attach.

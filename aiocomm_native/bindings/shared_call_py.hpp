@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -102,21 +103,12 @@ struct Meeting {
       if (!arena->probe(other)) return;
     looks = false;
     for (size_t other = 0; other < arena->ranks(); ++other) {
-      uint64_t found = 0;
-      auto* bytes = reinterpret_cast<std::byte*>(&found);
-      const uint64_t at = arena->probe(other);
-      if (read_process(processes[other], at, bytes, sizeof found) || found != arena->nonce() ||
-          write_process(processes[other], at, bytes, sizeof found))
-        return;
+      if (!arena->is_rank(other, processes[other])) return;
     }
     reaches = true;
     arena->set_reaches(rank);
   }
-  bool gone(size_t other) const {
-    uint64_t word;
-    return read_process(processes[other], arena->probe(other), reinterpret_cast<std::byte*>(&word),
-                        sizeof word) == ESRCH;
-  }
+  bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
 
   const std::shared_ptr<Arena> arena;
   const size_t rank;
@@ -131,7 +123,6 @@ struct Meeting {
   struct {
     std::shared_ptr<WayChoice> choice;
     size_t way = 0;
-    uint64_t number = 0;
   } ran;
   uint64_t turn_began = 0;
 };
@@ -157,9 +148,9 @@ class PySharedCall {
   }
 
   ~PySharedCall() {
-    if (!running_) return;
+    if (!arrays_) return;
     nb::gil_scoped_release release;
-    give_up();
+    if (running_) give_up();
     for (const uint64_t began = now_ns(); !left() && now_ns() - began < kLeaveNs;) sched_yield();
   }
 
@@ -223,6 +214,8 @@ class PySharedCall {
   }
 
   bool direct() const { return direct_now_; }
+  // The errno of memory that could not be read or written, though it could before; 0: there was none.
+  int error() const { return direct_now_ && direct_.error() != ESRCH ? direct_.error() : 0; }
   uint64_t moved() const { return rings_.moved(); }
 
  private:
@@ -264,7 +257,7 @@ class PySharedCall {
   // A broken arena is entered by nobody any more, so who is in there is a moment from leaving it, or killed.
   bool left() const {
     const Meeting& m = *meeting_;
-    if (!direct_now_) return true;
+    if (!m.reaches) return true;  // nobody was told where they are
     for (size_t other = 0; other < m.arena->ranks(); ++other)
       if (other != m.rank && m.arena->entered(other) && !m.gone(other)) return false;
     return true;
@@ -294,7 +287,7 @@ class PySharedCall {
     else
       direct_.withhold(arena);
     if (m.rank != 0) return;
-    if (m.ran.choice && m.ran.number == m.met) m.ran.choice->took(m.ran.way, arena.longest());
+    if (m.ran.choice) m.ran.choice->took(m.ran.way, arena.longest());  // all have ended that call
     m.ran = {};
     const bool direct = able && arena.all_reach() && choice_->next();
     arena.choose(direct ? Arena::Way::direct : Arena::Way::rings);
@@ -373,7 +366,7 @@ class PySharedCall {
     while (!ended()) {
       if (direct_now_ ? direct_.advance(arena) : rings_.advance(arena)) {
         did = true;
-        if (++looks_ % 16) continue;
+        if (!direct_now_ && ++looks_ % 16) continue;  // chunks of a ring are small
         last = now = now_ns();
         if (arena.broken()) return kBroken;
       } else {
@@ -392,7 +385,7 @@ class PySharedCall {
     if (direct_.pays()) {
       now = now_ns();
       arena.set_took(m.rank, now - met_ns_);
-      if (m.rank == 0) m.ran = {choice_, direct_now_, number_};
+      if (m.rank == 0) m.ran = {choice_, direct_now_};
     }
     arena.set_done(m.rank, number_);
     if (now - m.turn_began < kTurnNs) return kDone;
@@ -412,7 +405,7 @@ class PySharedCall {
   uint64_t met_ns_ = 0;
   Seen seen_in_, seen_out_;
   std::mutex mutex_;  // who goes on with a call, and who gives it up
-  bool running_ = false, open_ = false;
+  std::atomic<bool> running_{false}, open_{false};
   uint64_t number_ = 0, closes_ns_ = 0;
   uint32_t looks_ = 0;
   std::unique_ptr<Arrays> arrays_;

@@ -11,6 +11,7 @@
 #include <new>
 #include <string>
 
+#include "core/cma.hpp"
 #include "core/link.hpp"
 
 namespace aiocomm {
@@ -200,6 +201,12 @@ uint64_t Arena::probe(size_t rank) const {
   return control_->told[rank].probe.load(std::memory_order_acquire);
 }
 
+bool Arena::is_rank(size_t rank, pid_t process) const {
+  uint64_t word = 0;
+  return read_process(process, probe(rank), reinterpret_cast<std::byte*>(&word), sizeof word) == 0 &&
+         word == nonce();
+}
+
 void Arena::set_reaches(size_t rank) { control_->told[rank].reaches.store(1, std::memory_order_release); }
 
 bool Arena::all_reach() const {
@@ -212,7 +219,7 @@ uint64_t Arena::claim(size_t writer, size_t reader, uint64_t call, uint64_t chun
   std::atomic<uint64_t>& claimed = control_->claimed[writer].of[reader];
   uint64_t value = claimed.load(std::memory_order_relaxed);
   for (;;) {
-    if (value >> kCountBits > call) return chunks;  // the reader has all of it, and goes on
+    if (value >> kCountBits > call) return chunks;  // nobody honest is in a later call
     const uint64_t next = of_call(value, call);
     if (next >= chunks) return chunks;
     // Relaxed: who claims a chunk learns nothing of it that the meeting has not told.

@@ -71,8 +71,9 @@ class Arena {
   Arrays told(size_t rank) const;
   bool all_told() const;
   void set_probe(size_t rank, uint64_t address);
-  uint64_t probe(size_t rank) const;  // 0: not told
-  void set_reaches(size_t rank);      // the arrays of all others
+  uint64_t probe(size_t rank) const;               // 0: not told
+  bool is_rank(size_t rank, pid_t process) const;  // it lives, and its memory can be read
+  void set_reaches(size_t rank);                   // the arrays of all others
   bool all_reach() const;
   // The next chunk of what `writer` has for `reader`, which nobody else has claimed; `chunks`: there is none.
   uint64_t claim(size_t writer, size_t reader, uint64_t call, uint64_t chunks);

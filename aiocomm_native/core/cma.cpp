@@ -1,7 +1,10 @@
 #include "core/cma.hpp"
 
+#include <fcntl.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
+#include <array>
 #include <cerrno>
 
 namespace aiocomm {
@@ -28,6 +31,26 @@ int read_process(pid_t from, uint64_t address, std::byte* into, size_t nbytes) {
 
 int write_process(pid_t to, uint64_t address, const std::byte* from, size_t nbytes) {
   return move(process_vm_writev, to, address, const_cast<std::byte*>(from), nbytes);
+}
+
+// The kernel reads a byte of each page, and says where it cannot.
+bool readable(const std::byte* data, size_t nbytes) {
+  constexpr uintptr_t kPage = 4096;
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return true;  // as far as can be told
+  std::array<iovec, 512> bytes;
+  std::array<std::byte, bytes.size()> taken;
+  const auto end = reinterpret_cast<uintptr_t>(data) + nbytes;
+  bool fine = true;
+  for (auto at = reinterpret_cast<uintptr_t>(data); fine && at < end;) {
+    size_t count = 0;
+    for (; count < bytes.size() && at < end; at = (at / kPage + 1) * kPage)
+      bytes[count++] = {reinterpret_cast<void*>(at), 1};
+    fine = writev(ends[1], bytes.data(), static_cast<int>(count)) == static_cast<ssize_t>(count) &&
+           ::read(ends[0], taken.data(), count) == static_cast<ssize_t>(count);
+  }
+  for (int one : ends) ::close(one);
+  return fine;
 }
 
 }  // namespace aiocomm

@@ -11,4 +11,7 @@ namespace aiocomm {
 int read_process(pid_t from, uint64_t address, std::byte* into, size_t nbytes);
 int write_process(pid_t to, uint64_t address, const std::byte* from, size_t nbytes);
 
+// Whether this process can read its own memory there, which others may still not be let to: else it would be its end.
+bool readable(const std::byte* data, size_t nbytes);
+
 }  // namespace aiocomm

@@ -164,6 +164,8 @@ bool DirectCall::reduce(Arena& arena, uint64_t at, size_t nbytes) {
 
 bool DirectCall::fold(Arena& arena) {
   if (folded_ == folds_) return false;
+  for (size_t other = 0; error_ && other < ranks_; ++other)
+    if (other != rank_ && !arena.is_rank(other, processes_[other])) return false;
   error_ = 0;
   if (!reduced_) {
     const uint64_t at = folded_ * chunk_;
@@ -181,7 +183,11 @@ bool DirectCall::fold(Arena& arena) {
 
 bool DirectCall::advance(Arena& arena) {
   if (kind_ == Kind::all_reduce) return fold(arena);
-  if (left_over_.is && !move(arena, left_over_.push, left_over_.other, left_over_.chunk)) return false;
+  if (left_over_.is) {
+    // A process that has ended leaves its number to others.
+    if (error_ && !arena.is_rank(left_over_.other, processes_[left_over_.other])) return false;
+    if (!move(arena, left_over_.push, left_over_.other, left_over_.chunk)) return false;
+  }
   bool did = false;
   for (size_t away = 1; away < ranks_ && !left_over_.is; ++away) did |= push(arena, (rank_ + away) % ranks_);
   did |= own_chunk();

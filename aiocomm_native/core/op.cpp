@@ -31,7 +31,8 @@ Op* OpTable::take() {
   op->state = OpState::queued;
   op->code = Code::ok;
   op->path = Path::none;
-  op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched = op->in_sched = false;
+  op->unreachable = op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched =
+      op->in_sched = false;
   op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
   op->error = 0;
   op->registration = op->offer = op->immediate = op->chunks = 0;

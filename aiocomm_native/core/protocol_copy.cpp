@@ -13,6 +13,7 @@ void Engine::stream_instead(Op& op, Peer& peer) {
   if (op.in_sched) schedulers_[op.link]->cancel(op.id);
   op.in_sched = false;
   if (op.inflight) return;  // more is being tried
+  counters_[op.link].bytes_received -= op.moved;
   op.moved = 0;
   op.path = Path::stream;
   ask_for(op, peer, op.remote_op);

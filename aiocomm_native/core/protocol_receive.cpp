@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 
+#include "core/cma.hpp"
 #include "core/engine.hpp"
 #include "core/token.hpp"
 
@@ -331,6 +333,10 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->remote_op = header.rop;
   if (op->gpu) return device_.on_cts(*op, peer, header, meta);
   op->path = Path::stream;
+  if (peer.link->pull_path({}) == Path::cma && !readable(op->data, op->nbytes)) {  // it has been tried there
+    op->error = EFAULT;
+    return end_early(*op, Code::link_failed);
+  }
   queue_data(*op, peer);
 }
 

@@ -208,15 +208,29 @@ async def test_an_announced_message_dies_with_its_sender(pair: Pair) -> None:
     await others_go_on(pair)
 
 
-async def test_memory_that_cannot_be_read_is_a_link_error(pair: Pair) -> None:
+@pytest.mark.parametrize("streams", [True, False])
+async def test_memory_that_cannot_be_read_from_here_is_asked_for(pair: Pair, streams: bool) -> None:
+    """Its owner may be able to, or says that it is not."""
     a, _ = pair
     with RawPeer(a, 2, cma=True) as peer:
         await peer.meet()
-        receiving = a.recv(bytearray(LARGE), 2)
+        buffer = np.zeros(LARGE, np.uint8)
+        receiving = a.recv(buffer, 2)
         peer.send(Frame(Kind.RTS, channel=CHANNEL, nbytes=LARGE, sop=9, address=4096, meta=bytes(24)))
-        with pytest.raises(aiocomm.LinkError, match="Bad address"):
-            await receiving
-        assert (await peer.receive(Kind.FIN)).code != 0
+        cts = await peer.receive(Kind.CTS)
+        if streams:
+            for at in range(0, LARGE, 4096):
+                nbytes = min(4096, LARGE - at)
+                peer.send(
+                    Frame(Kind.DATA, rop=cts.rop, sop=9, address=at, nbytes=LARGE, payload=b"\2" * nbytes)
+                )
+            assert (await receiving).nbytes == LARGE
+            assert (buffer == 2).all()
+            assert (await peer.receive(Kind.FIN)).code == 0
+        else:
+            peer.send(Frame(Kind.CANCEL, sop=9))
+            with pytest.raises(aiocomm.TransferCancelled):
+                await receiving
     await others_go_on(pair)
 
 

@@ -146,6 +146,27 @@ async def test_a_rank_whose_loop_is_another_has_the_same_results() -> None:
         await _everything(comm, False)
 
 
+async def _odd(comm: aiocomm.Communicator) -> None:
+    words = np.array([f"{comm.rank}{i}" for i in range(30_000)], "S6")
+    everywhere = np.empty((comm.size, len(words)), "S6")
+    x = np.empty(70_000)
+    for turn in range(60):
+        everywhere[:] = b""
+        await comm.all_gather(everywhere, words)
+        for rank, one in enumerate(everywhere):
+            assert one[-1] == f"{rank}29999".encode()
+        x[:] = comm.rank + turn
+        await comm.all_reduce(x, sm_budget=8 if turn % 3 else None)  # it says nothing of host arrays
+        assert (x == sum(range(comm.size)) + turn * comm.size).all()
+    assert met(comm, "all_gather") > 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_elements_of_any_size_and_options_that_do_not_matter() -> None:
+    async with aiocomm.spawn(_odd, 1, links="shm") as comm:
+        await _odd(comm)
+
+
 async def _alike_in_all_ways(comm: aiocomm.Communicator) -> None:
     rng = np.random.default_rng(comm.rank)
     for n in (900, 60_000):

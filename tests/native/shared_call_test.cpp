@@ -114,7 +114,9 @@ void history(size_t ranks) {
   constexpr size_t kCalls = 12;
   std::vector<Shape> shapes;
   for (size_t call = 0; call < kCalls; ++call) {
-    const size_t most = random() % 3 ? 3000 : 8192 * 24;
+    const size_t most = random() % 3   ? 3000
+                        : random() % 4 ? 8192 * 24
+                                       : 8192 * 64 * ranks;  // many chunks of either way
     shapes.emplace_back(static_cast<Kind>(random() % 5), ranks, 1 + random() % (most / ranks), random);
   }
   std::vector<Rank> at(ranks);
@@ -244,8 +246,28 @@ void claims() {
   CHECK(all[0]->claim(0, 1, 7, kChunks) == kChunks);
 }
 
+// What a rank cannot get from one that has ended is not there, and nothing is touched.
+void gone() {
+  auto all = arenas(2);
+  std::vector<uint32_t> x(100000, 7);
+  for (size_t rank = 0; rank < 2; ++rank) all[rank]->tell(rank, {1 << 20, 1 << 20});
+  DirectCall call(Kind::broadcast, 1, 2, 0, {4 * x.size()}, false, 4, nullptr, {1 << 30, getpid()});
+  call.begin(*all[1], 1, nullptr, reinterpret_cast<std::byte*>(x.data()));
+  CHECK(all[0]->arrive(1) == Meeting::open && all[1]->arrive(1) == Meeting::met);
+  for (int turn = 0; turn < 3; ++turn) {
+    CHECK(!call.advance(*all[1]) && call.error() == ESRCH && !call.ended(*all[1]));
+    CHECK(!all[0]->entered(1));
+  }
+  all[0]->set_broken();
+  CHECK(!call.advance(*all[1]));
+  CHECK(std::count(x.begin(), x.end(), 7u) == 100000);
+}
+
 // A process that has no such memory, or that there is not.
 void failures() {
+  std::vector<std::byte> fine(3 << 20);
+  CHECK(readable(fine.data() + 100, fine.size() - 100));
+  CHECK(!readable(reinterpret_cast<const std::byte*>(4096), 10));
   std::byte byte{};
   CHECK(read_process(getpid(), 8, &byte, 1) == EFAULT);
   CHECK(write_process(getpid(), 8, &byte, 1) == EFAULT);
@@ -280,6 +302,7 @@ void choices() {
 int main() {
   leaving();
   claims();
+  gone();
   failures();
   choices();
   for (g_seed = 1; g_seed <= 40; ++g_seed) history(2 + g_seed % 5);
