@@ -314,10 +314,10 @@ class PySharedCall {
     if (state == Arena::Meeting::open && waits) {
       unlocked.now();
       do {
-        m.wait(now, began);
+        m.wait(now, began, large());
         state = arena.look(number_);
       } while (state == Arena::Meeting::open && (now = now_ns()) - began < kMeetNs);
-      if (state == Arena::Meeting::open && rings_.moved() >= kWorthWaiting) {
+      if (state == Arena::Meeting::open && large()) {
         open_ = true;
         closes_ns_ = began + kMeetNs + rings_.moved() / kWaitBytes;
         return kOpen;
@@ -330,9 +330,17 @@ class PySharedCall {
     return judge(state);
   }
 
-  // Whether all ranks have met by now.
+  bool large() const { return rings_.moved() >= kWorthWaiting; }
+
+  // Whether all ranks have met by now; where they lack a core for that, a little later.
   Result look() {
     Arena::Meeting state = meeting_->arena->look(number_);
+    const uint64_t began = now_ns();
+    for (uint64_t now = began; meeting_->crowded && state == Arena::Meeting::open && now - began < kMeetNs;
+         now = now_ns()) {
+      meeting_->wait(now, 0, true);
+      state = meeting_->arena->look(number_);
+    }
     if (state == Arena::Meeting::open) {
       if (now_ns() < closes_ns_) return kOpen;
       state = meeting_->arena->close(number_);
@@ -371,7 +379,7 @@ class PySharedCall {
         if (arena.broken()) return kBroken;
       } else {
         unlocked.now();
-        m.wait(now, last, rings_.moved() >= kWorthWaiting);
+        m.wait(now, last, large());
         now = now_ns();
         // Of a process that has ended others will tell; nobody else's memory has to be out of reach.
         if (direct_now_ && direct_.error() && direct_.error() != ESRCH) arena.set_broken();
