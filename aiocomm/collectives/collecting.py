@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
@@ -11,13 +12,14 @@ from aiocomm._operations import limit_of
 from aiocomm.collectives import requests, shared
 from aiocomm.collectives.call import Call
 from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
-from aiocomm.errors import UsageError
+from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiocomm.channel import Channel
     from aiocomm.collectives.requests import Request
+    from aiocomm.collectives.scope import Scope
     from aiocomm.group import Group
     from aiocomm_native import _core
 
@@ -41,6 +43,16 @@ class Collecting:
 
     def _members(self) -> Group:
         raise NotImplementedError
+
+    async def _go_on(self, call: Call, scope: Scope, shape: Any) -> None:
+        try:
+            await call.run()
+        except LinkError as error:
+            # A kernel does not reach what others have: the next ones are made by copies, on all ranks.
+            if error.code == errno.EXDEV:
+                scope.together = False
+                scope.prepared.pop(shape, None)
+            raise
 
     async def _collect(
         self,
@@ -100,7 +112,7 @@ class Collecting:
             call = prepared.attempt(number, given, out, deadline)
             if call is not False:
                 if call is not None:
-                    await call.run()
+                    await self._go_on(call, scope, shape)
                 counts[prepared.counted if call is None else f"{operation}/{call.algorithm}"] += 1
                 if prepared.mean:
                     np.divide(out, out.dtype.type(group.size), out=out)

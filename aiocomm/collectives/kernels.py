@@ -376,6 +376,18 @@ class Kernels:
         """Handle of the stream that the kernels run on."""
         return self._stream.value or 0
 
+    @functools.cached_property
+    def reach_peers(self) -> bool:
+        """Whether they reach memory of every other GPU that this process sees."""
+        count, yes = ctypes.c_int(), ctypes.c_int()
+        driver()("cuDeviceGetCount", ctypes.byref(count))
+        for other in range(count.value):
+            if other != self.device:
+                driver()("cuDeviceCanAccessPeer", ctypes.byref(yes), self.device, other)
+                if not yes.value:
+                    return False
+        return True
+
     def current(self) -> AbstractContextManager[None]:
         """Make the GPU's primary context this thread's, and put back what it was."""
         return _Current(self._context)

@@ -231,7 +231,7 @@ def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | 
     plan = request.plan
     if scope.group.size > headers.DIRECT_MEMBERS or request.vector:
         return None
-    if request.reduction is not None and not request.together:
+    if request.reduction is not None and not (request.together and scope.together):
         return None
     if plan is None or plan.eager is not None or request.on_gpu:  # what GPUs copy takes no time of the loop's
         return Prepared(scope, request, dtype)

@@ -88,7 +88,8 @@ def reduced(
             together=operation == "all_reduce"
             and algorithm is None
             and size > 1
-            and 0 < source.nbytes <= MOST_BYTES,
+            and 0 < source.nbytes <= MOST_BYTES
+            and kernels.kernels.reach_peers,
         )
     ufunc = operator(op, source.dtype)
     if is_narrow(source.dtype):

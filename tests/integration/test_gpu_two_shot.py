@@ -279,17 +279,21 @@ async def test_a_launch_that_fails(gpu: Driver, simulator: simulated.Simulator) 
         await all_call(comms, call)
 
 
-@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize(
+    "lacking", ["", "FAKE_CUDA_FAIL=cuIpcOpenMemHandle:1+:1", "FAKE_CUDA_PEERS=0"], ids=["", "maps", "access"]
+)
 async def test_between_processes(
-    gpu: Driver, anyio_backend_name: str, mapped: bool, monkeypatch: pytest.MonkeyPatch
+    gpu: Driver, anyio_backend_name: str, lacking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where some cannot map the others' memory, or have no access to other GPUs."""
     if anyio_backend_name == "trio":
         pytest.skip("spawn's parent is the same on every loop: once is enough")
     simulates = simulated.choose() is not None
-    if not mapped:
+    mapped = not lacking
+    if lacking:
         if not simulates:
             pytest.skip("needs a driver that refuses to map")
-        monkeypatch.setenv("FAKE_CUDA_FAIL", "cuIpcOpenMemHandle:1+:1")
+        monkeypatch.setenv(*lacking.split("=", 1))
 
     async def work(comm: aiocomm.Communicator) -> None:
         import numpy as np
