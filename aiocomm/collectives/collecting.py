@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiocomm.channel import Channel
+    from aiocomm.collectives.quick import Prepared
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
+    from aiocomm.collectives.shared import Shared
     from aiocomm.group import Group
     from aiocomm_native import _core
 
@@ -43,16 +45,6 @@ class Collecting:
 
     def _members(self) -> Group:
         raise NotImplementedError
-
-    async def _go_on(self, call: Call, scope: Scope, shape: Any) -> None:
-        try:
-            await call.run()
-        except LinkError as error:
-            # A kernel does not reach what others have: the next ones are made by copies, on all ranks.
-            if error.code == errno.EXDEV:
-                scope.together = False
-                scope.prepared.pop(shape, None)
-            raise
 
     async def _collect(
         self,
@@ -86,38 +78,21 @@ class Collecting:
         if deadline is not None:
             limit_of(deadline)
         scope = group._scope(channel)
-        counts = group._comm._collective_calls
         number = 0 if begun == NOT_BEGUN else scope.repeats.last
-        assert begun < shared.GOING_ON or shape in scope.shared
         if shape is not None and (arena := scope.shared.get(shape)) is not None:
-            outcome = begun
             if begun == NOT_BEGUN:
                 number = scope.begin(None)
-                outcome = arena.attempt(number, given, out)
-                if channel is None and not arena.mean and what is not None and stream is None:
+                begun = arena.attempt(number, given, out)
+                if what is not None and channel is None and stream is None:
                     arena.register(what, given, out)
                     self._repeats = scope.repeats
-            met = outcome != shared.NOT_MET
-            if outcome >= shared.GOING_ON:
-                met = await arena.flight(number, outcome, deadline).run()
-            if met:
-                counts[arena.counted] += 1
-                if arena.mean:
-                    np.divide(out, out.dtype.type(group.size), out=out)
-                if outcome == shared.TURN:
-                    await anyio.lowlevel.cancel_shielded_checkpoint()
+            if await _met(scope, arena, number, begun, out, deadline):
                 return
+        else:
+            assert begun < shared.GOING_ON
         if shape is not None and (prepared := scope.prepared.get(shape)) is not None:
             number = number or scope.begin(None)
-            call = prepared.attempt(number, given, out, deadline)
-            if call is not False:
-                if call is not None:
-                    await self._go_on(call, scope, shape)
-                counts[prepared.counted if call is None else f"{operation}/{call.algorithm}"] += 1
-                if prepared.mean:
-                    np.divide(out, out.dtype.type(group.size), out=out)
-                if call is None and not counts[prepared.counted] % prepared.in_a_row:
-                    await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
+            if await _repeated(scope, shape, prepared, number, given, out, deadline):
                 return
         try:
             request = make(group)
@@ -129,7 +104,8 @@ class Collecting:
         await call.run()
         if not call.suspended:
             await anyio.lowlevel.cancel_shielded_checkpoint()
-        counts[f"{operation}/{request.plan.algorithm if request.plan is not None else 'headers'}"] += 1
+        algorithm = request.plan.algorithm if request.plan is not None else "headers"
+        group._comm._collective_calls[f"{operation}/{algorithm}"] += 1
         if (result := request.result) is not None:
             np.divide(result, result.dtype.type(group.size), out=result)
         if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
@@ -143,3 +119,46 @@ class Collecting:
             scope.prepared[shape] = prepare(scope, request, dtype)
             if (arena := shared.prepare(scope, request, dtype)) is not None:
                 scope.shared[shape] = arena
+
+
+async def _met(
+    scope: Scope, arena: Shared, number: int, outcome: int, out: Any, deadline: float | None
+) -> bool:
+    """Go on with a call through an arena. False: it is to be made by messages."""
+    if outcome == shared.NOT_MET:
+        return False
+    if outcome >= shared.GOING_ON and not await arena.flight(number, outcome, deadline).run():
+        return False
+    scope.comm._collective_calls[arena.counted] += 1
+    if arena.mean:
+        np.divide(out, out.dtype.type(scope.group.size), out=out)
+    if outcome == shared.TURN:
+        await anyio.lowlevel.cancel_shielded_checkpoint()
+    return True
+
+
+async def _repeated(
+    scope: Scope, shape: Any, prepared: Prepared, number: int, given: Any, out: Any, deadline: float | None
+) -> bool:
+    """Make a call by messages, as it was prepared. False: nothing was begun."""
+    counts = scope.comm._collective_calls
+    call = prepared.attempt(number, given, out, deadline)
+    if call is False:
+        return False
+    if call is None:
+        counts[prepared.counted] += 1
+    else:
+        try:
+            await call.run()
+        except LinkError as error:
+            # A kernel does not reach what others have: the next ones are made by copies, on all ranks.
+            if error.code == errno.EXDEV:
+                scope.together = False
+                scope.prepared.pop(shape, None)
+            raise
+        counts[f"{prepared.operation}/{call.algorithm}"] += 1
+    if prepared.mean:
+        np.divide(out, out.dtype.type(scope.group.size), out=out)
+    if call is None and not counts[prepared.counted] % prepared.in_a_row:
+        await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
+    return True

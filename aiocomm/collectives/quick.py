@@ -72,7 +72,8 @@ class Prepared:
         if request.together:
             self._joint = two_shot(group.rank, group.size)
         first = self._joint or plan
-        self.counted = f"{request.operation}/{first.algorithm if first else 'headers'}"
+        self.operation = request.operation
+        self.counted = f"{self.operation}/{first.algorithm if first else 'headers'}"
         self.mean = request.result is not None
         eager = plan.eager if plan is not None else Eager({}, {}, ())
         steps: list[_Step] = []

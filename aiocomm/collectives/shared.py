@@ -116,7 +116,7 @@ class Shared:
     def register(self, what: tuple[Any, ...], given: Any, out: Any) -> None:
         """Have calls with such arrays, and without options, found by the extension."""
         operation, *more = what
-        if self._native is None or self._registered or any(one is not None for one in more[1:]):
+        if self._native is None or self._registered or self.mean or any(one is not None for one in more[1:]):
             return
         self._registered = True
         extra = more[0] if more else None
