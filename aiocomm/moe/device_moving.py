@@ -257,6 +257,7 @@ class DeviceDispatch(DeviceExchange):
         for source, extent in zip(indices, extents, strict=True):
             if source != self._group.rank:
                 self._expect(source, extent * self._width, False)
+                self._where[source] = self._where[source]._replace(extent=extent * self._width)
         return memory, count
 
     def _pull(self, indices: Iterable[int], moves: tuple[Pinned, int], copies: dict[int, int]) -> int:

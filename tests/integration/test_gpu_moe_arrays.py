@@ -57,6 +57,9 @@ async def test_a_result_over_outputs(size: int, kind: str) -> None:
                 assert await comm.combine(given, came, out=out) is out
                 found = whole.numpy().view(np.uint8)[start : start + room].view(kind)
                 assert found.tobytes() == wanted.tobytes()
+                over = memory.view(np.uint8)[start : start + room].view(kind).reshape(tokens, hidden)
+                await comm.combine(memory[: outputs.size].reshape(outputs.shape), expected, out=over)
+                assert over.tobytes() == wanted.tobytes()  # nor on the host
 
         await all_call(members, rank)
 
