@@ -30,8 +30,8 @@ NARROWED: Final = (
     ),
     (r"(def place_for\(.*) -> object:", r"\1 -> bytes | None:"),
     (
-        r"(def launch\(self, function.*home: )tuple(, after: Sequence\[)tuple(\].*) -> object:",
-        r"\1tuple[Any, ...]\2tuple[Any, ...]\3 -> Transfer[Any]:",
+        r"(def launch\(self, function.*home: )tuple(, after: Sequence\[)tuple(\].*) -> tuple\[object.*",
+        r"\1tuple[Any, ...]\2tuple[Any, ...]\3 -> tuple[Transfer[Any], bool]:",
     ),
     (r"(def outgoing\(.*) -> list:", r"\1 -> list[Transfer[Any]]:"),
     (r"(def (?:settle|linger)\(transfers: list),", r"\1[Transfer[Any]],"),

@@ -470,12 +470,16 @@ class Kernels:
         call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, self.device)
         call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, self.device)
         image = compiled(source, f"sm_{major.value}{minor.value}")
-        with self.current():
-            call("cuModuleLoadData", ctypes.byref(module), image)
-            for entry, key in entries.items():
-                function = _Handle()
-                call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
-                self._functions[key] = function
+        _core.begin_long_call()
+        try:
+            with self.current():
+                call("cuModuleLoadData", ctypes.byref(module), image)
+                for entry, key in entries.items():
+                    function = _Handle()
+                    call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+                    self._functions[key] = function
+        finally:
+            _core.end_long_call()
 
 
 class _Current:

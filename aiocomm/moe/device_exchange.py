@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from aiocomm.moe.routing import Part
     from aiocomm_native import Transfer
 
-    Far = tuple[int, bytes, int, int, int]
+    Far = tuple[int, bytes, int, int, int, int]
 
 __all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
 
@@ -150,6 +150,7 @@ class DeviceExchange(Exchange):
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
+        self._behind: set[int] = set()  # keys of launches that wait for work of the caller's
         self._getting = _GETS
         self._where: dict[int, Where] = {}
         if scope.group.size > MOST_RANKS:
@@ -263,8 +264,14 @@ class DeviceExchange(Exchange):
             where = self._where[peer] = Where.unpack(self._slot(peer))
             self._pool.heard(peer, where.ended)
 
-    def _expect(self, peer: int, extent: int, exact: bool) -> None:
+    def _expect(self, peer: int, extent: int, exact: bool, alignment: int = 1) -> None:
         where = self._where[peer]
+        if where.start % alignment:
+            raise PeerError(
+                f"{self._operation}: {self._group.names[peer]} has its rows at {where.start}, "
+                f"not at a multiple of {alignment}",
+                self._group.ranks[peer],
+            )
         if where.extent != extent if exact else where.extent < extent:
             raise PeerError(
                 f"{self._operation}: {self._group.names[peer]} has {where.extent} bytes where {extent} are "
@@ -300,9 +307,13 @@ class DeviceExchange(Exchange):
         behind = {description[4]: description for description in after if description[2]}  # by stream
         where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
-            transfer = comm._engine.launch(function, blocks, THREADS, argument, *where, nbytes, self._left())
+            transfer, waits = comm._engine.launch(
+                function, blocks, THREADS, argument, *where, nbytes, self._left()
+            )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
+        if waits:
+            self._behind.add(self._launches)
         self._watch((False, self._launches), transfer)
         return self._launches
 
@@ -327,10 +338,11 @@ class DeviceExchange(Exchange):
             keys.append(self._get(peer, block.part(0, extent), self._where[peer].start))
         return places, keys
 
-    async def _landed(self, keys: Iterable[int]) -> bool:
-        """Wait for launches and gets. False: a kernel does not reach what one of the ranks gives."""
+    async def _landed(self, keys: Iterable[int]) -> set[int]:
+        """Wait for launches and gets; returns ranks whose memory a kernel does not reach, so has not run."""
         wanted = [(False, key) for key in keys]
-        self._linger_s = _KERNEL_S
+        if all(_KERNELS <= key < _GETS and key not in self._behind for _, key in wanted):
+            self._linger_s = _KERNEL_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
@@ -339,7 +351,7 @@ class DeviceExchange(Exchange):
         self._raise_any()
         self._pool.missed.update(self._unreached)
         unreached, self._unreached = self._unreached, set()
-        return not unreached
+        return unreached
 
     def _ended(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
         if _KERNELS <= key[1] < _GETS and self._flying.get(key) is transfer and not transfer.cancelled():
@@ -362,9 +374,9 @@ class DeviceExchange(Exchange):
     def _may_pull(self, peer: int) -> bool:
         return bool(self._where[peer].place) and self._pool.missed[peer] < _TRIES
 
-    def _far(self, peer: int, at: int) -> Far:
+    def _far(self, peer: int, at: int, alignment: int = 1) -> Far:
         where = self._where[peer]
-        return self._group.ranks[peer], where.place, where.start, where.extent, at
+        return self._group.ranks[peer], where.place, where.start, where.extent, at, alignment
 
 
 def aligned(nbytes: int, to: int = 256) -> int:

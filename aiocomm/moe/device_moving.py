@@ -26,7 +26,7 @@ from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_l
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -224,31 +224,31 @@ class DeviceDispatch(DeviceExchange):
                 keys.append(self._get(peer, into, self._where[peer].start))
             else:
                 indices[peer] = self._slot(peer)[DEVICE_HEAD_BYTES:at].view(np.uint32)
-        others = indices.keys() - {rank}
-        copies, more = self._copies([peer for peer in others if not self._may_pull(peer)])
+        moves = self._list_moves(indices)
+        copies, more = self._copies([peer for peer in indices if peer != rank and not self._may_pull(peer)])
         at_once = not copies
         if at_once:
-            more.append(self._pull(indices, copies))
+            more.append(self._pull(indices, moves, copies))
         riding = all(head.flags & LISTS_RIDE for head in heads.values())
         if riding:
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
-        reached = await self._landed(keys + more)
+        unreached = await self._landed(keys + more)
         if not at_once:
-            reached = await self._landed([self._pull(indices, copies)])
-        if not reached:
-            rest, more = self._copies(others - copies.keys())
+            unreached = await self._landed([self._pull(indices, moves, copies)])
+        while unreached:  # one more each time
+            rest, more = self._copies(unreached)
+            copies |= rest
             await self._landed(more)
-            await self._landed([self._pull(indices, copies | rest)])
+            unreached = await self._landed([self._pull(indices, moves, copies)])
         if not riding:
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
 
-    def _pull(self, indices: dict[int, Any], copies: dict[int, int]) -> int:
-        """Have a kernel bring rows into place.
+    def _list_moves(self, indices: dict[int, Any]) -> tuple[Pinned, int]:
+        """A table of rows and their places, and their number; all are where their rank has memory.
 
         Args:
             indices: of the tokens of each rank.
-            copies: where a rank's tokens are on this GPU; of the others they are read where they are.
         """
         count = sum(len(of_rank) for of_rank in indices.values())
         memory = self._borrow_pinned(count * _ENTRY_BYTES)
@@ -257,6 +257,17 @@ class DeviceDispatch(DeviceExchange):
         for source, extent in zip(indices, extents, strict=True):
             if source != self._group.rank:
                 self._expect(source, extent * self._width, False)
+                self._where[source] = self._where[source]._replace(extent=extent * self._width)
+        return memory, count
+
+    def _pull(self, indices: Iterable[int], moves: tuple[Pinned, int], copies: dict[int, int]) -> int:
+        """Have a kernel bring rows into place.
+
+        Args:
+            indices: the ranks that have any.
+            copies: where a rank's tokens are on this GPU; of the others they are read where they are.
+        """
+        memory, count = moves
         base = {self._group.rank: self._tokens.address} | copies
         far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
         nbytes = count * self._width
@@ -325,6 +336,11 @@ class DeviceCombine(DeviceExchange):
         self._packed = False
         self.result: DeviceArray | None = None
 
+    @property
+    def _alignment(self) -> int:
+        """Of what other ranks give: their rows are read by groups of eight where they consist of such."""
+        return 16 if self._outputs.hidden % 8 == 0 else itemsize_in(form_of(self._wire))
+
     def _whole(self, *addresses: int) -> int:
         return int(self._outputs.hidden % 8 == 0 and not any(address % 16 for address in addresses))
 
@@ -376,7 +392,7 @@ class DeviceCombine(DeviceExchange):
             self._check_rows(peer, head.rows, rows)
             if not rows or not self._row:
                 continue
-            self._expect(peer, rows * self._row, True)
+            self._expect(peer, rows * self._row, True, self._alignment)
             (pulled if not head.flags & PACKED and self._may_pull(peer) else copied).append(peer)
         form = form_of(self._result)
         nbytes = self._count * self._outputs.hidden * itemsize_in(form)
@@ -390,12 +406,23 @@ class DeviceCombine(DeviceExchange):
             self._target = self._out.address
         if not nbytes:
             return
+        aside = self._out is not None and _meet(self._out, self._outputs)
+        if aside:  # rows are still read when others are written
+            self._target = self._borrow_block(nbytes).address
         bases, keys = self._copies(copied)
         await self._landed(keys)
-        if not await self._landed([self._add_up(bases, pulled, nbytes)]):
-            more, keys = self._copies(pulled)
+        while unreached := await self._landed([self._add_up(bases, pulled, nbytes)]):
+            more, keys = self._copies(unreached)
+            bases |= more
+            pulled = [peer for peer in pulled if peer not in unreached]
             await self._landed(keys)
-            await self._landed([self._add_up(bases | more, [], nbytes)])
+        if aside:
+            assert self._out is not None
+            move = self._pool.kernels.loaded(MOVE_SOURCE, "move_rows")  # as the dispatch has left it
+            if not move:
+                (move,) = await self._compiled(MOVE_SOURCE, ("move_rows",))
+            argument = _move(0, 0, {}, 0, 0, [(self._out.address, self._target, nbytes)])
+            await self._landed([self._launch(move, argument, nbytes)])
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
@@ -404,13 +431,18 @@ class DeviceCombine(DeviceExchange):
         pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
         argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
-        far = [self._far(peer, 8 * peer) for peer in pulled]
+        far = [self._far(peer, 8 * peer, self._alignment) for peer in pulled]
         key = self._launch(self._entries[1], argument, nbytes * size, self._after, far)
         self._after = []
         return key
 
     async def _finish(self) -> None:
         pass
+
+
+def _meet(one: Matrix, other: Matrix) -> bool:
+    """Whether two arrays have bytes in common."""
+    return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
 
 
 def _host_array(described: Description, memory: Bytes) -> Any:

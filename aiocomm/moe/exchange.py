@@ -221,7 +221,7 @@ class Exchange(Flight):
         if nbytes <= _INLINE_BYTES:
             work()
         else:
-            await anyio.to_thread.run_sync(work)
+            await _to_its_end(work)
 
     # ------------------------------------------------------------ failures
 
@@ -242,3 +242,20 @@ class Exchange(Flight):
             tuple(tokens.tolist()),
             tuple(experts.tolist()),
         )
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Do work on another thread; a cancellation is raised once nothing touches its memory any more."""
+    failures: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await anyio.to_thread.run_sync(work)
+        except Exception as error:
+            failures.append(error)
+
+    # Task.cancel() goes through a shield to the thread, but not to a child of the task, which is waited for.
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+    if failures:
+        raise failures[0]

@@ -210,8 +210,10 @@ class Pool:
     def take_tables(self, nbytes: int) -> Block:
         """A block that nothing but `upload` writes, in the order of the kernels' stream."""
         size = _size_class(nbytes, _LEAST)
-        free = self._free_tables.get(size)
-        return free.pop() if free else Block(self.kernels, self._engine, size)
+        try:  # maybe on another thread
+            return self._free_tables[size].pop()
+        except LookupError:
+            return Block(self.kernels, self._engine, size)
 
     def give_back_tables(self, block: Block) -> None:
         """Keep it for the next; no kernel reads it any more."""
@@ -241,8 +243,10 @@ class Pool:
     def take_pinned(self, nbytes: int) -> Pinned:
         """Pinned memory of at least so many bytes."""
         size = _size_class(nbytes, _LEAST_PINNED)
-        free = self._pinned.get(size)
-        return free.pop() if free else Pinned(self.kernels, size)
+        try:  # maybe on another thread
+            return self._pinned[size].pop()
+        except LookupError:
+            return Pinned(self.kernels, size)
 
     def give_back_pinned(self, memory: Pinned) -> None:
         """Keep it for the next."""

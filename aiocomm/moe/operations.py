@@ -144,8 +144,8 @@ class ExpertOperations:
             outputs: of the experts of this rank, one row per assignment of `dispatched`, in their order;
                 floats of shape (assignments, hidden), on the GPU where the tokens came to, or on the host.
             dispatched: what the ranks' common `dispatch` returned.
-            out: receives the result; shape (tokens, hidden), any floating dtype. Default: a new array of the
-                dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
+            out: receives the result; shape (tokens, hidden), any floating dtype; it may overlap `outputs`.
+                Default: a new array of the dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
             wire: dtype in which the ranks' sums travel, or its name, default float32; a shorter one rounds
                 each once.
 

@@ -38,9 +38,9 @@ class Engine:
         What a peer's kernels need in order to reach this memory. None: they cannot.
         """
 
-    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> Transfer[Any]:
+    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> tuple[Transfer[Any], bool]:
         """
-        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it.
+        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. Returns with it whether it waits for such work.
         """
 
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
@@ -341,6 +341,14 @@ def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C
 
 def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
     """Wait for any of these for a moment, and say whether one has ended."""
+
+def begin_long_call() -> None:
+    """
+    Until `end_long_call`, loops leave all copies and launches to other threads.
+    """
+
+def end_long_call() -> None:
+    """See `begin_long_call`."""
 
 def free_later(device: int, address: int, pinned: bool) -> None:
     """

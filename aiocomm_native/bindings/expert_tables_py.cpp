@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/unlocked.hpp"
 #include "core/expert_tables.hpp"
 
 namespace nb = nanobind;
@@ -116,8 +117,14 @@ void write_sum_tables(nb::handle order, nb::handle first, nb::handle weights,
   require(!begins.empty() && of_order.of<int64_t>().size() == of_weights.of<float>().size());
   const SumTables at(of_order.of<int64_t>().size(), begins.size() - 1, tokens, sent.size());
   require(tables.nbytes() >= at.nbytes && reinterpret_cast<uintptr_t>(tables.bytes()) % 16 == 0);
-  require(aiocomm::write_sum_tables(at, of_order.of<int64_t>(), begins, of_weights.of<float>(), rows, tokens,
-                                    tables.bytes()));
+  const auto orders = of_order.of<int64_t>();
+  const auto weighs = of_weights.of<float>();
+  bool fine = false;
+  {
+    const aiocomm::py::Unlocked unlocked(orders.size() + tokens);
+    fine = aiocomm::write_sum_tables(at, orders, begins, weighs, rows, tokens, tables.bytes());
+  }
+  require(fine);
 }
 
 }  // namespace

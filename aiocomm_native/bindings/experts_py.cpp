@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/unlocked.hpp"
 #include "core/routing.hpp"
 #include "core/weighting.hpp"
 
@@ -72,9 +73,13 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>> route_tokens(
   require(weights.shape(0) == ids.shape(0) && weights.shape(1) == ids.shape(1));
   require(tokens.size() >= most && counts.size() >= most && experts.size() >= most && routed.size() >= most);
   std::vector<int64_t> rows, assignments;
-  const bool fine = aiocomm::route_tokens(
-      ids.data(), weights.data(), ids.shape(0), ids.shape(1), {owner.data(), owner.size()}, ranks,
-      {tokens.data(), counts.data(), experts.data(), routed.data()}, rows, assignments);
+  bool fine = false;
+  {
+    const aiocomm::py::Unlocked unlocked(most);
+    fine = aiocomm::route_tokens(
+        ids.data(), weights.data(), ids.shape(0), ids.shape(1), {owner.data(), owner.size()}, ranks,
+        {tokens.data(), counts.data(), experts.data(), routed.data()}, rows, assignments);
+  }
   if (!fine) throw nb::value_error("an expert, or its rank, that is not there");
   return {rows, assignments};
 }
@@ -92,9 +97,13 @@ void arrange_parts(const std::vector<std::tuple<GivenCounts, GivenExperts, Float
   }
   require(starts.size() == parts.size() + 1 && offsets.size() == held + 1 && first.size() == all + 1);
   require(rows.size() == assignments && weights.size() == assignments && order.size() == assignments);
-  const bool fine = aiocomm::arrange_parts(
-      came, {local.data(), local.size()}, held,
-      {starts.data(), rows.data(), offsets.data(), weights.data(), order.data(), first.data()});
+  bool fine = false;
+  {
+    const aiocomm::py::Unlocked unlocked(assignments);
+    fine = aiocomm::arrange_parts(
+        came, {local.data(), local.size()}, held,
+        {starts.data(), rows.data(), offsets.data(), weights.data(), order.data(), first.data()});
+  }
   if (!fine) throw nb::value_error("lists that contradict each other");
 }
 

@@ -23,7 +23,7 @@ namespace aiocomm::py {
 namespace {
 
 using Self = nb::pointer_and_handle<PyEngine>;
-using FarTuple = std::tuple<int, nb::bytes, uint64_t, uint64_t, uint64_t>;
+using FarTuple = std::tuple<int, nb::bytes, uint64_t, uint64_t, uint64_t, uint64_t>;
 
 std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nb::handle description) {
   Mover* mover = e.engine->mover();
@@ -44,15 +44,17 @@ nb::object place_for(PyEngine& e, nb::tuple description, int rank) {
 }
 
 KernelCall::Far far_of(const FarTuple& from, size_t argument_bytes) {
-  const auto& [rank, place, offset, nbytes, at] = from;
+  const auto& [rank, place, offset, nbytes, at, alignment] = from;
   KernelCall::Far far;
-  if (place.size() != sizeof far.place || at > argument_bytes || argument_bytes - at < sizeof(uint64_t))
+  if (place.size() != sizeof far.place || at > argument_bytes || argument_bytes - at < sizeof(uint64_t) ||
+      !alignment)
     throw nb::value_error("no place, or none for it");
   std::memcpy(&far.place, place.c_str(), sizeof far.place);
   far.owner = rank;
   far.place.address += offset;
   far.nbytes = nbytes;
   far.at = at;
+  far.alignment = alignment;
   return far;
 }
 
@@ -69,9 +71,10 @@ class Held {
   const int device_;
 };
 
-nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads, nb::bytes argument,
-                  nb::tuple home, const std::vector<nb::tuple>& after, const std::vector<FarTuple>& far,
-                  int peer, uint32_t channel, uint64_t nbytes, double deadline) {
+std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads,
+                                    nb::bytes argument, nb::tuple home, const std::vector<nb::tuple>& after,
+                                    const std::vector<FarTuple>& far, int peer, uint32_t channel,
+                                    uint64_t nbytes, double deadline) {
   PyEngine& e = *self.p;
   if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
   auto kernel = std::make_unique<KernelCall>();
@@ -90,6 +93,8 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
   }
   std::unique_ptr<DeviceBuffer> gpu = bound(e, home);
   kept.append(home);
+  const bool waits = !kernel->gates.empty();
+  kernel->awaited = !waits && loop_has_nothing_else(&e);
   gpu->kernel = std::move(kernel);
   SilentOp flight;
   flight.op = e.engine->new_op();
@@ -102,12 +107,14 @@ nb::object launch(Self self, uint64_t function, uint32_t blocks, uint32_t thread
   if (deadline >= 0) flight.op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
   flight.op->cookie = silent_cookie(&flight);
   {
+    // The driver may wait for a thread that has its lock and waits for the interpreter's.
+    nb::gil_scoped_release release;
     const Held held(*e.engine->mover(), flight.op->gpu->device);
     flight.ended = e.engine->submit(flight.op);
   }
   nb::object transfer = as_transfer(self, flight, kept.ptr());
   if (!e.after_submit()) throw nb::python_error();
-  return transfer;
+  return {std::move(transfer), waits};
 }
 
 // Ordinal of the GPU whose memory this is.
@@ -176,16 +183,24 @@ bool stream_is_idle(uint64_t context, uint64_t stream) {
 }  // namespace
 
 void bind_device_memory(nb::module_& m) {
+  m.def(
+      "begin_long_call", [] { cuda::Reaper::of_process().begin_long_call(); },
+      "Until `end_long_call`, loops leave all copies and launches to other threads.");
+  m.def("end_long_call", [] { cuda::Reaper::of_process().end_long_call(); }, "See `begin_long_call`.");
   m.def("free_later", cuda::free_later, nb::arg("device"), nb::arg("address"), nb::arg("pinned"),
+        nb::call_guard<nb::gil_scoped_release>(),
         "Free memory of the driver's once the GPU is at rest, without waiting for that.");
   m.def("given_back", cuda::given_back, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
         "Wait for memory that was let go of until the driver has it. False: it takes longer.");
-  m.def("device_of", device_of, nb::arg("address"), "Ordinal of the GPU whose memory this is.");
-  m.def("current_device", current_device,
+  m.def("device_of", device_of, nb::arg("address"), nb::call_guard<nb::gil_scoped_release>(),
+        "Ordinal of the GPU whose memory this is.");
+  m.def("current_device", current_device, nb::call_guard<nb::gil_scoped_release>(),
         "Ordinal of the GPU whose context the calling thread has. -1: it has none.");
   m.def("copy_on", copy_on, nb::arg("context"), nb::arg("stream"), nb::arg("to"), nb::arg("source"),
-        nb::arg("nbytes"), "Queue a copy on a stream of this context.");
+        nb::arg("nbytes"), nb::call_guard<nb::gil_scoped_release>(),
+        "Queue a copy on a stream of this context.");
   m.def("stream_is_idle", stream_is_idle, nb::arg("context"), nb::arg("stream"),
+        nb::call_guard<nb::gil_scoped_release>(),
         "Whether a stream of this context has no work, and is not captured into a graph.");
 }
 
@@ -196,7 +211,9 @@ void bind_kernels(nb::class_<PyEngine>& engine) {
       .def("launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
            nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
            nb::arg("nbytes"), nb::arg("deadline"),
-           "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it.");
+           "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
+           "Returns "
+           "with it whether it waits for such work.");
 }
 
 }  // namespace aiocomm::py

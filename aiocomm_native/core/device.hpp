@@ -77,7 +77,8 @@ struct KernelCall {
     Rank owner = -1;
     DevicePlace place;
     uint64_t nbytes = 0;
-    size_t at = 0;  // where in `argument` its address belongs, as it is mapped here
+    size_t at = 0;           // where in `argument` its address belongs, as it is mapped here
+    uint64_t alignment = 1;  // that the kernel relies on
     bool reached = false;
     std::shared_ptr<void> mapping;
   };
@@ -86,6 +87,7 @@ struct KernelCall {
   std::vector<std::byte> argument;  // the only one, by value
   std::vector<Far> far;
   std::vector<Gate> gates;  // it is launched once all are open; the caller keeps what they are of
+  bool awaited = false;     // the loop looks for its end from the beginning
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.

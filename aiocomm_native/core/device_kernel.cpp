@@ -42,8 +42,10 @@ void DeviceProtocol::start_kernel(Op& op) {
       return engine_.end_early(op, Code::peer_lost);
     }
     const uint64_t within = far.place.address - far.place.base;
-    if (within > far.place.extent || far.nbytes > far.place.extent - within) {
-      engine_.tear_down(*peer, "protocol violation: a place outside its allocation");
+    const bool inside = within <= far.place.extent && far.nbytes <= far.place.extent - within;
+    if (!inside || far.place.base % far.alignment || within % far.alignment) {
+      engine_.tear_down(*peer, inside ? "protocol violation: a place that is not aligned"
+                                      : "protocol violation: a place outside its allocation");
       op.peer = far.owner;
       return engine_.end_early(op, Code::peer_lost);
     }
@@ -70,7 +72,8 @@ void DeviceProtocol::start_kernel(Op& op) {
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.kernel = &kernel;
-  job.local = job.early = true;
+  job.local = true;
+  job.early = !kernel.awaited;
   job.slow_ns = kLaunchNs;
   ++gpu.inflight;
   DeviceQueue& queue = queue_of(gpu.device, Lane::peer);

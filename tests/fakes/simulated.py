@@ -88,6 +88,19 @@ class Simulator:
         """Take back failures and lost devices. Broken contexts are as new; what was queued there is gone."""
         self._library.fake_heal()
 
+    def hold(self, call: str) -> None:
+        """Let the next call of a name stay in the driver until `let_go`, or for ten seconds."""
+        self._library.fake_hold(call.encode())
+
+    def wait_held(self) -> None:
+        """Block until that call has come."""
+        if not self._library.fake_wait_held():
+            raise TimeoutError("nobody has made the call that is to be held up")
+
+    def let_go(self) -> bool:
+        """Let it go on. False: it has gone on by itself."""
+        return bool(self._library.fake_let_go())
+
     def calls(self, name: str) -> int:
         """How often an entry point was called, by its name without version suffix."""
         return int(self._library.fake_calls(name.encode()))
@@ -155,6 +168,7 @@ class Simulator:
     def reset(self) -> None:
         """What every test leaves: no failures, all engines running, an empty book."""
         self.heal()
+        self.let_go()
         for device in range(16):
             for engine in Engine:
                 self._library.fake_resume(device, engine)

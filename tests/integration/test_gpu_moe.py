@@ -86,7 +86,7 @@ async def test_a_kernel_is_launched_by_the_call_itself() -> None:
         for _ in range(100):
             before = issued()
             where = pool.home, [], [], comm.rank, 0
-            launched = comm._engine.launch(function, 1, kernels.THREADS, argument, *where, 0, -1.0)
+            launched, _ = comm._engine.launch(function, 1, kernels.THREADS, argument, *where, 0, -1.0)
             at_once = issued() - before
             await launched
             if at_once:

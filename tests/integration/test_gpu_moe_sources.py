@@ -82,10 +82,21 @@ def test_the_sources_of_sums_are_those_of_the_host(tmp_path: Path, names: str, h
     library = as_library(source, run, tmp_path)
     for size, me in ((3, 1), (6, 5)):  # fewer ranks than are taken at once, and more
         assert_sums_are_those_of_the_host(library, dtypes, hidden, size, me)
+    if hidden == 8:  # rows that begin between groups
+        assert_sums_are_those_of_the_host(library, dtypes, hidden, 3, 1, 1)
+
+
+def shifted(values: Any, by: int) -> Any:
+    """A copy that begins so many elements after a multiple of 16 bytes."""
+    room = np.zeros(values.size + by + 16, values.dtype)
+    start = -(room.ctypes.data // values.itemsize) % (16 // values.itemsize) + by
+    place = room[start : start + values.size].reshape(values.shape)
+    place[:] = values
+    return place
 
 
 def assert_sums_are_those_of_the_host(
-    library: ctypes.CDLL, dtypes: list[np.dtype[Any]], hidden: int, size: int, me: int
+    library: ctypes.CDLL, dtypes: list[np.dtype[Any]], hidden: int, size: int, me: int, off: int = 0
 ) -> None:
     terms, wire, result = dtypes
     wide = np.dtype(np.float64 if terms == np.float64 else np.float32)
@@ -102,13 +113,13 @@ def assert_sums_are_those_of_the_host(
     outputs = rng.normal(size=(len(found.rows), hidden)) * np.exp2(
         rng.integers(-30, 14, (len(found.rows), 1))
     )
-    outputs = outputs.astype(terms)
+    outputs = shifted(outputs.astype(terms), off)
     starts = found.starts.tolist()
     total, own = starts[-1], slice(starts[me], starts[me + 1])
-    sums = np.zeros((total, hidden), wire)
+    sums = shifted(np.zeros((total, hidden), wire), 0)
     order, first = found.order.astype(np.uint32), found.first.astype(np.uint32)
     weights = found.weights[found.order]
-    whole = int(hidden % 8 == 0)
+    whole = int(hidden % 8 == 0 and not off)
     terms_at = [one.ctypes.data for one in (outputs, order, first, weights)]
     counts = own.start, own.stop - own.start, total, hidden
     argument = struct.pack(sources.WEIGH, *terms_at, sums.ctypes.data, *counts, whole, 0)
@@ -123,13 +134,13 @@ def assert_sums_are_those_of_the_host(
             assert part.tobytes() == sums[starts[peer] : starts[peer + 1]].tobytes()
     assert not sums[own].any()  # whoever adds up weighs them
     parts = [
-        mine if rank == me else rng.normal(size=(part.rows, hidden)).astype(wire)
+        mine if rank == me else shifted(rng.normal(size=(part.rows, hidden)).astype(wire), 0)
         for rank, part in enumerate(routed[me])
     ]
     table = np.full((tokens, size), -1, np.int32)
     for rank, part in enumerate(routed[me]):
         table[part.tokens, rank] = np.arange(part.rows)
-    out, expected = np.zeros((tokens, hidden), result), np.zeros((tokens, hidden), result)
+    out, expected = shifted(np.zeros((tokens, hidden), result), off), np.zeros((tokens, hidden), result)
     base = [0 if rank == me else part.ctypes.data for rank, part in enumerate(parts)]
     rest = out.ctypes.data, table.ctypes.data, *terms_at, own.start, size, me, tokens, hidden, whole
     base += [0] * (sources.MOST_RANKS - size)

@@ -305,6 +305,9 @@ bool Device::issue(bool by_thread) {
   bool did = false;
   MoveJob job;
   uint16_t touched = 0;
+  if (by_thread)
+    for (Stream& stream : streams_)
+      if (std::exchange(stream.untold, false) && stream.told != stream.issued) tell(stream, true);
   for (size_t n = 0; n < kBatch; ++n) {
     if (std::any_of(streams_.begin(), streams_.end(),
                     [](const Stream& stream) { return stream.inflight.size() >= kInflight; }))
@@ -347,12 +350,12 @@ bool Device::issue(bool by_thread) {
     if (!by_thread) add(small.by_loop, 1);
     if (early && !first) early_.push_back(job.op);
     if (job.nbytes >= kTellFrom)
-      tell(stream);
+      tell(stream, by_thread);
     else
       touched |= static_cast<uint16_t>(1u << index);
   }
   for (size_t i = 0; i < kStreams; ++i)
-    if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i]);
+    if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i], by_thread);
   for (OpId op : early_) host_.ends_soon(op, kEarlyNs);
   early_.clear();
   return did;
@@ -381,15 +384,19 @@ int Device::copy(MoveJob& job, Stream& stream) {
   return code;
 }
 
-// Has the stream write how far it is, behind what it was given.
-void Device::tell(Stream& stream) {
+// Has the stream write how far it is, behind what it was given. Where that fails, the stream is waited for: not by a loop.
+void Device::tell(Stream& stream, bool by_thread) {
   auto index = static_cast<size_t>(&stream - streams_.data());
   CUresult code = driver.cuStreamWriteValue32(stream.handle, words_at_ + index * kLine * sizeof(uint32_t),
                                               stream.issued, CU_STREAM_WRITE_VALUE_DEFAULT);
-  if (code == CUDA_SUCCESS)
+  if (code == CUDA_SUCCESS) {
     stream.told = stream.issued;
-  else
+  } else if (by_thread) {
     fail(stream, code);
+  } else {
+    stream.untold = true;
+    ring(wake_, bell_);
+  }
 }
 
 // What the stream has may still run: it is waited for as far as the driver can tell.

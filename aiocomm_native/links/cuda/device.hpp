@@ -94,6 +94,7 @@ class Device {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
     uint32_t told = 0;    // of the last copy behind which a write was put
+    bool untold = false;  // a loop could not have it written: the thread tries again
     uint64_t looked_ns = 0;
     std::deque<std::pair<uint32_t, MoveJob>> inflight;
   };
@@ -103,7 +104,7 @@ class Device {
   bool work(bool by_thread);
   int copy(MoveJob& job, Stream& stream);
   bool launched(const KernelCall& kernel) const;
-  void tell(Stream& stream);
+  void tell(Stream& stream, bool by_thread);
   bool collect(uint64_t now, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);

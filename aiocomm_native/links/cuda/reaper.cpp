@@ -47,10 +47,10 @@ void Reaper::run() {
     lock.unlock();
     for (Task& task : batch) {
       driver_.cuCtxSetCurrent(task.context);
-      calls_.store(true);
+      begin_long_call();
       while (undisturbed_.load()) relax();
       task.run();
-      calls_.store(false);
+      end_long_call();
       task.run = nullptr;  // with what it holds
     }
     lock.lock();

@@ -29,6 +29,10 @@ class Reaper {
   bool wait(uint64_t number, std::chrono::milliseconds longest);
   bool wait(std::chrono::milliseconds longest);
 
+  // Some thread calls what may hold the driver's locks for long, as loading a module does. Any thread.
+  void begin_long_call() { calls_.fetch_add(1); }
+  void end_long_call() { calls_.fetch_sub(1); }
+
   // While one of these exists that is true, no task is called: a copy is queued without waiting for one.
   class Undisturbed {
    public:
@@ -66,7 +70,7 @@ class Reaper {
   std::deque<Task> tasks_;
   uint64_t submitted_ = 0, done_ = 0;
   bool started_ = false;
-  std::atomic<bool> calls_{false};
+  std::atomic<uint32_t> calls_{0};  // long ones, under way or about to be
   std::atomic<uint32_t> undisturbed_{0};
 };
 

@@ -31,6 +31,10 @@ FAKE_CONTROL void fake_lose_device(int device, int code) {
   sim().changed.notify_all();
 }
 
+FAKE_CONTROL void fake_hold(const char* name) { faults().hold(name); }
+FAKE_CONTROL int fake_wait_held() { return faults().wait_held(); }
+FAKE_CONTROL int fake_let_go() { return faults().let_go(); }
+
 FAKE_CONTROL uint64_t fake_calls(const char* name) { return faults().calls(name); }
 FAKE_CONTROL uint64_t fake_counter(const char* name) { return faults().counter(name); }
 

@@ -21,7 +21,9 @@ int& capture_mode() {
 
 bool is_device(CUdevice device) { return device >= 0 && static_cast<size_t>(device) < sim().devices.size(); }
 
-Call::Call(const char* name, Needs needs, bool unsafe_in_capture) : lock(sim().mutex) {
+Call::Call(const char* name, Needs needs, bool unsafe_in_capture) {
+  faults().hold_up(name);
+  lock = Lock(sim().mutex);
   code = faults().on_call(name);
   if (code || needs == Needs::nothing) return;
   if (!sim().initialised) {

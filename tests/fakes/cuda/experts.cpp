@@ -37,7 +37,13 @@ class View {
     return found;
   }
 
+  // Rows are read and written by groups of 16 bytes or more (`whole`), or element by element.
+  void expect_aligned(uint64_t address, size_t element) {
+    if (!code && address % (whole ? 16 : element)) code = CUDA_ERROR_MISALIGNED_ADDRESS;
+  }
+
   CUresult code = CUDA_SUCCESS;
+  bool whole = false;
 
  private:
   template <class F>
@@ -89,6 +95,7 @@ uint16_t to_bfloat(float value) {
 template <class Sum>
 std::vector<Sum> load(View& view, uint64_t address, const std::string& dtype, size_t hidden) {
   std::vector<Sum> row(hidden);
+  view.expect_aligned(address, bytes_of(dtype));
   if (dtype == "float64") {
     const auto from = view.array<double>(address, hidden);
     std::transform(from.begin(), from.end(), row.begin(), [](double x) { return static_cast<Sum>(x); });
@@ -107,6 +114,7 @@ std::vector<Sum> load(View& view, uint64_t address, const std::string& dtype, si
 
 template <class Sum>
 void save(View& view, uint64_t address, const std::string& dtype, const std::vector<Sum>& row) {
+  view.expect_aligned(address, bytes_of(dtype));
   auto write = [&](auto one, auto convert) {
     std::vector<decltype(one)> made(row.size());
     std::transform(row.begin(), row.end(), made.begin(), convert);
@@ -161,6 +169,7 @@ template <class Sum>
 void weigh_rows(View& view, const std::vector<uint64_t>& all, const std::string& terms,
                 const std::string& wire) {
   const uint32_t own_first = low(all[5]), own = high(all[5]), count = low(all[6]), hidden = high(all[6]);
+  view.whole = low(all[7]);
   for (uint32_t row = 0; row < count && !view.code; ++row)
     if (row < own_first || row >= own_first + own)
       save<Sum>(view, all[4] + uint64_t{row} * hidden * bytes_of(wire), wire,
@@ -174,6 +183,7 @@ void add_rows(View& view, const std::vector<uint64_t>& all, const std::string& t
   const uint64_t to = rest[0];
   const uint32_t own_first = low(rest[6]), size = high(rest[6]), own = low(rest[7]), count = high(rest[7]);
   const uint32_t hidden = low(rest[8]);
+  view.whole = high(rest[8]);
   const auto table = view.array<int32_t>(rest[1], uint64_t{count} * size);
   for (uint64_t token = 0; token < count && !view.code; ++token) {
     std::vector<Sum> sums(hidden, Sum{0});

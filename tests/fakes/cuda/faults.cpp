@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
@@ -18,6 +19,8 @@ std::vector<std::string> split(const std::string& text, char by) {
   for (std::string part; std::getline(in, part, by);) parts.push_back(part);
   return parts;
 }
+
+constexpr std::chrono::seconds kPatience{10};
 
 [[noreturn]] void refuse(const char* variable, const std::string& item) {
   std::fprintf(stderr, "simulated driver: cannot read %s: %s\n", variable, item.c_str());
@@ -60,6 +63,32 @@ void Faults::clear() {
 void Faults::lose(int device, CUresult code) {
   std::lock_guard lock(mutex_);
   lost_[device] = code;
+}
+
+void Faults::hold(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  held_ = name;
+  hold_ = Hold::wanted;
+}
+
+bool Faults::wait_held() {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, kPatience, [this] { return hold_ == Hold::held; });
+}
+
+bool Faults::let_go() {
+  std::lock_guard lock(mutex_);
+  const bool in_time = std::exchange(hold_, Hold::none) != Hold::late;
+  changed_.notify_all();
+  return in_time;
+}
+
+void Faults::hold_up(const char* name) {
+  std::unique_lock lock(mutex_);
+  if (hold_ != Hold::wanted || held_ != name) return;
+  hold_ = Hold::held;
+  changed_.notify_all();
+  if (!changed_.wait_for(lock, kPatience, [this] { return hold_ != Hold::held; })) hold_ = Hold::late;
 }
 
 CUresult Faults::on_call(const char* name) {
@@ -152,6 +181,7 @@ const char* error_name(CUresult code) {
     FAKE_NAME(CUDA_ERROR_NOT_FOUND)
     FAKE_NAME(CUDA_ERROR_NOT_READY)
     FAKE_NAME(CUDA_ERROR_ILLEGAL_ADDRESS)
+    FAKE_NAME(CUDA_ERROR_MISALIGNED_ADDRESS)
     FAKE_NAME(CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)
     FAKE_NAME(CUDA_ERROR_PEER_ACCESS_NOT_ENABLED)
     FAKE_NAME(CUDA_ERROR_CONTEXT_IS_DESTROYED)

@@ -2,6 +2,7 @@
 // would corrupt memory on a GPU. Thread-safe by its own lock, so that it may be asked from anywhere.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -23,6 +24,12 @@ class Faults {
   void clear();
   void lose(int device, CUresult code);
 
+  // The next call of `name` stays in the driver until it is let go, or for ten seconds; then `let_go` says no.
+  void hold(const std::string& name);
+  bool wait_held();  // until a call is held up. False: none comes
+  bool let_go();
+  void hold_up(const char* name);
+
   CUresult on_call(const char* name);  // counts the call; what it must fail with, or success
   CUresult lost(int device);           // what every call on that device gives, or success
   uint64_t calls(const std::string& name);
@@ -43,6 +50,9 @@ class Faults {
     bool forever;
   };
   std::mutex mutex_;
+  std::condition_variable changed_;
+  std::string held_;  // the call that is to be held up
+  enum class Hold { none, wanted, held, late } hold_ = Hold::none;
   std::vector<Plan> plans_;
   std::map<std::string, uint64_t> calls_, counters_;
   std::map<int, CUresult> lost_;
