@@ -16,8 +16,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm.config import driver_library
-from aiocomm.errors import LinkError, UsageError
+from aiocomm.collectives.driver import driver
+from aiocomm.errors import UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "Scratch",
     "check_budget",
     "device_of",
-    "driver",
     "kernel_source",
     "kernels_of",
     "types",
@@ -290,26 +289,6 @@ _MINOR: Final = 76
 _NON_BLOCKING: Final = 1
 _DISABLE_TIMING: Final = 2
 _RELAXED: Final = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-
-
-class _Driver:
-    """The driver's entry points by ctypes: of the library that the link uses."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(driver_library() or "libcuda.so.1")
-
-    def __call__(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(code, ctypes.byref(text))
-            called = (text.value or b"?").decode()
-            raise LinkError(f"a kernel on a GPU: {name.removesuffix('_v2')} gives {called}", code=code)
-
-
-@functools.cache
-def driver() -> _Driver:
-    return _Driver()
 
 
 def device_of(described: Description) -> int:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from aiocomm._device import NO_STREAM, part_of
-from aiocomm.collectives.kernels import Scratch, driver, kernels_of
+from aiocomm.collectives.driver import driver
+from aiocomm.collectives.kernels import Scratch, kernels_of
 from aiocomm.errors import LinkError
 from aiocomm_native import _core
 
