@@ -44,6 +44,7 @@ class Stream:
         # Both exist once the connection is authenticated: there is no talk before.
         self._seal: Seal | None = None
         self._parser: FrameParser | None = None
+        self._failure: OSError | None = None  # of a write
 
     @property
     def is_unix(self) -> bool:
@@ -137,6 +138,8 @@ class Stream:
         while True:
             data = await self._loop.sock_recv(self._sock, self._parser.wanted)
             if not data:
+                if self._failure is not None:
+                    raise self._failure  # the kernel tells it once, to whoever asks first
                 if self._parser.idle:
                     raise ConnectionClosedError("the other end closed the connection")
                 raise ProtocolError("the connection ended within a frame")
@@ -184,7 +187,11 @@ class Stream:
         return data
 
     async def _write(self, data: bytes) -> None:
-        await self._loop.sock_sendall(self._sock, data)
+        try:
+            await self._loop.sock_sendall(self._sock, data)
+        except OSError as error:
+            self._failure = error
+            raise
 
 
 def how_it_broke(error: OSError, heartbeat_s: float) -> str:
