@@ -9,7 +9,7 @@ import anyio.lowlevel
 import numpy as np
 
 from aiocomm._operations import limit_of
-from aiocomm.collectives import requests, shared
+from aiocomm.collectives import device_shared, requests, shared
 from aiocomm.collectives.call import Call
 from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
 from aiocomm.errors import LinkError, UsageError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aiocomm.collectives.quick import Prepared
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
+    from aiocomm.collectives.device_shared import DeviceShared
     from aiocomm.collectives.shared import Shared
     from aiocomm.group import Group
     from aiocomm_native import _core
@@ -117,12 +118,14 @@ class Collecting:
             plain = some is None or request.on_gpu
             dtype = np.dtype(np.uint8) if plain else some.dtype
             scope.prepared[shape] = prepare(scope, request, dtype)
-            if (arena := shared.prepare(scope, request, dtype)) is not None:
-                scope.shared[shape] = arena
+            if request.on_gpu:
+                scope.shared[shape] = device_shared.prepare(scope, request)
+            else:
+                scope.shared[shape] = shared.prepare(scope, request, dtype)
 
 
 async def _met(
-    scope: Scope, arena: Shared, number: int, outcome: int, out: Any, deadline: float | None
+    scope: Scope, arena: Shared | DeviceShared, number: int, outcome: int, out: Any, deadline: float | None
 ) -> bool:
     """Go on with a call through an arena. False: it is to be made by messages."""
     if outcome == shared.NOT_MET:

@@ -85,6 +85,7 @@ def reduced(
             on_gpu=True,
             dtype=source.dtype,
             reduction=kernels,
+            problem=problem if algorithm is None else None,
             together=operation == "all_reduce"
             and algorithm is None
             and size > 1

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from aiocomm.collectives.device_shared import DeviceShared
     from aiocomm.collectives.flight import Flight
     from aiocomm.collectives.kernels import Kernels
     from aiocomm.collectives.quick import Prepared
@@ -59,7 +60,7 @@ class Scope:
         self._spare: list[npt.NDArray[np.uint8]] = []
         self._device_spare: dict[int, list[Scratch]] = {}  # by GPU
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
-        self.shared: dict[Any, Shared] = {}  # by the shape, likewise
+        self.shared: dict[Any, Shared | DeviceShared | None] = {}  # by the shape, likewise
         self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
         self.together = True  # kernels here reach the arrays of all others, as far as is known
         self.closed = False  # in the middle of a call

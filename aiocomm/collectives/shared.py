@@ -22,9 +22,9 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from aiocomm.collectives import headers
-from aiocomm.collectives.exchange import HEADERS
 from aiocomm.collectives.flight import Flight
 from aiocomm.collectives.quick import operator_of
+from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv
 from aiocomm.errors import DeadlineExceeded, LinkError, TransferCancelled
 from aiocomm_native import _core
@@ -35,19 +35,32 @@ if TYPE_CHECKING:
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
 
-__all__ = ["DONE", "GOING_ON", "NOT_MET", "TURN", "Place", "Shared", "SharedFlight", "prepare"]
+__all__ = [
+    "DONE",
+    "GOING_ON",
+    "NOT_MET",
+    "OPEN",
+    "STUCK",
+    "TURN",
+    "ArenaFlight",
+    "Place",
+    "Shared",
+    "SharedFlight",
+    "prepare",
+]
 
 NOT_MET: Final = 0
 DONE: Final = 1
 TURN: Final = 2  # done, and other tasks should have a turn
 GOING_ON: Final = 3
-_STUCK: Final = 4
+STUCK: Final = 4
 _BROKEN: Final = 5
-_OPEN: Final = 6  # not all have come
+OPEN: Final = 6  # not all have come
 
 _KINDS: Final = {"barrier": 0, "broadcast": 1, "all_gather": 2, "all_to_all": 3, "all_reduce": 4}
 _IN_ORDER: Final = ("one_shot", "direct")  # reduce in the order of the ranks, as an arena does
 _TAG: Final = 1  # of no call: calls are numbered from 1
+_NEVER: Final = (1 << TAG_BITS) - 1  # of messages that nobody sends
 _PLACE: Final = struct.Struct("<iiQ")
 _CHUNK_BYTES: Final = 32 << 10
 _TURN_S: Final = 1e-3
@@ -152,8 +165,92 @@ class Shared:
         return SharedFlight(self._scope, self._request.operation, deadline, self._native, number, result)
 
 
-class SharedFlight(Flight):
-    """A call that has met, and goes on."""
+class ArenaFlight(Flight):
+    """Base of a call that was begun through an arena, and goes on."""
+
+    def __init__(self, scope: Scope, operation: str, deadline: float | None, number: int, result: int) -> None:
+        super().__init__(scope, operation, deadline)
+        self._result = result
+        self._missing.clear()
+        self._number = number
+        scope.enter(number, self)
+
+    # ------------------------------------------------------------ hooks
+
+    def _nobody_touches(self) -> bool:
+        """Whether no other rank uses the arrays any more, now that this one has failed."""
+        raise NotImplementedError
+
+    def _errno(self) -> int:
+        """Of memory that could not be reached after all; 0: there is none."""
+        return 0
+
+    # ------------------------------------------------------------ news of others
+
+    def _watch_others(self) -> None:
+        """Receive what is never sent: that ends where its sender is lost."""
+        for peer in range(self._group.size):
+            if peer != self._group.rank:
+                self._post(Recv, (True, peer), peer, bytearray(1), _NEVER, patient=True)
+        self._listen()
+
+    def _raise_wrong(self) -> None:
+        if self._aborted is not None:
+            raise self._explained(self._aborted)
+        if self._header_error is not None:
+            raise self._explained(self._header_error)
+        late = self._ends is not None and time.monotonic() > self._ends
+        if late and self._result != OPEN:  # else the messages say who has not called
+            raise self._explained(DeadlineExceeded("not done in time"))
+
+    async def _why_broken(self) -> BaseException:
+        """Wait for the reason, which comes as a message, unless it is here."""
+        if code := self._errno():
+            what = f"{self._operation} (call {self._number} of {self._group.label})"
+            return LinkError(
+                f"{what}: memory of a rank cannot be read or written by another ({os.strerror(code)}): "
+                "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
+            )
+        with anyio.move_on_after(0.25):
+            while self._aborted is None:
+                await self._gate.wait()
+        if self._aborted is not None:
+            return self._explained(self._aborted)
+        what = f"{self._operation} (call {self._number} of {self._group.label})"
+        return TransferCancelled(f"{what}: another rank has given it up")
+
+    # ------------------------------------------------------------ ends
+
+    async def _leave(self) -> None:
+        """Return once no other rank touches the arrays, whatever is cancelled meanwhile."""
+        cancelled: BaseException | None = None
+        with anyio.CancelScope(shield=True):
+            while not self._nobody_touches():
+                try:
+                    await anyio.sleep(_LEAVE_S)
+                except asyncio.CancelledError as error:  # Task.cancel() goes through a shield
+                    cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def _let_go(self) -> None:
+        self._over = True
+        for transfer in list(self._flying.values()):
+            transfer.cancel()
+        await self._gate.wait_shielded(lambda: not self._flying)
+
+    def _header_ended(self, index: int) -> None:
+        """Nothing is sent there; see `_watch_others`."""
+
+    def _data_ended(self, index: int, nbytes: int | None) -> None:
+        """What is written into others' memory is told to them by the arena."""
+
+    def _has_work(self) -> bool:
+        return False
+
+
+class SharedFlight(ArenaFlight):
+    """A call on host arrays that has met, or has not yet."""
 
     def __init__(
         self,
@@ -164,11 +261,8 @@ class SharedFlight(Flight):
         number: int,
         result: int,
     ) -> None:
-        super().__init__(scope, operation, deadline)
-        self._native, self._result = native, result
-        self._missing.clear()
-        self._number = number
-        scope.enter(number, self)
+        super().__init__(scope, operation, deadline, number, result)
+        self._native = native
 
     async def run(self) -> bool:
         """Go on to the end. False: the ranks have not met, and the call is to be made by messages.
@@ -182,7 +276,7 @@ class SharedFlight(Flight):
             while self._result > TURN:
                 if self._result == _BROKEN:
                     raise await self._why_broken()
-                if self._result in (GOING_ON, _OPEN):
+                if self._result in (GOING_ON, OPEN):
                     moved = time.monotonic()
                     await anyio.lowlevel.checkpoint()
                 else:
@@ -192,7 +286,7 @@ class SharedFlight(Flight):
                         watched = True
                         self._watch_others()
                 self._raise_wrong()
-                if self._native.moved > _THREAD_BYTES and self._result != _OPEN:
+                if self._native.moved > _THREAD_BYTES and self._result != OPEN:
                     self._result = await anyio.to_thread.run_sync(self._native.proceed, _THREAD_S)
                 else:
                     self._result = self._native.proceed(_TURN_S)
@@ -211,64 +305,11 @@ class SharedFlight(Flight):
         finally:
             del self._scope.calls[self._number]
 
-    def _watch_others(self) -> None:
-        """Receive what is never sent: that ends where its sender is lost."""
-        for peer in range(self._group.size):
-            if peer != self._group.rank:
-                self._post(Recv, (True, peer), peer, bytearray(1), HEADERS, patient=True)
-        self._listen()
+    def _nobody_touches(self) -> bool:
+        return self._native.abandon()
 
-    def _raise_wrong(self) -> None:
-        if self._aborted is not None:
-            raise self._explained(self._aborted)
-        if self._header_error is not None:
-            raise self._explained(self._header_error)
-        late = self._ends is not None and time.monotonic() > self._ends
-        if late and self._result != _OPEN:  # else the messages say who has not called
-            raise self._explained(DeadlineExceeded("not done in time"))
-
-    async def _why_broken(self) -> BaseException:
-        """Wait for the reason, which comes as a message, unless it is here."""
-        if code := self._native.error:
-            what = f"{self._operation} (call {self._number} of {self._group.label})"
-            return LinkError(
-                f"{what}: memory of a rank cannot be read or written by another ({os.strerror(code)}): "
-                "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
-            )
-        with anyio.move_on_after(0.25):
-            while self._aborted is None:
-                await self._gate.wait()
-        if self._aborted is not None:
-            return self._explained(self._aborted)
-        what = f"{self._operation} (call {self._number} of {self._group.label})"
-        return TransferCancelled(f"{what}: another rank has given it up")
-
-    async def _leave(self) -> None:
-        """Return once no other rank touches the arrays, whatever is cancelled meanwhile."""
-        cancelled: BaseException | None = None
-        with anyio.CancelScope(shield=True):
-            while not self._native.abandon():
-                try:
-                    await anyio.sleep(_LEAVE_S)
-                except asyncio.CancelledError as error:  # Task.cancel() goes through a shield
-                    cancelled = error
-        if cancelled is not None:
-            raise cancelled
-
-    async def _let_go(self) -> None:
-        self._over = True
-        for transfer in list(self._flying.values()):
-            transfer.cancel()
-        await self._gate.wait_shielded(lambda: not self._flying)
-
-    def _header_ended(self, index: int) -> None:
-        """Nothing is sent there; see `_watch_others`."""
-
-    def _data_ended(self, index: int, nbytes: int | None) -> None:
-        """There are no messages of data."""
-
-    def _has_work(self) -> bool:
-        return False
+    def _errno(self) -> int:
+        return self._native.error
 
 
 def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Shared | None:

@@ -261,6 +261,39 @@ class SharedCall:
     def moved(self) -> int:
         """Bytes that it copies to or from the arena here."""
 
+class DeviceCall:
+    """
+    One rank's part of a collective of GPU arrays of one shape through an arena.
+    """
+
+    def __init__(self, arena: Arena, ranks: Sequence[int], channel: int, header: bytes, in_bytes: int, out_bytes: int, item: int, parts: Sequence[tuple[Sequence[tuple[int, tuple[int, int, int], int, int]], Sequence[tuple[int, int]]]], awaits: Sequence[int]) -> None: ...
+
+    def combine(self, function: int, device: int, blocks: int, threads: int, divide_by: int) -> None:
+        """Have this rank's part made by a kernel."""
+
+    def attempt(self, engine: Engine, number: int, given: object | None, out: object | None) -> int:
+        """
+        Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all have come yet.
+        """
+
+    def proceed(self, engine: Engine) -> int:
+        """Go on with it; as `attempt`."""
+
+    def take(self, engine: Engine) -> list:
+        """Transfers that `proceed` has to wait for."""
+
+    def decline(self) -> None:
+        """It is to be made by messages, as all ranks have found."""
+
+    def give_up(self) -> None:
+        """Fail, for all ranks."""
+
+    def let_go(self) -> None:
+        """All that `take` gave has ended."""
+
+    def left(self, engine: Engine) -> bool:
+        """Whether nobody else touches the arrays any more."""
+
 class Repeats:
     """Numbered calls of one scope, and those that repeat."""
 

@@ -9,6 +9,7 @@ void bind_engine(nb::module_& m);
 void bind_schedule(nb::module_& m);
 void bind_repeats(nb::module_& m);
 void bind_shared(nb::module_& m);
+void bind_device_call(nb::module_& m);
 void bind_device_memory(nb::module_& m);
 }  // namespace aiocomm::py
 void bind_expert_tables(nb::module_& m);
@@ -27,6 +28,7 @@ NB_MODULE(_core, m) {
   aiocomm::py::bind_engine(m);
   aiocomm::py::bind_schedule(m);
   aiocomm::py::bind_shared(m);
+  aiocomm::py::bind_device_call(m);
   aiocomm::py::bind_repeats(m);
   bind_expert_tables(m);
   bind_experts(m);

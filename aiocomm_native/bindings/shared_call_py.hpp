@@ -18,114 +18,24 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "bindings/meeting.hpp"
 #include "bindings/schedule.hpp"
 #include "core/clock.hpp"
 #include "core/cma.hpp"
 #include "core/direct_call.hpp"
-#include "core/patience.hpp"
-#include "core/relax.hpp"
 #include "core/shared_call.hpp"
-#include "core/way_choice.hpp"
 
 namespace aiocomm::py {
 
 namespace nb = nanobind;
-
-// In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
-// get a turn.
-inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
-// kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
-inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
-// Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
-inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
-
-inline size_t cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? static_cast<size_t>(CPU_COUNT(&set)) : 1;
-}
-
-inline constexpr uint64_t kQuickBytes =
-    64 << 10;  // moved by a call for which nobody else has to get the interpreter
-
-// Lets others have the interpreter, once this thread waits: what takes less than a microsecond does not.
-class Unlocked {
- public:
-  explicit Unlocked(bool already = false) : already_(already) {}
-  void now() {
-    if (!already_ && !lock_) lock_.emplace();
-  }
-  void over() { lock_.reset(); }
-
- private:
-  const bool already_;
-  std::optional<nb::gil_scoped_release> lock_;
-};
-
-// What the calls of one group on one channel have in common at this rank.
-struct Meeting {
-  Meeting(std::shared_ptr<Arena> with, size_t own) : arena(std::move(with)), rank(own) {
-    crowded = arena->ranks() > cores();
-  }
-  // `large`: of a call that takes longer than a sleep.
-  void wait(uint64_t now, uint64_t began, bool large = false) const {
-    if (large && crowded && now - began > kKeepCoreNs)
-      std::this_thread::sleep_for(std::chrono::nanoseconds(kNapNs));
-    else if (crowded || now - began > kKeepCoreNs)
-      sched_yield();
-    else
-      relax();
-  }
-
-  // `of`: the processes of the ranks, -1: not one whose memory can be reached. They are found once all have told theirs.
-  void set_processes(std::vector<pid_t> of) {
-    if (!processes.empty()) return;
-    processes = std::move(of);
-    processes.resize(arena->ranks(), -1);
-    processes[rank] = getpid();
-    if (std::find(processes.begin(), processes.end(), -1) != processes.end()) return;
-    arena->set_probe(rank, reinterpret_cast<uint64_t>(&word));
-    looks = true;
-  }
-  void look_for_others() {
-    for (size_t other = 0; other < arena->ranks(); ++other)
-      if (!arena->probe(other)) return;
-    looks = false;
-    for (size_t other = 0; other < arena->ranks(); ++other) {
-      if (!arena->is_rank(other, processes[other])) return;
-    }
-    reaches = true;
-    arena->set_reaches(rank);
-  }
-  bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
-
-  const std::shared_ptr<Arena> arena;
-  const size_t rank;
-  uint64_t word = arena->nonce();  // by which others know this process
-  std::vector<pid_t> processes;    // by rank; empty: not known yet
-  bool looks = false, reaches = false;
-  bool crowded;  // who waits keeps from running whom it waits for
-  Patience patience;
-  uint64_t met = 0;    // the last call that did
-  std::string header;  // that is in the arena
-  // Rank 0's last call that ended: how long it took all ranks is known once all have ended it.
-  struct {
-    std::shared_ptr<WayChoice> choice;
-    size_t way = 0;
-  } ran;
-  uint64_t turn_began = 0;
-};
 
 class PySharedCall {
  public:
@@ -248,7 +158,7 @@ class PySharedCall {
 
   void give_up() {
     Arena& arena = *meeting_->arena;
-    if (!open_ || arena.close(number_) == Arena::Meeting::met) arena.set_broken();  // who goes on ends soon
+    if (!open_ || meeting_->leave(number_)) arena.set_broken();  // who goes on ends soon
     std::lock_guard lock(mutex_);
     open_ = false;
     running_ = false;
@@ -295,74 +205,27 @@ class PySharedCall {
 
   // kPending: all ranks have met.
   Result meet(bool waits, const std::byte* in, std::byte* out, Unlocked& unlocked) {
-    Meeting& m = *meeting_;
-    Arena& arena = *m.arena;
-    const uint64_t began = now_ns();
-    uint64_t now = began;
-    if (arena.broken()) return kNotMet;
-    while (!arena.all_done(m.met)) {
-      unlocked.now();
-      if (!waits || now - began > kMeetNs) return kNotMet;
-      m.wait(now, began);
-      now = now_ns();
-    }
-    waits = waits && m.patience.may_spin(now);
-    if (m.header != header_)  // else it is there, and in the others' caches
-      std::memcpy(arena.header(m.rank), header_.data(), header_.size()), m.header = header_;
-    begin(in, out);
-    Arena::Meeting state = arena.arrive(number_);
-    if (state == Arena::Meeting::open && waits) {
-      unlocked.now();
-      do {
-        m.wait(now, began, large());
-        state = arena.look(number_);
-      } while (state == Arena::Meeting::open && (now = now_ns()) - began < kMeetNs);
-      if (state == Arena::Meeting::open && large()) {
-        open_ = true;
-        closes_ns_ = began + kMeetNs + rings_.moved() / kWaitBytes;
-        return kOpen;
-      }
-      if (state == Arena::Meeting::open) state = arena.close(number_);
-      m.patience.spun(state == Arena::Meeting::met, false, began, now, kMeetNs);
-    } else if (state == Arena::Meeting::open) {
-      state = arena.close(number_);
-    }
-    return judge(state);
+    const uint64_t stays = large() ? 1 + rings_.moved() / kWaitBytes : 0;
+    return begun(meeting_->meet(number_, header_, waits, large(), waits ? stays : 0, unlocked,
+                                [&] { begin(in, out); }));
   }
 
-  bool large() const { return rings_.moved() >= kWorthWaiting; }
-
-  // Whether all ranks have met by now; where they lack a core for that, a little later.
   Result look() {
-    Arena::Meeting state = meeting_->arena->look(number_);
-    const uint64_t began = now_ns();
-    for (uint64_t now = began; meeting_->crowded && state == Arena::Meeting::open && now - began < kMeetNs;
-         now = now_ns()) {
-      meeting_->wait(now, 0, true);
-      state = meeting_->arena->look(number_);
-    }
-    if (state == Arena::Meeting::open) {
-      if (now_ns() < closes_ns_) return kOpen;
-      state = meeting_->arena->close(number_);
-    }
-    open_ = false;
-    return judge(state);
+    return begun(
+        meeting_->look(number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }));
   }
 
-  Result judge(Arena::Meeting state) {
-    if (state != Arena::Meeting::met) return kNotMet;
-    Meeting& m = *meeting_;
-    Arena& arena = *m.arena;
-    m.met = number_;
-    for (size_t rank = 0; rank < arena.ranks(); ++rank)
-      if (std::memcmp(arena.header(rank), header_.data(), header_.size()) != 0) {
-        arena.set_done(m.rank, number_);  // all see that, and say by messages what is wrong
-        return kNotMet;
-      }
+  Result begun(Meeting::Begun how) {
+    open_ = how == Meeting::Begun::open;
+    if (open_) return kOpen;
+    if (how == Meeting::Begun::not_met) return kNotMet;
+    const Arena& arena = *meeting_->arena;
     direct_now_ = direct_.pays() && arena.way() == Arena::Way::direct && arena.all_told();
     if (direct_.pays()) met_ns_ = now_ns();
     return kPending;
   }
+
+  bool large() const { return rings_.moved() >= kWorthWaiting; }
 
   Result run(uint64_t ns, Unlocked& unlocked) {
     Meeting& m = *meeting_;
@@ -414,7 +277,7 @@ class PySharedCall {
   Seen seen_in_, seen_out_;
   std::mutex mutex_;  // who goes on with a call, and who gives it up
   std::atomic<bool> running_{false}, open_{false};
-  uint64_t number_ = 0, closes_ns_ = 0;
+  uint64_t number_ = 0;
   uint32_t looks_ = 0;
   std::unique_ptr<Arrays> arrays_;
 };

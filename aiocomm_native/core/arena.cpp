@@ -28,6 +28,12 @@ struct Arena::Control {
     std::atomic<uint64_t> given{0}, out{0}, probe{0}, took{0};
     std::atomic<uint32_t> way{0}, reaches{0};
   };
+  struct alignas(64) Words {
+    std::atomic<uint32_t> ready{0}, unable{0}, parts{0};
+  };
+  struct alignas(64) Lent {
+    Places places;
+  };
   uint64_t nonce = 0;
   std::atomic<uint32_t> broken{0};
   Counter word;  // the number of a call, whether it is closed, how many have arrived
@@ -35,12 +41,14 @@ struct Arena::Control {
   Row read[kRanks];                     // by reader
   Row claimed[kRanks], pushed[kRanks];  // by writer
   Told told[kRanks];
+  Words words[kRanks];
+  Lent lent[kRanks];
 };
 
 namespace {
 
 constexpr uint64_t kClosed = 1 << 7, kArrived = kClosed - 1, kCallShift = 8;
-constexpr uint64_t kControlBytes = 16384;
+constexpr uint64_t kControlBytes = 32768;
 
 uint64_t of_call(uint64_t counter, uint64_t call) {
   return counter >> Arena::kCountBits == call ? counter & ((1ull << Arena::kCountBits) - 1) : 0;
@@ -248,6 +256,39 @@ void Arena::leave(size_t rank) { control_->entered[rank].value.store(0, std::mem
 
 bool Arena::entered(size_t rank) const {
   return control_->entered[rank].value.load(std::memory_order_seq_cst) != 0;
+}
+
+void Arena::lend(size_t rank, const Places& places) { control_->lent[rank].places = places; }
+
+Arena::Places Arena::lent(size_t rank) const { return control_->lent[rank].places; }
+
+namespace {
+// What copy threads look at is one word in memory, like any other gate.
+Gate gate_of(const std::atomic<uint32_t>& word, uint32_t value) {
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
+  return {reinterpret_cast<const volatile uint32_t*>(&word), value};
+}
+}  // namespace
+
+void Arena::set_ready(size_t rank, uint64_t call, bool able) {
+  if (!able) control_->words[rank].unable.store(word_of(call, 1), std::memory_order_relaxed);
+  control_->words[rank].ready.store(word_of(call, 1), std::memory_order_release);
+}
+
+Gate Arena::ready(size_t rank, uint64_t call) const {
+  return gate_of(control_->words[rank].ready, word_of(call, 1));
+}
+
+bool Arena::unable(size_t rank, uint64_t call) const {
+  return control_->words[rank].unable.load(std::memory_order_acquire) == word_of(call, 1);
+}
+
+void Arena::set_parts(size_t rank, uint64_t call, uint32_t parts) {
+  control_->words[rank].parts.store(word_of(call, parts), std::memory_order_release);
+}
+
+Gate Arena::parts(size_t rank, uint64_t call, uint32_t parts) const {
+  return gate_of(control_->words[rank].parts, word_of(call, parts));
 }
 
 void Arena::set_took(size_t rank, uint64_t ns) {

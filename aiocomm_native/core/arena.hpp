@@ -13,6 +13,9 @@
 //     first. Who touches another's arrays has entered; who gives a call up waits until all have left.
 //   - What others write is not trusted with anything but the bytes of the result, and with when they come. Where arrays
 //     are is believed for the process that the link knows the rank by, and for no other.
+//   - Of device memory only its places go through the arena, and words of 32 bits: by which copy threads see that a rank's
+//     memory may be touched (`ready`), or that it cannot take part after all (`unable`), and what it has moved (`parts`).
+//     The upper bits of a word are the call's number.
 //   - A call that has met and fails at some rank breaks the arena for good: the group goes on by messages.
 #pragma once
 
@@ -22,6 +25,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+
+#include "core/device.hpp"
 
 namespace aiocomm {
 
@@ -82,6 +87,23 @@ class Arena {
   bool enter(size_t rank);  // false: the arena is broken
   void leave(size_t rank);
   bool entered(size_t rank) const;
+
+  // Of device memory. A call has fewer than kParts parts.
+  static constexpr uint32_t kParts = 64;
+  struct Places {
+    DevicePlace in, out;  // without an owner: there is none
+    bool willing = false;  // that others reach them
+  };
+  void lend(size_t rank, const Places& places);  // before it arrives
+  Places lent(size_t rank) const;                // once a call has met
+  static uint32_t word_of(uint64_t call, uint32_t parts) {
+    return static_cast<uint32_t>(call) * kParts + parts;
+  }
+  void set_ready(size_t rank, uint64_t call, bool able);
+  Gate ready(size_t rank, uint64_t call) const;
+  bool unable(size_t rank, uint64_t call) const;
+  void set_parts(size_t rank, uint64_t call, uint32_t parts);
+  Gate parts(size_t rank, uint64_t call, uint32_t parts) const;
 
   // How long its part of the last call took, in ns: before it is done.
   void set_took(size_t rank, uint64_t ns);

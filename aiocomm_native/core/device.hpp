@@ -71,7 +71,17 @@ struct Gate {
   }
 };
 
-// One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has.
+// The others of an op on memory of several ranks: nobody touches any of it before all have given their word. Called by
+// whoever makes progress.
+struct Company {
+  virtual ~Company() = default;
+  virtual void ready(bool able) = 0;  // our memory may be touched, and we reach theirs; or we do not
+  virtual bool able() const = 0;      // all are, once all have given their word
+  virtual void ended() = 0;           // the op, with all of its bytes in place
+};
+
+// One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has. Or copies from
+// memory of ours into theirs, in their order.
 struct KernelCall {
   struct Far {
     Rank owner = -1;
@@ -88,6 +98,16 @@ struct KernelCall {
   std::vector<Far> far;
   std::vector<Gate> gates;  // it is launched once all are open; the caller keeps what they are of
   bool awaited = false;     // the loop looks for its end from the beginning
+
+  struct Copy {
+    int64_t far = -1;  // whose memory is written, of `far`; -1: ours
+    uint64_t offset = 0;  // there; the address, if it is ours
+    uint64_t from = 0, nbytes = 0;
+  };
+  std::vector<Copy> copies;  // instead of a launch
+  std::shared_ptr<Company> company;
+  std::vector<Gate> words;  // of the company: awaited once `gates` are open, and our own word is given
+  bool speaks = false;      // this op gives it
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.
@@ -142,6 +162,8 @@ struct MoveJob {
   int error = 0;                  // the driver's
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
+  bool in_order = false;          // behind the copies that came before, whatever devices they are for
+  bool unscheduled = false;       // no scheduler has given it room
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched
   const Gather* gather = nullptr;  // of the op, for its rows

@@ -110,6 +110,11 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
       continue;
     }
     DeviceBuffer& gpu = *op->gpu;
+    if (gpu.kernel) {
+      if (chunk->last) gpu.in_sched = false;
+      post_copies(*op, *chunk);
+      continue;
+    }
     MoveJob job;
     job.op = op->id;
     job.offset = chunk->offset;
@@ -178,7 +183,7 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     MoveJob& job = jobs[i];
     DeviceQueue& queue = queue_of(job.device, job.lane);
-    if (job.lane != Lane::in && !job.kernel) {
+    if (job.lane != Lane::in && !job.unscheduled) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
       uint64_t elapsed = 0;
       if (job.nbytes >= kRated && job.ended_ns >= began && !job.local) {
@@ -203,9 +208,12 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       engine_.settle(*op);
     } else if (job.error) {
       fail(*op, job.error);
-    } else if (job.kernel) {
-      op->moved = op->nbytes;
+    } else if (gpu.kernel) {
+      op->moved = job.kernel ? op->nbytes : op->moved + job.nbytes;
       op->path = Path::device;
+      if (!job.kernel && !job.local) engine_.counters_[index_].bytes_sent += job.nbytes;
+      if (op->moved < op->nbytes) continue;
+      if (gpu.kernel->company) gpu.kernel->company->ended();
       engine_.finish(*op, Code::ok);
     } else if (job.lane == Lane::in) {
       gpu.landed += job.nbytes;

@@ -1,6 +1,9 @@
-// Kernels that read and write memory of several ranks. All of them have agreed to that, by messages of their own, before
-// one is launched, and hear from each other afterwards that they are over; here is only how one rank launches its own.
+// Kernels that read and write memory of several ranks, and copies into memory of several. All of them have agreed to that,
+// by messages of their own, before one begins, and hear from each other afterwards that they are over; here is only what
+// one rank does. In company (Company) the last word before it is given here: that this rank's memory may be touched, and
+// that it reaches the others'.
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -11,6 +14,7 @@ namespace aiocomm {
 
 namespace {
 constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
+constexpr uint64_t kFewBytes = 1 << 20;  // of an op whose copies share a stream: one word tells that they have ended
 }
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
@@ -55,9 +59,10 @@ void DeviceProtocol::start_kernel(Op& op) {
       gpu.waiting = true;
       return;
     }
-    if (reach.state == Reach::State::refused || !reach.direct) {
+    if (reach.state == Reach::State::refused || (kernel.function && !reach.direct)) {
       staged_because(*peer, reach.direct ? reach.reason : "the GPUs have no access to each other's memory");
       op.peer = far.owner;
+      if (kernel.speaks) kernel.company->ready(false);
       return engine_.end_early(op, Code::unreachable);
     }
     far.mapping = std::move(reach.mapping);
@@ -65,6 +70,15 @@ void DeviceProtocol::start_kernel(Op& op) {
     const uint64_t address = reach.base + within;
     std::memcpy(kernel.argument.data() + far.at, &address, sizeof address);
   }
+  if (kernel.speaks) kernel.company->ready(true);
+  kernel.speaks = false;
+  for (const Gate& word : kernel.words) {
+    if (word.open()) continue;
+    gpu.waiting = true;
+    return mover_->await_gate(word, gpu.device, op.id);
+  }
+  if (kernel.company && !kernel.company->able()) return engine_.end_early(op, Code::unreachable);
+  if (!kernel.function) return start_copies(op);
   MoveJob job;
   job.op = op.id;
   job.nbytes = op.nbytes;
@@ -72,12 +86,76 @@ void DeviceProtocol::start_kernel(Op& op) {
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.kernel = &kernel;
-  job.local = true;
+  job.local = job.unscheduled = true;
   job.early = !kernel.awaited;
   job.slow_ns = kLaunchNs;
-  ++gpu.inflight;
-  DeviceQueue& queue = queue_of(gpu.device, Lane::peer);
+  post_or_keep(op, job);
+}
+
+void DeviceProtocol::post_or_keep(Op& op, const MoveJob& job) {
+  ++op.gpu->inflight;
+  DeviceQueue& queue = queue_of(op.gpu->device, Lane::peer);
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
+}
+
+// What goes to others takes its turn with all that goes there; what stays does not go by the same engines.
+void DeviceProtocol::start_copies(Op& op) {
+  DeviceBuffer& gpu = *op.gpu;
+  gpu.role = Role::push;
+  op.path = Path::device;
+  uint64_t away = 0;
+  for (const KernelCall::Copy& copy : gpu.kernel->copies)
+    if (copy.far >= 0) away += copy.nbytes;
+  if (op.nbytes == 0) {
+    gpu.kernel->company->ended();
+    return engine_.finish(op, Code::ok);
+  }
+  if (away) queue_move(op, Lane::peer, away);
+  for (const KernelCall::Copy& copy : gpu.kernel->copies) {
+    if (copy.far >= 0) continue;
+    MoveJob job;
+    job.op = op.id;
+    job.to = copy.offset;
+    job.from = copy.from;
+    job.nbytes = copy.nbytes;
+    job.device = static_cast<uint8_t>(gpu.device);
+    job.cls = engine_.channels_[op.channel].cls;
+    job.posted_ns = engine_.now();
+    job.local = job.unscheduled = true;
+    job.in_order = op.nbytes <= kFewBytes;
+    post_or_keep(op, job);
+  }
+}
+
+// Of the bytes that go to others, those that a chunk has.
+void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
+  const KernelCall& call = *op.gpu->kernel;
+  uint64_t at = 0;  // where a copy begins
+  for (const KernelCall::Copy& copy : call.copies) {
+    if (copy.far < 0) continue;
+    const uint64_t begin = std::max(at, chunk.offset), end = std::min(at + copy.nbytes, chunk.offset + chunk.nbytes);
+    if (begin < end) {
+      const KernelCall::Far& far = call.far[static_cast<size_t>(copy.far)];
+      uint64_t address;
+      std::memcpy(&address, call.argument.data() + far.at, sizeof address);
+      MoveJob job;
+      job.op = op.id;
+      job.to = address + copy.offset + (begin - at);
+      job.from = copy.from + (begin - at);
+      job.nbytes = end - begin;
+      job.offset = begin;
+      job.device = static_cast<uint8_t>(op.gpu->device);
+      std::memcpy(&job.other, far.place.uuid.data(), sizeof job.other);
+      job.cls = chunk.cls;
+      job.posted_ns = engine_.now();
+      job.in_order = true;
+      job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
+      if (!job.local)
+        engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);
+      post_or_keep(op, job);
+    }
+    at += copy.nbytes;
+  }
 }
 
 }  // namespace aiocomm

@@ -114,6 +114,11 @@ class DeviceProtocol final : public MoverHost {
   void pump(DeviceQueue& queue);
   void limit_window(DeviceQueue& queue);
 
+  // device_kernel.cpp
+  void start_copies(Op& op);
+  void post_copies(Op& op, const Scheduler::Chunk& chunk);
+  void post_or_keep(Op& op, const MoveJob& job);
+
   // device_ends.cpp
   void fail(Op& op, int error);
 

@@ -200,6 +200,7 @@ void Device::give_back(const Gate& gate) {
 
 size_t Device::stream_of(const MoveJob& job) {
   if (job.kernel) return kKernels;
+  if (job.in_order) return job.cls > 1 ? kUrgent : 0;
   if (job.local) return kLocal;
   if (job.lane == Lane::out) return kOut;
   if (job.lane == Lane::in) return kIn;

@@ -1,0 +1,401 @@
+// Calls on GPU arrays through an arena: see device_call_py.hpp.
+
+#include "bindings/device_call_py.hpp"
+
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "core/relax.hpp"
+
+using namespace nanobind::literals;
+
+namespace aiocomm::py {
+
+// What this rank has in place, part by part; told under the engine's token.
+struct DeviceCall::Progress {
+  void ended(uint32_t part) {
+    done[part] = true;
+    while (first < done.size() && done[first]) ++first;
+    arena->set_parts(rank, call, first);
+  }
+  std::shared_ptr<Arena> arena;
+  size_t rank;
+  uint64_t call;
+  std::vector<bool> done;
+  uint32_t first = 0;  // that has not ended
+};
+
+struct DeviceCall::Word final : Company {
+  Word(std::shared_ptr<Progress> of, uint32_t number) : progress(std::move(of)), part(number) {}
+  void ready(bool able) override { progress->arena->set_ready(progress->rank, progress->call, able); }
+  bool able() const override {
+    for (size_t rank = 0; rank < progress->arena->ranks(); ++rank)
+      if (progress->arena->unable(rank, progress->call)) return false;
+    return true;
+  }
+  void ended() override { progress->ended(part); }
+  const std::shared_ptr<Progress> progress;
+  const uint32_t part;
+};
+
+DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
+                       uint64_t in_bytes, uint64_t out_bytes, uint64_t item, std::vector<Part> parts,
+                       std::vector<uint32_t> awaits)
+    : meeting_(std::move(meeting)),
+      ranks_(std::move(ranks)),
+      channel_(channel),
+      header_(header.c_str(), header.size()),
+      needs_{in_bytes, out_bytes},
+      item_(item),
+      parts_(std::move(parts)),
+      awaits_(std::move(awaits)),
+      flights_(std::max<size_t>(1, parts_.size())) {
+  const size_t size = meeting_->arena->ranks();
+  if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
+  if (ranks_.size() != size || awaits_.size() != size || parts_.empty() || parts_.size() >= Arena::kParts || !item)
+    throw nb::value_error("not a call of this group");
+  for (const auto& [moves, after] : parts_) {
+    uint64_t moved = 0;
+    for (const auto& [rank, span, buffer, start] : moves) {
+      const Span source(span);
+      if (rank >= size || source.buffer < 0 || source.buffer > kOut || buffer < 0 || buffer > kOut ||
+          source.stop < source.start || source.stop > needs_[static_cast<size_t>(source.buffer)])
+        throw nb::value_error("a move from or to no buffer");
+      moved += source.nbytes();
+    }
+    for (const auto& [rank, count] : after)
+      if (rank >= size || count >= Arena::kParts) throw nb::value_error("a part that waits for none");
+    most_moved_ = std::max(most_moved_, moved);
+  }
+  most_moved_ = std::max({most_moved_, in_bytes, out_bytes});
+}
+
+void DeviceCall::combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t divide_by) {
+  if (!function || !blocks || !threads || ranks_.size() > kMostTogether || parts_.size() != 1)
+    throw nb::value_error("nothing that could be launched");
+  combining_ = {function, device, blocks, threads, static_cast<uint32_t>(item_), divide_by};
+}
+
+int DeviceCall::attempt(Self self, uint64_t number, nb::handle given, nb::handle out) {
+  PyEngine& e = *self.p;
+  if (running_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
+  Mover* mover = e.engine->mover();
+  std::array<Lent, 2> lent;
+  if (!mover || !lent[kIn].bind(given.ptr(), *mover) || !lent[kOut].bind(out.ptr(), *mover)) return kNotMet;
+  for (size_t i = 0; i < lent.size(); ++i)
+    if (lent[i].nbytes != needs_[i] || reinterpret_cast<uintptr_t>(lent[i].data) % item_) return kNotMet;
+  const Lent &in = lent[kIn], &into = lent[kOut];
+  if ((!in.gpu && !into.gpu) || (in.gpu && into.gpu && in.gpu->device != into.gpu->device) || in.overlaps(into))
+    return kNotMet;
+  for (const auto& [start, nbytes] : e.receiving)
+    if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
+  for (size_t i = 0; i < lent.size(); ++i) {
+    arrays_[i].gpu = std::move(lent[i].gpu);
+    arrays_[i].data = lent[i].data;
+    arrays_[i].nbytes = lent[i].nbytes;
+  }
+  if (combining_ && home().device != combining_.device) return kNotMet;
+  keeps_ = nb::make_tuple(nb::borrow(given), nb::borrow(out));
+  number_ = number;
+  trouble_ = voted_down_ = false;
+  const bool waits = loop_has_nothing_else(&e);
+  Result result;
+  {
+    Unlocked unlocked;
+    unlocked.now();
+    const bool large = most_moved_ / kRate > kLingerNs;
+    const auto how = meeting_->meet(number_, header_, waits, large, kStaysNs + most_moved_ / kWaitBytes, unlocked,
+                                    [&] { prepare(*e.engine); });
+    result = begun(e, how, waits);
+  }
+  for (Op* op : std::exchange(others_, {})) {
+    end_transfer(static_cast<Transfer*>(op->cookie));
+    e.ended_outside = true;
+  }
+  running_ = result > kDoneTurn;
+  if (!running_) over();
+  return result;
+}
+
+int DeviceCall::proceed(Self self) {
+  if (!running_) return kNotMet;
+  PyEngine& e = *self.p;
+  Result result;
+  {
+    nb::gil_scoped_release release;
+    if (open_)
+      result = begun(e, meeting_->look(number_, header_, [&] { prepare(*e.engine); }), false);
+    else
+      result = run(e, false);
+  }
+  for (Op* op : std::exchange(others_, {})) {
+    end_transfer(static_cast<Transfer*>(op->cookie));
+    e.ended_outside = true;
+  }
+  running_ = result > kDoneTurn;
+  if (!running_) over();
+  return result;
+}
+
+// Where the arrays are, before all have met.
+void DeviceCall::prepare(Engine& engine) {
+  Arena::Places places;
+  bool willing = true;
+  places.in = place_of(engine, arrays_[kIn], willing);
+  places.out = place_of(engine, arrays_[kOut], willing);
+  places.willing = willing;
+  meeting_->arena->lend(meeting_->rank, places);
+}
+
+DevicePlace DeviceCall::place_of(Engine& engine, const Lent& lent, bool& willing) const {
+  if (!lent.gpu) return {};
+  const std::unique_ptr<DeviceBuffer> whole = engine.mover()->part(*lent.gpu, 0, lent.nbytes);
+  for (size_t rank = 0; rank < ranks_.size(); ++rank)
+    if (rank != meeting_->rank) willing = willing && engine.share(ranks_[rank], *whole);
+  return whole->place;
+}
+
+DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool lingers) {
+  open_ = how == Meeting::Begun::open;
+  if (open_) return kOpen;
+  if (how == Meeting::Begun::not_met) return kNotMet;
+  const Result result = launch(e);
+  return result == kGoing ? run(e, lingers) : result;
+}
+
+DeviceCall::Result DeviceCall::launch(PyEngine& e) {
+  Arena& arena = *meeting_->arena;
+  Engine& engine = *e.engine;
+  places_.clear();
+  for (size_t rank = 0; rank < ranks_.size(); ++rank) places_.push_back(arena.lent(rank));
+  if (std::any_of(places_.begin(), places_.end(), [](const auto& one) { return !one.willing; })) {
+    arena.set_done(meeting_->rank, number_);
+    return kNotMet;
+  }
+  if (!arena.enter(meeting_->rank)) return kBroken;
+  entered_ = true;
+  auto progress = std::make_shared<Progress>(meeting_->arena, meeting_->rank, number_, std::vector<bool>(parts_.size()));
+  arena.set_parts(meeting_->rank, number_, 0);
+  std::fill(flights_.begin(), flights_.end(), SilentOp{});
+  flying_ = parts_.size();
+  Mover& mover = *engine.mover();
+  const int device = home().device;
+  mover.hold(device);
+  for (size_t index = 0; index < parts_.size(); ++index) {
+    std::unique_ptr<DeviceBuffer> gpu;
+    if (combining_) gpu = kernel(engine);
+    if (!gpu) gpu = copies(engine, parts_[index]);
+    post(engine, index, std::move(gpu), std::get<1>(parts_[index]), progress);
+  }
+  mover.let_go(device);
+  return kGoing;
+}
+
+std::unique_ptr<DeviceBuffer> DeviceCall::kernel(Engine& engine) const {
+  std::vector<Offer> offers(ranks_.size());
+  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+    const Arena::Places& places = places_[rank];
+    offers[rank].out = places.out;
+    offers[rank].in = places.in.owner ? places.in : places.out;
+  }
+  const Lent& in = arrays_[kIn].gpu ? arrays_[kIn] : arrays_[kOut];
+  return combination(engine, combining_, ranks_, meeting_->rank, in, arrays_[kOut],
+                     reinterpret_cast<const std::byte*>(offers.data()), sizeof(Offer));
+}
+
+std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine, const Part& part) const {
+  auto call = std::make_unique<KernelCall>();
+  std::vector<int64_t> found(ranks_.size() * 2, -1);  // of `far`, by rank and buffer
+  auto far_of = [&](size_t rank, int buffer, uint64_t stop) {
+    int64_t& at = found[rank * 2 + static_cast<size_t>(buffer)];
+    if (at < 0) {
+      at = static_cast<int64_t>(call->far.size());
+      KernelCall::Far far;
+      far.owner = ranks_[rank];
+      far.place = buffer == kIn ? places_[rank].in : places_[rank].out;
+      far.at = call->far.size() * sizeof(uint64_t);
+      call->far.push_back(far);
+    }
+    uint64_t& nbytes = call->far[static_cast<size_t>(at)].nbytes;
+    nbytes = std::max(nbytes, stop);
+    return at;
+  };
+  for (const auto& [rank, span, buffer, start] : std::get<0>(part)) {
+    const Span source(span);
+    KernelCall::Copy copy;
+    copy.from = reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(source.buffer)].data) + source.start;
+    copy.nbytes = source.nbytes();
+    copy.offset = start;
+    if (rank == meeting_->rank)
+      copy.offset += reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(buffer)].data);
+    else
+      copy.far = far_of(rank, buffer, start + copy.nbytes);
+    call->copies.push_back(copy);
+  }
+  call->argument.resize(call->far.size() * sizeof(uint64_t));
+  std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(home(), 0, 0);
+  gpu->gate = {};
+  gpu->kernel = std::move(call);
+  return gpu;
+}
+
+void DeviceCall::post(Engine& engine, size_t index, std::unique_ptr<DeviceBuffer> gpu,
+                      const std::vector<std::tuple<size_t, uint32_t>>& after,
+                      const std::shared_ptr<Progress>& progress) {
+  const Arena& arena = *meeting_->arena;
+  KernelCall& call = *gpu->kernel;
+  for (const Lent& lent : arrays_)
+    if (lent.gpu && !lent.gpu->gate.open()) call.gates.push_back(lent.gpu->gate);
+  for (size_t rank = 0; rank < ranks_.size(); ++rank)
+    if (rank != meeting_->rank) call.words.push_back(arena.ready(rank, number_));
+  for (const auto& [rank, count] : after) call.words.push_back(arena.parts(rank, number_, count));
+  call.company = std::make_shared<Word>(progress, static_cast<uint32_t>(index));
+  call.speaks = index == 0;
+  call.awaited = true;
+  Op* op = engine.new_op();
+  op->kind = OpKind::get;
+  op->peer = call.far.empty() ? ranks_[(meeting_->rank + 1) % ranks_.size()] : call.far[0].owner;
+  op->channel = channel_;
+  op->link = 0;
+  op->nbytes = 0;
+  if (call.function) op->nbytes = call.far[0].nbytes;
+  for (const KernelCall::Copy& copy : call.copies) op->nbytes += copy.nbytes;
+  op->capacity = op->nbytes;
+  op->gpu = std::move(gpu);
+  flights_[index] = {op, false};
+  op->cookie = silent_cookie(&flights_[index]);
+  flights_[index].ended = engine.submit(op);
+}
+
+// Takes what has ended. What ends badly is told by its transfer, but for a call that cannot be made so.
+void DeviceCall::take_ended(Engine& engine) {
+  Op* op;
+  while (engine.take_completed(op)) {
+    if (SilentOp* silent = silent_of(op))
+      silent->ended = true;
+    else
+      others_.push_back(op);
+  }
+  for (SilentOp& flight : flights_) {
+    if (!flight.op || !flight.ended) continue;
+    if (flight.op->code == Code::unreachable) voted_down_ = true;
+    if (flight.op->code != Code::ok && flight.op->code != Code::unreachable) {
+      trouble_ = true;
+      continue;
+    }
+    engine.release(std::exchange(flight.op, nullptr));
+    --flying_;
+  }
+}
+
+DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
+  Engine& engine = *e.engine;
+  const Meeting& m = *meeting_;
+  const Arena& arena = *m.arena;
+  const uint64_t began = now_ns(), until = began + kTurnNs;
+  const bool brief = most_moved_ / kRate <= kLingerNs;
+  uint64_t now = began, last = began;
+  for (;;) {
+    if (flying_) {
+      take_ended(engine);
+      if (!flying_) continue;
+      if (trouble_ || !lingers || !brief || !others_.empty() || engine.has_events() || now > until) return kGoing;
+      const bool found = engine.linger(now + kLingerNs);
+      now = last = now_ns();
+      if (!found) return kGoing;
+      continue;
+    }
+    if (voted_down_) {
+      decline();
+      return kNotMet;
+    }
+    if (entered_) let_go();
+    bool all = true;
+    for (size_t rank = 0; rank < ranks_.size() && all; ++rank)
+      all = !awaits_[rank] || arena.parts(rank, number_, awaits_[rank]).open();
+    if (all) return finish();
+    if (arena.broken()) return kBroken;
+    if (now > until || (!lingers && now != began)) return kStuck;
+    m.wait(now, last, !brief);
+    now = now_ns();
+  }
+}
+
+DeviceCall::Result DeviceCall::finish() {
+  meeting_->arena->set_done(meeting_->rank, number_);
+  const uint64_t now = now_ns();
+  if (now - meeting_->turn_began < kTurnNs) return kDone;
+  meeting_->turn_began = now;
+  return kDoneTurn;
+}
+
+void DeviceCall::over() {
+  for (Lent& one : arrays_) {
+    one.gpu.reset();
+    one.data = nullptr;
+    one.nbytes = 0;
+  }
+  keeps_.reset();
+}
+
+nb::list DeviceCall::take(Self self) {
+  nb::list found;
+  for (SilentOp& flight : flights_) {
+    if (!flight.op) continue;
+    found.append(as_transfer(self, flight, keeps_.ptr()));
+    --flying_;
+  }
+  trouble_ = false;
+  if (!self.p->after_submit()) throw nb::python_error();
+  return found;
+}
+
+void DeviceCall::decline() {
+  let_go();
+  meeting_->arena->set_done(meeting_->rank, number_);
+  voted_down_ = running_ = false;
+}
+
+void DeviceCall::give_up() {
+  if (!running_) return;
+  if (!open_ || meeting_->leave(number_)) meeting_->arena->set_broken();
+  open_ = false;
+}
+
+void DeviceCall::let_go() {
+  if (std::exchange(entered_, false)) meeting_->arena->leave(meeting_->rank);
+}
+
+bool DeviceCall::left(Self self) const {
+  for (size_t rank = 0; rank < ranks_.size(); ++rank)
+    if (rank != meeting_->rank && meeting_->arena->entered(rank) && self.p->engine->why_lost(ranks_[rank]).empty())
+      return false;
+  return true;
+}
+
+void bind_device_call(nb::module_& m) {
+  nb::class_<DeviceCall>(m, "DeviceCall", "One rank's part of a collective of GPU arrays of one shape through an arena.")
+      .def(nb::init<std::shared_ptr<Meeting>, std::vector<int>, uint32_t, nb::bytes, uint64_t, uint64_t, uint64_t,
+                    std::vector<DeviceCall::Part>, std::vector<uint32_t>>(),
+           "arena"_a, "ranks"_a, "channel"_a, "header"_a, "in_bytes"_a, "out_bytes"_a, "item"_a, "parts"_a, "awaits"_a)
+      .def("combine", &DeviceCall::combine, "function"_a, "device"_a, "blocks"_a, "threads"_a, "divide_by"_a,
+           "Have this rank's part made by a kernel.")
+      .def("attempt", &DeviceCall::attempt, "engine"_a, "number"_a, "given"_a.none(), "out"_a.none(),
+           "Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a "
+           "turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all "
+           "have come yet.")
+      .def("proceed", &DeviceCall::proceed, "engine"_a, "Go on with it; as `attempt`.")
+      .def("take", &DeviceCall::take, "engine"_a, "Transfers that `proceed` has to wait for.")
+      .def("decline", &DeviceCall::decline, "It is to be made by messages, as all ranks have found.")
+      .def("give_up", &DeviceCall::give_up, "Fail, for all ranks.")
+      .def("let_go", &DeviceCall::let_go, "All that `take` gave has ended.")
+      .def("left", &DeviceCall::left, "engine"_a, "Whether nobody else touches the arrays any more.");
+}
+
+}  // namespace aiocomm::py

@@ -1,0 +1,99 @@
+// One rank's calls on GPU arrays through an arena, as Python makes them: aiocomm/collectives/device_shared.py.
+//
+// Rules
+//   - The ranks meet in the arena and tell each other where their arrays are. Each then writes what others are to have into
+//     their memory, by copies or by a kernel, as operations of its engine; nobody asks and nobody answers.
+//   - Before anything is touched each rank has given its word that it may be, once the work on its streams is done, and
+//     that it reaches the others' memory. Where one does not, all make the call by messages (Company, core/device.hpp).
+//   - A rank's part is in place when its operations have ended, which it tells by a word in the arena. So a call has ended
+//     here when our own have, and those of all who write to us.
+//   - Who has launched has entered the arena until its operations have ended: who gives a call up waits until all have left.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/combining.hpp"
+#include "bindings/meeting.hpp"
+#include "bindings/schedule.hpp"
+#include "bindings/transfer.hpp"
+
+namespace aiocomm::py {
+
+class DeviceCall {
+ public:
+  using Self = nb::pointer_and_handle<PyEngine>;
+  // Whose memory is written (by rank of the group), from where in which buffer of ours, to where in which of theirs.
+  using Move = std::tuple<size_t, SpanTuple, int, uint64_t>;
+  // Moves, and what has to be in place before: of which ranks how many parts.
+  using Part = std::tuple<std::vector<Move>, std::vector<std::tuple<size_t, uint32_t>>>;
+  enum Result : int { kNotMet, kDone, kDoneTurn, kGoing, kStuck, kBroken, kOpen };
+
+  // `awaits`: by rank, how many of its parts write to us.
+  DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
+             uint64_t in_bytes, uint64_t out_bytes, uint64_t item, std::vector<Part> parts,
+             std::vector<uint32_t> awaits);
+
+  // Our part is a kernel that reads and writes the arrays of all.
+  void combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t divide_by);
+
+  int attempt(Self self, uint64_t number, nb::handle given, nb::handle out);
+  int proceed(Self self);
+  // Operations that are under way, as transfers: until they have ended `proceed` is not called.
+  nb::list take(Self self);
+  // They have ended as ones of a call that cannot be made so: it is made by messages, on all ranks.
+  void decline();
+  void give_up();     // tells the others
+  void let_go();      // our operations have ended
+  bool left(Self self) const;  // nobody touches our arrays any more
+
+ private:
+  // In ns: for how long ends of small parts are looked for; how much longer than others a call stays open.
+  static constexpr uint64_t kLingerNs = 100000, kStaysNs = 1000000;
+  static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
+
+  struct Progress;
+  struct Word;
+
+  void prepare(Engine& engine);
+  Result begun(PyEngine& e, Meeting::Begun how, bool lingers);
+  Result launch(PyEngine& e);
+  std::unique_ptr<DeviceBuffer> copies(Engine& engine, const Part& part) const;
+  std::unique_ptr<DeviceBuffer> kernel(Engine& engine) const;
+  void post(Engine& engine, size_t index, std::unique_ptr<DeviceBuffer> gpu,
+            const std::vector<std::tuple<size_t, uint32_t>>& after, const std::shared_ptr<Progress>& progress);
+  Result run(PyEngine& e, bool lingers);
+  void take_ended(Engine& engine);
+  Result finish();
+  void over();
+  const DeviceBuffer& home() const { return arrays_[kOut].gpu ? *arrays_[kOut].gpu : *arrays_[kIn].gpu; }
+  DevicePlace place_of(Engine& engine, const Lent& lent, bool& willing) const;
+
+  const std::shared_ptr<Meeting> meeting_;
+  const std::vector<int> ranks_;  // of the world, by rank of the group
+  const uint32_t channel_;
+  const std::string header_;
+  const std::array<uint64_t, 2> needs_;
+  const uint64_t item_;
+  const std::vector<Part> parts_;
+  const std::vector<uint32_t> awaits_;
+  Combining combining_;
+  uint64_t most_moved_ = 0;  // bytes of the largest part, and of all
+
+  // Of the call that runs.
+  bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false;
+  uint64_t number_ = 0;
+  std::array<Lent, 2> arrays_;
+  nb::object keeps_;
+  std::vector<Arena::Places> places_;
+  std::vector<SilentOp> flights_;
+  size_t flying_ = 0;
+  std::vector<Op*> others_;  // operations of others that have ended meanwhile
+};
+
+}  // namespace aiocomm::py

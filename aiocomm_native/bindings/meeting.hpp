@@ -1,0 +1,196 @@
+// How the ranks of one group meet for a call in their arena, from this rank's side.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/arena.hpp"
+#include "core/clock.hpp"
+#include "core/patience.hpp"
+#include "core/relax.hpp"
+#include "core/way_choice.hpp"
+
+namespace aiocomm::py {
+
+namespace nb = nanobind;
+
+// In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
+// get a turn.
+inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
+// kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
+inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
+// Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
+inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
+
+inline size_t cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? static_cast<size_t>(CPU_COUNT(&set)) : 1;
+}
+
+inline constexpr uint64_t kQuickBytes =
+    64 << 10;  // moved by a call for which nobody else has to get the interpreter
+
+// Lets others have the interpreter, once this thread waits: what takes less than a microsecond does not.
+class Unlocked {
+ public:
+  explicit Unlocked(bool already = false) : already_(already) {}
+  void now() {
+    if (!already_ && !lock_) lock_.emplace();
+  }
+  void over() { lock_.reset(); }
+
+ private:
+  const bool already_;
+  std::optional<nb::gil_scoped_release> lock_;
+};
+
+// What the calls of one group on one channel have in common at this rank.
+struct Meeting {
+  Meeting(std::shared_ptr<Arena> with, size_t own) : arena(std::move(with)), rank(own) {
+    crowded = arena->ranks() > cores();
+  }
+  // `large`: of a call that takes longer than a sleep.
+  void wait(uint64_t now, uint64_t began, bool large = false) const {
+    if (large && crowded && now - began > kKeepCoreNs)
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kNapNs));
+    else if (crowded || now - began > kKeepCoreNs)
+      sched_yield();
+    else
+      relax();
+  }
+
+  // `of`: the processes of the ranks, -1: not one whose memory can be reached. They are found once all have told theirs.
+  void set_processes(std::vector<pid_t> of) {
+    if (!processes.empty()) return;
+    processes = std::move(of);
+    processes.resize(arena->ranks(), -1);
+    processes[rank] = getpid();
+    if (std::find(processes.begin(), processes.end(), -1) != processes.end()) return;
+    arena->set_probe(rank, reinterpret_cast<uint64_t>(&word));
+    looks = true;
+  }
+  void look_for_others() {
+    for (size_t other = 0; other < arena->ranks(); ++other)
+      if (!arena->probe(other)) return;
+    looks = false;
+    for (size_t other = 0; other < arena->ranks(); ++other) {
+      if (!arena->is_rank(other, processes[other])) return;
+    }
+    reaches = true;
+    arena->set_reaches(rank);
+  }
+  bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
+
+  enum class Begun : uint8_t { met, open, not_met };
+  // `text` is compared by all ranks. `waits`: others are waited for, if not for long. `stays`: in ns, how much longer the
+  // call may stay open while other tasks run; 0: it does not. `prepare` tells the others what they need once all have met.
+  template <typename Prepare>
+  Begun meet(uint64_t number, const std::string& text, bool waits, bool large, uint64_t stays,
+             Unlocked& unlocked, const Prepare& prepare) {
+    const uint64_t began = now_ns();
+    uint64_t now = began;
+    closes_ns = began + kMeetNs + stays;
+    has_arrived = false;
+    if (arena->broken()) return Begun::not_met;
+    while (!arena->all_done(met)) {
+      unlocked.now();
+      if (!waits || now - began > kMeetNs) return stays ? Begun::open : Begun::not_met;
+      wait(now, began);
+      now = now_ns();
+    }
+    waits = waits && patience.may_spin(now);
+    Arena::Meeting state = arrive(number, text, prepare);
+    if (state == Arena::Meeting::open && waits) {
+      unlocked.now();
+      do {
+        wait(now, began, large);
+        state = arena->look(number);
+      } while (state == Arena::Meeting::open && (now = now_ns()) - began < kMeetNs);
+      if (state != Arena::Meeting::open || !stays)
+        patience.spun(state == Arena::Meeting::met, false, began, now, kMeetNs);
+    }
+    if (state == Arena::Meeting::open && stays) return Begun::open;
+    if (state == Arena::Meeting::open) state = arena->close(number);
+    return judge(number, text, state);
+  }
+
+  // Of a call that is open: whether all ranks have met by now; where they lack a core for that, a little later.
+  template <typename Prepare>
+  Begun look(uint64_t number, const std::string& text, const Prepare& prepare) {
+    const uint64_t began = now_ns();
+    if (!has_arrived) {
+      if (arena->broken()) return Begun::not_met;
+      if (!arena->all_done(met)) return began < closes_ns ? Begun::open : Begun::not_met;
+      arrive(number, text, prepare);
+    }
+    Arena::Meeting state = arena->look(number);
+    for (uint64_t now = began; crowded && state == Arena::Meeting::open && now - began < kMeetNs;
+         now = now_ns()) {
+      wait(now, 0, true);
+      state = arena->look(number);
+    }
+    if (state == Arena::Meeting::open) {
+      if (now_ns() < closes_ns) return Begun::open;
+      state = arena->close(number);
+    }
+    return judge(number, text, state);
+  }
+
+  // Gives up a call that is open. True: all ranks have met all the same.
+  bool leave(uint64_t number) const {
+    return has_arrived && arena->close(number) == Arena::Meeting::met;
+  }
+
+  template <typename Prepare>
+  Arena::Meeting arrive(uint64_t number, const std::string& text, const Prepare& prepare) {
+    if (header != text)  // else it is there, and in the others' caches
+      std::memcpy(arena->header(rank), text.data(), text.size()), header = text;
+    prepare();
+    has_arrived = true;
+    return arena->arrive(number);
+  }
+
+  Begun judge(uint64_t number, const std::string& text, Arena::Meeting state) {
+    if (state != Arena::Meeting::met) return Begun::not_met;
+    met = number;
+    for (size_t other = 0; other < arena->ranks(); ++other)
+      if (std::memcmp(arena->header(other), text.data(), text.size()) != 0) {
+        arena->set_done(rank, number);  // all see that, and say by messages what is wrong
+        return Begun::not_met;
+      }
+    return Begun::met;
+  }
+
+  const std::shared_ptr<Arena> arena;
+  const size_t rank;
+  uint64_t word = arena->nonce();  // by which others know this process
+  std::vector<pid_t> processes;    // by rank; empty: not known yet
+  bool looks = false, reaches = false;
+  bool crowded;  // who waits keeps from running whom it waits for
+  Patience patience;
+  uint64_t met = 0;    // the last call that did
+  uint64_t closes_ns = 0;  // of one that is open
+  bool has_arrived = false;
+  std::string header;  // that is in the arena
+  // Rank 0's last call that ended: how long it took all ranks is known once all have ended it.
+  struct {
+    std::shared_ptr<WayChoice> choice;
+    size_t way = 0;
+  } ran;
+  uint64_t turn_began = 0;
+};
+
+}  // namespace aiocomm::py
