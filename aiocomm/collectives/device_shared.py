@@ -36,7 +36,7 @@ _MOVED: Final = ("broadcast", "scatter", "gather", "all_gather", "all_to_all")
 _BUFFERS: Final = {IN: 0, OUT: 1}
 _MOST_PARTS: Final = 63
 _NAP_S: Final = 1e-4
-_WATCH_S: Final = 1e-3  # without progress, after which it is found out who is lost
+_WATCH_S: Final = 5e-3  # without progress, after which it is found out who is lost
 
 
 class DeviceShared:
@@ -139,6 +139,7 @@ class DeviceFlight(ArenaFlight):
         super().__init__(scope, operation, deadline, number, result)
         self._call, self._device = call, call.native
         self._engine = scope.comm._engine
+        self._watched = False
 
     async def run(self) -> bool:
         """Go on to the end. False: the call is to be made by messages.
@@ -146,7 +147,7 @@ class DeviceFlight(ArenaFlight):
         Raises:
             PeerLostError, TransferCancelled, DeadlineExceeded, LinkError, ClosedError: as for transfers.
         """
-        since, watched = time.monotonic(), False
+        since = time.monotonic()
         try:
             while self._result > TURN:
                 if self._result == GOING_ON:
@@ -154,7 +155,6 @@ class DeviceFlight(ArenaFlight):
                     if self._data_error is not None:
                         if not _is_unreachable(self._data_error):
                             raise self._explained(self._data_error)
-                        self._device.let_go()
                         self._call.decline()
                         self._result = NOT_MET
                         break
@@ -162,8 +162,7 @@ class DeviceFlight(ArenaFlight):
                 elif self._result in (OPEN, STUCK):
                     stuck_s = time.monotonic() - since
                     await anyio.sleep(0 if stuck_s < _WATCH_S else min(stuck_s / 10, 100 * _NAP_S))
-                    if stuck_s > _WATCH_S and not watched:
-                        watched = True
+                    if stuck_s > _WATCH_S and not self._watched:
                         self._watch_others()
                 else:
                     raise await self._why_broken()
@@ -185,21 +184,30 @@ class DeviceFlight(ArenaFlight):
             del self._scope.calls[self._number]
 
     async def _own(self) -> None:
-        """Return when our own operations have ended, or nobody can do the call so."""
-        for index, transfer in enumerate(self._device.take(self._engine)):
-            self._watch((False, index), transfer)
-        self._watch_others()
-        while any(not is_header for is_header, _ in self._flying):
-            limit_s = None if self._ends is None else max(0.0, self._ends - time.monotonic())
-            with anyio.move_on_after(limit_s):
+        """Return when our own operation has ended, or nobody can do the call so."""
+        transfer = self._device.take(self._engine)
+        if transfer is not None:
+            self._watch((False, 0), transfer)
+            self._listen()
+        began = time.monotonic()
+        while (False, 0) in self._flying:
+            now = time.monotonic()
+            limits = [] if self._ends is None else [self._ends - now]
+            if not self._watched:
+                limits.append(began + _WATCH_S - now)
+            with anyio.move_on_after(max(0.0, min(limits)) if limits else None):
                 await self._gate.wait()
+            if not self._watched and time.monotonic() > began + _WATCH_S:
+                self._watch_others()
             self._raise_wrong()
-            if self._data_error is not None and not _is_unreachable(self._data_error):
-                return
         self._device.let_go()
 
+    def _watch_others(self) -> None:
+        self._watched = True
+        super()._watch_others()
+
     def _has_work(self) -> bool:
-        return not any(not is_header for is_header, _ in self._flying)
+        return (False, 0) not in self._flying
 
     def _nobody_touches(self) -> bool:
         return self._device.left(self._engine)

@@ -279,8 +279,8 @@ class DeviceCall:
     def proceed(self, engine: Engine) -> int:
         """Go on with it; as `attempt`."""
 
-    def take(self, engine: Engine) -> list:
-        """Transfers that `proceed` has to wait for."""
+    def take(self, engine: Engine) -> object:
+        """The transfer that `proceed` has to wait for, if there is one."""
 
     def decline(self) -> None:
         """It is to be made by messages, as all ranks have found."""
@@ -289,7 +289,7 @@ class DeviceCall:
         """Fail, for all ranks."""
 
     def let_go(self) -> None:
-        """All that `take` gave has ended."""
+        """What `take` gave has ended."""
 
     def left(self, engine: Engine) -> bool:
         """Whether nobody else touches the arrays any more."""

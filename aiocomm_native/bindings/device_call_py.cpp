@@ -17,31 +17,19 @@ using namespace nanobind::literals;
 
 namespace aiocomm::py {
 
-// What this rank has in place, part by part; told under the engine's token.
-struct DeviceCall::Progress {
-  void ended(uint32_t part) {
-    done[part] = true;
-    while (first < done.size() && done[first]) ++first;
-    arena->set_parts(rank, call, first);
-  }
-  std::shared_ptr<Arena> arena;
-  size_t rank;
-  uint64_t call;
-  std::vector<bool> done;
-  uint32_t first = 0;  // that has not ended
-};
-
+// Called under the engine's token.
 struct DeviceCall::Word final : Company {
-  Word(std::shared_ptr<Progress> of, uint32_t number) : progress(std::move(of)), part(number) {}
-  void ready(bool able) override { progress->arena->set_ready(progress->rank, progress->call, able); }
+  Word(std::shared_ptr<Arena> in, size_t own, uint64_t number) : arena(std::move(in)), rank(own), call(number) {}
+  void ready(bool able) override { arena->set_ready(rank, call, able); }
   bool able() const override {
-    for (size_t rank = 0; rank < progress->arena->ranks(); ++rank)
-      if (progress->arena->unable(rank, progress->call)) return false;
+    for (size_t other = 0; other < arena->ranks(); ++other)
+      if (arena->unable(other, call)) return false;
     return true;
   }
-  void ended() override { progress->ended(part); }
-  const std::shared_ptr<Progress> progress;
-  const uint32_t part;
+  void moved(uint32_t parts) override { arena->set_parts(rank, call, parts); }
+  const std::shared_ptr<Arena> arena;
+  const size_t rank;
+  const uint64_t call;
 };
 
 DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
@@ -54,8 +42,7 @@ DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks,
       needs_{in_bytes, out_bytes},
       item_(item),
       parts_(std::move(parts)),
-      awaits_(std::move(awaits)),
-      flights_(std::max<size_t>(1, parts_.size())) {
+      awaits_(std::move(awaits)) {
   const size_t size = meeting_->arena->ranks();
   if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
   if (ranks_.size() != size || awaits_.size() != size || parts_.empty() || parts_.size() >= Arena::kParts || !item)
@@ -180,19 +167,12 @@ DeviceCall::Result DeviceCall::launch(PyEngine& e) {
   }
   if (!arena.enter(meeting_->rank)) return kBroken;
   entered_ = true;
-  auto progress = std::make_shared<Progress>(meeting_->arena, meeting_->rank, number_, std::vector<bool>(parts_.size()));
-  arena.set_parts(meeting_->rank, number_, 0);
-  std::fill(flights_.begin(), flights_.end(), SilentOp{});
-  flying_ = parts_.size();
   Mover& mover = *engine.mover();
   const int device = home().device;
   mover.hold(device);
-  for (size_t index = 0; index < parts_.size(); ++index) {
-    std::unique_ptr<DeviceBuffer> gpu;
-    if (combining_) gpu = kernel(engine);
-    if (!gpu) gpu = copies(engine, parts_[index]);
-    post(engine, index, std::move(gpu), std::get<1>(parts_[index]), progress);
-  }
+  std::unique_ptr<DeviceBuffer> gpu;
+  if (combining_) gpu = kernel(engine);
+  post(engine, gpu ? std::move(gpu) : copies(engine));
   mover.let_go(device);
   return kGoing;
 }
@@ -209,7 +189,7 @@ std::unique_ptr<DeviceBuffer> DeviceCall::kernel(Engine& engine) const {
                      reinterpret_cast<const std::byte*>(offers.data()), sizeof(Offer));
 }
 
-std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine, const Part& part) const {
+std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
   auto call = std::make_unique<KernelCall>();
   std::vector<int64_t> found(ranks_.size() * 2, -1);  // of `far`, by rank and buffer
   auto far_of = [&](size_t rank, int buffer, uint64_t stop) {
@@ -226,17 +206,23 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine, const Part& par
     nbytes = std::max(nbytes, stop);
     return at;
   };
-  for (const auto& [rank, span, buffer, start] : std::get<0>(part)) {
-    const Span source(span);
-    KernelCall::Copy copy;
-    copy.from = reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(source.buffer)].data) + source.start;
-    copy.nbytes = source.nbytes();
-    copy.offset = start;
-    if (rank == meeting_->rank)
-      copy.offset += reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(buffer)].data);
-    else
-      copy.far = far_of(rank, buffer, start + copy.nbytes);
-    call->copies.push_back(copy);
+  for (const auto& [moves, after] : parts_) {
+    KernelCall::Part& part = call->parts.emplace_back();
+    for (const auto& [rank, span, buffer, start] : moves) {
+      const Span source(span);
+      KernelCall::Copy copy;
+      copy.from = reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(source.buffer)].data) + source.start;
+      copy.nbytes = source.nbytes();
+      copy.offset = start;
+      if (rank == meeting_->rank) {
+        copy.offset += reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(buffer)].data);
+      } else {
+        copy.far = far_of(rank, buffer, start + copy.nbytes);
+        part.away += copy.nbytes;
+      }
+      part.copies.push_back(copy);
+    }
+    for (const auto& [rank, count] : after) part.words.push_back(meeting_->arena->parts(rank, number_, count));
   }
   call->argument.resize(call->far.size() * sizeof(uint64_t));
   std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(home(), 0, 0);
@@ -245,32 +231,29 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine, const Part& par
   return gpu;
 }
 
-void DeviceCall::post(Engine& engine, size_t index, std::unique_ptr<DeviceBuffer> gpu,
-                      const std::vector<std::tuple<size_t, uint32_t>>& after,
-                      const std::shared_ptr<Progress>& progress) {
-  const Arena& arena = *meeting_->arena;
+void DeviceCall::post(Engine& engine, std::unique_ptr<DeviceBuffer> gpu) {
+  const std::shared_ptr<Arena>& arena = meeting_->arena;
   KernelCall& call = *gpu->kernel;
   for (const Lent& lent : arrays_)
     if (lent.gpu && !lent.gpu->gate.open()) call.gates.push_back(lent.gpu->gate);
+  if (call.parts.empty()) call.parts.emplace_back();
   for (size_t rank = 0; rank < ranks_.size(); ++rank)
-    if (rank != meeting_->rank) call.words.push_back(arena.ready(rank, number_));
-  for (const auto& [rank, count] : after) call.words.push_back(arena.parts(rank, number_, count));
-  call.company = std::make_shared<Word>(progress, static_cast<uint32_t>(index));
-  call.speaks = index == 0;
+    if (rank != meeting_->rank) call.parts[0].words.push_back(arena->ready(rank, number_));
+  call.company = std::make_shared<Word>(arena, meeting_->rank, number_);
   call.awaited = true;
   Op* op = engine.new_op();
   op->kind = OpKind::get;
   op->peer = call.far.empty() ? ranks_[(meeting_->rank + 1) % ranks_.size()] : call.far[0].owner;
   op->channel = channel_;
   op->link = 0;
-  op->nbytes = 0;
-  if (call.function) op->nbytes = call.far[0].nbytes;
-  for (const KernelCall::Copy& copy : call.copies) op->nbytes += copy.nbytes;
+  op->nbytes = call.function ? call.far[0].nbytes : 0;
+  for (const KernelCall::Part& part : call.parts)
+    for (const KernelCall::Copy& copy : part.copies) op->nbytes += copy.nbytes;
   op->capacity = op->nbytes;
   op->gpu = std::move(gpu);
-  flights_[index] = {op, false};
-  op->cookie = silent_cookie(&flights_[index]);
-  flights_[index].ended = engine.submit(op);
+  flight_ = {op, false};
+  op->cookie = silent_cookie(&flight_);
+  flight_.ended = engine.submit(op);
 }
 
 // Takes what has ended. What ends badly is told by its transfer, but for a call that cannot be made so.
@@ -282,16 +265,10 @@ void DeviceCall::take_ended(Engine& engine) {
     else
       others_.push_back(op);
   }
-  for (SilentOp& flight : flights_) {
-    if (!flight.op || !flight.ended) continue;
-    if (flight.op->code == Code::unreachable) voted_down_ = true;
-    if (flight.op->code != Code::ok && flight.op->code != Code::unreachable) {
-      trouble_ = true;
-      continue;
-    }
-    engine.release(std::exchange(flight.op, nullptr));
-    --flying_;
-  }
+  if (!flight_.op || !flight_.ended) return;
+  voted_down_ = flight_.op->code == Code::unreachable;
+  trouble_ = flight_.op->code != Code::ok && !voted_down_;
+  if (!trouble_) engine.release(std::exchange(flight_.op, nullptr));
 }
 
 DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
@@ -302,9 +279,9 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
   const bool brief = most_moved_ / kRate <= kLingerNs;
   uint64_t now = began, last = began;
   for (;;) {
-    if (flying_) {
+    if (flight_.op) {
       take_ended(engine);
-      if (!flying_) continue;
+      if (!flight_.op) continue;
       if (trouble_ || !lingers || !brief || !others_.empty() || engine.has_events() || now > until) return kGoing;
       const bool found = engine.linger(now + kLingerNs);
       now = last = now_ns();
@@ -344,14 +321,9 @@ void DeviceCall::over() {
   keeps_.reset();
 }
 
-nb::list DeviceCall::take(Self self) {
-  nb::list found;
-  for (SilentOp& flight : flights_) {
-    if (!flight.op) continue;
-    found.append(as_transfer(self, flight, keeps_.ptr()));
-    --flying_;
-  }
+nb::object DeviceCall::take(Self self) {
   trouble_ = false;
+  nb::object found = flight_.op ? as_transfer(self, flight_, keeps_.ptr()) : nb::none();
   if (!self.p->after_submit()) throw nb::python_error();
   return found;
 }
@@ -391,10 +363,10 @@ void bind_device_call(nb::module_& m) {
            "turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all "
            "have come yet.")
       .def("proceed", &DeviceCall::proceed, "engine"_a, "Go on with it; as `attempt`.")
-      .def("take", &DeviceCall::take, "engine"_a, "Transfers that `proceed` has to wait for.")
+      .def("take", &DeviceCall::take, "engine"_a, "The transfer that `proceed` has to wait for, if there is one.")
       .def("decline", &DeviceCall::decline, "It is to be made by messages, as all ranks have found.")
       .def("give_up", &DeviceCall::give_up, "Fail, for all ranks.")
-      .def("let_go", &DeviceCall::let_go, "All that `take` gave has ended.")
+      .def("let_go", &DeviceCall::let_go, "What `take` gave has ended.")
       .def("left", &DeviceCall::left, "engine"_a, "Whether nobody else touches the arrays any more.");
 }
 

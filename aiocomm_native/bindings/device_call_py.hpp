@@ -5,9 +5,9 @@
 //     their memory, by copies or by a kernel, as operations of its engine; nobody asks and nobody answers.
 //   - Before anything is touched each rank has given its word that it may be, once the work on its streams is done, and
 //     that it reaches the others' memory. Where one does not, all make the call by messages (Company, core/device.hpp).
-//   - A rank's part is in place when its operations have ended, which it tells by a word in the arena. So a call has ended
-//     here when our own have, and those of all who write to us.
-//   - Who has launched has entered the arena until its operations have ended: who gives a call up waits until all have left.
+//   - What a rank has in place it tells by a word in the arena. So a call has ended here when our own operation has, and
+//     what others write to us is in place.
+//   - Who has launched has entered the arena until its operation has ended: who gives a call up waits until all have left.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -44,12 +44,12 @@ class DeviceCall {
 
   int attempt(Self self, uint64_t number, nb::handle given, nb::handle out);
   int proceed(Self self);
-  // Operations that are under way, as transfers: until they have ended `proceed` is not called.
-  nb::list take(Self self);
-  // They have ended as ones of a call that cannot be made so: it is made by messages, on all ranks.
+  // The operation that is under way, as a transfer: until it has ended `proceed` is not called. None: there is none.
+  nb::object take(Self self);
+  // It has ended as one of a call that cannot be made so: it is made by messages, on all ranks.
   void decline();
   void give_up();     // tells the others
-  void let_go();      // our operations have ended
+  void let_go();      // our operation has ended
   bool left(Self self) const;  // nobody touches our arrays any more
 
  private:
@@ -57,16 +57,14 @@ class DeviceCall {
   static constexpr uint64_t kLingerNs = 100000, kStaysNs = 1000000;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 
-  struct Progress;
   struct Word;
 
   void prepare(Engine& engine);
   Result begun(PyEngine& e, Meeting::Begun how, bool lingers);
   Result launch(PyEngine& e);
-  std::unique_ptr<DeviceBuffer> copies(Engine& engine, const Part& part) const;
+  std::unique_ptr<DeviceBuffer> copies(Engine& engine) const;
   std::unique_ptr<DeviceBuffer> kernel(Engine& engine) const;
-  void post(Engine& engine, size_t index, std::unique_ptr<DeviceBuffer> gpu,
-            const std::vector<std::tuple<size_t, uint32_t>>& after, const std::shared_ptr<Progress>& progress);
+  void post(Engine& engine, std::unique_ptr<DeviceBuffer> gpu);
   Result run(PyEngine& e, bool lingers);
   void take_ended(Engine& engine);
   Result finish();
@@ -91,8 +89,7 @@ class DeviceCall {
   std::array<Lent, 2> arrays_;
   nb::object keeps_;
   std::vector<Arena::Places> places_;
-  std::vector<SilentOp> flights_;
-  size_t flying_ = 0;
+  SilentOp flight_;
   std::vector<Op*> others_;  // operations of others that have ended meanwhile
 };
 

@@ -77,7 +77,7 @@ struct Company {
   virtual ~Company() = default;
   virtual void ready(bool able) = 0;  // our memory may be touched, and we reach theirs; or we do not
   virtual bool able() const = 0;      // all are, once all have given their word
-  virtual void ended() = 0;           // the op, with all of its bytes in place
+  virtual void moved(uint32_t parts) = 0;  // of the op, so far: their bytes are in place
 };
 
 // One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has. Or copies from
@@ -100,14 +100,23 @@ struct KernelCall {
   bool awaited = false;     // the loop looks for its end from the beginning
 
   struct Copy {
-    int64_t far = -1;  // whose memory is written, of `far`; -1: ours
+    int64_t far = -1;     // whose memory is written, of `far`; -1: ours
     uint64_t offset = 0;  // there; the address, if it is ours
     uint64_t from = 0, nbytes = 0;
   };
-  std::vector<Copy> copies;  // instead of a launch
+  // Copies that begin together, once the words are open: of the company, and of what others have put in place.
+  struct Part {
+    std::vector<Copy> copies;
+    std::vector<Gate> words;
+    uint64_t away = 0;  // bytes that go to others
+  };
+  std::vector<Part> parts;  // instead of a launch, or with the words that it waits for
   std::shared_ptr<Company> company;
-  std::vector<Gate> words;  // of the company: awaited once `gates` are open, and our own word is given
-  bool speaks = false;      // this op gives it
+  bool spoken = false;   // our word is given
+  size_t begun = 0;      // parts
+  bool begins = false;   // a part, just now
+  uint64_t landed = 0;   // bytes of copies to others, which end in their order
+  size_t in_place = 0;   // parts
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.

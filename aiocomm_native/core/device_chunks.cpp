@@ -111,7 +111,6 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     }
     DeviceBuffer& gpu = *op->gpu;
     if (gpu.kernel) {
-      if (chunk->last) gpu.in_sched = false;
       post_copies(*op, *chunk);
       continue;
     }
@@ -208,13 +207,12 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       engine_.settle(*op);
     } else if (job.error) {
       fail(*op, job.error);
-    } else if (gpu.kernel) {
-      op->moved = job.kernel ? op->nbytes : op->moved + job.nbytes;
+    } else if (gpu.kernel && !job.kernel) {
+      part_moved(*op, job);
+    } else if (job.kernel) {
+      op->moved = op->nbytes;
       op->path = Path::device;
-      if (!job.kernel && !job.local) engine_.counters_[index_].bytes_sent += job.nbytes;
-      if (op->moved < op->nbytes) continue;
-      if (gpu.kernel->company) gpu.kernel->company->ended();
-      engine_.finish(*op, Code::ok);
+      end_parts(*op);
     } else if (job.lane == Lane::in) {
       gpu.landed += job.nbytes;
       if (gpu.landed == op->nbytes) engine_.received(*op);

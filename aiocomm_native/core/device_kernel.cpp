@@ -62,7 +62,7 @@ void DeviceProtocol::start_kernel(Op& op) {
     if (reach.state == Reach::State::refused || (kernel.function && !reach.direct)) {
       staged_because(*peer, reach.direct ? reach.reason : "the GPUs have no access to each other's memory");
       op.peer = far.owner;
-      if (kernel.speaks) kernel.company->ready(false);
+      if (kernel.company) kernel.company->ready(false);
       return engine_.end_early(op, Code::unreachable);
     }
     far.mapping = std::move(reach.mapping);
@@ -70,15 +70,9 @@ void DeviceProtocol::start_kernel(Op& op) {
     const uint64_t address = reach.base + within;
     std::memcpy(kernel.argument.data() + far.at, &address, sizeof address);
   }
-  if (kernel.speaks) kernel.company->ready(true);
-  kernel.speaks = false;
-  for (const Gate& word : kernel.words) {
-    if (word.open()) continue;
-    gpu.waiting = true;
-    return mover_->await_gate(word, gpu.device, op.id);
-  }
-  if (kernel.company && !kernel.company->able()) return engine_.end_early(op, Code::unreachable);
-  if (!kernel.function) return start_copies(op);
+  if (kernel.company && !std::exchange(kernel.spoken, true)) kernel.company->ready(true);
+  if (!kernel.function) return begin_parts(op);
+  if (kernel.company && !words_open(op, kernel.parts[0])) return;
   MoveJob job;
   job.op = op.id;
   job.nbytes = op.nbytes;
@@ -98,40 +92,83 @@ void DeviceProtocol::post_or_keep(Op& op, const MoveJob& job) {
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
 }
 
-// What goes to others takes its turn with all that goes there; what stays does not go by the same engines.
-void DeviceProtocol::start_copies(Op& op) {
+// False: one of them is awaited, or the op has ended since somebody cannot take part.
+bool DeviceProtocol::words_open(Op& op, const KernelCall::Part& part) {
+  for (const Gate& word : part.words) {
+    if (word.open()) continue;
+    op.gpu->waiting = true;
+    mover_->await_gate(word, op.gpu->device, op.id);
+    return false;
+  }
+  if (op.gpu->kernel->company->able()) return true;
+  engine_.end_early(op, Code::unreachable);
+  return false;
+}
+
+// What goes to others takes its turn with all that goes there, a part at a time; what stays goes by other engines.
+void DeviceProtocol::begin_parts(Op& op) {
   DeviceBuffer& gpu = *op.gpu;
+  KernelCall& call = *gpu.kernel;
   gpu.role = Role::push;
   op.path = Path::device;
-  uint64_t away = 0;
-  for (const KernelCall::Copy& copy : gpu.kernel->copies)
-    if (copy.far >= 0) away += copy.nbytes;
-  if (op.nbytes == 0) {
-    gpu.kernel->company->ended();
-    return engine_.finish(op, Code::ok);
+  call.begins = true;
+  while (call.begun < call.parts.size() && !gpu.in_sched) {
+    const KernelCall::Part& part = call.parts[call.begun];
+    if (!words_open(op, part)) break;
+    ++call.begun;
+    if (part.away) queue_move(op, Lane::peer, part.away);
+    for (const KernelCall::Copy& copy : part.copies)
+      if (copy.far < 0) copy_here(op, copy);
   }
-  if (away) queue_move(op, Lane::peer, away);
-  for (const KernelCall::Copy& copy : gpu.kernel->copies) {
-    if (copy.far >= 0) continue;
-    MoveJob job;
-    job.op = op.id;
-    job.to = copy.offset;
-    job.from = copy.from;
-    job.nbytes = copy.nbytes;
-    job.device = static_cast<uint8_t>(gpu.device);
-    job.cls = engine_.channels_[op.channel].cls;
-    job.posted_ns = engine_.now();
-    job.local = job.unscheduled = true;
-    job.in_order = op.nbytes <= kFewBytes;
-    post_or_keep(op, job);
+  call.begins = false;
+  if (op.nbytes == 0 && call.begun == call.parts.size()) end_parts(op);
+}
+
+void DeviceProtocol::copy_here(Op& op, const KernelCall::Copy& copy) {
+  MoveJob job;
+  job.op = op.id;
+  job.to = copy.offset;
+  job.from = copy.from;
+  job.nbytes = copy.nbytes;
+  job.device = static_cast<uint8_t>(op.gpu->device);
+  job.cls = engine_.channels_[op.channel].cls;
+  job.posted_ns = engine_.now();
+  job.local = job.unscheduled = true;
+  job.in_order = op.nbytes <= kFewBytes;
+  post_or_keep(op, job);
+}
+
+// A job of an op in company has ended.
+void DeviceProtocol::part_moved(Op& op, const MoveJob& job) {
+  KernelCall& call = *op.gpu->kernel;
+  if (!job.unscheduled) {
+    call.landed += job.nbytes;
+    if (!job.local) engine_.counters_[index_].bytes_sent += job.nbytes;
   }
+  op.moved += job.nbytes;
+  if (op.moved == op.nbytes) return end_parts(op);
+  const size_t before = call.in_place;
+  uint64_t end = 0;
+  for (size_t part = 0; part < call.begun; ++part) {
+    end += call.parts[part].away;
+    if (end > call.landed) break;
+    call.in_place = std::max(call.in_place, part + 1);
+  }
+  if (call.in_place != before && call.in_place < call.parts.size())
+    call.company->moved(static_cast<uint32_t>(call.in_place));
+}
+
+void DeviceProtocol::end_parts(Op& op) {
+  const KernelCall& call = *op.gpu->kernel;
+  if (call.company) call.company->moved(static_cast<uint32_t>(call.parts.size()));
+  engine_.finish(op, Code::ok);
 }
 
 // Of the bytes that go to others, those that a chunk has.
 void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
   const KernelCall& call = *op.gpu->kernel;
   uint64_t at = 0;  // where a copy begins
-  for (const KernelCall::Copy& copy : call.copies) {
+  for (const KernelCall::Copy& copy : call.parts[call.begun - 1].copies) {
     if (copy.far < 0) continue;
     const uint64_t begin = std::max(at, chunk.offset), end = std::min(at + copy.nbytes, chunk.offset + chunk.nbytes);
     if (begin < end) {
@@ -156,6 +193,9 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
     }
     at += copy.nbytes;
   }
+  if (!chunk.last) return;
+  op.gpu->in_sched = false;
+  if (!op.gpu->kernel->begins) begin_parts(op);
 }
 
 }  // namespace aiocomm

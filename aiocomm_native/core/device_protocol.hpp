@@ -115,7 +115,11 @@ class DeviceProtocol final : public MoverHost {
   void limit_window(DeviceQueue& queue);
 
   // device_kernel.cpp
-  void start_copies(Op& op);
+  bool words_open(Op& op, const KernelCall::Part& part);
+  void begin_parts(Op& op);
+  void copy_here(Op& op, const KernelCall::Copy& copy);
+  void part_moved(Op& op, const MoveJob& job);
+  void end_parts(Op& op);
   void post_copies(Op& op, const Scheduler::Chunk& chunk);
   void post_or_keep(Op& op, const MoveJob& job);
 
