@@ -72,6 +72,7 @@ class Collecting:
             return
         group = self._members()
         shape = None
+        passed = given, out
         if what is not None:
             shape = shape_of(out, given, *what) if stream is None else None
             if shape is None and (found := on_gpus(group, out, given, stream, what)) is not None:
@@ -85,7 +86,7 @@ class Collecting:
                 number = scope.begin(None)
                 begun = arena.attempt(number, given, out)
                 if what is not None and channel is None and stream is None:
-                    arena.register(what, given, out)
+                    arena.register(what, *passed)
                     self._repeats = scope.repeats
             if await _met(scope, arena, number, begun, out, deadline):
                 return

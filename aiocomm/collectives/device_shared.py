@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceFlight", "DeviceShared", "prepare"]
 
+_FOUND: Final = ("broadcast", "all_gather", "all_to_all", "all_reduce")
 _MOVED: Final = ("broadcast", "scatter", "gather", "all_gather", "all_to_all")
 _BUFFERS: Final = {IN: 0, OUT: 1}
 _MOST_PARTS: Final = 63
@@ -48,7 +49,7 @@ class DeviceShared:
         self._scope, self._request = scope, request
         self._parts, self._awaits = parts, awaits
         self._native: _core.DeviceCall | None = None
-        self._declined = False  # ranks do not reach each other's arrays
+        self._registered = False
         by_kernel = request.operation == "all_reduce"
         self.counted = f"{request.operation}/{'kernels' if by_kernel else 'pushed'}"
 
@@ -62,12 +63,29 @@ class DeviceShared:
         """
         scope = self._scope
         native = self._native
-        if scope.calls or self._declined or (native is None and (native := self._made()) is None):
+        if scope.calls or (native is None and (native := self._made()) is None):
             return NOT_MET
         return native.attempt(scope.comm._engine, number, given, out)
 
     def register(self, what: tuple[Any, ...], given: Any, out: Any) -> None:
-        """Calls on GPU arrays are found by `Collecting` alone."""
+        """Have calls with such arrays found by the extension.
+
+        Args:
+            given: as it was passed.
+            out: likewise.
+        """
+        operation, *more = what
+        if self._native is None or self._registered or operation not in _FOUND:
+            return
+        self._registered = True
+        # As `Repeats.attempt` is asked: an argument, and an algorithm or the multiprocessors.
+        extra, option = None, None
+        if operation == "broadcast":
+            extra = more[0]
+        elif operation == "all_reduce":
+            extra, _, option = more
+        counted = self.counted
+        self._scope.repeats.add(operation, out, given, extra, self._native, counted, counted, option)
 
     def flight(self, number: int, result: int, deadline: float | None) -> DeviceFlight:
         """What goes on with a call that was begun."""
@@ -78,11 +96,6 @@ class DeviceShared:
         """That of a call that was begun."""
         assert self._native is not None
         return self._native
-
-    def decline(self) -> None:
-        """Have this and the next ones made by messages, as all ranks have found."""
-        self.native.decline()
-        self._declined = True
 
     def _made(self) -> _core.DeviceCall | None:
         scope, request, group = self._scope, self._request, self._scope.group
@@ -155,7 +168,7 @@ class DeviceFlight(ArenaFlight):
                     if self._data_error is not None:
                         if not _is_unreachable(self._data_error):
                             raise self._explained(self._data_error)
-                        self._call.decline()
+                        self._device.decline()
                         self._result = NOT_MET
                         break
                     since = time.monotonic()

@@ -36,16 +36,16 @@ bool write_offer(Engine& engine, Rank peer, const Lent& in, const Lent& out, std
 bool has_offer(const std::byte* from) { return std::memcmp(from, &kMark, sizeof kMark) == 0; }
 
 std::unique_ptr<DeviceBuffer> combination(Engine& engine, const Combining& how, const std::vector<int>& ranks,
-                                          size_t rank, const Lent& in, const Lent& out,
+                                          size_t rank, uint64_t in, const DeviceBuffer& out, uint64_t nbytes,
                                           const std::byte* offers, size_t stride) {
-  const uint64_t size = ranks.size(), nbytes = out.nbytes;
+  const uint64_t size = ranks.size();
   const uint64_t share = ((nbytes + size - 1) / size + kLine - 1) / kLine * kLine;
   const uint64_t start = std::min(nbytes, rank * share), block = std::min(nbytes, start + share) - start;
   if (!block) return nullptr;
   auto kernel = std::make_unique<KernelCall>();
   Argument argument;
-  argument.in[rank] = reinterpret_cast<uint64_t>(in.data) + start;
-  argument.out[rank] = reinterpret_cast<uint64_t>(out.data) + start;
+  argument.in[rank] = in + start;
+  argument.out[rank] = out.place.address + start;
   argument.count = block / how.item;
   argument.size = static_cast<uint32_t>(size);
   argument.by = how.divide_by;
@@ -70,7 +70,7 @@ std::unique_ptr<DeviceBuffer> combination(Engine& engine, const Combining& how, 
   kernel->threads = how.threads;
   const uint64_t wanted = (block + kPerThread * how.threads - 1) / (kPerThread * how.threads);
   kernel->blocks = static_cast<uint32_t>(std::clamp<uint64_t>(wanted, 1, how.most_blocks));
-  std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(*out.gpu, start, block);
+  std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(out, start, block);
   gpu->gate = {};
   gpu->kernel = std::move(kernel);
   return gpu;

@@ -42,9 +42,10 @@ struct Offer {
 bool write_offer(Engine& engine, Rank peer, const Lent& in, const Lent& out, std::byte* into);
 bool has_offer(const std::byte* from);
 
-// What is launched here; null: no part of the arrays is this rank's. The offer of rank r of the group lies r strides on.
+// What is launched here; null: no part of the arrays is this rank's. `in` is an address. The
+// offer of rank r of the group lies r strides on.
 std::unique_ptr<DeviceBuffer> combination(Engine& engine, const Combining& how, const std::vector<int>& ranks,
-                                          size_t rank, const Lent& in, const Lent& out,
+                                          size_t rank, uint64_t in, const DeviceBuffer& out, uint64_t nbytes,
                                           const std::byte* offers, size_t stride);
 
 }  // namespace aiocomm::py

@@ -69,26 +69,35 @@ void DeviceCall::combine(uint64_t function, int device, uint32_t blocks, uint32_
   combining_ = {function, device, blocks, threads, static_cast<uint32_t>(item_), divide_by};
 }
 
-int DeviceCall::attempt(Self self, uint64_t number, nb::handle given, nb::handle out) {
-  PyEngine& e = *self.p;
-  if (running_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
+bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into) {
+  if (!lent.owner.is_valid()) return true;
+  if (!(into.gpu = bind_device(mover, lent.view))) {
+    PyErr_Clear();  // the call as it is made the first time says what is wrong
+    return false;
+  }
+  into.address = lent.view.address;
+  into.nbytes = lent.view.nbytes;
+  return true;
+}
+
+int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
+  if (running_ || declined_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
+  const uint64_t x0 = now_ns();
   Mover* mover = e.engine->mover();
-  std::array<Lent, 2> lent;
-  if (!mover || !lent[kIn].bind(given.ptr(), *mover) || !lent[kOut].bind(out.ptr(), *mover)) return kNotMet;
-  for (size_t i = 0; i < lent.size(); ++i)
-    if (lent[i].nbytes != needs_[i] || reinterpret_cast<uintptr_t>(lent[i].data) % item_) return kNotMet;
-  const Lent &in = lent[kIn], &into = lent[kOut];
+  std::array<Bound, 2> arrays;
+  if (!mover || !bind(*mover, given, arrays[kIn]) || !bind(*mover, out, arrays[kOut])) return kNotMet;
+  for (size_t i = 0; i < arrays.size(); ++i)
+    if (arrays[i].nbytes != needs_[i] || arrays[i].address % item_) return kNotMet;
+  const Bound &in = arrays[kIn], &into = arrays[kOut];
   if ((!in.gpu && !into.gpu) || (in.gpu && into.gpu && in.gpu->device != into.gpu->device) || in.overlaps(into))
     return kNotMet;
-  for (const auto& [start, nbytes] : e.receiving)
-    if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
-  for (size_t i = 0; i < lent.size(); ++i) {
-    arrays_[i].gpu = std::move(lent[i].gpu);
-    arrays_[i].data = lent[i].data;
-    arrays_[i].nbytes = lent[i].nbytes;
+  for (const auto& [start, nbytes] : e.receiving) {
+    const auto first = reinterpret_cast<uint64_t>(start);
+    if (first < into.address + into.nbytes && into.address < first + nbytes) return kNotMet;
   }
+  arrays_ = std::move(arrays);
   if (combining_ && home().device != combining_.device) return kNotMet;
-  keeps_ = nb::make_tuple(nb::borrow(given), nb::borrow(out));
+  keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(), out.owner.is_valid() ? out.owner : nb::none());
   number_ = number;
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
@@ -96,9 +105,11 @@ int DeviceCall::attempt(Self self, uint64_t number, nb::handle given, nb::handle
   {
     Unlocked unlocked;
     unlocked.now();
+    const uint64_t x1 = now_ns(); tm[0]++, tm[1] += x1 - x0;
     const bool large = most_moved_ / kRate > kLingerNs;
     const auto how = meeting_->meet(number_, header_, waits, large, kStaysNs + most_moved_ / kWaitBytes, unlocked,
                                     [&] { prepare(*e.engine); });
+    tm[2] += now_ns() - x1;
     result = begun(e, how, waits);
   }
   for (Op* op : std::exchange(others_, {})) {
@@ -140,9 +151,9 @@ void DeviceCall::prepare(Engine& engine) {
   meeting_->arena->lend(meeting_->rank, places);
 }
 
-DevicePlace DeviceCall::place_of(Engine& engine, const Lent& lent, bool& willing) const {
-  if (!lent.gpu) return {};
-  const std::unique_ptr<DeviceBuffer> whole = engine.mover()->part(*lent.gpu, 0, lent.nbytes);
+DevicePlace DeviceCall::place_of(Engine& engine, const Bound& array, bool& willing) const {
+  if (!array.gpu) return {};
+  const std::unique_ptr<DeviceBuffer> whole = engine.mover()->part(*array.gpu, 0, array.nbytes);
   for (size_t rank = 0; rank < ranks_.size(); ++rank)
     if (rank != meeting_->rank) willing = willing && engine.share(ranks_[rank], *whole);
   return whole->place;
@@ -152,7 +163,9 @@ DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool linge
   open_ = how == Meeting::Begun::open;
   if (open_) return kOpen;
   if (how == Meeting::Begun::not_met) return kNotMet;
+  const uint64_t x2 = now_ns();
   const Result result = launch(e);
+  tm[3] += now_ns() - x2;
   return result == kGoing ? run(e, lingers) : result;
 }
 
@@ -184,8 +197,8 @@ std::unique_ptr<DeviceBuffer> DeviceCall::kernel(Engine& engine) const {
     offers[rank].out = places.out;
     offers[rank].in = places.in.owner ? places.in : places.out;
   }
-  const Lent& in = arrays_[kIn].gpu ? arrays_[kIn] : arrays_[kOut];
-  return combination(engine, combining_, ranks_, meeting_->rank, in, arrays_[kOut],
+  const Bound &out = arrays_[kOut], &in = arrays_[kIn].gpu ? arrays_[kIn] : out;
+  return combination(engine, combining_, ranks_, meeting_->rank, in.address, *out.gpu, out.nbytes,
                      reinterpret_cast<const std::byte*>(offers.data()), sizeof(Offer));
 }
 
@@ -211,11 +224,11 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
     for (const auto& [rank, span, buffer, start] : moves) {
       const Span source(span);
       KernelCall::Copy copy;
-      copy.from = reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(source.buffer)].data) + source.start;
+      copy.from = arrays_[static_cast<size_t>(source.buffer)].address + source.start;
       copy.nbytes = source.nbytes();
       copy.offset = start;
       if (rank == meeting_->rank) {
-        copy.offset += reinterpret_cast<uint64_t>(arrays_[static_cast<size_t>(buffer)].data);
+        copy.offset += arrays_[static_cast<size_t>(buffer)].address;
       } else {
         copy.far = far_of(rank, buffer, start + copy.nbytes);
         part.away += copy.nbytes;
@@ -234,8 +247,8 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
 void DeviceCall::post(Engine& engine, std::unique_ptr<DeviceBuffer> gpu) {
   const std::shared_ptr<Arena>& arena = meeting_->arena;
   KernelCall& call = *gpu->kernel;
-  for (const Lent& lent : arrays_)
-    if (lent.gpu && !lent.gpu->gate.open()) call.gates.push_back(lent.gpu->gate);
+  for (const Bound& array : arrays_)
+    if (array.gpu && !array.gpu->gate.open()) call.gates.push_back(array.gpu->gate);
   if (call.parts.empty()) call.parts.emplace_back();
   for (size_t rank = 0; rank < ranks_.size(); ++rank)
     if (rank != meeting_->rank) call.parts[0].words.push_back(arena->ready(rank, number_));
@@ -292,11 +305,11 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
       decline();
       return kNotMet;
     }
-    if (entered_) let_go();
+    if (entered_) { let_go(); tm[4] += now_ns() - began; }
     bool all = true;
     for (size_t rank = 0; rank < ranks_.size() && all; ++rank)
       all = !awaits_[rank] || arena.parts(rank, number_, awaits_[rank]).open();
-    if (all) return finish();
+    if (all) { tm[5] += now_ns() - began; return finish(); }
     if (arena.broken()) return kBroken;
     if (now > until || (!lingers && now != began)) return kStuck;
     m.wait(now, last, !brief);
@@ -313,11 +326,7 @@ DeviceCall::Result DeviceCall::finish() {
 }
 
 void DeviceCall::over() {
-  for (Lent& one : arrays_) {
-    one.gpu.reset();
-    one.data = nullptr;
-    one.nbytes = 0;
-  }
+  arrays_ = {};
   keeps_.reset();
 }
 
@@ -332,6 +341,7 @@ void DeviceCall::decline() {
   let_go();
   meeting_->arena->set_done(meeting_->rank, number_);
   voted_down_ = running_ = false;
+  declined_ = true;
 }
 
 void DeviceCall::give_up() {
@@ -358,10 +368,22 @@ void bind_device_call(nb::module_& m) {
            "arena"_a, "ranks"_a, "channel"_a, "header"_a, "in_bytes"_a, "out_bytes"_a, "item"_a, "parts"_a, "awaits"_a)
       .def("combine", &DeviceCall::combine, "function"_a, "device"_a, "blocks"_a, "threads"_a, "divide_by"_a,
            "Have this rank's part made by a kernel.")
-      .def("attempt", &DeviceCall::attempt, "engine"_a, "number"_a, "given"_a.none(), "out"_a.none(),
+      .def(
+          "attempt",
+          [](DeviceCall& self, PyEngine& engine, uint64_t number, nb::object given, nb::object out) {
+            std::array<DeviceLent, 2> lent;
+            for (auto [description, into] : {std::pair{&given, &lent[kIn]}, {&out, &lent[kOut]}}) {
+              if (description->is_none()) continue;
+              if (!read_description(description->ptr(), into->view)) throw nb::python_error();
+              into->owner = *description;
+            }
+            return self.attempt(engine, number, lent[kIn], lent[kOut]);
+          },
+          "engine"_a, "number"_a, "given"_a.none(), "out"_a.none(),
            "Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a "
            "turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all "
            "have come yet.")
+      .def_prop_ro("tm", [](const DeviceCall& s) { return std::vector<uint64_t>(s.tm, s.tm + 8); })
       .def("proceed", &DeviceCall::proceed, "engine"_a, "Go on with it; as `attempt`.")
       .def("take", &DeviceCall::take, "engine"_a, "The transfer that `proceed` has to wait for, if there is one.")
       .def("decline", &DeviceCall::decline, "It is to be made by messages, as all ranks have found.")

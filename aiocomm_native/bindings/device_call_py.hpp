@@ -19,14 +19,22 @@
 #include <vector>
 
 #include "bindings/combining.hpp"
+#include "bindings/device_py.hpp"
 #include "bindings/meeting.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
 
 namespace aiocomm::py {
 
+// GPU memory, described, and what keeps it.
+struct DeviceLent {
+  DeviceView view;
+  nb::object owner;  // none: there is no array
+};
+
 class DeviceCall {
  public:
+  uint64_t tm[8] = {};  // XXX
   using Self = nb::pointer_and_handle<PyEngine>;
   // Whose memory is written (by rank of the group), from where in which buffer of ours, to where in which of theirs.
   using Move = std::tuple<size_t, SpanTuple, int, uint64_t>;
@@ -42,11 +50,11 @@ class DeviceCall {
   // Our part is a kernel that reads and writes the arrays of all.
   void combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t divide_by);
 
-  int attempt(Self self, uint64_t number, nb::handle given, nb::handle out);
+  int attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out);
   int proceed(Self self);
   // The operation that is under way, as a transfer: until it has ended `proceed` is not called. None: there is none.
   nb::object take(Self self);
-  // It has ended as one of a call that cannot be made so: it is made by messages, on all ranks.
+  // It has ended as one of a call that cannot be made so: it is made by messages on all ranks, and so are the next.
   void decline();
   void give_up();     // tells the others
   void let_go();      // our operation has ended
@@ -54,10 +62,17 @@ class DeviceCall {
 
  private:
   // In ns: for how long ends of small parts are looked for; how much longer than others a call stays open.
-  static constexpr uint64_t kLingerNs = 100000, kStaysNs = 1000000;
+  static constexpr uint64_t kLingerNs = 100000, kStaysNs = 5000000;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 
   struct Word;
+  struct Bound {
+    std::unique_ptr<DeviceBuffer> gpu;  // null: there is none
+    uint64_t address = 0, nbytes = 0;
+    bool overlaps(const Bound& other) const {
+      return address < other.address + other.nbytes && other.address < address + nbytes;
+    }
+  };
 
   void prepare(Engine& engine);
   Result begun(PyEngine& e, Meeting::Begun how, bool lingers);
@@ -70,7 +85,7 @@ class DeviceCall {
   Result finish();
   void over();
   const DeviceBuffer& home() const { return arrays_[kOut].gpu ? *arrays_[kOut].gpu : *arrays_[kIn].gpu; }
-  DevicePlace place_of(Engine& engine, const Lent& lent, bool& willing) const;
+  DevicePlace place_of(Engine& engine, const Bound& array, bool& willing) const;
 
   const std::shared_ptr<Meeting> meeting_;
   const std::vector<int> ranks_;  // of the world, by rank of the group
@@ -84,9 +99,11 @@ class DeviceCall {
   uint64_t most_moved_ = 0;  // bytes of the largest part, and of all
 
   // Of the call that runs.
+  bool declined_ = false;  // for good: not all reach each other's arrays
   bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false;
   uint64_t number_ = 0;
-  std::array<Lent, 2> arrays_;
+  static bool bind(Mover& mover, const DeviceLent& lent, Bound& into);
+  std::array<Bound, 2> arrays_;
   nb::object keeps_;
   std::vector<Arena::Places> places_;
   SilentOp flight_;

@@ -221,7 +221,8 @@ class PreparedCall {
       std::pop_heap(ready_.begin(), ready_.end(), std::greater<>());
       ready_.pop_back();
       if (step.kind == kTogether) {
-        auto gpu = combination(engine, combining_, ranks_, rank_, *in_, *out_, offer_of(0), width_);
+        auto gpu = combination(engine, combining_, ranks_, rank_, reinterpret_cast<uint64_t>(in_->data), *out_->gpu,
+                               out_->nbytes, offer_of(0), width_);
         if (gpu) {
           const uint64_t nbytes = gpu->kernel->far[0].nbytes;
           post(engine, OpKind::get, step_key(index), (rank_ + 1) % size(), nullptr, nbytes, 0,

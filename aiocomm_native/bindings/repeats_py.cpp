@@ -1,16 +1,20 @@
 // Collectives that repeat: numbered, found by what they are given, and made through an arena, by one call into here.
 //
-// A call is found by its operation, the types and sizes of its NumPy arrays, and one argument more. Everything else (other
-// arrays, options, a scope with calls under way) is Python's: aiocomm/collectives/collecting.py.
+// A call is found by its operation, the types and sizes of its arrays (NumPy's, or on a GPU), and two arguments more.
+// Everything else (other arrays and options, a scope with calls under way) is Python's: aiocomm/collectives/collecting.py.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <cstddef>
 #include <functional>
+#include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
+#include "bindings/device_call_py.hpp"
+#include "bindings/device_py.hpp"
 #include "bindings/shared_call_py.hpp"
 
 namespace nb = nanobind;
@@ -22,9 +26,11 @@ namespace {
 
 // Python's objects are compared by identity: names and types are the same objects for ever, other numbers are not found.
 struct Key {
-  PyObject *operation, *extra;
-  PyObject *out_type = nullptr, *given_type = nullptr;  // null: there is no array
+  PyObject *operation, *extra, *option;
+  const void *out_type = nullptr, *given_type = nullptr;  // null: there is no array
   Py_ssize_t out_bytes = 0, given_bytes = 0;
+  int64_t inside = kApart;  // where in `out` the other begins, in bytes
+  static constexpr int64_t kApart = INT64_MIN;
   bool operator==(const Key&) const = default;
 };
 
@@ -34,6 +40,8 @@ struct Hash {
     auto mix = [&](size_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15ull; };
     mix(reinterpret_cast<size_t>(key.operation));
     mix(reinterpret_cast<size_t>(key.extra));
+    mix(reinterpret_cast<size_t>(key.option));
+    mix(static_cast<size_t>(key.inside));
     mix(reinterpret_cast<size_t>(key.out_type));
     mix(static_cast<size_t>(key.out_bytes));
     mix(reinterpret_cast<size_t>(key.given_type));
@@ -61,33 +69,42 @@ class Repeats {
   uint64_t take() { return next_++; }
   uint64_t last() const { return next_ - 1; }
 
-  int attempt(nb::handle operation, nb::handle out, nb::handle given, nb::handle extra, nb::handle algorithm,
+  int attempt(nb::handle operation, nb::handle out, nb::handle given, nb::handle extra, nb::handle option,
               nb::handle channel, nb::handle deadline, nb::handle stream) {
-    if (found_.empty() || !algorithm.is_none() || !channel.is_none() || !deadline.is_none() ||
-        !stream.is_none() || PyDict_GET_SIZE(calls_.ptr()) || PyDict_GET_SIZE(failed_.ptr()))
+    if (found_.empty() || !channel.is_none() || !deadline.is_none() || !stream.is_none() ||
+        PyDict_GET_SIZE(calls_.ptr()) || PyDict_GET_SIZE(failed_.ptr()))
       return kNotBegun;
-    Key key{operation.ptr(), extra.ptr()};
-    if (!describe(out, key.out_type, key.out_bytes) || !describe(given, key.given_type, key.given_bytes))
-      return kNotBegun;
+    Key key{operation.ptr(), extra.ptr(), option.ptr()};
+    Arrays arrays;
+    if (!describe(out, given, key, arrays)) return kNotBegun;
     auto it = found_.find(key);
     if (it == found_.end() || !nb::cast<bool>(here_())) return kNotBegun;
     Entry& entry = it->second;
-    const int outcome = entry.call->attempt(*engine_, take(), given, out);
-    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn)
-      count(entry.names[entry.call->direct()]);
+    int outcome;
+    bool direct = false;
+    if (entry.on_device) {
+      outcome = entry.on_device->attempt(*engine_, take(), arrays.given, arrays.out);
+    } else {
+      outcome = entry.call->attempt(*engine_, take(), given, out);
+      direct = entry.call->direct();
+    }
+    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn) count(entry.names[direct]);
     return outcome;
   }
 
   void add(nb::str operation, nb::object out, nb::object given, nb::object extra, nb::object call,
-           nb::str by_rings, nb::str directly) {
-    Key key{operation.ptr(), extra.ptr()};
-    if (!describe(out, key.out_type, key.out_bytes) || !describe(given, key.given_type, key.given_bytes))
-      return;
-    PySharedCall* native = nb::cast<PySharedCall*>(call);
-    nb::object types = nb::make_tuple(nb::borrow(key.out_type ? key.out_type : Py_None),
-                                      nb::borrow(key.given_type ? key.given_type : Py_None));
-    found_.insert_or_assign(
-        key, Entry{native, {by_rings, directly}, nb::make_tuple(operation, extra, types, call)});
+           nb::str by_rings, nb::str directly, nb::object option) {
+    Key key{operation.ptr(), extra.ptr(), option.ptr()};
+    Arrays arrays;
+    if (!describe(out, given, key, arrays)) return;
+    DeviceCall* on_device = nullptr;
+    PySharedCall* host = nullptr;
+    if (!nb::try_cast(call, on_device)) host = nb::cast<PySharedCall*>(call);
+    nb::list types;  // of NumPy; those on GPUs are kept for ever
+    for (const nb::object& array : {out, given})
+      if (is_plain(array)) types.append(array.attr("dtype"));
+    found_.insert_or_assign(key, Entry{host, on_device, {by_rings, directly},
+                                       nb::make_tuple(operation, extra, option, types, call)});
   }
 
   void clear() { found_.clear(); }
@@ -108,19 +125,64 @@ class Repeats {
  private:
   struct Entry {
     PySharedCall* call;
+    DeviceCall* on_device;  // instead
     nb::str names[2];
     nb::object keeps;  // what the key and the call are
   };
 
-  // False: it is no array of NumPy.
-  bool describe(nb::handle array, PyObject*& type, Py_ssize_t& nbytes) const {
-    if (array.is_none()) return true;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(array.ptr())) != array_.ptr()) return false;
+  bool is_plain(nb::handle array) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(array.ptr())) == array_.ptr();
+  }
+
+  struct Arrays {
+    DeviceLent out, given;
+  };
+
+  // False: they are neither NumPy's nor on GPUs, or cannot be used as they are.
+  bool describe(nb::handle out, nb::handle given, Key& key, Arrays& arrays) {
+    if ((out.is_none() || is_plain(out)) && (given.is_none() || is_plain(given))) {
+      describe(out, key.out_type, key.out_bytes);
+      describe(given, key.given_type, key.given_bytes);
+      return true;
+    }
+    if (!engine_->engine->mover() || !on_device(out, true, key.out_type, key.out_bytes, arrays.out) ||
+        !on_device(given, false, key.given_type, key.given_bytes, arrays.given))
+      return false;
+    if (arrays.out.owner.is_valid() && arrays.given.owner.is_valid()) {
+      const auto start = static_cast<int64_t>(arrays.given.view.address - arrays.out.view.address);
+      if (-key.given_bytes < start && start < key.out_bytes) key.inside = start, arrays.given = {};
+    }
+    return true;
+  }
+
+  void describe(nb::handle array, const void*& type, Py_ssize_t& nbytes) const {
+    if (array.is_none()) return;
     nb::object found = nb::steal(PyObject_GetAttr(array.ptr(), dtype_.ptr()));
     nb::object size = nb::steal(PyObject_GetAttr(array.ptr(), nbytes_.ptr()));
     if (!found.is_valid() || !size.is_valid()) nb::raise_python_error();
     type = found.ptr();  // the array keeps it
     nbytes = PyLong_AsSsize_t(size.ptr());
+  }
+
+  // What is wrong with an array is told by the call as it is made the first time.
+  bool on_device(nb::handle array, bool writable, const void*& type, Py_ssize_t& nbytes, DeviceLent& lent) {
+    if (array.is_none()) return true;
+    Found found = read_interface(array.ptr(), writable, lent.view);
+    lent.owner = nb::borrow(array);
+    if (found == Found::view) {
+      Py_CLEAR(lent.view.shape);
+    } else {
+      PyErr_Clear();
+      if (found != Found::ask) return false;
+      lent.owner = nb::steal(
+          PyObject_CallFunction(hooks.describe_device, "Oi", array.ptr(), static_cast<int>(writable)));
+      if (!lent.owner.is_valid() || lent.owner.is_none() || !read_description(lent.owner.ptr(), lent.view)) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    type = &*formats_.emplace(lent.view.format).first;
+    nbytes = static_cast<Py_ssize_t>(lent.view.nbytes);
     return true;
   }
 
@@ -138,6 +200,7 @@ class Repeats {
   const nb::str dtype_, nbytes_;
   uint64_t next_ = 1;
   std::unordered_map<Key, Entry, Hash> found_;
+  std::unordered_set<std::string> formats_;  // of elements on GPUs
 };
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
@@ -164,11 +227,11 @@ void bind_repeats(nb::module_& m) {
       .def("take", &Repeats::take, "Number a call.")
       .def_prop_ro("last", &Repeats::last, "The number of the last call.")
       .def("attempt", &Repeats::attempt, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(),
-           "algorithm"_a.none(), "channel"_a.none(), "deadline"_a.none(), "stream"_a.none(),
+           "option"_a.none(), "channel"_a.none(), "deadline"_a.none(), "stream"_a.none(),
            "Number and do a call, if it is one that repeats. -1: nothing was begun; else as "
            "`SharedCall.attempt`.")
       .def("add", &Repeats::add, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(), "call"_a,
-           "by_rings"_a, "directly"_a,
+           "by_rings"_a, "directly"_a, "option"_a = nb::none(),
            "Keep a call for others with such arrays, and the names that it is counted by.")
       .def("clear", &Repeats::clear, "Keep none.");
 }

@@ -69,7 +69,8 @@ nb::object PreparedCall::launch(nb::pointer_and_handle<PyEngine> self, nb::handl
     throw nb::value_error("other arrays than were offered");
   const std::byte* first = lent[kBuffers].data + header_.size();
   const Lent& in = lent[kIn].gpu ? lent[kIn] : lent[kOut];
-  auto gpu = combination(*self.p->engine, combining_, ranks_, rank_, in, lent[kOut], first, width_);
+  auto gpu = combination(*self.p->engine, combining_, ranks_, rank_, reinterpret_cast<uint64_t>(in.data),
+                         *lent[kOut].gpu, lent[kOut].nbytes, first, width_);
   if (!gpu) return nb::none();
   SilentOp flight;
   flight.op = self.p->engine->new_op();

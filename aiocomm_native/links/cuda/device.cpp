@@ -23,6 +23,9 @@ constexpr size_t kQueue = 16384;
 constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
 constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
+// Of copies that follow each other, in order: what is asked of the driver together, and whose end is told by itself.
+static uint64_t kJoined = getenv("X_JOIN") ? strtoull(getenv("X_JOIN"), 0, 10) : 256 << 10;
+constexpr uint64_t kTellInOrder = 4 << 20;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
@@ -333,7 +336,13 @@ bool Device::issue(bool by_thread) {
     const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
-    if (!code) code = copy(job, stream);
+    if (!code && job.in_order && job.nbytes <= kJoined) {
+      joined_ = &stream;
+      code = row_copies_.join(driver, job, stream.handle);
+    } else {
+      send_joined();
+      if (!code) code = copy(job, stream);
+    }
     job.issued_ns = now_ns();
     if (is_small(job)) {
       add(small.handed, taken_ns - job.posted_ns);
@@ -350,16 +359,24 @@ bool Device::issue(bool by_thread) {
     stream.inflight.emplace_back(++stream.issued, job);
     if (!by_thread) add(small.by_loop, 1);
     if (early && !first) early_.push_back(job.op);
-    if (job.nbytes >= kTellFrom)
+    if (job.nbytes >= (job.in_order ? kTellInOrder : kTellFrom))
       tell(stream, by_thread);
     else
       touched |= static_cast<uint16_t>(1u << index);
   }
+  send_joined();
   for (size_t i = 0; i < kStreams; ++i)
     if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i], by_thread);
   for (OpId op : early_) host_.ends_soon(op, kEarlyNs);
   early_.clear();
   return did;
+}
+
+// Copies that were collected, as one call of the driver.
+void Device::send_joined() {
+  if (!joined_) return;
+  Stream& stream = *std::exchange(joined_, nullptr);
+  if (const CUresult code = row_copies_.send(driver, stream.handle); code != CUDA_SUCCESS) fail(stream, code);
 }
 
 // Before: the first launch of a function may have the driver load it.

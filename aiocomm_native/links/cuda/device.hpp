@@ -103,6 +103,7 @@ class Device {
   bool issue(bool by_thread);
   bool work(bool by_thread);
   int copy(MoveJob& job, Stream& stream);
+  void send_joined();
   bool launched(const KernelCall& kernel) const;
   void tell(Stream& stream, bool by_thread);
   bool collect(uint64_t now, bool by_thread);
@@ -150,6 +151,7 @@ class Device {
   CUdeviceptr words_at_ = 0;
   RowCopies row_copies_;
   std::vector<uint64_t> launched_;  // functions
+  Stream* joined_ = nullptr;        // that copies were collected for, in this turn
   std::vector<MoveJob> finished_;
   std::vector<GateWait> gates_;
 

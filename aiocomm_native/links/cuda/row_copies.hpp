@@ -17,6 +17,11 @@ class RowCopies {
  public:
   // Queues a job's copies, and estimates `slow_ns`. Where it fails, those before are queued.
   CUresult queue(const Driver& driver, MoveJob& job, CUstream stream);
+  // Collects a job that is no rows, and has what was collected begin.
+  CUresult join(const Driver& driver, const MoveJob& job, CUstream stream) {
+    return one(driver, job.to, job.from, job.nbytes, stream);
+  }
+  CUresult send(const Driver& driver, CUstream stream) { return flush(driver, stream); }
   void ended(const MoveJob& job);    // and nothing reads its table any more
   void clear(const Driver& driver);  // in a current context
 
