@@ -50,6 +50,7 @@ def pushes(schedules: Sequence[Sequence[Step]]) -> tuple[tuple[Part, ...], ...] 
     """
     receives: dict[tuple[int, int], list[tuple[int, Span]]] = defaultdict(list)  # by sender and receiver
     needed = [dependencies(steps) for steps in schedules]
+    passed_on = {(rank, step) for rank, some in enumerate(needed) for earlier in some for step in earlier}
     for rank, steps in enumerate(schedules):
         for index, step in enumerate(steps):
             if isinstance(step, Recv):
@@ -61,6 +62,7 @@ def pushes(schedules: Sequence[Sequence[Step]]) -> tuple[tuple[Part, ...], ...] 
     for rank, steps in enumerate(schedules):
         parts: list[tuple[list[Move], tuple[int, ...]]] = []
         counts: dict[int, int] = defaultdict(int)
+        alone = True  # the last part stays as it is
         for index, step in enumerate(steps):
             before = needed[rank][index]
             match step:
@@ -79,8 +81,10 @@ def pushes(schedules: Sequence[Sequence[Step]]) -> tuple[tuple[Part, ...], ...] 
                     return None
             if not all(isinstance(steps[earlier], Recv) for earlier in before):
                 return None
-            if before or not parts or parts[-1][1]:
+            awaited = (move.rank, into) in passed_on
+            if before or awaited or alone:
                 parts.append(([], before))
+            alone = bool(before) or awaited
             parts[-1][0].append(move)
             if into >= 0:
                 sent[move.rank, into] = len(parts)

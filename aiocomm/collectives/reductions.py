@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.collectives import gpu
+from aiocomm.collectives import gpu, two_shot
 from aiocomm.collectives.arrays import MEAN, dtype_name, operator
 from aiocomm.collectives.narrow import ONCE, Partials, check_algorithm, is_narrow
 from aiocomm.collectives.requests import (
@@ -21,7 +21,6 @@ from aiocomm.collectives.requests import (
     same_dtype,
 )
 from aiocomm.collectives.steps import IN, OUT, Problem, even
-from aiocomm.collectives.two_shot import MOST_BYTES
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,7 +88,8 @@ def reduced(
             together=operation == "all_reduce"
             and algorithm is None
             and size > 1
-            and 0 < source.nbytes <= MOST_BYTES
+            and source.nbytes > 0
+            and two_shot.pays(size, source.nbytes, kernels.sm_budget)
             and kernels.kernels.reach_peers,
         )
     ufunc = operator(op, source.dtype)

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from aiocomm.collectives.steps import Step
     from aiocomm_native._core import PreparedCall
 
-__all__ = ["MOST_BYTES", "Offered", "two_shot"]
+__all__ = ["Offered", "pays", "two_shot"]
 
-MOST_BYTES: Final = 8 << 20  # of an array: more is faster by copy engines
+_MOST_BYTES: Final = 8 << 20  # of an array of two ranks, beyond which copy engines beat a few multiprocessors
+_MANY_SMS: Final = 16
 _WORD: Final = Span(TMP, 0, 0)
 
 
@@ -55,6 +56,11 @@ def two_shot(rank: int, size: int) -> Plan:
         reduced=(False,) * count,
         eager=None,
     )
+
+
+def pays(size: int, nbytes: int, sm_budget: int) -> bool:
+    """Whether it beats copy engines, whose copies each rank reduces."""
+    return size > 2 or nbytes <= _MOST_BYTES or sm_budget >= _MANY_SMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@
 #include <utility>
 
 #include "core/engine.hpp"
+#include "core/relax.hpp"
 #include "core/token.hpp"
 
 namespace aiocomm {
 
 namespace {
 constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
-constexpr uint64_t kFewBytes = 1 << 20;  // of an op whose copies share a stream: one word tells that they have ended
+constexpr uint64_t kMomentNs = 5000;  // for which it is not worth to look at anything else
+constexpr uint64_t kFewBytes = 8 << 20;  // of an op whose copies share a stream: one word tells that they have ended
 }
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
@@ -70,7 +72,10 @@ void DeviceProtocol::start_kernel(Op& op) {
     const uint64_t address = reach.base + within;
     std::memcpy(kernel.argument.data() + far.at, &address, sizeof address);
   }
-  if (kernel.company && !std::exchange(kernel.spoken, true)) kernel.company->ready(true);
+  if (kernel.company && !std::exchange(kernel.spoken, true)) {
+    kernel.company->ready(true);
+    if (kernel.awaited) look_for_words(kernel.parts[0]);
+  }
   if (!kernel.function) return begin_parts(op);
   if (kernel.company && !words_open(op, kernel.parts[0])) return;
   MoveJob job;
@@ -90,6 +95,13 @@ void DeviceProtocol::post_or_keep(Op& op, const MoveJob& job) {
   ++op.gpu->inflight;
   DeviceQueue& queue = queue_of(op.gpu->device, Lane::peer);
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
+}
+
+// The others have met this rank just now: their words are a moment away.
+void DeviceProtocol::look_for_words(const KernelCall::Part& part) {
+  const uint64_t until = engine_.now() + kMomentNs;
+  auto open = [](const Gate& word) { return word.open(); };
+  while (!std::all_of(part.words.begin(), part.words.end(), open) && engine_.now() < until) relax();
 }
 
 // False: one of them is awaited, or the op has ended since somebody cannot take part.

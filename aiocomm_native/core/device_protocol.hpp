@@ -115,6 +115,7 @@ class DeviceProtocol final : public MoverHost {
   void limit_window(DeviceQueue& queue);
 
   // device_kernel.cpp
+  void look_for_words(const KernelCall::Part& part);
   bool words_open(Op& op, const KernelCall::Part& part);
   void begin_parts(Op& op);
   void copy_here(Op& op, const KernelCall::Copy& copy);

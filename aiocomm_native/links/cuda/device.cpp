@@ -24,8 +24,7 @@ constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest 
 constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 // Of copies that follow each other, in order: what is asked of the driver together, and whose end is told by itself.
-static uint64_t kJoined = getenv("X_JOIN") ? strtoull(getenv("X_JOIN"), 0, 10) : 256 << 10;
-constexpr uint64_t kTellInOrder = 4 << 20;
+constexpr uint64_t kJoined = 1 << 20, kTellInOrder = 4 << 20;
 constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
