@@ -1,7 +1,7 @@
 """Chain: the root's data goes from rank to rank, chunk by chunk.
 
 Every rank sends the data once, and all do so at the same time: the best for large data where a rank's own
-link is what is slow, and the group is small. GPUs choose it, whose copy engines do one copy after the other.
+link is what is slow, and the group is small.
 """
 
 from __future__ import annotations

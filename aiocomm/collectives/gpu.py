@@ -37,7 +37,7 @@ __all__ = [
     "view",
 ]
 
-_CHAIN_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
+_SPREAD_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
 _LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
 _CHUNKS: Final = 32
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
@@ -149,8 +149,8 @@ def choose(operation: str, size: int, nbytes: int) -> str:
     """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
-    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
-        return "chain"
+    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _SPREAD_FROM:
+        return "spread"
     return "direct"
 
 

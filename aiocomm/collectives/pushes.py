@@ -82,9 +82,9 @@ def pushes(schedules: Sequence[Sequence[Step]]) -> tuple[tuple[Part, ...], ...] 
             if not all(isinstance(steps[earlier], Recv) for earlier in before):
                 return None
             awaited = (move.rank, into) in passed_on
-            if before or awaited or alone:
+            if awaited or alone or before != parts[-1][1]:
                 parts.append(([], before))
-            alone = bool(before) or awaited
+            alone = awaited
             parts[-1][0].append(move)
             if into >= 0:
                 sent[move.rank, into] = len(parts)

@@ -172,6 +172,7 @@ struct MoveJob {
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
   bool in_order = false;          // behind the copies that came before, whatever devices they are for
+  bool more = false;              // of those come at once, and tell its end, too
   bool unscheduled = false;       // no scheduler has given it room
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched

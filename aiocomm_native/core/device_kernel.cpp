@@ -16,7 +16,7 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
 constexpr uint64_t kMomentNs = 5000;  // for which it is not worth to look at anything else
-constexpr uint64_t kFewBytes = 8 << 20;  // of an op whose copies share a stream: one word tells that they have ended
+constexpr uint64_t kFewBytes = 256 << 10;  // of a copy that goes along with others, rather than at the same time
 }
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
@@ -146,7 +146,7 @@ void DeviceProtocol::copy_here(Op& op, const KernelCall::Copy& copy) {
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.local = job.unscheduled = true;
-  job.in_order = op.nbytes <= kFewBytes;
+  job.in_order = copy.nbytes <= kFewBytes;
   post_or_keep(op, job);
 }
 
@@ -198,6 +198,7 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
       job.cls = chunk.cls;
       job.posted_ns = engine_.now();
       job.in_order = true;
+      job.more = end < chunk.offset + chunk.nbytes;
       job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
       if (!job.local)
         engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);

@@ -352,6 +352,7 @@ bool Device::issue(bool by_thread) {
       job.ended_ns = now_ns();
       finished_.push_back(job);
       if (is_lost(code)) lost_ = code;
+      touched |= static_cast<uint16_t>(1u << index);  // those before it may have counted on it
       continue;
     }
     job.order = ++issued_;
@@ -359,8 +360,8 @@ bool Device::issue(bool by_thread) {
     if (!by_thread) add(small.by_loop, 1);
     if (early && !first) early_.push_back(job.op);
     if (job.nbytes >= (job.in_order ? kTellInOrder : kTellFrom))
-      tell(stream, by_thread);
-    else
+      send_joined(), tell(stream, by_thread);
+    else if (!job.more)
       touched |= static_cast<uint16_t>(1u << index);
   }
   send_joined();
