@@ -83,7 +83,7 @@ for step in "$@"; do
     ;;
   reductions)
     timeout 150 python3 -P -m pytest -q -p no:cacheprovider --timeout 30 tests/integration/test_gpu_reductions.py \
-      tests/integration/test_gpu_two_shot.py tests/integration/test_gpu_gather.py >"$out/gpu-reductions.log" 2>&1 || true
+      tests/integration/test_gpu_kernels.py tests/integration/test_gpu_gather.py >"$out/gpu-reductions.log" 2>&1 || true
     tail -n 25 "$out/gpu-reductions.log"
     ;;
   examples)

@@ -22,7 +22,7 @@ import numpy as np
 
 from aiocomm.collectives import gpu, headers
 from aiocomm.collectives.exchange import Exchange, slot_bytes
-from aiocomm.collectives.steps import OUT, TMP, Copy, Recv, Reduce, Send, Span, Together
+from aiocomm.collectives.steps import OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from aiocomm.collectives.plan import Plan
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
-    from aiocomm.collectives.two_shot import Offered
     from aiocomm_native import Transfer
 
 __all__ = ["Call", "run_locally"]
@@ -59,8 +58,6 @@ class Call(Exchange):
         self._unproven = False  # kernels were launched after the last message that waits for them
         self._partials = None if request.partials is None else request.partials()
         self._divides = request.reduction is not None and request.reduction.mean
-        self._offered: Offered | None = None  # until it is decided how the call is made
-        self._together: Offered | None = None  # by a kernel per rank
 
     async def run(self) -> None:
         """Do the call.
@@ -106,17 +103,6 @@ class Call(Exchange):
         """What it is made by."""
         return "headers" if self._plan is None else self._plan.algorithm
 
-    def offer(self, offered: Offered, decided: bool) -> None:
-        """Have it made by a kernel per rank, if all ranks can; before `take_over`.
-
-        Args:
-            decided: they can, and it was begun so.
-        """
-        if decided:
-            self._together, self._plan, self._divides = offered, offered.plan, False
-        else:
-            self._offered = offered
-
     def take_over(
         self,
         number: int,
@@ -145,10 +131,6 @@ class Call(Exchange):
         self._slots, self._memory = slots, scratch
         self._waits, self._ready, self._left = list(waits), list(ready), left
         heapify(self._ready)
-        if self._offered is not None:
-            self._ready, self._left = [], 1  # something, whatever it will be
-            if self._offered.declined:
-                self._decide(False)
         self._missing &= {key for key, _ in heads}
         for is_head, some in ((True, heads), (False, steps)):
             for key, transfer in some:
@@ -185,20 +167,9 @@ class Call(Exchange):
         if trouble is not None:
             raise UsageError(f"{request.operation}: {trouble}")
         self._judged = True
-        if self._offered is not None:
-            self._decide(self._offered.by_all(self._slots))
-        elif self._plan is not None and self._plan.eager is not None:
+        if self._plan is not None and self._plan.eager is not None:
             self._run_eager(self._plan)
         self._raise_trouble()
-
-    def _decide(self, together: bool) -> None:
-        """Begin, now that it is known how."""
-        offered, self._offered = self._offered, None
-        assert offered is not None
-        if together:
-            self.offer(offered, True)
-        assert self._plan is not None
-        self._start(self._plan)
 
     def _run_eager(self, plan: Plan) -> None:
         assert plan.eager is not None
@@ -214,7 +185,7 @@ class Call(Exchange):
     def _views(self, plan: Plan) -> dict[Any, npt.NDArray[np.uint8]]:
         views = self._request.views
         reduction = self._request.reduction
-        if reduction is not None and self._together is None and TMP not in views:
+        if reduction is not None and TMP not in views:
             self._device_memory = self._scope.device_scratch(reduction.kernels, max(plan.scratch, 2))
             views[TMP] = gpu.view(self._device_memory)
         elif plan.scratch and TMP not in views:
@@ -236,16 +207,6 @@ class Call(Exchange):
         while ready and plan is not None and self._data_error is None:
             index = heappop(ready)
             step = plan.steps[index]
-            if isinstance(step, Together):
-                self._launch_together(index)
-                continue
-            if isinstance(step, Send | Recv) and self._together is not None:
-                # What is said of kernels has no deadline: arrays are let go when they are over.
-                patient = plan.numbers[index] > 0
-                self._post(
-                    type(step), (False, index), step.peer, bytearray(), 1 + plan.numbers[index], None, patient
-                )
-                continue
             if isinstance(step, Send | Recv):
                 span = step.source if isinstance(step, Send) else step.target
                 data = self._part(span, not plan.waits[index], plan.reduced[index])
@@ -277,47 +238,6 @@ class Call(Exchange):
             self._unproven = False
             return view.part(span.start, span.stop, False, reduction.kernels.stream)
         return view.part(span.start, span.stop, first)
-
-    async def _give_up(self, error: BaseException) -> None:
-        """See `two_shot` for what others are told, and what is waited for."""
-        offered = self._together or self._offered
-        if offered is None or offered.declined:
-            await super()._give_up(error)
-            return
-        going = offered.plan if self._together is not None else None
-        first = len(going.steps) + 1 - self._group.size if going is not None else 0  # that hears `done`
-        told = False
-
-        def is_word(key: tuple[bool, int]) -> bool:
-            return going is not None and not key[0] and key[1] >= first
-
-        def over() -> bool:
-            nonlocal told
-            if not told and not all(is_word(key) for key in self._flying):
-                return False
-            if not told and not isinstance(error, UsageError):
-                self._scope.abort(self._number, error)
-            told = True
-            for (_, index), transfer in list(self._flying.items()):
-                step = offered.plan.steps[index]
-                if isinstance(step, Recv) and self._group.ranks[step.peer] in self._quit:
-                    transfer.cancel()
-            return not self._flying
-
-        self._over = True
-        self._listen()
-        for key, transfer in list(self._flying.items()):
-            if not is_word(key):
-                transfer.cancel()
-        await self._gate.wait_shielded(over)
-
-    def _launch_together(self, index: int) -> None:
-        assert self._together is not None
-        transfer = self._together.launch(self._slots)
-        if transfer is None:
-            self._end(index)
-        else:
-            self._watch((False, index), transfer)
 
     def _launch(self, step: Reduce) -> None:
         """Queue the kernel of a step."""

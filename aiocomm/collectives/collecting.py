@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
@@ -12,16 +11,16 @@ from aiocomm._operations import limit_of
 from aiocomm.collectives import device_shared, requests, shared
 from aiocomm.collectives.call import Call
 from aiocomm.collectives.quick import is_plain, on_gpus, prepare, shape_of
-from aiocomm.errors import LinkError, UsageError
+from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiocomm.channel import Channel
+    from aiocomm.collectives.device_shared import DeviceShared
     from aiocomm.collectives.quick import Prepared
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
-    from aiocomm.collectives.device_shared import DeviceShared
     from aiocomm.collectives.shared import Shared
     from aiocomm.group import Group
     from aiocomm_native import _core
@@ -94,7 +93,7 @@ class Collecting:
             assert begun < shared.GOING_ON
         if shape is not None and (prepared := scope.prepared.get(shape)) is not None:
             number = number or scope.begin(None)
-            if await _repeated(scope, shape, prepared, number, given, out, deadline):
+            if await _repeated(scope, prepared, number, given, out, deadline):
                 return
         try:
             request = make(group)
@@ -142,7 +141,7 @@ async def _met(
 
 
 async def _repeated(
-    scope: Scope, shape: Any, prepared: Prepared, number: int, given: Any, out: Any, deadline: float | None
+    scope: Scope, prepared: Prepared, number: int, given: Any, out: Any, deadline: float | None
 ) -> bool:
     """Make a call by messages, as it was prepared. False: nothing was begun."""
     counts = scope.comm._collective_calls
@@ -152,14 +151,7 @@ async def _repeated(
     if call is None:
         counts[prepared.counted] += 1
     else:
-        try:
-            await call.run()
-        except LinkError as error:
-            # A kernel does not reach what others have: the next ones are made by copies, on all ranks.
-            if error.code == errno.EXDEV:
-                scope.together = False
-                scope.prepared.pop(shape, None)
-            raise
+        await call.run()
         counts[f"{prepared.operation}/{call.algorithm}"] += 1
     if prepared.mean:
         np.divide(out, out.dtype.type(scope.group.size), out=out)

@@ -61,7 +61,7 @@ def estimate(operation: str, algorithm: str, size: int, nbytes: int, link: LinkC
             return rounds * (wait + _CALL_S + nbytes * byte)
         case "broadcast", "pipelined":
             return _pipelined(rounds, nbytes, wait, 2 * byte)
-        case "broadcast", "chain" | "spread":
+        case "broadcast", "chain":
             chunks = max(1, -(-nbytes // chunk_bytes("broadcast", nbytes, 1)))
             passed_on = 1 + max(0, others - 1) / chunks
             return others * wait + (others + chunks) * 2 * _CALL_S + nbytes * byte * passed_on
@@ -170,8 +170,8 @@ def choose(
             return _between_hosts(operation, hosts, nbytes, cost)
         return estimate(operation, name, size, nbytes, shared)
 
-    # These are for GPUs; among processes that share a host's memory they have not been measured.
-    names = [name for name in applicable(operation, size, hosts) if name not in ("chain", "spread")]
+    # A chain is what GPUs choose; among processes that share a host's memory it has not been measured.
+    names = [name for name in applicable(operation, size, hosts) if name != "chain"]
     return min((name for name in names if not among or name in among), key=seconds)
 
 

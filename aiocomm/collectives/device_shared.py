@@ -1,8 +1,8 @@
-"""Repeated calls on GPU arrays of one host: the ranks meet in their arena, and write into each other's memory.
+"""Repeated calls on GPU arrays of one host: ranks meet in their arena, and write into each other's memory.
 
-The arena (see `shared`) tells who has come and where the arrays are; the bytes go by copy engines, or those of
-an `all_reduce` by one kernel per rank. Each rank does what `pushes` makes of the schedule, without a message.
-Where the ranks do not meet, or one of them is not reached by another, all make the call by messages;
+The arena (see `shared`) tells who has come and where the arrays are; the bytes go by copy engines, or those
+of an `all_reduce` by one kernel per rank. Each rank does what `pushes` makes of the schedule, without a
+message. Where the ranks do not meet, or one of them is not reached by another, all make the call by messages;
 `aiocomm_native/bindings/device_call_py.hpp` has the rules.
 """
 
@@ -34,6 +34,7 @@ __all__ = ["DeviceFlight", "DeviceShared", "prepare"]
 
 _FOUND: Final = ("broadcast", "all_gather", "all_to_all", "all_reduce")
 _MOVED: Final = ("broadcast", "scatter", "gather", "all_gather", "all_to_all")
+STAYS_S: Final = 5e-3  # that a call waits for late ranks: messages would wait, too, and be slower then
 _BUFFERS: Final = {IN: 0, OUT: 1}
 _MOST_PARTS: Final = 63
 _NAP_S: Final = 1e-4
@@ -50,6 +51,7 @@ class DeviceShared:
         self._parts, self._awaits = parts, awaits
         self._native: _core.DeviceCall | None = None
         self._registered = False
+        self._late: tuple[Any, Any] = None, None  # arrays of a call that waits for the arena
         by_kernel = request.operation == "all_reduce"
         self.counted = f"{request.operation}/{'kernels' if by_kernel else 'pushed'}"
 
@@ -61,11 +63,23 @@ class DeviceShared:
             given: description of `IN`; None where there is none.
             out: of `OUT`, likewise.
         """
-        scope = self._scope
-        native = self._native
-        if scope.calls or (native is None and (native := self._made()) is None):
+        if self._scope.calls:
             return NOT_MET
-        return native.attempt(scope.comm._engine, number, given, out)
+        if self.place.expected:
+            self._late = given, out
+            return OPEN
+        return self._attempt(number, given, out)
+
+    def attempt_late(self, number: int) -> int:
+        """The same once the arena is known, or there is none."""
+        (given, out), self._late = self._late, (None, None)
+        return self._attempt(number, given, out)
+
+    def _attempt(self, number: int, given: Any, out: Any) -> int:
+        native = self._native
+        if native is None and (native := self._made()) is None:
+            return NOT_MET
+        return native.attempt(self._scope.comm._engine, number, given, out)
 
     def register(self, what: tuple[Any, ...], given: Any, out: Any) -> None:
         """Have calls with such arrays found by the extension.
@@ -92,6 +106,17 @@ class DeviceShared:
         return DeviceFlight(self, self._scope, self._request.operation, deadline, number, result)
 
     @property
+    def place(self) -> Place:
+        """Of the arena."""
+        assert self._scope.place is not None
+        return self._scope.place
+
+    @property
+    def begun(self) -> _core.DeviceCall | None:
+        """What makes the calls, once one was begun."""
+        return self._native
+
+    @property
     def native(self) -> _core.DeviceCall:
         """That of a call that was begun."""
         assert self._native is not None
@@ -99,13 +124,12 @@ class DeviceShared:
 
     def _made(self) -> _core.DeviceCall | None:
         scope, request, group = self._scope, self._request, self._scope.group
-        place = scope.place
-        if place is None or place.arena is None:
+        if self.place.arena is None:
             return None
         reduction, problem = request.reduction, request.problem
         in_bytes, out_bytes = _bytes(request)
         native = _core.DeviceCall(
-            place.arena,
+            self.place.arena,
             list(group.ranks),
             scope.index,
             request.header,
@@ -123,6 +147,7 @@ class DeviceShared:
                 for part in self._parts
             ],
             self._awaits,
+            STAYS_S,
         )
         assert problem is not None
         if reduction is not None:
@@ -150,7 +175,7 @@ class DeviceFlight(ArenaFlight):
         result: int,
     ) -> None:
         super().__init__(scope, operation, deadline, number, result)
-        self._call, self._device = call, call.native
+        self._call = call
         self._engine = scope.comm._engine
         self._watched = False
 
@@ -162,6 +187,8 @@ class DeviceFlight(ArenaFlight):
         """
         since = time.monotonic()
         try:
+            if self._call.place.expected:
+                await self._arena()
             while self._result > TURN:
                 if self._result == GOING_ON:
                     await self._own()
@@ -180,14 +207,17 @@ class DeviceFlight(ArenaFlight):
                 else:
                     raise await self._why_broken()
                 self._raise_wrong()
-                self._result = self._device.proceed(self._engine)
+                self._result = self._device.proceed(self._engine, self._late())
         except BaseException as error:
-            self._device.give_up()
+            device = self._call.begun
+            if device is not None:
+                device.give_up()
             try:
                 await self._give_up(error)
             finally:
-                self._device.let_go()
-                await self._leave()
+                if device is not None:
+                    device.let_go()
+                    await self._leave()
             raise
         else:
             if self._flying:
@@ -196,9 +226,23 @@ class DeviceFlight(ArenaFlight):
         finally:
             del self._scope.calls[self._number]
 
+    @property
+    def _device(self) -> _core.DeviceCall:
+        return self._call.native
+
+    async def _arena(self) -> None:
+        """Begin, once it is known where the arena is."""
+        place = self._call.place
+        place.waiting.append(self._gate)
+        with anyio.move_on_after(STAYS_S):  # in vain, where rank 0 has other calls than this one
+            while place.expected:
+                await self._gate.wait()
+                self._raise_wrong()
+        self._result = self._call.attempt_late(self._number)
+
     async def _own(self) -> None:
         """Return when our own operation has ended, or nobody can do the call so."""
-        transfer = self._device.take(self._engine)
+        transfer: Any = self._device.take(self._engine)
         if transfer is not None:
             self._watch((False, 0), transfer)
             self._listen()
@@ -249,7 +293,7 @@ def _parts(operation: str, algorithm: str, problem: Problem) -> tuple[tuple[Part
     for rank in range(problem.size):
         per = replace(problem, rank=rank, in_place=problem.in_place and rank == problem.rank)
         schedules.append(make_plan(operation, algorithm, _seen_from(operation, per), False, True).steps)
-    found = pushes(schedules)  # type: ignore[arg-type]
+    found = pushes(schedules)
     return None if found is None or any(len(parts) > _MOST_PARTS for parts in found) else found
 
 
@@ -274,7 +318,7 @@ def prepare(scope: Scope, request: Request) -> DeviceShared | None:
         return None
     rank = group.rank
     if request.operation == "all_reduce":
-        if not request.together or not scope.together:
+        if not request.together:
             return None
         parts: tuple[Part, ...] = (Part(()),)
         awaits = [int(other != rank) for other in range(group.size)]
@@ -293,5 +337,6 @@ def prepare(scope: Scope, request: Request) -> DeviceShared | None:
 
 def _last_to(rank: int, parts: tuple[Part, ...]) -> int:
     """How many parts of another rank have to be in place until all that comes from it is."""
-    return max((1 + at for at, part in enumerate(parts) if any(m.rank == rank for m in part.moves)), default=0)
-
+    return max(
+        (1 + at for at, part in enumerate(parts) if any(m.rank == rank for m in part.moves)), default=0
+    )

@@ -6,7 +6,7 @@ Only reductions compute, and need scratch memory: see `kernels`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
@@ -16,8 +16,6 @@ from aiocomm.collectives.kernels import check_budget, device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from aiocomm._device import Description
     from aiocomm._operations import Operations
     from aiocomm.collectives.kernels import Kernels, Scratch
@@ -32,16 +30,20 @@ __all__ = [
     "flat",
     "form_of",
     "itemsize_in",
+    "kernels_pay",
     "name_of",
     "reduction",
     "view",
 ]
 
-_SPREAD_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
+_CHAIN_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
 _LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
-_CHUNKS: Final = 32
+_HOP_BYTES: Final = 3 << 20  # that could move while a rank gets to know that it may pass a chunk on
+_MOST_CHUNKS: Final = 48
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
+_KERNEL_BYTES: Final = 8 << 20  # of two ranks' arrays, up to which few multiprocessors beat the copy engines
+_MANY_SMS: Final = 16
 _REDUCTIONS: Final = ("reduce", "reduce_scatter", "all_reduce")
 SM_BUDGET: Final = 8
 
@@ -149,16 +151,28 @@ def choose(operation: str, size: int, nbytes: int) -> str:
     """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
-    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _SPREAD_FROM:
-        return "spread"
+    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
+        return "chain"
     return "direct"
 
 
-def chunk_bytes(operation: str, block: int, item: int) -> int:
-    """Bytes of the parts into which a block is cut where it is passed on, or reduced."""
-    chunks = _REDUCED_CHUNKS if operation in _REDUCTIONS else _CHUNKS
+def chunk_bytes(operation: str, block: int, item: int, size: int) -> int:
+    """Bytes of the parts into which a block is cut where it is passed on, or reduced.
+
+    Along a chain of `size` ranks, `k` chunks take `k + size - 2` times as long as one, to which a hop adds
+    its own time: the least where `k` is about the root below.
+    """
+    chunks = _REDUCED_CHUNKS
+    if operation not in _REDUCTIONS:
+        chunks = round(math.sqrt(max(1, size - 2) * block / _HOP_BYTES))
+        chunks = min(max(chunks, 1), _MOST_CHUNKS)
     wanted = max(block // chunks, min(block, _LEAST_CHUNK), 1)
     return max(item, wanted // item * item)
+
+
+def kernels_pay(size: int, nbytes: int, sm_budget: int) -> bool:
+    """Whether an all-reduce by one kernel per rank, over all arrays, beats copies that each rank reduces."""
+    return size > 2 or nbytes <= _KERNEL_BYTES or sm_budget >= _MANY_SMS
 
 
 def check_plan(plan: Plan) -> None:
@@ -199,10 +213,6 @@ class Reduction:
     def over_all(self) -> int:
         """Handle of the function that combines the arrays of all ranks in one launch."""
         return self.kernels.over_all(self.dtype, self.op)
-
-    def of(self, arrays: Iterable[GpuArray]) -> Reduction:
-        """The same of arrays that may have other streams."""
-        return replace(self, streams=frozenset(array.stream for array in arrays) - {NO_STREAM})
 
     def divide(self, target: GpuArray, by: int) -> None:
         """Queue that a sum becomes a mean."""

@@ -11,7 +11,7 @@ from aiocomm.collectives.cost import chunk_bytes
 from aiocomm.collectives.steps import Copy, Recv, Reduce, Send, dependencies
 
 if TYPE_CHECKING:
-    from aiocomm.collectives.steps import Problem, Span, Step, Together
+    from aiocomm.collectives.steps import Problem, Span, Step
 
 __all__ = ["EAGER_BYTES", "Eager", "Plan", "make_plan"]
 
@@ -33,7 +33,7 @@ class Plan:
 
     operation: str
     algorithm: str
-    steps: tuple[Step | Together, ...]
+    steps: tuple[Step, ...]
     scratch: int
     waits: tuple[int, ...]  # earlier steps that a step waits for
     followers: tuple[tuple[int, ...], ...]
@@ -52,7 +52,11 @@ def make_plan(operation: str, algorithm: str, problem: Problem, eager: bool, on_
     """
     largest = max((*problem.receives, *problem.sends, 1))
     item = problem.item
-    chunk = gpu.chunk_bytes(operation, largest, item) if on_gpu else chunk_bytes(operation, largest, item)
+    chunk = (
+        gpu.chunk_bytes(operation, largest, item, problem.size)
+        if on_gpu
+        else chunk_bytes(operation, largest, item)
+    )
     problem = replace(problem, chunk=chunk)
     schedule = build(operation, algorithm, problem)
     needed = dependencies(schedule.steps)

@@ -1,9 +1,9 @@
 """A schedule as what each rank writes into the others' memory.
 
-Where every rank reaches the arrays of all others, nobody needs to ask for a message or to wait for one: who has
-the bytes writes them to where the schedule's `Recv` would have put them. What a rank writes is cut into parts,
-in their order; a part may need parts of others to be in place, where the schedule passes on what has come.
-Pure, as the schedules are.
+Where every rank reaches the arrays of all others, nobody needs to ask for a message or to wait for one: who
+has the bytes writes them to where the schedule's `Recv` would have put them. What a rank writes is cut into
+parts, in their order; a part may need parts of others to be in place, where the schedule passes on what has
+come. Pure, as the schedules are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def pushes(schedules: Sequence[Sequence[Step]]) -> tuple[tuple[Part, ...], ...] 
                     return None
                 receives[step.peer, rank].append((index, step.target))
     sent: dict[tuple[int, int], int] = {}  # the part that fills a receive, by rank and step
-    waiting: list[list[tuple[list[Move], tuple[int, ...]]]] = []  # by rank: moves, and the steps they wait for
+    waiting: list[list[tuple[list[Move], tuple[int, ...]]]] = []  # by rank: moves, and what they wait for
     for rank, steps in enumerate(schedules):
         parts: list[tuple[list[Move], tuple[int, ...]]] = []
         counts: dict[int, int] = defaultdict(int)

@@ -20,11 +20,9 @@ from aiocomm.collectives import headers
 from aiocomm.collectives.call import Call, run_locally
 from aiocomm.collectives.exchange import HEADERS, slot_bytes
 from aiocomm.collectives.gpu import GpuArray
-from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.plan import Eager
 from aiocomm.collectives.scope import TAG_BITS
-from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span, Together
-from aiocomm.collectives.two_shot import Offered, two_shot
+from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
 from aiocomm.errors import UsageError
 from aiocomm_native import _core
 
@@ -45,10 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "is_plain", "on_gpus", "operator_of", "prepare", "shape_of"]
 
 _BUFFERS: Final = {IN: 0, OUT: 1, TMP: 2}
-_KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3, Together: 4}
+_KINDS: Final = {Send: 0, Recv: 1, Copy: 2, Reduce: 3}
 _NOTHING: Final = (0, 0, 0)
-_DECLINED: Final = 1
-_GOING: Final = 2  # what a call that was begun has come to; else it is not known how it is made
 _NOWHERE: Final = Span(IN, 0, 0)
 _FRAMES: Final = 4  # calls of one shape at once whose memory is kept
 _KEPT_BYTES: Final = 256 << 10  # of a frame that is kept beside the scope's own spare memory
@@ -68,22 +64,18 @@ class Prepared:
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         group, plan = scope.group, request.plan
         self._scope, self._request = scope, request
-        self._joint: Plan | None = None  # where all ranks can
-        if request.together:
-            self._joint = two_shot(group.rank, group.size)
-        first = self._joint or plan
         self.operation = request.operation
-        self.counted = f"{self.operation}/{first.algorithm if first else 'headers'}"
+        self.counted = f"{self.operation}/{plan.algorithm if plan else 'headers'}"
         self.mean = request.result is not None
         eager = plan.eager if plan is not None else Eager({}, {}, ())
         steps: list[_Step] = []
         self._later: tuple[Copy | Reduce, ...] = ()  # what NumPy has to do with what came
         if eager is None:
-            assert first is not None
+            assert plan is not None
             steps = [
                 _described(step, 1 + number, waits, followers)
                 for step, number, waits, followers in zip(
-                    first.steps, first.numbers, first.waits, first.followers, strict=True
+                    plan.steps, plan.numbers, plan.waits, plan.followers, strict=True
                 )
             ]
         elif _native(eager.local, request):
@@ -107,15 +99,6 @@ class Prepared:
             op=operator_of(request),
             on_gpu=request.on_gpu,
         )
-        if self._joint is not None and (reduction := request.reduction) is not None:
-            self._call.combine(
-                reduction.over_all(),
-                reduction.kernels.device,
-                reduction.sm_budget,
-                THREADS,
-                reduction.itemsize,
-                group.size if reduction.mean else 0,
-            )
         self._slot_bytes = self._call.slot_bytes
         self._scratch = 0 if plan is None or request.on_gpu else plan.scratch
         self._kept = self._slot_bytes + self._scratch <= _KEPT_BYTES
@@ -152,17 +135,9 @@ class Prepared:
         if begun is False:
             self._give_back(frame)
             return False
-        *under_way, progress = begun
         again = replace(self._request, views=self._views(given, out, scratch))
-        if again.reduction is not None:
-            again.reduction = again.reduction.of(again.views.values())
         call = Call(scope, again, deadline)
-        if self._joint is not None:
-            call.offer(
-                Offered(scope.comm, self._call, given, out, self._joint, progress == _DECLINED),
-                progress == _GOING,
-            )
-        call.take_over(number, slots, scratch, *under_way)
+        call.take_over(number, slots, scratch, *begun)
         return call
 
     def _frame(self) -> _Frame:
@@ -189,9 +164,7 @@ def _span(span: Span) -> _Span:
     return _BUFFERS[span.buffer], span.start, span.stop
 
 
-def _described(
-    step: Step | Together, number: int = 0, waits: int = 0, followers: tuple[int, ...] = ()
-) -> _Step:
+def _described(step: Step, number: int = 0, waits: int = 0, followers: tuple[int, ...] = ()) -> _Step:
     peer, spans = -1, [_NOTHING] * 3
     match step:
         case Send():
@@ -211,7 +184,7 @@ def operator_of(request: Request) -> str:
     return "" if request.ufunc is None else names[request.ufunc.__name__]
 
 
-def _native(steps: tuple[Step | Together, ...], request: Request) -> bool:
+def _native(steps: tuple[Step, ...], request: Request) -> bool:
     """Whether the extension can do these steps with the same bits as NumPy."""
     if not any(isinstance(step, Reduce) for step in steps):
         return True
@@ -219,8 +192,8 @@ def _native(steps: tuple[Step | Together, ...], request: Request) -> bool:
     return request.partials is None and _core.reduces(f"{dtype.kind}{dtype.itemsize}", operator_of(request))
 
 
-def _target(step: Step | Together) -> Span:
-    return _NOWHERE if isinstance(step, Send | Together) else step.target
+def _target(step: Step) -> Span:
+    return _NOWHERE if isinstance(step, Send) else step.target
 
 
 def _moved(plan: Plan) -> int:
@@ -232,7 +205,7 @@ def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Prepared | 
     plan = request.plan
     if scope.group.size > headers.DIRECT_MEMBERS or request.vector:
         return None
-    if request.reduction is not None and not (request.together and scope.together):
+    if request.reduction is not None:
         return None
     if plan is None or plan.eager is not None or request.on_gpu:  # what GPUs copy takes no time of the loop's
         return Prepared(scope, request, dtype)

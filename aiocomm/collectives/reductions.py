@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.collectives import gpu, two_shot
+from aiocomm.collectives import gpu
 from aiocomm.collectives.arrays import MEAN, dtype_name, operator
 from aiocomm.collectives.narrow import ONCE, Partials, check_algorithm, is_narrow
 from aiocomm.collectives.requests import (
@@ -89,7 +89,7 @@ def reduced(
             and algorithm is None
             and size > 1
             and source.nbytes > 0
-            and two_shot.pays(size, source.nbytes, kernels.sm_budget)
+            and gpu.kernels_pay(size, source.nbytes, kernels.sm_budget)
             and kernels.kernels.reach_peers,
         )
     ufunc = operator(op, source.dtype)

@@ -62,7 +62,6 @@ class Scope:
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self.shared: dict[Any, Shared | DeviceShared | None] = {}  # by the shape, likewise
         self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
-        self.together = True  # kernels here reach the arrays of all others, as far as is known
         self.closed = False  # in the middle of a call
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)

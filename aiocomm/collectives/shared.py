@@ -32,6 +32,7 @@ from aiocomm_native import _core
 if TYPE_CHECKING:
     import numpy as np
 
+    from aiocomm.collectives.gate import Gate
     from aiocomm.collectives.requests import Request
     from aiocomm.collectives.scope import Scope
 
@@ -62,6 +63,7 @@ _IN_ORDER: Final = ("one_shot", "direct")  # reduce in the order of the ranks, a
 _TAG: Final = 1  # of no call: calls are numbered from 1
 _NEVER: Final = (1 << TAG_BITS) - 1  # of messages that nobody sends
 _PLACE: Final = struct.Struct("<iiQ")
+_NOWHERE: Final = (-1, -1, 0)
 _CHUNK_BYTES: Final = 32 << 10
 _TURN_S: Final = 1e-3
 _THREAD_BYTES: Final = 8 << 20  # that a call moves, from which on a thread does it
@@ -75,26 +77,33 @@ class Place:
 
     def __init__(self, scope: Scope) -> None:
         self.arena: _core.Arena | None = None
+        self.expected = False  # it has yet to be told of here
+        self.waiting: list[Gate] = []  # of those who want to know
         self._scope = scope
         group = scope.group
         if group.rank:
+            self.expected = True
             self._told = bytearray(_PLACE.size)
             receive = scope.comm._recv(self._told, group.ranks[0], scope.index, _TAG, -1.0)
             receive.add_done_callback(self._found)
             return
         with contextlib.suppress(LinkError, OSError):
             self.arena = _core.Arena.create(group.size)
-            told = _PLACE.pack(*self.arena.place)
-            for rank in group.ranks[1:]:
-                sent = scope.comm._send(told, rank, scope.index, _TAG, -1.0, 0)
-                sent.add_done_callback(_look_away)
+        told = _PLACE.pack(*(_NOWHERE if self.arena is None else self.arena.place))
+        for rank in group.ranks[1:]:
+            sent = scope.comm._send(told, rank, scope.index, _TAG, -1.0, 0)
+            sent.add_done_callback(_look_away)
 
     def _found(self, receive: Any) -> None:
-        if receive.cancelled() or receive.exception() is not None:
-            return
-        group = self._scope.group
-        found: Any = _core.Arena.open(_PLACE.unpack(self._told), group.rank, group.size)
-        self.arena = found
+        self.expected = False
+        if not receive.cancelled() and receive.exception() is None:
+            place, group = _PLACE.unpack(self._told), self._scope.group
+            if place != _NOWHERE:
+                found: Any = _core.Arena.open(place, group.rank, group.size)
+                self.arena = found
+        for gate in self.waiting:
+            gate.ring()
+        self.waiting.clear()
 
 
 class Shared:
@@ -168,7 +177,9 @@ class Shared:
 class ArenaFlight(Flight):
     """Base of a call that was begun through an arena, and goes on."""
 
-    def __init__(self, scope: Scope, operation: str, deadline: float | None, number: int, result: int) -> None:
+    def __init__(
+        self, scope: Scope, operation: str, deadline: float | None, number: int, result: int
+    ) -> None:
         super().__init__(scope, operation, deadline)
         self._result = result
         self._missing.clear()
@@ -199,9 +210,11 @@ class ArenaFlight(Flight):
             raise self._explained(self._aborted)
         if self._header_error is not None:
             raise self._explained(self._header_error)
-        late = self._ends is not None and time.monotonic() > self._ends
-        if late and self._result != OPEN:  # else the messages say who has not called
+        if self._late() and self._result != OPEN:  # else the messages say who has not called
             raise self._explained(DeadlineExceeded("not done in time"))
+
+    def _late(self) -> bool:
+        return self._ends is not None and time.monotonic() > self._ends
 
     async def _why_broken(self) -> BaseException:
         """Wait for the reason, which comes as a message, unless it is here."""

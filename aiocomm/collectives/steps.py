@@ -27,7 +27,6 @@ __all__ = [
     "Send",
     "Span",
     "Step",
-    "Together",
     "blocks",
     "dependencies",
     "even",
@@ -89,11 +88,6 @@ class Reduce:
     target: Span
     left: Span
     right: Span
-
-
-@dataclass(frozen=True, slots=True)
-class Together:
-    """A kernel over memory of all ranks, who have agreed to it; of `two_shot`, and of no schedule."""
 
 
 Step: TypeAlias = Send | Recv | Copy | Reduce

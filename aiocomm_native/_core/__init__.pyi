@@ -187,15 +187,6 @@ class PreparedCall:
 
     def __init__(self, channel: int, header: bytes, rank: int, ranks: Sequence[int], width: int, header_tag: int, sends: Sequence[tuple[int, tuple[int, int, int]]], receives: Sequence[tuple[int, tuple[int, int, int]]], eager: bool, writes: bool, steps: Sequence[tuple[int, int, int, tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, Sequence[int]]], item: int, format: str, op: str, on_gpu: bool = False) -> None: ...
 
-    def combine(self, function: int, device: int, blocks: int, threads: int, item: int, divide_by: int) -> None:
-        """Has the call made by a kernel per rank where all ranks can."""
-
-    def launch(self, engine: Engine, given: object | None, out: object, slots: object) -> object:
-        """Launch this rank's kernel. None: there is nothing for it to do."""
-
-    def all_offered(self, slots: object) -> bool:
-        """Whether all others have offered their arrays."""
-
     @property
     def slot_bytes(self) -> int: ...
 
@@ -266,7 +257,7 @@ class DeviceCall:
     One rank's part of a collective of GPU arrays of one shape through an arena.
     """
 
-    def __init__(self, arena: Arena, ranks: Sequence[int], channel: int, header: bytes, in_bytes: int, out_bytes: int, item: int, parts: Sequence[tuple[Sequence[tuple[int, tuple[int, int, int], int, int]], Sequence[tuple[int, int]]]], awaits: Sequence[int]) -> None: ...
+    def __init__(self, arena: Arena, ranks: Sequence[int], channel: int, header: bytes, in_bytes: int, out_bytes: int, item: int, parts: Sequence[tuple[Sequence[tuple[int, tuple[int, int, int], int, int]], Sequence[tuple[int, int]]]], awaits: Sequence[int], stays_s: float) -> None: ...
 
     def combine(self, function: int, device: int, blocks: int, threads: int, divide_by: int) -> None:
         """Have this rank's part made by a kernel."""
@@ -276,8 +267,10 @@ class DeviceCall:
         Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all have come yet.
         """
 
-    def proceed(self, engine: Engine) -> int:
-        """Go on with it; as `attempt`."""
+    def proceed(self, engine: Engine, last: bool) -> int:
+        """
+        Go on with it; as `attempt`. `last`: ranks that have not come are not waited for any longer.
+        """
 
     def take(self, engine: Engine) -> object:
         """The transfer that `proceed` has to wait for, if there is one."""
@@ -306,12 +299,12 @@ class Repeats:
     def last(self) -> int:
         """The number of the last call."""
 
-    def attempt(self, operation: object, out: object | None, given: object | None, extra: object | None, algorithm: object | None, channel: object | None, deadline: object | None, stream: object | None) -> int:
+    def attempt(self, operation: object, out: object | None, given: object | None, extra: object | None, option: object | None, channel: object | None, deadline: object | None, stream: object | None) -> int:
         """
         Number and do a call, if it is one that repeats. -1: nothing was begun; else as `SharedCall.attempt`.
         """
 
-    def add(self, operation: str, out: object | None, given: object | None, extra: object | None, call: object, by_rings: str, directly: str) -> None:
+    def add(self, operation: str, out: object | None, given: object | None, extra: object | None, call: object, by_rings: str, directly: str, option: object | None = None) -> None:
         """
         Keep a call for others with such arrays, and the names that it is counted by.
         """

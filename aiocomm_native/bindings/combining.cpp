@@ -8,7 +8,6 @@ namespace aiocomm::py {
 
 namespace {
 
-constexpr uint64_t kMark = 0x746f687332726c61;
 constexpr uint64_t kLine = 128;      // blocks begin at whole lines, so that they are moved by whole vectors
 constexpr uint64_t kPerThread = 16;  // bytes
 
@@ -21,23 +20,9 @@ struct Argument {
 
 }  // namespace
 
-bool write_offer(Engine& engine, Rank peer, const Lent& in, const Lent& out, std::byte* into) {
-  Offer offer;
-  for (auto [lent, place] : {std::pair{&in, &offer.in}, {&out, &offer.out}}) {
-    std::unique_ptr<DeviceBuffer> whole = engine.mover()->part(*lent->gpu, 0, lent->nbytes);
-    if (!engine.share(peer, *whole)) return false;
-    *place = whole->place;
-  }
-  offer.mark = kMark;
-  std::memcpy(into, &offer, sizeof offer);
-  return true;
-}
-
-bool has_offer(const std::byte* from) { return std::memcmp(from, &kMark, sizeof kMark) == 0; }
-
 std::unique_ptr<DeviceBuffer> combination(Engine& engine, const Combining& how, const std::vector<int>& ranks,
                                           size_t rank, uint64_t in, const DeviceBuffer& out, uint64_t nbytes,
-                                          const std::byte* offers, size_t stride) {
+                                          const std::vector<Arena::Places>& places) {
   const uint64_t size = ranks.size();
   const uint64_t share = ((nbytes + size - 1) / size + kLine - 1) / kLine * kLine;
   const uint64_t start = std::min(nbytes, rank * share), block = std::min(nbytes, start + share) - start;
@@ -51,12 +36,11 @@ std::unique_ptr<DeviceBuffer> combination(Engine& engine, const Combining& how, 
   argument.by = how.divide_by;
   for (size_t peer = 0; peer < size; ++peer) {
     if (peer == rank) continue;
-    Offer offer;
-    std::memcpy(&offer, offers + peer * stride, sizeof offer);
+    const DevicePlace &theirs = places[peer].out, &given = places[peer].in.owner ? places[peer].in : theirs;
     KernelCall::Far far;
     far.owner = ranks[peer];
     far.nbytes = block;
-    for (auto [place, first] : {std::pair{&offer.in, &argument.in}, {&offer.out, &argument.out}}) {
+    for (auto [place, first] : {std::pair{&given, &argument.in}, {&theirs, &argument.out}}) {
       far.place = *place;
       far.place.address += start;
       const auto* field = reinterpret_cast<const std::byte*>(&(*first)[peer]);

@@ -19,7 +19,8 @@ namespace aiocomm::py {
 
 // Called under the engine's token.
 struct DeviceCall::Word final : Company {
-  Word(std::shared_ptr<Arena> in, size_t own, uint64_t number) : arena(std::move(in)), rank(own), call(number) {}
+  Word(std::shared_ptr<Arena> in, size_t own, uint64_t number)
+      : arena(std::move(in)), rank(own), call(number) {}
   void ready(bool able) override { arena->set_ready(rank, call, able); }
   bool able() const override {
     for (size_t other = 0; other < arena->ranks(); ++other)
@@ -32,9 +33,9 @@ struct DeviceCall::Word final : Company {
   const uint64_t call;
 };
 
-DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
-                       uint64_t in_bytes, uint64_t out_bytes, uint64_t item, std::vector<Part> parts,
-                       std::vector<uint32_t> awaits)
+DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel,
+                       nb::bytes header, uint64_t in_bytes, uint64_t out_bytes, uint64_t item,
+                       std::vector<Part> parts, std::vector<uint32_t> awaits, double stays_s)
     : meeting_(std::move(meeting)),
       ranks_(std::move(ranks)),
       channel_(channel),
@@ -42,10 +43,12 @@ DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks,
       needs_{in_bytes, out_bytes},
       item_(item),
       parts_(std::move(parts)),
-      awaits_(std::move(awaits)) {
+      awaits_(std::move(awaits)),
+      stays_ns_(static_cast<uint64_t>(stays_s * 1e9)) {
   const size_t size = meeting_->arena->ranks();
   if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
-  if (ranks_.size() != size || awaits_.size() != size || parts_.empty() || parts_.size() >= Arena::kParts || !item)
+  if (ranks_.size() != size || awaits_.size() != size || parts_.empty() || parts_.size() >= Arena::kParts ||
+      !item)
     throw nb::value_error("not a call of this group");
   for (const auto& [moves, after] : parts_) {
     uint64_t moved = 0;
@@ -63,7 +66,8 @@ DeviceCall::DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks,
   most_moved_ = std::max({most_moved_, in_bytes, out_bytes});
 }
 
-void DeviceCall::combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t divide_by) {
+void DeviceCall::combine(uint64_t function, int device, uint32_t blocks, uint32_t threads,
+                         uint32_t divide_by) {
   if (!function || !blocks || !threads || ranks_.size() > kMostTogether || parts_.size() != 1)
     throw nb::value_error("nothing that could be launched");
   combining_ = {function, device, blocks, threads, static_cast<uint32_t>(item_), divide_by};
@@ -82,14 +86,14 @@ bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into) {
 
 int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
   if (running_ || declined_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
-  const uint64_t x0 = now_ns();
   Mover* mover = e.engine->mover();
   std::array<Bound, 2> arrays;
   if (!mover || !bind(*mover, given, arrays[kIn]) || !bind(*mover, out, arrays[kOut])) return kNotMet;
   for (size_t i = 0; i < arrays.size(); ++i)
     if (arrays[i].nbytes != needs_[i] || arrays[i].address % item_) return kNotMet;
   const Bound &in = arrays[kIn], &into = arrays[kOut];
-  if ((!in.gpu && !into.gpu) || (in.gpu && into.gpu && in.gpu->device != into.gpu->device) || in.overlaps(into))
+  if ((!in.gpu && !into.gpu) || (in.gpu && into.gpu && in.gpu->device != into.gpu->device) ||
+      in.overlaps(into))
     return kNotMet;
   for (const auto& [start, nbytes] : e.receiving) {
     const auto first = reinterpret_cast<uint64_t>(start);
@@ -97,7 +101,8 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   }
   arrays_ = std::move(arrays);
   if (combining_ && home().device != combining_.device) return kNotMet;
-  keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(), out.owner.is_valid() ? out.owner : nb::none());
+  keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(),
+                          out.owner.is_valid() ? out.owner : nb::none());
   number_ = number;
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
@@ -105,12 +110,13 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   {
     Unlocked unlocked;
     unlocked.now();
-    const uint64_t x1 = now_ns(); tm[0]++, tm[1] += x1 - x0;
     const bool large = most_moved_ / kRate > kLingerNs;
-    const auto how = meeting_->meet(number_, header_, waits, large, kStaysNs + most_moved_ / kWaitBytes, unlocked,
-                                    [&] { prepare(*e.engine); });
-    tm[2] += now_ns() - x1;
+    const auto how =
+        meeting_->meet(number_, header_, waits, large, (stays_ns_ + most_moved_ / kWaitBytes) >> 2 * misses_,
+                       unlocked, [&] { prepare(*e.engine); });
     result = begun(e, how, waits);
+    // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
+    if (std::exchange(looked_, false) && !e.spinner) e.engine->loop_sleeps();
   }
   for (Op* op : std::exchange(others_, {})) {
     end_transfer(static_cast<Transfer*>(op->cookie));
@@ -121,8 +127,9 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   return result;
 }
 
-int DeviceCall::proceed(Self self) {
+int DeviceCall::proceed(Self self, bool last) {
   if (!running_) return kNotMet;
+  if (last) meeting_->closes_ns = 0;
   PyEngine& e = *self.p;
   Result result;
   {
@@ -162,10 +169,12 @@ DevicePlace DeviceCall::place_of(Engine& engine, const Bound& array, bool& willi
 DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool lingers) {
   open_ = how == Meeting::Begun::open;
   if (open_) return kOpen;
-  if (how == Meeting::Begun::not_met) return kNotMet;
-  const uint64_t x2 = now_ns();
+  if (how == Meeting::Begun::not_met) {
+    misses_ = std::min(misses_ + 1, kMostMisses);
+    return kNotMet;
+  }
+  misses_ = 0;
   const Result result = launch(e);
-  tm[3] += now_ns() - x2;
   return result == kGoing ? run(e, lingers) : result;
 }
 
@@ -191,15 +200,8 @@ DeviceCall::Result DeviceCall::launch(PyEngine& e) {
 }
 
 std::unique_ptr<DeviceBuffer> DeviceCall::kernel(Engine& engine) const {
-  std::vector<Offer> offers(ranks_.size());
-  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
-    const Arena::Places& places = places_[rank];
-    offers[rank].out = places.out;
-    offers[rank].in = places.in.owner ? places.in : places.out;
-  }
   const Bound &out = arrays_[kOut], &in = arrays_[kIn].gpu ? arrays_[kIn] : out;
-  return combination(engine, combining_, ranks_, meeting_->rank, in.address, *out.gpu, out.nbytes,
-                     reinterpret_cast<const std::byte*>(offers.data()), sizeof(Offer));
+  return combination(engine, combining_, ranks_, meeting_->rank, in.address, *out.gpu, out.nbytes, places_);
 }
 
 std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
@@ -235,7 +237,8 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
       }
       part.copies.push_back(copy);
     }
-    for (const auto& [rank, count] : after) part.words.push_back(meeting_->arena->parts(rank, number_, count));
+    for (const auto& [rank, count] : after)
+      part.words.push_back(meeting_->arena->parts(rank, number_, count));
   }
   call->argument.resize(call->far.size() * sizeof(uint64_t));
   std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(home(), 0, 0);
@@ -295,8 +298,10 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
     if (flight_.op) {
       take_ended(engine);
       if (!flight_.op) continue;
-      if (trouble_ || !lingers || !brief || !others_.empty() || engine.has_events() || now > until) return kGoing;
+      if (trouble_ || !lingers || !brief || !others_.empty() || engine.has_events() || now > until)
+        return kGoing;
       const bool found = engine.linger(now + kLingerNs);
+      looked_ = true;
       now = last = now_ns();
       if (!found) return kGoing;
       continue;
@@ -305,11 +310,11 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
       decline();
       return kNotMet;
     }
-    if (entered_) { let_go(); tm[4] += now_ns() - began; }
+    if (entered_) let_go();
     bool all = true;
     for (size_t rank = 0; rank < ranks_.size() && all; ++rank)
       all = !awaits_[rank] || arena.parts(rank, number_, awaits_[rank]).open();
-    if (all) { tm[5] += now_ns() - began; return finish(); }
+    if (all) return finish();
     if (arena.broken()) return kBroken;
     if (now > until || (!lingers && now != began)) return kStuck;
     m.wait(now, last, !brief);
@@ -347,25 +352,29 @@ void DeviceCall::decline() {
 void DeviceCall::give_up() {
   if (!running_) return;
   if (!open_ || meeting_->leave(number_)) meeting_->arena->set_broken();
-  open_ = false;
+  open_ = running_ = false;
 }
 
 void DeviceCall::let_go() {
   if (std::exchange(entered_, false)) meeting_->arena->leave(meeting_->rank);
 }
 
-bool DeviceCall::left(Self self) const {
+bool DeviceCall::left(Self self) {
   for (size_t rank = 0; rank < ranks_.size(); ++rank)
-    if (rank != meeting_->rank && meeting_->arena->entered(rank) && self.p->engine->why_lost(ranks_[rank]).empty())
+    if (rank != meeting_->rank && meeting_->arena->entered(rank) &&
+        self.p->engine->why_lost(ranks_[rank]).empty())
       return false;
+  over();
   return true;
 }
 
 void bind_device_call(nb::module_& m) {
-  nb::class_<DeviceCall>(m, "DeviceCall", "One rank's part of a collective of GPU arrays of one shape through an arena.")
-      .def(nb::init<std::shared_ptr<Meeting>, std::vector<int>, uint32_t, nb::bytes, uint64_t, uint64_t, uint64_t,
-                    std::vector<DeviceCall::Part>, std::vector<uint32_t>>(),
-           "arena"_a, "ranks"_a, "channel"_a, "header"_a, "in_bytes"_a, "out_bytes"_a, "item"_a, "parts"_a, "awaits"_a)
+  nb::class_<DeviceCall>(m, "DeviceCall",
+                         "One rank's part of a collective of GPU arrays of one shape through an arena.")
+      .def(nb::init<std::shared_ptr<Meeting>, std::vector<int>, uint32_t, nb::bytes, uint64_t, uint64_t,
+                    uint64_t, std::vector<DeviceCall::Part>, std::vector<uint32_t>, double>(),
+           "arena"_a, "ranks"_a, "channel"_a, "header"_a, "in_bytes"_a, "out_bytes"_a, "item"_a, "parts"_a,
+           "awaits"_a, "stays_s"_a)
       .def("combine", &DeviceCall::combine, "function"_a, "device"_a, "blocks"_a, "threads"_a, "divide_by"_a,
            "Have this rank's part made by a kernel.")
       .def(
@@ -380,12 +389,15 @@ void bind_device_call(nb::module_& m) {
             return self.attempt(engine, number, lent[kIn], lent[kOut]);
           },
           "engine"_a, "number"_a, "given"_a.none(), "out"_a.none(),
-           "Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks should have a "
-           "turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; 6: not all "
-           "have come yet.")
-      .def_prop_ro("tm", [](const DeviceCall& s) { return std::vector<uint64_t>(s.tm, s.tm + 8); })
-      .def("proceed", &DeviceCall::proceed, "engine"_a, "Go on with it; as `attempt`.")
-      .def("take", &DeviceCall::take, "engine"_a, "The transfer that `proceed` has to wait for, if there is one.")
+          "Do the call, or begin it. 0: it is to be made by messages; 1: done; 2: done, and other tasks "
+          "should have a "
+          "turn; 3: `take` has what is under way; 4: others are waited for; 5: another rank has given it up; "
+          "6: not all "
+          "have come yet.")
+      .def("proceed", &DeviceCall::proceed, "engine"_a, "last"_a,
+           "Go on with it; as `attempt`. `last`: ranks that have not come are not waited for any longer.")
+      .def("take", &DeviceCall::take, "engine"_a,
+           "The transfer that `proceed` has to wait for, if there is one.")
       .def("decline", &DeviceCall::decline, "It is to be made by messages, as all ranks have found.")
       .def("give_up", &DeviceCall::give_up, "Fail, for all ranks.")
       .def("let_go", &DeviceCall::let_go, "What `take` gave has ended.")

@@ -34,7 +34,6 @@ struct DeviceLent {
 
 class DeviceCall {
  public:
-  uint64_t tm[8] = {};  // XXX
   using Self = nb::pointer_and_handle<PyEngine>;
   // Whose memory is written (by rank of the group), from where in which buffer of ours, to where in which of theirs.
   using Move = std::tuple<size_t, SpanTuple, int, uint64_t>;
@@ -42,27 +41,29 @@ class DeviceCall {
   using Part = std::tuple<std::vector<Move>, std::vector<std::tuple<size_t, uint32_t>>>;
   enum Result : int { kNotMet, kDone, kDoneTurn, kGoing, kStuck, kBroken, kOpen };
 
-  // `awaits`: by rank, how many of its parts write to us.
+  // `awaits`: by rank, how many of its parts write to us. `stays_s`: how long a call waits for ranks that are late, while
+  // other tasks run; less where they have not come.
   DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
              uint64_t in_bytes, uint64_t out_bytes, uint64_t item, std::vector<Part> parts,
-             std::vector<uint32_t> awaits);
+             std::vector<uint32_t> awaits, double stays_s);
 
   // Our part is a kernel that reads and writes the arrays of all.
   void combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t divide_by);
 
   int attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out);
-  int proceed(Self self);
+  // `last`: ranks that have not come are not waited for any longer.
+  int proceed(Self self, bool last);
   // The operation that is under way, as a transfer: until it has ended `proceed` is not called. None: there is none.
   nb::object take(Self self);
   // It has ended as one of a call that cannot be made so: it is made by messages on all ranks, and so are the next.
   void decline();
-  void give_up();     // tells the others
-  void let_go();      // our operation has ended
-  bool left(Self self) const;  // nobody touches our arrays any more
+  void give_up();        // tells the others
+  void let_go();         // our operation has ended
+  bool left(Self self);  // nobody touches our arrays any more
 
  private:
-  // In ns: for how long ends of small parts are looked for; how much longer than others a call stays open.
-  static constexpr uint64_t kLingerNs = 100000, kStaysNs = 5000000;
+  static constexpr uint64_t kLingerNs = 100000;  // for which ends of small parts are looked for
+  static constexpr uint32_t kMostMisses = 8;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 
   struct Word;
@@ -95,12 +96,15 @@ class DeviceCall {
   const uint64_t item_;
   const std::vector<Part> parts_;
   const std::vector<uint32_t> awaits_;
+  const uint64_t stays_ns_;
   Combining combining_;
   uint64_t most_moved_ = 0;  // bytes of the largest part, and of all
 
   // Of the call that runs.
+  uint32_t misses_ = 0;    // calls in a row for which not all ranks have come
   bool declined_ = false;  // for good: not all reach each other's arrays
-  bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false;
+  bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false,
+       looked_ = false;
   uint64_t number_ = 0;
   static bool bind(Mover& mover, const DeviceLent& lent, Bound& into);
   std::array<Bound, 2> arrays_;

@@ -150,9 +150,7 @@ struct Meeting {
   }
 
   // Gives up a call that is open. True: all ranks have met all the same.
-  bool leave(uint64_t number) const {
-    return has_arrived && arena->close(number) == Arena::Meeting::met;
-  }
+  bool leave(uint64_t number) const { return has_arrived && arena->close(number) == Arena::Meeting::met; }
 
   template <typename Prepare>
   Arena::Meeting arrive(uint64_t number, const std::string& text, const Prepare& prepare) {
@@ -181,7 +179,7 @@ struct Meeting {
   bool looks = false, reaches = false;
   bool crowded;  // who waits keeps from running whom it waits for
   Patience patience;
-  uint64_t met = 0;    // the last call that did
+  uint64_t met = 0;        // the last call that did
   uint64_t closes_ns = 0;  // of one that is open
   bool has_arrived = false;
   std::string header;  // that is in the arena

@@ -22,7 +22,6 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/combining.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
 #include "core/copy.hpp"
@@ -38,15 +37,6 @@ class PreparedCall {
                int64_t header_tag, const Rides& sends, const Rides& receives, bool eager, bool writes,
                const std::vector<StepTuple>& steps, uint64_t item, const std::string& format,
                const std::string& op, bool on_gpu);
-
-  // The steps are those of a call that is made by a kernel per rank, if all offer their arrays: see combining.hpp.
-  void combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t item,
-               uint32_t divide_by);
-
-  // For a call that was handed over undecided; None: this rank launches nothing.
-  nanobind::object launch(Self self, nanobind::handle given, nanobind::handle out, nanobind::handle slots);
-
-  bool all_offered(nanobind::handle slots) const;
 
   // Bytes of `slots`: what comes from each rank, then what is sent to each.
   uint64_t slot_bytes() const { return ranks_.size() * (width_ + most_); }
@@ -68,7 +58,6 @@ class PreparedCall {
   bool done() const { return !trouble_ && judged_ && !missing_ && !sending_ && !left_ && !twins_; }
   std::byte* at(const Span& span) const { return data_[span.buffer] + span.start; }
   std::byte* slot(size_t peer) const { return data_[kBuffers] + peer * width_; }
-  const std::byte* offer_of(size_t peer) const { return slot(peer) + header_.size(); }
 
   void need(const Span& span) {
     if (span.buffer < 0 || span.buffer >= kBuffers || span.stop < span.start)
@@ -91,7 +80,7 @@ class PreparedCall {
       nanobind::gil_scoped_release release;
       const uint64_t turn_ends = engine.now() + kTurnNs;
       engine.host_copies(lingers);
-      begin(engine, lingers ? turn_ends : 0);
+      begin(engine);
       while (!trouble_ && !done()) {
         if (take_ended(engine, others)) continue;
         if (!others.empty() || engine.has_events()) {
@@ -118,37 +107,13 @@ class PreparedCall {
     for (Op* op : others) end_transfer(static_cast<Transfer*>(op->cookie));
   }
 
-  // Whether all others' offers have come to these slots.
-  bool offered_in(const std::byte* slots) const {
-    for (size_t peer = 0; peer < size(); ++peer)
-      if (peer != rank_ && !has_offer(slots + peer * width_ + header_.size())) return false;
-    return true;
-  }
-
-  // What is offered is there for kernels at once: the work on its streams is waited for, if not for long.
-  bool can_offer(Engine& engine, uint64_t until) const {
-    while (!in_->gpu->gate.open() || !out_->gpu->gate.open()) {
-      if (engine.now() > until) return false;
-      relax();
-    }
-    return true;
-  }
-
-  void begin(Engine& engine, uint64_t until) {
+  void begin(Engine& engine) {
     const size_t n = size();
     std::fill(flights_.begin(), flights_.end(), SilentOp{});
     trouble_ = judged_ = false;
     missing_ = sending_ = n - 1;
     left_ = eager_ ? 0 : steps_.size();
     twins_ = 0;
-    progress_ = combining_ ? Progress::undecided : Progress::going;
-    bool offers = combining_ && can_offer(engine, std::min(until, engine.now() + kLingerNs));
-    for (size_t peer = 0; combining_ && peer < n; ++peer) {
-      std::memset(slot(peer) + header_.size(), 0, sizeof(Offer));
-      if (peer != rank_)
-        offers =
-            offers && write_offer(engine, ranks_[peer], *in_, *out_, slot(n) + peer * most_ + header_.size());
-    }
     ready_.clear();
     waits_.resize(steps_.size());
     // Sent first: the peers wait for it.
@@ -159,21 +124,16 @@ class PreparedCall {
       std::memcpy(message, header_.data(), header_.size());
       const Span& rides = gives_[peer];
       if (rides.nbytes()) std::memcpy(message + header_.size(), at(rides), rides.nbytes());
-      const uint64_t more = offers ? sizeof(Offer) : rides.nbytes();
-      post(engine, OpKind::send, n + peer, peer, message, header_.size() + more, header_tag_, nullptr);
+      post(engine, OpKind::send, n + peer, peer, message, header_.size() + rides.nbytes(), header_tag_,
+           nullptr);
     }
-    if (!eager_ && !combining_) enqueue_first();
+    if (!eager_) enqueue_first();
     advance(engine, true);
     for (size_t away = 1; away < n; ++away) {
       const size_t peer = (rank_ + n - away) % n;
       post(engine, OpKind::recv, peer, peer, slot(peer), width_, header_tag_, nullptr);
     }
     advance(engine);
-    if (combining_ && !offers) {
-      progress_ = Progress::declined;
-      trouble_ = true;
-      return;
-    }
     judge_if_all_came(engine);
   }
 
@@ -201,7 +161,7 @@ class PreparedCall {
     op->link = 0;
     op->data = data;
     op->nbytes = op->capacity = nbytes;
-    op->deadline_ns = key < patient_from_ ? deadline_ns_ : 0;
+    op->deadline_ns = deadline_ns_;
     flights_[key] = {op, false};
     op->cookie = silent_cookie(&flights_[key]);
     if (engine.submit(op)) ended(engine, key);
@@ -220,18 +180,6 @@ class PreparedCall {
       if (messages_only && !on_gpu_ && (step.kind == kCopy || step.kind == kReduce)) return;
       std::pop_heap(ready_.begin(), ready_.end(), std::greater<>());
       ready_.pop_back();
-      if (step.kind == kTogether) {
-        auto gpu = combination(engine, combining_, ranks_, rank_, reinterpret_cast<uint64_t>(in_->data), *out_->gpu,
-                               out_->nbytes, offer_of(0), width_);
-        if (gpu) {
-          const uint64_t nbytes = gpu->kernel->far[0].nbytes;
-          post(engine, OpKind::get, step_key(index), (rank_ + 1) % size(), nullptr, nbytes, 0,
-               std::move(gpu));
-        } else {
-          step_ended(index);
-        }
-        continue;
-      }
       if (step.kind == kSend || step.kind == kRecv) {
         post(engine, step.kind == kSend ? OpKind::send : OpKind::recv, step_key(index),
              static_cast<size_t>(step.peer), step.first, step.tag);
@@ -326,16 +274,6 @@ class PreparedCall {
         return;
       }
     judged_ = true;
-    if (progress_ == Progress::undecided) {
-      if (!offered_in(data_[kBuffers])) {
-        progress_ = Progress::declined;
-        trouble_ = true;
-        return;
-      }
-      progress_ = Progress::going;
-      enqueue_first();
-      return advance(engine);
-    }
     if (!eager_) return;
     for (size_t peer = 0; peer < size(); ++peer)
       if (takes_[peer].nbytes())
@@ -344,7 +282,7 @@ class PreparedCall {
   }
 
   // (headers under way, by key as in Exchange; steps under way, and as ~step what is sent to oneself for one; what each
-  // step waits for; steps that may begin; how many have not ended; whether these steps have been decided for)
+  // step waits for; steps that may begin; how many have not ended)
   nanobind::object hand_over(Self self, std::array<Lent, 4>& lent);
 
   const uint32_t channel_;
@@ -359,18 +297,12 @@ class PreparedCall {
   const Reduction reduction_;
   const bool on_gpu_;  // `in` and `out` are
   bool large_ = false;
-  Combining combining_;
-  size_t patient_from_ = ~size_t{0};  // keys of what ends when kernels are over, whatever the deadline
   std::vector<Step> steps_;
   std::vector<Span> gives_, takes_;  // by rank of the group
   std::array<uint64_t, kBuffers> needs_{};
   uint64_t most_ = 0;  // bytes of a header and what rides with it
 
-  enum class Progress : int { undecided, declined, going };  // with the steps of a call by kernels
-
   // Of the call that runs.
-  Progress progress_ = Progress::going;
-  const Lent *in_ = nullptr, *out_ = nullptr;
   bool running_ = false, trouble_ = false, judged_ = false;
   int64_t tag_ = 0;
   uint64_t deadline_ns_ = 0;

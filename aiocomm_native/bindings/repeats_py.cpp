@@ -103,8 +103,9 @@ class Repeats {
     nb::list types;  // of NumPy; those on GPUs are kept for ever
     for (const nb::object& array : {out, given})
       if (is_plain(array)) types.append(array.attr("dtype"));
-    found_.insert_or_assign(key, Entry{host, on_device, {by_rings, directly},
-                                       nb::make_tuple(operation, extra, option, types, call)});
+    found_.insert_or_assign(
+        key,
+        Entry{host, on_device, {by_rings, directly}, nb::make_tuple(operation, extra, option, types, call)});
   }
 
   void clear() { found_.clear(); }

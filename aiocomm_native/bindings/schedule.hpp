@@ -19,7 +19,7 @@
 
 namespace aiocomm::py {
 
-enum Kind : int { kSend, kRecv, kCopy, kReduce, kTogether };
+enum Kind : int { kSend, kRecv, kCopy, kReduce };
 enum Buffer : int { kIn, kOut, kTmp, kBuffers };
 
 using SpanTuple = std::tuple<int, uint64_t, uint64_t>;

@@ -49,46 +49,6 @@ PreparedCall::PreparedCall(uint32_t channel, nb::bytes header, int rank, std::ve
   for (const Span& span : gives_) most_ = std::max(most_, header_.size() + span.nbytes());
 }
 
-void PreparedCall::combine(uint64_t function, int device, uint32_t blocks, uint32_t threads, uint32_t item,
-                           uint32_t divide_by) {
-  if (!function || !blocks || !threads || !item || !on_gpu_ || size() > kMostTogether)
-    throw nb::value_error("nothing that could be launched");
-  const auto together =
-      std::find_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.kind == kTogether; });
-  patient_from_ = step_key(static_cast<size_t>(together - steps_.begin()));
-  combining_ = {function, device, blocks, threads, item, divide_by};
-  most_ = header_.size() + sizeof(Offer);
-}
-
-nb::object PreparedCall::launch(nb::pointer_and_handle<PyEngine> self, nb::handle given, nb::handle out,
-                                nb::handle slots) {
-  std::array<Lent, 4> lent;
-  Mover* mover = self.p->engine->mover();
-  if (!mover || !lent[kIn].bind(given.ptr(), *mover) || !lent[kOut].bind(out.ptr(), *mover) ||
-      !lent[kBuffers].borrow(slots.ptr(), true) || lent[kBuffers].nbytes < slot_bytes() || !lent[kOut].gpu)
-    throw nb::value_error("other arrays than were offered");
-  const std::byte* first = lent[kBuffers].data + header_.size();
-  const Lent& in = lent[kIn].gpu ? lent[kIn] : lent[kOut];
-  auto gpu = combination(*self.p->engine, combining_, ranks_, rank_, reinterpret_cast<uint64_t>(in.data),
-                         *lent[kOut].gpu, lent[kOut].nbytes, first, width_);
-  if (!gpu) return nb::none();
-  SilentOp flight;
-  flight.op = self.p->engine->new_op();
-  flight.op->kind = OpKind::get;
-  flight.op->peer = ranks_[(rank_ + 1) % size()];
-  flight.op->channel = channel_;
-  flight.op->nbytes = gpu->kernel->far[0].nbytes;
-  flight.op->gpu = std::move(gpu);
-  flight.op->cookie = silent_cookie(&flight);
-  flight.ended = self.p->engine->submit(flight.op);
-  return as_transfer(self, flight, wholes_of(lent).ptr());
-}
-
-bool PreparedCall::all_offered(nb::handle slots) const {
-  Lent lent;
-  return lent.borrow(slots.ptr(), true) && lent.nbytes >= slot_bytes() && offered_in(lent.data);
-}
-
 nb::object PreparedCall::attempt(nb::pointer_and_handle<PyEngine> self, int64_t tag, nb::handle given,
                                  nb::handle out, nb::handle slots, nb::handle scratch, double deadline) {
   PyEngine& e = *self.p;
@@ -109,11 +69,6 @@ nb::object PreparedCall::attempt(nb::pointer_and_handle<PyEngine> self, int64_t 
     if (lent[i].nbytes < needs_[i] || reinterpret_cast<uintptr_t>(data_[i]) % item_) return nb::bool_(false);
   const Lent &from = lent[kIn], &into = lent[kOut];
   if (lent[kBuffers].nbytes < slot_bytes() || from.overlaps(into) || in_use(e, into)) return nb::bool_(false);
-  if (combining_ && (into.gpu->device != combining_.device ||
-                     (from.gpu && (from.gpu->device != combining_.device || from.nbytes != into.nbytes))))
-    return nb::bool_(false);
-  in_ = from.gpu ? &from : &into;
-  out_ = &into;
   tag_ = tag;
   deadline_ns_ = deadline >= 0 ? e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1 : 0;
   running_ = true;
@@ -151,7 +106,7 @@ nb::object PreparedCall::hand_over(nb::pointer_and_handle<PyEngine> self, std::a
     for (uint32_t one : waits_) waits.append(one);
     for (uint32_t one : ready_) ready.append(one);
   }
-  return nb::make_tuple(heads, steps, waits, ready, left_, static_cast<int>(progress_));
+  return nb::make_tuple(heads, steps, waits, ready, left_);
 }
 
 void bind_schedule(nb::module_& m) {
@@ -169,13 +124,6 @@ void bind_schedule(nb::module_& m) {
            nb::arg("channel"), nb::arg("header"), nb::arg("rank"), nb::arg("ranks"), nb::arg("width"),
            nb::arg("header_tag"), nb::arg("sends"), nb::arg("receives"), nb::arg("eager"), nb::arg("writes"),
            nb::arg("steps"), nb::arg("item"), nb::arg("format"), nb::arg("op"), nb::arg("on_gpu") = false)
-      .def("combine", &PreparedCall::combine, nb::arg("function"), nb::arg("device"), nb::arg("blocks"),
-           nb::arg("threads"), nb::arg("item"), nb::arg("divide_by"),
-           "Has the call made by a kernel per rank where all ranks can.")
-      .def("launch", &PreparedCall::launch, nb::arg("engine"), nb::arg("given").none(), nb::arg("out"),
-           nb::arg("slots"), "Launch this rank's kernel. None: there is nothing for it to do.")
-      .def("all_offered", &PreparedCall::all_offered, nb::arg("slots"),
-           "Whether all others have offered their arrays.")
       .def_prop_ro("slot_bytes", &PreparedCall::slot_bytes)
       .def_prop_ro("scratch_bytes", &PreparedCall::scratch_bytes)
       .def("attempt", &PreparedCall::attempt, nb::arg("engine"), nb::arg("tag"), nb::arg("given").none(),

@@ -211,8 +211,7 @@ class PySharedCall {
   }
 
   Result look() {
-    return begun(
-        meeting_->look(number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }));
+    return begun(meeting_->look(number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }));
   }
 
   Result begun(Meeting::Begun how) {

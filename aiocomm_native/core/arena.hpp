@@ -91,7 +91,7 @@ class Arena {
   // Of device memory. A call has fewer than kParts parts.
   static constexpr uint32_t kParts = 64;
   struct Places {
-    DevicePlace in, out;  // without an owner: there is none
+    DevicePlace in, out;   // without an owner: there is none
     bool willing = false;  // that others reach them
   };
   void lend(size_t rank, const Places& places);  // before it arrives

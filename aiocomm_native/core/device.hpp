@@ -75,8 +75,8 @@ struct Gate {
 // whoever makes progress.
 struct Company {
   virtual ~Company() = default;
-  virtual void ready(bool able) = 0;  // our memory may be touched, and we reach theirs; or we do not
-  virtual bool able() const = 0;      // all are, once all have given their word
+  virtual void ready(bool able) = 0;       // our memory may be touched, and we reach theirs; or we do not
+  virtual bool able() const = 0;           // all are, once all have given their word
   virtual void moved(uint32_t parts) = 0;  // of the op, so far: their bytes are in place
 };
 
@@ -112,11 +112,11 @@ struct KernelCall {
   };
   std::vector<Part> parts;  // instead of a launch, or with the words that it waits for
   std::shared_ptr<Company> company;
-  bool spoken = false;   // our word is given
-  size_t begun = 0;      // parts
-  bool begins = false;   // a part, just now
-  uint64_t landed = 0;   // bytes of copies to others, which end in their order
-  size_t in_place = 0;   // parts
+  bool spoken = false;  // our word is given
+  size_t begun = 0;     // parts
+  bool begins = false;  // a part, just now
+  uint64_t landed = 0;  // bytes of copies to others, which end in their order
+  size_t in_place = 0;  // parts
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.

@@ -16,8 +16,9 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
 constexpr uint64_t kMomentNs = 5000;  // for which it is not worth to look at anything else
-constexpr uint64_t kFewBytes = 256 << 10;  // of a copy that goes along with others, rather than at the same time
-}
+constexpr uint64_t kFewBytes =
+    256 << 10;  // of a copy that goes along with others, rather than at the same time
+}  // namespace
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
   Engine::Token token(engine_, true);
@@ -182,7 +183,8 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
   uint64_t at = 0;  // where a copy begins
   for (const KernelCall::Copy& copy : call.parts[call.begun - 1].copies) {
     if (copy.far < 0) continue;
-    const uint64_t begin = std::max(at, chunk.offset), end = std::min(at + copy.nbytes, chunk.offset + chunk.nbytes);
+    const uint64_t begin = std::max(at, chunk.offset),
+                   end = std::min(at + copy.nbytes, chunk.offset + chunk.nbytes);
     if (begin < end) {
       const KernelCall::Far& far = call.far[static_cast<size_t>(copy.far)];
       uint64_t address;
@@ -200,8 +202,7 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
       job.in_order = true;
       job.more = end < chunk.offset + chunk.nbytes;
       job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
-      if (!job.local)
-        engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);
+      if (!job.local) engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);
       post_or_keep(op, job);
     }
     at += copy.nbytes;

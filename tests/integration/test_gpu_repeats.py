@@ -12,7 +12,7 @@ from fakes.gpu import DeviceArray, Driver, Stream, driver
 from harness import all_call, held_up, world
 
 import aiocomm
-from aiocomm.collectives import quick
+from aiocomm.collectives import device_shared, quick
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
 LINKS = ("shm", "cuda")
+
+
+@pytest.fixture(params=["messages", "arena"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By messages, as where ranks cannot share memory; or through it, and then for sure."""
+    if request.param == "messages":
+        monkeypatch.setattr(device_shared, "prepare", lambda *_: None)
+    monkeypatch.setattr(device_shared, "STAYS_S", 20.0)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -56,7 +66,7 @@ def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("count", [3, 100_000])
 async def test_every_operation_again(
-    comms: list[aiocomm.Communicator], count: int, attempts: list[object]
+    comms: list[aiocomm.Communicator], count: int, attempts: list[object], way: str
 ) -> None:
     size, root, turns = len(comms), len(comms) - 1, 4
 
@@ -82,13 +92,20 @@ async def test_every_operation_again(
             assert np.array_equal(out.numpy(), np.concatenate(expected))
 
     await all_call(comms, call)
-    assert len(attempts) == 5 * size * (turns - 1)
-    assert False not in attempts
-    called = comms[0].statistics().collectives
-    assert called["all_gather/direct"] == turns
+    called = dict(comms[0].statistics().collectives)
+    if way == "messages" or size == 1:
+        assert len(attempts) == 5 * size * (turns - 1)
+        assert False not in attempts
+        assert called["all_gather/direct"] == turns
+    else:
+        assert not attempts
+        moved = ("all_gather", "broadcast", "scatter", "gather", "all_to_all")
+        assert called == {
+            f"{one}/{how}": n for one in moved for how, n in (("direct", 1), ("pushed", turns - 1))
+        }
 
 
-async def test_in_place_and_apart_are_two_shapes(gpu: Driver, attempts: list[object]) -> None:
+async def test_in_place_and_apart_are_two_shapes(gpu: Driver, attempts: list[object], way: str) -> None:
     async with world(2, links=LINKS, warmup=True) as comms:
         expected = np.concatenate([block(rank, 0, 500) for rank in range(2)])
 
@@ -108,7 +125,7 @@ async def test_in_place_and_apart_are_two_shapes(gpu: Driver, attempts: list[obj
                     await comm.all_gather(out, DeviceView(out.part(4, 2000), (500,)))
 
         await all_call(comms, call)
-        assert len(attempts) == 8
+        assert len(attempts) == (8 if way == "messages" else 0)
 
 
 class DeviceView:
