@@ -220,9 +220,7 @@ class DeviceFlight(ArenaFlight):
                     await self._leave()
             raise
         else:
-            if self._flying:
-                await self._let_go()
-            return self._result != NOT_MET
+            return await self._end()
         finally:
             del self._scope.calls[self._number]
 

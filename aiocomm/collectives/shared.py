@@ -246,11 +246,20 @@ class ArenaFlight(Flight):
         if cancelled is not None:
             raise cancelled
 
-    async def _let_go(self) -> None:
-        self._over = True
-        for transfer in list(self._flying.values()):
-            transfer.cancel()
-        await self._gate.wait_shielded(lambda: not self._flying)
+    async def _end(self) -> bool:
+        """Let go of what is under way. False: the call is to be made by messages.
+
+        Raises:
+            PeerLostError, TransferCancelled, DeadlineExceeded: what another rank said meanwhile of such a call.
+        """
+        if self._flying:
+            self._over = True
+            for transfer in list(self._flying.values()):
+                transfer.cancel()
+            await self._gate.wait_shielded(lambda: not self._flying)
+        if self._result == NOT_MET and self._aborted is not None:
+            raise self._explained(self._aborted)
+        return self._result != NOT_MET
 
     def _header_ended(self, index: int) -> None:
         """Nothing is sent there; see `_watch_others`."""
@@ -312,9 +321,7 @@ class SharedFlight(ArenaFlight):
                     await self._leave()
             raise
         else:
-            if self._flying:
-                await self._let_go()
-            return self._result != NOT_MET
+            return await self._end()
         finally:
             del self._scope.calls[self._number]
 

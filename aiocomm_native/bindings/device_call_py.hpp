@@ -62,7 +62,7 @@ class DeviceCall {
   bool left(Self self);  // nobody touches our arrays any more
 
  private:
-  static constexpr uint64_t kLingerNs = 100000;  // for which ends of small parts are looked for
+  static constexpr uint64_t kLingerNs = 300000;  // for which ends of small parts are looked for
   static constexpr uint32_t kMostMisses = 8;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 

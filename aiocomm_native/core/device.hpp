@@ -115,7 +115,7 @@ struct KernelCall {
   bool spoken = false;  // our word is given
   size_t begun = 0;     // parts
   bool begins = false;  // a part, just now
-  uint64_t landed = 0;  // bytes of copies to others, which end in their order
+  std::vector<uint64_t> landed;  // of each part, bytes that are in place at others
   size_t in_place = 0;  // parts
 };
 
@@ -171,7 +171,8 @@ struct MoveJob {
   int error = 0;                  // the driver's
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
-  bool in_order = false;          // behind the copies that came before, whatever devices they are for
+  bool joint = false;             // of an op with copies to several devices, which share the streams
+  uint32_t part = 0;  // of the op's copies
   bool more = false;              // of those come at once, and tell its end, too
   bool unscheduled = false;       // no scheduler has given it room
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's

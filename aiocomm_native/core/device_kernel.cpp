@@ -125,6 +125,7 @@ void DeviceProtocol::begin_parts(Op& op) {
   gpu.role = Role::push;
   op.path = Path::device;
   call.begins = true;
+  call.landed.resize(call.parts.size());
   while (call.begun < call.parts.size() && !gpu.in_sched) {
     const KernelCall::Part& part = call.parts[call.begun];
     if (!words_open(op, part)) break;
@@ -147,7 +148,7 @@ void DeviceProtocol::copy_here(Op& op, const KernelCall::Copy& copy) {
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.local = job.unscheduled = true;
-  job.in_order = copy.nbytes <= kFewBytes;
+  job.joint = copy.nbytes <= kFewBytes;
   post_or_keep(op, job);
 }
 
@@ -155,18 +156,14 @@ void DeviceProtocol::copy_here(Op& op, const KernelCall::Copy& copy) {
 void DeviceProtocol::part_moved(Op& op, const MoveJob& job) {
   KernelCall& call = *op.gpu->kernel;
   if (!job.unscheduled) {
-    call.landed += job.nbytes;
+    call.landed[job.part] += job.nbytes;
     if (!job.local) engine_.counters_[index_].bytes_sent += job.nbytes;
   }
   op.moved += job.nbytes;
   if (op.moved == op.nbytes) return end_parts(op);
   const size_t before = call.in_place;
-  uint64_t end = 0;
-  for (size_t part = 0; part < call.begun; ++part) {
-    end += call.parts[part].away;
-    if (end > call.landed) break;
-    call.in_place = std::max(call.in_place, part + 1);
-  }
+  while (call.in_place < call.begun && call.landed[call.in_place] == call.parts[call.in_place].away)
+    ++call.in_place;
   if (call.in_place != before && call.in_place < call.parts.size())
     call.company->moved(static_cast<uint32_t>(call.in_place));
 }
@@ -199,7 +196,8 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
       std::memcpy(&job.other, far.place.uuid.data(), sizeof job.other);
       job.cls = chunk.cls;
       job.posted_ns = engine_.now();
-      job.in_order = true;
+      job.joint = true;
+      job.part = static_cast<uint32_t>(call.begun - 1);
       job.more = end < chunk.offset + chunk.nbytes;
       job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
       if (!job.local) engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);

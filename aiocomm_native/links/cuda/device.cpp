@@ -202,7 +202,8 @@ void Device::give_back(const Gate& gate) {
 
 size_t Device::stream_of(const MoveJob& job) {
   if (job.kernel) return kKernels;
-  if (job.in_order) return job.cls > 1 ? kUrgent : 0;
+  if (job.joint && job.cls > 1) return kUrgent;
+  if (job.joint) return job.nbytes >= kTellInOrder && job.nbytes < kLong ? bulk_ ^= 1 : 0;
   if (job.local) return kLocal;
   if (job.lane == Lane::out) return kOut;
   if (job.lane == Lane::in) return kIn;
@@ -335,7 +336,7 @@ bool Device::issue(bool by_thread) {
     const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
-    if (!code && job.in_order && job.nbytes <= kJoined) {
+    if (!code && job.joint && job.nbytes <= kJoined) {
       joined_ = &stream;
       code = row_copies_.join(driver, job, stream.handle);
     } else {
@@ -359,7 +360,7 @@ bool Device::issue(bool by_thread) {
     stream.inflight.emplace_back(++stream.issued, job);
     if (!by_thread) add(small.by_loop, 1);
     if (early && !first) early_.push_back(job.op);
-    if (job.nbytes >= (job.in_order ? kTellInOrder : kTellFrom))
+    if (job.nbytes >= (job.joint ? kTellInOrder : kTellFrom))
       send_joined(), tell(stream, by_thread);
     else if (!job.more)
       touched |= static_cast<uint16_t>(1u << index);

@@ -1,0 +1,286 @@
+"""Collectives of GPU arrays whose ranks write into each other's memory: what can go wrong, and what then holds."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from fakes import simulated
+from fakes.gpu import DeviceArray, Driver, Kind, driver
+from harness import all_call, world
+
+import aiocomm
+from aiocomm.collectives import device_shared
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
+
+LINKS = ("shm", "cuda")
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks wait for each other, however slow the machine is."""
+    monkeypatch.setattr(device_shared, "STAYS_S", 20.0)
+
+
+def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:
+    return DeviceArray(values.shape, values.dtype, device=rank % driver().count, **how).write(values)
+
+
+def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng((rank, turn)).integers(0, 256, count).astype("u1")
+
+
+def gathered(size: int, turn: int, count: int) -> np.ndarray[Any, Any]:
+    return np.concatenate([block(rank, turn, count) for rank in range(size)])
+
+
+async def gather_all(comm: aiocomm.Communicator, turn: int, count: int, **how: Any) -> None:
+    """An all_gather that must succeed."""
+    out = on_gpu(comm.rank, np.zeros(comm.size * count, "u1"))
+    await comm.all_gather(out, on_gpu(comm.rank, block(comm.rank, turn, count)), **how)
+    assert np.array_equal(out.numpy(), gathered(comm.size, turn, count))
+
+
+def ways(comm: aiocomm.Communicator) -> dict[str, int]:
+    return dict(comm.statistics().collectives)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("nbytes", [16 * MIB, 16 * MIB + 3])
+async def test_a_chain_passes_chunks_on(gpu: Driver, size: int, nbytes: int) -> None:
+    async with world(size, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            for turn in range(3):
+                x = on_gpu(comm.rank, block(comm.rank, turn, nbytes))
+                await comm.broadcast(x, root=size - 1)
+                assert np.array_equal(x.numpy(), block(size - 1, turn, nbytes))
+
+        await all_call(comms, call)
+        assert ways(comms[0]) == {"broadcast/chain": 1, "broadcast/pushed": 2}
+
+
+async def test_on_an_urgent_channel(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            urgent = comm.channel("urgent", priority=aiocomm.Priority.HIGH)
+            for turn in range(3):
+                await gather_all(comm, turn, 3000, channel=urgent)
+                await gather_all(comm, turn, 9 * MIB)
+
+        await all_call(comms, call)
+        assert ways(comms[0]) == {"all_gather/direct": 2, "all_gather/pushed": 4}
+
+
+async def test_statistics_of_the_link(gpu: Driver) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            await gather_all(comm, 0, 5000)
+            before = comm.links["cuda"].statistics()
+            await gather_all(comm, 1, 5000)
+            after = comm.links["cuda"].statistics()
+            assert after.bytes_sent - before.bytes_sent == 5000
+            assert after.completed - before.completed == 1
+
+        await all_call(comms, call)
+
+
+@pytest.mark.parametrize("kind", [Kind.VMM, Kind.POOL])
+async def test_memory_that_others_cannot_map(gpu: Driver, kind: Kind) -> None:
+    """One rank's is: all make the call by messages."""
+    async with world(3, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            how = {"kind": kind} if comm.rank == 1 else {}
+            for turn in range(3):
+                out = on_gpu(comm.rank, np.zeros(9000, "u1"))
+                await comm.all_gather(out, on_gpu(comm.rank, block(comm.rank, turn, 3000), **how))
+                assert np.array_equal(out.numpy(), gathered(3, turn, 3000))
+
+        await all_call(comms, call)
+        assert ways(comms[0]) == {"all_gather/direct": 3}
+
+
+@pytest.mark.parametrize("names", [("cuMemcpyAsync", "cuMemcpyBatchAsync"), ("cuStreamWriteValue32",)])
+@pytest.mark.parametrize("count", [100, 300_000])
+async def test_a_copy_that_fails(
+    gpu: Driver, simulator: simulated.Simulator, names: tuple[str, ...], count: int
+) -> None:
+    """The call fails on all ranks, and the next ones are made by messages."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            for turn in range(2):
+                await gather_all(comm, turn, count)
+            out = on_gpu(comm.rank, np.zeros(2 * count, "u1"))
+            x = on_gpu(comm.rank, block(comm.rank, 0, count))
+            await comm.barrier()
+            if comm.rank == 0:
+                for name in names:
+                    simulator.fail(name, 2, forever=True)
+            await comm.barrier()
+            with pytest.raises((aiocomm.LinkError, aiocomm.TransferCancelled)):
+                await comm.all_gather(out, x)
+            await comm.barrier()
+            simulator.heal()
+            await comm.barrier()
+            for turn in range(2):
+                await gather_all(comm, turn, count)
+
+        await all_call(comms, call)
+
+
+async def test_who_gives_up_stays_until_nobody_writes(gpu: Driver, simulator: simulated.Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as comms:
+        outs = [on_gpu(rank, np.zeros(6000, "u1")) for rank in range(2)]
+        arrays = [on_gpu(rank, block(rank, 0, 3000)) for rank in range(2)]
+        gives_up, ended = anyio.CancelScope(), []
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            await comm.all_gather(outs[comm.rank], arrays[comm.rank])
+
+        async def last(comm: aiocomm.Communicator) -> None:
+            with gives_up if comm.rank else contextlib.suppress(aiocomm.TransferCancelled):
+                await call(comm)
+            ended.append(comm.rank)
+
+        for _ in range(2):
+            await all_call(comms, call)
+        simulator.pause(0, simulated.Engine.PEER)
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                tasks.start_soon(last, comm)
+            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
+            gives_up.cancel()
+            for _ in range(5):
+                receiving = comms[1].recv(bytearray(1), 0)
+                await comms[0].send(b"x", 1)
+                await receiving
+            assert not ended
+            simulator.resume(0, simulated.Engine.PEER)
+        assert sorted(ended) == [0, 1]
+        assert gives_up.cancelled_caught
+        await all_call(comms, call)
+        assert np.array_equal(outs[0].numpy(), gathered(2, 0, 3000))
+
+
+async def test_a_deadline_while_copies_are_waited_for(gpu: Driver, simulator: simulated.Simulator) -> None:
+    """It ends once nothing is copied any more."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def late(comm: aiocomm.Communicator) -> None:
+            with pytest.raises((aiocomm.DeadlineExceeded, aiocomm.TransferCancelled)):
+                await gather_all(comm, 0, 3000, deadline=0.1 if comm.rank == 0 else None)
+
+        async def resume() -> None:
+            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
+            scope = comms[0]._members()._scope(None)
+            while not any(call._over for call in scope.calls.values()):  # it has given the call up
+                await anyio.lowlevel.checkpoint()
+            simulator.resume(0, simulated.Engine.PEER)
+
+        for _ in range(2):
+            await all_call(comms, lambda comm: gather_all(comm, 0, 3000))
+        simulator.pause(0, simulated.Engine.PEER)
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                tasks.start_soon(late, comm)
+            tasks.start_soon(resume)
+        await all_call(comms, lambda comm: gather_all(comm, 1, 3000))
+
+
+@pytest.mark.parametrize("lacking", ["", "FAKE_CUDA_FAIL=cuIpcOpenMemHandle:1+:1"], ids=["", "maps"])
+async def test_between_processes(
+    gpu: Driver, anyio_backend_name: str, lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some cannot map the others' memory."""
+    if anyio_backend_name == "trio":
+        pytest.skip("spawn's parent is the same on every loop: once is enough")
+    if lacking:
+        if simulated.choose() is None:
+            pytest.skip("needs a driver that refuses to map")
+        monkeypatch.setenv(*lacking.split("=", 1))
+
+    async def work(comm: aiocomm.Communicator) -> None:
+        import numpy as np
+        from fakes.gpu import DeviceArray, driver
+
+        device = comm.rank % driver().count
+        for turn in range(6):
+            if turn % 2 == 0:  # memory that the others have not mapped yet
+                x, out = (DeviceArray(n, np.float32, device=device) for n in (5000, 15000))
+            x.write(np.arange(5000, dtype=np.float32) * (comm.rank + 1) + turn)
+            await comm.all_gather(out, x)
+            expected = [np.arange(5000, dtype=np.float32) * (rank + 1) + turn for rank in range(3)]
+            assert np.array_equal(out.numpy(), np.concatenate(expected))
+        pushed = comm.statistics().collectives.get("all_gather/pushed", 0)
+        if not lacking:
+            assert pushed > 0
+        elif comm.rank:  # the parent's driver was there before it was to fail
+            assert pushed == 0
+
+    async with aiocomm.spawn(work, n=2, links=LINKS) as comm:
+        await work(comm)
+
+
+async def _is_killed(comm: aiocomm.Communicator) -> None:
+    """Rank 2 is, in a call whose ranks have met; the others hear of it, and go on without it."""
+    import os
+    import signal
+
+    import anyio
+    import numpy as np
+    from fakes.gpu import DeviceArray, Stream, driver
+
+    from aiocomm.collectives import device_shared
+
+    device_shared.STAYS_S = 20.0
+    device = comm.rank % driver().count
+    x, out = DeviceArray(5000, np.uint8, device=device), DeviceArray(15000, np.uint8, device=device)
+    for _ in range(3):
+        await comm.all_gather(out, x)
+    if comm.rank == 2:
+        stream = Stream(device)
+        gate = stream.gate()  # so that it never says that its arrays may be written
+
+        async def die() -> None:
+            scope = comm._members()._scope(None)
+            while not any(call._result == device_shared.GOING_ON for call in scope.calls.values()):
+                await anyio.lowlevel.checkpoint()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(die)
+            await comm.all_gather(out, x, stream=stream)
+        gate.open()
+    try:
+        await comm.all_gather(out, x)
+    except aiocomm.PeerLostError as error:
+        assert error.peer == 2, error
+        assert "rank 2 is gone" in str(error), error
+    else:
+        raise AssertionError("nobody was missed")
+    rest = await comm.shrink(deadline=5.0)
+    pair = DeviceArray(10000, np.uint8, device=device)
+    for _ in range(3):
+        await rest.all_gather(pair, x)
+
+
+async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: str) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("spawn's parent is the same on every loop: once is enough")
+    done = False
+    try:
+        async with aiocomm.spawn(_is_killed, n=2, links=LINKS) as comm:
+            await _is_killed(comm)
+            done = True
+    except (aiocomm.AiocommError, ExceptionGroup, RuntimeError) as error:  # says that a worker was killed
+        assert "9" in str(error) or "SIGKILL" in str(error) or "killed" in str(error), error
+    assert done
