@@ -112,11 +112,11 @@ struct KernelCall {
   };
   std::vector<Part> parts;  // instead of a launch, or with the words that it waits for
   std::shared_ptr<Company> company;
-  bool spoken = false;  // our word is given
-  size_t begun = 0;     // parts
-  bool begins = false;  // a part, just now
+  bool spoken = false;           // our word is given
+  size_t begun = 0;              // parts
+  bool begins = false;           // a part, just now
   std::vector<uint64_t> landed;  // of each part, bytes that are in place at others
-  size_t in_place = 0;  // parts
+  size_t in_place = 0;           // parts
 };
 
 // A kernel for rows that no copy engine takes as one: it copies what a table in the device's memory lists.
@@ -172,7 +172,7 @@ struct MoveJob {
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
   bool joint = false;             // of an op with copies to several devices, which share the streams
-  uint32_t part = 0;  // of the op's copies
+  uint32_t part = 0;              // of the op's copies
   bool more = false;              // of those come at once, and tell its end, too
   bool unscheduled = false;       // no scheduler has given it room
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's

@@ -202,8 +202,7 @@ void Device::give_back(const Gate& gate) {
 
 size_t Device::stream_of(const MoveJob& job) {
   if (job.kernel) return kKernels;
-  if (job.joint && job.cls > 1) return kUrgent;
-  if (job.joint) return job.nbytes >= kTellInOrder && job.nbytes < kLong ? bulk_ ^= 1 : 0;
+  if (job.joint) return job.cls > 1 ? kUrgent : 0;
   if (job.local) return kLocal;
   if (job.lane == Lane::out) return kOut;
   if (job.lane == Lane::in) return kIn;
@@ -244,7 +243,8 @@ void Device::run() {
   for (uint32_t turn = 0;; ++turn) {
     uint64_t now = now_ns();
     // The loop may be kept from going on at any moment, so it is not relied on for long.
-    bool did = (!host_.loop_looks() || turn % kStandBack == 0) && work(true);
+    const bool stands_back = host_.loop_looks() && !waits_.load(std::memory_order_relaxed);
+    bool did = (!stands_back || turn % kStandBack == 0) && work(true);
     const uint32_t turns = turns_.load(std::memory_order_relaxed);
     did = did || turns != seen_turns;
     seen_turns = turns;
@@ -490,6 +490,7 @@ bool Device::open_gates() {
     ready.push_back(gate.op);
     return true;
   });
+  waits_.store(!gates_.empty(), std::memory_order_relaxed);
   if (ready.empty()) return false;
   host_.go_on(ready.data(), ready.size());
   return true;

@@ -154,6 +154,7 @@ class Device {
   Stream* joined_ = nullptr;        // that copies were collected for, in this turn
   std::vector<MoveJob> finished_;
   std::vector<GateWait> gates_;
+  std::atomic<bool> waits_{false};  // for some of them, which the thread looks at also where a loop spins
 
   std::mutex gate_mutex_;
   std::vector<uint32_t> free_gates_;
