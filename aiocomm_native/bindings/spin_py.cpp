@@ -38,7 +38,10 @@ int Spinner::spin(uint64_t until_ns) {
     nb::gil_scoped_release release;
     found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_);
   }
-  return found ? hand_over() : 0;
+  trace::mark(17, found);
+  const int over = found ? hand_over() : 0;
+  trace::mark(18);
+  return over;
 }
 
 int Spinner::prepare_to_sleep() {

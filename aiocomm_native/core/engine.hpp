@@ -40,6 +40,7 @@
 #include "core/priority_mutex.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
+#include "core/trace.hpp"
 #include "core/unexpected.hpp"
 
 namespace aiocomm {

@@ -71,6 +71,7 @@ void Engine::end_spin() {
 
 bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
                   Others* others) {
+  trace::mark(19);
   for (Engine* engine : engines) engine->begin_spin();
   uint64_t began = engines[0]->now(), last = began;
   bool patient = patience.may_spin(began);
@@ -110,7 +111,9 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     else if (quick)  // one that takes longer leaves the other hyperthread enough
       relax();
   }
+  trace::mark(15, found);
   for (Engine* engine : engines) engine->end_spin();
+  trace::mark(16);
   bool met = false;
   for (Engine* engine : engines) {
     found = found || engine->has_completed();

@@ -11,6 +11,7 @@
 
 #include "core/link.hpp"
 #include "core/relax.hpp"
+#include "core/trace.hpp"
 #include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
@@ -302,6 +303,7 @@ bool Device::issue(bool by_thread) {
     if (!undisturbed.emplace(Reaper::of_process())) return false;
     current.emplace(*this);
   }
+  if (!by_thread) trace::mark(8);
   bool did = false;
   MoveJob job;
   uint16_t touched = 0;
@@ -332,7 +334,9 @@ bool Device::issue(bool by_thread) {
     const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
+    trace::mark(9, by_thread);
     if (!code) code = copy(job, stream);
+    trace::mark(10, by_thread);
     job.issued_ns = now_ns();
     if (is_small(job)) {
       add(small.handed, taken_ns - job.posted_ns);
@@ -389,6 +393,7 @@ void Device::tell(Stream& stream, bool by_thread) {
   auto index = static_cast<size_t>(&stream - streams_.data());
   CUresult code = driver.cuStreamWriteValue32(stream.handle, words_at_ + index * kLine * sizeof(uint32_t),
                                               stream.issued, CU_STREAM_WRITE_VALUE_DEFAULT);
+  trace::mark(11, by_thread);
   if (code == CUDA_SUCCESS) {
     stream.told = stream.issued;
   } else if (by_thread) {
@@ -412,6 +417,9 @@ void Device::fail(Stream& stream, int error) {
 }
 
 bool Device::collect(uint64_t now, bool by_thread) {
+  static thread_local uint64_t last_look;
+  const uint64_t since = now - last_look;
+  last_look = now;
   for (size_t i = 0; i < kStreams; ++i) {
     Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
@@ -420,6 +428,7 @@ bool Device::collect(uint64_t now, bool by_thread) {
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
       job.ended_ns = now;
+      trace::mark(12, since);
       if (i < kPeerStreams) rate(job);
       finished_.push_back(job);
       stream.inflight.pop_front();
@@ -436,6 +445,7 @@ void Device::finish() {
   jobs.swap(finished_);
   for (const MoveJob& job : jobs) row_copies_.ended(job);
   host_.moved(jobs.data(), jobs.size());
+  trace::mark(14);
   if (is_small(jobs.front())) {
     add(small.count, 1);
     add(small.seen, jobs.front().ended_ns - jobs.front().issued_ns);
