@@ -322,6 +322,9 @@ def arrange_parts(parts: Sequence[tuple[Annotated[NDArray[numpy.uint16], dict(sh
 def add_rows(parts: Sequence[tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], int]], tokens: int, hidden: int, wide: bool, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out_kind: int) -> None:
     """Sums of partial sums by token, in the order of the parts."""
 
+def integers(list: list) -> object:
+    """A list of integers as an array; None: it holds something else."""
+
 def merge_pages(source: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], target: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], nbytes: int) -> tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], bool, int, int]:
     """Runs of parts in the order of the target; see core/page_plan.hpp."""
 

@@ -357,6 +357,7 @@ bool Device::issue(bool by_thread) {
       tell(stream, by_thread);
     else
       touched |= static_cast<uint16_t>(1u << index);
+    if (job.rows) break;  // which takes the driver long: what has ended meanwhile is told before the next
   }
   for (size_t i = 0; i < kStreams; ++i)
     if (touched >> i & 1 && streams_[i].told != streams_[i].issued) tell(streams_[i], by_thread);

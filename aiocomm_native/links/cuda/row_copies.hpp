@@ -25,8 +25,8 @@ class RowCopies {
     uint64_t to, from, nbytes;
   };
   struct Table {
-    void* host = nullptr;  // pinned
-    CUdeviceptr device = 0;
+    void* host = nullptr;  // pinned: warps ask for their next row while they copy one
+    CUdeviceptr seen = 0;  // where the device sees it
     size_t room = 0;  // rows
     bool used = false;
   };
