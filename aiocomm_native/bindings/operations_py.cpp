@@ -136,7 +136,13 @@ struct Start {
     PyObject* handle = reinterpret_cast<PyObject*>(t);
     Py_INCREF(handle);  // the engine's reference, until end_transfer
     if (!e.on_submit.empty()) report();
+    const bool on_device = op->gpu != nullptr;
     bool ended = e.engine->submit(op);
+    if (on_device && e.engine->issues()) {
+      Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
+          e.engine->issue();
+      Py_END_ALLOW_THREADS
+    }
     if (ended) {
       end_transfer(t);
     } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written && !by_rows) {

@@ -173,6 +173,7 @@ class MoverHost {
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
   virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
+  virtual bool loop_sleeps() const = 0;  // or has marked itself so: it is woken by what ends
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
   virtual bool urgent_lately()
@@ -206,6 +207,7 @@ class Mover {
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
   // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
   virtual void turn() = 0;
+  virtual bool due() const = 0;  // something is posted that turn() would issue. Any thread
   // By the loop's thread, without the token, around a submission for a device that was bound: what is posted in between
   // is issued by let_go() here and now, as by turn(), and the copy thread is woken after that: which takes longer.
   virtual void hold(int device) = 0;

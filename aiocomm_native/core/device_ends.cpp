@@ -211,6 +211,10 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
 
 bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }
 
+bool DeviceProtocol::loop_sleeps() const {
+  return engine_.page_->loop.word.load(std::memory_order_relaxed) == WakeWord::kAsleep;
+}
+
 bool DeviceProtocol::end_assist() {
   assistants_.fetch_sub(1, std::memory_order_relaxed);
   prepare_sleep(engine_.page_->engine);

@@ -67,6 +67,7 @@ class DeviceProtocol final : public MoverHost {
   void turn() {   // by the loop's thread while it spins, without the token
     if (mover_) mover_->turn();
   }
+  bool due() const { return mover_ && mover_->due(); }
   uint64_t take_due();  // when that was expected, once; 0: nothing was
 
   // --- ends
@@ -90,6 +91,7 @@ class DeviceProtocol final : public MoverHost {
   bool assist() override;
   bool end_assist() override;
   bool loop_looks() const override;
+  bool loop_sleeps() const override;
   void ends_soon(OpId op, uint64_t ns) override;
   bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;

@@ -240,6 +240,12 @@ class Engine final : public Host, public FrameSink {
   // The link whose counters an op belongs to.
   uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 
+  // Whether the caller, the loop's thread, is to issue copies that it has just submitted: by issue(), which calls the
+  // driver. Where the loop does not spin, its other tasks come first, and the copy thread issues.
+  bool issues() const {
+    return page_->loop_spins.load(std::memory_order_relaxed) && device_.due();
+  }
+  void issue() { device_.turn(); }
   void may_spin(bool may) { page_->loop_spins.store(may, std::memory_order_relaxed); }
   bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
 
@@ -494,8 +500,8 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;
-  std::atomic<bool> loop_spins_{false};
-  DeviceProtocol device_{*this};
+  alignas(64) std::atomic<bool> loop_spins_{false};  // copy threads look at it all the time
+  alignas(64) DeviceProtocol device_{*this};
 };
 
 }  // namespace aiocomm

@@ -20,7 +20,8 @@ namespace {
 constexpr size_t kWords = 16384;    // the first are the streams', one per cache line; then gates
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
-constexpr size_t kQueue = 16384;
+constexpr size_t kQueue = 256;  // which stay in a cache; what finds no room waits with the engine
+constexpr size_t kGateQueue = 16384;
 constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
 constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
@@ -29,7 +30,9 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
-constexpr uint32_t kStandBack = 64;   // turns of the thread, each of which takes some 0.1 us
+constexpr uint32_t kStandBack = 64;   // pauses, of some 40 ns, between two looks at what the loop does
+constexpr uint64_t kAwayNs = 20000;   // for which a loop that spins may be busy before the thread works in its place
+constexpr uint64_t kFullNs = 100000, kFullLongNs = 10000;  // between looks of the thread beside a loop that spins
 
 bool is_small(const MoveJob& job) {
   return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows && !job.kernel;
@@ -72,7 +75,7 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
       spin_ns_(spin_ns),
       peer_rate_(kMostRate),
       jobs_(kQueue),
-      gate_queue_(kQueue) {
+      gate_queue_(kGateQueue) {
   auto check = [&](CUresult code, const char* what) {
     if (code == CUDA_SUCCESS) return;
     throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code),
@@ -150,7 +153,7 @@ bool Device::post(const MoveJob& job) {
 }
 
 void Device::let_go() {
-  if (unrung_.load(std::memory_order_relaxed)) turn();  // by whom it was posted, so it is seen
+  if (unrung_.load(std::memory_order_relaxed)) take_turn();  // by whom it was posted, so it is seen
   held_.fetch_sub(1, std::memory_order_seq_cst);
   if (unrung_.exchange(false, std::memory_order_seq_cst)) ring(wake_, bell_);
 }
@@ -239,10 +242,10 @@ void Device::run() {
   bool assisting = false;
   uint32_t seen_turns = 0;
   for (uint32_t turn = 0;; ++turn) {
+    if (stands_back()) continue;
     uint64_t now = now_ns();
-    // The loop may be kept from going on at any moment, so it is not relied on for long.
-    bool did = (!host_.loop_looks() || turn % kStandBack == 0) && work(true);
-    const uint32_t turns = turns_.load(std::memory_order_relaxed);
+    bool did = (spin_ns_ || !host_.loop_looks() || turn % kStandBack == 0) && work(true);
+    const uint32_t turns = looks_.useful.load(std::memory_order_relaxed);
     did = did || turns != seen_turns;
     seen_turns = turns;
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
@@ -282,16 +285,47 @@ void Device::run() {
   if (assisting) host_.end_assist();
 }
 
+// The loop may be kept from going on at any moment, so it is relied on for no longer than kAwayNs. It looks when it spins,
+// and when it has submitted something.
+bool Device::stands_back() {
+  if (!spin_ns_ || stopping_.load(std::memory_order_relaxed)) return false;
+  const uint32_t looks = looks_.count.load(std::memory_order_relaxed);
+  const uint64_t now = now_ns();
+  if (looks != seen_looks_) looked_ns_ = now;
+  seen_looks_ = looks;
+  if (now > looked_ns_ + kAwayNs || host_.loop_sleeps()) return false;
+  if (now >= full_ns_) {
+    std::unique_lock lock(turn_, std::try_to_lock);
+    const MoveJob* first = lock.owns_lock() ? first_between() : nullptr;
+    full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
+    return false;
+  }
+  for (uint32_t i = 0; i < kStandBack && !looks_.asks.load(std::memory_order_relaxed); ++i) relax();
+  return !looks_.asks.load(std::memory_order_relaxed);
+}
+
+void Device::ask() {
+  looks_.asks.store(true, std::memory_order_relaxed);
+  ring(wake_, bell_);
+}
+
 bool Device::work(bool by_thread) {
   std::unique_lock lock(turn_, std::try_to_lock);
   if (!lock.owns_lock()) return false;
+  if (by_thread && looks_.asks.load(std::memory_order_relaxed))
+    looks_.asks.store(false, std::memory_order_relaxed);  // set under the lock, as what it is about
   bool did = issue(by_thread);
   did = collect(now_ns(), by_thread) || did;
   return open_gates() || did;
 }
 
 void Device::turn() {
-  if (work(false)) turns_.fetch_add(1, std::memory_order_relaxed);
+  looks_.count.store(looks_.count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // one writer
+  take_turn();
+}
+
+void Device::take_turn() {
+  if (work(false)) looks_.useful.fetch_add(1, std::memory_order_relaxed);
 }
 
 // The loop issues only what no driver waits in: to ordinary host memory, say, it copies before it comes back.
@@ -323,6 +357,7 @@ bool Device::issue(bool by_thread) {
     did = true;
     if (!by_thread && (job.rows || job.lane != Lane::peer || (job.kernel && !launched(*job.kernel)))) {
       left_.push_back(job);
+      ask();
       break;
     }
     size_t index = stream_of(job);
@@ -401,7 +436,7 @@ void Device::tell(Stream& stream, bool by_thread) {
     fail(stream, code);
   } else {
     stream.untold = true;
-    ring(wake_, bell_);
+    ask();
   }
 }
 

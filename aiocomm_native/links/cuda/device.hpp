@@ -6,7 +6,8 @@
 //    while it waits it calls no driver function, so it takes no lock from a thread that launches kernels. Only a copy
 //    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing.
 //  * A loop that spins works in the thread's place (turn()), which stands back: what is handed over, and what has ended,
-//    need not be told from one thread to the other.
+//    need not be told from one thread to the other. Standing back, the thread looks at next to nothing: what it reads
+//    the loop's core would have to fetch again. It works all the same when the loop looks no more, or asks it to.
 //  * What is handed over goes through lock-free queues; a sleeping thread is rung awake. It spins for a moment after
 //    it was active, drives the engine meanwhile (MoverHost::assist), and sleeps without a time limit when nothing is
 //    under way.
@@ -54,6 +55,7 @@ class Device {
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
+  bool due() const { return !jobs_.empty(); }  // any thread
   // Between the two, posting does not wake the thread: let_go() issues first what it can, as turn() does.
   void hold() { held_.fetch_add(1, std::memory_order_seq_cst); }
   void let_go();
@@ -102,6 +104,9 @@ class Device {
   void run();
   bool issue(bool by_thread);
   bool work(bool by_thread);
+  void take_turn();
+  bool stands_back();
+  void ask();
   int copy(MoveJob& job, Stream& stream);
   bool launched(const KernelCall& kernel) const;
   void tell(Stream& stream, bool by_thread);
@@ -135,8 +140,16 @@ class Device {
   // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
   std::mutex turn_;
   std::deque<MoveJob> left_;        // taken from the queue, for the thread to issue
-  std::atomic<uint32_t> turns_{0};  // of the loop, in which it did something
-  std::array<Stream, kStreams> streams_;
+  struct alignas(64) Looks {
+    std::atomic<uint32_t> count{0};   // of the loop's turns
+    std::atomic<uint32_t> useful{0};  // those in which it did something
+    std::atomic<bool> asks{false};    // it has left something to the thread
+  };
+  Looks looks_;
+  uint32_t seen_looks_ = 0;        // the thread's, as the next
+  uint64_t looked_ns_ = 0;         // when it last saw another one
+  uint64_t full_ns_ = 0;           // when it looks for itself, whatever the loop does
+  alignas(64) std::array<Stream, kStreams> streams_;
   uint64_t issued_ = 0;  // copies so far
   std::array<uint64_t, 2> announced_ =
       {};                      // of those the last whose end was told to loops that spin, that sleep

@@ -105,7 +105,7 @@ void Device::sleep(uint64_t now) {
   prepare_sleep(wake_);
   std::unique_lock lock(turn_, std::try_to_lock);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
-  if (!lock.owns_lock() || !left_.empty() || !jobs_.empty() || !gate_queue_.empty() ||
+  if (!lock.owns_lock() || looks_.asks.load(std::memory_order_relaxed) || !left_.empty() || !jobs_.empty() || !gate_queue_.empty() ||
       (stopping_.load(std::memory_order_acquire) && idle())) {
     awake(wake_);
     return;
