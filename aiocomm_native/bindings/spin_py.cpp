@@ -33,11 +33,12 @@ void Spinner::discard(PyEngine& engine) {
 
 int Spinner::spin(uint64_t until_ns) {
   if (engines_.empty()) return 0;
-  bool found;
+  bool found, rehearses = false;
   {
     nb::gil_scoped_release release;
-    found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_);
+    found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_, &rehearses);
   }
+  if (rehearses && !found) return rehearse();
   trace::mark(17, found);
   const int over = found ? hand_over() : 0;
   trace::mark(18);
@@ -58,6 +59,15 @@ void Spinner::woken() {
   slept_ns_ = others_.looked_ns = engines_[0]->now();
   patience_.woke(slept_ns_);
   for (Engine* one : engines_) one->loop_wakes();
+}
+
+// A callback that does nothing takes the way of those that the loop is about to run.
+int Spinner::rehearse() {
+  if (!members_[0]->call_soon) return 0;
+  PyObject* handle =
+      PyObject_CallOneArg(members_[0]->call_soon, reinterpret_cast<PyObject*>(&PyBool_Type));
+  Py_XDECREF(handle);
+  return handle ? 1 : -1;
 }
 
 // What is called back may attach and detach engines.

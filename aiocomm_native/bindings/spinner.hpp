@@ -34,6 +34,7 @@ class Spinner {
 
  private:
   int hand_over();
+  int rehearse();
 
   const uint64_t spin_ns_;
   Others others_;  // of the loop's selector, which closes it after the last spin

@@ -175,7 +175,8 @@ class MoverHost {
   virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
   virtual bool loop_sleeps() const = 0;  // or has marked itself so: it is woken by what ends
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
-  virtual void ends_soon(OpId op, uint64_t ns) = 0;
+  // `last`: of a long copy, this is said for the last time.
+  virtual void ends_soon(OpId op, uint64_t ns, bool last = false) = 0;
   virtual bool urgent_lately()
       const = 0;  // messages of urgent channels have come or gone. Any thread, without locks
   virtual void freed(const Gone* memory, size_t count) = 0;  // of this process: peers are told

@@ -158,15 +158,16 @@ class Engine final : public Host, public FrameSink {
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
   // Polls all engines of a loop, at least one, until one of them has news or `until_ns`; for loops that spin before they
-  // sleep. `patience` is the loop's; so is `others`: when anything comes there, the spin ends, too.
+  // sleep. `patience` is the loop's; so is `others`: when anything comes there, the spin ends, too. With `rehearses` it
+  // ends also where an idle turn of the loop is worth its time (DeviceProtocol::take_rehearsal), which is told there.
   static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience,
-                   Others* others = nullptr) {
-    return spin(engines, until_ns, patience, false, others);
+                   Others* others = nullptr, bool* rehearses = nullptr) {
+    return spin(engines, until_ns, patience, false, others, rehearses);
   }
   // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
   bool linger(uint64_t until_ns) {
     Engine* self = this;
-    return spin({&self, 1}, until_ns, lingering_, true, nullptr);
+    return spin({&self, 1}, until_ns, lingering_, true, nullptr, nullptr);
   }
   // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
   void host_copies(bool may) {
@@ -440,7 +441,7 @@ class Engine final : public Host, public FrameSink {
 
   // spin.cpp
   static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                   Others* others);
+                   Others* others, bool* rehearses);
   void begin_spin();
   bool look_spinning();  // true: it has copied by itself, which takes its time
   void end_spin();

@@ -95,7 +95,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::freed:
         return device_.on_freed(*peer, header);
       case FrameKind::soon:
-        return device_.expect(header.nbytes, header.flags & kOneSided);
+        return device_.expect(header.nbytes, header.flags & kOneSided, header.flags & kLastWord);
       default:
         throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));
     }

@@ -70,7 +70,7 @@ void Engine::end_spin() {
 }
 
 bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                  Others* others) {
+                  Others* others, bool* rehearses) {
   trace::mark(19);
   for (Engine* engine : engines) engine->begin_spin();
   uint64_t began = engines[0]->now(), last = began;
@@ -101,6 +101,11 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     const bool quick = t - last < kQuickLookNs;
     last = t;
     if ((found = any_news())) break;
+    if (rehearses && std::any_of(engines.begin(), engines.end(),
+                                 [](Engine* one) { return one->device_.take_rehearsal(); })) {
+      *rehearses = interrupted = true;
+      break;
+    }
     if (others && !others->looked(t)) {
       others->looked_ns = t;
       pollfd one{others->fd, POLLIN, 0};

@@ -85,7 +85,7 @@ void Device::announce_end(uint64_t now) {
   for (size_t turn = 0; turn < announced_.size(); ++turn) {
     if (now + kAhead[turn] < end || announced_[turn] == job->order) continue;
     announced_[turn] = job->order;
-    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1]);
+    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1], turn == 1);
   }
 }
 
