@@ -175,7 +175,9 @@ class Spinner:
         """The loop has slept."""
 
     def looked(self) -> bool:
-        """Whether its descriptors were looked at a moment ago."""
+        """
+        Called at the selector. Whether its descriptors were looked at a moment ago: it has nothing to do then.
+        """
 
 def reduces(format: str, op: str) -> bool:
     """Whether the extension reduces elements of this format by itself."""

@@ -61,6 +61,13 @@ void Spinner::woken() {
   for (Engine* one : engines_) one->loop_wakes();
 }
 
+bool Spinner::looked() {
+  const uint64_t t = now();
+  if (!others_.looked(t)) return false;
+  slept_ns_ = t;  // its tasks may wait by themselves again: else one that waits often would hardly come to that any more
+  return true;
+}
+
 // A callback that does nothing takes the way of those that the loop is about to run.
 int Spinner::rehearse() {
   if (!members_[0]->call_soon) return 0;
@@ -114,7 +121,7 @@ void bind_spinner(nb::module_& m) {
           "prepare_to_sleep", [](Spinner& self) { return or_throw(self.prepare_to_sleep()); },
           "Have them wake the loop from now on. True: something has come before that.")
       .def("woken", &Spinner::woken, "The loop has slept.")
-      .def("looked", &Spinner::looked, "Whether its descriptors were looked at a moment ago.");
+      .def("looked", &Spinner::looked, "Called at the selector. Whether its descriptors were looked at a moment ago: it has nothing to do then.");
 }
 
 }  // namespace aiocomm::py
