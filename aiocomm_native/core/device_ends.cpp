@@ -144,13 +144,12 @@ bool DeviceProtocol::assist() {
   return did > 0;
 }
 
-void DeviceProtocol::expect(uint64_t ns, bool by_engine, bool last) {
+void DeviceProtocol::expect(uint64_t ns, bool by_engine) {
   const uint64_t due = engine_.now() + std::min(ns, kMostDue);
   if (by_engine) {
     if (engine_.spin_tries_) engine_due_ns_ = std::max(engine_due_ns_, due);
     return;
   }
-  if (last && engine_.loop_spins()) rehearse_.store(true, std::memory_order_relaxed);
   due_ns_.store(std::max(due_ns_.load(std::memory_order_relaxed), due), std::memory_order_relaxed);
   engine_.wake_loop();
 }
@@ -187,7 +186,7 @@ void DeviceProtocol::linger() {
 // A loop that is woken a little before the end sees it at once. The sender of a message that is pulled, and the receiver
 // of one that is pushed, hear of the end by a frame: theirs must be awake by then, too. Whose memory is accessed has no
 // loop that waits; its engine's thread is woken, since the next access is likely to follow at once.
-void DeviceProtocol::ends_soon(OpId id, uint64_t ns, bool last) {
+void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   Engine::Token token(engine_);
   Op* op = engine_.find(id);
   if (!op || !op->gpu || op->state != OpState::moving) return;
@@ -195,21 +194,34 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns, bool last) {
   auto concerns = [&](WakePage& page) {
     return ns <= kMostLinger || page.loop_spins.load(std::memory_order_relaxed) != 0;
   };
-  if (concerns(*engine_.page_)) expect(ns, false, last);
+  if (concerns(*engine_.page_)) expect(ns, false);
   Peer* peer = engine_.find_peer(op->peer);
   if (!peer || peer->state != Peer::State::up) return;
   WakePage* page = peer->link->page();
   const bool by_engine = op->kind == OpKind::put || op->kind == OpKind::get;
   if (!page || (!by_engine && !concerns(*page))) return;
   const WakeWord& sleeper = by_engine ? page->engine : page->loop;
-  const bool sleeps = sleeper.word.load(std::memory_order_relaxed) == WakeWord::kAsleep;
-  const bool spins = !by_engine && page->loop_spins.load(std::memory_order_relaxed) != 0;
-  if (!sleeps && !(last && spins)) return;
+  if (sleeper.word.load(std::memory_order_relaxed) != WakeWord::kAsleep) return;
   FrameHeader h{};
   h.kind = FrameKind::soon;
-  h.flags = (by_engine ? kOneSided : 0) | (last ? kLastWord : 0);
+  h.flags = by_engine ? kOneSided : 0;
   h.nbytes = ns;
-  engine_.send_control(*peer, h, !sleeps ? Wake::none : by_engine ? Wake::engine : Wake::loop);
+  engine_.send_control(*peer, h, by_engine ? Wake::engine : Wake::loop);
+}
+
+void DeviceProtocol::prepare_end(OpId id) {
+  Engine::Token token(engine_);
+  Op* op = engine_.find(id);
+  if (!op || !op->gpu || op->state != OpState::moving) return;
+  want_rehearsal();
+  Peer* peer = engine_.find_peer(op->peer);
+  if (!peer || peer->state != Peer::State::up || op->kind == OpKind::put || op->kind == OpKind::get) return;
+  WakePage* page = peer->link->page();
+  if (!page || !page->loop_spins.load(std::memory_order_relaxed)) return;
+  FrameHeader h{};
+  h.kind = FrameKind::soon;
+  h.flags = kPrepare;
+  engine_.send_control(*peer, h, Wake::none);
 }
 
 bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }

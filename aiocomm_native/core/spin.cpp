@@ -104,6 +104,7 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     if (rehearses && std::any_of(engines.begin(), engines.end(),
                                  [](Engine* one) { return one->device_.take_rehearsal(); })) {
       *rehearses = interrupted = true;
+      for (Engine* engine : engines) engine->device_.rehearse();
       break;
     }
     if (others && !others->looked(t)) {

@@ -309,6 +309,15 @@ void Device::ask() {
   ring(wake_, bell_);
 }
 
+void Device::rehearse() {
+  std::unique_lock lock(turn_, std::try_to_lock);
+  if (!lock.owns_lock() || lost_ || !first_between() || !streams_[kLocal].inflight.empty()) return;
+  Reaper::Undisturbed undisturbed(Reaper::of_process());
+  if (!undisturbed) return;
+  Current current(*this);
+  tell(streams_[kLocal], false);  // once more what was told last
+}
+
 bool Device::work(bool by_thread) {
   std::unique_lock lock(turn_, std::try_to_lock);
   if (!lock.owns_lock()) return false;

@@ -56,6 +56,7 @@ class Device {
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
   bool due() const { return !jobs_.empty(); }  // any thread
+  void rehearse();  // by such a loop: what turn() does of the driver's, on a stream that has nothing to do
   // Between the two, posting does not wake the thread: let_go() issues first what it can, as turn() does.
   void hold() { held_.fetch_add(1, std::memory_order_seq_cst); }
   void let_go();
@@ -151,8 +152,7 @@ class Device {
   uint64_t full_ns_ = 0;           // when it looks for itself, whatever the loop does
   alignas(64) std::array<Stream, kStreams> streams_;
   uint64_t issued_ = 0;  // copies so far
-  std::array<uint64_t, 2> announced_ =
-      {};                      // of those the last whose end was told to loops that spin, that sleep
+  std::array<uint64_t, 3> announced_{};  // of those the last that was announced: see announce_end()
   uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
   uint64_t run_began_ns_ = 0, run_bytes_ = 0;  // of copies between devices that followed each other at once
   double peer_rate_;                           // bytes per ns that is expected of long ones

@@ -10,8 +10,8 @@ namespace aiocomm::cuda {
 
 namespace {
 constexpr uint64_t kWakeNs = 220000;
-// How long before its end a long copy is announced to loops that spin, and to those that sleep.
-constexpr uint64_t kAhead[] = {700000, 40000};
+// How long before its end a long copy is announced to loops that spin, when these prepare for it, and to those that sleep.
+constexpr uint64_t kAhead[] = {700000, 90000, 40000};
 // A long copy takes at most this part longer than is expected of it: others share the memory and the links.
 constexpr uint64_t kLateShare = 8;
 constexpr uint64_t kMostLate = 1000000;
@@ -85,7 +85,10 @@ void Device::announce_end(uint64_t now) {
   for (size_t turn = 0; turn < announced_.size(); ++turn) {
     if (now + kAhead[turn] < end || announced_[turn] == job->order) continue;
     announced_[turn] = job->order;
-    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1], turn == 1);
+    if (turn == 1)
+      host_.prepare_end(job->op);
+    else
+      host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[2] + late : kAhead[2]);
   }
 }
 

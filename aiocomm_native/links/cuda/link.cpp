@@ -367,6 +367,13 @@ void CudaLink::turn() {
   if (State* state = turning_.load(std::memory_order_acquire)) state->turn();
 }
 
+void CudaLink::rehearse() {
+  const State* state = turning_.load(std::memory_order_acquire);
+  const int most = state ? std::min(state->driver.devices, WakePage::kDevices) : 0;
+  for (int i = 0; i < most; ++i)
+    if (Device* device = state->started(i)) device->rehearse();
+}
+
 bool CudaLink::due() const {
   const State* state = turning_.load(std::memory_order_acquire);
   return state && state->due();

@@ -95,6 +95,7 @@ class CudaLink final : public Link, public Mover {
   void await_gate(const Gate& gate, int device, OpId waiter) override;
   void turn() override;
   bool due() const override;
+  void rehearse() override;
   void hold(int device) override { state_->started(device)->hold(); }
   void let_go(int device) override { state_->started(device)->let_go(); }
   Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
