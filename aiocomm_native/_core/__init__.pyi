@@ -176,7 +176,7 @@ class Spinner:
 
     def looked(self) -> bool:
         """
-        Called at the selector. Whether its descriptors were looked at a moment ago: it has nothing to do then.
+        Called at the selector. Whether its descriptors were looked at a moment ago: then all is done.
         """
 
 def reduces(format: str, op: str) -> bool:
@@ -324,7 +324,7 @@ def arrange_parts(parts: Sequence[tuple[Annotated[NDArray[numpy.uint16], dict(sh
 def add_rows(parts: Sequence[tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], int]], tokens: int, hidden: int, wide: bool, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out_kind: int) -> None:
     """Sums of partial sums by token, in the order of the parts."""
 
-def integers(list: list) -> object:
+def integers(values: list[int]) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))] | None:
     """A list of integers as an array; None: it holds something else."""
 
 def merge_pages(source: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], target: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], nbytes: int) -> tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], bool, int, int]:

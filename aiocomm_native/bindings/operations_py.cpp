@@ -103,9 +103,7 @@ struct Start {
   }
 
   void device_memory(const DeviceView& view) {
-    trace::mark(1);
     op->gpu = bind_device(*e.engine->mover(), view);
-    trace::mark(2);
     if (!op->gpu) give_up();
     op->data = reinterpret_cast<std::byte*>(view.address);
     op->nbytes = op->capacity = view.nbytes;
@@ -171,7 +169,6 @@ using Self = nb::pointer_and_handle<PyEngine>;
 
 nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t tag, double deadline,
                 int flags) {
-  trace::mark(20);
   Start start(self, OpKind::send, dst, channel, deadline);
   start.memory(object.ptr(), false);
   start.op->tag = tag;
@@ -182,7 +179,6 @@ nb::object send(Self self, nb::handle object, int dst, uint32_t channel, int64_t
 }
 
 nb::object recv(Self self, nb::handle object, int src, uint32_t channel, int64_t tag, double deadline) {
-  trace::mark(21);
   Start start(self, OpKind::recv, src, channel, deadline);
   start.op->tag = tag;
   if (object.is_none()) {
@@ -267,8 +263,8 @@ void take_rows(Start& start, bool outgoing, const Integers& from, const Integers
     PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
     start.give_up();
   }
-  const int64_t *at = from.data(), *at_step = from_step.data(), *into = to.data(), *into_step = to_step.data(),
-                *bytes = nbytes.data(), *times = count.data();
+  const int64_t *at = from.data(), *at_step = from_step.data(), *into = to.data(),
+                *into_step = to_step.data(), *bytes = nbytes.data(), *times = count.data();
   Cover ours, theirs;
   Cover& read = outgoing ? ours : theirs;
   Cover& written = outgoing ? theirs : ours;
@@ -316,9 +312,7 @@ nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel,
   start.memory(description.ptr(), false);
   start.op->region = region;
   start.op->offset = offset;
-  trace::mark(22);
   take_rows(start, true, from, from_step, to, to_step, nbytes, count);
-  trace::mark(23);
   take_gather(start, gather);
   set_notification(start, notify);
   return start.submit();

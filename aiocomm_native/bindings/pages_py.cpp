@@ -83,7 +83,7 @@ std::tuple<Result, Result, Result, Result, Result> far_ranges(const Integers& ne
 }
 
 // None: the list holds something else than integers of 64 bits.
-nb::object integers(nb::list list) {
+nb::object integers(const nb::list& list) {
   const nb::ft_object_guard guard(list);
   const Py_ssize_t size = PyList_GET_SIZE(list.ptr());
   std::vector<int64_t> values(static_cast<size_t>(size));
@@ -128,7 +128,10 @@ void unpack_rows(const Integers& at, const Integers& nbytes, const WritableBytes
 
 void bind_pages(nb::module_& m) {
   using namespace nb::literals;
-  m.def("integers", integers, "list"_a, "A list of integers as an array; None: it holds something else.");
+  m.def("integers", integers, "values"_a,
+        nb::sig(
+            "def integers(values: list[int]) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))] | None"),
+        "A list of integers as an array; None: it holds something else.");
   m.def("merge_pages", merge_pages, "source"_a, "target"_a, "nbytes"_a,
         "Runs of parts in the order of the target; see core/page_plan.hpp.");
   m.def("equal_steps", equal_steps, "a"_a, "b"_a, "Stretches in which both lists grow by constant steps.");

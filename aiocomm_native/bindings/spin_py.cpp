@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "bindings/spinner.hpp"
 #include "bindings/transfer.hpp"
@@ -33,16 +34,13 @@ void Spinner::discard(PyEngine& engine) {
 
 int Spinner::spin(uint64_t until_ns) {
   if (engines_.empty()) return 0;
-  bool found, rehearses = false;
+  bool found;
   {
     nb::gil_scoped_release release;
-    found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_, &rehearses);
+    found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_);
   }
-  if (rehearses && !found) return rehearse();
-  trace::mark(17, found);
-  const int over = found ? hand_over() : 0;
-  trace::mark(18);
-  return over;
+  if (std::exchange(others_.rehearses, false) && !found) return rehearse();
+  return found ? hand_over() : 0;
 }
 
 int Spinner::prepare_to_sleep() {
@@ -64,15 +62,14 @@ void Spinner::woken() {
 bool Spinner::looked() {
   const uint64_t t = now();
   if (!others_.looked(t)) return false;
-  slept_ns_ = t;  // its tasks may wait by themselves again: else one that waits often would hardly come to that any more
+  slept_ns_ = t;  // its tasks may wait by themselves again, also those that find the answer here each time
   return true;
 }
 
 // A callback that does nothing takes the way of those that the loop is about to run.
 int Spinner::rehearse() {
   if (!members_[0]->call_soon) return 0;
-  PyObject* handle =
-      PyObject_CallOneArg(members_[0]->call_soon, reinterpret_cast<PyObject*>(&PyBool_Type));
+  PyObject* handle = PyObject_CallOneArg(members_[0]->call_soon, reinterpret_cast<PyObject*>(&PyBool_Type));
   Py_XDECREF(handle);
   return handle ? 1 : -1;
 }
@@ -121,7 +118,8 @@ void bind_spinner(nb::module_& m) {
           "prepare_to_sleep", [](Spinner& self) { return or_throw(self.prepare_to_sleep()); },
           "Have them wake the loop from now on. True: something has come before that.")
       .def("woken", &Spinner::woken, "The loop has slept.")
-      .def("looked", &Spinner::looked, "Called at the selector. Whether its descriptors were looked at a moment ago: it has nothing to do then.");
+      .def("looked", &Spinner::looked,
+           "Called at the selector. Whether its descriptors were looked at a moment ago: then all is done.");
 }
 
 }  // namespace aiocomm::py

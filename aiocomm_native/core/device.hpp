@@ -173,7 +173,7 @@ class MoverHost {
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
   virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
-  virtual bool loop_sleeps() const = 0;  // or has marked itself so: it is woken by what ends
+  virtual bool loop_away() const = 0;   // the loop sleeps, or spins only now and then: it is not relied on
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
   // Its copy has taken long, and ends within a tenth of a millisecond: loops that spin meanwhile prepare for it.

@@ -40,7 +40,6 @@ Post DeviceProtocol::announce(Op& op, Peer& peer) {
   h.sop = op.id;
   if (peer.offers) h.rop = peer.offers->held.place(engine_.key_of(op)).packed();
   Post posted = peer.link->post(h, meta.data(), nullptr, Wake::engine);
-  trace::mark(4);
   if (posted != Post::ok) return posted;
   if (peer.offers) peer.offers->held.sent(engine_.key_of(op));
   ++engine_.counters_[index_].frames_sent;

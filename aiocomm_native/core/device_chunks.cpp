@@ -137,7 +137,6 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     // The copy of a small message takes about as long as a loop takes to wake up.
     job.early = gpu.role == Role::pull && op->nbytes <= kEarlyWake;
     if (!mover_->post(job)) queue.overflow.push_back(job);
-    trace::mark(7, job.nbytes);
   }
 }
 

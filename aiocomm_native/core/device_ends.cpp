@@ -226,8 +226,10 @@ void DeviceProtocol::prepare_end(OpId id) {
 
 bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }
 
-bool DeviceProtocol::loop_sleeps() const {
-  return engine_.page_->loop.word.load(std::memory_order_relaxed) == WakeWord::kAsleep;
+bool DeviceProtocol::loop_away() const {
+  const WakePage& page = *engine_.page_;
+  return !page.loop_spins.load(std::memory_order_relaxed) ||
+         page.loop.word.load(std::memory_order_relaxed) == WakeWord::kAsleep;
 }
 
 bool DeviceProtocol::end_assist() {

@@ -68,7 +68,8 @@ class DeviceProtocol final : public MoverHost {
     if (loop_looks()) rehearsal_.store(true, std::memory_order_relaxed);
   }
   bool take_rehearsal() {
-    return rehearsal_.load(std::memory_order_relaxed) && rehearsal_.exchange(false, std::memory_order_relaxed);
+    return rehearsal_.load(std::memory_order_relaxed) &&
+           rehearsal_.exchange(false, std::memory_order_relaxed);
   }
   void rehearse() {
     if (mover_) mover_->rehearse();
@@ -102,7 +103,7 @@ class DeviceProtocol final : public MoverHost {
   bool assist() override;
   bool end_assist() override;
   bool loop_looks() const override;
-  bool loop_sleeps() const override;
+  bool loop_away() const override;
   void ends_soon(OpId op, uint64_t ns) override;
   void prepare_end(OpId op) override;
   bool urgent_lately() const override;

@@ -135,7 +135,6 @@ void Engine::close() {
   if (thread_.joinable()) thread_.join();
   copier_->stop();  // running chunks end; nothing touches a buffer after this
   device_.stop();
-  trace::dump();
   Token token(*this);
   for (auto& peer : peers_)
     if (peer && peer->link) {
@@ -186,7 +185,6 @@ std::string Engine::text_setting(std::string_view name) const {
 
 bool Engine::submit(Op* op) {
   op->submitted_ns = now();
-  trace::mark(3, op->nbytes);
   // A send_nowait is answered by its call: it waits the microseconds for which another thread holds the token.
   if (op->no_wait) token_.lock_first();
   if (op->no_wait || token_.try_lock()) {
@@ -200,7 +198,6 @@ bool Engine::submit(Op* op) {
     in_loop_thread_ = false;
     token_.unlock();
     after_unlock();
-    trace::mark(5);
     return ended;
   }
   while (!submissions_.push(op)) {

@@ -40,7 +40,6 @@
 #include "core/priority_mutex.hpp"
 #include "core/sched.hpp"
 #include "core/timers.hpp"
-#include "core/trace.hpp"
 #include "core/unexpected.hpp"
 
 namespace aiocomm {
@@ -114,15 +113,6 @@ struct RegionInfo {
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
-// What a loop waits for beside its engines: a descriptor that is readable when any of that is.
-struct Others {
-  int fd = -1;
-  uint64_t looked_ns = 0;
-
-  static constexpr uint64_t kLookNs = 20000;  // between looks, in spins
-  bool looked(uint64_t now_ns) const { return now_ns < looked_ns + kLookNs; }
-};
-
 class Engine final : public Host, public FrameSink {
  public:
   explicit Engine(EngineConfig config);
@@ -158,16 +148,15 @@ class Engine final : public Host, public FrameSink {
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
   // Polls all engines of a loop, at least one, until one of them has news or `until_ns`; for loops that spin before they
-  // sleep. `patience` is the loop's; so is `others`: when anything comes there, the spin ends, too. With `rehearses` it
-  // ends also where an idle turn of the loop is worth its time (DeviceProtocol::take_rehearsal), which is told there.
+  // sleep. `patience` is the loop's; so is `others`: when anything comes there, the spin ends, too.
   static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience,
-                   Others* others = nullptr, bool* rehearses = nullptr) {
-    return spin(engines, until_ns, patience, false, others, rehearses);
+                   Others* others = nullptr) {
+    return spin(engines, until_ns, patience, false, others);
   }
   // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
   bool linger(uint64_t until_ns) {
     Engine* self = this;
-    return spin({&self, 1}, until_ns, lingering_, true, nullptr, nullptr);
+    return spin({&self, 1}, until_ns, lingering_, true, nullptr);
   }
   // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
   void host_copies(bool may) {
@@ -243,9 +232,7 @@ class Engine final : public Host, public FrameSink {
 
   // Whether the caller, the loop's thread, is to issue copies that it has just submitted: by issue(), which calls the
   // driver. Where the loop does not spin, its other tasks come first, and the copy thread issues.
-  bool issues() const {
-    return page_->loop_spins.load(std::memory_order_relaxed) && device_.due();
-  }
+  bool issues() const { return page_->loop_spins.load(std::memory_order_relaxed) && device_.due(); }
   void issue() { device_.turn(); }
   void may_spin(bool may) { page_->loop_spins.store(may, std::memory_order_relaxed); }
   bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
@@ -441,7 +428,7 @@ class Engine final : public Host, public FrameSink {
 
   // spin.cpp
   static bool spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                   Others* others, bool* rehearses);
+                   Others* others);
   void begin_spin();
   bool look_spinning();  // true: it has copied by itself, which takes its time
   void end_spin();

@@ -59,7 +59,6 @@ void Engine::finish(Op& op, Code code) {
     overflow_.push_back(&op);
     overflowed_.store(true, std::memory_order_release);
   }
-  trace::mark(13, static_cast<uint64_t>(op.kind));
   wake_loop();
 }
 

@@ -24,7 +24,6 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
   Peer* peer = peer_of(from);
   if (!peer) return;
   ++counters_[peer->link_index].frames_received;
-  trace::mark(6, static_cast<uint64_t>(header.kind));
   if (header.kind != FrameKind::rest) peer->used = true;
   try {
     switch (header.kind) {

@@ -70,8 +70,7 @@ void Engine::end_spin() {
 }
 
 bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
-                  Others* others, bool* rehearses) {
-  trace::mark(19);
+                  Others* others) {
   for (Engine* engine : engines) engine->begin_spin();
   uint64_t began = engines[0]->now(), last = began;
   bool patient = patience.may_spin(began);
@@ -101,9 +100,9 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     const bool quick = t - last < kQuickLookNs;
     last = t;
     if ((found = any_news())) break;
-    if (rehearses && std::any_of(engines.begin(), engines.end(),
-                                 [](Engine* one) { return one->device_.take_rehearsal(); })) {
-      *rehearses = interrupted = true;
+    if (others && std::any_of(engines.begin(), engines.end(),
+                              [](Engine* one) { return one->device_.take_rehearsal(); })) {
+      others->rehearses = interrupted = true;
       for (Engine* engine : engines) engine->device_.rehearse();
       break;
     }
@@ -117,9 +116,7 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     else if (quick)  // one that takes longer leaves the other hyperthread enough
       relax();
   }
-  trace::mark(15, found);
   for (Engine* engine : engines) engine->end_spin();
-  trace::mark(16);
   bool met = false;
   for (Engine* engine : engines) {
     found = found || engine->has_completed();

@@ -11,7 +11,6 @@
 
 #include "core/link.hpp"
 #include "core/relax.hpp"
-#include "core/trace.hpp"
 #include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
@@ -20,7 +19,7 @@ namespace {
 constexpr size_t kWords = 16384;    // the first are the streams', one per cache line; then gates
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
-constexpr size_t kQueue = 256;  // which stay in a cache; what finds no room waits with the engine
+constexpr size_t kQueue = 256;      // which stay in a cache; what finds no room waits with the engine
 constexpr size_t kGateQueue = 16384;
 constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
 constexpr size_t kBatch = 16;       // small copies that share one written value
@@ -30,9 +29,7 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
-constexpr uint32_t kStandBack = 64;   // pauses, of some 40 ns, between two looks at what the loop does
-constexpr uint64_t kAwayNs = 20000;   // for which a loop that spins may be busy before the thread works in its place
-constexpr uint64_t kFullNs = 100000, kFullLongNs = 10000;  // between looks of the thread beside a loop that spins
+constexpr uint32_t kStandBack = 64;   // turns of a thread that does not spin, beside a loop that does
 
 bool is_small(const MoveJob& job) {
   return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows && !job.kernel;
@@ -242,8 +239,8 @@ void Device::run() {
   bool assisting = false;
   uint32_t seen_turns = 0;
   for (uint32_t turn = 0;; ++turn) {
-    if (stands_back()) continue;
     uint64_t now = now_ns();
+    if (stands_back(now)) continue;
     bool did = (spin_ns_ || !host_.loop_looks() || turn % kStandBack == 0) && work(true);
     const uint32_t turns = looks_.useful.load(std::memory_order_relaxed);
     did = did || turns != seen_turns;
@@ -285,37 +282,9 @@ void Device::run() {
   if (assisting) host_.end_assist();
 }
 
-// The loop may be kept from going on at any moment, so it is relied on for no longer than kAwayNs. It looks when it spins,
-// and when it has submitted something.
-bool Device::stands_back() {
-  if (!spin_ns_ || stopping_.load(std::memory_order_relaxed)) return false;
-  const uint32_t looks = looks_.count.load(std::memory_order_relaxed);
-  const uint64_t now = now_ns();
-  if (looks != seen_looks_) looked_ns_ = now;
-  seen_looks_ = looks;
-  if (now > looked_ns_ + kAwayNs || host_.loop_sleeps()) return false;
-  if (now >= full_ns_) {
-    std::unique_lock lock(turn_, std::try_to_lock);
-    const MoveJob* first = lock.owns_lock() ? first_between() : nullptr;
-    full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
-    return false;
-  }
-  for (uint32_t i = 0; i < kStandBack && !looks_.asks.load(std::memory_order_relaxed); ++i) relax();
-  return !looks_.asks.load(std::memory_order_relaxed);
-}
-
 void Device::ask() {
   looks_.asks.store(true, std::memory_order_relaxed);
   ring(wake_, bell_);
-}
-
-void Device::rehearse() {
-  std::unique_lock lock(turn_, std::try_to_lock);
-  if (!lock.owns_lock() || lost_ || !first_between() || !streams_[kLocal].inflight.empty()) return;
-  Reaper::Undisturbed undisturbed(Reaper::of_process());
-  if (!undisturbed) return;
-  Current current(*this);
-  tell(streams_[kLocal], false);  // once more what was told last
 }
 
 bool Device::work(bool by_thread) {
@@ -329,7 +298,8 @@ bool Device::work(bool by_thread) {
 }
 
 void Device::turn() {
-  looks_.count.store(looks_.count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // one writer
+  looks_.count.store(looks_.count.load(std::memory_order_relaxed) + 1,
+                     std::memory_order_relaxed);  // one writer
   take_turn();
 }
 
@@ -346,7 +316,6 @@ bool Device::issue(bool by_thread) {
     if (!undisturbed.emplace(Reaper::of_process())) return false;
     current.emplace(*this);
   }
-  if (!by_thread) trace::mark(8);
   bool did = false;
   MoveJob job;
   uint16_t touched = 0;
@@ -378,9 +347,7 @@ bool Device::issue(bool by_thread) {
     const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
-    trace::mark(9, by_thread);
     if (!code) code = copy(job, stream);
-    trace::mark(10, by_thread);
     job.issued_ns = now_ns();
     if (is_small(job)) {
       add(small.handed, taken_ns - job.posted_ns);
@@ -438,7 +405,6 @@ void Device::tell(Stream& stream, bool by_thread) {
   auto index = static_cast<size_t>(&stream - streams_.data());
   CUresult code = driver.cuStreamWriteValue32(stream.handle, words_at_ + index * kLine * sizeof(uint32_t),
                                               stream.issued, CU_STREAM_WRITE_VALUE_DEFAULT);
-  trace::mark(11, by_thread);
   if (code == CUDA_SUCCESS) {
     stream.told = stream.issued;
   } else if (by_thread) {
@@ -462,9 +428,6 @@ void Device::fail(Stream& stream, int error) {
 }
 
 bool Device::collect(uint64_t now, bool by_thread) {
-  static thread_local uint64_t last_look;
-  const uint64_t since = now - last_look;
-  last_look = now;
   for (size_t i = 0; i < kStreams; ++i) {
     Stream& stream = streams_[i];
     if (stream.inflight.empty()) continue;
@@ -473,7 +436,6 @@ bool Device::collect(uint64_t now, bool by_thread) {
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
       job.ended_ns = now;
-      trace::mark(12, since);
       if (i < kPeerStreams) rate(job);
       finished_.push_back(job);
       stream.inflight.pop_front();
@@ -490,7 +452,6 @@ void Device::finish() {
   jobs.swap(finished_);
   for (const MoveJob& job : jobs) row_copies_.ended(job);
   host_.moved(jobs.data(), jobs.size());
-  trace::mark(14);
   if (is_small(jobs.front())) {
     add(small.count, 1);
     add(small.seen, jobs.front().ended_ns - jobs.front().issued_ns);

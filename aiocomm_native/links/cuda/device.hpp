@@ -106,7 +106,7 @@ class Device {
   bool issue(bool by_thread);
   bool work(bool by_thread);
   void take_turn();
-  bool stands_back();
+  bool stands_back(uint64_t now);
   void ask();
   int copy(MoveJob& job, Stream& stream);
   bool launched(const KernelCall& kernel) const;
@@ -140,20 +140,20 @@ class Device {
 
   // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
   std::mutex turn_;
-  std::deque<MoveJob> left_;        // taken from the queue, for the thread to issue
+  std::deque<MoveJob> left_;  // taken from the queue, for the thread to issue
   struct alignas(64) Looks {
     std::atomic<uint32_t> count{0};   // of the loop's turns
     std::atomic<uint32_t> useful{0};  // those in which it did something
     std::atomic<bool> asks{false};    // it has left something to the thread
   };
   Looks looks_;
-  uint32_t seen_looks_ = 0;        // the thread's, as the next
-  uint64_t looked_ns_ = 0;         // when it last saw another one
-  uint64_t full_ns_ = 0;           // when it looks for itself, whatever the loop does
+  uint32_t seen_looks_ = 0;  // the thread's, as the next
+  uint64_t looked_ns_ = 0;   // when it last saw another one
+  uint64_t full_ns_ = 0;     // when it looks for itself, whatever the loop does
   alignas(64) std::array<Stream, kStreams> streams_;
-  uint64_t issued_ = 0;  // copies so far
-  std::array<uint64_t, 3> announced_{};  // of those the last that was announced: see announce_end()
-  uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
+  uint64_t issued_ = 0;                        // copies so far
+  std::array<uint64_t, 3> announced_{};        // of those the last that was announced: see announce_end()
+  uint64_t peer_done_ns_ = 0;                  // when the last copy between devices ended
   uint64_t run_began_ns_ = 0, run_bytes_ = 0;  // of copies between devices that followed each other at once
   double peer_rate_;                           // bytes per ns that is expected of long ones
   uint64_t late_ns_ = 0;                       // by which timers have been late

@@ -5,6 +5,7 @@
 
 #include "core/relax.hpp"
 #include "links/cuda/device.hpp"
+#include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
 
@@ -16,7 +17,37 @@ constexpr uint64_t kAhead[] = {700000, 90000, 40000};
 constexpr uint64_t kLateShare = 8;
 constexpr uint64_t kMostLate = 1000000;
 constexpr uint64_t kLongestRun = 4ull << 30;  // bytes over which a rate is taken
+constexpr uint64_t kAwayNs = 20000;  // for which a loop that spins may be busy before the thread takes over
+constexpr uint64_t kFullNs = 100000, kFullLongNs = 10000;  // between the thread's turns beside such a loop
+constexpr int kPauses = 64;                                // of some 40 ns, between two looks at what it does
 }  // namespace
+
+// The loop may be kept from going on at any moment, so it is relied on for no longer than kAwayNs. It looks when it spins,
+// and when it has submitted something.
+bool Device::stands_back(uint64_t now) {
+  if (!spin_ns_ || stopping_.load(std::memory_order_relaxed)) return false;
+  const uint32_t looks = looks_.count.load(std::memory_order_relaxed);
+  if (looks != seen_looks_) looked_ns_ = now;
+  seen_looks_ = looks;
+  if (now > looked_ns_ + kAwayNs || host_.loop_away()) return false;
+  if (now >= full_ns_) {
+    std::unique_lock lock(turn_, std::try_to_lock);
+    const MoveJob* first = lock.owns_lock() ? first_between() : nullptr;
+    full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
+    return false;
+  }
+  for (int i = 0; i < kPauses && !looks_.asks.load(std::memory_order_relaxed); ++i) relax();
+  return !looks_.asks.load(std::memory_order_relaxed);
+}
+
+void Device::rehearse() {
+  std::unique_lock lock(turn_, std::try_to_lock);
+  if (!lock.owns_lock() || lost_ || !first_between() || !streams_[kLocal].inflight.empty()) return;
+  Reaper::Undisturbed undisturbed(Reaper::of_process());
+  if (!undisturbed) return;
+  Current current(*this);
+  tell(streams_[kLocal], false);  // once more what was told last
+}
 
 // A copy between devices has ended. What is expected of the next follows a faster one at once and a slower one by and by:
 // a loop that is woken too late has missed the end. Over some copies in a row one end that was seen late counts for little.
@@ -108,8 +139,8 @@ void Device::sleep(uint64_t now) {
   prepare_sleep(wake_);
   std::unique_lock lock(turn_, std::try_to_lock);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
-  if (!lock.owns_lock() || looks_.asks.load(std::memory_order_relaxed) || !left_.empty() || !jobs_.empty() || !gate_queue_.empty() ||
-      (stopping_.load(std::memory_order_acquire) && idle())) {
+  if (!lock.owns_lock() || looks_.asks.load(std::memory_order_relaxed) || !left_.empty() || !jobs_.empty() ||
+      !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
     awake(wake_);
     return;
   }

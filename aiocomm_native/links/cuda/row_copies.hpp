@@ -27,7 +27,7 @@ class RowCopies {
   struct Table {
     void* host = nullptr;  // pinned: warps ask for their next row while they copy one
     CUdeviceptr seen = 0;  // where the device sees it
-    size_t room = 0;  // rows
+    size_t room = 0;       // rows
     bool used = false;
   };
   CUresult gather(const Driver& driver, MoveJob& job, CUstream stream);
