@@ -257,6 +257,7 @@ void Device::run() {
     {
       std::unique_lock lock(turn_, std::try_to_lock);
       if (!lock.owns_lock()) continue;
+      plan_full_turn(now);
       if (stopping_.load(std::memory_order_acquire)) {
         gates_.clear();  // the transfers have ended without them
         if (idle() && jobs_.empty()) break;

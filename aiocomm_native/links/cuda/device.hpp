@@ -107,6 +107,7 @@ class Device {
   bool work(bool by_thread);
   void take_turn();
   bool stands_back(uint64_t now);
+  void plan_full_turn(uint64_t now);
   void ask();
   int copy(MoveJob& job, Stream& stream);
   bool launched(const KernelCall& kernel) const;
@@ -138,9 +139,6 @@ class Device {
   MoverHost& host_;
   const uint64_t spin_ns_;
 
-  // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
-  std::mutex turn_;
-  std::deque<MoveJob> left_;  // taken from the queue, for the thread to issue
   struct alignas(64) Looks {
     std::atomic<uint32_t> count{0};   // of the loop's turns
     std::atomic<uint32_t> useful{0};  // those in which it did something
@@ -150,7 +148,11 @@ class Device {
   uint32_t seen_looks_ = 0;  // the thread's, as the next
   uint64_t looked_ns_ = 0;   // when it last saw another one
   uint64_t full_ns_ = 0;     // when it looks for itself, whatever the loop does
-  alignas(64) std::array<Stream, kStreams> streams_;
+
+  // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
+  alignas(64) std::mutex turn_;
+  std::deque<MoveJob> left_;  // taken from the queue, for the thread to issue
+  std::array<Stream, kStreams> streams_;
   uint64_t issued_ = 0;                        // copies so far
   std::array<uint64_t, 3> announced_{};        // of those the last that was announced: see announce_end()
   uint64_t peer_done_ns_ = 0;                  // when the last copy between devices ended

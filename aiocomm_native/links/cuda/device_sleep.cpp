@@ -30,14 +30,15 @@ bool Device::stands_back(uint64_t now) {
   if (looks != seen_looks_) looked_ns_ = now;
   seen_looks_ = looks;
   if (now > looked_ns_ + kAwayNs || host_.loop_away()) return false;
-  if (now >= full_ns_) {
-    std::unique_lock lock(turn_, std::try_to_lock);
-    const MoveJob* first = lock.owns_lock() ? first_between() : nullptr;
-    full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
-    return false;
-  }
+  if (now >= full_ns_) return false;
   for (int i = 0; i < kPauses && !looks_.asks.load(std::memory_order_relaxed); ++i) relax();
   return !looks_.asks.load(std::memory_order_relaxed);
+}
+
+// The thread has had one. While a long copy is under way there is to be announced when it ends.
+void Device::plan_full_turn(uint64_t now) {
+  const MoveJob* first = first_between();
+  full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
 }
 
 void Device::rehearse() {
