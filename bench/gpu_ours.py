@@ -7,11 +7,12 @@ import math
 import statistics
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiocomm._streams import LEGACY, NO_STREAM
 
-from . import figures, gpu_blocks, work
+from . import figures, gpu_blocks, gpu_probe, work
 from .gpu_driver import Driver, Kernel
 from .peers import ours
 from .sizes import KIB, MIB
@@ -303,11 +304,11 @@ async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
     ):
         ours = aiocomm.Pages(data.shaped(*shape), page_axis=axis)
         async with await comm.lease_pages(aiocomm.Pages(into.shaped(*shape), page_axis=axis)) as lease:
-            theirs = bytearray(len(lease.handle))
+            theirs, at = bytearray(lease.handle + into.handle()), len(lease.handle)
             receiving = comm.recv(theirs, 1 - role, tag=_END)
-            await comm.send(lease.handle, 1 - role, tag=_END)
+            await comm.send(lease.handle + into.handle(), 1 - role, tag=_END)
             await receiving
-            remote = comm.remote_pages(bytes(theirs))
+            remote = comm.remote_pages(bytes(theirs[:at]))
             give, take = (gpu_blocks.pages(count, shape[axis], seed) for seed in (1, 2))
             await comm.barrier()
             if role == 0:
@@ -329,6 +330,11 @@ async def _pages(comm: Any, role: int, data: Memory, into: Memory) -> Metrics:
                     await _keep(gpu_blocks.CALLS, outstanding, lambda _: asyncio.ensure_future(call()))  # noqa: B023
                     moved = gpu_blocks.CALLS * gpu_blocks.BLOCKS * gpu_blocks.BLOCK
                     found[f"{key}/{name}"] = moved / (time.perf_counter() - start) / 1e9
+                if name == "scattered":
+                    begin = lambda _: asyncio.ensure_future(put())  # noqa: E731
+                    puts = partial(_keep, outstanding=gpu_blocks.AT_ONCE, begin=begin)
+                    ratio = await gpu_probe.beside_raw(data, bytes(theirs[at:]), (give, take), puts)
+                    found["pages_over_raw/scattered"] = ratio
             await comm.barrier()
     return found
 

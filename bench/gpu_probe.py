@@ -12,11 +12,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import figures
+from . import figures, gpu_blocks
 from .sizes import KIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from .control import Control
     from .gpu_driver import Driver, Memory
@@ -152,6 +152,32 @@ def windowed(driver: Driver, own: int, peer: int, nbytes: int, count: int) -> fl
     for stream in streams:
         driver.wait(stream)
     return nbytes * count / (time.perf_counter() - start) / 1e9
+
+
+async def beside_raw(
+    own: Memory, handle: bytes, pages: tuple[list[int], list[int]], put: Callable[[int], Awaitable[None]]
+) -> float:
+    """Rate of calls for scattered pages over that of raw batches, in turns.
+
+    What a copy in a batch takes is the driver's time on a core, and cores differ by more than what is looked
+    for, the same ones from second to second.
+    """
+    driver, block, calls = own.driver, gpu_blocks.BLOCK, 2 * gpu_blocks.AT_ONCE
+    peer, stream = driver.open(handle), driver.stream()
+    give, take = pages
+    to, source = ([at + n * block for n in ns] for at, ns in ((peer, take), (own.address, give)))
+    batch = driver.batch(to, source, block, stream)
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            batch()
+        driver.wait(stream)
+        between = time.perf_counter()
+        await put(calls)
+        found.append((between - start) / (time.perf_counter() - between))
+    driver.close(peer)
+    return statistics.median(found)
 
 
 def opening(driver: Driver, role: int, own: Memory, peer: int, control: Control) -> Metrics:

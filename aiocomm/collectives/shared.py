@@ -250,7 +250,7 @@ class ArenaFlight(Flight):
         """Let go of what is under way. False: the call is to be made by messages.
 
         Raises:
-            PeerLostError, TransferCancelled, DeadlineExceeded: what another rank said meanwhile of such a call.
+            PeerLostError, TransferCancelled, DeadlineExceeded: what another rank has said of it meanwhile.
         """
         if self._flying:
             self._over = True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import anyio.to_thread
 
 from aiocomm.pages.plan_cache import PlanCache
-from aiocomm.pages.planner import one_pair, page_list
+from aiocomm.pages.planner import kept_pair, one_pair, page_list
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ async def plan_ranges(
         UsageError: as for `plan`.
     """
     from_, to = page_list(give), page_list(take)
+    if (found := _kept[at_target].find(source, from_, target, to)) is not None:
+        return found
     if len(from_) + len(to) <= _INLINE:
         return ranges_of(source, from_, target, to, at_target)
     return await anyio.to_thread.run_sync(ranges_of, source, from_, target, to, at_target)
@@ -76,6 +78,8 @@ async def plan_copies(
 ) -> Copies:
     """Plan for engines that take rows, as `plan_ranges`."""
     from_, to = page_list(give), page_list(take)
+    if (found := kept_pair(source, from_, target, to)) is not None:
+        return found
     if len(from_) + len(to) <= _INLINE:
         return one_pair(source, from_, target, to)
     return await anyio.to_thread.run_sync(one_pair, source, from_, target, to)

@@ -175,7 +175,9 @@ class Spinner:
         """The loop has slept."""
 
     def looked(self) -> bool:
-        """Whether its descriptors were looked at a moment ago."""
+        """
+        Called at the selector. Whether its descriptors were looked at a moment ago: then all is done.
+        """
 
 def reduces(format: str, op: str) -> bool:
     """Whether the extension reduces elements of this format by itself."""
@@ -347,6 +349,9 @@ def arrange_parts(parts: Sequence[tuple[Annotated[NDArray[numpy.uint16], dict(sh
 
 def add_rows(parts: Sequence[tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], int]], tokens: int, hidden: int, wide: bool, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out_kind: int) -> None:
     """Sums of partial sums by token, in the order of the parts."""
+
+def integers(values: list[int]) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))] | None:
+    """A list of integers as an array; None: it holds something else."""
 
 def merge_pages(source: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], target: tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int, int, int, int], nbytes: int) -> tuple[Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], Annotated[NDArray[numpy.int64], dict(shape=(None,))], bool, int, int]:
     """Runs of parts in the order of the target; see core/page_plan.hpp."""

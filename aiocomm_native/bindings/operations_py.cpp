@@ -134,7 +134,13 @@ struct Start {
     PyObject* handle = reinterpret_cast<PyObject*>(t);
     Py_INCREF(handle);  // the engine's reference, until end_transfer
     if (!e.on_submit.empty()) report();
+    const bool on_device = op->gpu != nullptr;
     bool ended = e.engine->submit(op);
+    if (on_device && e.engine->issues()) {
+      Py_BEGIN_ALLOW_THREADS  // the driver may have to wait for a thread that wants the GIL
+          e.engine->issue();
+      Py_END_ALLOW_THREADS
+    }
     if (ended) {
       end_transfer(t);
     } else if ((op->kind == OpKind::recv || op->kind == OpKind::get) && written && !by_rows) {
@@ -235,6 +241,7 @@ struct Cover {
   __int128 low = 0, high = 0;
   bool any = false;
   void add(int64_t at, int64_t step, int64_t count, int64_t nbytes) {
+    if (count == 1 && any && at >= low && at <= high - nbytes) return;
     const __int128 last = static_cast<__int128>(at) + static_cast<__int128>(step) * (count - 1);
     const __int128 first = std::min<__int128>(at, last), end = std::max<__int128>(at, last) + nbytes;
     low = any ? std::min(low, first) : first;
@@ -256,12 +263,16 @@ void take_rows(Start& start, bool outgoing, const Integers& from, const Integers
     PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
     start.give_up();
   }
+  const int64_t *at = from.data(), *at_step = from_step.data(), *into = to.data(),
+                *into_step = to_step.data(), *bytes = nbytes.data(), *times = count.data();
   Cover ours, theirs;
+  Cover& read = outgoing ? ours : theirs;
+  Cover& written = outgoing ? theirs : ours;
   bool good = true;
   for (size_t i = 0; i < from.size() && good; ++i) {
-    good = nbytes(i) > 0 && count(i) > 0;
-    (outgoing ? ours : theirs).add(from(i), from_step(i), count(i), nbytes(i));
-    (outgoing ? theirs : ours).add(to(i), to_step(i), count(i), nbytes(i));
+    good = bytes[i] > 0 && times[i] > 0;
+    read.add(at[i], at_step[i], times[i], bytes[i]);
+    written.add(into[i], into_step[i], times[i], bytes[i]);
   }
   if (!good || ours.low < 0 || ours.high > op.nbytes || theirs.low < 0 || theirs.high > (1ll << 56)) {
     PyErr_SetString(PyExc_ValueError, "rows outside the memory");
@@ -269,10 +280,11 @@ void take_rows(Start& start, bool outgoing, const Integers& from, const Integers
   }
   const auto low = static_cast<uint64_t>(theirs.low);
   auto rows = std::make_unique<RowList>();
+  rows->reserve(from.size());
   for (size_t i = 0; i < from.size(); ++i)
-    rows->add({static_cast<uint64_t>(from(i)) - (outgoing ? 0 : low),
-               static_cast<uint64_t>(to(i)) - (outgoing ? low : 0), from_step(i), to_step(i),
-               static_cast<uint64_t>(nbytes(i)), static_cast<uint64_t>(count(i))});
+    rows->add({static_cast<uint64_t>(at[i]) - (outgoing ? 0 : low),
+               static_cast<uint64_t>(into[i]) - (outgoing ? low : 0), at_step[i], into_step[i],
+               static_cast<uint64_t>(bytes[i]), static_cast<uint64_t>(times[i])});
   op.offset += low;
   op.gpu->reach = static_cast<uint64_t>(theirs.high - theirs.low);
   op.nbytes = op.capacity = start.t->nbytes = rows->nbytes();

@@ -82,6 +82,21 @@ std::tuple<Result, Result, Result, Result, Result> far_ranges(const Integers& ne
           array_of(std::move(found.near)), array_of(std::move(found.row))};
 }
 
+// None: the list holds something else than integers of 64 bits.
+nb::object integers(const nb::list& list) {
+  const nb::ft_object_guard guard(list);
+  const Py_ssize_t size = PyList_GET_SIZE(list.ptr());
+  std::vector<int64_t> values(static_cast<size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* one = PyList_GET_ITEM(list.ptr(), i);
+    int overflow = 0;
+    if (!PyLong_CheckExact(one)) return nb::none();
+    values[static_cast<size_t>(i)] = PyLong_AsLongLongAndOverflow(one, &overflow);
+    if (overflow) return nb::none();
+  }
+  return nb::cast(array_of(std::move(values)));
+}
+
 void require_inside(const Integers& at, const Integers& nbytes, size_t array, size_t packed) {
   if (at.size() != nbytes.size()) throw nb::value_error("lists of one length");
   size_t total = 0;
@@ -113,6 +128,10 @@ void unpack_rows(const Integers& at, const Integers& nbytes, const WritableBytes
 
 void bind_pages(nb::module_& m) {
   using namespace nb::literals;
+  m.def("integers", integers, "values"_a,
+        nb::sig(
+            "def integers(values: list[int]) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))] | None"),
+        "A list of integers as an array; None: it holds something else.");
   m.def("merge_pages", merge_pages, "source"_a, "target"_a, "nbytes"_a,
         "Runs of parts in the order of the target; see core/page_plan.hpp.");
   m.def("equal_steps", equal_steps, "a"_a, "b"_a, "Stretches in which both lists grow by constant steps.");

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "bindings/spinner.hpp"
 #include "bindings/transfer.hpp"
@@ -38,6 +39,7 @@ int Spinner::spin(uint64_t until_ns) {
     nb::gil_scoped_release release;
     found = Engine::spin(engines_, until_ns, patience_, others_.fd < 0 ? nullptr : &others_);
   }
+  if (std::exchange(others_.rehearses, false) && !found) return rehearse();
   return found ? hand_over() : 0;
 }
 
@@ -55,6 +57,21 @@ void Spinner::woken() {
   slept_ns_ = others_.looked_ns = engines_[0]->now();
   patience_.woke(slept_ns_);
   for (Engine* one : engines_) one->loop_wakes();
+}
+
+bool Spinner::looked() {
+  const uint64_t t = now();
+  if (!others_.looked(t)) return false;
+  slept_ns_ = t;  // its tasks may wait by themselves again, also those that find the answer here each time
+  return true;
+}
+
+// A callback that does nothing takes the way of those that the loop is about to run.
+int Spinner::rehearse() {
+  if (!members_[0]->call_soon) return 0;
+  PyObject* handle = PyObject_CallOneArg(members_[0]->call_soon, reinterpret_cast<PyObject*>(&PyBool_Type));
+  Py_XDECREF(handle);
+  return handle ? 1 : -1;
 }
 
 // What is called back may attach and detach engines.
@@ -101,7 +118,8 @@ void bind_spinner(nb::module_& m) {
           "prepare_to_sleep", [](Spinner& self) { return or_throw(self.prepare_to_sleep()); },
           "Have them wake the loop from now on. True: something has come before that.")
       .def("woken", &Spinner::woken, "The loop has slept.")
-      .def("looked", &Spinner::looked, "Whether its descriptors were looked at a moment ago.");
+      .def("looked", &Spinner::looked,
+           "Called at the selector. Whether its descriptors were looked at a moment ago: then all is done.");
 }
 
 }  // namespace aiocomm::py

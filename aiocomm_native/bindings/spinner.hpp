@@ -30,10 +30,12 @@ class Spinner {
   uint64_t now() const { return engines_.empty() ? 0 : engines_[0]->now(); }
   uint64_t spin_ns() const { return spin_ns_; }
   uint64_t slept_ns() const { return slept_ns_; }  // when the loop last was at its selector
-  bool looked() const { return others_.looked(now()); }
+  // The loop is at its selector. Whether its descriptors were looked at a moment ago: then it need not do so itself.
+  bool looked();
 
  private:
   int hand_over();
+  int rehearse();
 
   const uint64_t spin_ns_;
   Others others_;  // of the loop's selector, which closes it after the last spin

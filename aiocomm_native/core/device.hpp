@@ -206,8 +206,11 @@ class MoverHost {
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
   virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile
+  virtual bool loop_away() const = 0;   // the loop sleeps, or spins only now and then: it is not relied on
   // Its copy ends in about `ns`: the loops that wait for it, ours and the peer's, are woken in time.
   virtual void ends_soon(OpId op, uint64_t ns) = 0;
+  // Its copy has taken long, and ends within a tenth of a millisecond: loops that spin meanwhile prepare for it.
+  virtual void prepare_end(OpId op) = 0;
   virtual bool urgent_lately()
       const = 0;  // messages of urgent channels have come or gone. Any thread, without locks
   virtual void freed(const Gone* memory, size_t count) = 0;  // of this process: peers are told
@@ -239,6 +242,9 @@ class Mover {
   virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
   // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
   virtual void turn() = 0;
+  virtual bool due() const = 0;  // something is posted that turn() would issue. Any thread
+  // By the same loop, before a long copy ends: calls the driver as it will then, to no effect.
+  virtual void rehearse() = 0;
   // By the loop's thread, without the token, around a submission for a device that was bound: what is posted in between
   // is issued by let_go() here and now, as by turn(), and the copy thread is woken after that: which takes longer.
   virtual void hold(int device) = 0;

@@ -245,6 +245,9 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
     }
   }
   for (size_t i = 0; i < count; ++i) pump(queue_of(jobs[i].device, jobs[i].lane));
+  // The room that these leave with their device may be what another lane of it waits for.
+  for (auto& queue : queues_)
+    if (queue && !queue->overflow.empty()) pump(*queue);
 }
 
 }  // namespace aiocomm

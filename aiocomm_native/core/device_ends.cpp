@@ -209,7 +209,28 @@ void DeviceProtocol::ends_soon(OpId id, uint64_t ns) {
   engine_.send_control(*peer, h, by_engine ? Wake::engine : Wake::loop);
 }
 
+void DeviceProtocol::prepare_end(OpId id) {
+  Engine::Token token(engine_);
+  Op* op = engine_.find(id);
+  if (!op || !op->gpu || op->state != OpState::moving) return;
+  want_rehearsal();
+  Peer* peer = engine_.find_peer(op->peer);
+  if (!peer || peer->state != Peer::State::up || op->kind == OpKind::put || op->kind == OpKind::get) return;
+  WakePage* page = peer->link->page();
+  if (!page || !page->loop_spins.load(std::memory_order_relaxed)) return;
+  FrameHeader h{};
+  h.kind = FrameKind::soon;
+  h.flags = kPrepare;
+  engine_.send_control(*peer, h, Wake::none);
+}
+
 bool DeviceProtocol::loop_looks() const { return engine_.loop_spins(); }
+
+bool DeviceProtocol::loop_away() const {
+  const WakePage& page = *engine_.page_;
+  return !page.loop_spins.load(std::memory_order_relaxed) ||
+         page.loop.word.load(std::memory_order_relaxed) == WakeWord::kAsleep;
+}
 
 bool DeviceProtocol::end_assist() {
   assistants_.fetch_sub(1, std::memory_order_relaxed);

@@ -62,11 +62,24 @@ class DeviceProtocol final : public MoverHost {
   // --- the loop's way into and out of sleep
   // A copy ends about then: the loop is woken, or the engine's thread does not sleep before.
   void expect(uint64_t ns, bool by_engine);
+  // A long copy that a loop has waited for by spinning is about to end. Meanwhile its core has forgotten what is to be
+  // done then, which takes several times as long: an idle turn of the loop brings it back. Once for each copy.
+  void want_rehearsal() {
+    if (loop_looks()) rehearsal_.store(true, std::memory_order_relaxed);
+  }
+  bool take_rehearsal() {
+    return rehearsal_.load(std::memory_order_relaxed) &&
+           rehearsal_.exchange(false, std::memory_order_relaxed);
+  }
+  void rehearse() {
+    if (mover_) mover_->rehearse();
+  }
   uint64_t engine_due() const { return engine_due_ns_; }
   void linger();  // by the loop's thread, without the token: waits for what was expected
   void turn() {   // by the loop's thread while it spins, without the token
     if (mover_) mover_->turn();
   }
+  bool due() const { return mover_ && mover_->due(); }
   uint64_t take_due();  // when that was expected, once; 0: nothing was
 
   // --- ends
@@ -90,7 +103,9 @@ class DeviceProtocol final : public MoverHost {
   bool assist() override;
   bool end_assist() override;
   bool loop_looks() const override;
+  bool loop_away() const override;
   void ends_soon(OpId op, uint64_t ns) override;
+  void prepare_end(OpId op) override;
   bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;
 
@@ -137,6 +152,7 @@ class DeviceProtocol final : public MoverHost {
   std::atomic<int> assistants_{0};
   // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
   std::atomic<uint64_t> due_ns_{0};
+  std::atomic<bool> rehearsal_{false};
   uint64_t engine_due_ns_ = 0;  // the same of an access of a peer, for which the engine's thread stays awake
 };
 

@@ -56,6 +56,10 @@ inline void prepare_sleep(WakeWord& word) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
-inline void awake(WakeWord& word) { word.word.store(WakeWord::kAwake, std::memory_order_relaxed); }
+// A store would take the line from all who look whether they must ring.
+inline void awake(WakeWord& word) {
+  if (word.word.load(std::memory_order_relaxed) != WakeWord::kAwake)
+    word.word.store(WakeWord::kAwake, std::memory_order_relaxed);
+}
 
 }  // namespace aiocomm

@@ -113,15 +113,6 @@ struct RegionInfo {
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `base` is its address then
 };
 
-// What a loop waits for beside its engines: a descriptor that is readable when any of that is.
-struct Others {
-  int fd = -1;
-  uint64_t looked_ns = 0;
-
-  static constexpr uint64_t kLookNs = 20000;  // between looks, in spins
-  bool looked(uint64_t now_ns) const { return now_ns < looked_ns + kLookNs; }
-};
-
 class Engine final : public Host, public FrameSink {
  public:
   explicit Engine(EngineConfig config);
@@ -239,6 +230,10 @@ class Engine final : public Host, public FrameSink {
   // The link whose counters an op belongs to.
   uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 
+  // Whether the caller, the loop's thread, is to issue copies that it has just submitted: by issue(), which calls the
+  // driver. Where the loop does not spin, its other tasks come first, and the copy thread issues.
+  bool issues() const { return page_->loop_spins.load(std::memory_order_relaxed) && device_.due(); }
+  void issue() { device_.turn(); }
   void may_spin(bool may) { page_->loop_spins.store(may, std::memory_order_relaxed); }
   bool loop_spins() const { return loop_spins_.load(std::memory_order_relaxed); }
 
@@ -493,8 +488,8 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;
-  std::atomic<bool> loop_spins_{false};
-  DeviceProtocol device_{*this};
+  alignas(64) std::atomic<bool> loop_spins_{false};  // copy threads look at it all the time
+  alignas(64) DeviceProtocol device_{*this};
 };
 
 }  // namespace aiocomm

@@ -63,6 +63,7 @@ enum FrameFlags : uint8_t {
   kWritable = 16,  // key_is
   kAgain = 1,      // key_revoke
   kOneSided = 1,   // soon: no loop waits for it, but the engine may soon be asked again
+  kPrepare = 2,    // soon: to loops that spin, of a long copy
   kStillUsed = 1,  // key_revoked
   kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
 };

@@ -15,6 +15,16 @@
 
 namespace aiocomm {
 
+// What a loop waits for beside its engines: a descriptor that is readable when any of that is.
+struct Others {
+  int fd = -1;
+  uint64_t looked_ns = 0;
+  bool rehearses = false;  // a spin has ended for an idle turn of the loop: DeviceProtocol::take_rehearsal
+
+  static constexpr uint64_t kLookNs = 20000;  // between looks, in spins
+  bool looked(uint64_t now_ns) const { return now_ns < looked_ns + kLookNs; }
+};
+
 class Patience {
  public:
   bool may_spin(uint64_t now_ns) const { return now_ns >= resume_ns_; }

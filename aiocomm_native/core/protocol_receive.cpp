@@ -94,6 +94,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::freed:
         return device_.on_freed(*peer, header);
       case FrameKind::soon:
+        if (header.flags & kPrepare) return device_.want_rehearsal();
         return device_.expect(header.nbytes, header.flags & kOneSided);
       default:
         throw ProtocolViolation("unknown frame kind " + std::to_string(static_cast<int>(header.kind)));

@@ -18,6 +18,10 @@ struct Rows {
 // A list of them, whose bytes are counted one after the other, so that schedulers may cut it anywhere.
 class RowList {
  public:
+  void reserve(size_t count) {
+    rows_.reserve(count);
+    before_.reserve(count);
+  }
   void add(const Rows& rows) {
     before_.push_back(total_);
     rows_.push_back(rows);
@@ -36,6 +40,10 @@ class RowList {
       uint64_t take = std::min(nbytes, rows.nbytes * rows.count - skip);
       offset += take;
       nbytes -= take;
+      if (take == rows.nbytes * rows.count) {
+        f(rows);
+        continue;
+      }
       auto part = [&](uint64_t row, uint64_t start, uint64_t width, uint64_t count) {
         f(Rows{rows.from + row * static_cast<uint64_t>(rows.from_step) + start,
                rows.to + row * static_cast<uint64_t>(rows.to_step) + start, rows.from_step, rows.to_step,

@@ -100,6 +100,12 @@ bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience&
     const bool quick = t - last < kQuickLookNs;
     last = t;
     if ((found = any_news())) break;
+    if (others && std::any_of(engines.begin(), engines.end(),
+                              [](Engine* one) { return one->device_.take_rehearsal(); })) {
+      others->rehearses = interrupted = true;
+      for (Engine* engine : engines) engine->device_.rehearse();
+      break;
+    }
     if (others && !others->looked(t)) {
       others->looked_ns = t;
       pollfd one{others->fd, POLLIN, 0};

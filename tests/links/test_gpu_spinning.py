@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fakes.gpu import DeviceArray
+from harness import world
 from links.test_gpu import (  # noqa: F401
     both,
     other_device,
@@ -32,6 +33,7 @@ from links.test_spinning import anyio_backend  # noqa: F401
 
 if TYPE_CHECKING:
     from conftest import Pair
+    from fakes.simulated import Simulator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
@@ -49,3 +51,22 @@ async def test_the_loop_issues_copies_itself(pair: Pair) -> None:  # noqa: F811
     issued = sum(count for found in counted for key, count in found.items() if key.endswith(".by_loop"))
     # What goes through host memory is left to the copy threads.
     assert (issued > 0) is ("tcp" not in a.links)
+
+
+async def test_a_loop_that_spins_through_a_long_copy_prepares_for_its_end(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The copy thread stays awake, tells how far a copy should be, and leaves the copies to the loop.
+    monkeypatch.setenv("AIOCOMM_GPU_SPIN_S", "2ms")
+    nbytes = 32 << 20
+    data = random(nbytes)
+    async with world(2, links=("shm", "cuda"), warmup=True) as (a, b):
+        source, into = DeviceArray(nbytes).write(data), DeviceArray(nbytes, device=other_device())
+        for _ in range(1000):  # not while the loop happens to sleep
+            before = simulator.calls("cuStreamWriteValue32")
+            await both(a.send(source, 1), b.recv(into, 0))
+            if simulator.calls("cuStreamWriteValue32") - before > 1:
+                break
+        else:
+            pytest.fail("one number is written behind each copy, and none besides")
+        assert (into.numpy() == data).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import anyio.to_thread
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from aiocomm.errors import UsageError
 from aiocomm.pages import Pages, planner
 from aiocomm.pages.planner import Copies, page_list, plan
-from aiocomm.pages.ranges import ranges_of
+from aiocomm.pages.ranges import plan_copies, plan_ranges, ranges_of
 from aiocomm_native import _core
 
 
@@ -158,6 +159,40 @@ def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists() -> 
     third = plan(kv.planes([0]).layout, give, kv.planes([0]).layout, other)
     assert planner._kept.hits == hits + 1
     assert not np.array_equal(third.source, first.source) or not np.array_equal(third.target, first.target)
+
+
+@pytest.mark.anyio
+async def test_plans_that_are_kept_are_found_on_the_loops_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = pages(5000, 16, arrays=2)
+    rng = np.random.default_rng(11)
+    lists = rng.permutation(5000).tolist(), rng.permutation(5000).tolist()
+    source, target = kv.planes([0]).layout, kv.planes([1]).layout
+    copies = await plan_copies(source, lists[0], target, lists[1])
+    ranges = await plan_ranges(source, lists[0], target, lists[1], True)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("nothing has to be planned")
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
+    assert await plan_copies(source, lists[0], target, lists[1]) is copies
+    assert await plan_ranges(source, lists[0], target, lists[1], True) is ranges
+    with pytest.raises(UsageError, match="do not fit"):
+        await plan_copies(source, lists[0][:10], kv.layout, lists[1][:10])
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)))
+def test_a_list_of_pages_is_an_array(values: list[int]) -> None:
+    found = page_list(values)
+    assert found.dtype == np.int64
+    assert found.tolist() == values
+
+
+def test_what_is_no_list_of_integers_is_numpys_to_judge() -> None:
+    for odd in ([True, False], (1, 2), range(3), np.arange(4, dtype=np.int32), [np.int64(5), 6]):
+        assert page_list(odd).tolist() == np.asarray(odd, np.int64).tolist()  # type: ignore[arg-type]
+    for wrong in ([2**63], ["a"], [None]):
+        with pytest.raises((OverflowError, TypeError, ValueError)):
+            page_list(wrong)  # type: ignore[arg-type]
 
 
 def test_ranges_hold_every_row_once() -> None:

@@ -1,4 +1,4 @@
-"""What schedules become where each rank writes into the others' memory: the same bytes, in any order that parts allow."""
+"""Schedules as what each rank writes into others' memory: the same bytes, in any order that is allowed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ namespace {
 constexpr size_t kWords = 16384;    // the first are the streams', one per cache line; then gates
 constexpr size_t kFirstGate = 256;  // words
 constexpr size_t kLine = 16;        // words
-constexpr size_t kQueue = 16384;
+constexpr size_t kQueue = 256;      // which stay in a cache; what finds no room waits with the engine
+constexpr size_t kGateQueue = 16384;
 constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
 constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
@@ -30,7 +31,7 @@ constexpr uint64_t kOverdueNs = 20000000;
 constexpr uint64_t kLookNs = 10000000;
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
-constexpr uint32_t kStandBack = 64;   // turns of the thread, each of which takes some 0.1 us
+constexpr uint32_t kStandBack = 64;   // turns of a thread that does not spin, beside a loop that does
 
 bool is_small(const MoveJob& job) {
   return job.lane == Lane::peer && job.nbytes < kTellFrom && !job.rows && !job.kernel;
@@ -73,7 +74,7 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
       spin_ns_(spin_ns),
       peer_rate_(kMostRate),
       jobs_(kQueue),
-      gate_queue_(kQueue) {
+      gate_queue_(kGateQueue) {
   auto check = [&](CUresult code, const char* what) {
     if (code == CUDA_SUCCESS) return;
     throw LinkFailure("GPU " + std::to_string(ordinal) + ": cannot " + what + ": " + driver.describe(code),
@@ -151,51 +152,9 @@ bool Device::post(const MoveJob& job) {
 }
 
 void Device::let_go() {
-  if (unrung_.load(std::memory_order_relaxed)) turn();  // by whom it was posted, so it is seen
+  if (unrung_.load(std::memory_order_relaxed)) take_turn();  // by whom it was posted, so it is seen
   held_.fetch_sub(1, std::memory_order_seq_cst);
   if (unrung_.exchange(false, std::memory_order_seq_cst)) ring(wake_, bell_);
-}
-
-void Device::await_gate(const GateWait& wait) {
-  while (!gate_queue_.push(wait)) relax();
-  ring(wake_, bell_);
-}
-
-// ---------------------------------------------------------------- gates
-
-Gate Device::gate_behind(CUstream stream) {
-  uint32_t slot;
-  {
-    std::lock_guard lock(gate_mutex_);
-    if (!words_) throw LinkFailure("the communicator is closed", ESHUTDOWN);
-    std::erase_if(shut_gates_, [&](const Gate& gate) {
-      if (!gate.open()) return false;
-      free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
-      return true;
-    });
-    if (free_gates_.empty()) throw LinkFailure("too many transfers wait for their streams", 0);
-    slot = free_gates_.back();
-    free_gates_.pop_back();
-  }
-  Gate gate{words_ + slot, words_[slot] + 1};
-  CUresult code = driver.cuStreamWriteValue32(stream, words_at_ + slot * sizeof(uint32_t), gate.value,
-                                              CU_STREAM_WRITE_VALUE_DEFAULT);
-  if (code != CUDA_SUCCESS) {
-    std::lock_guard lock(gate_mutex_);
-    free_gates_.push_back(slot);
-    throw LinkFailure("the stream cannot be waited for: " + driver.describe(code), code);
-  }
-  return gate;
-}
-
-void Device::give_back(const Gate& gate) {
-  if (!gate.word) return;
-  std::lock_guard lock(gate_mutex_);
-  if (!words_) return;
-  if (gate.open())
-    free_gates_.push_back(static_cast<uint32_t>(gate.word - words_));
-  else
-    shut_gates_.push_back(gate);
 }
 
 // ---------------------------------------------------------------- the thread
@@ -242,10 +201,9 @@ void Device::run() {
   uint32_t seen_turns = 0;
   for (uint32_t turn = 0;; ++turn) {
     uint64_t now = now_ns();
-    // The loop may be kept from going on at any moment, so it is not relied on for long.
-    const bool stands_back = host_.loop_looks() && !waits_.load(std::memory_order_relaxed);
-    bool did = (!stands_back || turn % kStandBack == 0) && work(true);
-    const uint32_t turns = turns_.load(std::memory_order_relaxed);
+    if (!waits_.load(std::memory_order_relaxed) && stands_back(now)) continue;
+    bool did = (spin_ns_ || !host_.loop_looks() || turn % kStandBack == 0) && work(true);
+    const uint32_t turns = looks_.useful.load(std::memory_order_relaxed);
     did = did || turns != seen_turns;
     seen_turns = turns;
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
@@ -260,6 +218,7 @@ void Device::run() {
     {
       std::unique_lock lock(turn_, std::try_to_lock);
       if (!lock.owns_lock()) continue;
+      plan_full_turn(now);
       if (stopping_.load(std::memory_order_acquire)) {
         gates_.clear();  // the transfers have ended without them
         if (idle() && jobs_.empty()) break;
@@ -285,16 +244,29 @@ void Device::run() {
   if (assisting) host_.end_assist();
 }
 
+void Device::ask() {
+  looks_.asks.store(true, std::memory_order_relaxed);
+  ring(wake_, bell_);
+}
+
 bool Device::work(bool by_thread) {
   std::unique_lock lock(turn_, std::try_to_lock);
   if (!lock.owns_lock()) return false;
+  if (by_thread && looks_.asks.load(std::memory_order_relaxed))
+    looks_.asks.store(false, std::memory_order_relaxed);  // set under the lock, as what it is about
   bool did = issue(by_thread);
   did = collect(now_ns(), by_thread) || did;
   return open_gates() || did;
 }
 
 void Device::turn() {
-  if (work(false)) turns_.fetch_add(1, std::memory_order_relaxed);
+  looks_.count.store(looks_.count.load(std::memory_order_relaxed) + 1,
+                     std::memory_order_relaxed);  // one writer
+  take_turn();
+}
+
+void Device::take_turn() {
+  if (work(false)) looks_.useful.fetch_add(1, std::memory_order_relaxed);
 }
 
 // The loop issues only what no driver waits in: to ordinary host memory, say, it copies before it comes back.
@@ -325,6 +297,7 @@ bool Device::issue(bool by_thread) {
     did = true;
     if (!by_thread && (job.rows || job.lane != Lane::peer || (job.kernel && !launched(*job.kernel)))) {
       left_.push_back(job);
+      ask();
       break;
     }
     size_t index = stream_of(job);
@@ -364,6 +337,7 @@ bool Device::issue(bool by_thread) {
       send_joined(), tell(stream, by_thread);
     else if (!job.more)
       touched |= static_cast<uint16_t>(1u << index);
+    if (job.rows) break;  // which takes the driver long: what has ended meanwhile is told before the next
   }
   send_joined();
   for (size_t i = 0; i < kStreams; ++i)
@@ -414,7 +388,7 @@ void Device::tell(Stream& stream, bool by_thread) {
     fail(stream, code);
   } else {
     stream.untold = true;
-    ring(wake_, bell_);
+    ask();
   }
 }
 
@@ -473,27 +447,6 @@ void Device::watch(Stream& stream, uint64_t now) {
   stream.looked_ns = now;
   CUresult code = driver.cuStreamQuery(stream.handle);
   if (code != CUDA_SUCCESS && code != CUDA_ERROR_NOT_READY) fail(stream, code);
-}
-
-bool Device::open_gates() {
-  GateWait wait;
-  while (gate_queue_.pop(wait)) {
-    wait.since_ns = now_ns();
-    gates_.push_back(wait);
-  }
-  if (gates_.empty()) return false;
-  std::vector<OpId> ready;
-  std::erase_if(gates_, [&](const GateWait& gate) {
-    if (!gate.gate.open() && lost_)  // nobody else will write it; the copy then fails, and says why
-      *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
-    if (!gate.gate.open()) return false;
-    ready.push_back(gate.op);
-    return true;
-  });
-  waits_.store(!gates_.empty(), std::memory_order_relaxed);
-  if (ready.empty()) return false;
-  host_.go_on(ready.data(), ready.size());
-  return true;
 }
 
 }  // namespace aiocomm::cuda

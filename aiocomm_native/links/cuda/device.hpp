@@ -6,7 +6,8 @@
 //    while it waits it calls no driver function, so it takes no lock from a thread that launches kernels. Only a copy
 //    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing.
 //  * A loop that spins works in the thread's place (turn()), which stands back: what is handed over, and what has ended,
-//    need not be told from one thread to the other.
+//    need not be told from one thread to the other. Standing back, the thread looks at next to nothing: what it reads
+//    the loop's core would have to fetch again. It works all the same when the loop looks no more, or asks it to.
 //  * What is handed over goes through lock-free queues; a sleeping thread is rung awake. It spins for a moment after
 //    it was active, drives the engine meanwhile (MoverHost::assist), and sleeps without a time limit when nothing is
 //    under way.
@@ -54,6 +55,8 @@ class Device {
   bool post(const MoveJob& job);
   void await_gate(const GateWait& wait);
   void turn();  // by a loop that spins, in place of the thread, to which it leaves what may take long
+  bool due() const { return !jobs_.empty(); }  // any thread
+  void rehearse();  // by such a loop: what turn() does of the driver's, on a stream that has nothing to do
   // Between the two, posting does not wake the thread: let_go() issues first what it can, as turn() does.
   void hold() { held_.fetch_add(1, std::memory_order_seq_cst); }
   void let_go();
@@ -102,6 +105,10 @@ class Device {
   void run();
   bool issue(bool by_thread);
   bool work(bool by_thread);
+  void take_turn();
+  bool stands_back(uint64_t now);
+  void plan_full_turn(uint64_t now);
+  void ask();
   int copy(MoveJob& job, Stream& stream);
   void send_joined();
   bool launched(const KernelCall& kernel) const;
@@ -133,15 +140,23 @@ class Device {
   MoverHost& host_;
   const uint64_t spin_ns_;
 
+  struct alignas(64) Looks {
+    std::atomic<uint32_t> count{0};   // of the loop's turns
+    std::atomic<uint32_t> useful{0};  // those in which it did something
+    std::atomic<bool> asks{false};    // it has left something to the thread
+  };
+  Looks looks_;
+  uint32_t seen_looks_ = 0;  // the thread's, as the next
+  uint64_t looked_ns_ = 0;   // when it last saw another one
+  uint64_t full_ns_ = 0;     // when it looks for itself, whatever the loop does
+
   // Whoever has it works: the thread, or the loop. Never waited for; all down to the gates is guarded by it.
-  std::mutex turn_;
-  std::deque<MoveJob> left_;        // taken from the queue, for the thread to issue
-  std::atomic<uint32_t> turns_{0};  // of the loop, in which it did something
+  alignas(64) std::mutex turn_;
+  std::deque<MoveJob> left_;  // taken from the queue, for the thread to issue
   std::array<Stream, kStreams> streams_;
-  uint64_t issued_ = 0;  // copies so far
-  std::array<uint64_t, 2> announced_ =
-      {};                      // of those the last whose end was told to loops that spin, that sleep
-  uint64_t peer_done_ns_ = 0;  // when the last copy between devices ended
+  uint64_t issued_ = 0;                        // copies so far
+  std::array<uint64_t, 3> announced_{};        // of those the last that was announced: see announce_end()
+  uint64_t peer_done_ns_ = 0;                  // when the last copy between devices ended
   uint64_t run_began_ns_ = 0, run_bytes_ = 0;  // of copies between devices that followed each other at once
   double peer_rate_;                           // bytes per ns that is expected of long ones
   uint64_t late_ns_ = 0;                       // by which timers have been late

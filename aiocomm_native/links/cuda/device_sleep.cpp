@@ -5,18 +5,50 @@
 
 #include "core/relax.hpp"
 #include "links/cuda/device.hpp"
+#include "links/cuda/reaper.hpp"
 
 namespace aiocomm::cuda {
 
 namespace {
 constexpr uint64_t kWakeNs = 220000;
-// How long before its end a long copy is announced to loops that spin, and to those that sleep.
-constexpr uint64_t kAhead[] = {700000, 40000};
+// How long before its end a long copy is announced to loops that spin, when these prepare for it, and to those that sleep.
+constexpr uint64_t kAhead[] = {700000, 90000, 40000};
 // A long copy takes at most this part longer than is expected of it: others share the memory and the links.
 constexpr uint64_t kLateShare = 8;
 constexpr uint64_t kMostLate = 1000000;
 constexpr uint64_t kLongestRun = 4ull << 30;  // bytes over which a rate is taken
+constexpr uint64_t kAwayNs = 20000;  // for which a loop that spins may be busy before the thread takes over
+constexpr uint64_t kFullNs = 100000, kFullLongNs = 10000;  // between the thread's turns beside such a loop
+constexpr int kPauses = 64;                                // of some 40 ns, between two looks at what it does
 }  // namespace
+
+// The loop may be kept from going on at any moment, so it is relied on for no longer than kAwayNs. It looks when it spins,
+// and when it has submitted something.
+bool Device::stands_back(uint64_t now) {
+  if (!spin_ns_ || stopping_.load(std::memory_order_relaxed)) return false;
+  const uint32_t looks = looks_.count.load(std::memory_order_relaxed);
+  if (looks != seen_looks_) looked_ns_ = now;
+  seen_looks_ = looks;
+  if (now > looked_ns_ + kAwayNs || host_.loop_away()) return false;
+  if (now >= full_ns_) return false;
+  for (int i = 0; i < kPauses && !looks_.asks.load(std::memory_order_relaxed); ++i) relax();
+  return !looks_.asks.load(std::memory_order_relaxed);
+}
+
+// The thread has had one. While a long copy is under way there is to be announced when it ends.
+void Device::plan_full_turn(uint64_t now) {
+  const MoveJob* first = first_between();
+  full_ns_ = now + (first && first->nbytes >= kLong ? kFullLongNs : kFullNs);
+}
+
+void Device::rehearse() {
+  std::unique_lock lock(turn_, std::try_to_lock);
+  if (!lock.owns_lock() || lost_ || !first_between() || !streams_[kLocal].inflight.empty()) return;
+  Reaper::Undisturbed undisturbed(Reaper::of_process());
+  if (!undisturbed) return;
+  Current current(*this);
+  tell(streams_[kLocal], false);  // once more what was told last
+}
 
 // A copy between devices has ended. What is expected of the next follows a faster one at once and a slower one by and by:
 // a loop that is woken too late has missed the end. Over some copies in a row one end that was seen late counts for little.
@@ -85,7 +117,10 @@ void Device::announce_end(uint64_t now) {
   for (size_t turn = 0; turn < announced_.size(); ++turn) {
     if (now + kAhead[turn] < end || announced_[turn] == job->order) continue;
     announced_[turn] = job->order;
-    host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[1] + late : kAhead[1]);
+    if (turn == 1)
+      host_.prepare_end(job->op);
+    else
+      host_.ends_soon(job->op, turn == 0 ? std::max(end, now) - now + kAhead[2] + late : kAhead[2]);
   }
 }
 
@@ -105,8 +140,8 @@ void Device::sleep(uint64_t now) {
   prepare_sleep(wake_);
   std::unique_lock lock(turn_, std::try_to_lock);
   // Pairs with ring(): either it sees us asleep, or we see what it brought.
-  if (!lock.owns_lock() || !left_.empty() || !jobs_.empty() || !gate_queue_.empty() ||
-      (stopping_.load(std::memory_order_acquire) && idle())) {
+  if (!lock.owns_lock() || looks_.asks.load(std::memory_order_relaxed) || !left_.empty() || !jobs_.empty() ||
+      !gate_queue_.empty() || (stopping_.load(std::memory_order_acquire) && idle())) {
     awake(wake_);
     return;
   }

@@ -72,6 +72,13 @@ void State::turn() {
     if (Device* device = started(i)) device->turn();
 }
 
+bool State::due() const {
+  const int most = std::min(driver.devices, static_cast<int>(kDevices));
+  for (int i = 0; i < most; ++i)
+    if (const Device* device = started(i); device && device->due()) return true;
+  return false;
+}
+
 void State::stop() {
   {
     std::lock_guard lock(mutex_);
@@ -358,6 +365,18 @@ void CudaLink::await_gate(const Gate& gate, int device, OpId waiter) {
 
 void CudaLink::turn() {
   if (State* state = turning_.load(std::memory_order_acquire)) state->turn();
+}
+
+void CudaLink::rehearse() {
+  const State* state = turning_.load(std::memory_order_acquire);
+  const int most = state ? std::min(state->driver.devices, WakePage::kDevices) : 0;
+  for (int i = 0; i < most; ++i)
+    if (Device* device = state->started(i)) device->rehearse();
+}
+
+bool CudaLink::due() const {
+  const State* state = turning_.load(std::memory_order_acquire);
+  return state && state->due();
 }
 
 Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) {

@@ -30,7 +30,8 @@ class State {
   Device* started(int ordinal) const {
     return devices_[static_cast<size_t>(ordinal)].load(std::memory_order_acquire);
   }
-  void turn();  // of the devices that are started, by the loop's thread
+  void turn();       // of the devices that are started, by the loop's thread
+  bool due() const;  // of any of them
   void stop();
   // After stop(): pinned memory and the like. Returns the number of the last of the tasks of the reaper.
   uint64_t give_up();
@@ -93,6 +94,8 @@ class CudaLink final : public Link, public Mover {
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter) override;
   void turn() override;
+  bool due() const override;
+  void rehearse() override;
   void hold(int device) override { state_->started(device)->hold(); }
   void let_go(int device) override { state_->started(device)->let_go(); }
   Reach::State take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;

@@ -14,7 +14,7 @@ constexpr uint64_t kFewRows = 6;
 constexpr uint64_t kCopyNs = 500, kRowNs = 50;  // that a copy, or a row of a 2-D one, takes beside its bytes
 // Rows are cut for the kernel, so that its warps have about as much to do; bytes per ns of one block, and of an engine.
 constexpr uint64_t kPiece = 32 << 10, kBlockRate = 31, kEngineRate = 400;
-constexpr uint64_t kGatherNs = 15000;  // that the table takes, and the launch
+constexpr uint64_t kGatherNs = 6000;  // that the launch takes, and the first rows of the table
 constexpr size_t kLeastRoom = 4096;
 
 bool is_pitch(int64_t step, uint64_t width) {
@@ -61,17 +61,13 @@ CUresult RowCopies::gather(const Driver& driver, MoveJob& job, CUstream stream) 
   Table* table = nullptr;
   if (CUresult code = take_table(driver, listed_.size(), table); code != CUDA_SUCCESS) return code;
   job.table = table;
-  const size_t nbytes = listed_.size() * sizeof(Row);
-  std::memcpy(table->host, listed_.data(), nbytes);
-  CUresult code =
-      driver.cuMemcpyAsync(table->device, reinterpret_cast<CUdeviceptr>(table->host), nbytes, stream);
-  if (code != CUDA_SUCCESS) return code;
+  std::memcpy(table->host, listed_.data(), listed_.size() * sizeof(Row));
   const auto warps = static_cast<uint64_t>(job.gather->threads / 32);
   const auto blocks = std::min<uint64_t>(job.gather->blocks, (listed_.size() + warps - 1) / warps);
   uint64_t count = listed_.size(), moved = 0;
   for (const Row& row : listed_) moved += row.nbytes;
   job.slow_ns += kGatherNs + moved / (kBlockRate * std::min<uint64_t>(blocks, 12)) - moved / kEngineRate;
-  void* arguments[] = {&table->device, &count};
+  void* arguments[] = {&table->seen, &count};
   return driver.cuLaunchKernel(reinterpret_cast<CUfunction>(job.gather->function),
                                static_cast<unsigned>(blocks), 1, 1, job.gather->threads, 1, 1, 0, stream,
                                arguments, nullptr);
@@ -87,9 +83,10 @@ CUresult RowCopies::take_table(const Driver& driver, size_t rows, Table*& table)
     }
   auto made = std::make_unique<Table>();
   made->room = std::max(kLeastRoom, std::bit_ceil(rows));
-  CUresult code = driver.cuMemHostAlloc(&made->host, made->room * sizeof(Row), CU_MEMHOSTALLOC_PORTABLE);
+  CUresult code = driver.cuMemHostAlloc(&made->host, made->room * sizeof(Row),
+                                        CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
   if (code != CUDA_SUCCESS) return code;
-  code = driver.cuMemAlloc(&made->device, made->room * sizeof(Row));
+  code = driver.cuMemHostGetDevicePointer(&made->seen, made->host, 0);
   if (code != CUDA_SUCCESS) {
     driver.cuMemFreeHost(made->host);
     return code;
@@ -105,10 +102,7 @@ void RowCopies::ended(const MoveJob& job) {
 }
 
 void RowCopies::clear(const Driver& driver) {
-  for (auto& table : tables_) {
-    driver.cuMemFreeHost(table->host);
-    driver.cuMemFree(table->device);
-  }
+  for (auto& table : tables_) driver.cuMemFreeHost(table->host);
   tables_.clear();
 }
 

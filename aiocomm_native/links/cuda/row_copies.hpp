@@ -30,9 +30,9 @@ class RowCopies {
     uint64_t to, from, nbytes;
   };
   struct Table {
-    void* host = nullptr;  // pinned
-    CUdeviceptr device = 0;
-    size_t room = 0;  // rows
+    void* host = nullptr;  // pinned: warps ask for their next row while they copy one
+    CUdeviceptr seen = 0;  // where the device sees it
+    size_t room = 0;       // rows
     bool used = false;
   };
   CUresult gather(const Driver& driver, MoveJob& job, CUstream stream);
