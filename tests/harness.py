@@ -142,6 +142,36 @@ async def held_up(
             gate.open()
 
 
+async def given_up_halfway(
+    comms: list[aiocomm.Communicator],
+    call: Callable[[aiocomm.Communicator], Any],
+    simulator: Any,
+    engine: Any,
+) -> None:
+    """Rank 1 cancels a call while GPU 0 is kept from its part: both end once that is over."""
+    gives_up, ended = anyio.CancelScope(), []
+
+    async def last(comm: aiocomm.Communicator) -> None:
+        with gives_up if comm.rank else contextlib.suppress(aiocomm.TransferCancelled):
+            await call(comm)
+        ended.append(comm.rank)
+
+    simulator.pause(0, engine)
+    async with anyio.create_task_group() as tasks:
+        for comm in comms:
+            tasks.start_soon(last, comm)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 0, engine)
+        gives_up.cancel()
+        for _ in range(5):
+            receiving = comms[1].recv(bytearray(1), 0)
+            await comms[0].send(b"x", 1)
+            await receiving
+        assert not ended
+        simulator.resume(0, engine)
+    assert sorted(ended) == [0, 1]
+    assert gives_up.cancelled_caught
+
+
 async def reach_each_other(pair: tuple[aiocomm.Communicator, aiocomm.Communicator]) -> None:
     """Whatever became of a third one, messages go between these two."""
     a, b = pair

@@ -118,12 +118,17 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
     if (std::exchange(looked_, false) && !e.spinner) e.engine->loop_sleeps();
   }
+  return settle(e, result);
+}
+
+// With the GIL: ends what others have waited for, who may call back.
+int DeviceCall::settle(PyEngine& e, Result result) {
+  running_ = result > kDoneTurn;
+  if (!running_) over();
   for (Op* op : std::exchange(others_, {})) {
     end_transfer(static_cast<Transfer*>(op->cookie));
     e.ended_outside = true;
   }
-  running_ = result > kDoneTurn;
-  if (!running_) over();
   return result;
 }
 
@@ -139,13 +144,7 @@ int DeviceCall::proceed(Self self, bool last) {
     else
       result = run(e, false);
   }
-  for (Op* op : std::exchange(others_, {})) {
-    end_transfer(static_cast<Transfer*>(op->cookie));
-    e.ended_outside = true;
-  }
-  running_ = result > kDoneTurn;
-  if (!running_) over();
-  return result;
+  return settle(e, result);
 }
 
 // Where the arrays are, before all have met.

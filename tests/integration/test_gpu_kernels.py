@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
-from harness import all_call, held_up, world
+from harness import all_call, given_up_halfway, held_up, world
 from integration.test_collectives import lost_before_a_repeat, repeats_and_their_ends
 
 import aiocomm
@@ -222,32 +221,13 @@ async def test_who_gives_up_stays_until_all_kernels_are_over(
     """Its array is read and written by them."""
     async with world(2, links=LINKS, warmup=True) as comms:
         arrays = [on_gpu(rank, block(rank, 0, 3000)) for rank in range(2)]
-        gives_up, ended = anyio.CancelScope(), []
 
         async def call(comm: aiocomm.Communicator) -> None:
             await comm.all_reduce(arrays[comm.rank])
 
-        async def last(comm: aiocomm.Communicator) -> None:
-            with gives_up if comm.rank else contextlib.suppress(aiocomm.TransferCancelled):
-                await call(comm)
-            ended.append(comm.rank)
-
         for _ in range(2):
             await all_call(comms, call)
-        simulator.pause(0, simulated.Engine.LOCAL)
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(last, comm)
-            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.LOCAL)
-            gives_up.cancel()
-            for _ in range(5):
-                receiving = comms[1].recv(bytearray(1), 0)
-                await comms[0].send(b"x", 1)
-                await receiving
-            assert not ended
-            simulator.resume(0, simulated.Engine.LOCAL)
-        assert sorted(ended) == [0, 1]
-        assert gives_up.cancelled_caught
+        await given_up_halfway(comms, call, simulator, simulated.Engine.LOCAL)
         for rank, array in enumerate(arrays):
             array.write(block(rank, 1, 3000))
         await all_call(comms, call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, driver
-from harness import all_call, world
+from harness import all_call, given_up_halfway, world
 
 import aiocomm
 from aiocomm.collectives import device_shared
@@ -143,32 +142,13 @@ async def test_who_gives_up_stays_until_nobody_writes(gpu: Driver, simulator: si
     async with world(2, links=LINKS, warmup=True) as comms:
         outs = [on_gpu(rank, np.zeros(6000, "u1")) for rank in range(2)]
         arrays = [on_gpu(rank, block(rank, 0, 3000)) for rank in range(2)]
-        gives_up, ended = anyio.CancelScope(), []
 
         async def call(comm: aiocomm.Communicator) -> None:
             await comm.all_gather(outs[comm.rank], arrays[comm.rank])
 
-        async def last(comm: aiocomm.Communicator) -> None:
-            with gives_up if comm.rank else contextlib.suppress(aiocomm.TransferCancelled):
-                await call(comm)
-            ended.append(comm.rank)
-
         for _ in range(2):
             await all_call(comms, call)
-        simulator.pause(0, simulated.Engine.PEER)
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(last, comm)
-            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
-            gives_up.cancel()
-            for _ in range(5):
-                receiving = comms[1].recv(bytearray(1), 0)
-                await comms[0].send(b"x", 1)
-                await receiving
-            assert not ended
-            simulator.resume(0, simulated.Engine.PEER)
-        assert sorted(ended) == [0, 1]
-        assert gives_up.cancelled_caught
+        await given_up_halfway(comms, call, simulator, simulated.Engine.PEER)
         await all_call(comms, call)
         assert np.array_equal(outs[0].numpy(), gathered(2, 0, 3000))
 
