@@ -10,7 +10,8 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
+// That a kernel takes beside its bytes, and bytes per ns of the fastest: an end is looked for rather too early than too late.
+constexpr uint64_t kLaunchNs = 5000, kKernelRate = 2000;
 }
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
@@ -67,14 +68,13 @@ void DeviceProtocol::start_kernel(Op& op) {
   }
   MoveJob job;
   job.op = op.id;
-  job.nbytes = op.nbytes;
   job.device = static_cast<uint8_t>(gpu.device);
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.kernel = &kernel;
   job.local = true;
   job.early = !kernel.awaited;
-  job.slow_ns = kLaunchNs;
+  job.slow_ns = kLaunchNs + op.nbytes / kKernelRate;
   ++gpu.inflight;
   DeviceQueue& queue = queue_of(gpu.device, Lane::peer);
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
