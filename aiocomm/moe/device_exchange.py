@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
-from aiocomm.collectives.flight import LINGER_S
 from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
@@ -49,7 +48,7 @@ _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read i
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
-_KERNEL_S: Final = 3e-4  # that an own kernel is looked for before the task is suspended: it needs nobody else
+_LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers follow each other closely
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
@@ -118,6 +117,8 @@ class Setting(NamedTuple):
 class DeviceExchange(Exchange):
     """One dispatch or combine of this rank."""
 
+    _linger_s = _LINGER_S
+
     def __init__(
         self,
         scope: Scope,
@@ -150,7 +151,6 @@ class DeviceExchange(Exchange):
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
-        self._behind: set[int] = set()  # keys of launches that wait for work of the caller's
         self._getting = _GETS
         self._where: dict[int, Where] = {}
         if scope.group.size > MOST_RANKS:
@@ -307,13 +307,11 @@ class DeviceExchange(Exchange):
         behind = {description[4]: description for description in after if description[2]}  # by stream
         where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
-            transfer, waits = comm._engine.launch(
+            transfer, _ = comm._engine.launch(
                 function, blocks, THREADS, argument, *where, nbytes, self._left()
             )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
-        if waits:
-            self._behind.add(self._launches)
         self._watch((False, self._launches), transfer)
         return self._launches
 
@@ -341,13 +339,10 @@ class DeviceExchange(Exchange):
     async def _landed(self, keys: Iterable[int]) -> set[int]:
         """Wait for launches and gets; returns ranks whose memory a kernel does not reach, so has not run."""
         wanted = [(False, key) for key in keys]
-        if all(_KERNELS <= key < _GETS and key not in self._behind for _, key in wanted):
-            self._linger_s = _KERNEL_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
             await self._wait()
-        self._linger_s = LINGER_S
         self._raise_any()
         self._pool.missed.update(self._unreached)
         unreached, self._unreached = self._unreached, set()
