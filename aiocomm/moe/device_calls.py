@@ -10,7 +10,7 @@ from aiocomm._streams import LEGACY
 from aiocomm.collectives.kernels import check_budget, device_of
 from aiocomm.errors import LinkError, UsageError, UsageTypeError
 from aiocomm.moe.device_exchange import Matrix, Setting
-from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
+from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
 from aiocomm.moe.memory import Pool
 from aiocomm.moe.sources import KINDS
 from aiocomm_native import _core
@@ -93,18 +93,18 @@ def matrix_of(options: Options, x: Any, name: str, writable: bool = False) -> Ma
 
 def dispatch(
     options: Options, text: str, tokens: Matrix, expert_ids: Any, weights: Any, where: Placement
-) -> DeviceDispatch:
+) -> QuickDispatch:
     """The call of a rank whose tokens are on a GPU."""
     ids = _small(options, expert_ids)
     found = _small(options, weights)
     on_gpus = [one for one in (ids, found) if isinstance(one, tuple)]
     setting = options.setting([tokens.description, *on_gpus])
-    return DeviceDispatch(options.scope, setting, text, tokens, where, ids, found)
+    return QuickDispatch(options.scope, setting, text, tokens, where, ids, found)
 
 
 def combine(
     options: Options, text: str, outputs: Matrix, dispatched: Dispatched, wire: str, out: Any
-) -> DeviceCombine:
+) -> QuickCombine:
     """The call of a rank whose outputs are on a GPU.
 
     Raises:
@@ -132,7 +132,7 @@ def combine(
         raise UsageError(
             f"outputs is on GPU {setting.pool.device}, the tokens were dispatched to GPU {tables.device}"
         )
-    return DeviceCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
+    return QuickCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
 
 
 def _small(options: Options, array: Any) -> Any:

@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
+from aiocomm.collectives import flight
 from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
+from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, PeerError, UsageError
-from aiocomm.moe.exchange import Exchange
+from aiocomm.moe.exchange import HEAD_TAG, Exchange
 from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import HEAD_BYTES, Head
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,14 +44,14 @@ if TYPE_CHECKING:
 
     Far = tuple[int, bytes, int, int, int, int]
 
-__all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
+__all__ = ["DEVICE_HEAD_BYTES", "LINGER_S", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
-_LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers follow each other closely
+LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers follow each other closely
 _WARP_BYTES: Final = 4096
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
@@ -117,7 +120,7 @@ class Setting(NamedTuple):
 class DeviceExchange(Exchange):
     """One dispatch or combine of this rank."""
 
-    _linger_s = _LINGER_S
+    _linger_s = LINGER_S
 
     def __init__(
         self,
@@ -151,6 +154,7 @@ class DeviceExchange(Exchange):
         self._told: set[int] = set()  # ranks that have a header with a place
         scope.comm._lenders.add(scope)
         self._launches = _KERNELS
+        self._behind: set[int] = set()  # keys of launches that wait for work of the caller's
         self._getting = _GETS
         self._where: dict[int, Where] = {}
         if scope.group.size > MOST_RANKS:
@@ -199,11 +203,63 @@ class DeviceExchange(Exchange):
     def _start(self) -> None:
         source, names = self._sources()
         self._entries = [self._pool.kernels.loaded(source, name) for name in names]
-        if all(self._entries):  # else they are compiled first
-            try:
-                self._given = self._give()
-            except UsageError as error:
-                self._refused = error
+
+    def _begin_quickly(self) -> bool:
+        if not all(self._entries):  # they are compiled first
+            return False
+        try:
+            self._given = self._give()
+        except UsageError as error:
+            self._refused = error
+            return False
+        return self._group.size > 1 and not any((False, key) in self._flying for key in self._given)
+
+    def _swap(self, messages: Any) -> bool:
+        """Send and receive messages without a turn of the loop, as far as that goes. False: nothing is sent."""
+        left = self._scope.comm._engine.swap_heads(
+            self._scope.index,
+            self._number << TAG_BITS | HEAD_TAG,
+            self._group.rank,
+            self._group.ranks,
+            messages,
+            self._slots,
+            self._slot_bytes,
+            self._left(),
+            LINGER_S,
+        )
+        if left is None:
+            return False
+        self._told.update(self._others())
+        pending = {key for key, _ in left}
+        self._wanted &= pending
+        self._missing &= pending
+        for key, transfer in left:
+            self._watch((True, key), transfer)
+        return True
+
+    def _read_heads(self) -> list[Any] | None:
+        """What the messages begin with, by rank. None: one is about another call."""
+        heads = _core.read_heads(
+            self._slots, self._slot_bytes, self._group.rank, self._group.size, self._header
+        )
+        if heads is not None:
+            self._judged = True
+            self._raise_trouble()
+            for peer in self._others():
+                where = self._where[peer] = Where(*heads[peer][3:])
+                self._pool.heard(peer, where.ended)
+        return heads
+
+    def _ended_call(self) -> int:
+        """The last call of those that this rank has ended, without a gap."""
+        return min(self._scope.calls) - 1
+
+    def _places(self, block: Block | None) -> list[bytes | None]:
+        """By rank, what its kernels need in order to read a block."""
+        rank, ranks = self._group.rank, self._group.ranks
+        if block is None:
+            return [None] * len(ranks)
+        return [None if peer == rank else block.place_for(one) for peer, one in enumerate(ranks)]
 
     async def _send(self) -> None:
         try:
@@ -252,7 +308,7 @@ class DeviceExchange(Exchange):
 
     def _where_of(self, block: Block | None, peer: int, start: int, extent: int, packed: bool) -> Where:
         """Tell a rank where what is for it lies."""
-        ended = min(self._scope.calls) - 1
+        ended = self._ended_call()
         if block is None or not extent:
             return Where(ended)
         place = None if packed else block.place_for(self._group.ranks[peer])
@@ -299,20 +355,24 @@ class DeviceExchange(Exchange):
         nbytes: int,
         after: Iterable[Description] = (),
         far: Iterable[Far] = (),
+        seconds: float = 0.0,
     ) -> int:
-        """Launch a kernel; returns the key under which its end is told."""
+        """Launch a kernel; returns the key under which its end is told, if that has not come in so many seconds."""
         comm = self._scope.comm
         self._launches += 1
         blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
         behind = {description[4]: description for description in after if description[2]}  # by stream
         where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
         try:
-            transfer, _ = comm._engine.launch(
-                function, blocks, THREADS, argument, *where, nbytes, self._left()
+            transfer, waits = comm._engine.launch(
+                function, blocks, THREADS, argument, *where, nbytes, self._left(), seconds
             )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
-        self._watch((False, self._launches), transfer)
+        if transfer is not None:
+            if waits:
+                self._behind.add(self._launches)
+            self._watch((False, self._launches), transfer)
         return self._launches
 
     def _get(self, peer: int, into: Description, start: int) -> int:
@@ -339,10 +399,14 @@ class DeviceExchange(Exchange):
     async def _landed(self, keys: Iterable[int]) -> set[int]:
         """Wait for launches and gets; returns ranks whose memory a kernel does not reach, so has not run."""
         wanted = [(False, key) for key in keys]
+        if self._behind:  # the caller's work takes as long as it takes
+            self._linger_s = flight.LINGER_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
             await self._wait()
+        self._linger_s = LINGER_S
+        self._behind.clear()
         self._raise_any()
         self._pool.missed.update(self._unreached)
         unreached, self._unreached = self._unreached, set()

@@ -41,16 +41,17 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["DeviceCombine", "DeviceDispatch"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "host_array", "move"]
 
 _MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
 _WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
-_ENTRY_BYTES = 16
+ENTRY_BYTES = 16
 
 
-def _move(
+def move(
     to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
 ) -> bytes:
+    """The argument of `move_rows`."""
     return _argument(
         _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
     )
@@ -129,8 +130,9 @@ class DeviceDispatch(DeviceExchange):
                 self._after.insert(0, described)
         if not runs:
             return []
-        argument = _move(0, self._width, {}, 0, 0, runs)
-        key = self._launch(self._entries[0], argument, sum(run[2] for run in runs), self._after)
+        argument = move(0, self._width, {}, 0, 0, runs)
+        nbytes = sum(run[2] for run in runs)
+        key = self._launch(self._entries[0], argument, nbytes, self._after, seconds=self._linger_s)
         self._after = []
         return [key]
 
@@ -138,7 +140,7 @@ class DeviceDispatch(DeviceExchange):
         if self._read:
             await self._landed(keys)
             for name, described, memory in self._read:
-                setattr(self, name, _host_array(described, memory.bytes))
+                setattr(self, name, host_array(described, memory.bytes))
             keys = []
         await self._route()
         return [*keys, *self._pack()] if self._packed else keys
@@ -161,7 +163,7 @@ class DeviceDispatch(DeviceExchange):
         count = self._starts[-1]
         if not count or not self._width:
             return []
-        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        memory = self._borrow_pinned(count * ENTRY_BYTES)
         packed = [
             (0, p.tokens, s)
             for r, (p, s) in enumerate(zip(self.parts, self._starts, strict=False))
@@ -169,7 +171,7 @@ class DeviceDispatch(DeviceExchange):
         ]
         _core.list_moves(memory.bytes, packed)
         self._slab = self._lend(count * self._width)
-        argument = _move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
+        argument = move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
         key = self._launch(self._entries[0], argument, count * self._width, self._after)
         self._after = []
         return [key]
@@ -203,10 +205,7 @@ class DeviceDispatch(DeviceExchange):
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
         self._begins = list(itertools.accumulate(counts, initial=0))
-        total = self._begins[-1]
-        block = self._pool.take(total * self._width, self._setting.streams)
-        self._lease = Lease(self._pool, block, self._setting.streams)
-        self._into = block.part(0, total * self._width)
+        self._take_place()
         keys, indices = [], {rank: own.tokens}
         for peer, head in heads.items():
             lists = lists_bytes(head.rows, head.assignments)
@@ -244,6 +243,13 @@ class DeviceDispatch(DeviceExchange):
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
 
+    def _take_place(self) -> None:
+        """For the tokens that come."""
+        nbytes = self._begins[-1] * self._width
+        block = self._pool.take(nbytes, self._setting.streams)
+        self._lease = Lease(self._pool, block, self._setting.streams)
+        self._into = block.part(0, nbytes)
+
     def _list_moves(self, indices: dict[int, Any]) -> tuple[Pinned, int]:
         """A table of rows and their places, and their number; all are where their rank has memory.
 
@@ -251,7 +257,7 @@ class DeviceDispatch(DeviceExchange):
             indices: of the tokens of each rank.
         """
         count = sum(len(of_rank) for of_rank in indices.values())
-        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        memory = self._borrow_pinned(count * ENTRY_BYTES)
         parts = [(source, tokens, self._begins[source]) for source, tokens in indices.items()]
         extents = _core.list_moves(memory.bytes, parts)
         for source, extent in zip(indices, extents, strict=True):
@@ -271,7 +277,7 @@ class DeviceDispatch(DeviceExchange):
         base = {self._group.rank: self._tokens.address} | copies
         far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
         nbytes = count * self._width
-        argument = _move(self._into[1], self._width, base, memory.address, count if self._width else 0)
+        argument = move(self._into[1], self._width, base, memory.address, count if self._width else 0)
         key = self._launch(self._entries[0], argument, nbytes, self._after, far)
         self._after = []
         return key
@@ -293,7 +299,7 @@ class DeviceDispatch(DeviceExchange):
                         f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
                     ) from None
             raise
-        self.tables = Tables(self._pool, self.found, self.parts, self._tokens.rows)
+        self.tables = Tables.made(self._pool, self.found, self.parts, self._tokens.rows)
 
     async def _finish(self) -> None:
         given, lease = self._tokens, self._lease
@@ -368,7 +374,8 @@ class DeviceCombine(DeviceExchange):
             self._whole(outputs.address),
             0,
         )
-        key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
+        nbytes = outputs.nbytes
+        key = self._launch(self._entries[0], argument, nbytes, self._after, seconds=self._linger_s)
         self._after = []
         return [key]
 
@@ -394,20 +401,10 @@ class DeviceCombine(DeviceExchange):
                 continue
             self._expect(peer, rows * self._row, True, self._alignment)
             (pulled if not head.flags & PACKED and self._may_pull(peer) else copied).append(peer)
-        form = form_of(self._result)
-        nbytes = self._count * self._outputs.hidden * itemsize_in(form)
-        if self._out is None:
-            block = self._pool.take(nbytes, self._setting.streams)
-            lease = Lease(self._pool, block, self._setting.streams)
-            shape = (self._count, self._outputs.hidden)
-            self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
-            self._target = block.address
-        else:
-            self._target = self._out.address
+        nbytes = self._make_target()
         if not nbytes:
             return
-        aside = self._out is not None and _meet(self._out, self._outputs)
-        if aside:  # rows are still read when others are written
+        if self._aside:  # rows are still read when others are written
             self._target = self._borrow_block(nbytes).address
         bases, keys = self._copies(copied)
         await self._landed(keys)
@@ -416,15 +413,32 @@ class DeviceCombine(DeviceExchange):
             bases |= more
             pulled = [peer for peer in pulled if peer not in unreached]
             await self._landed(keys)
-        if aside:
+        if self._aside:
             assert self._out is not None
-            move = self._pool.kernels.loaded(MOVE_SOURCE, "move_rows")  # as the dispatch has left it
-            if not move:
-                (move,) = await self._compiled(MOVE_SOURCE, ("move_rows",))
-            argument = _move(0, 0, {}, 0, 0, [(self._out.address, self._target, nbytes)])
-            await self._landed([self._launch(move, argument, nbytes)])
+            entry = self._pool.kernels.loaded(MOVE_SOURCE, "move_rows")  # as the dispatch has left it
+            if not entry:
+                (entry,) = await self._compiled(MOVE_SOURCE, ("move_rows",))
+            argument = move(0, 0, {}, 0, 0, [(self._out.address, self._target, nbytes)])
+            await self._landed([self._launch(entry, argument, nbytes)])
 
-    def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
+    def _make_target(self) -> int:
+        """Where the result is to be; returns its bytes."""
+        form = form_of(self._result)
+        nbytes = self._count * self._outputs.hidden * itemsize_in(form)
+        self._aside = self._out is not None and _meet(self._out, self._outputs)
+        if self._out is not None:
+            self._target = self._out.address
+            return nbytes
+        block = self._pool.take(nbytes, self._setting.streams)
+        lease = Lease(self._pool, block, self._setting.streams)
+        shape = (self._count, self._outputs.hidden)
+        self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
+        self._target = block.address
+        return nbytes
+
+    def _add_up(
+        self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0
+    ) -> int:
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
         own_first = int(self._found.starts[rank])
         whole = self._whole(self._target, outputs.address)
@@ -432,7 +446,7 @@ class DeviceCombine(DeviceExchange):
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
         argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
         far = [self._far(peer, 8 * peer, self._alignment) for peer in pulled]
-        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far)
+        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far, seconds)
         self._after = []
         return key
 
@@ -445,7 +459,7 @@ def _meet(one: Matrix, other: Matrix) -> bool:
     return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
 
 
-def _host_array(described: Description, memory: Bytes) -> Any:
+def host_array(described: Description, memory: Bytes) -> Any:
     """What a GPU array holds, of which these bytes are a copy."""
     name = name_of(described[5])
     data = memory[: described[2]]

@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["LISTS", "PATHS", "ROWS", "Exchange"]
+__all__ = ["HEAD_TAG", "INLINE_BYTES", "LISTS", "PATHS", "ROWS", "Exchange"]
 
 PATHS: Final = ("auto", "latency", "bandwidth")
 LISTS, ROWS = 0, 1  # what may follow
-_HEAD_TAG: Final = 1
+HEAD_TAG: Final = 1
 _FOLLOWING: Final = 2  # tags of what follows, by its kind
 _SLOT_BYTES: Final = 2 << 20
 _SLOTS_BYTES: Final = 64 << 20  # of all ranks
 _LINE: Final = 64
 _RIDE_BYTES: Final = 1 << 20  # of a message whose rows ride; larger ones are worth a round of their own
-_INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
+INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
 
 
 class Exchange(Flight):
@@ -106,9 +106,10 @@ class Exchange(Flight):
         try:
             self._start()
             self._slots = self._borrow(self._group.size * self._slot_bytes)
-            for peer in self._others():
-                self._post(Recv, (True, peer), peer, self._slot(peer), _HEAD_TAG)
-            await self._send()
+            if not self._begin_quickly():
+                for peer in self._others():
+                    self._post(Recv, (True, peer), peer, self._slot(peer), HEAD_TAG)
+                await self._send()
             self._for_heads = True
             while self._wanted:
                 self._settle_sends()
@@ -116,9 +117,10 @@ class Exchange(Flight):
                     self._raise_header_trouble()
                     await self._news()
             self._for_heads = False
-            self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
-            self._judge()
-            await self._receive()
+            if not await self._receive_quickly():
+                self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
+                self._judge()
+                await self._receive()
             await self._rest()
             await self._finish()
         except BaseException as error:
@@ -133,6 +135,14 @@ class Exchange(Flight):
 
     def _start(self) -> None:
         """Begin what takes a while by itself."""
+
+    def _begin_quickly(self) -> bool:
+        """Swap messages without a turn of the loop. False: nothing is sent."""
+        return False
+
+    async def _receive_quickly(self) -> bool:
+        """Judge and receive, where nothing is unusual. False: it is to be done from the beginning."""
+        return False
 
     def _check_rows(self, peer: int, brings: int, got: int) -> None:
         """Of a combine: that a rank brings back what it has got."""
@@ -171,7 +181,7 @@ class Exchange(Flight):
         return memory[:nbytes]
 
     def _send_head(self, peer: int, message: Any) -> None:
-        self._post(Send, (True, self._group.size + peer), peer, message, _HEAD_TAG)
+        self._post(Send, (True, self._group.size + peer), peer, message, HEAD_TAG)
 
     def _send_following(self, peer: int, kind: int, data: Bytes) -> None:
         self.rode = False
@@ -218,7 +228,7 @@ class Exchange(Flight):
 
     async def _work(self, nbytes: int, work: Callable[[], None]) -> None:
         """Do work on memory, on another thread if it would hold the loop up."""
-        if nbytes <= _INLINE_BYTES:
+        if nbytes <= INLINE_BYTES:
             work()
         else:
             await _to_its_end(work)

@@ -285,25 +285,47 @@ class Lease:
 
 
 class Tables:
-    """What the sums of a combine need, in the GPU's memory; on its way there once this is made.
+    """What the sums of a combine need: written in host memory, and uploaded.
 
     Args:
-        found: what this rank has received.
-        parts: what it has sent to each rank.
-        count: of its tokens.
+        assignments: that this rank has received.
+        rows: of them.
+        count: of its own tokens.
+        size: of the group.
     """
 
-    def __init__(self, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> None:
-        *starts, nbytes = _core.sum_tables(len(found.order), len(found.first) - 1, count, len(parts))
+    def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
+        *starts, nbytes = _core.sum_tables(assignments, rows, count, size)
         self._pool = pool
+        self._nbytes = nbytes
         self._pinned = pool.take_pinned(nbytes)
         self._block = pool.take_tables(nbytes)
-        tokens = [part.tokens for part in parts]
-        lists = found.order, found.first, found.weights
-        _core.write_sum_tables(*lists, tokens, count, self._pinned.bytes)
-        pool.upload(self._block, self._pinned, nbytes)
         *of_terms, self.parts = (self._block.address + start for start in starts)
         self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
+
+    @classmethod
+    def made(cls, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> Tables:
+        """Written and on their way.
+
+        Args:
+            found: what this rank has received.
+            parts: what it has sent to each rank.
+            count: of its tokens.
+        """
+        tables = cls(pool, len(found.order), len(found.first) - 1, count, len(parts))
+        tokens = [part.tokens for part in parts]
+        _core.write_sum_tables(found.order, found.first, found.weights, tokens, count, tables.bytes)
+        tables.upload()
+        return tables
+
+    @property
+    def bytes(self) -> Bytes:
+        """Where they are written."""
+        return self._pinned.bytes
+
+    def upload(self) -> None:
+        """Bring what is written to the GPU."""
+        self._pool.upload(self._block, self._pinned, self._nbytes)
 
     @property
     def device(self) -> int:

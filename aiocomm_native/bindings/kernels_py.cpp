@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "bindings/device_py.hpp"
+#include "bindings/looking.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
 #include "links/cuda/driver.hpp"
@@ -71,10 +73,12 @@ class Held {
   const int device_;
 };
 
+constexpr double kOthersWork = 1e-4;  // seconds that an end is looked for where a kernel waits for work of others
+
 std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads,
                                     nb::bytes argument, nb::tuple home, const std::vector<nb::tuple>& after,
                                     const std::vector<FarTuple>& far, int peer, uint32_t channel,
-                                    uint64_t nbytes, double deadline) {
+                                    uint64_t nbytes, double deadline, double seconds) {
   PyEngine& e = *self.p;
   if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
   auto kernel = std::make_unique<KernelCall>();
@@ -112,9 +116,79 @@ std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t block
     const Held held(*e.engine->mover(), flight.op->gpu->device);
     flight.ended = e.engine->submit(flight.op);
   }
+  if (seconds > 0) {
+    const double longest = waits ? std::min(seconds, kOthersWork) : seconds;
+    const uint64_t until = e.engine->now() + static_cast<uint64_t>(longest * 1e9);
+    look_for_ends(e, until, [&] { return flight.ended; });
+    if (ended_well(flight)) {
+      e.engine->release(flight.op);
+      return {nb::none(), waits};
+    }
+  }
   nb::object transfer = as_transfer(self, flight, kept.ptr());
   if (!e.after_submit()) throw nb::python_error();
   return {std::move(transfer), waits};
+}
+
+nb::object swap_heads(Self self, uint32_t channel, int64_t tag, size_t me, const std::vector<int>& ranks,
+                      nb::list messages, nb::object slots, uint64_t slot_bytes, double deadline,
+                      double seconds) {
+  PyEngine& e = *self.p;
+  const size_t n = ranks.size();
+  Lent into;
+  if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::none();
+  if (nb::len(messages) != n || !into.borrow(slots.ptr(), true) || into.nbytes / n < slot_bytes)
+    throw nb::value_error("slots or messages that do not fit");
+  std::vector<std::pair<char*, Py_ssize_t>> given(n);
+  for (size_t peer = 0; peer < n; ++peer)
+    if (peer != me && PyBytes_AsStringAndSize(nb::handle(messages[peer]).ptr(), &given[peer].first,
+                                              &given[peer].second) != 0)
+      throw nb::python_error();
+  std::vector<SilentOp> flights(2 * n);
+  Engine& engine = *e.engine;
+  const uint64_t deadline_ns =
+      deadline >= 0 ? engine.now() + static_cast<uint64_t>(deadline * 1e9) + 1 : 0;
+  auto post = [&](OpKind kind, size_t key, size_t peer, void* data, uint64_t nbytes) {
+    Op* op = engine.new_op();
+    op->kind = kind;
+    op->peer = ranks[peer];
+    op->channel = channel;
+    op->tag = tag;
+    op->link = 0;
+    op->data = static_cast<std::byte*>(data);
+    op->nbytes = op->capacity = nbytes;
+    op->deadline_ns = deadline_ns;
+    flights[key].op = op;
+    op->cookie = silent_cookie(&flights[key]);
+    flights[key].ended = engine.submit(op);
+  };
+  {
+    nb::gil_scoped_release release;
+    for (size_t away = 1; away < n; ++away) {  // sent first: the peers wait for it
+      const size_t peer = (me + away) % n;
+      post(OpKind::send, n + peer, peer, given[peer].first, static_cast<uint64_t>(given[peer].second));
+    }
+    for (size_t away = 1; away < n; ++away) {
+      const size_t peer = (me + n - away) % n;
+      post(OpKind::recv, peer, peer, into.data + peer * slot_bytes, slot_bytes);
+    }
+  }
+  look_for_ends(e, engine.now() + static_cast<uint64_t>(seconds * 1e9), [&] {
+    for (const SilentOp& one : flights)
+      if (one.op && !one.ended) return false;
+    return true;
+  });
+  nb::list left;
+  const nb::object kept = nb::make_tuple(messages, slots);
+  for (size_t key = 0; key < flights.size(); ++key) {
+    SilentOp& flight = flights[key];
+    if (!flight.op) continue;
+    if (ended_well(flight))
+      engine.release(std::exchange(flight.op, nullptr));
+    else
+      left.append(nb::make_tuple(key, as_transfer(self, flight, kept.ptr())));
+  }
+  return left;
 }
 
 // Ordinal of the GPU whose memory this is.
@@ -210,10 +284,16 @@ void bind_kernels(nb::class_<PyEngine>& engine) {
            "What a peer's kernels need in order to reach this memory. None: they cannot.")
       .def("launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
            nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
-           nb::arg("nbytes"), nb::arg("deadline"),
+           nb::arg("nbytes"), nb::arg("deadline"), nb::arg("seconds") = 0.0,
            "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
-           "Returns "
-           "with it whether it waits for such work.");
+           "Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: "
+           "that has come.")
+      .def("swap_heads", swap_heads, nb::arg("channel"), nb::arg("tag"), nb::arg("me"), nb::arg("ranks"),
+           nb::arg("messages"), nb::arg("slots"), nb::arg("slot_bytes"), nb::arg("deadline"),
+           nb::arg("seconds"),
+           "Send each rank but `me` its message and receive one from it, and look for the ends for that long. "
+           "Returns those that have not come, or not well: receives by rank, sends from the number of ranks "
+           "on. None: nothing was begun.");
 }
 
 }  // namespace aiocomm::py
