@@ -212,7 +212,14 @@ class DeviceExchange(Exchange):
         except UsageError as error:
             self._refused = error
             return False
-        return self._group.size > 1 and not any((False, key) in self._flying for key in self._given)
+        self._raise_any()
+        if self._group.size == 1 or any((False, key) in self._flying for key in self._given):
+            return False
+        return self._swap_quickly()
+
+    def _swap_quickly(self) -> bool:
+        """What `_prepare` and sending do, once this rank's part is in place. False: nothing is sent."""
+        return False
 
     def _swap(self, messages: Any) -> bool:
         """Send and receive messages without a turn of the loop, as far as that goes. False: nothing is sent."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from aiocomm.moe.device_exchange import LINGER_S, Where
 from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
-from aiocomm.moe.exchange import INLINE_BYTES
 from aiocomm.moe.memory import Tables
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
 from aiocomm.moe.wire import LISTS_RIDE
@@ -34,8 +33,8 @@ class QuickDispatch(DeviceDispatch):
 
     _swapped = False
 
-    def _begin_quickly(self) -> bool:
-        if not super()._begin_quickly() or self._packed:
+    def _swap_quickly(self) -> bool:
+        if self._packed:
             return False
         found = self._small_arrays()
         if found is None:
@@ -72,7 +71,7 @@ class QuickDispatch(DeviceDispatch):
             and ids.dtype.kind == "i"
             and 0 < len(ids) == self._tokens.rows
             and 0 < ids.shape[1] <= MOST_CHOICES
-            and ids.size * _ROUTE_BYTES <= INLINE_BYTES
+            and self._is_inline(ids.size * _ROUTE_BYTES)
         )
         if not plain:
             return None
@@ -100,7 +99,7 @@ class QuickDispatch(DeviceDispatch):
         rows = [own.rows if peer == rank else heads[peer][0] for peer in range(size)]
         total = sum(rows)
         count = len(own.experts) + sum(heads[peer][1] for peer in self._others())
-        if not total or total > INLINE_BYTES // ENTRY_BYTES or count * _ARRANGE_BYTES > INLINE_BYTES:
+        if not total or not self._is_inline(max(total, count) * _ARRANGE_BYTES):
             return False
         moves = self._borrow_pinned(total * ENTRY_BYTES)
         slots = self._slots, self._slot_bytes, rank
@@ -162,8 +161,8 @@ class QuickCombine(DeviceCombine):
 
     _swapped = False
 
-    def _begin_quickly(self) -> bool:
-        if not super()._begin_quickly() or self._packed:
+    def _swap_quickly(self) -> bool:
+        if self._packed:
             return False
         slab = self._slab
         region = 0 if slab is None else slab.region
@@ -195,5 +194,4 @@ class QuickCombine(DeviceCombine):
             return True
         if self._aside:
             return False
-        key = self._add_up({}, pulled, nbytes, LINGER_S)
-        return (False, key) not in self._flying or not await self._landed([key])
+        return not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])

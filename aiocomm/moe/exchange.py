@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["HEAD_TAG", "INLINE_BYTES", "LISTS", "PATHS", "ROWS", "Exchange"]
+__all__ = ["HEAD_TAG", "LISTS", "PATHS", "ROWS", "Exchange"]
 
 PATHS: Final = ("auto", "latency", "bandwidth")
 LISTS, ROWS = 0, 1  # what may follow
@@ -42,7 +42,7 @@ _SLOT_BYTES: Final = 2 << 20
 _SLOTS_BYTES: Final = 64 << 20  # of all ranks
 _LINE: Final = 64
 _RIDE_BYTES: Final = 1 << 20  # of a message whose rows ride; larger ones are worth a round of their own
-INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
+_INLINE_BYTES: Final = 4 << 20  # of memory traffic that the loop's thread does itself: about a millisecond
 
 
 class Exchange(Flight):
@@ -226,9 +226,14 @@ class Exchange(Flight):
                 return
             await self._wait()
 
+    @staticmethod
+    def _is_inline(nbytes: int) -> bool:
+        """Whether so much memory traffic does not hold the loop up."""
+        return nbytes <= _INLINE_BYTES
+
     async def _work(self, nbytes: int, work: Callable[[], None]) -> None:
         """Do work on memory, on another thread if it would hold the loop up."""
-        if nbytes <= INLINE_BYTES:
+        if self._is_inline(nbytes):
             work()
         else:
             await _to_its_end(work)
