@@ -47,7 +47,8 @@ def resolve(stream: Any, array: Any, device: int) -> int:
 def _current(array: Any, device: int) -> int:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        quick = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)  # makes no object
+        return int(torch.cuda.current_stream(device).cuda_stream if quick is None else quick(device))
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return int(cupy.cuda.get_current_stream(device).ptr)

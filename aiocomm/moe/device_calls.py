@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "combine", "dispatch", "matrix_of"]
 
-SM_BUDGET: Final = 24
+SM_BUDGET: Final = 64
 
 
 class Options:

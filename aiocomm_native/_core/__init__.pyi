@@ -38,9 +38,14 @@ class Engine:
         What a peer's kernels need in order to reach this memory. None: they cannot.
         """
 
-    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> tuple[Transfer[Any], bool]:
+    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float, seconds: float = 0.0) -> tuple[Transfer[Any], bool]:
         """
-        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. Returns with it whether it waits for such work.
+        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: that has come.
+        """
+
+    def swap_heads(self, channel: int, tag: int, me: int, ranks: Sequence[int], messages: list, slots: object, slot_bytes: int, deadline: float, seconds: float) -> object:
+        """
+        Send each rank but `me` its message and receive one from it, and look for the ends for that long. Returns those that have not come, or not well: receives by rank, sends from the number of ranks on. None: nothing was begun.
         """
 
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
@@ -75,7 +80,7 @@ class Engine:
 
     def drain_express(self) -> int: ...
 
-    def bind_asyncio(self, loop: object, ready: object | None) -> None: ...
+    def bind_asyncio(self, loop: object, ready: object | None, bells: tuple = ()) -> None: ...
 
     def bind_trio(self) -> None: ...
 
@@ -286,6 +291,29 @@ class Repeats:
     def clear(self) -> None:
         """Keep none."""
 
+DEVICE_HEAD_BYTES: int = 352
+
+def route_messages(ids: object, weights: object, count: int, owner: object, me: int, header: bytes, ended: int, region: int, extent: int, places: list, slot_bytes: int, tokens: object, counts: object, experts: object, routed: object) -> tuple[list[int], list[int], object]:
+    """
+    As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its slot.
+    """
+
+def sum_messages(starts: object, row: int, me: int, header: bytes, ended: int, region: int, places: list) -> list:
+    """Each rank's message of a combine."""
+
+def read_heads(slots: object, slot_bytes: int, me: int, size: int, header: bytes) -> object:
+    """What the messages begin with. None: some header is another."""
+
+def list_came(slots: object, slot_bytes: int, me: int, size: int, own: object, into: object) -> list[int] | None:
+    """
+    As `list_moves` of the messages of all ranks. None: some message has not all of its lists.
+    """
+
+def arrange_came(slots: object, slot_bytes: int, me: int, own: Sequence[object], local: object, held: int, arranged: Sequence[object], sent: object, sent_starts: Sequence[int], tokens: int, into: object) -> bool:
+    """
+    As `arrange_parts` of the messages of all ranks, and `write_sum_tables`. False: lists that contradict each other.
+    """
+
 def pack_message(head: bytes, tokens: object, counts: object, experts: object, weights: object, indices: bool, lists: bool) -> bytes:
     """
     A head, and behind it, where they are wanted, indices of tokens and lists of experts.
@@ -339,8 +367,10 @@ def pack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C',
 def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], nbytes: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], array: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
     """Copy rows that lie close together to their places in an array."""
 
-def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
-    """Wait for any of these for a moment, and say whether one has ended."""
+def linger(transfers: list[Transfer[Any]], seconds: float, is_long: bool = False) -> bool:
+    """
+    Wait for any of these for a moment, and say whether one has ended. Long moments are left out only where others such have been in vain.
+    """
 
 def begin_long_call() -> None:
     """
