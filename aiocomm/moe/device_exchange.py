@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from aiocomm_native import Transfer
 
     Far = tuple[int, bytes, int, int, int, int]
+    Kernel = tuple[int, bytes, int, Sequence[Description]]  # function, argument, bytes, memory to follow
 
-__all__ = ["DEVICE_HEAD_BYTES", "LINGER_S", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
+__all__ = ["DEVICE_HEAD_BYTES", "LINGER_S", "PACKED", "PIECE_BYTES", "DeviceExchange", "Matrix", "Setting", "Where"]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
@@ -52,7 +53,7 @@ _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
 LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers follow each other closely
-_WARP_BYTES: Final = 4096
+PIECE_BYTES: Final = 4096 * THREADS // 32  # that a block has to do, at least
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
 _TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
@@ -149,6 +150,9 @@ class DeviceExchange(Exchange):
         self._brief = True
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
+        self._made: Kernel | None = None
+        self._is_made = False
+        self._after: list[Description] = []  # behind the work on whose streams the next kernel is
         self._refused: UsageError | None = None
         self._unreached: set[int] = set()  # ranks of the group whose memory a kernel has not reached
         self._told: set[int] = set()  # ranks that have a header with a place
@@ -181,9 +185,18 @@ class DeviceExchange(Exchange):
         """The source of its kernels, and their names."""
         raise NotImplementedError
 
-    def _give(self) -> list[int]:
-        """Launch what brings this rank's part into place, as far as that is known; returns keys."""
+    def _giving(self) -> Kernel | None:
+        """What brings this rank's part into place, as far as that is known."""
         raise NotImplementedError
+
+    def _give(self) -> list[int]:
+        """Launch that; returns keys."""
+        if not self._is_made:
+            self._made, self._is_made = self._giving(), True
+        if self._made is None:
+            return []
+        self._after = []
+        return [self._launch(*self._made, seconds=self._linger_s)]
 
     async def _prepare(self, keys: list[int]) -> list[int]:
         """Do what headers wait for, but for these launches; returns keys of all that is left to wait for.
@@ -221,6 +234,15 @@ class DeviceExchange(Exchange):
         """What `_prepare` and sending do, once this rank's part is in place. False: nothing is sent."""
         return False
 
+    def _swapped_but(self, left: Any) -> None:
+        """Note that messages are on their way to and from all; `left`: those that are not there."""
+        self._told.update(self._others())
+        pending = {key for key, _ in left}
+        self._wanted &= pending
+        self._missing &= pending
+        for key, transfer in left:
+            self._watch((True, key), transfer)
+
     def _swap(self, messages: Any) -> bool:
         """Send and receive messages without a turn of the loop, as far as that goes. False: nothing is sent."""
         left = self._scope.comm._engine.swap_heads(
@@ -236,12 +258,7 @@ class DeviceExchange(Exchange):
         )
         if left is None:
             return False
-        self._told.update(self._others())
-        pending = {key for key, _ in left}
-        self._wanted &= pending
-        self._missing &= pending
-        for key, transfer in left:
-            self._watch((True, key), transfer)
+        self._swapped_but(left)
         return True
 
     def _read_heads(self) -> list[Any] | None:
@@ -367,13 +384,10 @@ class DeviceExchange(Exchange):
         """Launch a kernel; returns the key under which its end is told, if that has not come in so many seconds."""
         comm = self._scope.comm
         self._launches += 1
-        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
-        behind = {description[4]: description for description in after if description[2]}  # by stream
-        where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
+        *what, behind, _ = self._in_full(function, argument, nbytes, after)
+        where = self._pool.home, behind, list(far), comm.rank, self._scope.index
         try:
-            transfer, waits = comm._engine.launch(
-                function, blocks, THREADS, argument, *where, nbytes, self._left(), seconds
-            )
+            transfer, waits = comm._engine.launch(*what, *where, nbytes, self._left(), seconds)
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
         if transfer is not None:
@@ -381,6 +395,22 @@ class DeviceExchange(Exchange):
                 self._behind.add(self._launches)
             self._watch((False, self._launches), transfer)
         return self._launches
+
+    def _in_full(
+        self, function: int, argument: bytes, nbytes: int, after: Iterable[Description]
+    ) -> tuple[int, int, int, bytes, list[Description], int]:
+        """A kernel as the extension takes it."""
+        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
+        behind = {description[4]: description for description in after if description[2]}  # by stream
+        return function, blocks, THREADS, argument, list(behind.values()), nbytes
+
+    def _launched(self, transfer: Any) -> list[int]:
+        """Watch a kernel that the extension has launched; returns keys. None: it has ended well."""
+        if transfer is None:
+            return []
+        self._launches += 1
+        self._watch((False, self._launches), transfer)
+        return [self._launches]
 
     def _get(self, peer: int, into: Description, start: int) -> int:
         """Get what lies at `start` in a rank's memory; returns the key."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from aiocomm._device import Description
     from aiocomm.collectives.scope import Scope
-    from aiocomm.moe.device_exchange import Setting
+    from aiocomm.moe.device_exchange import Kernel, Setting
     from aiocomm.moe.dispatched import Dispatched
     from aiocomm.moe.memory import Block, Pinned
     from aiocomm.moe.placement import Placement
@@ -86,7 +86,7 @@ class DeviceDispatch(DeviceExchange):
     ) -> None:
         super().__init__(scope, setting, "dispatch", text, placement, ())
         self._tokens = tokens
-        self._read: list[tuple[str, Description, Pinned]] = []  # what is read back
+        self._pinned_arrays: list[tuple[str, Description, Pinned]] = []  # what is read back
         self._placed = placement
         self._ids, self._weights = ids, weights
         self._width = tokens.hidden * tokens.itemsize
@@ -111,9 +111,9 @@ class DeviceDispatch(DeviceExchange):
     def _sources(self) -> tuple[str, tuple[str, ...]]:
         return MOVE_SOURCE, ("move_rows",)
 
-    def _give(self) -> list[int]:
+    def _giving(self) -> Kernel | None:
         tokens, runs = self._tokens, []
-        self._after: list[Description] = [tokens.description]
+        self._after = [tokens.description]
         alone = self._group.size == 1
         shape = self._shape(self._ids)
         lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
@@ -126,20 +126,17 @@ class DeviceDispatch(DeviceExchange):
             if isinstance(described := getattr(self, name), tuple):
                 memory = self._borrow_pinned(described[2])
                 runs.append((memory.address, described[1], described[2]))
-                self._read.append((name, described, memory))
+                self._pinned_arrays.append((name, described, memory))
                 self._after.insert(0, described)
         if not runs:
-            return []
+            return None
         argument = move(0, self._width, {}, 0, 0, runs)
-        nbytes = sum(run[2] for run in runs)
-        key = self._launch(self._entries[0], argument, nbytes, self._after, seconds=self._linger_s)
-        self._after = []
-        return [key]
+        return self._entries[0], argument, sum(run[2] for run in runs), self._after
 
     async def _prepare(self, keys: list[int]) -> list[int]:
-        if self._read:
+        if self._pinned_arrays:
             await self._landed(keys)
-            for name, described, memory in self._read:
+            for name, described, memory in self._pinned_arrays:
                 setattr(self, name, host_array(described, memory.bytes))
             keys = []
         await self._route()
@@ -205,7 +202,7 @@ class DeviceDispatch(DeviceExchange):
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
         self._begins = list(itertools.accumulate(counts, initial=0))
-        self._take_place()
+        self._take_place(self._begins[-1] * self._width)
         keys, indices = [], {rank: own.tokens}
         for peer, head in heads.items():
             lists = lists_bytes(head.rows, head.assignments)
@@ -243,9 +240,8 @@ class DeviceDispatch(DeviceExchange):
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
 
-    def _take_place(self) -> None:
+    def _take_place(self, nbytes: int) -> None:
         """For the tokens that come."""
-        nbytes = self._begins[-1] * self._width
         block = self._pool.take(nbytes, self._setting.streams)
         self._lease = Lease(self._pool, block, self._setting.streams)
         self._into = block.part(0, nbytes)
@@ -353,7 +349,7 @@ class DeviceCombine(DeviceExchange):
     def _sources(self) -> tuple[str, tuple[str, ...]]:
         return sums_source(self._outputs.dtype, self._wire, self._result), ("weigh_rows", "add_rows")
 
-    def _give(self) -> list[int]:
+    def _giving(self) -> Kernel | None:
         outputs, tables, rank = self._outputs, self._tables, self._group.rank
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
@@ -363,7 +359,7 @@ class DeviceCombine(DeviceExchange):
         if self._out is not None:
             self._after.append(self._out.description)
         if own == starts[-1] or not outputs.hidden:
-            return []
+            return None
         self._slab = self._lend(travels)
         counts = starts[rank], own, starts[-1], outputs.hidden
         argument = _WEIGH.pack(
@@ -374,10 +370,7 @@ class DeviceCombine(DeviceExchange):
             self._whole(outputs.address),
             0,
         )
-        nbytes = outputs.nbytes
-        key = self._launch(self._entries[0], argument, nbytes, self._after, seconds=self._linger_s)
-        self._after = []
-        return [key]
+        return self._entries[0], argument, outputs.nbytes, self._after
 
     async def _prepare(self, keys: list[int]) -> list[int]:
         return keys
@@ -436,17 +429,21 @@ class DeviceCombine(DeviceExchange):
         self._target = block.address
         return nbytes
 
-    def _add_up(
-        self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0
-    ) -> int:
+    def _adding(self, bases: dict[int, int], nbytes: int) -> Kernel:
+        """The kernel that adds the ranks' partial sums."""
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
         own_first = int(self._found.starts[rank])
         whole = self._whole(self._target, outputs.address)
         pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
         argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
+        return self._entries[1], argument, nbytes * size, self._after
+
+    def _add_up(
+        self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0
+    ) -> int:
         far = [self._far(peer, 8 * peer, self._alignment) for peer in pulled]
-        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far, seconds)
+        key = self._launch(*self._adding(bases, nbytes), far, seconds)
         self._after = []
         return key
 

@@ -9,14 +9,20 @@ steps of `device_exchange` begin again from the same messages.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aiocomm.moe.device_exchange import LINGER_S, Where
+from aiocomm.collectives.kernels import THREADS
+from aiocomm.collectives.scope import TAG_BITS
+from aiocomm.errors import LinkError, UsageError
+from aiocomm.moe.device_exchange import LINGER_S, PIECE_BYTES, DeviceExchange, Where
 from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
+from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Tables
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
+from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import LISTS_RIDE
 from aiocomm_native import _core
 
@@ -26,27 +32,141 @@ if TYPE_CHECKING:
 __all__ = ["QuickCombine", "QuickDispatch"]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
+_COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
+_MOST_CHOICES: Final = 1 << 14  # of a call that is made by one call into the extension, which holds the GIL
+_MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
+_NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, _PULLING = range(-1, 4)  # stages
 
 
-class QuickDispatch(DeviceDispatch):
-    """A dispatch whose rows are read by kernels, and whose lists ride."""
+class _Quick(DeviceExchange):
+    """What both have in common: one call into the extension, and what is done with its outcome."""
 
     _swapped = False
+    _outcome: tuple[Any, ...] | None = None  # where the last stage was reached
+
+    def _attempt(self) -> tuple[Any, ...]:
+        """Do the call as far as that goes; returns the stage that was reached, and what belongs to it."""
+        raise NotImplementedError
+
+    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+        """Keep what is known once messages were swapped; returns those that have not come."""
+        raise NotImplementedError
+
+    def _begin_quickly(self) -> bool:
+        if not all(self._entries) or self._group.size == 1 or any(self._pool.missed.values()):
+            return super()._begin_quickly()
+        try:
+            stage, *outcome = self._attempt()
+        except LinkError as error:
+            self._refused = UsageError(f"cannot {self._operation} these arrays: {error}")
+            return False
+        if stage == _NOT_BEGUN:
+            return super()._begin_quickly()
+        self._after = []
+        self._given = []
+        if stage == _GIVING:
+            self._given = self._launched(outcome[0])
+            self._raise_any()
+        if stage in (_GIVING, _REFUSED):
+            return False
+        self._swapped = True
+        self._swapped_but(self._take_over(tuple(outcome)))
+        if stage == _PULLING:
+            self._outcome = tuple(outcome)
+        return True
+
+    def _calls(self) -> _core.ExpertCalls:
+        pool = self._pool
+        if pool.calls is None:
+            where = self._scope.index, self._group.rank, self._group.ranks, self._slot_bytes
+            pool.calls = _core.ExpertCalls(*where, pool.home)
+        return pool.calls
+
+    def _tag(self) -> int:
+        return self._number << TAG_BITS | HEAD_TAG
+
+    async def _read(self, ended: list[int], pending: Any) -> bool:
+        """Judge a call whose last kernel was launched, and wait for that. False: it did not reach all memory."""
+        keys = self._launched(pending)
+        self._judged = True
+        self._raise_trouble()
+        for peer in self._others():
+            self._pool.heard(peer, ended[peer])
+        return not await self._landed(keys)
+
+
+class QuickDispatch(_Quick, DeviceDispatch):
+    """A dispatch whose rows are read by kernels, and whose lists ride."""
+
+    def _attempt(self) -> tuple[Any, ...]:
+        tokens, ids, weights = self._tokens, self._ids, self._weights
+        shape = self._shape(ids)
+        count = math.prod(shape)
+        plain = len(shape) == 2 and shape[0] == tokens.rows and 0 < count <= _MOST_CHOICES
+        if not plain or not self._width or not (_holds(ids, "q", np.int64) and _holds(weights, "f", np.float32)):
+            return (_NOT_BEGUN,)
+        guess = self._pool.usual.get((tokens.rows, shape[1], self._group.size))
+        if guess is None or (weights is not None and self._shape(weights) != shape):
+            return (_NOT_BEGUN,)
+        self._made, self._is_made = self._giving(), True
+        if self._packed or self._made is None:
+            return (_NOT_BEGUN,)
+        rows, assignments = (int(_MORE * one) for one in guess)
+        pool, rank, width, slab = self._pool, self._group.rank, self._width, self._slab
+        assert slab is not None
+        found = {"_ids": ids, "_weights": np.ones(shape, np.float32) if weights is None else weights}
+        for name, described, memory in self._pinned_arrays:
+            found[name] = host_array(described, memory.bytes)
+        room = rows * width
+        self._take_place(room)
+        moves = self._borrow_pinned(rows * ENTRY_BYTES)
+        self.tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
+        self._whole = _new_part(count)
+        argument = move(self._into[1], width, {rank: tokens.address}, moves.address, 0)
+        return self._calls().dispatch(  # type: ignore[no-any-return]
+            self._scope.comm._engine,
+            self._tag(),
+            self._header,
+            self._ended_call(),
+            self._left(),
+            LINGER_S,
+            self._in_full(*self._made),
+            found["_ids"],
+            found["_weights"],
+            tokens.rows,
+            self._placed.owner,
+            slab.region,
+            tokens.nbytes,
+            self._places(slab),
+            self._slots,
+            self._whole,
+            (self._entries[0], self._setting.sm_budget, THREADS, argument, (), 0),
+            _COUNT_AT,
+            PIECE_BYTES,
+            width,
+            room,
+            moves.bytes,
+            self._placed.here(rank),
+            len(self._placed.held[rank]),
+            self.tables.bytes,
+            self.tables.way,
+        )
+
+    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+        rows, assignments, left, *_ = outcome
+        self._parts = self.parts = Routed(self._whole, rows, assignments)
+        return left
 
     def _swap_quickly(self) -> bool:
+        """In single steps: the first call of a kind, and those that are large."""
         if self._packed:
             return False
         found = self._small_arrays()
         if found is None:
             return False
         ids, weights = found
-        most, given, slab, size = ids.size, self._tokens, self._slab, self._group.size
-        whole = Part(
-            np.empty(most, np.int64),
-            np.empty(most, np.uint16),
-            np.empty(most, np.int32),
-            np.empty(most, np.float32),
-        )
+        given, slab, size = self._tokens, self._slab, self._group.size
+        whole = _new_part(ids.size)
         region, nbytes = (0, 0) if slab is None else (slab.region, given.nbytes)
         where = self._group.rank, self._header, self._ended_call(), region, nbytes, self._places(slab)
         try:
@@ -63,7 +183,7 @@ class QuickDispatch(DeviceDispatch):
     def _small_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Numbers and weights of the experts. None: something about them is unusual."""
         found = {"_ids": self._ids, "_weights": self._weights}
-        for name, described, memory in self._read:
+        for name, described, memory in self._pinned_arrays:
             found[name] = host_array(described, memory.bytes)
         ids, weights = np.asarray(found["_ids"]), found["_weights"]
         plain = (
@@ -82,7 +202,20 @@ class QuickDispatch(DeviceDispatch):
             return None
         return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
 
+    async def _receive_pulled(self, outcome: tuple[Any, ...]) -> bool:
+        """The same where one call has done it all."""
+        *_, ended, total, count, lists, pending, fine = outcome
+        if not await self._read(ended, pending) or not fine:
+            return False
+        size, held = self._group.size, len(self._placed.held[self._group.rank])
+        self.found = _arrangement(lists, size, held, total, count)
+        self.tables.resize(count, total, self._tokens.rows, size)
+        self._begins = [0, total]
+        return True
+
     async def _receive_quickly(self) -> bool:
+        if self._outcome is not None and await self._receive_pulled(self._outcome):
+            return True
         if not self._swapped or not self._width or (heads := self._read_heads()) is None:
             return False
         group, width, parts = self._group, self._width, self.parts
@@ -112,7 +245,7 @@ class QuickDispatch(DeviceDispatch):
                 return False
             self._where[peer] = self._where[peer]._replace(extent=extent)
         self._begins = list(itertools.accumulate(rows, initial=0))
-        self._take_place()
+        self._take_place(total * width)
         base = {rank: self._tokens.address}
         far = [self._far(peer, 8 * peer) for peer in pulled]
         argument = move(self._into[1], width, base, moves.address, total)
@@ -121,6 +254,8 @@ class QuickDispatch(DeviceDispatch):
         # While it runs.
         if not self._arrange_quickly(own, total, count):
             return False
+        choices = len(parts.whole.tokens) // self._tokens.rows
+        self._pool.usual[self._tokens.rows, choices, size] = total, count
         return not await self._landed([key])
 
     def _arrange_quickly(self, own: Part, rows: int, count: int) -> bool:
@@ -156,33 +291,63 @@ class QuickDispatch(DeviceDispatch):
         return True
 
 
-class QuickCombine(DeviceCombine):
+class QuickCombine(_Quick, DeviceCombine):
     """A combine whose sums are read by kernels."""
 
-    _swapped = False
+    def _attempt(self) -> tuple[Any, ...]:
+        self._made, self._is_made = self._giving(), True
+        if self._packed or not self._row:
+            return (_NOT_BEGUN,)
+        nbytes = self._make_target()
+        if not nbytes or self._aside:
+            return (_NOT_BEGUN,)
+        made = self._made
+        add, argument, size, after = self._adding({}, nbytes)
+        return self._calls().combine(  # type: ignore[no-any-return]
+            self._scope.comm._engine,
+            self._tag(),
+            self._header,
+            self._left(),
+            LINGER_S,
+            None if made is None else self._in_full(*made),
+            self._messages(),
+            self._slots,
+            [self._rows_for(peer) for peer in range(self._group.size)],
+            self._row,
+            self._alignment,
+            self._in_full(add, argument, size, after if made is None else ()),
+        )
+
+    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+        return outcome[0]
+
+    def _messages(self) -> list[bytes | None]:
+        slab = self._slab
+        region, row = (0, 0) if slab is None else (slab.region, self._row)
+        where = self._ended_call(), region, self._places(slab)
+        return _core.sum_messages(self._found.starts, row, self._group.rank, self._header, *where)
+
+    def _rows_for(self, peer: int) -> int:
+        parts = self._parts
+        return parts.rows_for(peer) if isinstance(parts, Routed) else parts[peer].rows
 
     def _swap_quickly(self) -> bool:
-        if self._packed:
-            return False
-        slab = self._slab
-        region = 0 if slab is None else slab.region
-        row = 0 if slab is None else self._row
-        ended, places = self._ended_call(), self._places(slab)
-        messages = _core.sum_messages(
-            self._found.starts, row, self._group.rank, self._header, ended, region, places
-        )
-        self._swapped = self._swap(messages)
+        if not self._packed:
+            self._swapped = self._swap(self._messages())
         return self._swapped
 
     async def _receive_quickly(self) -> bool:
+        if self._outcome is not None:
+            _, ended, pending = self._outcome
+            if await self._read(ended, pending):
+                return True
         if not self._swapped or not self._row or (heads := self._read_heads()) is None:
             return False
-        parts, pulled = self._parts, []
+        pulled = []
         for peer in self._others():
             rows, _, flags, *_ = heads[peer]
             where: Where = self._where[peer]
-            expected = parts.rows_for(peer) if isinstance(parts, Routed) else parts[peer].rows
-            if flags or rows != expected or (rows and not self._may_pull(peer)):
+            if flags or rows != self._rows_for(peer) or (rows and not self._may_pull(peer)):
                 return False
             if not rows:
                 continue
@@ -195,3 +360,38 @@ class QuickCombine(DeviceCombine):
         if self._aside:
             return False
         return not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])
+
+
+def _holds(array: Any, form: str, dtype: Any) -> bool:
+    """Whether an array, or the description of a GPU array, is as the extension takes it."""
+    if isinstance(array, tuple):
+        return bool(array[5] == form)
+    return array is None or (
+        isinstance(array, np.ndarray) and array.dtype == dtype and bool(array.flags.c_contiguous)
+    )
+
+
+def _new_part(count: int) -> Part:
+    return Part(
+        np.empty(count, np.int64),
+        np.empty(count, np.uint16),
+        np.empty(count, np.int32),
+        np.empty(count, np.float32),
+    )
+
+
+def _arrangement(lists: bytearray, size: int, held: int, rows: int, count: int) -> Arrangement:
+    """See lists that lie one after the other, each at a multiple of eight bytes."""
+    found, at = [], 0
+    for length, dtype in (
+        (size + 1, np.int64),
+        (count, np.int64),
+        (held + 1, np.int64),
+        (count, np.float32),
+        (count, np.int64),
+        (rows + 1, np.int64),
+    ):
+        one: Any = np.frombuffer(lists, dtype, length, at)
+        found.append(one)
+        at += (one.nbytes + 7) & ~7
+    return Arrangement(*found)

@@ -177,6 +177,8 @@ class Pool:
         self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
+        self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # rows and assignments that have come, by kind of call
+        self.calls: _core.ExpertCalls | None = None
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
@@ -295,13 +297,23 @@ class Tables:
     """
 
     def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
-        *starts, nbytes = _core.sum_tables(assignments, rows, count, size)
         self._pool = pool
-        self._nbytes = nbytes
-        self._pinned = pool.take_pinned(nbytes)
-        self._block = pool.take_tables(nbytes)
+        self._nbytes = _core.sum_tables(assignments, rows, count, size)[-1]
+        self._pinned = pool.take_pinned(self._nbytes)
+        self._block = pool.take_tables(self._nbytes)
+        self.resize(assignments, rows, count, size)
+
+    def resize(self, assignments: int, rows: int, count: int, size: int) -> None:
+        """Make them those of other sizes, which are not larger."""
+        *starts, self._nbytes = _core.sum_tables(assignments, rows, count, size)
         *of_terms, self.parts = (self._block.address + start for start in starts)
         self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
+
+    @property
+    def way(self) -> tuple[int, int, int]:
+        """The context, stream and address by which `upload` brings them."""
+        kernels = self._pool.kernels
+        return kernels.context, kernels.stream, self._block.address
 
     @classmethod
     def made(cls, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> Tables:

@@ -1,5 +1,3 @@
-// What a rank of experts on a GPU does with the others' messages where nothing is unusual: each step by one call. Whatever
-// does not fit is left to Python, which then begins again from the same messages and says what is wrong.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
@@ -11,59 +9,20 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/seen_memory.hpp"
+#include "bindings/expert_heads.hpp"
+#include "bindings/unlocked.hpp"
 #include "core/expert_tables.hpp"
 #include "core/routing.hpp"
 
 namespace nb = nanobind;
 
+namespace aiocomm::py {
+
 namespace {
 
-using aiocomm::CamePart;
-using aiocomm::MoveEntry;
-using aiocomm::py::require;
-using Memory = aiocomm::py::SeenMemory;
-
-// As in aiocomm/moe/wire.py, and behind it as in aiocomm/moe/device_exchange.py.
-struct Head {
-  char header[160];
-  uint64_t rows, assignments, flags;
-  uint64_t ended, region, start, extent;
-  char place[136];
-};
-static_assert(sizeof(Head) == 352);
-constexpr uint64_t kListsRide = 1;
-
-uint64_t padded(uint64_t rows) { return (2 * rows + 3) & ~uint64_t{3}; }
-
-// A message with its indices and lists, all of which ride with it.
-class Came {
- public:
-  Came(const Memory& slots, uint64_t slot_bytes, size_t peer) : bytes_(slots.bytes() + peer * slot_bytes) {
-    require(slot_bytes >= sizeof(Head) && slots.nbytes() / slot_bytes > peer &&
-            reinterpret_cast<uintptr_t>(bytes_) % alignof(Head) == 0);
-    std::memcpy(&head, bytes_, sizeof head);
-    const uint64_t left = slot_bytes - sizeof(Head);
-    fits = head.flags == kListsRide && head.rows <= left / 6 && head.assignments <= left / 8 &&
-           4 * head.rows + padded(head.rows) + 8 * head.assignments <= left;
-  }
-
-  std::span<const uint32_t> indices() const { return {at<uint32_t>(0), head.rows}; }
-  std::span<const uint16_t> counts() const { return {at<uint16_t>(4 * head.rows), head.rows}; }
-  std::span<const int32_t> experts() const { return {at<int32_t>(lists()), head.assignments}; }
-  const float* weights() const { return at<float>(lists() + 4 * head.assignments); }
-
-  Head head;
-  bool fits = false;
-
- private:
-  uint64_t lists() const { return 4 * head.rows + padded(head.rows); }
-  template <class T>
-  const T* at(uint64_t offset) const {
-    return reinterpret_cast<const T*>(bytes_ + sizeof(Head) + offset);
-  }
-  const std::byte* bytes_;
-};
+using Memory = SeenMemory;
+using Head = ExpertHead;
+using Came = CameExperts;
 
 void fill(Head& head, const nb::bytes& header, nb::handle place) {
   require(header.size() == sizeof head.header);
@@ -79,9 +38,8 @@ nb::bytes new_message(size_t nbytes) {
   return nb::steal<nb::bytes>(message);
 }
 
-using Starts = std::vector<int64_t>;
+}  // namespace
 
-// (first row of each rank, first assignment of each, messages by rank; None: some rank's does not fit)
 std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle weights, size_t count,
                                                       nb::handle owner, size_t me, const nb::bytes& header,
                                                       uint64_t ended, uint64_t region, uint64_t extent,
@@ -97,14 +55,18 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
   require(count && most % count == 0 && weigh.size() == most && me < n);
   require(to_tokens.of<int64_t>().size() >= most && to_counts.of<uint16_t>().size() >= most &&
           to_experts.of<int32_t>().size() >= most && to_routed.of<float>().size() >= most);
-  const aiocomm::Routed into{reinterpret_cast<int64_t*>(to_tokens.bytes()),
+  const Routed into{reinterpret_cast<int64_t*>(to_tokens.bytes()),
                              reinterpret_cast<uint16_t*>(to_counts.bytes()),
                              reinterpret_cast<int32_t*>(to_experts.bytes()),
                              reinterpret_cast<float*>(to_routed.bytes())};
   Starts rows, assignments;
-  if (!aiocomm::route_tokens(given.data(), weigh.data(), count, most / count, of_owner.of<int64_t>(), n, into,
-                             rows, assignments))
-    throw nb::value_error("an expert, or its rank, that is not there");
+  bool fine = false;
+  {
+    const Unlocked unlocked(most);
+    fine = aiocomm::route_tokens(given.data(), weigh.data(), count, most / count, of_owner.of<int64_t>(), n,
+                                 into, rows, assignments);
+  }
+  if (!fine) throw nb::value_error("an expert, or its rank, that is not there");
   nb::list messages;
   for (size_t peer = 0; peer < n; ++peer) {
     const auto first = static_cast<size_t>(rows[peer]), from = static_cast<size_t>(assignments[peer]);
@@ -143,7 +105,6 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
   return {rows, assignments, messages};
 }
 
-// By rank, where what this one gives to others begins: heads alone. Rows of `row` bytes lie in that order.
 nb::list sum_messages(nb::handle starts, uint64_t row, size_t me, const nb::bytes& header, uint64_t ended,
                       uint64_t region, const nb::list& places) {
   const Memory of_starts(starts);
@@ -173,6 +134,8 @@ nb::list sum_messages(nb::handle starts, uint64_t row, size_t me, const nb::byte
   return messages;
 }
 
+namespace {
+
 // (rows, assignments, flags, ended, region, start, extent, place) of each rank but `me`; None: headers differ.
 nb::object read_heads(nb::handle slots, uint64_t slot_bytes, size_t me, size_t n, const nb::bytes& header) {
   const Memory of_slots(slots);
@@ -194,8 +157,8 @@ nb::object read_heads(nb::handle slots, uint64_t slot_bytes, size_t me, size_t n
   return heads;
 }
 
-// Writes where the rows of all ranks are brought, in their order; returns each rank's greatest index + 1, or None: some
-// message has not all that belongs to it.
+}  // namespace
+
 std::optional<std::vector<uint64_t>> list_came(nb::handle slots, uint64_t slot_bytes, size_t me, size_t n,
                                                nb::handle own, nb::handle into) {
   const Memory of_slots(slots), of_own(own), table(into, true);
@@ -222,7 +185,6 @@ std::optional<std::vector<uint64_t>> list_came(nb::handle slots, uint64_t slot_b
   return extents;
 }
 
-// Orders what has come, and writes the tables of sums. False: the lists contradict each other.
 bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::vector<nb::object>& own,
                   nb::handle local, size_t held, const std::vector<nb::object>& arranged, nb::handle sent,
                   const Starts& sent_starts, size_t tokens, nb::handle into) {
@@ -251,6 +213,7 @@ bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::v
   require(rows.of<int64_t>().size() == total && weighs.of<float>().size() == total &&
           order.of<int64_t>().size() == total);
   auto numbers = [](const Memory& memory) { return reinterpret_cast<int64_t*>(memory.bytes()); };
+  const Unlocked unlocked(total);
   if (!aiocomm::arrange_parts(parts, of_local.of<int64_t>(), held,
                               {numbers(starts), numbers(rows), numbers(offsets),
                                reinterpret_cast<float*>(weighs.bytes()), numbers(order), numbers(first)}))
@@ -264,15 +227,15 @@ bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::v
   }
   const aiocomm::SumTables at(total, all, tokens, n);
   require(tables.nbytes() >= at.nbytes && reinterpret_cast<uintptr_t>(tables.bytes()) % 16 == 0);
-  require(aiocomm::write_sum_tables(at, order.of<int64_t>(), first.of<int64_t>(), weighs.of<float>(), given,
-                                    tokens, tables.bytes()));
-  return true;
+  return aiocomm::write_sum_tables(at, order.of<int64_t>(), first.of<int64_t>(), weighs.of<float>(), given,
+                                   tokens, tables.bytes());
 }
 
-}  // namespace
+}  // namespace aiocomm::py
 
 void bind_expert_heads(nb::module_& m) {
   using namespace nb::literals;
+  using namespace aiocomm::py;
   m.attr("DEVICE_HEAD_BYTES") = sizeof(Head);
   m.def("route_messages", route_messages, "ids"_a, "weights"_a, "count"_a, "owner"_a, "me"_a, "header"_a,
         "ended"_a, "region"_a, "extent"_a, "places"_a, "slot_bytes"_a, "tokens"_a, "counts"_a, "experts"_a,
