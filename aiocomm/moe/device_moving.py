@@ -96,6 +96,8 @@ class DeviceDispatch(DeviceExchange):
         self._lists: dict[int, Bytes] = {}
         self._following: list[int] = []  # ranks whose lists do not ride
         self._lease: Lease | None = None
+        self._moves: Pinned | None = None
+        self._spare: Tables | None = None  # of a size that is likely
         self.tokens: DeviceArray
         self.parts: Sequence[Part] = ()
         self.found: Arrangement
@@ -241,10 +243,17 @@ class DeviceDispatch(DeviceExchange):
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
 
     def _take_place(self, nbytes: int) -> None:
-        """For the tokens that come."""
-        block = self._pool.take(nbytes, self._setting.streams)
-        self._lease = Lease(self._pool, block, self._setting.streams)
-        self._into = block.part(0, nbytes)
+        """For the tokens that come, once it is known how many, or as many as are likely."""
+        if self._lease is None or self._lease.nbytes < nbytes:
+            block = self._pool.take(nbytes, self._setting.streams)
+            self._lease = Lease(self._pool, block, self._setting.streams)
+        self._into = self._lease.part(nbytes)
+
+    def _take_moves(self, count: int) -> Pinned:
+        """For a table of rows; likewise."""
+        if self._moves is None or self._moves.nbytes < count * ENTRY_BYTES:
+            self._moves = self._borrow_pinned(count * ENTRY_BYTES)
+        return self._moves
 
     def _list_moves(self, indices: dict[int, Any]) -> tuple[Pinned, int]:
         """A table of rows and their places, and their number; all are where their rank has memory.
@@ -253,7 +262,7 @@ class DeviceDispatch(DeviceExchange):
             indices: of the tokens of each rank.
         """
         count = sum(len(of_rank) for of_rank in indices.values())
-        memory = self._borrow_pinned(count * ENTRY_BYTES)
+        memory = self._take_moves(count)
         parts = [(source, tokens, self._begins[source]) for source, tokens in indices.items()]
         extents = _core.list_moves(memory.bytes, parts)
         for source, extent in zip(indices, extents, strict=True):
@@ -295,7 +304,7 @@ class DeviceDispatch(DeviceExchange):
                         f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
                     ) from None
             raise
-        self.tables = Tables.made(self._pool, self.found, self.parts, self._tokens.rows)
+        self.tables = Tables.made(self._pool, self.found, self.parts, self._tokens.rows, self._spare)
 
     async def _finish(self) -> None:
         given, lease = self._tokens, self._lease

@@ -18,7 +18,7 @@ from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, UsageError
 from aiocomm.moe.device_exchange import LINGER_S, PIECE_BYTES, DeviceExchange, Where
-from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
+from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch, host_array, move
 from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Tables
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
@@ -53,12 +53,16 @@ class _Quick(DeviceExchange):
         raise NotImplementedError
 
     def _begin_quickly(self) -> bool:
-        if not all(self._entries) or self._group.size == 1 or any(self._pool.missed.values()):
+        usual = all(self._entries) and self._group.size > 1 and not any(self._pool.missed.values())
+        if not usual or self._scope.comm._backend.name != "asyncio":
             return super()._begin_quickly()
         try:
             stage, *outcome = self._attempt()
-        except LinkError as error:
+        except LinkError as error:  # about the caller's arrays, or their streams
             self._refused = UsageError(f"cannot {self._operation} these arrays: {error}")
+            return False
+        except UsageError as error:
+            self._refused = error
             return False
         if stage == _NOT_BEGUN:
             return super()._begin_quickly()
@@ -119,8 +123,8 @@ class QuickDispatch(_Quick, DeviceDispatch):
             found[name] = host_array(described, memory.bytes)
         room = rows * width
         self._take_place(room)
-        moves = self._borrow_pinned(rows * ENTRY_BYTES)
-        self.tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
+        moves = self._take_moves(rows)
+        self._spare = tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
         self._whole = _new_part(count)
         argument = move(self._into[1], width, {rank: tokens.address}, moves.address, 0)
         return self._calls().dispatch(  # type: ignore[no-any-return]
@@ -148,8 +152,8 @@ class QuickDispatch(_Quick, DeviceDispatch):
             moves.bytes,
             self._placed.here(rank),
             len(self._placed.held[rank]),
-            self.tables.bytes,
-            self.tables.way,
+            tables.bytes,
+            tables.way,
         )
 
     def _take_over(self, outcome: tuple[Any, ...]) -> Any:
@@ -209,6 +213,8 @@ class QuickDispatch(_Quick, DeviceDispatch):
             return False
         size, held = self._group.size, len(self._placed.held[self._group.rank])
         self.found = _arrangement(lists, size, held, total, count)
+        assert self._spare is not None
+        self.tables = self._spare
         self.tables.resize(count, total, self._tokens.rows, size)
         self._begins = [0, total]
         return True
@@ -234,7 +240,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         count = len(own.experts) + sum(heads[peer][1] for peer in self._others())
         if not total or not self._is_inline(max(total, count) * _ARRANGE_BYTES):
             return False
-        moves = self._borrow_pinned(total * ENTRY_BYTES)
+        moves = self._take_moves(total)
         slots = self._slots, self._slot_bytes, rank
         extents = _core.list_came(*slots, size, own.tokens, moves.bytes)
         if extents is None:
@@ -270,7 +276,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
             np.empty(count, np.int64),
             np.empty(rows + 1, np.int64),
         )
-        tables = Tables(self._pool, count, rows, tokens, size)
+        tables = Tables.of_size(self._pool, (count, rows, tokens, size), self._spare)
         lists = found.starts, found.rows, found.offsets, found.weights, found.order, found.first
         if not _core.arrange_came(
             self._slots,

@@ -281,6 +281,15 @@ class Lease:
         """Of its first byte."""
         return self._block.address
 
+    @property
+    def nbytes(self) -> int:
+        """Of the block."""
+        return self._block.nbytes
+
+    def part(self, nbytes: int) -> Description:
+        """Its first bytes."""
+        return self._block.part(0, nbytes)
+
     def __del__(self) -> None:
         self._block.after = self.streams
         self._pool.returned(self._block)
@@ -303,6 +312,14 @@ class Tables:
         self._block = pool.take_tables(self._nbytes)
         self.resize(assignments, rows, count, size)
 
+    @classmethod
+    def of_size(cls, pool: Pool, size: tuple[int, int, int, int], spare: Tables | None) -> Tables:
+        """Not written; `spare` again where it is large enough."""
+        if spare is None or _core.sum_tables(*size)[-1] > min(spare.bytes.nbytes, spare._block.nbytes):
+            return cls(pool, *size)
+        spare.resize(*size)
+        return spare
+
     def resize(self, assignments: int, rows: int, count: int, size: int) -> None:
         """Make them those of other sizes, which are not larger."""
         *starts, self._nbytes = _core.sum_tables(assignments, rows, count, size)
@@ -316,15 +333,23 @@ class Tables:
         return kernels.context, kernels.stream, self._block.address
 
     @classmethod
-    def made(cls, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> Tables:
+    def made(
+        cls,
+        pool: Pool,
+        found: Arrangement,
+        parts: Sequence[Part],
+        count: int,
+        spare: Tables | None = None,
+    ) -> Tables:
         """Written and on their way.
 
         Args:
             found: what this rank has received.
             parts: what it has sent to each rank.
             count: of its tokens.
+            spare: tables that are not used, and may be large enough.
         """
-        tables = cls(pool, len(found.order), len(found.first) - 1, count, len(parts))
+        tables = cls.of_size(pool, (len(found.order), len(found.first) - 1, count, len(parts)), spare)
         tokens = [part.tokens for part in parts]
         _core.write_sum_tables(found.order, found.first, found.weights, tokens, count, tables.bytes)
         tables.upload()

@@ -227,16 +227,16 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
+  Launch launch(e, add, home_);  // throws before anything is sent
+  Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
-  Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
   swap.look(until);
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
   if (nb::len(left) || !read(slots, header, heads)) return swapped;
-  Launch launch(e, add, home_);
   for (size_t peer = 0; peer < ranks_.size(); ++peer) {
     const ExpertHead& head = heads[peer];
     if (peer == me_) continue;
