@@ -35,7 +35,7 @@ class AsyncioBackend:
             self._spin.add(engine)
 
     def _bells(self, engine: Engine) -> tuple[Any, ...]:
-        """The loop's handles that only call for what the engine has: where one is ready, nothing else need be."""
+        """The loop's handles that only call for what the engine has."""
         selector = getattr(self._loop, "_selector", None)
         try:
             return tuple(selector.get_key(fd).data[0] for fd in (engine.loop_fd, engine.express_fd))  # type: ignore[union-attr]

@@ -45,14 +45,23 @@ if TYPE_CHECKING:
     Far = tuple[int, bytes, int, int, int, int]
     Kernel = tuple[int, bytes, int, Sequence[Description]]  # function, argument, bytes, memory to follow
 
-__all__ = ["DEVICE_HEAD_BYTES", "LINGER_S", "PACKED", "PIECE_BYTES", "DeviceExchange", "Matrix", "Setting", "Where"]
+__all__ = [
+    "DEVICE_HEAD_BYTES",
+    "LINGER_S",
+    "PACKED",
+    "PIECE_BYTES",
+    "DeviceExchange",
+    "Matrix",
+    "Setting",
+    "Where",
+]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
-LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers follow each other closely
+LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers are close
 PIECE_BYTES: Final = 4096 * THREADS // 32  # that a block has to do, at least
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
@@ -244,7 +253,7 @@ class DeviceExchange(Exchange):
             self._watch((True, key), transfer)
 
     def _swap(self, messages: Any) -> bool:
-        """Send and receive messages without a turn of the loop, as far as that goes. False: nothing is sent."""
+        """Swap messages without a turn of the loop, as far as that goes. False: nothing is sent."""
         left = self._scope.comm._engine.swap_heads(
             self._scope.index,
             self._number << TAG_BITS | HEAD_TAG,
@@ -381,13 +390,15 @@ class DeviceExchange(Exchange):
         far: Iterable[Far] = (),
         seconds: float = 0.0,
     ) -> int:
-        """Launch a kernel; returns the key under which its end is told, if that has not come in so many seconds."""
+        """Launch a kernel; returns the key under which its end is told, unless it comes within `seconds`."""
         comm = self._scope.comm
         self._launches += 1
-        *what, behind, _ = self._in_full(function, argument, nbytes, after)
+        _, blocks, threads, _, behind, _ = self._in_full(function, argument, nbytes, after)
         where = self._pool.home, behind, list(far), comm.rank, self._scope.index
         try:
-            transfer, waits = comm._engine.launch(*what, *where, nbytes, self._left(), seconds)
+            transfer, waits = comm._engine.launch(
+                function, blocks, threads, argument, *where, nbytes, self._left(), seconds
+            )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
         if transfer is not None:

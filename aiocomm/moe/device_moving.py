@@ -448,9 +448,7 @@ class DeviceCombine(DeviceExchange):
         argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
         return self._entries[1], argument, nbytes * size, self._after
 
-    def _add_up(
-        self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0
-    ) -> int:
+    def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0) -> int:
         far = [self._far(peer, 8 * peer, self._alignment) for peer in pulled]
         key = self._launch(*self._adding(bases, nbytes), far, seconds)
         self._after = []

@@ -1,9 +1,11 @@
-"""The usual dispatch and combine of GPU arrays, of a decode batch for example, in a few calls into the extension.
+"""The usual dispatch and combine of GPU arrays, of a decode batch for example, in few native calls.
 
-What is waited for meanwhile, an own kernel and the others' messages, is looked for by these calls, without a turn
-of the loop, for up to `LINGER_S` each. They decide nothing but plain success: where anything is unusual (rows
+What is waited for meanwhile, own kernels and the others' messages, is looked for by these calls, without a
+turn of the loop, for up to `LINGER_S`. They decide nothing but plain success: where anything is unusual (rows
 that copy engines are to get, lists that do not ride, memory out of reach, ranks that called differently), the
 steps of `device_exchange` begin again from the same messages.
+
+The first call of a kind goes in single steps. Later ones, which know how much is likely to come, are one.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class _Quick(DeviceExchange):
         return self._number << TAG_BITS | HEAD_TAG
 
     async def _read(self, ended: list[int], pending: Any) -> bool:
-        """Judge a call whose last kernel was launched, and wait for that. False: it did not reach all memory."""
+        """Judge a call whose last kernel was launched, and wait for it. False: it was out of reach."""
         keys = self._launched(pending)
         self._judged = True
         self._raise_trouble()
@@ -107,7 +109,8 @@ class QuickDispatch(_Quick, DeviceDispatch):
         shape = self._shape(ids)
         count = math.prod(shape)
         plain = len(shape) == 2 and shape[0] == tokens.rows and 0 < count <= _MOST_CHOICES
-        if not plain or not self._width or not (_holds(ids, "q", np.int64) and _holds(weights, "f", np.float32)):
+        plain = plain and _holds(ids, "q", np.int64) and _holds(weights, "f", np.float32)
+        if not plain or not self._width:
             return (_NOT_BEGUN,)
         guess = self._pool.usual.get((tokens.rows, shape[1], self._group.size))
         if guess is None or (weights is not None and self._shape(weights) != shape):
@@ -127,7 +130,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         self._spare = tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
         self._whole = _new_part(count)
         argument = move(self._into[1], width, {rank: tokens.address}, moves.address, 0)
-        return self._calls().dispatch(  # type: ignore[no-any-return]
+        return self._calls().dispatch(
             self._scope.comm._engine,
             self._tag(),
             self._header,
@@ -309,7 +312,7 @@ class QuickCombine(_Quick, DeviceCombine):
             return (_NOT_BEGUN,)
         made = self._made
         add, argument, size, after = self._adding({}, nbytes)
-        return self._calls().combine(  # type: ignore[no-any-return]
+        return self._calls().combine(
             self._scope.comm._engine,
             self._tag(),
             self._header,

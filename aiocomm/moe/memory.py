@@ -177,7 +177,7 @@ class Pool:
         self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
-        self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # rows and assignments that have come, by kind of call
+        self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 

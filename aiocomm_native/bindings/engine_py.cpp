@@ -39,7 +39,8 @@ int PyEngine::traverse(visitproc visit, void* arg) {
 }
 
 void PyEngine::clear() {
-  for (PyObject** o : {&loop, &call_soon, &ready, &bells, &on_connect, &on_events, &on_unretrieved}) Py_CLEAR(*o);
+  for (PyObject** o : {&loop, &call_soon, &ready, &bells, &on_connect, &on_events, &on_unretrieved})
+    Py_CLEAR(*o);
   for (auto observers : {&on_submit, &on_complete}) {
     auto dropped = std::exchange(*observers, {});
     for (auto& [link, o] : dropped) Py_DECREF(o);

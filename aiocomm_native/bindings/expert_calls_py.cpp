@@ -42,8 +42,8 @@ class ExpertCalls {
   }
 
   nb::tuple dispatch(Self self, int64_t tag, const nb::bytes& header, uint64_t ended, double deadline,
-                     double seconds, const std::optional<KernelTuple>& give, nb::handle ids, nb::handle weights,
-                     size_t count, nb::handle owner, uint64_t region, uint64_t extent,
+                     double seconds, const std::optional<KernelTuple>& give, nb::handle ids,
+                     nb::handle weights, size_t count, nb::handle owner, uint64_t region, uint64_t extent,
                      const nb::list& places, nb::object slots, const nb::tuple& whole, KernelTuple pull,
                      size_t count_at, uint32_t piece, uint64_t width, uint64_t room, nb::handle moves,
                      nb::handle local, size_t held, nb::handle tables,
@@ -123,8 +123,8 @@ class Arranged {
     nb::object whole = nb::steal(PyMemoryView_FromObject(memory.ptr()));
     size_t at = 0;
     for (size_t i = 0; i < 6; ++i) {
-      nb::object bytes = whole[nb::slice(static_cast<Py_ssize_t>(at),
-                                         static_cast<Py_ssize_t>(at + sizes[i] * widths[i]))];
+      nb::object bytes =
+          whole[nb::slice(static_cast<Py_ssize_t>(at), static_cast<Py_ssize_t>(at + sizes[i] * widths[i]))];
       parts.push_back(bytes.attr("cast")(i == 3 ? "f" : "q"));
       at += (sizes[i] * widths[i] + 7) & ~size_t{7};
     }
@@ -138,18 +138,18 @@ nb::object part_of(const nb::handle array, size_t first, size_t last) {
 }
 
 nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header, uint64_t ended,
-                                double deadline, double seconds,
-                                const std::optional<KernelTuple>& give, nb::handle ids, nb::handle weights,
-                                size_t count, nb::handle owner, uint64_t region, uint64_t extent,
-                                const nb::list& places, nb::object slots, const nb::tuple& whole,
-                                KernelTuple pull, size_t count_at, uint32_t piece, uint64_t width,
-                                uint64_t room, nb::handle moves, nb::handle local, size_t held,
-                                nb::handle tables,
+                                double deadline, double seconds, const std::optional<KernelTuple>& give,
+                                nb::handle ids, nb::handle weights, size_t count, nb::handle owner,
+                                uint64_t region, uint64_t extent, const nb::list& places, nb::object slots,
+                                const nb::tuple& whole, KernelTuple pull, size_t count_at, uint32_t piece,
+                                uint64_t width, uint64_t room, nb::handle moves, nb::handle local,
+                                size_t held, nb::handle tables,
                                 const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const {
   PyEngine& e = *self.p;
   const size_t n = ranks_.size();
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
-  require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 && std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
+  require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 &&
+          std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
@@ -204,7 +204,8 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   launch.submit(next(), channel_, deadline_ns);
   bool fine = false;
   try {  // while it runs
-    fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count, tables);
+    fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count,
+                        tables);
     if (fine) {
       const auto [context, stream, into] = upload;
       nb::gil_scoped_release release;
@@ -218,10 +219,11 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
                         pending, fine);
 }
 
-nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, double deadline, double seconds,
-                               const std::optional<KernelTuple>& give, const nb::list& messages,
-                               nb::object slots, const std::vector<uint64_t>& expected, uint64_t row,
-                               uint64_t alignment, const KernelTuple& add) const {
+nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, double deadline,
+                               double seconds, const std::optional<KernelTuple>& give,
+                               const nb::list& messages, nb::object slots,
+                               const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
+                               const KernelTuple& add) const {
   PyEngine& e = *self.p;
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
@@ -241,8 +243,8 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
     const ExpertHead& head = heads[peer];
     if (peer == me_) continue;
     if (head.flags || head.rows != expected[peer]) return swapped;
-    if (head.rows && (head.extent != head.rows * row ||
-                      !add_far(launch.kernel(), head, peer, head.rows * row, alignment)))
+    if (head.rows &&
+        (head.extent != head.rows * row || !add_far(launch.kernel(), head, peer, head.rows * row, alignment)))
       return swapped;
   }
   launch.submit(next(), channel_, deadline_ns);
@@ -257,12 +259,14 @@ void bind_expert_calls(nb::module_& m) {
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
-      .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "tag"_a, "header"_a, "ended"_a, "deadline"_a, "seconds"_a,
-           "give"_a.none(), "ids"_a, "weights"_a, "count"_a, "owner"_a, "region"_a, "extent"_a, "places"_a,
-           "slots"_a, "whole"_a, "pull"_a, "count_at"_a, "piece"_a, "width"_a, "room"_a, "moves"_a, "local"_a,
-           "held"_a, "tables"_a, "upload"_a,
-           "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the "
-           "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known "
+      .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "tag"_a, "header"_a, "ended"_a, "deadline"_a,
+           "seconds"_a, "give"_a.none(), "ids"_a, "weights"_a, "count"_a, "owner"_a, "region"_a, "extent"_a,
+           "places"_a, "slots"_a, "whole"_a, "pull"_a, "count_at"_a, "piece"_a, "width"_a, "room"_a,
+           "moves"_a, "local"_a, "held"_a, "tables"_a, "upload"_a,
+           "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: "
+           "none, 0: the "
+           "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "
+           "is known "
            "and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "tag"_a, "header"_a, "deadline"_a, "seconds"_a,
            "give"_a.none(), "messages"_a, "slots"_a, "expected"_a, "row"_a, "alignment"_a, "add"_a,

@@ -30,7 +30,8 @@ inline uint64_t padded(uint64_t rows) { return (2 * rows + 3) & ~uint64_t{3}; }
 // A message with its indices and lists, all of which ride with it.
 class CameExperts {
  public:
-  CameExperts(const SeenMemory& slots, uint64_t slot_bytes, size_t peer) : bytes_(slots.bytes() + peer * slot_bytes) {
+  CameExperts(const SeenMemory& slots, uint64_t slot_bytes, size_t peer)
+      : bytes_(slots.bytes() + peer * slot_bytes) {
     require(slot_bytes >= sizeof(ExpertHead) && slots.nbytes() / slot_bytes > peer &&
             reinterpret_cast<uintptr_t>(bytes_) % alignof(ExpertHead) == 0);
     std::memcpy(&head, bytes_, sizeof head);

@@ -55,10 +55,9 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
   require(count && most % count == 0 && weigh.size() == most && me < n);
   require(to_tokens.of<int64_t>().size() >= most && to_counts.of<uint16_t>().size() >= most &&
           to_experts.of<int32_t>().size() >= most && to_routed.of<float>().size() >= most);
-  const Routed into{reinterpret_cast<int64_t*>(to_tokens.bytes()),
-                             reinterpret_cast<uint16_t*>(to_counts.bytes()),
-                             reinterpret_cast<int32_t*>(to_experts.bytes()),
-                             reinterpret_cast<float*>(to_routed.bytes())};
+  const Routed into{
+      reinterpret_cast<int64_t*>(to_tokens.bytes()), reinterpret_cast<uint16_t*>(to_counts.bytes()),
+      reinterpret_cast<int32_t*>(to_experts.bytes()), reinterpret_cast<float*>(to_routed.bytes())};
   Starts rows, assignments;
   bool fine = false;
   {
@@ -81,8 +80,7 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
     head.ended = ended;
     fill(head, header, head.rows ? nb::handle(places[peer]) : nb::handle(Py_None));
     if (head.rows) head.region = region, head.extent = extent;
-    const uint64_t nbytes =
-        sizeof head + 4 * head.rows + padded(head.rows) + 8 * head.assignments;
+    const uint64_t nbytes = sizeof head + 4 * head.rows + padded(head.rows) + 8 * head.assignments;
     if (nbytes > slot_bytes) return {rows, assignments, nb::none()};
     nb::bytes message = new_message(nbytes);
     char* at = PyBytes_AS_STRING(message.ptr());
@@ -221,7 +219,8 @@ bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::v
   std::vector<std::span<const int64_t>> given;
   const auto of_rank = of_sent.of<int64_t>();
   for (size_t rank = 0; rank < n; ++rank) {
-    const auto begin = static_cast<size_t>(sent_starts[rank]), end = static_cast<size_t>(sent_starts[rank + 1]);
+    const auto begin = static_cast<size_t>(sent_starts[rank]),
+               end = static_cast<size_t>(sent_starts[rank + 1]);
     require(begin <= end && end <= of_rank.size());
     given.push_back(of_rank.subspan(begin, end - begin));
   }

@@ -166,18 +166,20 @@ void bind_kernels(nb::class_<PyEngine>& engine) {
   engine
       .def("place_for", place_for, nb::arg("description"), nb::arg("rank"),
            "What a peer's kernels need in order to reach this memory. None: they cannot.")
-      .def("launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
-           nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
-           nb::arg("nbytes"), nb::arg("deadline"), nb::arg("seconds") = 0.0,
-           "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
-           "Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: "
-           "that has come.")
-      .def("swap_heads", swap_heads, nb::arg("channel"), nb::arg("tag"), nb::arg("me"), nb::arg("ranks"),
-           nb::arg("messages"), nb::arg("slots"), nb::arg("slot_bytes"), nb::arg("deadline"),
-           nb::arg("seconds"),
-           "Send each rank but `me` its message and receive one from it, and look for the ends for that long. "
-           "Returns those that have not come, or not well: receives by rank, sends from the number of ranks "
-           "on. None: nothing was begun.");
+      .def(
+          "launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
+          nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
+          nb::arg("nbytes"), nb::arg("deadline"), nb::arg("seconds") = 0.0,
+          "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
+          "Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: "
+          "that has come.")
+      .def(
+          "swap_heads", swap_heads, nb::arg("channel"), nb::arg("tag"), nb::arg("me"), nb::arg("ranks"),
+          nb::arg("messages"), nb::arg("slots"), nb::arg("slot_bytes"), nb::arg("deadline"),
+          nb::arg("seconds"),
+          "Send each rank but `me` its message and receive one from it, and look for the ends for that long. "
+          "Returns those that have not come, or not well: receives by rank, sends from the number of ranks "
+          "on. None: nothing was begun.");
 }
 
 }  // namespace aiocomm::py

@@ -8,7 +8,8 @@ namespace aiocomm::py {
 
 namespace {
 
-constexpr uint64_t kOthersWorkNs = 100000;  // for which an end is looked for where a kernel waits for work of others
+constexpr uint64_t kOthersWorkNs =
+    100000;  // for which an end is looked for where a kernel waits for work of others
 
 // Has what is submitted meanwhile launched by this thread.
 class Held {

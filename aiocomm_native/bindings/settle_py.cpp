@@ -49,6 +49,7 @@ bool linger(const nb::list& transfers, double seconds, bool is_long) {
 
 void bind_settle(nb::module_& m) {
   m.def("linger", linger, nb::arg("transfers"), nb::arg("seconds"), nb::arg("is_long") = false,
-        "Wait for any of these for a moment, and say whether one has ended. Long moments are left out only where others "
+        "Wait for any of these for a moment, and say whether one has ended. Long moments are left out only "
+        "where others "
         "such have been in vain.");
 }

@@ -12,7 +12,7 @@ namespace aiocomm {
 namespace {
 // That a kernel takes beside its bytes, and bytes per ns of the fastest: an end is looked for rather too early than too late.
 constexpr uint64_t kLaunchNs = 5000, kKernelRate = 2000;
-}
+}  // namespace
 
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
   Engine::Token token(engine_, true);

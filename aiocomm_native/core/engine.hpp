@@ -439,8 +439,8 @@ class Engine final : public Host, public FrameSink {
   void end_spin();
   bool look_told();
   Patience lingering_, staying_;  // the loop's thread only, as what follows
-  bool covers_engine_ = false;  // in a spin: it sees what the engine's thread would be woken for
-  bool met_ = false;            // in a spin: frames have come
+  bool covers_engine_ = false;    // in a spin: it sees what the engine's thread would be woken for
+  bool met_ = false;              // in a spin: frames have come
 
   // under the token
   PriorityMutex token_;

@@ -110,7 +110,9 @@ def _tell(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], quickly: bool
 @pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("hidden", [8, 7])
-async def test_rows_where_none_may_be_are_not_read(monkeypatch: pytest.MonkeyPatch, quickly: bool, hidden: int) -> None:
+async def test_rows_where_none_may_be_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, quickly: bool, hidden: int
+) -> None:
     async with world(2, links=LINKS, warmup=True) as members:
         came: dict[int, Any] = {}
 
@@ -156,7 +158,9 @@ async def test_a_place_where_no_group_may_be(monkeypatch: pytest.MonkeyPatch, qu
 @pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("reached", [True, False])
-async def test_tokens_that_are_not_there_are_not_read(monkeypatch: pytest.MonkeyPatch, quickly: bool, reached: bool) -> None:
+async def test_tokens_that_are_not_there_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, quickly: bool, reached: bool
+) -> None:
     async with world(2, links=LINKS, warmup=True) as members:
 
         async def dispatch(comm: aiocomm.Communicator) -> None:
