@@ -33,7 +33,8 @@ class PriorityMutex {
     if (waiting_.fetch_sub(1, std::memory_order_release) == 1) waiting_.notify_all();
   }
   bool try_lock() { return mutex_.try_lock(); }
-  bool try_lock_last() { return asking_.load(std::memory_order_relaxed) == 0 && mutex_.try_lock(); }
+  bool try_lock_last() { return asked() == 0 && mutex_.try_lock(); }
+  uint32_t asked() const { return asking_.load(std::memory_order_acquire); }  // how many wait in lock()
   void unlock() { mutex_.unlock(); }
 
  private:
