@@ -18,6 +18,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import anyio.lowlevel
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
@@ -187,6 +188,8 @@ class DeviceExchange(Exchange):
             for memory in self._pinned:
                 self._pool.give_back_pinned(memory)
             self._scope.answer()
+        if self._pool.lets_others(self.suspended):
+            await anyio.lowlevel.cancel_shielded_checkpoint()
 
     # ------------------------------------------------------------ of each operation
 

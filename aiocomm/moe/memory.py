@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Final
 
@@ -44,6 +45,7 @@ _PORTABLE_MAPPED: Final = 3
 _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
+_TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 
 
 def _size_class(nbytes: int, least: int) -> int:
@@ -179,7 +181,16 @@ class Pool:
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
+        self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
+
+    def lets_others(self, did: bool) -> bool:
+        """Whether a call that has ended gives other tasks a turn now; `did`: they have had one meanwhile."""
+        now = time.monotonic()
+        due = not did and now - self._turned > _TURN_S
+        if did or due:
+            self._turned = now
+        return due
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""

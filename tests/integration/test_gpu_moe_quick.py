@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import types
 from collections import Counter
 from typing import Any
 
@@ -12,12 +14,12 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import Driver, Stream
-from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu
+from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
 from harness import all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
-from aiocomm.moe import device_exchange, device_quick
+from aiocomm.moe import device_exchange, device_quick, memory
 from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
 from aiocomm_native import _core
 
@@ -144,6 +146,23 @@ async def test_memory_that_is_not_there_is_not_read(gpu: Driver) -> None:
         await _lie(comm)
 
 
+async def _without_a_pause(comm: aiocomm.Communicator) -> None:
+    _patiently()
+    given, ended = on_gpu(comm.rank, np.zeros((4, 8), np.float32)), []
+    asyncio.get_running_loop().call_later(0.01, ended.append, True)
+    while True:  # until it has been called on all ranks, as all see in the same call
+        given.write(np.full((4, 8), bool(ended), np.float32))
+        came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
+        if to_host(came.tokens, np.float32).all():
+            return
+
+
+@in_processes
+async def test_other_tasks_have_their_turn(gpu: Driver) -> None:
+    async with aiocomm.spawn(_without_a_pause, n=1, links=LINKS) as comm:
+        await _without_a_pause(comm)
+
+
 # ------------------------------------------------------------ on one loop, where others go on in between
 
 
@@ -195,3 +214,26 @@ async def test_a_stream_that_is_gone(gpu: Driver) -> None:
             await layer(comm, 30, 16)
 
         await all_call(members, rank)
+
+
+async def test_when_other_tasks_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns = [100.0], []
+
+    async def turn() -> None:
+        turns.append(now[0])
+
+    async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 11, 8)
+        (pool,) = comm._members()._expert_scope(None)[0].pools.values()
+        clock = types.SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(memory, "time", clock)
+        assert pool.lets_others(True) is False
+        now[0] += 1.9e-3
+        assert pool.lets_others(False) is False
+        now[0] += 0.2e-3
+        assert pool.lets_others(False) is True
+        assert pool.lets_others(False) is False
+        monkeypatch.setattr(device_exchange.anyio.lowlevel, "cancel_shielded_checkpoint", turn)
+        monkeypatch.setattr(pool, "lets_others", lambda _: True)
+        await layer(comm, 11, 8)
+        assert len(turns) == 2  # after dispatch and after combine
