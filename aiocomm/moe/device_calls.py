@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "combine", "dispatch", "matrix_of"]
 
 SM_BUDGET: Final = 64
+_SETTINGS: Final = 64  # that are kept
 
 
 class Options:
@@ -56,6 +57,12 @@ class Options:
             UsageError: on several GPUs, or on one that cannot be used.
         """
         scope, arrays = self.scope, list(described)
+        _, _, _, device, stream, _, _ = arrays[0]
+        alike = all(one[2] and one[3] == device and one[4] == stream for one in arrays)
+        pool = scope.pools.get(device) if alike else None  # as last time, mostly
+        key = stream, self._bulk, self._path, self._deadline, self._sm_budget
+        if pool is not None and (known := pool.settings.get(key)) is not None:
+            return known  # type: ignore[no-any-return]
         try:
             devices = {device_of(one) for one in arrays if one[2]}
             if len(devices) > 1:
@@ -67,7 +74,10 @@ class Options:
             raise UsageError(f"cannot use this GPU: {error}") from error
         # Results are used on some stream, whatever the arrays say of themselves.
         streams = frozenset(one[4] for one in arrays) - {NO_STREAM} or frozenset((LEGACY,))
-        return Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+        made = Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+        if pool is not None and len(pool.settings) < _SETTINGS:
+            pool.settings[key] = made
+        return made
 
     def _device_of_empty(self, arrays: Iterable[Description], otherwise: int | None) -> int:
         """The GPU that a rank without rows uses: as they say, as calls before, or as the thread has it."""

@@ -126,7 +126,7 @@ class DeviceDispatch(DeviceExchange):
             runs.append((self._slab.address, tokens.address, tokens.nbytes))
         for name in ("_ids", "_weights"):
             if isinstance(described := getattr(self, name), tuple):
-                memory = self._borrow_pinned(described[2])
+                memory = self._pinned_for(name, described[2])
                 runs.append((memory.address, described[1], described[2]))
                 self._pinned_arrays.append((name, described, memory))
                 self._after.insert(0, described)
@@ -134,6 +134,10 @@ class DeviceDispatch(DeviceExchange):
             return None
         argument = move(0, self._width, {}, 0, 0, runs)
         return self._entries[0], argument, sum(run[2] for run in runs), self._after
+
+    def _pinned_for(self, _name: str, nbytes: int) -> Pinned:
+        """Where one of the small arrays is read back to."""
+        return self._borrow_pinned(nbytes)
 
     async def _prepare(self, keys: list[int]) -> list[int]:
         if self._pinned_arrays:

@@ -20,9 +20,9 @@ from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, UsageError
 from aiocomm.moe.device_exchange import LINGER_S, PIECE_BYTES, DeviceExchange, Where
-from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch, host_array, move
+from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
 from aiocomm.moe.exchange import HEAD_TAG
-from aiocomm.moe.memory import Tables
+from aiocomm.moe.memory import Pinned, Pool, Tables
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
 from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import LISTS_RIDE
@@ -81,6 +81,17 @@ class _Quick(DeviceExchange):
             self._outcome = tuple(outcome)
         return True
 
+    def _has_received(self) -> bool:
+        """Whether that was all, well done."""
+        if self._outcome is None or self._aborted is not None or not self._is_done(self._outcome):
+            return False
+        self._judged = True
+        return True
+
+    def _is_done(self, outcome: tuple[Any, ...]) -> bool:
+        """Keep what a call has made that has come to its end. False: something is under way, or wrong."""
+        raise NotImplementedError
+
     def _calls(self) -> _core.ExpertCalls:
         pool = self._pool
         if pool.calls is None:
@@ -91,18 +102,50 @@ class _Quick(DeviceExchange):
     def _tag(self) -> int:
         return self._number << TAG_BITS | HEAD_TAG
 
-    async def _read(self, ended: list[int], pending: Any) -> bool:
+    async def _read(self, pending: Any) -> bool:
         """Judge a call whose last kernel was launched, and wait for it. False: it was out of reach."""
         keys = self._launched(pending)
         self._judged = True
         self._raise_trouble()
-        for peer in self._others():
-            self._pool.heard(peer, ended[peer])
         return not await self._landed(keys)
+
+    def _hear(self, ended: list[int]) -> None:
+        """Note which calls the others had ended."""
+        heard, rank = self._pool.heard, self._group.rank
+        for peer, number in enumerate(ended):
+            if peer != rank:
+                heard(peer, number)
+
+
+class _Kit:
+    """Host memory of the dispatches of one kind, one after the other, and how it is seen."""
+
+    def __init__(self, pool: Pool, shape: tuple[int, int], rows: int) -> None:
+        count = math.prod(shape)
+        self.ids, self.weights = pool.take_pinned(8 * count), pool.take_pinned(4 * count)
+        self.moves = pool.take_pinned(rows * ENTRY_BYTES)
+        self.seen_ids = self.ids.bytes[: 8 * count].view(np.int64).reshape(shape)
+        self.seen_weights = self.weights.bytes[: 4 * count].view(np.float32).reshape(shape)
+        self.ones = np.ones(shape, np.float32)
 
 
 class QuickDispatch(_Quick, DeviceDispatch):
     """A dispatch whose rows are read by kernels, and whose lists ride."""
+
+    _kit: _Kit | None = None
+
+    async def run(self) -> None:
+        """See `Exchange.run`."""
+        try:
+            await super().run()
+        finally:
+            if self._kit is not None:
+                self._pool.give_back_kit(self._kind, self._kit)
+
+    def _pinned_for(self, name: str, nbytes: int) -> Pinned:
+        if self._kit is None:
+            return super()._pinned_for(name, nbytes)
+        return self._kit.ids if name == "_ids" else self._kit.weights
 
     def _attempt(self) -> tuple[Any, ...]:
         tokens, ids, weights = self._tokens, self._ids, self._weights
@@ -112,21 +155,27 @@ class QuickDispatch(_Quick, DeviceDispatch):
         plain = plain and _holds(ids, "q", np.int64) and _holds(weights, "f", np.float32)
         if not plain or not self._width:
             return (_NOT_BEGUN,)
-        guess = self._pool.usual.get((tokens.rows, shape[1], self._group.size))
+        pool, rank, width = self._pool, self._group.rank, self._width
+        self._kind = kind = tokens.rows, shape[1], self._group.size
+        guess = pool.usual.get(kind)
         if guess is None or (weights is not None and self._shape(weights) != shape):
             return (_NOT_BEGUN,)
-        self._made, self._is_made = self._giving(), True
-        if self._packed or self._made is None:
-            return (_NOT_BEGUN,)
         rows, assignments = (int(_MORE * one) for one in guess)
-        pool, rank, width, slab = self._pool, self._group.rank, self._width, self._slab
-        assert slab is not None
-        found = {"_ids": ids, "_weights": np.ones(shape, np.float32) if weights is None else weights}
-        for name, described, memory in self._pinned_arrays:
-            found[name] = host_array(described, memory.bytes)
+        kit: _Kit = pool.take_kit(kind) or _Kit(pool, shape, rows)
+        self._kit = kit
+        self._made, self._is_made = self._giving(), True
+        slab = self._slab
+        if slab is None or self._made is None:
+            return (_NOT_BEGUN,)
+        if isinstance(ids, tuple):
+            ids = kit.seen_ids
+        if weights is None:
+            weights = kit.ones
+        elif isinstance(weights, tuple):
+            weights = kit.seen_weights
         room = rows * width
         self._take_place(room)
-        moves = self._take_moves(rows)
+        moves = self._moves = kit.moves
         self._spare = tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
         self._whole = _new_part(count)
         argument = move(self._into[1], width, {rank: tokens.address}, moves.address, 0)
@@ -138,8 +187,8 @@ class QuickDispatch(_Quick, DeviceDispatch):
             self._left(),
             LINGER_S,
             self._in_full(*self._made),
-            found["_ids"],
-            found["_weights"],
+            ids,
+            weights,
             tokens.rows,
             self._placed.owner,
             slab.region,
@@ -168,20 +217,20 @@ class QuickDispatch(_Quick, DeviceDispatch):
         """In single steps: the first call of a kind, and those that are large."""
         if self._packed:
             return False
-        found = self._small_arrays()
-        if found is None:
+        small = self._small_arrays()
+        if small is None:
             return False
-        ids, weights = found
+        ids, weights = small
         given, slab, size = self._tokens, self._slab, self._group.size
         whole = _new_part(ids.size)
         region, nbytes = (0, 0) if slab is None else (slab.region, given.nbytes)
         where = self._group.rank, self._header, self._ended_call(), region, nbytes, self._places(slab)
-        try:
-            rows, assignments, messages = _core.route_messages(
-                ids, weights, given.rows, self._placed.owner, *where, self._slot_bytes, *whole
-            )
-        except ValueError:
+        found = _core.route_messages(
+            ids, weights, given.rows, self._placed.owner, *where, self._slot_bytes, *whole
+        )
+        if found is None:
             return False
+        rows, assignments, messages = found
         assert len(rows) == size + 1
         self._parts = self.parts = Routed(whole, rows, assignments)
         self._swapped = messages is not None and self._swap(messages)
@@ -209,22 +258,29 @@ class QuickDispatch(_Quick, DeviceDispatch):
             return None
         return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
 
-    async def _receive_pulled(self, outcome: tuple[Any, ...]) -> bool:
-        """The same where one call has done it all."""
-        *_, ended, total, count, lists, pending, fine = outcome
-        if not await self._read(ended, pending) or not fine:
+    def _is_done(self, outcome: tuple[Any, ...]) -> bool:
+        *_, pending, fine = outcome
+        if pending is not None or not fine:
             return False
+        self._keep(outcome)
+        return True
+
+    def _keep(self, outcome: tuple[Any, ...]) -> None:
+        *_, ended, total, count, lists, _, _ = outcome
+        self._hear(ended)
         size, held = self._group.size, len(self._placed.held[self._group.rank])
         self.found = _arrangement(lists, size, held, total, count)
         assert self._spare is not None
         self.tables = self._spare
         self.tables.resize(count, total, self._tokens.rows, size)
         self._begins = [0, total]
-        return True
 
     async def _receive_quickly(self) -> bool:
-        if self._outcome is not None and await self._receive_pulled(self._outcome):
-            return True
+        if self._outcome is not None:
+            *_, pending, fine = self._outcome
+            if await self._read(pending) and fine:
+                self._keep(self._outcome)
+                return True
         if not self._swapped or not self._width or (heads := self._read_heads()) is None:
             return False
         group, width, parts = self._group, self._width, self.parts
@@ -264,7 +320,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         if not self._arrange_quickly(own, total, count):
             return False
         choices = len(parts.whole.tokens) // self._tokens.rows
-        self._pool.usual[self._tokens.rows, choices, size] = total, count
+        self._pool.note_usual((self._tokens.rows, choices, size), total, count)
         return not await self._landed([key])
 
     def _arrange_quickly(self, own: Part, rows: int, count: int) -> bool:
@@ -330,6 +386,12 @@ class QuickCombine(_Quick, DeviceCombine):
     def _take_over(self, outcome: tuple[Any, ...]) -> Any:
         return outcome[0]
 
+    def _is_done(self, outcome: tuple[Any, ...]) -> bool:
+        _, ended, pending = outcome
+        if pending is None:
+            self._hear(ended)
+        return pending is None
+
     def _messages(self) -> list[bytes | None]:
         slab = self._slab
         region, row = (0, 0) if slab is None else (slab.region, self._row)
@@ -348,7 +410,8 @@ class QuickCombine(_Quick, DeviceCombine):
     async def _receive_quickly(self) -> bool:
         if self._outcome is not None:
             _, ended, pending = self._outcome
-            if await self._read(ended, pending):
+            if await self._read(pending):
+                self._hear(ended)
                 return True
         if not self._swapped or not self._row or (heads := self._read_heads()) is None:
             return False

@@ -110,18 +110,19 @@ class Exchange(Flight):
                 for peer in self._others():
                     self._post(Recv, (True, peer), peer, self._slot(peer), HEAD_TAG)
                 await self._send()
-            self._for_heads = True
-            while self._wanted:
-                self._settle_sends()
-                if self._wanted:
-                    self._raise_header_trouble()
-                    await self._news()
-            self._for_heads = False
-            if not await self._receive_quickly():
-                self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
-                self._judge()
-                await self._receive()
-            await self._rest()
+            if not self._has_received():
+                self._for_heads = True
+                while self._wanted:
+                    self._settle_sends()
+                    if self._wanted:
+                        self._raise_header_trouble()
+                        await self._news()
+                self._for_heads = False
+                if not await self._receive_quickly():
+                    self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
+                    self._judge()
+                    await self._receive()
+                await self._rest()
             await self._finish()
         except BaseException as error:
             await self._give_up(error)
@@ -138,6 +139,10 @@ class Exchange(Flight):
 
     def _begin_quickly(self) -> bool:
         """Swap messages without a turn of the loop. False: nothing is sent."""
+        return False
+
+    def _has_received(self) -> bool:
+        """Whether beginning has done it all, and nothing is under way."""
         return False
 
     async def _receive_quickly(self) -> bool:

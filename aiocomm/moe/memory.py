@@ -15,7 +15,7 @@ import ctypes
 import itertools
 import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -45,6 +45,7 @@ _PORTABLE_MAPPED: Final = 3
 _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
+_KINDS: Final = 64  # of calls, of which something is kept
 _TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 
 
@@ -172,7 +173,7 @@ class Pool:
         self.home: Description = (None, 0, 0, device, NO_STREAM, "B", (0,))  # for launches
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
-        self._free_tables: dict[int, list[Block]] = {}
+        self._free_tables: dict[int, list[tuple[Pinned, Block]]] = {}
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
@@ -181,6 +182,8 @@ class Pool:
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
+        self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind of call, what serves one of them at a time
+        self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
@@ -221,18 +224,37 @@ class Pool:
         if not self._closed:
             self._returned.append(block)
 
-    def take_tables(self, nbytes: int) -> Block:
-        """A block that nothing but `upload` writes, in the order of the kernels' stream."""
+    def take_tables(self, nbytes: int) -> tuple[Pinned, Block]:
+        """Host memory, and a block that nothing but `upload` writes, in the order of the kernels' stream."""
         size = _size_class(nbytes, _LEAST)
         try:  # maybe on another thread
             return self._free_tables[size].pop()
         except LookupError:
-            return Block(self.kernels, self._engine, size)
+            return Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
 
-    def give_back_tables(self, block: Block) -> None:
-        """Keep it for the next; no kernel reads it any more."""
+    def give_back_tables(self, pinned: Pinned, block: Block) -> None:
+        """Keep them for the next; no kernel reads them any more."""
         if not self._closed:
-            self._free_tables.setdefault(block.nbytes, []).append(block)
+            self._free_tables.setdefault(block.nbytes, []).append((pinned, block))
+
+    def take_kit(self, kind: tuple[int, ...]) -> Any:
+        """What a call of this kind has given back, if any."""
+        kits = self._kits.get(kind)
+        return kits.pop() if kits else None
+
+    def give_back_kit(self, kind: tuple[int, ...], kit: Any) -> None:
+        """Keep it for the next call of the kind."""
+        if self._closed:
+            return
+        if len(self._kits) >= _KINDS:
+            self._kits.clear()
+        self._kits.setdefault(kind, []).append(kit)
+
+    def note_usual(self, kind: tuple[int, ...], rows: int, assignments: int) -> None:
+        """Note how much has come in a call of this kind."""
+        if len(self.usual) >= _KINDS:
+            self.usual.clear()
+        self.usual[kind] = rows, assignments
 
     def lend(self, call: int, block: Block, ranks: set[int]) -> None:
         """Give it back once these ranks have ended the call."""
@@ -270,7 +292,8 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
-        for kept in (self._free, self._free_tables, self._pinned, self._lent, self._returned):
+        memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
+        for kept in (*memory, self.settings):
             kept.clear()
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
@@ -319,8 +342,7 @@ class Tables:
     def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
         self._pool = pool
         self._nbytes = _core.sum_tables(assignments, rows, count, size)[-1]
-        self._pinned = pool.take_pinned(self._nbytes)
-        self._block = pool.take_tables(self._nbytes)
+        self._pinned, self._block = pool.take_tables(self._nbytes)
         self.resize(assignments, rows, count, size)
 
     @classmethod
@@ -387,5 +409,4 @@ class Tables:
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
-            self._pool.give_back_tables(self._block)
-            self._pool.give_back_pinned(self._pinned)
+            self._pool.give_back_tables(self._pinned, self._block)

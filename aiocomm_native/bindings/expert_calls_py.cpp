@@ -160,15 +160,10 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
   mark(e, "given");
-  Starts rows, assignments;
-  nb::object messages;
-  try {
-    std::tie(rows, assignments, messages) =
-        route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places, slot_bytes_,
-                       whole[0], whole[1], whole[2], whole[3]);
-  } catch (const std::exception&) {
-    return nb::make_tuple(int{kRefused});
-  }
+  auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
+                               slot_bytes_, whole[0], whole[1], whole[2], whole[3]);
+  if (!routed) return nb::make_tuple(int{kRefused});
+  auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
   mark(e, "routed");
   Swap swap(e, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);

@@ -59,8 +59,9 @@ class CameExperts {
 
 using Starts = std::vector<int64_t>;
 
-// (first row of each rank, first assignment of each, messages by rank; None: some rank's does not fit)
-std::tuple<Starts, Starts, nanobind::object> route_messages(
+// (first row of each rank, first assignment of each, messages by rank; None: some rank's does not fit). Nothing: an expert
+// is not there.
+std::optional<std::tuple<Starts, Starts, nanobind::object>> route_messages(
     nanobind::handle ids, nanobind::handle weights, size_t count, nanobind::handle owner, size_t me,
     const nanobind::bytes& header, uint64_t ended, uint64_t region, uint64_t extent,
     const nanobind::list& places, uint64_t slot_bytes, nanobind::handle tokens, nanobind::handle counts,

@@ -40,7 +40,7 @@ nb::bytes new_message(size_t nbytes) {
 
 }  // namespace
 
-std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle weights, size_t count,
+std::optional<std::tuple<Starts, Starts, nb::object>> route_messages(nb::handle ids, nb::handle weights, size_t count,
                                                       nb::handle owner, size_t me, const nb::bytes& header,
                                                       uint64_t ended, uint64_t region, uint64_t extent,
                                                       const nb::list& places, uint64_t slot_bytes,
@@ -65,7 +65,7 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
     fine = aiocomm::route_tokens(given.data(), weigh.data(), count, most / count, of_owner.of<int64_t>(), n,
                                  into, rows, assignments);
   }
-  if (!fine) throw nb::value_error("an expert, or its rank, that is not there");
+  if (!fine) return std::nullopt;
   nb::list messages;
   for (size_t peer = 0; peer < n; ++peer) {
     const auto first = static_cast<size_t>(rows[peer]), from = static_cast<size_t>(assignments[peer]);
@@ -81,7 +81,7 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
     fill(head, header, head.rows ? nb::handle(places[peer]) : nb::handle(Py_None));
     if (head.rows) head.region = region, head.extent = extent;
     const uint64_t nbytes = sizeof head + 4 * head.rows + padded(head.rows) + 8 * head.assignments;
-    if (nbytes > slot_bytes) return {rows, assignments, nb::none()};
+    if (nbytes > slot_bytes) return std::make_tuple(rows, assignments, nb::object(nb::none()));
     nb::bytes message = new_message(nbytes);
     char* at = PyBytes_AS_STRING(message.ptr());
     auto write = [&at](const void* source, size_t size) {
@@ -100,7 +100,7 @@ std::tuple<Starts, Starts, nb::object> route_messages(nb::handle ids, nb::handle
     write(into.weights + from, 4 * head.assignments);
     messages.append(message);
   }
-  return {rows, assignments, messages};
+  return std::make_tuple(rows, assignments, nb::object(messages));
 }
 
 nb::list sum_messages(nb::handle starts, uint64_t row, size_t me, const nb::bytes& header, uint64_t ended,
@@ -240,7 +240,7 @@ void bind_expert_heads(nb::module_& m) {
         "ended"_a, "region"_a, "extent"_a, "places"_a, "slot_bytes"_a, "tokens"_a, "counts"_a, "experts"_a,
         "routed"_a,
         "As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its "
-        "slot.");
+        "slot. None instead of all: an expert is not there.");
   m.def("sum_messages", sum_messages, "starts"_a, "row"_a, "me"_a, "header"_a, "ended"_a, "region"_a,
         "places"_a, "Each rank's message of a combine.");
   m.def("read_heads", read_heads, "slots"_a, "slot_bytes"_a, "me"_a, "size"_a, "header"_a,
