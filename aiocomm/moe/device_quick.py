@@ -120,7 +120,7 @@ class _Quick(DeviceExchange):
 class _Kit:
     """Host memory of the dispatches of one kind, one after the other, and how it is seen."""
 
-    def __init__(self, pool: Pool, shape: tuple[int, int], rows: int) -> None:
+    def __init__(self, pool: Pool, shape: tuple[int, ...], rows: int) -> None:
         count = math.prod(shape)
         self.ids, self.weights = pool.take_pinned(8 * count), pool.take_pinned(4 * count)
         self.moves = pool.take_pinned(rows * ENTRY_BYTES)

@@ -182,7 +182,9 @@ class Pool:
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
-        self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind of call, what serves one of them at a time
+        self._kits: dict[
+            tuple[int, ...], list[Any]
+        ] = {}  # by kind of call, what serves one of them at a time
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory

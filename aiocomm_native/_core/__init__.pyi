@@ -306,9 +306,9 @@ class ExpertCalls:
 
 DEVICE_HEAD_BYTES: int = 352
 
-def route_messages(ids: object, weights: object, count: int, owner: object, me: int, header: bytes, ended: int, region: int, extent: int, places: list[Any], slot_bytes: int, tokens: object, counts: object, experts: object, routed: object) -> tuple[list[int], list[int], object]:
+def route_messages(ids: object, weights: object, count: int, owner: object, me: int, header: bytes, ended: int, region: int, extent: int, places: list[Any], slot_bytes: int, tokens: object, counts: object, experts: object, routed: object) -> tuple[list[int], list[int], object] | None:
     """
-    As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its slot.
+    As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its slot. None instead of all: an expert is not there.
     """
 
 def sum_messages(starts: object, row: int, me: int, header: bytes, ended: int, region: int, places: list[Any]) -> list[Any]:

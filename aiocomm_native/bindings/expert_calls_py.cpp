@@ -23,9 +23,6 @@ namespace nb = nanobind;
 
 namespace aiocomm::py {
 
-std::vector<std::pair<const char*, uint64_t>> g_marks;  // temporary
-void mark(PyEngine& e, const char* what) { g_marks.emplace_back(what, e.engine->now()); }
-
 namespace {
 
 using Self = nb::pointer_and_handle<PyEngine>;
@@ -150,8 +147,6 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
                                 const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const {
   PyEngine& e = *self.p;
   const size_t n = ranks_.size();
-  g_marks.clear();
-  mark(e, "begin");
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 &&
           std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
@@ -159,18 +154,14 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
-  mark(e, "given");
   auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
                                slot_bytes_, whole[0], whole[1], whole[2], whole[3]);
   if (!routed) return nb::make_tuple(int{kRefused});
   auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
-  mark(e, "routed");
   Swap swap(e, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
-  mark(e, "posted");
   swap.look(until);
-  mark(e, "swapped");
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
   Heads heads;
@@ -198,7 +189,6 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   std::get<5>(pull) = total * width;
   std::get<1>(pull) = static_cast<uint32_t>(
       std::clamp<uint64_t>((total * width + piece - 1) / piece, 1, std::max(1u, std::get<1>(pull))));
-  mark(e, "listed");
   Launch launch(e, pull, home_);
   const uint64_t entries = total;
   std::memcpy(launch.kernel().argument.data() + count_at, &entries, sizeof entries);
@@ -207,7 +197,6 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
         !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * width, 1))
       return swapped;
   launch.submit(next(), channel_, deadline_ns);
-  mark(e, "pull launched");
   bool fine = false;
   try {  // while it runs
     fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count,
@@ -220,9 +209,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   } catch (const std::exception&) {
     fine = false;
   }
-  mark(e, "arranged+uploaded");
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
-  mark(e, "pulled");
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
 }
@@ -233,22 +220,16 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
                                const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
                                const KernelTuple& add) const {
   PyEngine& e = *self.p;
-  g_marks.clear();
-  mark(e, "begin");
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   Launch launch(e, add, home_);  // throws before anything is sent
-  mark(e, "add bound");
   Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
-  mark(e, "given");
   swap.post(channel_, tag, deadline_ns);
-  mark(e, "posted");
   swap.look(until);
-  mark(e, "swapped");
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
@@ -262,9 +243,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
       return swapped;
   }
   launch.submit(next(), channel_, deadline_ns);
-  mark(e, "add launched");
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
-  mark(e, "added");
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
 
@@ -272,11 +251,6 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
 
 void bind_expert_calls(nb::module_& m) {
   using namespace nb::literals;
-  m.def("expert_marks", [] {
-    nb::list all;
-    for (auto& [what, when] : g_marks) all.append(nb::make_tuple(what, when));
-    return all;
-  });
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)

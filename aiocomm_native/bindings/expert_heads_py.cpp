@@ -40,12 +40,10 @@ nb::bytes new_message(size_t nbytes) {
 
 }  // namespace
 
-std::optional<std::tuple<Starts, Starts, nb::object>> route_messages(nb::handle ids, nb::handle weights, size_t count,
-                                                      nb::handle owner, size_t me, const nb::bytes& header,
-                                                      uint64_t ended, uint64_t region, uint64_t extent,
-                                                      const nb::list& places, uint64_t slot_bytes,
-                                                      nb::handle tokens, nb::handle counts,
-                                                      nb::handle experts, nb::handle routed) {
+std::optional<std::tuple<Starts, Starts, nb::object>> route_messages(
+    nb::handle ids, nb::handle weights, size_t count, nb::handle owner, size_t me, const nb::bytes& header,
+    uint64_t ended, uint64_t region, uint64_t extent, const nb::list& places, uint64_t slot_bytes,
+    nb::handle tokens, nb::handle counts, nb::handle experts, nb::handle routed) {
   const Memory of_ids(ids), of_weights(weights), of_owner(owner);
   const Memory to_tokens(tokens, true), to_counts(counts, true), to_experts(experts, true),
       to_routed(routed, true);

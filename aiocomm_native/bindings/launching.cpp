@@ -5,7 +5,6 @@
 namespace nb = nanobind;
 
 namespace aiocomm::py {
-void mark(PyEngine& e, const char* what);
 
 namespace {
 
@@ -60,7 +59,6 @@ Launch::Launch(PyEngine& e, const KernelTuple& from, const nb::tuple& home) : e_
   }
   gpu_ = bound(e, home);
   kept_.append(home);
-  mark(e, " bound");
   waits_ = !kernel->gates.empty();
   kernel->awaited = !waits_ && loop_has_nothing_else(&e);
   gpu_->kernel = std::move(kernel);
@@ -85,7 +83,6 @@ void Launch::submit(int peer, uint32_t channel, uint64_t deadline_ns) {
 }
 
 bool Launch::look(uint64_t until_ns) {
-  mark(e_, " submitted");
   const uint64_t now = e_.engine->now();
   look_for_ends(e_, waits_ ? std::min(until_ns, now + kOthersWorkNs) : until_ns,
                 [this] { return flight_.ended; });
