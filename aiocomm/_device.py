@@ -14,7 +14,7 @@ from string import ascii_letters
 from typing import Any, Final, TypeAlias
 
 from aiocomm import _dlpack
-from aiocomm._streams import NO_STREAM, resolve
+from aiocomm._streams import NO_STREAM, current_of_torch, resolve
 from aiocomm.errors import UsageError, UsageTypeError
 
 __all__ = ["NO_STREAM", "Description", "DeviceArray", "describe", "is_read_only", "itemsize_of", "part_of"]
@@ -115,12 +115,14 @@ def describe(array: Any, writable: bool, stream: Any = None) -> Description | No
         form = _formats.get(array.dtype)
         if form is None:
             form = _formats[array.dtype] = _format_of_torch(array.dtype)
+        torch = sys.modules.get("torch") if stream is None else None
+        handle = resolve(stream, array, device) if torch is None else current_of_torch(torch, device)
         return (
             array,
             array.data_ptr(),
             array.nbytes,
             device,
-            resolve(stream, array, device),
+            handle,
             form,
             tuple(array.shape),
         )

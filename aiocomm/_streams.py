@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from aiocomm.errors import UsageError, UsageTypeError
 
-__all__ = ["LEGACY", "NO_STREAM", "resolve"]
+__all__ = ["LEGACY", "NO_STREAM", "current_of_torch", "resolve"]
 
 LEGACY: Final = 0
 """Handle of the legacy default stream, which waits for all blocking streams of its device."""
@@ -47,13 +47,19 @@ def resolve(stream: Any, array: Any, device: int) -> int:
 def _current(array: Any, device: int) -> int:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        return current_of_torch(torch, device)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return int(cupy.cuda.get_current_stream(device).ptr)
     interface = getattr(array, "__cuda_array_interface__", None) or {}
     stream = interface.get("stream", LEGACY)
     return NO_STREAM if stream is None else int(stream)
+
+
+def current_of_torch(torch: Any, device: int) -> int:
+    """The handle of torch's current stream, without an object for it where that is possible."""
+    quick = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
+    return int(torch.cuda.current_stream(device).cuda_stream if quick is None else quick(device))
 
 
 def _handle(stream: Any) -> int:

@@ -31,8 +31,10 @@ NARROWED: Final = (
     (r"(def place_for\(.*) -> object:", r"\1 -> bytes | None:"),
     (
         r"(def launch\(self, function.*home: )tuple(, after: Sequence\[)tuple(\].*) -> tuple\[object.*",
-        r"\1tuple[Any, ...]\2tuple[Any, ...]\3 -> tuple[Transfer[Any], bool]:",
+        r"\1tuple[Any, ...]\2tuple[Any, ...]\3 -> tuple[Any, bool]:",
     ),
+    (r"(def swap_heads\(.*) -> object:", r"\1 -> list[tuple[int, Transfer[Any]]] | None:"),
+    (r"(def read_heads\(.*) -> object:", r"\1 -> list[Any] | None:"),
     (r"(def outgoing\(.*) -> list:", r"\1 -> list[Transfer[Any]]:"),
     (r"(def (?:settle|linger)\(transfers: list),", r"\1[Transfer[Any]],"),
     (r"(def counters\(.*) -> dict:", r"\1 -> dict[str, Any]:"),
@@ -42,6 +44,8 @@ NARROWED: Final = (
         r"\1\n\n    def __buffer__(self, flags: int, /) -> memoryview: ...\n",
     ),
     (r"(from typing import Annotated)\n", r"\1, Any\n"),
+    (r"((?:: |-> |Sequence\[)tuple)(?=[,)\]:]| =)", r"\1[Any, ...]"),
+    (r"((?:: |-> )list)(?=[,)\]:])", r"\1[Any]"),
 )
 
 

@@ -27,12 +27,20 @@ class AsyncioBackend:
         self._spin = selector if isinstance(selector, SpinSelector) else None
 
     def attach(self, engine: Engine) -> None:
-        ready = getattr(self._loop, "_ready", None)
-        engine.bind_asyncio(self._loop, ready)
         self._loop.add_reader(engine.loop_fd, engine.drain)
         self._loop.add_reader(engine.express_fd, engine.drain_express)
+        ready = getattr(self._loop, "_ready", None)
+        engine.bind_asyncio(self._loop, ready, self._bells(engine))
         if self._spin is not None:
             self._spin.add(engine)
+
+    def _bells(self, engine: Engine) -> tuple[Any, ...]:
+        """The loop's handles that only call for what the engine has."""
+        selector = getattr(self._loop, "_selector", None)
+        try:
+            return tuple(selector.get_key(fd).data[0] for fd in (engine.loop_fd, engine.express_fd))  # type: ignore[union-attr]
+        except (AttributeError, KeyError, LookupError, TypeError):  # loops of other kinds
+            return ()
 
     def detach(self, engine: Engine) -> None:
         if self._spin is not None:

@@ -184,7 +184,7 @@ class Flight:
             if (
                 not self._brief
                 or time.monotonic() > self._breath
-                or not _core.linger(list(flying.values()), self._linger_s)
+                or not _core.linger(list(flying.values()), self._linger_s, self._linger_s > LINGER_S)
             ):
                 return False
             for key, transfer in list(flying.items()):

@@ -10,7 +10,7 @@ from aiocomm._streams import LEGACY
 from aiocomm.collectives.kernels import check_budget, device_of
 from aiocomm.errors import LinkError, UsageError, UsageTypeError
 from aiocomm.moe.device_exchange import Matrix, Setting
-from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
+from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
 from aiocomm.moe.memory import Pool
 from aiocomm.moe.sources import KINDS
 from aiocomm_native import _core
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "combine", "dispatch", "matrix_of"]
 
-SM_BUDGET: Final = 24
+SM_BUDGET: Final = 64
+_SETTINGS: Final = 64  # that are kept
 
 
 class Options:
@@ -56,6 +57,12 @@ class Options:
             UsageError: on several GPUs, or on one that cannot be used.
         """
         scope, arrays = self.scope, list(described)
+        _, _, _, device, stream, _, _ = arrays[0]
+        alike = all(one[2] and one[3] == device and one[4] == stream for one in arrays)
+        pool = scope.pools.get(device) if alike else None  # as last time, mostly
+        key = stream, self._bulk, self._path, self._deadline, self._sm_budget
+        if pool is not None and (known := pool.settings.get(key)) is not None:
+            return known  # type: ignore[no-any-return]
         try:
             devices = {device_of(one) for one in arrays if one[2]}
             if len(devices) > 1:
@@ -67,7 +74,10 @@ class Options:
             raise UsageError(f"cannot use this GPU: {error}") from error
         # Results are used on some stream, whatever the arrays say of themselves.
         streams = frozenset(one[4] for one in arrays) - {NO_STREAM} or frozenset((LEGACY,))
-        return Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+        made = Setting(scope.pools[device], self._bulk, self._path, self._deadline, self._sm_budget, streams)
+        if pool is not None and len(pool.settings) < _SETTINGS:
+            pool.settings[key] = made
+        return made
 
     def _device_of_empty(self, arrays: Iterable[Description], otherwise: int | None) -> int:
         """The GPU that a rank without rows uses: as they say, as calls before, or as the thread has it."""
@@ -93,18 +103,18 @@ def matrix_of(options: Options, x: Any, name: str, writable: bool = False) -> Ma
 
 def dispatch(
     options: Options, text: str, tokens: Matrix, expert_ids: Any, weights: Any, where: Placement
-) -> DeviceDispatch:
+) -> QuickDispatch:
     """The call of a rank whose tokens are on a GPU."""
     ids = _small(options, expert_ids)
     found = _small(options, weights)
     on_gpus = [one for one in (ids, found) if isinstance(one, tuple)]
     setting = options.setting([tokens.description, *on_gpus])
-    return DeviceDispatch(options.scope, setting, text, tokens, where, ids, found)
+    return QuickDispatch(options.scope, setting, text, tokens, where, ids, found)
 
 
 def combine(
     options: Options, text: str, outputs: Matrix, dispatched: Dispatched, wire: str, out: Any
-) -> DeviceCombine:
+) -> QuickCombine:
     """The call of a rank whose outputs are on a GPU.
 
     Raises:
@@ -132,7 +142,7 @@ def combine(
         raise UsageError(
             f"outputs is on GPU {setting.pool.device}, the tokens were dispatched to GPU {tables.device}"
         )
-    return DeviceCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
+    return QuickCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
 
 
 def _small(options: Options, array: Any) -> Any:

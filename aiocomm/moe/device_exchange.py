@@ -18,17 +18,20 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import anyio.lowlevel
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
-from aiocomm.collectives.flight import LINGER_S
+from aiocomm.collectives import flight
 from aiocomm.collectives.gpu import name_of
 from aiocomm.collectives.headers import REFUSED, header
 from aiocomm.collectives.kernels import THREADS
+from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, PeerError, UsageError
-from aiocomm.moe.exchange import Exchange
+from aiocomm.moe.exchange import HEAD_TAG, Exchange
 from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import HEAD_BYTES, Head
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,16 +44,26 @@ if TYPE_CHECKING:
     from aiocomm_native import Transfer
 
     Far = tuple[int, bytes, int, int, int, int]
+    Kernel = tuple[int, bytes, int, Sequence[Description]]  # function, argument, bytes, memory to follow
 
-__all__ = ["DEVICE_HEAD_BYTES", "PACKED", "DeviceExchange", "Matrix", "Setting", "Where"]
+__all__ = [
+    "DEVICE_HEAD_BYTES",
+    "LINGER_S",
+    "PACKED",
+    "PIECE_BYTES",
+    "DeviceExchange",
+    "Matrix",
+    "Setting",
+    "Where",
+]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
 _LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
-_KERNEL_S: Final = 3e-4  # that an own kernel is looked for before the task is suspended: it needs nobody else
-_WARP_BYTES: Final = 4096
+LINGER_S: Final = 1e-3  # that is looked for news before the task is suspended: layers are close
+PIECE_BYTES: Final = 4096 * THREADS // 32  # that a block has to do, at least
 _KERNELS: Final = 1 << 20  # keys of launches; below are messages, above gets
 _GETS: Final = 1 << 21
 _TRIES: Final = 3  # of kernels on a rank's memory: access may be on its way to being opened
@@ -118,6 +131,8 @@ class Setting(NamedTuple):
 class DeviceExchange(Exchange):
     """One dispatch or combine of this rank."""
 
+    _linger_s = LINGER_S
+
     def __init__(
         self,
         scope: Scope,
@@ -145,6 +160,9 @@ class DeviceExchange(Exchange):
         self._brief = True
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
+        self._made: Kernel | None = None
+        self._is_made = False
+        self._after: list[Description] = []  # behind the work on whose streams the next kernel is
         self._refused: UsageError | None = None
         self._unreached: set[int] = set()  # ranks of the group whose memory a kernel has not reached
         self._told: set[int] = set()  # ranks that have a header with a place
@@ -170,6 +188,8 @@ class DeviceExchange(Exchange):
             for memory in self._pinned:
                 self._pool.give_back_pinned(memory)
             self._scope.answer()
+        if self._pool.lets_others(self.suspended):
+            await anyio.lowlevel.cancel_shielded_checkpoint()
 
     # ------------------------------------------------------------ of each operation
 
@@ -177,9 +197,18 @@ class DeviceExchange(Exchange):
         """The source of its kernels, and their names."""
         raise NotImplementedError
 
-    def _give(self) -> list[int]:
-        """Launch what brings this rank's part into place, as far as that is known; returns keys."""
+    def _giving(self) -> Kernel | None:
+        """What brings this rank's part into place, as far as that is known."""
         raise NotImplementedError
+
+    def _give(self) -> list[int]:
+        """Launch that; returns keys."""
+        if not self._is_made:
+            self._made, self._is_made = self._giving(), True
+        if self._made is None:
+            return []
+        self._after = []
+        return [self._launch(*self._made, seconds=self._linger_s)]
 
     async def _prepare(self, keys: list[int]) -> list[int]:
         """Do what headers wait for, but for these launches; returns keys of all that is left to wait for.
@@ -199,11 +228,74 @@ class DeviceExchange(Exchange):
     def _start(self) -> None:
         source, names = self._sources()
         self._entries = [self._pool.kernels.loaded(source, name) for name in names]
-        if all(self._entries):  # else they are compiled first
-            try:
-                self._given = self._give()
-            except UsageError as error:
-                self._refused = error
+
+    def _begin_quickly(self) -> bool:
+        if not all(self._entries):  # they are compiled first
+            return False
+        try:
+            self._given = self._give()
+        except UsageError as error:
+            self._refused = error
+            return False
+        self._raise_any()
+        if self._group.size == 1 or any((False, key) in self._flying for key in self._given):
+            return False
+        return self._swap_quickly()
+
+    def _swap_quickly(self) -> bool:
+        """What `_prepare` and sending do, once this rank's part is in place. False: nothing is sent."""
+        return False
+
+    def _swapped_but(self, left: Any) -> None:
+        """Note that messages are on their way to and from all; `left`: those that are not there."""
+        self._told.update(self._others())
+        pending = {key for key, _ in left}
+        self._wanted &= pending
+        self._missing &= pending
+        for key, transfer in left:
+            self._watch((True, key), transfer)
+
+    def _swap(self, messages: Any) -> bool:
+        """Swap messages without a turn of the loop, as far as that goes. False: nothing is sent."""
+        left = self._scope.comm._engine.swap_heads(
+            self._scope.index,
+            self._number << TAG_BITS | HEAD_TAG,
+            self._group.rank,
+            self._group.ranks,
+            messages,
+            self._slots,
+            self._slot_bytes,
+            self._left(),
+            LINGER_S,
+        )
+        if left is None:
+            return False
+        self._swapped_but(left)
+        return True
+
+    def _read_heads(self) -> list[Any] | None:
+        """What the messages begin with, by rank. None: one is about another call."""
+        heads = _core.read_heads(
+            self._slots, self._slot_bytes, self._group.rank, self._group.size, self._header
+        )
+        if heads is not None:
+            self._judged = True
+            self._raise_trouble()
+            for peer in self._others():
+                where = self._where[peer] = Where(*heads[peer][3:])
+                self._pool.heard(peer, where.ended)
+        return heads
+
+    def _ended_call(self) -> int:
+        """The last call of those that this rank has ended, without a gap."""
+        return min(self._scope.calls) - 1
+
+    def _places(self, block: Block | None) -> list[bytes | None]:
+        """By rank, what its kernels need in order to read a block."""
+        rank, ranks = self._group.rank, self._group.ranks
+        if block is None:
+            return [None] * len(ranks)
+        return [None if peer == rank else block.place_for(one) for peer, one in enumerate(ranks)]
 
     async def _send(self) -> None:
         try:
@@ -252,7 +344,7 @@ class DeviceExchange(Exchange):
 
     def _where_of(self, block: Block | None, peer: int, start: int, extent: int, packed: bool) -> Where:
         """Tell a rank where what is for it lies."""
-        ended = min(self._scope.calls) - 1
+        ended = self._ended_call()
         if block is None or not extent:
             return Where(ended)
         place = None if packed else block.place_for(self._group.ranks[peer])
@@ -299,23 +391,40 @@ class DeviceExchange(Exchange):
         nbytes: int,
         after: Iterable[Description] = (),
         far: Iterable[Far] = (),
+        seconds: float = 0.0,
     ) -> int:
-        """Launch a kernel; returns the key under which its end is told."""
+        """Launch a kernel; returns the key under which its end is told, unless it comes within `seconds`."""
         comm = self._scope.comm
         self._launches += 1
-        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // (_WARP_BYTES * THREADS // 32))))
-        behind = {description[4]: description for description in after if description[2]}  # by stream
-        where = self._pool.home, list(behind.values()), list(far), comm.rank, self._scope.index
+        _, blocks, threads, _, behind, _ = self._in_full(function, argument, nbytes, after)
+        where = self._pool.home, behind, list(far), comm.rank, self._scope.index
         try:
             transfer, waits = comm._engine.launch(
-                function, blocks, THREADS, argument, *where, nbytes, self._left()
+                function, blocks, threads, argument, *where, nbytes, self._left(), seconds
             )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
-        if waits:
-            self._behind.add(self._launches)
-        self._watch((False, self._launches), transfer)
+        if transfer is not None:
+            if waits:
+                self._behind.add(self._launches)
+            self._watch((False, self._launches), transfer)
         return self._launches
+
+    def _in_full(
+        self, function: int, argument: bytes, nbytes: int, after: Iterable[Description]
+    ) -> tuple[int, int, int, bytes, list[Description], int]:
+        """A kernel as the extension takes it."""
+        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
+        behind = {description[4]: description for description in after if description[2]}  # by stream
+        return function, blocks, THREADS, argument, list(behind.values()), nbytes
+
+    def _launched(self, transfer: Any) -> list[int]:
+        """Watch a kernel that the extension has launched; returns keys. None: it has ended well."""
+        if transfer is None:
+            return []
+        self._launches += 1
+        self._watch((False, self._launches), transfer)
+        return [self._launches]
 
     def _get(self, peer: int, into: Description, start: int) -> int:
         """Get what lies at `start` in a rank's memory; returns the key."""
@@ -341,13 +450,14 @@ class DeviceExchange(Exchange):
     async def _landed(self, keys: Iterable[int]) -> set[int]:
         """Wait for launches and gets; returns ranks whose memory a kernel does not reach, so has not run."""
         wanted = [(False, key) for key in keys]
-        if all(_KERNELS <= key < _GETS and key not in self._behind for _, key in wanted):
-            self._linger_s = _KERNEL_S
+        if self._behind:  # the caller's work takes as long as it takes
+            self._linger_s = flight.LINGER_S
         while any(key in self._flying for key in wanted):
             self._settle_sends()
             self._raise_any()
             await self._wait()
         self._linger_s = LINGER_S
+        self._behind.clear()
         self._raise_any()
         self._pool.missed.update(self._unreached)
         unreached, self._unreached = self._unreached, set()

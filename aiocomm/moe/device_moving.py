@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from aiocomm._device import Description
     from aiocomm.collectives.scope import Scope
-    from aiocomm.moe.device_exchange import Setting
+    from aiocomm.moe.device_exchange import Kernel, Setting
     from aiocomm.moe.dispatched import Dispatched
     from aiocomm.moe.memory import Block, Pinned
     from aiocomm.moe.placement import Placement
@@ -41,16 +41,17 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["DeviceCombine", "DeviceDispatch"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "host_array", "move"]
 
 _MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
 _WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
-_ENTRY_BYTES = 16
+ENTRY_BYTES = 16
 
 
-def _move(
+def move(
     to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
 ) -> bytes:
+    """The argument of `move_rows`."""
     return _argument(
         _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
     )
@@ -85,7 +86,7 @@ class DeviceDispatch(DeviceExchange):
     ) -> None:
         super().__init__(scope, setting, "dispatch", text, placement, ())
         self._tokens = tokens
-        self._read: list[tuple[str, Description, Pinned]] = []  # what is read back
+        self._pinned_arrays: list[tuple[str, Description, Pinned]] = []  # what is read back
         self._placed = placement
         self._ids, self._weights = ids, weights
         self._width = tokens.hidden * tokens.itemsize
@@ -95,6 +96,8 @@ class DeviceDispatch(DeviceExchange):
         self._lists: dict[int, Bytes] = {}
         self._following: list[int] = []  # ranks whose lists do not ride
         self._lease: Lease | None = None
+        self._moves: Pinned | None = None
+        self._spare: Tables | None = None  # of a size that is likely
         self.tokens: DeviceArray
         self.parts: Sequence[Part] = ()
         self.found: Arrangement
@@ -110,9 +113,9 @@ class DeviceDispatch(DeviceExchange):
     def _sources(self) -> tuple[str, tuple[str, ...]]:
         return MOVE_SOURCE, ("move_rows",)
 
-    def _give(self) -> list[int]:
+    def _giving(self) -> Kernel | None:
         tokens, runs = self._tokens, []
-        self._after: list[Description] = [tokens.description]
+        self._after = [tokens.description]
         alone = self._group.size == 1
         shape = self._shape(self._ids)
         lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
@@ -123,22 +126,24 @@ class DeviceDispatch(DeviceExchange):
             runs.append((self._slab.address, tokens.address, tokens.nbytes))
         for name in ("_ids", "_weights"):
             if isinstance(described := getattr(self, name), tuple):
-                memory = self._borrow_pinned(described[2])
+                memory = self._pinned_for(name, described[2])
                 runs.append((memory.address, described[1], described[2]))
-                self._read.append((name, described, memory))
+                self._pinned_arrays.append((name, described, memory))
                 self._after.insert(0, described)
         if not runs:
-            return []
-        argument = _move(0, self._width, {}, 0, 0, runs)
-        key = self._launch(self._entries[0], argument, sum(run[2] for run in runs), self._after)
-        self._after = []
-        return [key]
+            return None
+        argument = move(0, self._width, {}, 0, 0, runs)
+        return self._entries[0], argument, sum(run[2] for run in runs), self._after
+
+    def _pinned_for(self, _name: str, nbytes: int) -> Pinned:
+        """Where one of the small arrays is read back to."""
+        return self._borrow_pinned(nbytes)
 
     async def _prepare(self, keys: list[int]) -> list[int]:
-        if self._read:
+        if self._pinned_arrays:
             await self._landed(keys)
-            for name, described, memory in self._read:
-                setattr(self, name, _host_array(described, memory.bytes))
+            for name, described, memory in self._pinned_arrays:
+                setattr(self, name, host_array(described, memory.bytes))
             keys = []
         await self._route()
         return [*keys, *self._pack()] if self._packed else keys
@@ -161,7 +166,7 @@ class DeviceDispatch(DeviceExchange):
         count = self._starts[-1]
         if not count or not self._width:
             return []
-        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        memory = self._borrow_pinned(count * ENTRY_BYTES)
         packed = [
             (0, p.tokens, s)
             for r, (p, s) in enumerate(zip(self.parts, self._starts, strict=False))
@@ -169,7 +174,7 @@ class DeviceDispatch(DeviceExchange):
         ]
         _core.list_moves(memory.bytes, packed)
         self._slab = self._lend(count * self._width)
-        argument = _move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
+        argument = move(self._slab.address, self._width, {0: self._tokens.address}, memory.address, count)
         key = self._launch(self._entries[0], argument, count * self._width, self._after)
         self._after = []
         return [key]
@@ -203,10 +208,7 @@ class DeviceDispatch(DeviceExchange):
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
         self._begins = list(itertools.accumulate(counts, initial=0))
-        total = self._begins[-1]
-        block = self._pool.take(total * self._width, self._setting.streams)
-        self._lease = Lease(self._pool, block, self._setting.streams)
-        self._into = block.part(0, total * self._width)
+        self._take_place(self._begins[-1] * self._width)
         keys, indices = [], {rank: own.tokens}
         for peer, head in heads.items():
             lists = lists_bytes(head.rows, head.assignments)
@@ -244,6 +246,19 @@ class DeviceDispatch(DeviceExchange):
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
 
+    def _take_place(self, nbytes: int) -> None:
+        """For the tokens that come, once it is known how many, or as many as are likely."""
+        if self._lease is None or self._lease.nbytes < nbytes:
+            block = self._pool.take(nbytes, self._setting.streams)
+            self._lease = Lease(self._pool, block, self._setting.streams)
+        self._into = self._lease.part(nbytes)
+
+    def _take_moves(self, count: int) -> Pinned:
+        """For a table of rows; likewise."""
+        if self._moves is None or self._moves.nbytes < count * ENTRY_BYTES:
+            self._moves = self._borrow_pinned(count * ENTRY_BYTES)
+        return self._moves
+
     def _list_moves(self, indices: dict[int, Any]) -> tuple[Pinned, int]:
         """A table of rows and their places, and their number; all are where their rank has memory.
 
@@ -251,7 +266,7 @@ class DeviceDispatch(DeviceExchange):
             indices: of the tokens of each rank.
         """
         count = sum(len(of_rank) for of_rank in indices.values())
-        memory = self._borrow_pinned(count * _ENTRY_BYTES)
+        memory = self._take_moves(count)
         parts = [(source, tokens, self._begins[source]) for source, tokens in indices.items()]
         extents = _core.list_moves(memory.bytes, parts)
         for source, extent in zip(indices, extents, strict=True):
@@ -271,7 +286,7 @@ class DeviceDispatch(DeviceExchange):
         base = {self._group.rank: self._tokens.address} | copies
         far = [self._far(peer, 8 * peer) for peer in indices if peer not in base]
         nbytes = count * self._width
-        argument = _move(self._into[1], self._width, base, memory.address, count if self._width else 0)
+        argument = move(self._into[1], self._width, base, memory.address, count if self._width else 0)
         key = self._launch(self._entries[0], argument, nbytes, self._after, far)
         self._after = []
         return key
@@ -293,7 +308,7 @@ class DeviceDispatch(DeviceExchange):
                         f"dispatch: {self._group.names[peer]}: {error}", self._group.ranks[peer]
                     ) from None
             raise
-        self.tables = Tables(self._pool, self.found, self.parts, self._tokens.rows)
+        self.tables = Tables.made(self._pool, self.found, self.parts, self._tokens.rows, self._spare)
 
     async def _finish(self) -> None:
         given, lease = self._tokens, self._lease
@@ -347,7 +362,7 @@ class DeviceCombine(DeviceExchange):
     def _sources(self) -> tuple[str, tuple[str, ...]]:
         return sums_source(self._outputs.dtype, self._wire, self._result), ("weigh_rows", "add_rows")
 
-    def _give(self) -> list[int]:
+    def _giving(self) -> Kernel | None:
         outputs, tables, rank = self._outputs, self._tables, self._group.rank
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
@@ -357,7 +372,7 @@ class DeviceCombine(DeviceExchange):
         if self._out is not None:
             self._after.append(self._out.description)
         if own == starts[-1] or not outputs.hidden:
-            return []
+            return None
         self._slab = self._lend(travels)
         counts = starts[rank], own, starts[-1], outputs.hidden
         argument = _WEIGH.pack(
@@ -368,9 +383,7 @@ class DeviceCombine(DeviceExchange):
             self._whole(outputs.address),
             0,
         )
-        key = self._launch(self._entries[0], argument, outputs.nbytes, self._after)
-        self._after = []
-        return [key]
+        return self._entries[0], argument, outputs.nbytes, self._after
 
     async def _prepare(self, keys: list[int]) -> list[int]:
         return keys
@@ -394,20 +407,10 @@ class DeviceCombine(DeviceExchange):
                 continue
             self._expect(peer, rows * self._row, True, self._alignment)
             (pulled if not head.flags & PACKED and self._may_pull(peer) else copied).append(peer)
-        form = form_of(self._result)
-        nbytes = self._count * self._outputs.hidden * itemsize_in(form)
-        if self._out is None:
-            block = self._pool.take(nbytes, self._setting.streams)
-            lease = Lease(self._pool, block, self._setting.streams)
-            shape = (self._count, self._outputs.hidden)
-            self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
-            self._target = block.address
-        else:
-            self._target = self._out.address
+        nbytes = self._make_target()
         if not nbytes:
             return
-        aside = self._out is not None and _meet(self._out, self._outputs)
-        if aside:  # rows are still read when others are written
+        if self._aside:  # rows are still read when others are written
             self._target = self._borrow_block(nbytes).address
         bases, keys = self._copies(copied)
         await self._landed(keys)
@@ -416,23 +419,42 @@ class DeviceCombine(DeviceExchange):
             bases |= more
             pulled = [peer for peer in pulled if peer not in unreached]
             await self._landed(keys)
-        if aside:
+        if self._aside:
             assert self._out is not None
-            move = self._pool.kernels.loaded(MOVE_SOURCE, "move_rows")  # as the dispatch has left it
-            if not move:
-                (move,) = await self._compiled(MOVE_SOURCE, ("move_rows",))
-            argument = _move(0, 0, {}, 0, 0, [(self._out.address, self._target, nbytes)])
-            await self._landed([self._launch(move, argument, nbytes)])
+            entry = self._pool.kernels.loaded(MOVE_SOURCE, "move_rows")  # as the dispatch has left it
+            if not entry:
+                (entry,) = await self._compiled(MOVE_SOURCE, ("move_rows",))
+            argument = move(0, 0, {}, 0, 0, [(self._out.address, self._target, nbytes)])
+            await self._landed([self._launch(entry, argument, nbytes)])
 
-    def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int) -> int:
+    def _make_target(self) -> int:
+        """Where the result is to be; returns its bytes."""
+        form = form_of(self._result)
+        nbytes = self._count * self._outputs.hidden * itemsize_in(form)
+        self._aside = self._out is not None and _meet(self._out, self._outputs)
+        if self._out is not None:
+            self._target = self._out.address
+            return nbytes
+        block = self._pool.take(nbytes, self._setting.streams)
+        lease = Lease(self._pool, block, self._setting.streams)
+        shape = (self._count, self._outputs.hidden)
+        self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
+        self._target = block.address
+        return nbytes
+
+    def _adding(self, bases: dict[int, int], nbytes: int) -> Kernel:
+        """The kernel that adds the ranks' partial sums."""
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
         own_first = int(self._found.starts[rank])
         whole = self._whole(self._target, outputs.address)
         pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
         argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
+        return self._entries[1], argument, nbytes * size, self._after
+
+    def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0) -> int:
         far = [self._far(peer, 8 * peer, self._alignment) for peer in pulled]
-        key = self._launch(self._entries[1], argument, nbytes * size, self._after, far)
+        key = self._launch(*self._adding(bases, nbytes), far, seconds)
         self._after = []
         return key
 
@@ -445,7 +467,7 @@ def _meet(one: Matrix, other: Matrix) -> bool:
     return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
 
 
-def _host_array(described: Description, memory: Bytes) -> Any:
+def host_array(described: Description, memory: Bytes) -> Any:
     """What a GPU array holds, of which these bytes are a copy."""
     name = name_of(described[5])
     data = memory[: described[2]]

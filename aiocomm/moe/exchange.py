@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["LISTS", "PATHS", "ROWS", "Exchange"]
+__all__ = ["HEAD_TAG", "LISTS", "PATHS", "ROWS", "Exchange"]
 
 PATHS: Final = ("auto", "latency", "bandwidth")
 LISTS, ROWS = 0, 1  # what may follow
-_HEAD_TAG: Final = 1
+HEAD_TAG: Final = 1
 _FOLLOWING: Final = 2  # tags of what follows, by its kind
 _SLOT_BYTES: Final = 2 << 20
 _SLOTS_BYTES: Final = 64 << 20  # of all ranks
@@ -106,20 +106,23 @@ class Exchange(Flight):
         try:
             self._start()
             self._slots = self._borrow(self._group.size * self._slot_bytes)
-            for peer in self._others():
-                self._post(Recv, (True, peer), peer, self._slot(peer), _HEAD_TAG)
-            await self._send()
-            self._for_heads = True
-            while self._wanted:
-                self._settle_sends()
-                if self._wanted:
-                    self._raise_header_trouble()
-                    await self._news()
-            self._for_heads = False
-            self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
-            self._judge()
-            await self._receive()
-            await self._rest()
+            if not self._begin_quickly():
+                for peer in self._others():
+                    self._post(Recv, (True, peer), peer, self._slot(peer), HEAD_TAG)
+                await self._send()
+            if not self._has_received():
+                self._for_heads = True
+                while self._wanted:
+                    self._settle_sends()
+                    if self._wanted:
+                        self._raise_header_trouble()
+                        await self._news()
+                self._for_heads = False
+                if not await self._receive_quickly():
+                    self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}
+                    self._judge()
+                    await self._receive()
+                await self._rest()
             await self._finish()
         except BaseException as error:
             await self._give_up(error)
@@ -133,6 +136,18 @@ class Exchange(Flight):
 
     def _start(self) -> None:
         """Begin what takes a while by itself."""
+
+    def _begin_quickly(self) -> bool:
+        """Swap messages without a turn of the loop. False: nothing is sent."""
+        return False
+
+    def _has_received(self) -> bool:
+        """Whether beginning has done it all, and nothing is under way."""
+        return False
+
+    async def _receive_quickly(self) -> bool:
+        """Judge and receive, where nothing is unusual. False: it is to be done from the beginning."""
+        return False
 
     def _check_rows(self, peer: int, brings: int, got: int) -> None:
         """Of a combine: that a rank brings back what it has got."""
@@ -171,7 +186,7 @@ class Exchange(Flight):
         return memory[:nbytes]
 
     def _send_head(self, peer: int, message: Any) -> None:
-        self._post(Send, (True, self._group.size + peer), peer, message, _HEAD_TAG)
+        self._post(Send, (True, self._group.size + peer), peer, message, HEAD_TAG)
 
     def _send_following(self, peer: int, kind: int, data: Bytes) -> None:
         self.rode = False
@@ -216,9 +231,14 @@ class Exchange(Flight):
                 return
             await self._wait()
 
+    @staticmethod
+    def _is_inline(nbytes: int) -> bool:
+        """Whether so much memory traffic does not hold the loop up."""
+        return nbytes <= _INLINE_BYTES
+
     async def _work(self, nbytes: int, work: Callable[[], None]) -> None:
         """Do work on memory, on another thread if it would hold the loop up."""
-        if nbytes <= _INLINE_BYTES:
+        if self._is_inline(nbytes):
             work()
         else:
             await _to_its_end(work)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -44,6 +45,8 @@ _PORTABLE_MAPPED: Final = 3
 _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
+_KINDS: Final = 64  # of calls, of which something is kept
+_TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 
 
 def _size_class(nbytes: int, least: int) -> int:
@@ -170,14 +173,29 @@ class Pool:
         self.home: Description = (None, 0, 0, device, NO_STREAM, "B", (0,))  # for launches
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
-        self._free_tables: dict[int, list[Block]] = {}
+        self._free_tables: dict[int, list[tuple[Pinned, Block]]] = {}
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
         self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
+        self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
+        self.calls: _core.ExpertCalls | None = None
+        self._kits: dict[
+            tuple[int, ...], list[Any]
+        ] = {}  # by kind of call, what serves one of them at a time
+        self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
+        self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
+
+    def lets_others(self, did: bool) -> bool:
+        """Whether a call that has ended gives other tasks a turn now; `did`: they have had one meanwhile."""
+        now = time.monotonic()
+        due = not did and now - self._turned > _TURN_S
+        if did or due:
+            self._turned = now
+        return due
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""
@@ -208,18 +226,37 @@ class Pool:
         if not self._closed:
             self._returned.append(block)
 
-    def take_tables(self, nbytes: int) -> Block:
-        """A block that nothing but `upload` writes, in the order of the kernels' stream."""
+    def take_tables(self, nbytes: int) -> tuple[Pinned, Block]:
+        """Host memory, and a block that nothing but `upload` writes, in the order of the kernels' stream."""
         size = _size_class(nbytes, _LEAST)
         try:  # maybe on another thread
             return self._free_tables[size].pop()
         except LookupError:
-            return Block(self.kernels, self._engine, size)
+            return Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
 
-    def give_back_tables(self, block: Block) -> None:
-        """Keep it for the next; no kernel reads it any more."""
+    def give_back_tables(self, pinned: Pinned, block: Block) -> None:
+        """Keep them for the next; no kernel reads them any more."""
         if not self._closed:
-            self._free_tables.setdefault(block.nbytes, []).append(block)
+            self._free_tables.setdefault(block.nbytes, []).append((pinned, block))
+
+    def take_kit(self, kind: tuple[int, ...]) -> Any:
+        """What a call of this kind has given back, if any."""
+        kits = self._kits.get(kind)
+        return kits.pop() if kits else None
+
+    def give_back_kit(self, kind: tuple[int, ...], kit: Any) -> None:
+        """Keep it for the next call of the kind."""
+        if self._closed:
+            return
+        if len(self._kits) >= _KINDS:
+            self._kits.clear()
+        self._kits.setdefault(kind, []).append(kit)
+
+    def note_usual(self, kind: tuple[int, ...], rows: int, assignments: int) -> None:
+        """Note how much has come in a call of this kind."""
+        if len(self.usual) >= _KINDS:
+            self.usual.clear()
+        self.usual[kind] = rows, assignments
 
     def lend(self, call: int, block: Block, ranks: set[int]) -> None:
         """Give it back once these ranks have ended the call."""
@@ -257,7 +294,8 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
-        for kept in (self._free, self._free_tables, self._pinned, self._lent, self._returned):
+        memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
+        for kept in (*memory, self.settings):
             kept.clear()
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
@@ -279,31 +317,87 @@ class Lease:
         """Of its first byte."""
         return self._block.address
 
+    @property
+    def nbytes(self) -> int:
+        """Of the block."""
+        return self._block.nbytes
+
+    def part(self, nbytes: int) -> Description:
+        """Its first bytes."""
+        return self._block.part(0, nbytes)
+
     def __del__(self) -> None:
         self._block.after = self.streams
         self._pool.returned(self._block)
 
 
 class Tables:
-    """What the sums of a combine need, in the GPU's memory; on its way there once this is made.
+    """What the sums of a combine need: written in host memory, and uploaded.
 
     Args:
-        found: what this rank has received.
-        parts: what it has sent to each rank.
-        count: of its tokens.
+        assignments: that this rank has received.
+        rows: of them.
+        count: of its own tokens.
+        size: of the group.
     """
 
-    def __init__(self, pool: Pool, found: Arrangement, parts: Sequence[Part], count: int) -> None:
-        *starts, nbytes = _core.sum_tables(len(found.order), len(found.first) - 1, count, len(parts))
+    def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
         self._pool = pool
-        self._pinned = pool.take_pinned(nbytes)
-        self._block = pool.take_tables(nbytes)
-        tokens = [part.tokens for part in parts]
-        lists = found.order, found.first, found.weights
-        _core.write_sum_tables(*lists, tokens, count, self._pinned.bytes)
-        pool.upload(self._block, self._pinned, nbytes)
+        self._nbytes = _core.sum_tables(assignments, rows, count, size)[-1]
+        self._pinned, self._block = pool.take_tables(self._nbytes)
+        self.resize(assignments, rows, count, size)
+
+    @classmethod
+    def of_size(cls, pool: Pool, size: tuple[int, int, int, int], spare: Tables | None) -> Tables:
+        """Not written; `spare` again where it is large enough."""
+        if spare is None or _core.sum_tables(*size)[-1] > min(spare.bytes.nbytes, spare._block.nbytes):
+            return cls(pool, *size)
+        spare.resize(*size)
+        return spare
+
+    def resize(self, assignments: int, rows: int, count: int, size: int) -> None:
+        """Make them those of other sizes, which are not larger."""
+        *starts, self._nbytes = _core.sum_tables(assignments, rows, count, size)
         *of_terms, self.parts = (self._block.address + start for start in starts)
         self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
+
+    @property
+    def way(self) -> tuple[int, int, int]:
+        """The context, stream and address by which `upload` brings them."""
+        kernels = self._pool.kernels
+        return kernels.context, kernels.stream, self._block.address
+
+    @classmethod
+    def made(
+        cls,
+        pool: Pool,
+        found: Arrangement,
+        parts: Sequence[Part],
+        count: int,
+        spare: Tables | None = None,
+    ) -> Tables:
+        """Written and on their way.
+
+        Args:
+            found: what this rank has received.
+            parts: what it has sent to each rank.
+            count: of its tokens.
+            spare: tables that are not used, and may be large enough.
+        """
+        tables = cls.of_size(pool, (len(found.order), len(found.first) - 1, count, len(parts)), spare)
+        tokens = [part.tokens for part in parts]
+        _core.write_sum_tables(found.order, found.first, found.weights, tokens, count, tables.bytes)
+        tables.upload()
+        return tables
+
+    @property
+    def bytes(self) -> Bytes:
+        """Where they are written."""
+        return self._pinned.bytes
+
+    def upload(self) -> None:
+        """Bring what is written to the GPU."""
+        self._pool.upload(self._block, self._pinned, self._nbytes)
 
     @property
     def device(self) -> int:
@@ -317,5 +411,4 @@ class Tables:
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
-            self._pool.give_back_tables(self._block)
-            self._pool.give_back_pinned(self._pinned)
+            self._pool.give_back_tables(self._pinned, self._block)

@@ -49,7 +49,7 @@ class ExpertOperations:
       urgent channel.
     - `stream`: of GPU arrays, which all ranks pass or none: whose queued work is waited for by the GPU;
       default: the current stream of the array's library.
-    - `sm_budget`: streaming multiprocessors that a kernel for GPU arrays may take, default 24.
+    - `sm_budget`: streaming multiprocessors that a kernel for GPU arrays may take, default 64.
     - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
     - `UsageError`, the same on all ranks, if they differ in hidden size, dtype, experts or placement, or if
       one rank's arguments are wrong.

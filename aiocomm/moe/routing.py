@@ -9,6 +9,7 @@ an expert's input is one run.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +19,6 @@ from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from aiocomm.moe.placement import Placement
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
     Floats = NDArray[np.float32]
 
-__all__ = ["Arrangement", "Part", "arrange", "checked", "route", "routed"]
+__all__ = ["Arrangement", "Part", "Routed", "arrange", "checked", "route", "routed"]
 
 MOST_CHOICES = 0xFFFF  # experts of one token on one rank
 
@@ -51,6 +50,45 @@ class Part(NamedTuple):
     def rows(self) -> int:
         """Tokens that travel."""
         return len(self.counts)
+
+
+class Routed(Sequence[Part]):
+    """The parts for all ranks, which are made once they are asked for.
+
+    Args:
+        whole: of all of them, one after the other, by rank.
+        rows: where each rank's rows begin, and where they end.
+        assignments: the same of its assignments.
+    """
+
+    __slots__ = ("_made", "assignments", "rows", "whole")
+
+    def __init__(self, whole: Part, rows: list[int], assignments: list[int]) -> None:
+        self.whole = whole
+        self.rows = rows
+        self.assignments = assignments
+        self._made: dict[int, Part] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def rows_for(self, rank: int) -> int:
+        """Tokens that travel there."""
+        return self.rows[rank + 1] - self.rows[rank]
+
+    def __getitem__(self, rank: Any) -> Any:
+        if isinstance(rank, slice):
+            return [self[one] for one in range(*rank.indices(len(self)))]
+        part = self._made.get(rank)
+        if part is None:
+            if not 0 <= rank < len(self):
+                raise IndexError(rank)
+            here = slice(self.rows[rank], self.rows[rank + 1])
+            there = slice(self.assignments[rank], self.assignments[rank + 1])
+            whole = self.whole
+            part = Part(whole.tokens[here], whole.counts[here], whole.experts[there], whole.weights[there])
+            self._made[rank] = part
+        return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +187,7 @@ def route(ids: NDArray[Any], weights: NDArray[Any], placement: Placement) -> lis
         experts,
         routed,
     )
-    parts = []
-    for rank in range(placement.size):
-        here, there = slice(rows[rank], rows[rank + 1]), slice(assignments[rank], assignments[rank + 1])
-        parts.append(Part(tokens[here], counts[here], experts[there], routed[there]))
-    return parts
+    return list(Routed(Part(tokens, counts, experts, routed), rows, assignments))
 
 
 def arrange(parts: Sequence[Part], placement: Placement, rank: int) -> Arrangement:

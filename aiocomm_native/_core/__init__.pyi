@@ -38,9 +38,14 @@ class Engine:
         What a peer's kernels need in order to reach this memory. None: they cannot.
         """
 
-    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float) -> tuple[Transfer[Any], bool]:
+    def launch(self, function: int, blocks: int, threads: int, argument: bytes, home: tuple[Any, ...], after: Sequence[tuple[Any, ...]], far: Sequence[tuple[int, bytes, int, int, int, int]], peer: int, channel: int, nbytes: int, deadline: float, seconds: float = 0.0) -> tuple[Any, bool]:
         """
-        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. Returns with it whether it waits for such work.
+        Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: that has come.
+        """
+
+    def swap_heads(self, channel: int, tag: int, me: int, ranks: Sequence[int], messages: list[Any], slots: object, slot_bytes: int, deadline: float, seconds: float) -> list[tuple[int, Transfer[Any]]] | None:
+        """
+        Send each rank but `me` its message and receive one from it, and look for the ends for that long. Returns those that have not come, or not well: receives by rank, sends from the number of ranks on. None: nothing was begun.
         """
 
     def send(self, arg0: object, arg1: int, arg2: int, arg3: int, arg4: float, arg5: int, /) -> Transfer[Any]: ...
@@ -75,7 +80,7 @@ class Engine:
 
     def drain_express(self) -> int: ...
 
-    def bind_asyncio(self, loop: object, ready: object | None) -> None: ...
+    def bind_asyncio(self, loop: object, ready: object | None, bells: tuple[Any, ...] = ()) -> None: ...
 
     def bind_trio(self) -> None: ...
 
@@ -314,6 +319,42 @@ class Repeats:
     def clear(self) -> None:
         """Keep none."""
 
+class ExpertCalls:
+    """Usual dispatches and combines of GPU arrays of one kind."""
+
+    def __init__(self, channel: int, me: int, ranks: Sequence[int], slot_bytes: int, home: tuple[Any, ...]) -> None: ...
+
+    def dispatch(self, engine: Engine, tag: int, header: bytes, ended: int, deadline: float, seconds: float, give: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int] | None, ids: object, weights: object, count: int, owner: object, region: int, extent: int, places: list[Any], slots: object, whole: tuple[Any, ...], pull: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int], count_at: int, piece: int, width: int, room: int, moves: object, local: object, held: int, tables: object, upload: tuple[int, int, int]) -> tuple[Any, ...]:
+        """
+        As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
+        """
+
+    def combine(self, engine: Engine, tag: int, header: bytes, deadline: float, seconds: float, give: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int] | None, messages: list[Any], slots: object, expected: Sequence[int], row: int, alignment: int, add: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int]) -> tuple[Any, ...]:
+        """The same of a combine, which has no stage 1."""
+
+DEVICE_HEAD_BYTES: int = 352
+
+def route_messages(ids: object, weights: object, count: int, owner: object, me: int, header: bytes, ended: int, region: int, extent: int, places: list[Any], slot_bytes: int, tokens: object, counts: object, experts: object, routed: object) -> tuple[list[int], list[int], object] | None:
+    """
+    As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its slot. None instead of all: an expert is not there.
+    """
+
+def sum_messages(starts: object, row: int, me: int, header: bytes, ended: int, region: int, places: list[Any]) -> list[Any]:
+    """Each rank's message of a combine."""
+
+def read_heads(slots: object, slot_bytes: int, me: int, size: int, header: bytes) -> list[Any] | None:
+    """What the messages begin with. None: some header is another."""
+
+def list_came(slots: object, slot_bytes: int, me: int, size: int, own: object, into: object) -> list[int] | None:
+    """
+    As `list_moves` of the messages of all ranks. None: some message has not all of its lists.
+    """
+
+def arrange_came(slots: object, slot_bytes: int, me: int, own: Sequence[object], local: object, held: int, arranged: Sequence[object], sent: object, sent_starts: Sequence[int], tokens: int, into: object) -> bool:
+    """
+    As `arrange_parts` of the messages of all ranks, and `write_sum_tables`. False: lists that contradict each other.
+    """
+
 def pack_message(head: bytes, tokens: object, counts: object, experts: object, weights: object, indices: bool, lists: bool) -> bytes:
     """
     A head, and behind it, where they are wanted, indices of tokens and lists of experts.
@@ -370,8 +411,10 @@ def pack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C',
 def unpack_rows(at: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], nbytes: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], array: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
     """Copy rows that lie close together to their places in an array."""
 
-def linger(transfers: list[Transfer[Any]], seconds: float) -> bool:
-    """Wait for any of these for a moment, and say whether one has ended."""
+def linger(transfers: list[Transfer[Any]], seconds: float, is_long: bool = False) -> bool:
+    """
+    Wait for any of these for a moment, and say whether one has ended. Long moments are left out only where others such have been in vain.
+    """
 
 def begin_long_call() -> None:
     """

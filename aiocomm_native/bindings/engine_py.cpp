@@ -32,14 +32,15 @@ PyEngine::~PyEngine() {
 }
 
 int PyEngine::traverse(visitproc visit, void* arg) {
-  for (PyObject* o : {loop, call_soon, ready, on_connect, on_events, on_unretrieved}) Py_VISIT(o);
+  for (PyObject* o : {loop, call_soon, ready, bells, on_connect, on_events, on_unretrieved}) Py_VISIT(o);
   for (auto observers : {&on_submit, &on_complete})
     for (auto& [link, o] : *observers) Py_VISIT(o);
   return 0;
 }
 
 void PyEngine::clear() {
-  for (PyObject** o : {&loop, &call_soon, &ready, &on_connect, &on_events, &on_unretrieved}) Py_CLEAR(*o);
+  for (PyObject** o : {&loop, &call_soon, &ready, &bells, &on_connect, &on_events, &on_unretrieved})
+    Py_CLEAR(*o);
   for (auto observers : {&on_submit, &on_complete}) {
     auto dropped = std::exchange(*observers, {});
     for (auto& [link, o] : dropped) Py_DECREF(o);
@@ -221,12 +222,13 @@ void bind_engine(nb::module_& m) {
       .def("drain_express", drain_express)
       .def(
           "bind_asyncio",
-          [](PyEngine& e, nb::object loop, nb::object ready) {
+          [](PyEngine& e, nb::object loop, nb::object ready, nb::tuple bells) {
             Py_XSETREF(e.call_soon, nb::object(loop.attr("call_soon")).release().ptr());
             Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
+            Py_XSETREF(e.bells, bells.release().ptr());
             Py_XSETREF(e.loop, loop.release().ptr());
           },
-          "loop"_a, "ready"_a.none())
+          "loop"_a, "ready"_a.none(), "bells"_a = nb::make_tuple())
       .def("bind_trio", [](PyEngine& e) { e.trio = true; })
       .def("on_connect_wanted", set_hook<&PyEngine::on_connect>, "callback"_a.none())
       .def("on_events", set_hook<&PyEngine::on_events>, "callback"_a.none())

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/seen_memory.hpp"
 #include "bindings/unlocked.hpp"
 #include "core/expert_tables.hpp"
 
@@ -19,34 +20,8 @@ namespace {
 
 using aiocomm::MoveEntry;
 using aiocomm::SumTables;
-
-void require(bool condition) {
-  if (!condition) throw nb::value_error("arrays of sizes that do not fit");
-}
-
-class Memory {
- public:
-  explicit Memory(nb::handle array, bool writable = false) {
-    if (PyObject_GetBuffer(array.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
-      throw nb::python_error();
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { PyBuffer_Release(&view_); }
-
-  size_t nbytes() const { return static_cast<size_t>(view_.len); }
-  size_t itemsize() const { return static_cast<size_t>(view_.itemsize); }
-  std::byte* bytes() const { return static_cast<std::byte*>(view_.buf); }
-
-  template <class T>
-  std::span<const T> of() const {
-    require(itemsize() == sizeof(T) && reinterpret_cast<uintptr_t>(view_.buf) % alignof(T) == 0);
-    return {static_cast<const T*>(view_.buf), nbytes() / sizeof(T)};
-  }
-
- private:
-  Py_buffer view_{};
-};
+using aiocomm::py::require;
+using Memory = aiocomm::py::SeenMemory;
 
 // head | indices as uint32 | counts, experts, weights as in aiocomm/moe/wire.py
 nb::bytes pack_message(const nb::bytes& head, nb::handle tokens, nb::handle counts, nb::handle experts,

@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "bindings/device_py.hpp"
+#include "bindings/launching.hpp"
 #include "bindings/schedule.hpp"
 #include "bindings/transfer.hpp"
 #include "links/cuda/driver.hpp"
@@ -24,17 +26,6 @@ namespace {
 
 using Self = nb::pointer_and_handle<PyEngine>;
 using FarTuple = std::tuple<int, nb::bytes, uint64_t, uint64_t, uint64_t, uint64_t>;
-
-std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nb::handle description) {
-  Mover* mover = e.engine->mover();
-  if (!mover) throw LinkFailure("no GPU can be used here: see `aiocomm doctor`", 0);
-  DeviceView view;
-  if (!PyTuple_CheckExact(description.ptr()) || !read_description(description.ptr(), view))
-    throw nb::python_error();
-  std::unique_ptr<DeviceBuffer> buffer = bind_device(*mover, view);
-  if (!buffer) throw nb::python_error();
-  return buffer;
-}
 
 // What a peer needs in order to reach this memory; None: it cannot.
 nb::object place_for(PyEngine& e, nb::tuple description, int rank) {
@@ -58,63 +49,30 @@ KernelCall::Far far_of(const FarTuple& from, size_t argument_bytes) {
   return far;
 }
 
-// Has what is submitted meanwhile launched by this thread.
-class Held {
- public:
-  Held(Mover& mover, int device) : mover_(mover), device_(device) { mover_.hold(device_); }
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-  ~Held() { mover_.let_go(device_); }
-
- private:
-  Mover& mover_;
-  const int device_;
-};
-
 std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t blocks, uint32_t threads,
                                     nb::bytes argument, nb::tuple home, const std::vector<nb::tuple>& after,
                                     const std::vector<FarTuple>& far, int peer, uint32_t channel,
-                                    uint64_t nbytes, double deadline) {
+                                    uint64_t nbytes, double deadline, double seconds) {
   PyEngine& e = *self.p;
-  if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
-  auto kernel = std::make_unique<KernelCall>();
-  kernel->function = function;
-  kernel->blocks = blocks;
-  kernel->threads = threads;
-  const auto* bytes = reinterpret_cast<const std::byte*>(argument.c_str());
-  kernel->argument.assign(bytes, bytes + argument.size());
-  for (const FarTuple& one : far) kernel->far.push_back(far_of(one, argument.size()));
-  nb::list kept;
-  for (const nb::tuple& description : after) {
-    std::unique_ptr<DeviceBuffer> buffer = bound(e, description);
-    if (!buffer->gate.open()) kernel->gates.push_back(buffer->gate);
-    kept.append(description);
-    kept.append(nb::steal(new_device_memory(std::move(buffer))));  // whose gate goes back with it
-  }
-  std::unique_ptr<DeviceBuffer> gpu = bound(e, home);
-  kept.append(home);
-  const bool waits = !kernel->gates.empty();
-  kernel->awaited = !waits && loop_has_nothing_else(&e);
-  gpu->kernel = std::move(kernel);
-  SilentOp flight;
-  flight.op = e.engine->new_op();
-  flight.op->kind = OpKind::get;
-  flight.op->peer = peer;
-  flight.op->channel = channel;
-  flight.op->link = 0;
-  flight.op->nbytes = flight.op->capacity = nbytes;
-  flight.op->gpu = std::move(gpu);
-  if (deadline >= 0) flight.op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
-  flight.op->cookie = silent_cookie(&flight);
-  {
-    // The driver may wait for a thread that has its lock and waits for the interpreter's.
-    nb::gil_scoped_release release;
-    const Held held(*e.engine->mover(), flight.op->gpu->device);
-    flight.ended = e.engine->submit(flight.op);
-  }
-  nb::object transfer = as_transfer(self, flight, kept.ptr());
+  Launch launch(e, {function, blocks, threads, argument, after, nbytes}, home);
+  for (const FarTuple& one : far) launch.kernel().far.push_back(far_of(one, argument.size()));
+  launch.submit(peer, channel, deadline_of(e, deadline));
+  if (seconds > 0 && launch.look(e.engine->now() + static_cast<uint64_t>(seconds * 1e9)))
+    return {nb::none(), launch.waits()};
+  nb::object transfer = launch.transfer(self);
   if (!e.after_submit()) throw nb::python_error();
-  return {std::move(transfer), waits};
+  return {std::move(transfer), launch.waits()};
+}
+
+nb::object swap_heads(Self self, uint32_t channel, int64_t tag, size_t me, const std::vector<int>& ranks,
+                      nb::list messages, nb::object slots, uint64_t slot_bytes, double deadline,
+                      double seconds) {
+  PyEngine& e = *self.p;
+  if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::none();
+  Swap swap(e, ranks, me, messages, slots, slot_bytes);
+  swap.post(channel, tag, deadline_of(e, deadline));
+  swap.look(e.engine->now() + static_cast<uint64_t>(seconds * 1e9));
+  return swap.left(self);
 }
 
 // Ordinal of the GPU whose memory this is.
@@ -162,14 +120,6 @@ class Within {
   int mode_ = cuda::CU_STREAM_CAPTURE_MODE_RELAXED;
 };
 
-void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes) {
-  const Within within(context);
-  const cuda::Driver& driver = within.driver;
-  const cuda::CUresult code =
-      driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
-  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("a copy of tables: " + driver.describe(code), code);
-}
-
 // Whether a stream has no work and is not captured: then it need not be asked for more.
 bool stream_is_idle(uint64_t context, uint64_t stream) {
   const Within within(context);
@@ -181,6 +131,14 @@ bool stream_is_idle(uint64_t context, uint64_t stream) {
 }
 
 }  // namespace
+
+void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes) {
+  const Within within(context);
+  const cuda::Driver& driver = within.driver;
+  const cuda::CUresult code =
+      driver.cuMemcpyAsync(to, from, nbytes, reinterpret_cast<cuda::CUstream>(stream));
+  if (code != cuda::CUDA_SUCCESS) throw LinkFailure("a copy of tables: " + driver.describe(code), code);
+}
 
 void bind_device_memory(nb::module_& m) {
   m.def(
@@ -208,12 +166,20 @@ void bind_kernels(nb::class_<PyEngine>& engine) {
   engine
       .def("place_for", place_for, nb::arg("description"), nb::arg("rank"),
            "What a peer's kernels need in order to reach this memory. None: they cannot.")
-      .def("launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
-           nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
-           nb::arg("nbytes"), nb::arg("deadline"),
-           "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
-           "Returns "
-           "with it whether it waits for such work.");
+      .def(
+          "launch", launch, nb::arg("function"), nb::arg("blocks"), nb::arg("threads"), nb::arg("argument"),
+          nb::arg("home"), nb::arg("after"), nb::arg("far"), nb::arg("peer"), nb::arg("channel"),
+          nb::arg("nbytes"), nb::arg("deadline"), nb::arg("seconds") = 0.0,
+          "Launch a kernel on the GPU of `home` behind the work on the streams of `after`; ends with it. "
+          "Returns with it whether it waits for such work. `seconds`: for which its end is looked for; None: "
+          "that has come.")
+      .def(
+          "swap_heads", swap_heads, nb::arg("channel"), nb::arg("tag"), nb::arg("me"), nb::arg("ranks"),
+          nb::arg("messages"), nb::arg("slots"), nb::arg("slot_bytes"), nb::arg("deadline"),
+          nb::arg("seconds"),
+          "Send each rank but `me` its message and receive one from it, and look for the ends for that long. "
+          "Returns those that have not come, or not well: receives by rank, sends from the number of ranks "
+          "on. None: nothing was begun.");
 }
 
 }  // namespace aiocomm::py

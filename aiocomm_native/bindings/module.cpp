@@ -11,7 +11,9 @@ void bind_repeats(nb::module_& m);
 void bind_shared(nb::module_& m);
 void bind_device_call(nb::module_& m);
 void bind_device_memory(nb::module_& m);
+void bind_expert_calls(nb::module_& m);
 }  // namespace aiocomm::py
+void bind_expert_heads(nb::module_& m);
 void bind_expert_tables(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
@@ -30,6 +32,8 @@ NB_MODULE(_core, m) {
   aiocomm::py::bind_shared(m);
   aiocomm::py::bind_device_call(m);
   aiocomm::py::bind_repeats(m);
+  aiocomm::py::bind_expert_calls(m);
+  bind_expert_heads(m);
   bind_expert_tables(m);
   bind_experts(m);
   bind_pages(m);

@@ -45,6 +45,7 @@ class PyEngine {
   PyObject* loop = nullptr;            // asyncio: the event loop
   PyObject* call_soon = nullptr;       // loop.call_soon
   PyObject* ready = nullptr;           // the loop's queue of ready callbacks, where it shows one
+  PyObject* bells = nullptr;           // a tuple: those of its handles that only call for what has ended here
   PyObject* on_connect = nullptr;      // (rank)
   PyObject* on_events = nullptr;       // (list of tuples)
   PyObject* on_unretrieved = nullptr;  // (exception): a failure that nobody looked at

@@ -14,7 +14,8 @@
 namespace aiocomm {
 
 namespace {
-constexpr uint64_t kLaunchNs = 5000;  // that a kernel takes beside its bytes
+// That a kernel takes beside its bytes, and bytes per ns of the fastest: an end is looked for rather too early than too late.
+constexpr uint64_t kLaunchNs = 5000, kKernelRate = 2000;
 constexpr uint64_t kMomentNs = 5000;  // for which it is not worth to look at anything else
 constexpr uint64_t kFewBytes =
     256 << 10;  // of a copy that goes along with others, rather than at the same time
@@ -81,14 +82,13 @@ void DeviceProtocol::start_kernel(Op& op) {
   if (kernel.company && !words_open(op, kernel.parts[0])) return;
   MoveJob job;
   job.op = op.id;
-  job.nbytes = op.nbytes;
   job.device = static_cast<uint8_t>(gpu.device);
   job.cls = engine_.channels_[op.channel].cls;
   job.posted_ns = engine_.now();
   job.kernel = &kernel;
   job.local = job.unscheduled = true;
   job.early = !kernel.awaited;
-  job.slow_ns = kLaunchNs;
+  job.slow_ns = kLaunchNs + op.nbytes / kKernelRate;
   post_or_keep(op, job);
 }
 

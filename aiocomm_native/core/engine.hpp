@@ -153,10 +153,10 @@ class Engine final : public Host, public FrameSink {
                    Others* others = nullptr) {
     return spin(engines, until_ns, patience, false, others);
   }
-  // As spin(), and lets whoever else wants the core have it between looks: for waits that a user did not ask to spin.
-  bool linger(uint64_t until_ns) {
+  // As spin(), letting others have the core: for waits that no user asked to spin. Long ones have a patience of their own.
+  bool linger(uint64_t until_ns, bool is_long = false) {
     Engine* self = this;
-    return spin({&self, 1}, until_ns, lingering_, true, nullptr);
+    return spin({&self, 1}, until_ns, is_long ? staying_ : lingering_, true, nullptr);
   }
   // While it may, the loop's thread copies by itself what its own looks would have copied: it is about to look.
   void host_copies(bool may) {
@@ -433,9 +433,9 @@ class Engine final : public Host, public FrameSink {
   bool look_spinning();  // true: it has copied by itself, which takes its time
   void end_spin();
   bool look_told();
-  Patience lingering_;          // the loop's thread only, as what follows
-  bool covers_engine_ = false;  // in a spin: it sees what the engine's thread would be woken for
-  bool met_ = false;            // in a spin: frames have come
+  Patience lingering_, staying_;  // the loop's thread only, as what follows
+  bool covers_engine_ = false;    // in a spin: it sees what the engine's thread would be woken for
+  bool met_ = false;              // in a spin: frames have come
 
   // under the token
   PriorityMutex token_;

@@ -43,6 +43,19 @@ bool route_tokens(const int64_t* ids, const float* weights, size_t tokens, size_
   return true;
 }
 
+namespace {
+// Rows have a handful of experts each.
+void sort_few(int64_t* begin, int64_t* end) {
+  if (end - begin > 16) return std::sort(begin, end);
+  for (int64_t* next = begin; next < end; ++next) {
+    const int64_t one = *next;
+    int64_t* at = next;
+    for (; at > begin && at[-1] > one; --at) *at = at[-1];
+    *at = one;
+  }
+}
+}  // namespace
+
 bool arrange_parts(std::span<const CamePart> parts, std::span<const int64_t> local, size_t held,
                    const Arranged& arranged) {
   std::fill_n(arranged.offsets, held + 1, 0);
@@ -76,7 +89,7 @@ bool arrange_parts(std::span<const CamePart> parts, std::span<const int64_t> loc
         arranged.weights[place] = part.weights[at];
         arranged.order[done++] = place;
       }
-      std::sort(arranged.order + arranged.first[row], arranged.order + done);
+      sort_few(arranged.order + arranged.first[row], arranged.order + done);
       arranged.first[++row] = done;
     }
   }

@@ -46,7 +46,7 @@ bool Engine::look_spinning() {
     awake(page_->engine);
     covers_engine_ = true;
   }
-  if (!token_.try_lock()) return false;
+  if (!token_.try_lock_last()) return false;  // a thread that ended what is waited for may be one that asks
   in_loop_thread_ = true;
   drain_submissions();
   for (size_t i = 0; i < polled_.size(); ++i) met_ |= polled_[i]->poll_spinning(kPollBudget) > 0;

@@ -13,7 +13,9 @@ from harness import all_call, until, world
 
 import aiocomm
 from aiocomm.moe import device_moving, exchange
-from aiocomm.moe.device_exchange import DeviceExchange, Where
+from aiocomm.moe.device_exchange import DEVICE_HEAD_BYTES, DeviceExchange, Where
+from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
+from aiocomm.moe.wire import HEAD_BYTES
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 
@@ -87,18 +89,30 @@ async def test_rows_that_are_off_by_one_element(dtype: Any, outputs_off: int, ou
 # ------------------------------------------------------------ what others say
 
 
-def _with(change: dict[str, Any]) -> Any:
-    packed = Where.pack
+def _tell(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], quickly: bool) -> None:
+    """Have ranks tell something else of their memory, on the way of usual calls and on the other."""
+    packed, swapped = Where.pack, DeviceExchange._swap
 
     def pack(where: Where) -> bytes:
         return packed(where._replace(**{name: how(where) for name, how in change.items()}))
 
-    return pack
+    def swap(call: DeviceExchange, messages: Any) -> bool:
+        told = [m and m[:HEAD_BYTES] + pack(Where.unpack(m)) + m[DEVICE_HEAD_BYTES:] for m in messages]
+        return swapped(call, told)
+
+    monkeypatch.setattr(Where, "pack", pack)
+    monkeypatch.setattr(DeviceExchange, "_swap", swap)
+    if not quickly:
+        for kind in (QuickCombine, QuickDispatch):
+            monkeypatch.setattr(kind, "_swap_quickly", lambda _: False)
 
 
+@pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("hidden", [8, 7])
-async def test_rows_where_none_may_be_are_not_read(monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
+async def test_rows_where_none_may_be_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, quickly: bool, hidden: int
+) -> None:
     async with world(2, links=LINKS, warmup=True) as members:
         came: dict[int, Any] = {}
 
@@ -112,12 +126,13 @@ async def test_rows_where_none_may_be_are_not_read(monkeypatch: pytest.MonkeyPat
                 await comm.combine(outputs, came[comm.rank])
 
         await all_call(members, dispatch)
-        monkeypatch.setattr(Where, "pack", _with({"start": lambda where: where.start + 2}))
+        _tell(monkeypatch, {"start": lambda where: where.start + 2}, quickly)
         await all_call(members, combine)
 
 
+@pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_place_where_no_group_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_place_where_no_group_may_be(monkeypatch: pytest.MonkeyPatch, quickly: bool) -> None:
     """What names an address that its own allocator does not give breaks the protocol."""
     async with world(2, links=LINKS, warmup=True) as members:
         came: dict[int, Any] = {}
@@ -136,13 +151,16 @@ async def test_a_place_where_no_group_may_be(monkeypatch: pytest.MonkeyPatch) ->
             return where.place[:8] + address.to_bytes(8, "little") + where.place[16:]
 
         await all_call(members, dispatch)
-        monkeypatch.setattr(Where, "pack", _with({"place": further}))
+        _tell(monkeypatch, {"place": further}, quickly)
         await all_call(members, combine)
 
 
+@pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("reached", [True, False])
-async def test_tokens_that_are_not_there_are_not_read(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+async def test_tokens_that_are_not_there_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, quickly: bool, reached: bool
+) -> None:
     async with world(2, links=LINKS, warmup=True) as members:
 
         async def dispatch(comm: aiocomm.Communicator) -> None:
@@ -155,7 +173,7 @@ async def test_tokens_that_are_not_there_are_not_read(monkeypatch: pytest.Monkey
 
         await all_call(members, lambda comm: layer(comm, 11, 8))
         place = {} if reached else {"place": lambda where: b""}
-        monkeypatch.setattr(Where, "pack", _with({"extent": lambda where: where.extent - 1, **place}))
+        _tell(monkeypatch, {"extent": lambda where: where.extent - 1, **place}, quickly)
         monkeypatch.setattr(DeviceExchange, "_get", get)
         await all_call(members, dispatch)
 

@@ -163,7 +163,7 @@ async def test_only_own_kernels_are_looked_for_longer(
     """Not what the caller has queued before them, which takes as long as it takes."""
     looked: list[float] = []
 
-    def look(_: Any, seconds: float) -> bool:
+    def look(_: Any, seconds: float, __: bool) -> bool:
         looked.append(seconds)
         return False
 
@@ -190,6 +190,6 @@ async def test_only_own_kernels_are_looked_for_longer(
             simulator.pause(0, simulated.Engine.LOCAL)
             tasks.start_soon(dispatch)
             await until(lambda: looked)
-            assert set(looked) == {device_exchange._KERNEL_S}
+            assert set(looked) == {device_exchange.LINGER_S}
             simulator.resume(0, simulated.Engine.LOCAL)
         stream.close()

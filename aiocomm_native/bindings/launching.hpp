@@ -1,0 +1,69 @@
+// A kernel, and messages to and from all other ranks, as operations that end before the loop has its turn, or become
+// transfers then.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/looking.hpp"
+#include "bindings/schedule.hpp"
+
+namespace aiocomm::py {
+
+// Function, blocks, threads, argument, memory behind the work on whose streams it runs, bytes.
+using KernelTuple =
+    std::tuple<uint64_t, uint32_t, uint32_t, nanobind::bytes, std::vector<nanobind::tuple>, uint64_t>;
+
+uint64_t deadline_of(PyEngine& e, double seconds);  // 0: none
+std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nanobind::handle description);
+void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes);
+
+class Launch {
+ public:
+  // On the GPU of `home`. Throws where it cannot be launched at all.
+  Launch(PyEngine& e, const KernelTuple& from, const nanobind::tuple& home);
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+
+  KernelCall& kernel() { return *gpu_->kernel; }
+  bool waits() const { return waits_; }  // for work of others
+  void submit(int peer, uint32_t channel, uint64_t deadline_ns);
+  // Looks for its end, for less long where it waits for work of others. True: it has ended well, and is done with.
+  bool look(uint64_t until_ns);
+  nanobind::object transfer(nanobind::pointer_and_handle<PyEngine> self);
+
+ private:
+  PyEngine& e_;
+  std::unique_ptr<DeviceBuffer> gpu_;
+  nanobind::list kept_;
+  SilentOp flight_;
+  uint64_t nbytes_;
+  bool waits_ = false;
+};
+
+class Swap {
+ public:
+  Swap(PyEngine& e, const std::vector<int>& ranks, size_t me, nanobind::list messages, nanobind::object slots,
+       uint64_t slot_bytes);
+  void post(uint32_t channel, int64_t tag, uint64_t deadline_ns);
+  void look(uint64_t until_ns);
+  // What has not ended, or not well: (receives by rank, sends from the number of ranks on; the transfer). The rest is done with.
+  nanobind::list left(nanobind::pointer_and_handle<PyEngine> self);
+
+ private:
+  PyEngine& e_;
+  const std::vector<int>& ranks_;
+  const size_t me_;
+  const uint64_t slot_bytes_;
+  nanobind::object messages_, slots_;
+  Lent into_;
+  std::vector<std::pair<char*, Py_ssize_t>> given_;
+  std::vector<SilentOp> flights_;
+};
+
+}  // namespace aiocomm::py

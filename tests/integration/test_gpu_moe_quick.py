@@ -1,0 +1,239 @@
+"""Dispatch and combine like those before, by one call into the extension; and what happens where it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import types
+from collections import Counter
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pytest
+from fakes import simulated
+from fakes.gpu import Driver, Stream
+from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
+from harness import all_call, world
+
+import aiocomm
+from aiocomm.collectives import kernels
+from aiocomm.moe import device_exchange, device_quick, memory
+from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
+from aiocomm_native import _core
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
+in_processes = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+def _patiently() -> Counter[tuple[str, int]]:
+    """Have what is waited for looked for until it is there; counts stages by the calls that reached them."""
+    if simulated.choose() is not None:
+        kernels.compiled = lambda source, architecture: source.encode() + b"\0"
+    device_quick.LINGER_S = 10.0
+    stages: Counter[tuple[str, int]] = Counter()
+    for kind in (QuickDispatch, QuickCombine):
+        attempt = kind._attempt
+
+        def counted(call: Any, attempt: Any = attempt) -> Any:
+            outcome = attempt(call)
+            stages[call.operation, outcome[0]] += 1
+            return outcome
+
+        kind._attempt = counted  # type: ignore[method-assign]
+    return stages
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, too, may be patient."""
+    monkeypatch.setattr(kernels, "compiled", kernels.compiled)
+    monkeypatch.setattr(device_quick, "LINGER_S", device_quick.LINGER_S)
+    for kind in (QuickDispatch, QuickCombine):
+        monkeypatch.setattr(kind, "_attempt", kind._attempt)
+
+
+def test_heads_are_as_python_has_them() -> None:
+    assert _core.DEVICE_HEAD_BYTES == device_exchange.DEVICE_HEAD_BYTES
+
+
+# ------------------------------------------------------------ between processes
+
+
+async def _alike(comm: aiocomm.Communicator) -> None:
+    stages = _patiently()
+    for tokens, hidden in ((37, 64), (30, 7), (1, 8)):
+        for _ in range(20):
+            await layer(comm, tokens, hidden)
+            await layer(comm, tokens, hidden, ids_on_gpu=False)
+    assert stages["dispatch", 3]
+    assert stages["combine", 3]
+
+
+@in_processes
+@pytest.mark.parametrize("size", [2, 3])
+async def test_calls_that_are_alike(gpu: Driver, size: int) -> None:
+    async with aiocomm.spawn(_alike, n=size - 1, links=LINKS) as comm:
+        await _alike(comm)
+
+
+async def _unlike(comm: aiocomm.Communicator) -> None:
+    _patiently()
+    for _ in range(3):
+        await layer(comm, 30, 16)
+    x, ids, weights = batch(comm.rank, 30, 16)
+    with pytest.raises(aiocomm.UsageError, match="all ranks must call alike"):
+        await comm.dispatch(on_gpu(comm.rank, x), ids, weights, experts=EXPERTS + comm.rank)
+    if comm.rank:
+        ids = ids.copy()
+        ids[3, 1] = EXPERTS
+    with pytest.raises(aiocomm.UsageError, match=f"token 3 names expert {EXPERTS}"):
+        await comm.dispatch(on_gpu(comm.rank, x), on_gpu(comm.rank, ids), weights, experts=EXPERTS)
+    came = await comm.dispatch(on_gpu(comm.rank, x), ids.clip(0, EXPERTS - 1), weights, experts=EXPERTS)
+    outputs = on_gpu(comm.rank, np.ones((len(came.rows), 16), np.float32))
+    with pytest.raises(aiocomm.UsageError, match="all ranks must call alike"):
+        await comm.combine(outputs, came, wire="float16" if comm.rank else None)
+    await layer(comm, 30, 16)
+
+
+@in_processes
+async def test_calls_that_differ_where_those_before_did_not(gpu: Driver) -> None:
+    async with aiocomm.spawn(_unlike, n=1, links=LINKS) as comm:
+        await _unlike(comm)
+
+
+class _Liar:
+    """Says that it has a byte less than it gives."""
+
+    def __init__(self, calls: _core.ExpertCalls) -> None:
+        self.combine = calls.combine
+        self._dispatch = calls.dispatch
+
+    def dispatch(self, *arguments: Any) -> Any:
+        given = list(arguments)
+        assert given[12] == 30 * 16 * 4
+        given[12] -= 1
+        return self._dispatch(*given)
+
+
+async def _lie(comm: aiocomm.Communicator) -> None:
+    stages = _patiently()
+    for _ in range(3):
+        await layer(comm, 30, 16)
+    calls = QuickDispatch._calls
+    if comm.rank:
+        QuickDispatch._calls = lambda call: _Liar(calls(call))  # type: ignore[method-assign,assignment,return-value]
+    x, ids, weights = batch(comm.rank, 30, 16)
+    ids[-1] = 0, EXPERTS - 1, -1  # so that the last token is for both
+    before = stages["dispatch", 2]
+    lied = on_gpu(comm.rank, x), ids, weights
+    if comm.rank:
+        with contextlib.suppress(aiocomm.TransferCancelled):  # it may have ended before the other found out
+            await comm.dispatch(*lied, experts=EXPERTS)
+    else:
+        with pytest.raises(aiocomm.PeerError, match="has 1919 bytes where 1920 are needed"):
+            await comm.dispatch(*lied, experts=EXPERTS)
+        assert stages["dispatch", 2] > before
+    QuickDispatch._calls = calls  # type: ignore[method-assign]
+    await layer(comm, 30, 16)
+
+
+@in_processes
+async def test_memory_that_is_not_there_is_not_read(gpu: Driver) -> None:
+    async with aiocomm.spawn(_lie, n=1, links=LINKS) as comm:
+        await _lie(comm)
+
+
+async def _without_a_pause(comm: aiocomm.Communicator) -> None:
+    _patiently()
+    given, ended = on_gpu(comm.rank, np.zeros((4, 8), np.float32)), []
+    asyncio.get_running_loop().call_later(0.01, ended.append, True)
+    while True:  # until it has been called on all ranks, as all see in the same call
+        given.write(np.full((4, 8), bool(ended), np.float32))
+        came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
+        if to_host(came.tokens, np.float32).all():
+            return
+
+
+@in_processes
+async def test_other_tasks_have_their_turn(gpu: Driver) -> None:
+    async with aiocomm.spawn(_without_a_pause, n=1, links=LINKS) as comm:
+        await _without_a_pause(comm)
+
+
+# ------------------------------------------------------------ on one loop, where others go on in between
+
+
+@pytest.mark.parametrize("linger_s", [0.0, 1e-3])
+async def test_wherever_it_stops_it_goes_on(monkeypatch: pytest.MonkeyPatch, linger_s: float) -> None:
+    monkeypatch.setattr(device_quick, "LINGER_S", linger_s)
+    async with world(3, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            for tokens in (37, 37, 37, 0, 37, 20, 20):
+                await layer(comm, tokens, 16)
+
+        await all_call(members, rank)
+
+
+async def test_more_comes_than_before() -> None:
+    """Memory that was taken for what is likely is not written over."""
+    async with world(2, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            x = on_gpu(comm.rank, np.full((50, 16), comm.rank + 1, np.float32))
+            for ids in (np.full((50, 2), -1), np.zeros((50, 2), np.int64), np.tile([0, 1], (50, 1))) * 2:
+                ids[0] = 0, 1
+                came = await comm.dispatch(x, ids, experts=2)
+                outputs = on_gpu(comm.rank, np.ones((len(came.rows), 16), np.float32))
+                result = on_gpu(comm.rank, np.zeros((50, 16), np.float32))
+                await comm.combine(outputs, came, out=result)
+                assert np.array_equal(result.numpy()[:, 0], (ids >= 0).sum(1).astype(np.float32))
+
+        await all_call(members, rank)
+
+
+async def test_a_stream_that_is_gone(gpu: Driver) -> None:
+    """Refused on all ranks, also where calls before were like this one."""
+    async with world(2, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            x, ids, weights = batch(comm.rank, 30, 16)
+            given = on_gpu(comm.rank, x)
+            stream = Stream(device=comm.rank)
+            for _ in range(3):
+                await comm.dispatch(given, ids, weights, experts=EXPERTS, stream=stream)
+            handle = stream.handle
+            stream.close()
+            with pytest.raises(aiocomm.UsageError):
+                await comm.dispatch(
+                    given, ids, weights, experts=EXPERTS, stream=handle if comm.rank else None
+                )
+            await layer(comm, 30, 16)
+
+        await all_call(members, rank)
+
+
+async def test_when_other_tasks_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns = [100.0], []
+
+    async def turn() -> None:
+        turns.append(now[0])
+
+    async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 11, 8)
+        (pool,) = comm._members()._expert_scope(None)[0].pools.values()
+        clock = types.SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(memory, "time", clock)
+        assert pool.lets_others(True) is False
+        now[0] += 1.9e-3
+        assert pool.lets_others(False) is False
+        now[0] += 0.2e-3
+        assert pool.lets_others(False) is True
+        assert pool.lets_others(False) is False
+        monkeypatch.setattr(device_exchange.anyio.lowlevel, "cancel_shielded_checkpoint", turn)
+        monkeypatch.setattr(pool, "lets_others", lambda _: True)
+        await layer(comm, 11, 8)
+        assert len(turns) == 2  # after dispatch and after combine
