@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import plots
 
-GPU: Final = "xeon-2xh100-gpu-2026-11-27"
+GPU: Final = "xeon-4xh200-gpu-2026-11-27"
 COMPUTE: Final = "xeon-2xh100-gpu-compute-2026-11-27"
 MIXED: Final = "xeon-2xh100-gpu-mixed-2026-11-27"
 
