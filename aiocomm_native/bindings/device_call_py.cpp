@@ -186,6 +186,7 @@ DeviceCall::Result DeviceCall::launch(PyEngine& e) {
     arena.set_done(meeting_->rank, number_);
     return kNotMet;
   }
+  words_ = ++meeting_->device_calls;
   if (!arena.enter(meeting_->rank)) return kBroken;
   entered_ = true;
   Mover& mover = *engine.mover();
@@ -236,8 +237,7 @@ std::unique_ptr<DeviceBuffer> DeviceCall::copies(Engine& engine) const {
       }
       part.copies.push_back(copy);
     }
-    for (const auto& [rank, count] : after)
-      part.words.push_back(meeting_->arena->parts(rank, number_, count));
+    for (const auto& [rank, count] : after) part.words.push_back(meeting_->arena->parts(rank, words_, count));
   }
   call->argument.resize(call->far.size() * sizeof(uint64_t));
   std::unique_ptr<DeviceBuffer> gpu = engine.mover()->part(home(), 0, 0);
@@ -253,8 +253,8 @@ void DeviceCall::post(Engine& engine, std::unique_ptr<DeviceBuffer> gpu) {
     if (array.gpu && !array.gpu->gate.open()) call.gates.push_back(array.gpu->gate);
   if (call.parts.empty()) call.parts.emplace_back();
   for (size_t rank = 0; rank < ranks_.size(); ++rank)
-    if (rank != meeting_->rank) call.parts[0].words.push_back(arena->ready(rank, number_));
-  call.company = std::make_shared<Word>(arena, meeting_->rank, number_);
+    if (rank != meeting_->rank) call.parts[0].words.push_back(arena->ready(rank, words_));
+  call.company = std::make_shared<Word>(arena, meeting_->rank, words_);
   call.awaited = true;
   Op* op = engine.new_op();
   op->kind = OpKind::get;
@@ -312,7 +312,7 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
     if (entered_) let_go();
     bool all = true;
     for (size_t rank = 0; rank < ranks_.size() && all; ++rank)
-      all = !awaits_[rank] || arena.parts(rank, number_, awaits_[rank]).open();
+      all = !awaits_[rank] || arena.parts(rank, words_, awaits_[rank]).open();
     if (all) return finish();
     if (arena.broken()) return kBroken;
     if (now > until || (!lingers && now != began)) return kStuck;

@@ -106,7 +106,7 @@ class DeviceCall {
   bool declined_ = false;  // for good: not all reach each other's arrays
   bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false,
        looked_ = false;
-  uint64_t number_ = 0;
+  uint64_t number_ = 0, words_ = 0;  // of the call, and of those that have words
   static bool bind(Mover& mover, const DeviceLent& lent, Bound& into);
   std::array<Bound, 2> arrays_;
   nb::object keeps_;

@@ -182,7 +182,8 @@ struct Meeting {
   uint64_t met = 0;        // the last call that did
   uint64_t closes_ns = 0;  // of one that is open
   bool has_arrived = false;
-  std::string header;  // that is in the arena
+  uint64_t device_calls = 0;  // that have begun, the same on all ranks: what their words count
+  std::string header;         // that is in the arena
   // Rank 0's last call that ended: how long it took all ranks is known once all have ended it.
   struct {
     std::shared_ptr<WayChoice> choice;

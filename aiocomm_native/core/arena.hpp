@@ -15,7 +15,7 @@
 //     are is believed for the process that the link knows the rank by, and for no other.
 //   - Of device memory only its places go through the arena, and words of 32 bits: by which copy threads see that a rank's
 //     memory may be touched (`ready`), or that it cannot take part after all (`unable`), and what it has moved (`parts`).
-//     The upper bits of a word are the call's number.
+//     The upper bits of a word count such calls, which all ranks have begun alike.
 //   - A call that has met and fails at some rank breaks the arena for good: the group goes on by messages.
 #pragma once
 

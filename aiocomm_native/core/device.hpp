@@ -17,6 +17,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -78,11 +79,15 @@ struct Company {
   virtual void ready(bool able) = 0;       // our memory may be touched, and we reach theirs; or we do not
   virtual bool able() const = 0;           // all are, once all have given their word
   virtual void moved(uint32_t parts) = 0;  // of the op, so far: their bytes are in place
+  std::atomic<bool> over{false};           // the op is gone: nobody waits for their words any more
 };
 
 // One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has. Or copies from
 // memory of ours into theirs, in their order.
 struct KernelCall {
+  ~KernelCall() {
+    if (company) company->over.store(true, std::memory_order_release);
+  }
   struct Far {
     Rank owner = -1;
     DevicePlace place;
@@ -239,7 +244,9 @@ class Mover {
   // Makes memory of ours reachable for the peer as far as it can be; called before a place is sent.
   virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
   virtual bool post(const MoveJob& job) = 0;  // false: no room now
-  virtual void await_gate(const Gate& gate, int device, OpId waiter) = 0;
+  // `company`: whose word it is, and who keep it; it is awaited until they are over.
+  virtual void await_gate(const Gate& gate, int device, OpId waiter,
+                          std::shared_ptr<Company> company = nullptr) = 0;
   // By a loop that spins, without the token: what copy threads would do now, sooner than they would come to it.
   virtual void turn() = 0;
   virtual bool due() const = 0;  // something is posted that turn() would issue. Any thread

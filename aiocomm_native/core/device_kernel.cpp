@@ -110,7 +110,7 @@ bool DeviceProtocol::words_open(Op& op, const KernelCall::Part& part) {
   for (const Gate& word : part.words) {
     if (word.open()) continue;
     op.gpu->waiting = true;
-    mover_->await_gate(word, op.gpu->device, op.id);
+    mover_->await_gate(word, op.gpu->device, op.id, op.gpu->kernel->company);
     return false;
   }
   if (op.gpu->kernel->company->able()) return true;

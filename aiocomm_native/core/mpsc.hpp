@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <memory>
+#include <utility>
 
 namespace aiocomm {
 
@@ -37,7 +38,7 @@ class BoundedQueue {
     size_t at = head_.load(std::memory_order_relaxed);
     Cell& cell = cells_[at & mask_];
     if (cell.sequence.load(std::memory_order_acquire) != at + 1) return false;
-    out = cell.value;
+    out = std::move(cell.value);
     cell.sequence.store(at + mask_ + 1, std::memory_order_release);
     head_.store(at + 1, std::memory_order_relaxed);
     return true;

@@ -35,7 +35,8 @@ namespace aiocomm::cuda {
 struct GateWait {
   Gate gate;
   OpId op = 0;
-  uint64_t since_ns = 0;  // when it came to the copy thread
+  uint64_t since_ns = 0;             // when it came to the copy thread
+  std::shared_ptr<Company> company;  // that gives the word, unless it is over
 };
 
 // Where the time of small copies between devices has gone, sums in ns. Written by the copy thread.

@@ -54,11 +54,12 @@ bool Device::open_gates() {
   GateWait wait;
   while (gate_queue_.pop(wait)) {
     wait.since_ns = now_ns();
-    gates_.push_back(wait);
+    gates_.push_back(std::move(wait));
   }
   if (gates_.empty()) return false;
   std::vector<OpId> ready;
   std::erase_if(gates_, [&](const GateWait& gate) {
+    if (gate.company && gate.company->over.load(std::memory_order_acquire)) return true;
     if (!gate.gate.open() && lost_)  // nobody else will write it; the copy then fails, and says why
       *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
     if (!gate.gate.open()) return false;

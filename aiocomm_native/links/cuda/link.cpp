@@ -359,8 +359,8 @@ Reach CudaLink::within_process(int device, const DevicePlace& theirs, OpId waite
 
 bool CudaLink::post(const MoveJob& job) { return state_->started(job.device)->post(job); }
 
-void CudaLink::await_gate(const Gate& gate, int device, OpId waiter) {
-  state_->started(device)->await_gate({gate, waiter});
+void CudaLink::await_gate(const Gate& gate, int device, OpId waiter, std::shared_ptr<Company> company) {
+  state_->started(device)->await_gate({gate, waiter, 0, std::move(company)});
 }
 
 void CudaLink::turn() {

@@ -92,7 +92,7 @@ class CudaLink final : public Link, public Mover {
   Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) override;
   void offer(DeviceBuffer& buffer, LinkPeer& peer) override;
   bool post(const MoveJob& job) override;
-  void await_gate(const Gate& gate, int device, OpId waiter) override;
+  void await_gate(const Gate& gate, int device, OpId waiter, std::shared_ptr<Company> company) override;
   void turn() override;
   bool due() const override;
   void rehearse() override;
