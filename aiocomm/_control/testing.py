@@ -119,10 +119,15 @@ class RecordingEngine:
         same = before is not None and before.generation == generation and before.link == link
         if same and rank not in self.broken_pairs:
             raise AssertionError(f"rank {rank} attached twice")
+        try:
+            for descriptor in fds:
+                os.write(descriptor, self.label)
+        except OSError:  # the other end is gone already
+            for descriptor in fds:
+                os.close(descriptor)
+            raise
         for descriptor in before.fds if before is not None else ():
             os.close(descriptor)
-        for descriptor in fds:
-            os.write(descriptor, self.label)
         attachment = Attachment(rank, generation, link, fds, peer_card, initiator)
         self._note(lambda: self.attached.__setitem__(rank, attachment))
 
