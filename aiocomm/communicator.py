@@ -104,6 +104,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._closed = False
         self._unretrieved: list[BaseException] = []
         self._notes: Mailbox[Notification] = Mailbox()
+        self._staged = 0  # bytes that pages are packed in
         self._events: Broadcast[Event] = Broadcast()
         self._told: deque[Event] = deque()  # by the control thread, and not taken notice of yet
         self._regions: dict[int, Region] = {}

@@ -5,8 +5,11 @@ Metrics:
         is `scattered` (as many pages in no order), `lists` (the same as Python lists), `layers` (782 pages of
         128 rows), `sizes` (6,250 pages of 16 tokens into pages of one token), `swapped` (782 pages of 16
         tokens and 8 heads, into heads before tokens).
-    ms/put: `put_pages` of the scattered ones, 64 bytes each, to another process, planned anew.
-    ms/stall: The longest that a task which only gives its turn up waited for the next one meanwhile.
+    ms/put, ms/get: `put_pages` and `get_pages` of the scattered ones, 64 bytes each, to and from another
+        process, planned anew; median.
+    ms/cpu/put, ms/cpu/get: What of all threads that took of the process that asked: of its cores.
+    ms/cpu/put/owner, ms/cpu/get/owner: And of the other process.
+    ms/stall: The longest that a task which only gives its turn up waited for the next one, during one put.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +83,7 @@ def _plans(repeats: int) -> Metrics:
     return found
 
 
-async def _put(comm: Any, role: int) -> Metrics:
+async def _move(comm: Any, role: int, repeats: int) -> Metrics:
     import aiocomm
 
     memory = np.full((_PAGES, _BYTES), 1 + role, np.uint8)
@@ -89,13 +93,41 @@ async def _put(comm: Any, role: int) -> Metrics:
     if role:
         lease = await comm.lease_pages(pages)
         await comm.send(np.frombuffer(lease.handle, np.uint8), dst=0)
-        await comm.recv(bytearray(1), src=0)
+        for _ in range(2 * (repeats + 1)):
+            await comm.recv(bytearray(1), src=0)
+            start = time.process_time()
+            await comm.recv(bytearray(1), src=0)
+            await comm.send(np.array([time.process_time() - start]), dst=0)
         if not (memory[take] == 1).all():
             raise RuntimeError("what was put is not there")
         return {}
     remote = comm.remote_pages((await comm.recv_array(src=1)).tobytes())
-    await comm.put_pages(pages, give, remote, take)  # touches all memory
-    _forget()
+    back = aiocomm.Pages(np.zeros_like(memory))
+    calls = {
+        "put": lambda: comm.put_pages(pages, give, remote, take),
+        "get": lambda: comm.get_pages(remote, take, back, give),
+    }
+    found: dict[str, list[float]] = {}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            _forget()
+            await comm.send(b"x", dst=1)
+            start, of_cores = time.perf_counter(), time.process_time()
+            await call()
+            taken = time.perf_counter() - start, time.process_time() - of_cores
+            await comm.send(b"x", dst=1)
+            owner = float((await comm.recv_array(src=1))[0])
+            if number:  # the first touches all memory
+                for what, value in zip(
+                    (f"ms/{name}", f"ms/cpu/{name}", f"ms/cpu/{name}/owner"), (*taken, owner), strict=True
+                ):
+                    found.setdefault(what, []).append(value * 1e3)
+    if not np.array_equal(back.arrays[0][give], memory[give]):
+        raise RuntimeError("what was got is not what was put")
+    return {what: statistics.median(values) for what, values in found.items()} | await _stall(calls["put"])
+
+
+async def _stall(put: Callable[[], Any]) -> Metrics:
     waits: list[float] = []
 
     async def give_way() -> None:
@@ -104,20 +136,19 @@ async def _put(comm: Any, role: int) -> Metrics:
             await asyncio.sleep(0)
             waits.append(time.perf_counter() - start)
 
+    _forget()
     ticking = asyncio.ensure_future(give_way())
     await asyncio.sleep(0)
-    start = time.perf_counter()
-    await comm.put_pages(pages, give, remote, take)
-    taken = time.perf_counter() - start
+    await put()
     ticking.cancel()
-    await comm.send(b"x", dst=1)
-    return {"ms/put": taken * 1e3, "ms/stall": max(waits) * 1e3}
+    return {"ms/stall": max(waits) * 1e3}
 
 
 def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
     """Plan in one process, put from it to the other."""
-    planned = _plans(arguments["repeats"]) if role == 0 else {}
-    return {**planned, **session.within(role, control, arguments, _put)}
+    repeats = arguments["repeats"]
+    planned = _plans(repeats) if role == 0 else {}
+    return {**planned, **session.within(role, control, arguments, partial(_move, repeats=repeats))}
 
 
 def measure(name: str, options: Options) -> Metrics:
@@ -128,6 +159,11 @@ def measure(name: str, options: Options) -> Metrics:
 _COLUMNS = (
     *(Column(f"ms/plan/{case}", f"plan\n{case}, ms", 2) for case in _CASES),
     Column("ms/put", "put_pages\nms", 1),
+    Column("ms/cpu/put", "of cores\nhere, ms", 1),
+    Column("ms/cpu/put/owner", "there\nms", 1),
+    Column("ms/get", "get_pages\nms", 1),
+    Column("ms/cpu/get", "of cores\nhere, ms", 1),
+    Column("ms/cpu/get/owner", "there\nms", 1),
     Column("ms/stall", "loop held\nat most, ms", 2),
 )
 
@@ -137,9 +173,12 @@ SUITE = Suite(
     session.subjects(("aiocomm-shm",)),
     measure,
     lambda options: _COLUMNS,
-    tuple(
-        Rule(f"plan of 100,000 descriptors, {case}, ms", "aiocomm-shm", f"ms/plan/{case}", "<=", 5.0)
-        for case in _CASES
-        if case != "lists"
+    (
+        *(
+            Rule(f"plan of 100,000 descriptors, {case}, ms", "aiocomm-shm", f"ms/plan/{case}", "<=", 5.0)
+            for case in _CASES
+            if case != "lists"
+        ),
+        Rule("cores' time, 100,000 descriptors put, ms", "aiocomm-shm", "ms/cpu/put", "<=", 10.0),
     ),
 )

@@ -121,12 +121,19 @@ class RemotePages:
     """A peer's leased pages: the target of `put_pages` and the source of `get_pages`."""
 
     def __init__(
-        self, number: int, layout: Layout, leased: Any, regions: dict[int, RemoteRegion], by_rows: list[bool]
+        self,
+        number: int,
+        layout: Layout,
+        leased: Any,
+        regions: dict[int, RemoteRegion],
+        on_gpu: bool,
+        by_rows: list[bool],
     ) -> None:
         self._number = number
         self.layout = layout
         self._leased = leased
         self._regions = regions
+        self.on_gpu = on_gpu
         self._by_rows = by_rows  # one, shared with all views
 
     @classmethod
@@ -148,7 +155,7 @@ class RemotePages:
         except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
-        return cls(number, layout, leased, regions, [on_gpu])
+        return cls(number, layout, leased, regions, on_gpu, [on_gpu])
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
         """Some of the arrays, e.g. those of one layer."""
@@ -163,7 +170,7 @@ class RemotePages:
         return [self._view(layout) for layout in self.layout.layers(axis, arrays)]
 
     def _view(self, layout: Layout) -> RemotePages:
-        return RemotePages(self._number, layout, self._leased, self._regions, self._by_rows)
+        return RemotePages(self._number, layout, self._leased, self._regions, self.on_gpu, self._by_rows)
 
     @property
     def by_rows(self) -> bool:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
+import numpy as np
 
 from aiocomm._operations import limit_of, overlapping
 from aiocomm.collectives.gate import Gate
@@ -15,16 +16,23 @@ from aiocomm.errors import DeadlineExceeded, LinkError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
+
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
     from aiocomm.pages.gather import Gather
     from aiocomm.pages.lease import RemotePages
-    from aiocomm.pages.planner import Copies, Integers
+    from aiocomm.pages.planner import Integers
     from aiocomm_native import Transfer
+    from aiocomm_native._core import Rows
+
+    Bytes = NDArray[np.uint8]
 
 __all__ = ["Mover"]
 
 _WINDOW: Final = 64  # transfers under way
+_STAGED: Final = 2 << 20  # bytes that these are packed in, about: what stays in a cache
+_STAGED_BY_ALL: Final = 256 << 20  # by all that one communicator moves
 _BREATH_S: Final = 1e-3  # of work after which other tasks get a turn
 
 
@@ -32,17 +40,38 @@ def _nothing() -> None:
     pass
 
 
-def _rows(
-    copies: Copies,
-) -> tuple[Integers, Integers, Integers, Integers, Integers, Integers]:
-    return (
-        copies.source,
-        copies.source_stride,
-        copies.target,
-        copies.target_stride,
-        copies.nbytes,
-        copies.rows,
-    )
+class Staging:
+    """Memory that rows are packed in, and used again: touching new memory takes longer than packing."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._free: dict[int, list[Bytes]] = {}
+        self._used = 0  # bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be taken: where all have taken much, what each needs to go on."""
+        return not self._used or (self._used < _STAGED and self._comm._staged < _STAGED_BY_ALL)
+
+    def take(self, nbytes: int) -> Bytes:
+        """So many bytes, to be given back."""
+        size = 1 << (nbytes - 1).bit_length()
+        self._used += size
+        self._comm._staged += size
+        free = self._free.get(size)
+        return (free.pop() if free else np.empty(size, np.uint8))[:nbytes]
+
+    def give_back(self, taken: Bytes) -> None:
+        """Nobody uses it any more."""
+        whole = taken if taken.base is None else taken.base
+        self._used -= len(whole)
+        self._comm._staged -= len(whole)
+        self._free.setdefault(len(whole), []).append(whole)
+
+    def close(self) -> None:
+        """No transfer uses any of it."""
+        self._comm._staged -= self._used
+        self._used = 0
 
 
 class Mover:
@@ -60,6 +89,7 @@ class Mover:
         self._ended: list[Callable[[], object]] = []
         self._later: list[Iterator[Transfer[Any]]] = []
         self._error: BaseException | None = None
+        self._staging = Staging(comm)
 
     def check(self, remote: RemotePages) -> None:
         """Refuse what no transfer of these pages could do."""
@@ -90,7 +120,7 @@ class Mover:
         self,
         region: Any,
         data: Any,
-        copies: Copies,
+        rows: Rows,
         gather: Gather | None,
         ended: Callable[[], object],
         instead: Callable[[], Iterator[Transfer[Any]]],
@@ -102,7 +132,7 @@ class Mover:
             instead: makes what follows if it cannot be done.
         """
         where = data, region.rank, self._index, region._number, region._start
-        transfer = self.comm._engine.put_rows(*where, *_rows(copies), None, self._left(), gather)
+        transfer = self.comm._engine.put_rows(*where, rows, None, self._left(), gather)
         self._flying[transfer], self._instead[transfer] = ended, instead
         return transfer
 
@@ -110,14 +140,34 @@ class Mover:
         self,
         region: Any,
         into: Any,
-        copies: Copies,
+        rows: Rows,
         gather: Gather | None,
         instead: Callable[[], Iterator[Transfer[Any]]],
     ) -> Transfer[Any]:
         """Submit a get of rows, as `put_rows`."""
         where = into, region.rank, self._index, region._number, region._start
-        transfer = self.comm._engine.get_rows(*where, *_rows(copies), self._left(), gather)
+        transfer = self.comm._engine.get_rows(*where, rows, self._left(), gather)
         self._flying[transfer], self._instead[transfer] = _nothing, instead
+        return transfer
+
+    def takes_lists(self, remote: RemotePages) -> bool:
+        """Whether the owner moves many ranges of one message."""
+        return not remote.on_gpu and self.comm._engine.takes_lists(remote.rank)
+
+    def put_listed(self, region: Any, message: Any, ended: Callable[[], object]) -> Transfer[Any]:
+        """Submit a put of many ranges: see core/listed.hpp."""
+        where = region.rank, self._index, region._number
+        transfer = self.comm._engine.put_listed(message, *where, self._left())
+        self._flying[transfer] = ended
+        return transfer
+
+    def get_listed(
+        self, region: Any, ranges: Integers, into: Any, ended: Callable[[], object]
+    ) -> Transfer[Any]:
+        """Submit a get of many ranges, (offset, bytes) each, which arrive close together."""
+        where = region.rank, self._index, region._number
+        transfer = self.comm._engine.get_listed(into, ranges, *where, self._left())
+        self._flying[transfer] = ended
         return transfer
 
     def get(self, region: Any, far: int, into: Any, ended: Callable[[], object]) -> Transfer[Any]:
@@ -130,6 +180,19 @@ class Mover:
             raise
         self._flying[transfer] = ended
         return transfer
+
+    def staged(self, nbytes: int) -> Bytes:
+        """Memory to pack rows in, until `packed` of it has ended."""
+        return self._staging.take(nbytes)
+
+    def packed(self, staged: Bytes, ended: Callable[[], object]) -> Callable[[], object]:
+        """What is called at the end of a transfer of such memory."""
+
+        def give_back() -> None:
+            ended()
+            self._staging.give_back(staged)
+
+        return give_back
 
     def later(self, more: Iterator[Transfer[Any]]) -> None:
         """Submit these before what is left of `run`'s jobs."""
@@ -170,12 +233,13 @@ class Mover:
             for transfer in list(self._flying):
                 transfer.cancel()
             await self._gate.wait_shielded(lambda: not self._flying)
+            self._staging.close()
         if self._error is not None:
             raise self._error
 
     def _has_room(self) -> bool:
         # What has ended counts until it was dealt with: transfers may end as fast as they are submitted.
-        return len(self._flying) + len(self._ended) < _WINDOW
+        return len(self._flying) + len(self._ended) < _WINDOW and self._staging.has_room
 
     def _next(self, jobs: Iterator[Transfer[Any]]) -> Transfer[Any] | None:
         while self._later:

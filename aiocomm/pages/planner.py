@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Copies", "kept_pair", "one_pair", "page_list", "plan"]
+__all__ = ["Copies", "alike", "one_pair", "page_list", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,8 @@ def one_pair(
     target_pages: Sequence[int] | Integers,
 ) -> Copies:
     """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
-    if len(source.planes) != len(target.planes):
-        _do_not_fit(source, target)
     give, take = page_list(source_pages), page_list(target_pages)
-    source, target = _single(source), _single(target)
+    source, target = alike(source, target)
     found = _kept.find(source, give, target, take)
     if found is None:
         found = _planned(source, give, target, take)
@@ -109,11 +107,15 @@ def one_pair(
     return found
 
 
-def kept_pair(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies | None:
-    """What `one_pair` would find without planning: nobody needs another thread for that."""
+def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
+    """One pair of arrays of them, which is planned for all pairs.
+
+    Raises:
+        UsageError: they do not have equally many.
+    """
     if len(source.planes) != len(target.planes):
-        return None
-    return _kept.find(_single(source), give, _single(target), take)
+        _do_not_fit(source, target)
+    return _single(source), _single(target)
 
 
 def page_list(pages: Sequence[int] | Integers) -> Integers:

@@ -6,25 +6,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
+import numpy as np
 
 from aiocomm.pages.plan_cache import PlanCache
-from aiocomm.pages.planner import kept_pair, one_pair, page_list
+from aiocomm.pages.planner import alike, one_pair, page_list
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from aiocomm.pages.layout import Layout
-    from aiocomm.pages.planner import Copies
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Ranges", "plan_copies", "plan_ranges", "ranges_of"]
+__all__ = ["Ranges", "plan_ranges", "plan_rows", "ranges_of", "rows_of"]
 
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
+_LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
+_SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
+_ENTRY: Final = 16  # bytes of a range in a list
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
 
 
@@ -38,15 +40,18 @@ class Ranges:
         first: the first row of each range, and the number of all rows.
         near: where each row begins here, in bytes.
         rows: bytes of each row.
+        groups: the first range of each group that may go in one message, and the number of all ranges.
     """
 
-    far: list[int]
-    nbytes: list[int]
-    first: list[int]
+    far: Integers
+    nbytes: Integers
+    first: Integers
     near: Integers
     rows: Integers
+    groups: list[int]
 
 
+_kept_rows: Final[PlanCache[_core.Rows]] = PlanCache(64)
 _kept: Final[dict[bool, PlanCache[Ranges]]] = {True: PlanCache(64), False: PlanCache(64)}
 
 
@@ -66,6 +71,7 @@ async def plan_ranges(
         UsageError: as for `plan`.
     """
     from_, to = page_list(give), page_list(take)
+    source, target = alike(source, target)
     if (found := _kept[at_target].find(source, from_, target, to)) is not None:
         return found
     if len(from_) + len(to) <= _INLINE:
@@ -73,20 +79,40 @@ async def plan_ranges(
     return await anyio.to_thread.run_sync(ranges_of, source, from_, target, to, at_target)
 
 
-async def plan_copies(
+async def plan_rows(
     source: Layout, give: Sequence[int] | Integers, target: Layout, take: Sequence[int] | Integers
-) -> Copies:
+) -> _core.Rows:
     """Plan for engines that take rows, as `plan_ranges`."""
     from_, to = page_list(give), page_list(take)
-    if (found := kept_pair(source, from_, target, to)) is not None:
+    source, target = alike(source, target)
+    if (found := _kept_rows.find(source, from_, target, to)) is not None:
         return found
     if len(from_) + len(to) <= _INLINE:
-        return one_pair(source, from_, target, to)
-    return await anyio.to_thread.run_sync(one_pair, source, from_, target, to)
+        return rows_of(source, from_, target, to)
+    return await anyio.to_thread.run_sync(rows_of, source, from_, target, to)
+
+
+def rows_of(source: Layout, give: Integers, target: Layout, take: Integers) -> _core.Rows:
+    """See `plan_rows`."""
+    source, target = alike(source, target)
+    if (found := _kept_rows.find(source, give, target, take)) is not None:
+        return found
+    copies = one_pair(source, give, target, take)
+    found = _core.Rows(
+        copies.source,
+        copies.source_stride,
+        copies.target,
+        copies.target_stride,
+        copies.nbytes,
+        copies.rows,
+    )
+    _kept_rows.keep(source, give, target, take, found)
+    return found
 
 
 def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool) -> Ranges:
     """See `plan_ranges`."""
+    source, target = alike(source, target)
     kept = _kept[at_target]
     if (found := kept.find(source, give, target, take)) is not None:
         return found
@@ -98,6 +124,17 @@ def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at
     if not at_target:
         near, far = far, near
     starts, nbytes, first, at, rows = _core.far_ranges(*near, *far, copies.nbytes, copies.rows, _STAGED)
-    found = Ranges(starts.tolist(), nbytes.tolist(), first.tolist(), at, rows)
+    groups = _groups(nbytes, None if at_target else _core.MOST_IN_GET)
+    found = Ranges(starts, nbytes, first, at, rows, groups)
     kept.keep(source, give, target, take, found)
     return found
+
+
+def _groups(nbytes: Integers, most: int | None) -> list[int]:
+    """Where a message of small ranges ends, whose list has at most `most` entries."""
+    small = nbytes < _SMALL
+    message = np.cumsum(nbytes + _ENTRY) // _LISTED
+    if most is not None:
+        message = message * (len(nbytes) // most + 1) + np.arange(len(nbytes)) // most
+    together = small[1:] & small[:-1] & (message[1:] == message[:-1])
+    return [*(0,)[: len(nbytes)], *(np.flatnonzero(~together) + 1).tolist(), len(nbytes)]

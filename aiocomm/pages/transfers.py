@@ -2,15 +2,17 @@
 
 GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself, or with a budget
 of multiprocessors a kernel where they have no common stride. Else, or where that engine does not reach the
-peer's memory, one put or get per range that is contiguous at the peer; where the local side is scattered,
-rows of host memory are packed into (or unpacked from) staging memory, and rows of GPU memory are put or got
-by themselves. Several transfers are under way at once, across layers, too; a layer's note follows when all of
-the layer has ended, and the notification when all has.
+peer's memory, one put or get per range that is contiguous at the peer; small ranges go many in a message, for
+which the peer's engine copies them to or from their places. Where the local side is scattered, rows of host
+memory are packed into (or unpacked from) staging memory, and rows of GPU memory are put or got by themselves.
+Several transfers are under way at once, across layers, too; a layer's note follows when all of the layer has
+ended, and the notification when all has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ from aiocomm.pages.gather import gather_of
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.planner import page_list
-from aiocomm.pages.ranges import plan_copies, plan_ranges, ranges_of
+from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
 from aiocomm_native import _core
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout, Pages
     from aiocomm.pages.lease import RemotePages
     from aiocomm.pages.memory import Bytes
-    from aiocomm.pages.planner import Copies, Integers
+    from aiocomm.pages.planner import Integers
     from aiocomm.pages.ranges import Ranges
     from aiocomm_native import Transfer
 
@@ -52,11 +54,11 @@ class _Plan:
     """What moves one view of pages.
 
     Args:
-        copies: to be moved as rows; None: ranges are moved.
+        rows: to be moved as they are; None: ranges are moved.
         ranges: of the same plan.
     """
 
-    copies: Copies | None
+    rows: _core.Rows | None
     ranges: Callable[[], Ranges]
 
 
@@ -152,12 +154,12 @@ async def get_pages(
     def jobs() -> Jobs:
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
             local, region = bytes_of(pages.arrays[array], True, stream), remote._regions[plane]
-            one_by_one = partial(_get_ranges, mover, region, local, plan)
-            if plan.copies is None:
+            one_by_one = partial(_get_ranges, mover, remote, region, local, plan)
+            if plan.rows is None:
                 yield from one_by_one()
-            elif len(plan.copies):
+            elif len(plan.rows):
                 instead = partial(_instead, remote, one_by_one, _nothing)
-                yield mover.get_rows(region, local, plan.copies, _gather(local, sm_budget), instead)
+                yield mover.get_rows(region, local, plan.rows, _gather(local, sm_budget), instead)
 
     await mover.run(jobs())
 
@@ -173,8 +175,8 @@ async def _planned(
 ) -> _Plan:
     """Plan for the way that is to be tried first."""
     if pages.on_gpu and remote.by_rows:
-        copies = await plan_copies(source, give, target, take)
-        return _Plan(copies, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target))
+        rows = await plan_rows(source, give, target, take)
+        return _Plan(rows, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
     return _Plan(None, lambda: ranges)
 
@@ -191,13 +193,13 @@ def _puts(
 ) -> Jobs:
     for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
         local, region = bytes_of(pages.arrays[array], False, stream), remote._regions[plane]
-        one_by_one = partial(_put_ranges, mover, region, local, plan, begun, ended)
-        if plan.copies is None:
+        one_by_one = partial(_put_ranges, mover, remote, region, local, plan, begun, ended)
+        if plan.rows is None:
             yield from one_by_one()
-        elif len(plan.copies):
+        elif len(plan.rows):
             begun()
             instead = partial(_instead, remote, one_by_one, ended)
-            yield mover.put_rows(region, local, plan.copies, _gather(local, sm_budget), ended, instead)
+            yield mover.put_rows(region, local, plan.rows, _gather(local, sm_budget), ended, instead)
 
 
 def _gather(local: Bytes, sm_budget: int | None) -> Gather | None:
@@ -213,6 +215,7 @@ def _instead(remote: RemotePages, one_by_one: Callable[[], Jobs], ended: Callabl
 
 def _put_ranges(
     mover: Mover,
+    remote: RemotePages,
     region: Any,
     local: Bytes,
     plan: _Plan,
@@ -220,38 +223,69 @@ def _put_ranges(
     ended: Callable[[], object],
 ) -> Jobs:
     ranges = plan.ranges()
-    for far, nbytes, first, last in _each(ranges):
-        data: Any
-        if isinstance(local, tuple):
+    if isinstance(local, tuple):
+        for far, first, last in _each(ranges):
             for at, length in _rows(ranges, first, last):
                 begun()
                 yield mover.put(region, far, part_of(local, at, length), None, ended)
                 far += length
-            continue
+        return
+    for start, stop in _messages(ranges, mover.takes_lists(remote)):
+        begun()
+        first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1:
             at = int(ranges.near[first])
-            data = local[at : at + nbytes]
+            data = local[at : at + int(ranges.nbytes[start])]
+            yield mover.put(region, int(ranges.far[start]), data, None, ended)
+            continue
+        listed = stop - start > 1
+        head = 8 + 16 * (stop - start) if listed else 0
+        data = mover.staged(head + int(ranges.nbytes[start:stop].sum()))
+        _core.pack_rows(ranges.near[first:last], ranges.rows[first:last], local, data[head:])
+        done = mover.packed(data, ended)
+        if listed:
+            data[:8].view(np.int64)[0] = stop - start
+            _fill_list(data[8:head].view(np.int64).reshape(-1, 2), ranges, start, stop, region._start)
+            yield mover.put_listed(region, data, done)
         else:
-            data = np.empty(nbytes, np.uint8)
-            _core.pack_rows(ranges.near[first:last], ranges.rows[first:last], local, data)
-        begun()
-        yield mover.put(region, far, data, None, ended)
+            yield mover.put(region, int(ranges.far[start]), data, None, done)
 
 
-def _get_ranges(mover: Mover, region: Any, local: Bytes, plan: _Plan) -> Jobs:
+def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, plan: _Plan) -> Jobs:
     ranges = plan.ranges()
-    for far, nbytes, first, last in _each(ranges):
-        if isinstance(local, tuple):
+    if isinstance(local, tuple):
+        for far, first, last in _each(ranges):
             for at, length in _rows(ranges, first, last):
                 yield mover.get(region, far, part_of(local, at, length), _nothing)
                 far += length
-        elif last - first == 1:
+        return
+    for start, stop in _messages(ranges, mover.takes_lists(remote)):
+        first, last = ranges.first[start], ranges.first[stop]
+        nbytes = int(ranges.nbytes[start:stop].sum())
+        if last - first == 1:
             at = int(ranges.near[first])
-            yield mover.get(region, far, local[at : at + nbytes], _nothing)
+            yield mover.get(region, int(ranges.far[start]), local[at : at + nbytes], _nothing)
+            continue
+        data = mover.staged(nbytes)
+        rows = ranges.near[first:last], ranges.rows[first:last]
+        done = mover.packed(data, partial(_core.unpack_rows, *rows, local, data))
+        if stop - start > 1:
+            wanted = np.empty((stop - start, 2), np.int64)
+            _fill_list(wanted, ranges, start, stop, region._start)
+            yield mover.get_listed(region, wanted.reshape(-1), data, done)
         else:
-            staged = np.empty(nbytes, np.uint8)
-            rows = ranges.near[first:last], ranges.rows[first:last]
-            yield mover.get(region, far, staged, partial(_core.unpack_rows, *rows, local, staged))
+            yield mover.get(region, int(ranges.far[start]), data, done)
+
+
+def _messages(ranges: Ranges, listed: bool) -> Iterator[tuple[int, int]]:
+    """The first range of each message, and the first of the next."""
+    return itertools.pairwise(ranges.groups if listed else range(len(ranges.far) + 1))
+
+
+def _fill_list(into: Integers, ranges: Ranges, start: int, stop: int, base: int) -> None:
+    """See core/listed.hpp."""
+    np.add(ranges.far[start:stop], base, out=into[:, 0])
+    into[:, 1] = ranges.nbytes[start:stop]
 
 
 def _check_notification(notify: bytes | None) -> None:
@@ -259,8 +293,11 @@ def _check_notification(notify: bytes | None) -> None:
         raise UsageError("notify takes at most 4,096 bytes")
 
 
-def _each(ranges: Ranges) -> Iterator[tuple[int, int, int, int]]:
-    return zip(ranges.far, ranges.nbytes, ranges.first, ranges.first[1:], strict=False)
+def _each(ranges: Ranges) -> Iterator[tuple[int, int, int]]:
+    """Where each range begins at the peer, its first row, and the first of the next."""
+    return zip(
+        ranges.far.tolist(), *(cut.tolist() for cut in (ranges.first[:-1], ranges.first[1:])), strict=True
+    )
 
 
 def _rows(ranges: Ranges, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import overload
 
 
+def cut_rows(rows: Sequence[tuple[int, int, int, int, int, int]], offset: int, nbytes: int) -> list[tuple[int, int, int, int, int, int]]:
+    """
+    Bytes of a list of (from, to, from_step, to_step, nbytes, count), as rows.
+    """
+
 class Matcher:
     def __init__(self) -> None: ...
 
@@ -38,11 +43,6 @@ class Matcher:
 
     @property
     def capacity(self) -> int: ...
-
-def cut_rows(rows: Sequence[tuple[int, int, int, int, int, int]], offset: int, nbytes: int) -> list[tuple[int, int, int, int, int, int]]:
-    """
-    Bytes of a list of (from, to, from_step, to_step, nbytes, count), as rows.
-    """
 
 class Chunk:
     @property

@@ -18,7 +18,7 @@ void bind_expert_tables(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_match(nb::module_& m);
 void bind_pages(nb::module_& m);
-void bind_rows(nb::module_& m);
+void bind_rows(nb::module_& m, nb::module_& pure);
 void bind_sched(nb::module_& m);
 void bind_settle(nb::module_& m);
 
@@ -27,6 +27,8 @@ NB_MODULE(_core, m) {
   m.doc() = "Native core of aiocomm.";
   if (aiocomm::py::init_memory(m.ptr()) < 0 || aiocomm::py::init_transfer(m.ptr()) < 0)
     throw nb::python_error();
+  nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
+  bind_rows(m, pure);
   aiocomm::py::bind_engine(m);
   aiocomm::py::bind_schedule(m);
   aiocomm::py::bind_shared(m);
@@ -39,8 +41,6 @@ NB_MODULE(_core, m) {
   bind_pages(m);
   bind_settle(m);
   aiocomm::py::bind_device_memory(m);
-  nb::module_ pure = m.def_submodule("pure", "Matching, scheduling and deadlines, without I/O: for tests.");
   bind_match(pure);
-  bind_rows(pure);
   bind_sched(pure);
 }

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 
 #include <algorithm>
 #include <cstring>
@@ -11,7 +12,9 @@
 #include <utility>
 
 #include "bindings/device_py.hpp"
+#include "bindings/rows_py.hpp"
 #include "bindings/transfer.hpp"
+#include "core/listed.hpp"
 
 namespace nb = nanobind;
 
@@ -234,61 +237,65 @@ nb::object get(Self self, nb::handle object, int src, uint32_t channel, uint64_t
   return start.submit();
 }
 
+// A put or get of many ranges of host memory, as one message: see core/listed.hpp.
+nb::object put_listed(Self self, nb::handle object, int dst, uint32_t channel, uint64_t region,
+                      double deadline) {
+  Start start(self, OpKind::put, dst, channel, deadline);
+  start.buffer(object.ptr(), false);
+  if (start.op->nbytes > kMostListed) {
+    PyErr_SetString(PyExc_ValueError, "more than one message takes");
+    start.give_up();
+  }
+  start.op->region = region;
+  start.op->listed = true;
+  return start.submit();
+}
+
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// The bytes that rows cover: [low, high).
-struct Cover {
-  __int128 low = 0, high = 0;
-  bool any = false;
-  void add(int64_t at, int64_t step, int64_t count, int64_t nbytes) {
-    if (count == 1 && any && at >= low && at <= high - nbytes) return;
-    const __int128 last = static_cast<__int128>(at) + static_cast<__int128>(step) * (count - 1);
-    const __int128 first = std::min<__int128>(at, last), end = std::max<__int128>(at, last) + nbytes;
-    low = any ? std::min(low, first) : first;
-    high = any ? std::max(high, end) : end;
-    any = true;
-  }
-};
-
-// Rows between memory of ours and a region, by offsets in bytes into each; see core/rows.hpp.
-void take_rows(Start& start, bool outgoing, const Integers& from, const Integers& from_step,
-               const Integers& to, const Integers& to_step, const Integers& nbytes, const Integers& count) {
-  for (const Integers* one : {&from_step, &to, &to_step, &nbytes, &count})
-    if (one->size() != from.size()) {
-      PyErr_SetString(PyExc_ValueError, "lists of one length");
-      start.give_up();
-    }
+nb::object get_listed(Self self, nb::handle object, const Integers& list, int src, uint32_t channel,
+                      uint64_t region, double deadline) {
+  Start start(self, OpKind::get, src, channel, deadline);
+  start.buffer(object.ptr(), true);
+  start.claim();
   Op& op = *start.op;
-  if (!op.gpu || from.size() == 0) {
+  const std::span bytes(reinterpret_cast<const std::byte*>(list.data()), list.size() * sizeof(int64_t));
+  if (list.size() > 2 * kMostInGet || op.nbytes > kMostListed || listed_bytes(bytes) != op.nbytes) {
+    PyErr_SetString(PyExc_ValueError, "a list that makes no sense");
+    start.give_up();
+  }
+  op.region = region;
+  op.listed = true;
+  op.list_bytes = static_cast<uint32_t>(bytes.size());
+  op.own = std::make_unique_for_overwrite<std::byte[]>(bytes.size());
+  std::memcpy(op.own.get(), bytes.data(), bytes.size());
+  return start.submit();
+}
+
+// Rows between memory of ours and a region: each side shifts its memory to where they begin there.
+void take_rows(Start& start, nb::tuple description, bool outgoing, std::shared_ptr<PlacedRows> rows,
+               uint64_t region, uint64_t offset) {
+  start.t->keep = Py_NewRef(description.ptr());
+  DeviceView view;
+  if (!start.e.engine->mover()) {
     PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
     start.give_up();
   }
-  const int64_t *at = from.data(), *at_step = from_step.data(), *into = to.data(),
-                *into_step = to_step.data(), *bytes = nbytes.data(), *times = count.data();
-  Cover ours, theirs;
-  Cover& read = outgoing ? ours : theirs;
-  Cover& written = outgoing ? theirs : ours;
-  bool good = true;
-  for (size_t i = 0; i < from.size() && good; ++i) {
-    good = bytes[i] > 0 && times[i] > 0;
-    read.add(at[i], at_step[i], times[i], bytes[i]);
-    written.add(into[i], into_step[i], times[i], bytes[i]);
-  }
-  if (!good || ours.low < 0 || ours.high > op.nbytes || theirs.low < 0 || theirs.high > (1ll << 56)) {
+  if (!read_description(description.ptr(), view)) start.give_up();
+  const Cover &ours = outgoing ? rows->from : rows->to, &theirs = outgoing ? rows->to : rows->from;
+  if (ours.high > view.nbytes) {
     PyErr_SetString(PyExc_ValueError, "rows outside the memory");
     start.give_up();
   }
-  const auto low = static_cast<uint64_t>(theirs.low);
-  auto rows = std::make_unique<RowList>();
-  rows->reserve(from.size());
-  for (size_t i = 0; i < from.size(); ++i)
-    rows->add({static_cast<uint64_t>(at[i]) - (outgoing ? 0 : low),
-               static_cast<uint64_t>(into[i]) - (outgoing ? low : 0), at_step[i], into_step[i],
-               static_cast<uint64_t>(bytes[i]), static_cast<uint64_t>(times[i])});
-  op.offset += low;
-  op.gpu->reach = static_cast<uint64_t>(theirs.high - theirs.low);
-  op.nbytes = op.capacity = start.t->nbytes = rows->nbytes();
-  op.gpu->rows = std::move(rows);
+  view.address += ours.low;
+  view.nbytes = ours.high - ours.low;
+  start.device_memory(view);
+  Op& op = *start.op;
+  op.region = region;
+  op.offset = offset + theirs.low;
+  op.gpu->reach = theirs.high - theirs.low;
+  op.nbytes = op.capacity = start.t->nbytes = rows->list.nbytes();
+  op.gpu->rows = std::shared_ptr<const RowList>(rows, &rows->list);
 }
 
 // (function, blocks, threads) of a kernel for rows without a common stride, or None.
@@ -305,28 +312,19 @@ void take_gather(Start& start, nb::handle how) {
 }
 
 nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel, uint64_t region,
-                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
-                    const Integers& to_step, const Integers& nbytes, const Integers& count, nb::object notify,
-                    double deadline, nb::object gather) {
+                    uint64_t offset, std::shared_ptr<PlacedRows> rows, nb::object notify, double deadline,
+                    nb::object gather) {
   Start start(self, OpKind::put, dst, channel, deadline);
-  start.memory(description.ptr(), false);
-  start.op->region = region;
-  start.op->offset = offset;
-  take_rows(start, true, from, from_step, to, to_step, nbytes, count);
+  take_rows(start, description, true, std::move(rows), region, offset);
   take_gather(start, gather);
   set_notification(start, notify);
   return start.submit();
 }
 
 nb::object get_rows(Self self, nb::tuple description, int src, uint32_t channel, uint64_t region,
-                    uint64_t offset, const Integers& from, const Integers& from_step, const Integers& to,
-                    const Integers& to_step, const Integers& nbytes, const Integers& count, double deadline,
-                    nb::object gather) {
+                    uint64_t offset, std::shared_ptr<PlacedRows> rows, double deadline, nb::object gather) {
   Start start(self, OpKind::get, src, channel, deadline);
-  start.memory(description.ptr(), true);
-  start.op->region = region;
-  start.op->offset = offset;
-  take_rows(start, false, from, from_step, to, to_step, nbytes, count);
+  take_rows(start, description, false, std::move(rows), region, offset);
   take_gather(start, gather);
   return start.submit();
 }
@@ -350,10 +348,12 @@ void bind_operations(nb::class_<PyEngine>& engine) {
       .def("recv_on", recv_on)
       .def("put", put, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("get", get)
-      .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
+      .def("put_listed", put_listed)
+      .def("get_listed", get_listed)
+      .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg().none(), nb::arg(), nb::arg().none())
       .def("get_rows", get_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+           nb::arg().none())
       .def(
           "add_region",
           [](PyEngine& e, nb::handle object, bool writable) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/listed.hpp"
 #include "core/page_plan.hpp"
 
 namespace nb = nanobind;
@@ -128,6 +129,7 @@ void unpack_rows(const Integers& at, const Integers& nbytes, const WritableBytes
 
 void bind_pages(nb::module_& m) {
   using namespace nb::literals;
+  m.attr("MOST_IN_GET") = aiocomm::kMostInGet;
   m.def("integers", integers, "values"_a,
         nb::sig(
             "def integers(values: list[int]) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))] | None"),

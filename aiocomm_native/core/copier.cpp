@@ -18,7 +18,8 @@ void Copier::stop() {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
-  wake_.notify_all();
+  ++told_;
+  told_.notify_all();
   for (auto& worker : workers_) worker.join();
   workers_.clear();
 }
@@ -40,7 +41,8 @@ void Copier::rouse() {
       workers_.emplace_back([this] { work(); });
     if (sleeping_ == 0) return;
   }
-  wake_.notify_one();
+  ++told_;
+  told_.notify_one();
 }
 
 bool Copier::run_one() {
@@ -68,9 +70,14 @@ void Copier::work() {
     CopyJob job;
     {
       std::unique_lock lock(mutex_);
-      ++sleeping_;
-      wake_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-      --sleeping_;
+      while (!stopping_ && queue_.empty()) {
+        const uint32_t told = told_;  // whatever comes from now on changes it
+        ++sleeping_;
+        lock.unlock();
+        told_.wait(told);
+        lock.lock();
+        --sleeping_;
+      }
       if (queue_.empty()) return;
       job = std::move(queue_.front());
       queue_.erase(queue_.begin());

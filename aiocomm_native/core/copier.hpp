@@ -1,10 +1,10 @@
 // Threads that move bytes which some CPU has to move: chunks pulled from a peer's memory.
 //
 // Jobs are chosen by the scheduler, one at a time, so that at most one chunk per thread is ever committed; what is
-// urgent waits for no queue here. The threads sleep on a condition variable while there is nothing to do.
+// urgent waits for no queue here. The threads sleep while there is nothing to do.
 #pragma once
 
-#include <condition_variable>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -47,7 +47,8 @@ class Copier {
   const int threads_;
   const std::function<void(CopyJob&)> finish_;
   std::mutex mutex_;
-  std::condition_variable wake_;
+  // Not a condition variable: glibc's, before 2.41, may lose a wake-up where several threads wait (its bug 25847).
+  std::atomic<uint32_t> told_{0};
   std::vector<CopyJob> queue_;
   bool stopping_ = false;
   int sleeping_ = 0;

@@ -186,9 +186,10 @@ class Engine final : public Host, public FrameSink {
   LinkCounters counters(const std::string& link);
   std::map<std::string, double> gauges(const std::string& link);
   std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
-  std::vector<Op*> outgoing();      // sends and puts that have not ended
-  std::string link_of(Rank rank);   // of a connected peer, else empty
-  int process_of(Rank rank);        // whose private memory can be reached from here; -1: none
+  std::vector<Op*> outgoing();     // sends and puts that have not ended
+  std::string link_of(Rank rank);  // of a connected peer, else empty
+  bool takes_lists(Rank rank);  // whether its owner serves many ranges at once; else devices do, one by one
+  int process_of(Rank rank);    // whose private memory can be reached from here; -1: none
   std::string why_lost(Rank rank);  // of a peer that is lost, or could not be connected; else empty
   uint8_t likely_link(Rank rank);   // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;
@@ -355,7 +356,7 @@ class Engine final : public Host, public FrameSink {
 
   // protocol_onesided.cpp
   void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
-  void on_get(Peer& peer, const FrameHeader& header);
+  void on_get(Peer& peer, const FrameHeader& header, const std::byte* payload);
   void on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);

@@ -66,6 +66,7 @@ enum FrameFlags : uint8_t {
   kPrepare = 2,    // soon: to loops that spin, of a long copy
   kStillUsed = 1,  // key_revoked
   kRows = 32,      // put_rts, get: rows of the `address` bytes from the offset on; `nbytes` in all
+  kListed = 64,    // put, put_rts, get: of many ranges; see listed.hpp
 };
 
 struct FrameHeader {

@@ -33,7 +33,7 @@ Op* OpTable::take() {
   op->path = Path::none;
   op->unreachable = op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched =
       op->in_sched = false;
-  op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
+  op->listed = op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
   op->error = 0;
   op->registration = op->offer = op->immediate = op->chunks = 0;
   op->data = nullptr;
@@ -54,6 +54,7 @@ Op* OpTable::take() {
 void OpTable::give_back(Op* op) {
   op->state = OpState::free;
   op->gpu.reset();
+  op->own.reset();
   --in_use_;
   free_.push_back(static_cast<uint32_t>(op->id & kSlotMask));
 }

@@ -67,6 +67,7 @@ struct Op {
   bool holding = false;      // `registration` is not there yet: on_held goes on
   bool letting_go =
       false;  // all is said and done, but for a device that lets go of its memory: on_released ends it
+  bool listed = false;     // put, get: of many ranges; see listed.hpp
   bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   Rank peer = -1;        // as asked for; kAnySource until matched
@@ -90,6 +91,7 @@ struct Op {
   uint32_t chunks = 0;          // of those, posted
   uint64_t deadline_ns = 0;
   uint64_t submitted_ns = 0, started_ns = 0, ended_ns = 0;
+  uint32_t list_bytes = 0;  // listed get: of its list
   uint16_t meta_bytes = 0;
   std::array<std::byte, 16 + 8 * kMaxDims> meta;  // dtype and shape of a message
   std::string notify;
@@ -97,6 +99,7 @@ struct Op {
   void* cookie = nullptr;  // the binding's object; the core never looks at it
   uint64_t ready = ~0ull;  // bytes that may be read by now; less than all: the rest is being staged
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `data` is its address, which only devices may touch
+  std::unique_ptr<std::byte[]> own;   // listed: the list that a get sends, or what the region's owner copies
   int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
 

@@ -1,6 +1,8 @@
 #include "core/page_plan.hpp"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
 #include <numeric>
 
@@ -121,6 +123,36 @@ bool merge_by_table(const PageSide& source, const PageSide& target, int64_t nbyt
   return true;
 }
 
+struct Row {
+  int64_t far, near, nbytes;
+};
+
+constexpr size_t kFewRows = 512;  // that comparing sorts sooner
+constexpr int kDigit = 11;        // bits
+
+// By digits of what tells them apart: a hundred thousand take a tenth of the time that comparing them does.
+void sort_by_far(std::vector<Row>& rows) {
+  const auto before = [](const Row& a, const Row& b) { return a.far < b.far; };
+  if (std::is_sorted(rows.begin(), rows.end(), before)) return;
+  if (rows.size() < kFewRows) return std::stable_sort(rows.begin(), rows.end(), before);
+  const int64_t least = std::min_element(rows.begin(), rows.end(), before)->far;
+  const auto key = [&](const Row& row) {
+    return static_cast<uint64_t>(row.far) - static_cast<uint64_t>(least);
+  };
+  uint64_t any = 0;
+  for (const Row& row : rows) any |= key(row);
+  const int bits = std::bit_width(any);
+  std::vector<Row> sorted(rows.size());
+  for (int shift = std::countr_zero(any); shift < bits; shift += kDigit) {
+    std::array<size_t, (1 << kDigit) + 1> place{};
+    const auto digit = [&](const Row& row) { return (key(row) >> shift) & ((1 << kDigit) - 1); };
+    for (const Row& row : rows) ++place[digit(row) + 1];
+    std::partial_sum(place.begin(), place.end(), place.begin());
+    for (const Row& row : rows) sorted[place[digit(row)]++] = row;
+    rows.swap(sorted);
+  }
+}
+
 }  // namespace
 
 PageRuns merge_pages(const PageSide& source, const PageSide& target, int64_t nbytes) {
@@ -177,9 +209,6 @@ EqualSteps equal_steps(std::span<const int64_t> a, std::span<const int64_t> b) {
 }
 
 FarRanges far_ranges(const StridedCopies& copies, int64_t most) {
-  struct Row {
-    int64_t far, near, nbytes;
-  };
   std::vector<Row> rows;
   rows.reserve(static_cast<size_t>(std::reduce(copies.rows.begin(), copies.rows.end())));
   const auto add = [&](size_t i, int64_t k) {
@@ -200,8 +229,7 @@ FarRanges far_ranges(const StridedCopies& copies, int64_t most) {
     for (size_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < copies.rows[i]; ++k) add(i, k);
   }
-  const auto before = [](const Row& a, const Row& b) { return a.far < b.far; };
-  if (!std::is_sorted(rows.begin(), rows.end(), before)) std::sort(rows.begin(), rows.end(), before);
+  sort_by_far(rows);
   FarRanges found;
   found.near.reserve(rows.size());
   found.row.reserve(rows.size());

@@ -46,6 +46,7 @@ struct Peer {
   std::deque<ControlFrame> control;  // frames that must go out, before any message
   uint64_t eager_unconsumed = 0;     // eager bytes sent for which no credit has come back
   uint64_t held = 0;                 // unexpected bytes of this peer that are kept here, headers counted
+  uint64_t listed = 0;               // bytes of lists of its that are being moved
   bool told_staged = false;          // that GPU memory goes a slower way
   uint64_t device_owner = 0;         // its process, as its device memory names it; 0: not seen
   uint64_t credit_owed = 0;          // eager bytes consumed here and not yet told

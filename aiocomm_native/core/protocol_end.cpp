@@ -51,6 +51,8 @@ void Engine::finish(Op& op, Code code) {
   }
   if (served_.find(op.id) != nullptr || (op.id >> 62) != 0) {
     uint64_t region = op.region;
+    if (Peer* peer = find_peer(op.peer); op.listed && peer)
+      peer->listed -= std::min(peer->listed, op.capacity);
     served_.give_back(&op);
     return region_idle(region);
   }
@@ -232,7 +234,7 @@ void Engine::let_go_of_link(Peer& peer, bool failed) {
   end_link(peer, failed);
   peer.link.reset();  // still among the retired: it may be on the stack
   peer.blocked = false;
-  peer.eager_unconsumed = peer.credit_owed = peer.held = 0;
+  peer.eager_unconsumed = peer.credit_owed = peer.held = peer.listed = 0;
   drop_announced(peer);
   // Eager messages that came over the old link stay; no word of them goes over the new one.
   unexpected_.each([&](Unexpected& kept) {

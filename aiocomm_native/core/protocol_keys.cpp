@@ -48,7 +48,7 @@ KeyHolder* holder_of(RegionInfo& region, Rank rank) {
 
 // Whether the devices move this op's bytes, as far as is known.
 bool Engine::by_key(const Op& op, const Peer& peer) const {
-  if (!peer.onesided || (op.gpu && !op.gpu->direct)) return false;
+  if (!peer.onesided || op.listed || (op.gpu && !op.gpu->direct)) return false;
   auto it = peer.onesided->keys.find(op.region);
   return it == peer.onesided->keys.end() || it->second.state != RegionKey::State::by_owner;
 }

@@ -6,9 +6,22 @@
 #include <utility>
 
 #include "core/engine.hpp"
+#include "core/listed.hpp"
 #include "core/token.hpp"
 
 namespace aiocomm {
+
+namespace {
+
+// Our own peers have a few of them at a time; this stops one that has them without end.
+std::unique_ptr<std::byte[]> room_for_list(Peer& peer, uint64_t nbytes) {
+  if (peer.listed + nbytes > kMostAtOnce)
+    throw ProtocolViolation("more lists than any process moves at once");
+  peer.listed += nbytes;
+  return std::make_unique_for_overwrite<std::byte[]>(nbytes);
+}
+
+}  // namespace
 
 uint64_t Engine::add_region(std::byte* base, uint64_t nbytes, bool writable,
                             std::unique_ptr<DeviceBuffer> gpu) {
@@ -77,18 +90,23 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (from_device && (header.kind != FrameKind::put_rts || header.payload_bytes != sizeof(DevicePlace) ||
                       header.nbytes == 0))
     throw ProtocolViolation("device memory without its place");
-  const bool by_rows = header.flags & kRows;
-  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  const bool by_rows = header.flags & kRows, listed = header.flags & kListed;
+  if (listed && (from_device || header.nbytes > kMostListed || offset))
+    throw ProtocolViolation("a list that makes no sense");
+  const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
   Code code = check_region(header.rop, offset, reach, true, &region);
-  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
+  if (code == Code::ok && (by_rows ? !region->gpu : listed && region->gpu)) code = Code::unreachable;
+  if (code == Code::ok && listed && header.kind == FrameKind::put)
+    code = spread({payload, header.payload_bytes}, {region->base, region->nbytes});
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
   if (header.kind == FrameKind::put && (!region->gpu || header.nbytes == 0)) {
-    if (header.payload_bytes) std::memcpy(region->base + offset, payload, header.payload_bytes);
+    if (header.payload_bytes && !listed) std::memcpy(region->base + offset, payload, header.payload_bytes);
     counters_[peer.link_index].bytes_received += header.payload_bytes;
     if (header.flags & kHasNotify) notify(peer.rank, meta, header.meta_bytes, header.nbytes);
     return send_fin(peer, header.sop, Code::ok, header.nbytes);
   }
+  std::unique_ptr<std::byte[]> own = listed ? room_for_list(peer, header.nbytes) : nullptr;
   Op* op = served_.take();
   op->live = true;
   op->kind = OpKind::recv;
@@ -101,6 +119,10 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->nbytes = op->capacity = header.nbytes;
   op->remote_op = header.sop;
   op->region = header.rop;
+  if ((op->listed = listed)) {
+    op->own = std::move(own);
+    op->data = op->own.get();
+  }
   op->has_notify = header.flags & kHasNotify;
   op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
   ++region->active;
@@ -113,13 +135,22 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   start_rendezvous(*op, peer, header, true);
 }
 
-void Engine::on_get(Peer& peer, const FrameHeader& header) {
+void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payload) {
   RegionInfo* region = nullptr;
   auto offset = static_cast<uint64_t>(header.tag);
-  const bool by_rows = header.flags & kRows;
-  const uint64_t reach = by_rows ? header.address : header.nbytes;
+  const bool by_rows = header.flags & kRows, listed = header.flags & kListed;
+  const std::span list(payload, listed ? header.payload_bytes : 0);
+  if (listed && (by_rows || header.nbytes > kMostListed || listed_bytes(list) != header.nbytes || offset))
+    throw ProtocolViolation("a list that makes no sense");
+  const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   Code code = check_region(header.sop, offset, reach, false, &region);
-  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
+  if (code == Code::ok && (by_rows ? !region->gpu : listed && region->gpu)) code = Code::unreachable;
+  std::unique_ptr<std::byte[]> own;
+  if (code == Code::ok && listed) {
+    own = room_for_list(peer, header.nbytes);
+    code = collect(list, {region->base, region->nbytes}, own.get());
+    if (code != Code::ok) peer.listed -= header.nbytes;
+  }
   FrameHeader reply{};
   reply.rop = header.rop;
   if (code != Code::ok) {
@@ -136,7 +167,9 @@ void Engine::on_get(Peer& peer, const FrameHeader& header) {
   op->link = peer.link_index;
   op->channel = 0;
   if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
-  op->data = region->base + offset;
+  op->listed = listed;
+  op->own = std::move(own);
+  op->data = listed ? op->own.get() : region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
   op->remote_op = header.rop;
   op->region = header.sop;

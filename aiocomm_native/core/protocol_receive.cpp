@@ -9,6 +9,7 @@
 
 #include "core/cma.hpp"
 #include "core/engine.hpp"
+#include "core/listed.hpp"
 #include "core/token.hpp"
 
 namespace aiocomm {
@@ -42,7 +43,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
       case FrameKind::put_rts:
         return on_put(*peer, header, meta, payload);
       case FrameKind::get:
-        return on_get(*peer, header);
+        return on_get(*peer, header, payload);
       case FrameKind::get_ready:
         return on_get_ready(*peer, header, meta);
       case FrameKind::get_fail:
@@ -392,6 +393,14 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes,
 void Engine::received(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (op.gpu && op.gpu->direct) mover()->flush(op.gpu->device);
+  if (op.listed && op.kind == OpKind::recv) {
+    const RegionInfo& region = regions_.at(op.region);
+    const Code code = spread({op.data, op.nbytes}, {region.base, region.nbytes});
+    if (code != Code::ok) {
+      if (peer) send_fin(*peer, op.remote_op, code, 0);
+      return finish(op, code);
+    }
+  }
   if (peer)
     send_fin(*peer, op.remote_op, Code::ok, op.moved, op.kind == OpKind::get ? Wake::engine : Wake::loop);
   if (op.gpu && op.gpu->role == Role::stage_in) op.path = Path::staged;

@@ -173,7 +173,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   h.channel = channel.id;
   h.cls = channel.cls;
   h.weight = packed_weight(channel.weight);
-  h.flags = op.has_notify ? kHasNotify : 0;
+  h.flags = static_cast<uint8_t>((op.has_notify ? kHasNotify : 0) | (op.listed ? kListed : 0));
   h.meta_bytes = static_cast<uint16_t>(op.notify.size());
   h.tag = static_cast<int64_t>(op.offset);
   h.nbytes = op.nbytes;
@@ -236,7 +236,11 @@ Post Engine::send_get(Op& op, Peer& peer) {
   h.rop = op.id;
   h.code = static_cast<uint8_t>(
       peer.link->pull_path({0, 0}));  // tells the owner whether we can read for ourselves
-  Post posted = peer.link->post(h, nullptr, nullptr, Wake::engine);
+  if (op.listed) {
+    h.flags |= kListed;
+    h.payload_bytes = op.list_bytes;
+  }
+  Post posted = peer.link->post(h, nullptr, op.own.get(), Wake::engine);
   if (posted != Post::ok) return posted;
   ++counters_[op.link].frames_sent;
   op.started_ns = now();

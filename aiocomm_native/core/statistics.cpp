@@ -20,6 +20,13 @@ uint8_t Engine::likely_link(Rank rank) {
   return links_.size() > 1 && rank != rank_ ? 1 : 0;  // "self" comes first
 }
 
+bool Engine::takes_lists(Rank rank) {
+  Token token(*this, true);
+  Peer* peer = find_peer(rank);
+  if (peer && peer->state == Peer::State::up) return !peer->onesided;
+  return link_names_[links_.size() > 1 && rank != rank_ ? 1 : 0] != "rdma";
+}
+
 std::string Engine::why_lost(Rank rank) {
   Token token(*this, true);
   Peer* peer = find_peer(rank);

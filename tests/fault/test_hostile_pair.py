@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,9 +32,11 @@ pytestmark = pytest.mark.anyio
 
 CHANNEL = default_channel()
 META = bytes(24)
+LISTED = 64  # a flag
 # Of a pair, with the tests' own buffers. What a peer may leave here unasked is bounded by the runtime: at
 # four times this side's bound of 16 MiB, and what another sender's may be, the pair is closed.
 MEMORY_BOUND = 64 << 20
+LISTS_AT_MOST = 1 << 30
 HELD_AT_MOST = 4 * ((16 << 20) + (64 << 20))
 
 
@@ -73,6 +76,12 @@ async def closed(comm: aiocomm.Communicator, rank: int = 2, reason: str = "viola
 
 # ---------------------------------------------------------------- frames that make no sense
 
+
+def ranges(*wanted: tuple[int, int]) -> bytes:
+    """(offset, bytes) of each, as in core/listed.hpp."""
+    return b"".join(struct.pack("<QQ", *one) for one in wanted)
+
+
 NONSENSE: dict[str, Callable[[], Frame]] = {
     "no such kind": lambda: Frame(99),
     "kind 0": lambda: Frame(0),
@@ -84,6 +93,16 @@ NONSENSE: dict[str, Callable[[], Frame]] = {
     "put without its bytes": lambda: Frame(Kind.PUT, nbytes=100, rop=1, sop=1),
     "a place that is none": lambda: Frame(Kind.PUT_RTS, flags=2, nbytes=10, rop=1, sop=1, payload=b"short"),
     "rows of host memory": lambda: Frame(Kind.PUT_RTS, flags=32, nbytes=10, address=10, rop=1, sop=1),
+    "a list in GPU memory": lambda: Frame(
+        Kind.PUT_RTS, flags=2 | LISTED, nbytes=10, rop=1, payload=bytes(64)
+    ),
+    "a list that is too long": lambda: Frame(Kind.PUT_RTS, flags=LISTED, nbytes=2**21, rop=1, sop=1),
+    "a list from somewhere": lambda: Frame(Kind.PUT, flags=LISTED, tag=1, nbytes=8, rop=1, payload=bytes(8)),
+    "a list without its end": lambda: Frame(Kind.GET, flags=LISTED, nbytes=1, sop=1, payload=bytes(15)),
+    "a list of other bytes": lambda: Frame(Kind.GET, flags=LISTED, nbytes=2, sop=1, payload=ranges((0, 1))),
+    "a list of all there is": lambda: Frame(
+        Kind.GET, flags=LISTED, nbytes=0, sop=1, payload=ranges((0, 2**63), (0, 2**63))
+    ),
     "an answer without a place": lambda: Frame(Kind.GET_READY, flags=2, nbytes=10, rop=1, sop=1),
     "credit for nothing": lambda: Frame(Kind.CREDIT, nbytes=2**63),
 }
@@ -259,6 +278,61 @@ async def test_regions_are_checked_against_any_frame(pair: Pair) -> None:
                 assert (await peer.receive(Kind.GET_FAIL)).code
             peer.send(Frame(Kind.PUT, rop=number + 1, sop=7, nbytes=1, payload=b"x"))
             assert (await peer.receive(Kind.FIN)).code
+    assert not memory.any()
+    await reach_each_other(pair)
+
+
+async def test_lists_of_ranges_are_checked_before_a_byte_moves(pair: Pair) -> None:
+    a, _ = pair
+    memory = np.zeros(3000, np.uint8)
+    async with a.register(memory[1000:2000]) as region:
+        with RawPeer(a, 2) as peer:
+            await peer.meet()
+            number = region._number
+
+            async def put(message: bytes) -> int:
+                frame = Frame(Kind.PUT, flags=LISTED, rop=number, sop=7, nbytes=len(message), payload=message)
+                peer.send(frame)
+                return (await peer.receive(Kind.FIN)).code
+
+            good = (0, 2)
+            for bad in [(1000, 1), (999, 2), (2**64 - 1, 1), (2**64 - 1, 2), (0, 1001)]:
+                count, nbytes = struct.pack("<Q", 2), 2 + bad[1]
+                assert await put(count + ranges(good, bad) + b"x" * nbytes)
+                peer.send(
+                    Frame(Kind.GET, flags=LISTED, sop=number, rop=7, nbytes=nbytes, payload=ranges(good, bad))
+                )
+                assert (await peer.receive(Kind.GET_FAIL)).code
+            for count in (0, 2, 3, 2**60 + 1, 2**64 - 1):  # where there is one
+                assert await put(struct.pack("<Q", count) + ranges(good) + b"xx")
+            for message in (b"", b"short", struct.pack("<Q", 1) + ranges(good) + b"x"):
+                assert await put(message)
+            assert not memory.any()
+            assert not await put(struct.pack("<Q", 2) + ranges((998, 2), (0, 1)) + b"xyz")
+            assert bytes(memory[1998:2000]) == b"xy"
+            assert memory[1000] == ord("z")
+            assert np.count_nonzero(memory) == 3
+    await reach_each_other(pair)
+
+
+@pytest.mark.parametrize("bound", [LISTS_AT_MOST + MEMORY_BOUND], indirect=True, ids=["lists"])
+@pytest.mark.parametrize("kind", [Kind.PUT_RTS, Kind.GET])
+async def test_lists_without_end(pair: Pair, kind: Kind) -> None:
+    a, _ = pair
+    memory = np.zeros(1 << 20, np.uint8)
+    async with a.register(memory) as region:
+        with RawPeer(a, 2) as peer:
+            await peer.meet()
+            number = region._number
+            frame = Frame(kind, flags=LISTED, sop=7, rop=number, nbytes=1 << 20)
+            if kind is Kind.GET:
+                frame.sop, frame.rop, frame.payload = number, 7, ranges((0, 1 << 20))
+            for _ in range(LISTS_AT_MOST >> 20):  # none of them is ever ended
+                peer.send(frame)
+            await until(lambda: peer._get(64) == peer._out)
+            assert a.peers[-1].alive
+            peer.send(frame)
+            await closed(a)
     assert not memory.any()
     await reach_each_other(pair)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import numpy as np
 import pytest
+from harness import world
 
 import aiocomm
 
@@ -43,6 +44,68 @@ async def test_pages_go_there_and_back(pair: Pair) -> None:
         await a.get_pages(remote, [2, 7, 8], back, [5, 0, 10])
         for mine, other in zip(back.arrays, theirs.arrays, strict=True):
             assert np.array_equal(mine[[5, 0, 10]], other[[2, 7, 8]])
+
+
+@pytest.mark.parametrize("link", ["self", "shm", "tcp"])
+@pytest.mark.parametrize("nbytes", [1, 60, 3000, 40_000])
+async def test_many_scattered_pages(link: str, nbytes: int) -> None:
+    rng = np.random.default_rng(nbytes)
+    async with world(2, links=(link,) if link != "self" else ("shm",), warmup=True) as comms:
+        a, b = comms if link != "self" else (comms[0], comms[0])
+        count = 2000 if nbytes < 10_000 else 200
+        data = rng.integers(1, 255, (2 * count, nbytes)).astype(np.uint8)
+        ours, theirs = aiocomm.Pages(data), aiocomm.Pages(np.zeros_like(data))
+        lease = await b.lease_pages(theirs)
+        remote = a.remote_pages(lease.handle)
+        give, take, back = (rng.permutation(2 * count)[:count] for _ in range(3))
+        before = a.links[link].statistics().submitted
+        await a.put_pages(ours, give, remote, take, notify=b"done")
+        puts = a.links[link].statistics().submitted - before
+        model = np.zeros_like(data)
+        model[take] = data[give]
+        assert np.array_equal(theirs.arrays[0], model)
+        async for note in b.notifications():
+            assert note.payload == b"done"
+            break
+        again = aiocomm.Pages(np.zeros_like(data))
+        await a.get_pages(remote, take, again, back)
+        gets = a.links[link].statistics().submitted - before - puts
+        model[:] = 0
+        model[back] = data[give]
+        assert np.array_equal(again.arrays[0], model)
+        if nbytes < 10_000:  # many go in one message
+            assert puts < count / 10
+            assert gets < count / 10
+        await lease.aclose()
+        with pytest.raises(aiocomm.StaleHandleError):
+            await a.put_pages(ours, give, remote, take)
+        with pytest.raises(aiocomm.StaleHandleError):
+            await a.get_pages(remote, take, again, back)
+        model[:] = 0
+        model[take] = data[give]
+        assert np.array_equal(theirs.arrays[0], model)
+
+
+async def test_small_and_large_ranges_mixed(pair: Pair) -> None:
+    a, b = pair
+    data = np.random.default_rng(0).integers(1, 255, (3000, 1000)).astype(np.uint8)
+    ours, theirs = aiocomm.Pages(data), aiocomm.Pages(np.zeros_like(data))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    # Single pages, stretches of 20 and 100 that are contiguous at the peer, and some that are so here, too.
+    take = np.array(
+        [*range(0, 200, 2), *range(300, 320), *range(400, 500), *range(600, 700, 3), *range(800, 900)]
+    )
+    give = np.random.default_rng(1).permutation(2900)[: len(take)]
+    give[-100:] = np.arange(2900, 3000)
+    await a.put_pages(ours, give, remote, take)
+    model = np.zeros_like(data)
+    model[take] = data[give]
+    assert np.array_equal(theirs.arrays[0], model)
+    again = aiocomm.Pages(np.zeros_like(data))
+    await a.get_pages(remote, take, again, give)
+    model[:] = 0
+    model[give] = data[give]
+    assert np.array_equal(again.arrays[0], model)
 
 
 async def test_head_ranges_and_other_page_sizes(pair: Pair) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aiocomm.errors import UsageError
 from aiocomm.pages import Pages, planner
 from aiocomm.pages.planner import Copies, page_list, plan
-from aiocomm.pages.ranges import plan_copies, plan_ranges, ranges_of
+from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
 from aiocomm_native import _core
 
 
@@ -167,17 +167,21 @@ async def test_plans_that_are_kept_are_found_on_the_loops_thread(monkeypatch: py
     rng = np.random.default_rng(11)
     lists = rng.permutation(5000).tolist(), rng.permutation(5000).tolist()
     source, target = kv.planes([0]).layout, kv.planes([1]).layout
-    copies = await plan_copies(source, lists[0], target, lists[1])
+    rows = await plan_rows(source, lists[0], target, lists[1])
     ranges = await plan_ranges(source, lists[0], target, lists[1], True)
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("nothing has to be planned")
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
-    assert await plan_copies(source, lists[0], target, lists[1]) is copies
+    assert await plan_rows(source, lists[0], target, lists[1]) is rows
     assert await plan_ranges(source, lists[0], target, lists[1], True) is ranges
-    with pytest.raises(UsageError, match="do not fit"):
-        await plan_copies(source, lists[0][:10], kv.layout, lists[1][:10])
+    other = kv.planes([1]).layout, kv.planes([0]).layout  # planned for one pair of arrays, and so for all
+    assert await plan_rows(other[0], lists[0], other[1], lists[1]) is rows
+    assert await plan_ranges(other[0], lists[0], other[1], lists[1], True) is ranges
+    for call in (plan_rows(source, [1], kv.layout, [1]), plan_ranges(source, [1], kv.layout, [1], True)):
+        with pytest.raises(UsageError, match="do not fit"):
+            await call
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))

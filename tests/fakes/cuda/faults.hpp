@@ -2,7 +2,6 @@
 // would corrupt memory on a GPU. Thread-safe by its own lock, so that it may be asked from anywhere.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "abi.hpp"
+#include "condition.hpp"
 
 namespace fake {
 
@@ -50,7 +50,7 @@ class Faults {
     bool forever;
   };
   std::mutex mutex_;
-  std::condition_variable changed_;
+  Condition changed_;
   std::string held_;  // the call that is to be held up
   enum class Hold { none, wanted, held, late } hold_ = Hold::none;
   std::vector<Plan> plans_;

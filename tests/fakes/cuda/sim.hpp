@@ -12,7 +12,6 @@
 #pragma once
 
 #include <array>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -25,6 +24,7 @@
 #include <vector>
 
 #include "abi.hpp"
+#include "condition.hpp"
 #include "faults.hpp"
 #include "memory.hpp"
 
@@ -136,7 +136,7 @@ class Sim {
   Sim();
 
   std::mutex mutex;
-  std::condition_variable changed;
+  Condition changed;
   bool initialised = false;
   std::vector<std::unique_ptr<Device>> devices;
   std::unique_ptr<Memory> memory;
