@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .model import Column, Options, Sample, Subject, Suite
 
 _STYLES = {"ours": "bold", "peer": "", "handmade": "", "floor": "dim"}
+_ABSENT = "[yellow]absent[/yellow]"
+_WIDE = 12  # columns beyond which they are rows
 
 
 def show(figure: figures.Figure | None, digits: int, scale: float = 1.0) -> str:
@@ -32,25 +34,41 @@ def of_suite(suite: Suite, options: Options, samples: Sequence[Sample]) -> Table
     table = Table(title=f"{suite.name}: {suite.title}", title_justify="left", caption_justify="left")
     if rounds > 1:
         table.caption = f"median of {rounds} rounds, lowest..highest"
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right")
+    rows: list[tuple[str, str, list[str]]] = []
     for subject in suite.subjects(options):
         taken = [s for s in samples if s.subject == subject.name]
         failed = [s for s in taken if s.error]
         name = subject.name + (f"\n[red]failed {len(failed)} of {len(taken)}[/red]" if failed else "")
-        if subject.missing:
-            table.add_row(subject.name, "[yellow]absent[/yellow]", *["-"] * (len(columns) - 1))
-        elif taken:
+        if taken:
             cells = [show(figures.of(taken, subject.name, c.metric), c.digits, c.scale) for c in columns]
-            table.add_row(name, *cells, style=_STYLES[subject.kind])
+            rows.append((name, _STYLES[subject.kind], cells))
+        elif subject.missing:
+            rows.append((subject.name, "", [_ABSENT, *["-"] * (len(columns) - 1)]))
+    _lay_out(table, columns, rows)
     return table
+
+
+def _lay_out(table: Table, columns: Sequence[Column], rows: Sequence[tuple[str, str, list[str]]]) -> None:
+    """A row per subject; or where those would be too wide, a row per figure."""
+    table.add_column("", no_wrap=True)
+    if len(columns) <= _WIDE:
+        for column in columns:
+            table.add_column(column.title, justify="right")
+        for name, style, cells in rows:
+            table.add_row(name, *cells, style=style)
+        return
+    shown = [row for row in rows if any(cell not in ("-", _ABSENT) for cell in row[2])]
+    for name, style, _ in shown:
+        table.add_column(name, justify="right", style=style)
+    for index, column in enumerate(columns):
+        table.add_row(column.title.replace("\n", " "), *(cells[index] for _, _, cells in shown))
 
 
 def footnotes(suite: Suite, options: Options, samples: Sequence[Sample]) -> list[str]:
     """Return what a row cannot hold: notes on subjects and the reasons of failures."""
     lines = [f"{s.name}: {s.note}" for s in suite.subjects(options) if s.note and not s.missing]
-    lines += [f"{s.name}: {s.missing}" for s in suite.subjects(options) if s.missing]
+    taken = {s.subject for s in samples}  # elsewhere, perhaps, and only shown here
+    lines += [f"{s.name}: {s.missing}" for s in suite.subjects(options) if s.missing and s.name not in taken]
     lines += [f"{s.subject}, round {s.round}, failed: {s.error}" for s in samples if s.error]
     return lines
 
@@ -69,12 +87,11 @@ def of_ratios(suite: Suite, options: Options, samples: Sequence[Sample]) -> Tabl
         title="ours ÷ the best peer of the same round", title_justify="left", caption_justify="left",
         caption="median of the rounds, lowest..highest, who was best; times: below 1 is better, rates: above",
     )  # fmt: skip
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right")
-    for subject in ours:
-        cells = [_ratio_cell(subject, rivals, column, samples) for column in columns]
-        table.add_row(subject.name, *cells)
+    rows = [
+        (subject.name, "", [_ratio_cell(subject, rivals, column, samples) for column in columns])
+        for subject in ours
+    ]
+    _lay_out(table, columns, rows)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,6 +145,26 @@ def test_table_shows_spread_failures_and_what_to_install() -> None:
     notes = table.footnotes(suite(), Options(), taken)
     assert "absent: not installed: pip install absent" in notes
     assert "slow, round 0, failed: died of it" in notes
+
+
+def test_what_was_measured_elsewhere_is_shown_here_where_it_is_absent() -> None:
+    taken = samples(absent=[7.0])
+    assert "7.0" in shown(table.of_suite(suite(), Options(), taken))
+    assert not [note for note in table.footnotes(suite(), Options(), taken) if "absent" in note]
+
+
+def test_many_figures_are_rows() -> None:
+    many = tuple(Column("us", f"time\nof {number}", 1) for number in range(20))
+    wide = replace(suite(), columns=lambda options: many)
+    lines = shown(table.of_suite(wide, Options(), samples(ours=[1.0], fast=[2.0]))).splitlines()
+    assert "ours" in lines[2]
+    assert "fast" in lines[2]
+    assert "absent" not in lines[2]
+    row = next(line for line in lines if "time of 17" in line)
+    assert "1.0" in row
+    assert "2.0" in row
+    ratios = table.of_ratios(wide, Options(), samples(ours=[1.0], fast=[2.0]))
+    assert any("time of 17" in line and "0.50" in line for line in shown(ratios).splitlines())
 
 
 def test_ratio_table_compares_tcp_with_tcp_alone() -> None:
