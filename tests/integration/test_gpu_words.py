@@ -66,14 +66,17 @@ def forget_arena(comm: aiocomm.Communicator) -> None:
     scope.place = None
 
 
+def under_way(comm: aiocomm.Communicator, channel: str | None = None) -> list[Any]:
+    """A rank's calls that have met all others, and whose own part has not ended."""
+    scope = comm._members()._scope(
+        None if channel is None else comm.channel(channel, priority=aiocomm.Priority.HIGH)
+    )
+    return [c for c in scope.calls.values() if c._flying and c._result == device_shared.GOING_ON]
+
+
 async def given_word(comm: aiocomm.Communicator) -> None:
-    """Return once a rank's call has met all others, and its own part is under way."""
-
-    def under_way() -> bool:
-        calls = comm._members()._scope(None).calls.values()
-        return any(call._flying and call._result == device_shared.GOING_ON for call in calls)
-
-    await until(under_way)
+    """Return once a rank's own part of a call is under way."""
+    await until(lambda: under_way(comm))
 
 
 async def test_arrays_of_another_shape(gpu: Driver) -> None:
@@ -360,3 +363,50 @@ async def test_who_gives_up_before_it_knows_the_arena_keeps_no_array(gpu: Driver
         shared.place.expected = False
         del x, out
         await until(lambda: gc.collect() is None or kept() is None)
+
+
+async def test_calls_of_two_channels_at_the_same_time(gpu: Driver, simulator: simulated.Simulator) -> None:
+    """Their copies go by streams of their own, each of which tells of its own only."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        outs = [[on_gpu(rank, np.zeros(6000, "u1")) for rank in range(2)] for _ in range(2)]
+        arrays = [[on_gpu(rank, block(rank, which, 3000)) for rank in range(2)] for which in range(2)]
+        urgent = [comm.channel("urgent", priority=aiocomm.Priority.HIGH) for comm in comms]
+        ended: list[tuple[int, int]] = []
+
+        async def call(comm: aiocomm.Communicator, which: int) -> None:
+            rank = comm.rank
+            channel = urgent[rank] if which else None
+            await comm.all_gather(outs[which][rank], arrays[which][rank], channel=channel)
+            ended.append((which, rank))
+
+        for which in (0, 1, 0, 1):
+            await all_call(comms, lambda comm, which=which: call(comm, which))  # type: ignore[misc]
+        for out in (*outs[0], *outs[1]):
+            out.write(np.zeros(6000, "u1"))
+        ended.clear()
+        other = on_gpu(0, np.ones(100_000, "u1"))
+        simulator.hold("cuMemcpyAsync")
+        sent, received = comms[0].send(other, 1, tag=3), comms[1].recv(bytearray(100_000), 0, tag=3)
+        await anyio.to_thread.run_sync(simulator.wait_held)  # GPU 0's copy thread begins nothing meanwhile
+        async with anyio.create_task_group() as tasks:
+            for comm in comms:
+                for which in (0, 1):
+                    tasks.start_soon(call, comm, which)
+            for comm in comms:
+                for channel in (None, "urgent"):
+                    await until(lambda: len(under_way(comm, channel)) == 1)  # noqa: B023
+            simulator.pause(0, simulated.Engine.PEER)
+            assert simulator.let_go()
+            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
+            for _ in range(5):
+                receiving = comms[1].recv(bytearray(1), 0)
+                await comms[0].send(b"x", 1)
+                await receiving
+            early = list(ended)
+            simulator.resume(0, simulated.Engine.PEER)
+        assert not early
+        for which in (0, 1):
+            for out in outs[which]:
+                assert np.array_equal(out.numpy(), gathered(2, which, 3000))
+        await received
+        await sent
