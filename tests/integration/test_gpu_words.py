@@ -66,17 +66,14 @@ def forget_arena(comm: aiocomm.Communicator) -> None:
     scope.place = None
 
 
-def under_way(comm: aiocomm.Communicator, channel: str | None = None) -> list[Any]:
+def under_way(scope: Any) -> list[Any]:
     """A rank's calls that have met all others, and whose own part has not ended."""
-    scope = comm._members()._scope(
-        None if channel is None else comm.channel(channel, priority=aiocomm.Priority.HIGH)
-    )
     return [c for c in scope.calls.values() if c._flying and c._result == device_shared.GOING_ON]
 
 
 async def given_word(comm: aiocomm.Communicator) -> None:
     """Return once a rank's own part of a call is under way."""
-    await until(lambda: under_way(comm))
+    await until(lambda: under_way(comm._members()._scope(None)))
 
 
 async def test_arrays_of_another_shape(gpu: Driver) -> None:
@@ -392,9 +389,12 @@ async def test_calls_of_two_channels_at_the_same_time(gpu: Driver, simulator: si
             for comm in comms:
                 for which in (0, 1):
                     tasks.start_soon(call, comm, which)
-            for comm in comms:
-                for channel in (None, "urgent"):
-                    await until(lambda: len(under_way(comm, channel)) == 1)  # noqa: B023
+            for channel in (None, urgent[0]):
+                scope = comms[0]._members()._scope(channel)
+                await until(lambda: under_way(scope))  # noqa: B023
+            for channel in (None, urgent[1]):  # theirs may have ended, but not the calls
+                scope = comms[1]._members()._scope(channel)
+                await until(lambda: [c._result for c in scope.calls.values()] != [device_shared.OPEN])  # noqa: B023
             simulator.pause(0, simulated.Engine.PEER)
             assert simulator.let_go()
             await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
