@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import WeakSet
 
 import anyio
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from aiocomm_native import Transfer
 
 __all__ = ["Communicator"]
+
+_ABANDON_S: Final = 1.0  # for which what failed to join is waited for
 
 
 class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
@@ -147,8 +149,12 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
     async def _abandon(self) -> None:
         self._closed = True
         self._plane.close().add_done_callback(lambda _: None)
-        self._engine.close()
-        self._backend.detach(self._engine)
+        try:
+            with anyio.move_on_after(_ABANDON_S, shield=True):
+                await self._backend.wait(self._plane.ended)
+        finally:
+            self._engine.close()
+            self._backend.detach(self._engine)
 
     async def __aenter__(self) -> Self:
         return self

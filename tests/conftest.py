@@ -42,14 +42,20 @@ hypothesis.settings.load_profile("project")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Bound coroutine tests on their own loop: one that hangs says where, and its fixtures still close."""
+    """Bound coroutine tests on their own loop: one that hangs says where, and its fixtures still close.
+
+    Those with much to do have `pytest.mark.timeout`, by which all of them are ended in the end.
+    """
     test = pyfuncitem.obj
     if not inspect.iscoroutinefunction(test) or pyfuncitem.get_closest_marker("anyio") is None:
         return
 
+    own = pyfuncitem.get_closest_marker("timeout")
+    limit_s = LIMIT_S if own is None else 0.9 * own.args[0]
+
     @functools.wraps(test)
     async def bounded(**arguments: Any) -> None:
-        with anyio.fail_after(LIMIT_S):
+        with anyio.fail_after(limit_s):
             await test(**arguments)
 
     pyfuncitem.obj = bounded

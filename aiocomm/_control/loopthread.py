@@ -7,11 +7,11 @@ is blocked.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    import concurrent.futures
     from collections.abc import Callable, Coroutine
 
 __all__ = ["LoopThread"]
@@ -28,6 +28,10 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self.ended: concurrent.futures.Future[None] = (
+            concurrent.futures.Future()
+        )  # and has given back what it had
+        self.ended.set_running_or_notify_cancel()  # so that a cancelled wait does not break it off
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Run a coroutine; the future has its outcome, and cancels it.
@@ -81,3 +85,4 @@ class LoopThread:
             finally:
                 asyncio.set_event_loop(None)
                 loop.close()
+                self.ended.set_result(None)

@@ -124,6 +124,11 @@ class ControlPlane:
             work.add_done_callback(lambda done: _pass_on(done, closing))
         return self._closing
 
+    @property
+    def ended(self) -> concurrent.futures.Future[None]:
+        """When the thread has given back all that it had; after `close`, in whose time that is."""
+        return self._thread.ended
+
     def join(self, timeout_s: float | None = None) -> None:
         """Wait, blocking, until the thread has ended; after `close` that takes microseconds."""
         self._thread.join(timeout_s)

@@ -107,8 +107,8 @@ class Collecting:
             await anyio.lowlevel.cancel_shielded_checkpoint()
         algorithm = request.plan.algorithm if request.plan is not None else "headers"
         group._comm._collective_calls[f"{operation}/{algorithm}"] += 1
-        if (result := request.result) is not None:
-            np.divide(result, result.dtype.type(group.size), out=result)
+        if request.result is not None:
+            _divide(request.result, group)
         if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
             if len(scope.prepared) >= _SHAPES:
                 scope.prepared.clear()
@@ -134,7 +134,7 @@ async def _met(
         return False
     scope.comm._collective_calls[arena.counted] += 1
     if arena.mean:
-        np.divide(out, out.dtype.type(scope.group.size), out=out)
+        _divide(out, scope.group)
     if outcome == shared.TURN:
         await anyio.lowlevel.cancel_shielded_checkpoint()
     return True
@@ -154,7 +154,12 @@ async def _repeated(
         await call.run()
         counts[f"{prepared.operation}/{call.algorithm}"] += 1
     if prepared.mean:
-        np.divide(out, out.dtype.type(scope.group.size), out=out)
+        _divide(out, scope.group)
     if call is None and not counts[prepared.counted] % prepared.in_a_row:
         await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
     return True
+
+
+def _divide(sums: np.ndarray[Any, Any], group: Group) -> None:
+    """Make means of them, in place."""
+    np.divide(sums, sums.dtype.type(group.size), out=sums)

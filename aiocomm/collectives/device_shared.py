@@ -20,7 +20,7 @@ from aiocomm.collectives import headers
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.plan import make_plan
 from aiocomm.collectives.pushes import Part, pushes
-from aiocomm.collectives.shared import GOING_ON, NOT_MET, OPEN, STUCK, TURN, ArenaFlight, Place
+from aiocomm.collectives.shared import GOING_ON, NOT_MET, OPEN, STUCK, TURN, ArenaFlight, Place, option_of
 from aiocomm.collectives.steps import IN, OUT
 from aiocomm.errors import LinkError
 from aiocomm_native import _core
@@ -47,7 +47,8 @@ class DeviceShared:
     mean = False  # kernels divide by themselves
 
     def __init__(self, scope: Scope, request: Request, parts: tuple[Part, ...], awaits: list[int]) -> None:
-        self._scope, self._request = scope, request
+        self._scope, self._request = scope, request.without_arrays()
+        self._sizes = _bytes(request)
         self._parts, self._awaits = parts, awaits
         self._native: _core.DeviceCall | None = None
         self._registered = False
@@ -75,6 +76,10 @@ class DeviceShared:
         (given, out), self._late = self._late, (None, None)
         return self._attempt(number, given, out)
 
+    def forget_late(self) -> None:
+        """It is given up before that."""
+        self._late = None, None
+
     def _attempt(self, number: int, given: Any, out: Any) -> int:
         native = self._native
         if native is None and (native := self._made()) is None:
@@ -92,12 +97,12 @@ class DeviceShared:
         if self._native is None or self._registered or operation not in _FOUND:
             return
         self._registered = True
-        # As `Repeats.attempt` is asked: an argument, and an algorithm or the multiprocessors.
-        extra, option = None, None
-        if operation == "broadcast":
-            extra = more[0]
-        elif operation == "all_reduce":
-            extra, _, option = more
+        # As `Repeats.attempt` is asked: an argument, and an option.
+        if operation == "all_reduce":
+            extra, *options = more
+            option = option_of(*options)
+        else:
+            extra, option = more if operation == "broadcast" else (None, *more)
         counted = self.counted
         self._scope.repeats.add(operation, out, given, extra, self._native, counted, counted, option)
 
@@ -127,7 +132,7 @@ class DeviceShared:
         if self.place.arena is None:
             return None
         reduction, problem = request.reduction, request.problem
-        in_bytes, out_bytes = _bytes(request)
+        in_bytes, out_bytes = self._sizes
         native = _core.DeviceCall(
             self.place.arena,
             list(group.ranks),
@@ -209,6 +214,7 @@ class DeviceFlight(ArenaFlight):
                 self._raise_wrong()
                 self._result = self._device.proceed(self._engine, self._late())
         except BaseException as error:
+            self._call.forget_late()
             device = self._call.begun
             if device is not None:
                 device.give_up()

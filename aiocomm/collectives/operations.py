@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.collecting import Collecting
-from aiocomm.collectives.shared import DONE
+from aiocomm.collectives.shared import DONE, option_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -432,7 +432,7 @@ class Collectives(Collecting):
             x if out is None else out,
             None if out is None else x,
             op,
-            algorithm if sm_budget is None else sm_budget,
+            option_of(algorithm, sm_budget),
             channel,
             deadline,
             stream,

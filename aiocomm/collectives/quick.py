@@ -63,7 +63,7 @@ class Prepared:
 
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
         group, plan = scope.group, request.plan
-        self._scope, self._request = scope, request
+        self._scope, self._request = scope, request.without_arrays()
         self.operation = request.operation
         self.counted = f"{self.operation}/{plan.algorithm if plan else 'headers'}"
         self.mean = request.result is not None
@@ -248,7 +248,7 @@ def on_gpus(
     except UsageError:
         return None
     into, source = described
-    form = [None if one is None else (one[5], one[2], one[6]) for one in described]
+    form = [None if one is None else (one[5], one[2]) for one in described]  # arrays are seen as flat
     inside = None  # where in `out` it begins
     if into is not None and source is not None:
         start = source[1] - into[1]

@@ -71,6 +71,10 @@ class Request:
     problem: Problem | None = None  # where any algorithm would do
     together: bool = False  # repeats may be made by one kernel per rank
 
+    def without_arrays(self) -> Request:
+        """What repeats have in common: who keeps it keeps no array of this call."""
+        return replace(self, views={}, result=None)
+
 
 def refused(operation: str, error: UsageError) -> Request:
     """A call that is wrong by itself: the others learn of it instead of waiting."""

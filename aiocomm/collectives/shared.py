@@ -47,6 +47,7 @@ __all__ = [
     "Place",
     "Shared",
     "SharedFlight",
+    "option_of",
     "prepare",
 ]
 
@@ -110,7 +111,7 @@ class Shared:
     """One rank's calls of one shape."""
 
     def __init__(self, scope: Scope, request: Request, dtype: np.dtype[Any]) -> None:
-        self._scope, self._request, self._dtype = scope, request, dtype
+        self._scope, self._request, self._dtype = scope, request.without_arrays(), dtype
         self._native: _core.SharedCall | None = None
         self._registered = False
         self._counted = f"{request.operation}/shared", f"{request.operation}/cma"
@@ -351,6 +352,13 @@ def prepare(scope: Scope, request: Request, dtype: np.dtype[Any]) -> Shared | No
     if scope.place is None:
         scope.place = Place(scope)
     return Shared(scope, request, dtype)
+
+
+def option_of(algorithm: str | None, sm_budget: int | None) -> Any:
+    """Both options of a reduction as the one that `Repeats` finds calls by; of two no call is found."""
+    if sm_budget is None:
+        return algorithm
+    return sm_budget if algorithm is None else (algorithm, sm_budget)
 
 
 def _look_away(transfer: Any) -> None:

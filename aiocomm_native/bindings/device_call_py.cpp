@@ -99,8 +99,8 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
     const auto first = reinterpret_cast<uint64_t>(start);
     if (first < into.address + into.nbytes && into.address < first + nbytes) return kNotMet;
   }
+  if (combining_ && (into.gpu ? into : in).gpu->device != combining_.device) return kNotMet;
   arrays_ = std::move(arrays);
-  if (combining_ && home().device != combining_.device) return kNotMet;
   keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(),
                           out.owner.is_valid() ? out.owner : nb::none());
   number_ = number;
@@ -177,6 +177,16 @@ DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool linge
   return result == kGoing ? run(e, lingers) : result;
 }
 
+namespace {
+struct Held {
+  Held(Mover& of, int device) : mover(of), on(device) { mover.hold(on); }
+  ~Held() { mover.let_go(on); }
+  Held(const Held&) = delete;
+  Mover& mover;
+  const int on;
+};
+}  // namespace
+
 DeviceCall::Result DeviceCall::launch(PyEngine& e) {
   Arena& arena = *meeting_->arena;
   Engine& engine = *e.engine;
@@ -187,15 +197,13 @@ DeviceCall::Result DeviceCall::launch(PyEngine& e) {
     return kNotMet;
   }
   words_ = ++meeting_->device_calls;
-  if (!arena.enter(meeting_->rank)) return kBroken;
-  entered_ = true;
-  Mover& mover = *engine.mover();
-  const int device = home().device;
-  mover.hold(device);
   std::unique_ptr<DeviceBuffer> gpu;
   if (combining_) gpu = kernel(engine);
-  post(engine, gpu ? std::move(gpu) : copies(engine));
-  mover.let_go(device);
+  if (!gpu) gpu = copies(engine);
+  if (!arena.enter(meeting_->rank)) return kBroken;
+  entered_ = true;
+  const Held held(*engine.mover(), home().device);
+  post(engine, std::move(gpu));
   return kGoing;
 }
 
@@ -306,7 +314,7 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
       continue;
     }
     if (voted_down_) {
-      decline();
+      withdraw();
       return kNotMet;
     }
     if (entered_) let_go();
@@ -342,6 +350,11 @@ nb::object DeviceCall::take(Self self) {
 }
 
 void DeviceCall::decline() {
+  withdraw();
+  over();
+}
+
+void DeviceCall::withdraw() {
   let_go();
   meeting_->arena->set_done(meeting_->rank, number_);
   voted_down_ = running_ = false;

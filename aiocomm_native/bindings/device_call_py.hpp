@@ -85,6 +85,7 @@ class DeviceCall {
   void take_ended(Engine& engine);
   Result finish();
   int settle(PyEngine& e, Result result);
+  void withdraw();
   void over();
   const DeviceBuffer& home() const { return arrays_[kOut].gpu ? *arrays_[kOut].gpu : *arrays_[kIn].gpu; }
   DevicePlace place_of(Engine& engine, const Bound& array, bool& willing) const;

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings/collected.hpp"
 #include "bindings/spinner.hpp"
 #include "bindings/transfer.hpp"
 #include "core/segments.hpp"
@@ -28,7 +29,7 @@ void bind_half_trips(nb::class_<PyEngine>& engine);
 
 PyEngine::~PyEngine() {
   if (spinner) spinner->discard(*this);
-  clear();
+  forget();
 }
 
 int PyEngine::traverse(visitproc visit, void* arg) {
@@ -38,7 +39,7 @@ int PyEngine::traverse(visitproc visit, void* arg) {
   return 0;
 }
 
-void PyEngine::clear() {
+void PyEngine::forget() {
   for (PyObject** o : {&loop, &call_soon, &ready, &bells, &on_connect, &on_events, &on_unretrieved})
     Py_CLEAR(*o);
   for (auto observers : {&on_submit, &on_complete}) {
@@ -141,20 +142,6 @@ nb::list outgoing(PyEngine& e) {
   return out;
 }
 
-int tp_traverse(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  return nb::inst_ready(self) ? nb::inst_ptr<PyEngine>(self)->traverse(visit, arg) : 0;
-}
-
-int tp_clear(PyObject* self) {
-  nb::inst_ptr<PyEngine>(self)->clear();
-  return 0;
-}
-
-PyType_Slot slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(tp_traverse)},
-                       {Py_tp_clear, reinterpret_cast<void*>(tp_clear)},
-                       {0, nullptr}};
-
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -205,7 +192,8 @@ void bind_engine(nb::module_& m) {
       "nbytes"_a, "Memory in a shared segment that peers on this host can map.");
 
   using release_gil = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(slots), "Native engine of one communicator.");
+  nb::class_<PyEngine> engine(m, "Engine", nb::type_slots(collected<PyEngine>),
+                              "Native engine of one communicator.");
   bind_kernels(engine);
   bind_operations(engine);
   bind_half_trips(engine);

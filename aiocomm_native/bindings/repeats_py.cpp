@@ -13,6 +13,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "bindings/collected.hpp"
 #include "bindings/device_call_py.hpp"
 #include "bindings/device_py.hpp"
 #include "bindings/shared_call_py.hpp"
@@ -204,24 +205,10 @@ class Repeats {
   std::unordered_set<std::string> formats_;  // of elements on GPUs
 };
 
-int traverse(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  return nb::inst_ready(self) ? nb::inst_ptr<Repeats>(self)->traverse(visit, arg) : 0;
-}
-
-int clear(PyObject* self) {
-  nb::inst_ptr<Repeats>(self)->forget();
-  return 0;
-}
-
-PyType_Slot slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)},
-                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
-                       {0, nullptr}};
-
 }  // namespace
 
 void bind_repeats(nb::module_& m) {
-  nb::class_<Repeats>(m, "Repeats", nb::type_slots(slots),
+  nb::class_<Repeats>(m, "Repeats", nb::type_slots(collected<Repeats>),
                       "Numbered calls of one scope, and those that repeat.")
       .def(nb::init<PyEngine&, nb::object, nb::object, nb::object, nb::object>(), "engine"_a, "here"_a,
            "calls"_a, "failed"_a, "counts"_a)

@@ -378,13 +378,15 @@ PyStructSequence_Desc status_desc = {"aiocomm_native.Status", "What a receive go
 bool loop_has_nothing_else(PyEngine* engine) {
   if (!engine->ready) return false;
   const Py_ssize_t size = PyObject_Size(engine->ready);
+  if (size < 0) PyErr_Clear();
   if (size <= 0 || !engine->bells || size > PyTuple_GET_SIZE(engine->bells)) return size == 0;
   for (Py_ssize_t i = 0; i < size; ++i) {  // what they would call for is looked for here
     PyObject* handle = PySequence_GetItem(engine->ready, i);
     if (!handle) PyErr_Clear();
-    const bool bell = handle && PySequence_Contains(engine->bells, handle) == 1;
+    const int bell = handle ? PySequence_Contains(engine->bells, handle) : 0;
     Py_XDECREF(handle);
-    if (!bell) return false;
+    if (bell < 0) PyErr_Clear();
+    if (bell <= 0) return false;
   }
   return true;
 }

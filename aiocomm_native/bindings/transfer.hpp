@@ -39,7 +39,7 @@ class PyEngine {
   bool ended_outside = false;  // operations, since the loop has last called for what has ended
   bool after_submit();
   int traverse(visitproc visit, void* arg);
-  void clear();
+  void forget();
 
   std::unique_ptr<Engine> engine;
   PyObject* loop = nullptr;            // asyncio: the event loop

@@ -80,6 +80,7 @@ struct Company {
   virtual bool able() const = 0;           // all are, once all have given their word
   virtual void moved(uint32_t parts) = 0;  // of the op, so far: their bytes are in place
   std::atomic<bool> over{false};           // the op is gone: nobody waits for their words any more
+  std::atomic<bool> hopeless{false};       // nor then: our device is lost, and all that follows fails
 };
 
 // One launch over memory of ours and of others, who have agreed to it: its op ends when the kernel has. Or copies from

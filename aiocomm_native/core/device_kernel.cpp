@@ -108,7 +108,7 @@ void DeviceProtocol::look_for_words(const KernelCall::Part& part) {
 // False: one of them is awaited, or the op has ended since somebody cannot take part.
 bool DeviceProtocol::words_open(Op& op, const KernelCall::Part& part) {
   for (const Gate& word : part.words) {
-    if (word.open()) continue;
+    if (word.open() || op.gpu->kernel->company->hopeless.load(std::memory_order_acquire)) continue;
     op.gpu->waiting = true;
     mover_->await_gate(word, op.gpu->device, op.id, op.gpu->kernel->company);
     return false;

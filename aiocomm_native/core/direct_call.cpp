@@ -175,7 +175,6 @@ bool DirectCall::fold(Arena& arena) {
   }
   for (; told_ < ranks_; ++told_)
     if (told_ != rank_ && !move(arena, true, told_, folded_)) return false;
-  left_over_.is = false;
   reduced_ = false;
   ++folded_;
   return true;

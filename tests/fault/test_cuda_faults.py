@@ -455,6 +455,7 @@ async def test_the_legacy_stream_while_a_stream_is_captured_that_waits_for_it(gp
 
 
 @ONE_LOOP
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "times"), [(Kind.MALLOC, 1000), (Kind.VMM, 200)])
 async def test_an_address_that_is_freed_and_allocated_anew_many_times(
     gpu: Driver, kind: Kind, times: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,7 +17,7 @@ import pytest
 from harness import world
 
 import aiocomm
-from aiocomm.collectives import headers
+from aiocomm.collectives import headers, shared
 from aiocomm.collectives.algorithms import ALGORITHMS, BETWEEN_HOSTS, applicable
 from aiocomm.group import Group
 from aiocomm.launch import WorkerError
@@ -399,6 +401,30 @@ async def test_repeats_give_the_right_results(size: int, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("mode", ["shared", "messages"])
+async def test_repeats_keep_no_array(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode == "messages":
+        monkeypatch.setattr(shared, "prepare", lambda *_: None)
+    async with world(2) as members:
+        kept: list[Any] = []
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            for count in (10, 30_000):
+                for _ in range(3):
+                    x, out, whole = (np.ones(n, np.float32) for n in (count, count, 2 * count))
+                    kept.extend(weakref.ref(array) for array in (x, out, whole))
+                    await comm.all_gather(whole, x)
+                    await comm.broadcast(whole)
+                    await comm.all_reduce(x, op="mean")
+                    await comm.all_reduce(x, op="mean", out=out)
+                    await comm.reduce_scatter(out, whole, op="max")
+
+        await everyone(members, rank)
+        del rank
+        gc.collect()
+        assert not [ref for ref in kept if ref() is not None]
+
+
 async def test_repeats_look_at_their_arrays_again() -> None:
     """What was prepared for arrays that are contiguous, apart and writable is not used for others."""
 

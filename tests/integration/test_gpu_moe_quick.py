@@ -51,6 +51,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, too, may be patient."""
     monkeypatch.setattr(kernels, "compiled", kernels.compiled)
     monkeypatch.setattr(device_quick, "LINGER_S", device_quick.LINGER_S)
+    monkeypatch.setattr(memory.Pool, "lets_others", memory.Pool.lets_others)
     for kind in (QuickDispatch, QuickCombine):
         monkeypatch.setattr(kind, "_attempt", kind._attempt)
 
@@ -147,14 +148,36 @@ async def test_memory_that_is_not_there_is_not_read(gpu: Driver) -> None:
 
 
 async def _without_a_pause(comm: aiocomm.Communicator) -> None:
+    """Until the loop has gone round in a call that has not waited for anything, at each rank."""
     _patiently()
-    given, ended = on_gpu(comm.rank, np.zeros((4, 8), np.float32)), []
-    asyncio.get_running_loop().call_later(0.01, ended.append, True)
-    while True:  # until it has been called on all ranks, as all see in the same call
-        given.write(np.full((4, 8), bool(ended), np.float32))
-        came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
-        if to_host(came.tokens, np.float32).all():
-            return
+    waited: list[bool] = []
+    turns: list[None] = []
+    lets_others = memory.Pool.lets_others
+    selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    select = selector.select
+
+    def looking(*arguments: Any) -> Any:
+        turns.append(None)
+        return select(*arguments)
+
+    def noting(pool: memory.Pool, did: bool) -> bool:
+        waited.append(did)
+        return lets_others(pool, did)
+
+    memory.Pool.lets_others = noting  # type: ignore[method-assign]
+    selector.select = looking
+    given, seen = on_gpu(comm.rank, np.zeros((4, 8), np.float32)), False
+    try:
+        for _ in range(3000):
+            given.write(np.full((4, 8), seen, np.float32))
+            before = len(turns)
+            came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
+            seen = seen or (len(turns) > before and not waited[-1])
+            if to_host(came.tokens, np.float32).all():  # all ranks see that in the same call
+                return
+    finally:
+        del selector.select
+    pytest.fail("calls that never wait leave no turn to others")
 
 
 @in_processes

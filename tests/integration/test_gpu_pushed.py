@@ -194,6 +194,9 @@ async def test_between_processes(
         import numpy as np
         from fakes.gpu import DeviceArray, driver
 
+        from aiocomm.collectives import device_shared
+
+        device_shared.STAYS_S = 20.0
         device = comm.rank % driver().count
         for turn in range(6):
             if turn % 2 == 0:  # memory that the others have not mapped yet

@@ -310,6 +310,7 @@ bool Device::issue(bool by_thread) {
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
     if (!code && job.joint && job.nbytes <= kJoined) {
+      if (joined_ != &stream) send_joined();  // those of another stream
       joined_ = &stream;
       code = row_copies_.join(driver, job, stream.handle);
     } else {

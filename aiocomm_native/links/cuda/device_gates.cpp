@@ -60,9 +60,14 @@ bool Device::open_gates() {
   std::vector<OpId> ready;
   std::erase_if(gates_, [&](const GateWait& gate) {
     if (gate.company && gate.company->over.load(std::memory_order_acquire)) return true;
-    if (!gate.gate.open() && lost_)  // nobody else will write it; the copy then fails, and says why
-      *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
-    if (!gate.gate.open()) return false;
+    if (!gate.gate.open()) {
+      if (!lost_) return false;
+      // Nobody else will write it; the copy then fails, and says why. A word of others is theirs, and others wait for it.
+      if (gate.company)
+        gate.company->hopeless.store(true, std::memory_order_release);
+      else
+        *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
+    }
     ready.push_back(gate.op);
     return true;
   });
