@@ -140,6 +140,8 @@ class PySharedCall {
 
   static void hold(Lent& into, Lent& from) {
     std::memcpy(static_cast<void*>(&into.view), &from.view, sizeof into.view);
+    into.data = from.data;  // for a call whose ranks have yet to meet: it begins later
+    into.nbytes = from.nbytes;
     into.held = std::exchange(from.held, false);
   }
 
