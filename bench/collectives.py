@@ -155,8 +155,8 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             return found
         transport = await peer.open(role, control)
         if peer.kind == "floor":
-            cases = [case for case in cases if case[0] >= MIB]  # else Python decides
-            found = await _measure(_floor(ranks), role, ranks, cases, checked=False)
+            large = [case for case in cases if case[0] >= MIB]  # of smaller ones the calls decide
+            found = await _measure(_floor(ranks), role, ranks, large, checked=False)
         else:
             found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, ranks, cases)
         await transport.finish(control)
