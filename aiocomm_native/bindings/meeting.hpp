@@ -76,10 +76,11 @@ struct Meeting {
   }
 
   // For what `bell` tells, which had rung `since` before it was looked for. `brief`: of a call that takes no longer than
-  // to fall asleep and to wake.
+  // to fall asleep and to wake. There all only let others have the core: that costs them their next turns, and those that
+  // do beside some that sleep would wait for these again and again.
   void wait_for(Arena::Bell bell, uint32_t since, uint64_t now, uint64_t began, uint64_t until,
                 bool brief) const {
-    if (!crowded || now - began < (brief ? kMeetNs : kYieldNs))
+    if (!crowded || brief || now - began < kYieldNs)
       wait(now, began);
     else if (now < until)
       arena->sleep(bell, since, until - now);
