@@ -1,5 +1,8 @@
 """Suites `collectives`, `-3` and `-4`: the same calls in host memory through us, Gloo and MPI.
 
+`memcpy-floor` calls nothing: every process copies, within itself, its even share of the bytes that a call has
+to copy once.
+
 Metrics:
     us/OPERATION/SIZE: Microseconds per call, median over the calls of the slowest process; SIZE is that of
         one rank's array.
@@ -17,6 +20,7 @@ import numpy as np
 from . import pair, peers, session, work
 from .model import Column, Rule, Suite
 from .peers import ours
+from .peers.floors import copy
 from .sizes import KIB, MIB, show
 
 if TYPE_CHECKING:
@@ -89,13 +93,34 @@ def _mpi() -> Calls:
     return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
 
 
-async def _measure(calls: Calls, role: int, ranks: int, cases: list[list[int]]) -> Metrics:
+def _floor(ranks: int) -> Calls:
+    async def all_gather(out: Array, x: Array) -> None:
+        for block in out.reshape(ranks, -1):
+            copy(block, x)
+
+    async def broadcast(out: Array, x: Array) -> None:
+        copy(out, x[len(x) // ranks :])
+
+    async def all_reduce(out: Array, x: Array) -> None:
+        given = x.view(np.uint8)
+        for _ in range(2):  # the parts that are added, and the sums
+            copy(out, given[len(given) // ranks :])
+
+    async def all_to_all(out: Array, x: Array) -> None:
+        copy(out, x)
+
+    return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
+
+
+async def _measure(
+    calls: Calls, role: int, ranks: int, cases: list[list[int]], checked: bool = True
+) -> Metrics:
     found: Metrics = {}
     for nbytes, count in cases:
         x, out = np.zeros(nbytes, np.uint8), np.zeros(nbytes * ranks, np.uint8)
         x[:] = role + 1
         await calls["all_gather"](out, x)
-        if (out[0], out[-1]) != (1, ranks):
+        if checked and (out[0], out[-1]) != (1, ranks):
             raise RuntimeError("what was gathered is not what was given")
         for operation in _OPERATIONS:
             x[:] = 0  # sums stay 0: no operation on denormals or infinities is measured
@@ -129,7 +154,11 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             await ours.Ours(comm).finish(control)
             return found
         transport = await peer.open(role, control)
-        found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, ranks, cases)
+        if peer.kind == "floor":
+            large = [case for case in cases if case[0] >= MIB]  # of smaller ones the calls decide
+            found = await _measure(_floor(ranks), role, ranks, large, checked=False)
+        else:
+            found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, ranks, cases)
         await transport.finish(control)
         return found
 
@@ -160,6 +189,7 @@ _COLUMNS = tuple(
 )
 _PEERS = ("gloo", "mpi4py")
 _SLEEPERS = ("gloo",)
+_FLOOR = ("memcpy-floor",)
 _OURS = ("aiocomm-shm", "aiocomm-shm-spin")
 _WORDS = {2: "two", 3: "three", 4: "four"}
 
@@ -184,7 +214,7 @@ SUITES = tuple(
     Suite(
         "collectives" if ranks == 2 else f"collectives-{ranks}",
         f"{word} processes, host memory: all_gather, broadcast, all_reduce, all_to_all",
-        session.subjects((*_PEERS, *_OURS)),
+        session.subjects((*_FLOOR, *_PEERS, *_OURS)),
         partial(_measure_among, ranks),
         lambda options: _COLUMNS,
         _rules(ranks),

@@ -78,10 +78,12 @@ class Pair:
             there.close()
 
     def _start(self, command: list[str], *fds: int) -> None:
+        # Groups of their own, so that all of a process can be ended; but one session, as mpirun's: Linux
+        # shares the cores out among sessions, and who yields gives nothing to another session.
         with open(self._folder / f"{len(self._processes)}.log", "wb") as log:
             process = subprocess.Popen(
                 command, pass_fds=fds, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                env=self._environment, start_new_session=True,
+                env=self._environment, process_group=0,
             )  # fmt: skip
         self._processes.append(process)
         if self._cores is not None:

@@ -111,9 +111,9 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
     Unlocked unlocked;
     unlocked.now();
     const bool large = most_moved_ / kRate > kLingerNs;
-    const auto how =
-        meeting_->meet(number_, header_, waits, large, (stays_ns_ + most_moved_ / kWaitBytes) >> 2 * misses_,
-                       unlocked, [&] { prepare(*e.engine); });
+    const auto how = meeting_->meet(number_, header_, waits, false, !large,
+                                    (stays_ns_ + most_moved_ / kWaitBytes) >> 2 * misses_, unlocked,
+                                    [&] { prepare(*e.engine); });
     result = begun(e, how, waits);
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
     if (std::exchange(looked_, false) && !e.spinner) e.engine->loop_sleeps();
@@ -140,7 +140,7 @@ int DeviceCall::proceed(Self self, bool last) {
   {
     nb::gil_scoped_release release;
     if (open_)
-      result = begun(e, meeting_->look(number_, header_, [&] { prepare(*e.engine); }), false);
+      result = begun(e, meeting_->look(number_, header_, [&] { prepare(*e.engine); }, false, false), false);
     else
       result = run(e, false);
   }

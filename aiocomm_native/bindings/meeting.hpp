@@ -31,6 +31,9 @@ namespace nb = nanobind;
 inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
 // kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
 inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
+// Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, and how much longer a call
+// stays open.
+inline constexpr uint64_t kYieldNs = 10000, kCrowdedNs = 10000000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -60,7 +63,7 @@ class Unlocked {
 // What the calls of one group on one channel have in common at this rank.
 struct Meeting {
   Meeting(std::shared_ptr<Arena> with, size_t own) : arena(std::move(with)), rank(own) {
-    crowded = arena->ranks() > cores();
+    if (crowded) arena->set_crowded();
   }
   // `large`: of a call that takes longer than a sleep.
   void wait(uint64_t now, uint64_t began, bool large = false) const {
@@ -70,6 +73,17 @@ struct Meeting {
       sched_yield();
     else
       relax();
+  }
+
+  // For what `bell` tells, which had rung `since` before it was looked for. `brief`: of a call that takes no longer than
+  // to fall asleep and to wake. There all only let others have the core: that costs them their next turns, and those that
+  // do beside some that sleep would wait for these again and again.
+  void wait_for(Arena::Bell bell, uint32_t since, uint64_t now, uint64_t began, uint64_t until,
+                bool brief) const {
+    if (!crowded || brief || now - began < kYieldNs)
+      wait(now, began);
+    else if (now < until)
+      arena->sleep(bell, since, until - now);
   }
 
   // `of`: the processes of the ranks, -1: not one whose memory can be reached. They are found once all have told theirs.
@@ -94,33 +108,42 @@ struct Meeting {
   }
   bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
 
+  // Whether all ranks have ended all calls that met here, and whether this one may arrive; `early`: while others are in the
+  // call before.
+  bool clear() const { return arena->all_done(std::max(met[0], met[1])); }
+  bool may_arrive(uint64_t number, bool early) const {
+    return early ? arena->all_done(met[number % 2]) : clear();
+  }
+
   enum class Begun : uint8_t { met, open, not_met };
-  // `text` is compared by all ranks. `waits`: others are waited for, if not for long. `stays`: in ns, how much longer the
-  // call may stay open while other tasks run; 0: it does not. `prepare` tells the others what they need once all have met.
+  // `text` is compared by all ranks. `early`, `brief`: see above. `waits`: others are waited for, if not for long. `stays`:
+  // in ns, how much longer the call may stay open while other tasks run; 0: it does not. `prepare` tells the others what
+  // they need once all have met.
   template <typename Prepare>
-  Begun meet(uint64_t number, const std::string& text, bool waits, bool large, uint64_t stays,
+  Begun meet(uint64_t number, const std::string& text, bool waits, bool early, bool brief, uint64_t stays,
              Unlocked& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
-    closes_ns = began + kMeetNs + stays;
+    const uint64_t longest = early ? kTurnNs : kMeetNs;
+    closes_ns = began + longest + stays;
     has_arrived = false;
     if (arena->broken()) return Begun::not_met;
-    while (!arena->all_done(met)) {
+    for (;;) {
+      const uint32_t rung = arena->rung(Arena::Bell::begins);
+      if (may_arrive(number, early)) break;
       unlocked.now();
-      if (!waits || now - began > kMeetNs) return stays ? Begun::open : Begun::not_met;
-      wait(now, began);
+      if (!waits || now - began > longest) return stays ? Begun::open : Begun::not_met;
+      wait_for(Arena::Bell::begins, rung, now, began, began + longest, brief);
       now = now_ns();
     }
     waits = waits && patience.may_spin(now);
     Arena::Meeting state = arrive(number, text, prepare);
     if (state == Arena::Meeting::open && waits) {
       unlocked.now();
-      do {
-        wait(now, began, large);
-        state = arena->look(number);
-      } while (state == Arena::Meeting::open && (now = now_ns()) - began < kMeetNs);
+      state = await(number, began, began + longest, brief);
+      now = now_ns();
       if (state != Arena::Meeting::open || !stays)
-        patience.spun(state == Arena::Meeting::met, false, began, now, kMeetNs);
+        patience.spun(state == Arena::Meeting::met, false, began, now, longest);
     }
     if (state == Arena::Meeting::open && stays) return Begun::open;
     if (state == Arena::Meeting::open) state = arena->close(number);
@@ -129,19 +152,18 @@ struct Meeting {
 
   // Of a call that is open: whether all ranks have met by now; where they lack a core for that, a little later.
   template <typename Prepare>
-  Begun look(uint64_t number, const std::string& text, const Prepare& prepare) {
+  Begun look(uint64_t number, const std::string& text, const Prepare& prepare, bool early, bool brief) {
     const uint64_t began = now_ns();
     if (!has_arrived) {
       if (arena->broken()) return Begun::not_met;
-      if (!arena->all_done(met)) return began < closes_ns ? Begun::open : Begun::not_met;
+      const uint32_t rung = arena->rung(Arena::Bell::begins);
+      if (!may_arrive(number, early)) {
+        if (crowded) arena->sleep(Arena::Bell::begins, rung, kMeetNs);
+        return began < closes_ns ? Begun::open : Begun::not_met;
+      }
       arrive(number, text, prepare);
     }
-    Arena::Meeting state = arena->look(number);
-    for (uint64_t now = began; crowded && state == Arena::Meeting::open && now - began < kMeetNs;
-         now = now_ns()) {
-      wait(now, 0, true);
-      state = arena->look(number);
-    }
+    Arena::Meeting state = crowded ? await(number, 0, began + kMeetNs, brief) : arena->look(number);
     if (state == Arena::Meeting::open) {
       if (now_ns() < closes_ns) return Begun::open;
       state = arena->close(number);
@@ -149,13 +171,24 @@ struct Meeting {
     return judge(number, text, state);
   }
 
+  // `began`: since when this rank waits.
+  Arena::Meeting await(uint64_t number, uint64_t began, uint64_t until, bool brief) const {
+    for (;;) {
+      const uint32_t rung = arena->rung(Arena::Bell::begins);
+      const Arena::Meeting state = arena->look(number);
+      const uint64_t now = now_ns();
+      if (state != Arena::Meeting::open || now > until) return state;
+      wait_for(Arena::Bell::begins, rung, now, began, until, brief);
+    }
+  }
+
   // Gives up a call that is open. True: all ranks have met all the same.
   bool leave(uint64_t number) const { return has_arrived && arena->close(number) == Arena::Meeting::met; }
 
   template <typename Prepare>
   Arena::Meeting arrive(uint64_t number, const std::string& text, const Prepare& prepare) {
-    if (header != text)  // else it is there, and in the others' caches
-      std::memcpy(arena->header(rank), text.data(), text.size()), header = text;
+    if (headers[number % 2] != text)  // else it is there, and in the others' caches
+      std::memcpy(arena->header(rank, number), text.data(), text.size()), headers[number % 2] = text;
     prepare();
     has_arrived = true;
     return arena->arrive(number);
@@ -163,9 +196,9 @@ struct Meeting {
 
   Begun judge(uint64_t number, const std::string& text, Arena::Meeting state) {
     if (state != Arena::Meeting::met) return Begun::not_met;
-    met = number;
+    met[number % 2] = number;
     for (size_t other = 0; other < arena->ranks(); ++other)
-      if (std::memcmp(arena->header(other), text.data(), text.size()) != 0) {
+      if (std::memcmp(arena->header(other, number), text.data(), text.size()) != 0) {
         arena->set_done(rank, number);  // all see that, and say by messages what is wrong
         return Begun::not_met;
       }
@@ -177,18 +210,18 @@ struct Meeting {
   uint64_t word = arena->nonce();  // by which others know this process
   std::vector<pid_t> processes;    // by rank; empty: not known yet
   bool looks = false, reaches = false;
-  bool crowded;  // who waits keeps from running whom it waits for
+  const bool crowded = arena->ranks() > cores();  // who waits keeps from running whom it waits for
   Patience patience;
-  uint64_t met = 0;        // the last call that did
+  uint64_t met[2] = {};    // by each word, the last call that did
   uint64_t closes_ns = 0;  // of one that is open
   bool has_arrived = false;
   uint64_t device_calls = 0;  // that have begun, the same on all ranks: what their words count
-  std::string header;         // that is in the arena
-  // Rank 0's last call that ended: how long it took all ranks is known once all have ended it.
+  std::string headers[2];     // that are in the arena
+  // Rank 0's last calls that ended, by word: how long it took all ranks is known once all have ended it.
   struct {
     std::shared_ptr<WayChoice> choice;
     size_t way = 0;
-  } ran;
+  } ran[2];
   uint64_t turn_began = 0;
 };
 

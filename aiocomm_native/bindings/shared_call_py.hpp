@@ -140,6 +140,8 @@ class PySharedCall {
 
   static void hold(Lent& into, Lent& from) {
     std::memcpy(static_cast<void*>(&into.view), &from.view, sizeof into.view);
+    into.data = from.data;  // for a call whose ranks have yet to meet: it begins later
+    into.nbytes = from.nbytes;
     into.held = std::exchange(from.held, false);
   }
 
@@ -187,7 +189,7 @@ class PySharedCall {
   void begin(const std::byte* in, std::byte* out) {
     Meeting& m = *meeting_;
     Arena& arena = *m.arena;
-    rings_.begin(arena, number_, in, out);
+    rings_.begin(arena, number_, m.clear(), in, out);
     if (!direct_.pays()) return;
     if (m.looks) m.look_for_others();
     const bool able = m.reaches && reachable(in, rings_.in_bytes(), seen_in_) &&
@@ -195,31 +197,37 @@ class PySharedCall {
     if (able)
       direct_.begin(arena, number_, in, out);
     else
-      direct_.withhold(arena);
+      direct_.withhold(arena, number_);
     if (m.rank != 0) return;
-    if (m.ran.choice) m.ran.choice->took(m.ran.way, arena.longest());  // all have ended that call
-    m.ran = {};
+    auto& ran = m.ran[number_ % 2];
+    if (ran.choice) ran.choice->took(ran.way, arena.longest(number_));  // all have ended that call
+    ran = {};
     const bool direct = able && arena.all_reach() && choice_->next();
-    arena.choose(direct ? Arena::Way::direct : Arena::Way::rings);
+    arena.choose(number_, direct ? Arena::Way::direct : Arena::Way::rings);
   }
 
   // kPending: all ranks have met.
   Result meet(bool waits, const std::byte* in, std::byte* out, Unlocked& unlocked) {
-    const uint64_t stays = large() ? 1 + rings_.moved() / kWaitBytes : 0;
-    return begun(meeting_->meet(number_, header_, waits, large(), waits ? stays : 0, unlocked,
+    const Meeting& m = *meeting_;
+    const uint64_t beside = m.crowded ? kCrowdedNs >> 2 * misses_ : large();
+    const uint64_t stays = beside && waits ? beside + (large() ? rings_.moved() / kWaitBytes : 0) : 0;
+    return begun(meeting_->meet(number_, header_, waits, m.crowded, !direct_.pays(), stays, unlocked,
                                 [&] { begin(in, out); }));
   }
 
   Result look() {
-    return begun(meeting_->look(number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }));
+    return begun(meeting_->look(
+        number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }, meeting_->crowded,
+        !direct_.pays()));
   }
 
   Result begun(Meeting::Begun how) {
     open_ = how == Meeting::Begun::open;
     if (open_) return kOpen;
+    misses_ = how == Meeting::Begun::met ? 0 : std::min(misses_ + 1, kMisses);
     if (how == Meeting::Begun::not_met) return kNotMet;
     const Arena& arena = *meeting_->arena;
-    direct_now_ = direct_.pays() && arena.way() == Arena::Way::direct && arena.all_told();
+    direct_now_ = direct_.pays() && arena.way(number_) == Arena::Way::direct && arena.all_told(number_);
     if (direct_.pays()) met_ns_ = now_ns();
     return kPending;
   }
@@ -231,17 +239,22 @@ class PySharedCall {
     Arena& arena = *m.arena;
     uint64_t now = now_ns(), last = now;
     const uint64_t until = now + ns;
-    bool did = false;
+    bool did = false, tells = false;
+    uint32_t rung = arena.rung(Arena::Bell::moves);
     auto ended = [&] { return direct_now_ ? direct_.ended(arena) : rings_.ended(); };
     while (!ended()) {
       if (direct_now_ ? direct_.advance(arena) : rings_.advance(arena)) {
-        did = true;
+        did = tells = true;
         if (!direct_now_ && ++looks_ % 16) continue;  // chunks of a ring are small
         last = now = now_ns();
         if (arena.broken()) return kBroken;
       } else {
         unlocked.now();
-        m.wait(now, last, large());
+        if (std::exchange(tells, false))
+          arena.ring(Arena::Bell::moves);
+        else
+          m.wait_for(Arena::Bell::moves, rung, now, last, until, !direct_.pays());
+        rung = arena.rung(Arena::Bell::moves);
         now = now_ns();
         // Of a process that has ended others will tell; nobody else's memory has to be out of reach.
         if (direct_now_ && direct_.error() && direct_.error() != ESRCH) arena.set_broken();
@@ -252,10 +265,11 @@ class PySharedCall {
         return did ? kPending : kStuck;
       }
     }
+    if (tells) arena.ring(Arena::Bell::moves);
     if (direct_.pays()) {
       now = now_ns();
-      arena.set_took(m.rank, now - met_ns_);
-      if (m.rank == 0) m.ran = {choice_, direct_now_};
+      arena.set_took(m.rank, number_, now - met_ns_);
+      if (m.rank == 0) m.ran[number_ % 2] = {choice_, direct_now_};
     }
     arena.set_done(m.rank, number_);
     if (now - m.turn_began < kTurnNs) return kDone;
@@ -267,7 +281,9 @@ class PySharedCall {
   const std::string header_;
   const SharedCall::Kind kind_;
   const uint64_t item_;
+  static constexpr uint32_t kMisses = 5;
   bool is_root_ = false;
+  uint32_t misses_ = 0;  // in a row: others are not waited for as long
   SharedCall rings_;
   DirectCall direct_;
   const std::shared_ptr<WayChoice> choice_ = std::make_shared<WayChoice>();  // rank 0's

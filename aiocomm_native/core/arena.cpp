@@ -1,13 +1,17 @@
 #include "core/arena.hpp"
 
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
+#include <ctime>
 #include <new>
 #include <string>
 
@@ -25,8 +29,12 @@ struct Arena::Control {
     std::atomic<uint64_t> of[kRanks] = {};
   };
   struct alignas(64) Told {
-    std::atomic<uint64_t> given{0}, out{0}, probe{0}, took{0};
-    std::atomic<uint32_t> way{0}, reaches{0};
+    std::atomic<uint64_t> given{0}, out{0}, took{0};
+    std::atomic<uint32_t> way{0};
+  };
+  struct alignas(64) Process {
+    std::atomic<uint64_t> probe{0};
+    std::atomic<uint32_t> reaches{0};
   };
   struct alignas(64) Words {
     std::atomic<uint32_t> ready{0}, unable{0}, parts{0};
@@ -34,14 +42,19 @@ struct Arena::Control {
   struct alignas(64) Lent {
     Places places;
   };
+  struct alignas(64) Waiting {
+    std::atomic<uint32_t> rung{0}, sleepers{0};
+  };
   uint64_t nonce = 0;
-  std::atomic<uint32_t> broken{0};
-  Counter word;  // the number of a call, whether it is closed, how many have arrived
+  std::atomic<uint32_t> broken{0}, crowded{0};
+  Waiting bells[2];
+  Counter words[2];  // the number of a call, whether it is closed, how many have arrived
   Counter done[kRanks], written[kRanks], entered[kRanks];
   Row read[kRanks];                     // by reader
   Row claimed[kRanks], pushed[kRanks];  // by writer
-  Told told[kRanks];
-  Words words[kRanks];
+  Told told[2][kRanks];
+  Process processes[kRanks];
+  Words device_words[kRanks];
   Lent lent[kRanks];
 };
 
@@ -68,7 +81,7 @@ Arena::Arena(void* base, uint64_t nbytes, int fd, size_t ranks)
       control_(static_cast<Control*>(base)),
       headers_(base_ + sizeof(Control)),
       rings_(base_ + kControlBytes) {
-  static_assert(sizeof(Control) % 64 == 0 && sizeof(Control) + kRanks * kHeader <= kControlBytes);
+  static_assert(sizeof(Control) % 64 == 0 && sizeof(Control) + 2 * kRanks * kHeader <= kControlBytes);
   static_assert(std::atomic<uint64_t>::is_always_lock_free);
 }
 
@@ -118,35 +131,43 @@ std::shared_ptr<Arena> Arena::open(pid_t owner, int fd, uint64_t nonce, size_t r
 uint64_t Arena::nonce() const { return control_->nonce; }
 
 Arena::Meeting Arena::look(uint64_t call) const {
-  const uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  const auto& word_of_call = control_->words[call % 2];
+  const uint64_t word = word_of_call.value.load(std::memory_order_acquire);
   if (word >> kCallShift != call || word & kClosed) return Meeting::closed;
   return (word & kArrived) == ranks_ ? Meeting::met : Meeting::open;
 }
 
 Arena::Meeting Arena::arrive(uint64_t call) {
-  uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  auto& word_of_call = control_->words[call % 2];
+  uint64_t word = word_of_call.value.load(std::memory_order_acquire);
   for (;;) {
     const uint64_t at = word >> kCallShift;
     if (at > call || (at == call && word & kClosed)) return Meeting::closed;
     const uint64_t next = at < call ? call << kCallShift | 1 : word + 1;
     if ((next & kArrived) > ranks_) return Meeting::closed;
     // Releases what this rank has written, and acquires what those have that came before.
-    if (control_->word.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
-                                                   std::memory_order_acquire))
-      return (next & kArrived) == ranks_ ? Meeting::met : Meeting::open;
+    if (word_of_call.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
+                                                 std::memory_order_acquire)) {
+      if ((next & kArrived) != ranks_) return Meeting::open;
+      ring(Bell::begins);
+      return Meeting::met;
+    }
   }
 }
 
 Arena::Meeting Arena::close(uint64_t call) {
-  uint64_t word = control_->word.value.load(std::memory_order_acquire);
+  auto& word_of_call = control_->words[call % 2];
+  uint64_t word = word_of_call.value.load(std::memory_order_acquire);
   for (;;) {
     const uint64_t at = word >> kCallShift;
     if (at > call || (at == call && word & kClosed)) return Meeting::closed;
     if (at == call && (word & kArrived) == ranks_) return Meeting::met;
     const uint64_t next = (at < call ? call << kCallShift : word) | kClosed;
-    if (control_->word.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
-                                                   std::memory_order_acquire))
+    if (word_of_call.value.compare_exchange_weak(word, next, std::memory_order_acq_rel,
+                                                 std::memory_order_acquire)) {
+      ring(Bell::begins);
       return Meeting::closed;
+    }
   }
 }
 
@@ -174,39 +195,67 @@ bool Arena::all_done(uint64_t call) const {
 
 void Arena::set_done(size_t rank, uint64_t call) {
   control_->done[rank].value.store(call, std::memory_order_release);
+  if (!control_->crowded.load(std::memory_order_relaxed)) return;
+  // Of two that end at once, one sees both.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (all_done(call)) ring(Bell::begins);
+}
+
+void Arena::set_crowded() { control_->crowded.store(1, std::memory_order_relaxed); }
+
+uint32_t Arena::rung(Bell bell) const {
+  return control_->bells[static_cast<size_t>(bell)].rung.load(std::memory_order_acquire);
+}
+
+// In one order: either who rings sees the sleeper, or the kernel finds that it has rung and does not let it sleep.
+void Arena::sleep(Bell which, uint32_t since, uint64_t ns) const {
+  Control::Waiting& bell = control_->bells[static_cast<size_t>(which)];
+  const timespec longest{static_cast<time_t>(ns / 1000000000), static_cast<long>(ns % 1000000000)};
+  bell.sleepers.fetch_add(1, std::memory_order_seq_cst);
+  syscall(SYS_futex, &bell.rung, FUTEX_WAIT, since, &longest, nullptr, 0);
+  bell.sleepers.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Arena::ring(Bell which) {
+  if (!control_->crowded.load(std::memory_order_relaxed)) return;
+  Control::Waiting& bell = control_->bells[static_cast<size_t>(which)];
+  bell.rung.fetch_add(1, std::memory_order_seq_cst);
+  if (bell.sleepers.load(std::memory_order_seq_cst) != 0)
+    syscall(SYS_futex, &bell.rung, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
 // Between `arrive` and `done`, which release and acquire.
-void Arena::choose(Way way) {
-  control_->told[0].way.store(static_cast<uint32_t>(way), std::memory_order_relaxed);
+void Arena::choose(uint64_t call, Way way) {
+  control_->told[call % 2][0].way.store(static_cast<uint32_t>(way), std::memory_order_relaxed);
 }
 
-Arena::Way Arena::way() const {
-  return control_->told[0].way.load(std::memory_order_relaxed) ? Way::direct : Way::rings;
+Arena::Way Arena::way(uint64_t call) const {
+  return control_->told[call % 2][0].way.load(std::memory_order_relaxed) ? Way::direct : Way::rings;
 }
 
-void Arena::tell(size_t rank, Arrays arrays) {
-  control_->told[rank].given.store(arrays.given, std::memory_order_relaxed);
-  control_->told[rank].out.store(arrays.out, std::memory_order_relaxed);
+void Arena::tell(size_t rank, uint64_t call, Arrays arrays) {
+  Control::Told& told = control_->told[call % 2][rank];
+  told.given.store(arrays.given, std::memory_order_relaxed);
+  told.out.store(arrays.out, std::memory_order_relaxed);
 }
 
-Arena::Arrays Arena::told(size_t rank) const {
-  return {control_->told[rank].given.load(std::memory_order_relaxed),
-          control_->told[rank].out.load(std::memory_order_relaxed)};
+Arena::Arrays Arena::told(size_t rank, uint64_t call) const {
+  const Control::Told& told = control_->told[call % 2][rank];
+  return {told.given.load(std::memory_order_relaxed), told.out.load(std::memory_order_relaxed)};
 }
 
-bool Arena::all_told() const {
+bool Arena::all_told(uint64_t call) const {
   for (size_t rank = 0; rank < ranks_; ++rank)
-    if (!told(rank).out) return false;
+    if (!told(rank, call).out) return false;
   return true;
 }
 
 void Arena::set_probe(size_t rank, uint64_t address) {
-  control_->told[rank].probe.store(address, std::memory_order_release);
+  control_->processes[rank].probe.store(address, std::memory_order_release);
 }
 
 uint64_t Arena::probe(size_t rank) const {
-  return control_->told[rank].probe.load(std::memory_order_acquire);
+  return control_->processes[rank].probe.load(std::memory_order_acquire);
 }
 
 bool Arena::is_rank(size_t rank, pid_t process) const {
@@ -215,11 +264,13 @@ bool Arena::is_rank(size_t rank, pid_t process) const {
          word == nonce();
 }
 
-void Arena::set_reaches(size_t rank) { control_->told[rank].reaches.store(1, std::memory_order_release); }
+void Arena::set_reaches(size_t rank) {
+  control_->processes[rank].reaches.store(1, std::memory_order_release);
+}
 
 bool Arena::all_reach() const {
   for (size_t rank = 0; rank < ranks_; ++rank)
-    if (!control_->told[rank].reaches.load(std::memory_order_acquire)) return false;
+    if (!control_->processes[rank].reaches.load(std::memory_order_acquire)) return false;
   return true;
 }
 
@@ -271,39 +322,43 @@ Gate gate_of(const std::atomic<uint32_t>& word, uint32_t value) {
 }  // namespace
 
 void Arena::set_ready(size_t rank, uint64_t call, bool able) {
-  if (!able) control_->words[rank].unable.store(word_of(call, 1), std::memory_order_relaxed);
-  control_->words[rank].ready.store(word_of(call, 1), std::memory_order_release);
+  if (!able) control_->device_words[rank].unable.store(word_of(call, 1), std::memory_order_relaxed);
+  control_->device_words[rank].ready.store(word_of(call, 1), std::memory_order_release);
 }
 
 Gate Arena::ready(size_t rank, uint64_t call) const {
-  return gate_of(control_->words[rank].ready, word_of(call, 1));
+  return gate_of(control_->device_words[rank].ready, word_of(call, 1));
 }
 
 bool Arena::unable(size_t rank, uint64_t call) const {
-  return control_->words[rank].unable.load(std::memory_order_acquire) == word_of(call, 1);
+  return control_->device_words[rank].unable.load(std::memory_order_acquire) == word_of(call, 1);
 }
 
 void Arena::set_parts(size_t rank, uint64_t call, uint32_t parts) {
-  control_->words[rank].parts.store(word_of(call, parts), std::memory_order_release);
+  control_->device_words[rank].parts.store(word_of(call, parts), std::memory_order_release);
 }
 
 Gate Arena::parts(size_t rank, uint64_t call, uint32_t parts) const {
-  return gate_of(control_->words[rank].parts, word_of(call, parts));
+  return gate_of(control_->device_words[rank].parts, word_of(call, parts));
 }
 
-void Arena::set_took(size_t rank, uint64_t ns) {
-  control_->told[rank].took.store(ns, std::memory_order_relaxed);
+void Arena::set_took(size_t rank, uint64_t call, uint64_t ns) {
+  control_->told[call % 2][rank].took.store(ns, std::memory_order_relaxed);
 }
 
-uint64_t Arena::longest() const {
+uint64_t Arena::longest(uint64_t call) const {
   uint64_t longest = 0;
   for (size_t rank = 0; rank < ranks_; ++rank)
-    longest = std::max(longest, control_->told[rank].took.load(std::memory_order_relaxed));
+    longest = std::max(longest, control_->told[call % 2][rank].took.load(std::memory_order_relaxed));
   return longest;
 }
 
 bool Arena::broken() const { return control_->broken.load(std::memory_order_acquire) != 0; }
 
-void Arena::set_broken() { control_->broken.store(1, std::memory_order_seq_cst); }
+void Arena::set_broken() {
+  control_->broken.store(1, std::memory_order_seq_cst);
+  ring(Bell::begins);
+  ring(Bell::moves);
+}
 
 }  // namespace aiocomm

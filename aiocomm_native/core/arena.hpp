@@ -4,8 +4,10 @@
 //   - A call goes this way only if all ranks have agreed to it, in one word: who arrives counts itself; the last to arrive
 //     has the call `met`. Whoever will not wait any longer closes the call before that, and then all make it by messages.
 //     Compare-and-swap decides between the two, so no two ranks differ.
-//   - Who touches the word has ended all of its earlier calls, and knows of all others that they have ended the last call
-//     that met (`done`). So whoever waits at a call and finds the word at a later one knows that it was closed.
+//   - There are two words, and two of all that is told before a call has met: calls take them in turn, by their numbers, so
+//     that a rank arrives while others are still in the call before. Who touches a word has ended all of its earlier calls,
+//     and knows of all others that they have ended the last call that met by that word (`done`). So whoever waits at a
+//     call and finds its word at a later one knows that it was closed.
 //   - Counters carry the call's number: those of earlier calls count as 0.
 //   - Bytes go by rings, or from array to array, as rank 0 has chosen before it arrived. In the ring of its own each rank
 //     writes its stream of chunks; a slot is written again only when all have read it, or have nothing to read in it.
@@ -53,14 +55,16 @@ class Arena {
   Meeting look(uint64_t call) const;
   Meeting close(uint64_t call);  // unless it has met
 
-  std::byte* header(size_t rank) const { return headers_ + rank * kHeader; }
+  std::byte* header(size_t rank, uint64_t call) const {
+    return headers_ + (call % 2 * kRanks + rank) * kHeader;
+  }
   std::byte* slot(size_t rank, uint64_t chunk) const {
     return rings_ + (rank * kSlots + chunk % kSlots) * kChunk;
   }
 
   enum class Way : uint32_t { rings, direct };
-  void choose(Way way);  // rank 0, before it arrives
-  Way way() const;       // once a call has met, until this rank has ended it
+  void choose(uint64_t call, Way way);  // rank 0, before it arrives
+  Way way(uint64_t call) const;         // once the call has met, until this rank has ended it
 
   // By rings.
   uint64_t written(size_t rank, uint64_t call) const;
@@ -72,9 +76,9 @@ class Arena {
   struct Arrays {
     uint64_t given, out;
   };
-  void tell(size_t rank, Arrays arrays);  // before it arrives
-  Arrays told(size_t rank) const;
-  bool all_told() const;
+  void tell(size_t rank, uint64_t call, Arrays arrays);  // before it arrives
+  Arrays told(size_t rank, uint64_t call) const;
+  bool all_told(uint64_t call) const;
   void set_probe(size_t rank, uint64_t address);
   uint64_t probe(size_t rank) const;               // 0: not told
   bool is_rank(size_t rank, pid_t process) const;  // it lives, and its memory can be read
@@ -94,7 +98,7 @@ class Arena {
     DevicePlace in, out;   // without an owner: there is none
     bool willing = false;  // that others reach them
   };
-  void lend(size_t rank, const Places& places);  // before it arrives
+  void lend(size_t rank, const Places& places);  // before it arrives, once all have ended all earlier calls
   Places lent(size_t rank) const;                // once a call has met
   static uint32_t word_of(uint64_t call, uint32_t parts) {
     return static_cast<uint32_t>(call) * kParts + parts;
@@ -105,9 +109,17 @@ class Arena {
   void set_parts(size_t rank, uint64_t call, uint32_t parts);
   Gate parts(size_t rank, uint64_t call, uint32_t parts) const;
 
-  // How long its part of the last call took, in ns: before it is done.
-  void set_took(size_t rank, uint64_t ns);
-  uint64_t longest() const;
+  // How long its part of the call took, in ns: before it is done.
+  void set_took(size_t rank, uint64_t call, uint64_t ns);
+  uint64_t longest(uint64_t call) const;
+
+  // Where ranks outnumber the cores, who waits sleeps until a bell rings: `begins` once all have arrived, or have ended a
+  // call, or it was closed, all by themselves; `moves` when a rank has done what it can for now in a call that has met.
+  enum class Bell : uint32_t { begins, moves };
+  void set_crowded();
+  uint32_t rung(Bell bell) const;                            // before looking for what may have happened
+  void sleep(Bell bell, uint32_t since, uint64_t ns) const;  // unless it has rung since
+  void ring(Bell bell);
 
   bool all_done(uint64_t call) const;
   void set_done(size_t rank, uint64_t call);

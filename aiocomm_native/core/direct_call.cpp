@@ -76,7 +76,7 @@ DirectCall::Pair DirectCall::pair(size_t writer, size_t reader) const {
 void DirectCall::begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out) {
   given_ = in_place_ || kind_ == Kind::broadcast ? out : in;
   if (in_place_ && kind_ == Kind::all_gather) given_ += starts_[rank_];
-  arena.tell(rank_, {reinterpret_cast<uint64_t>(given_), reinterpret_cast<uint64_t>(out)});
+  arena.tell(rank_, call, {reinterpret_cast<uint64_t>(given_), reinterpret_cast<uint64_t>(out)});
   call_ = call;
   out_ = out;
   own_done_ = folded_ = 0;
@@ -113,7 +113,7 @@ bool DirectCall::move(Arena& arena, bool push, size_t other, uint64_t chunk) {
   const uint64_t at = chunk * chunk_, nbytes = std::min(chunk_, pair.nbytes - at);
   left_over_ = {true, push, other, chunk};
   if (!arena.enter(rank_)) return false;
-  const Arena::Arrays there = arena.told(other);
+  const Arena::Arrays there = arena.told(other, call_);
   const std::byte* from = kind_ == Kind::all_reduce ? out_ : given_;
   error_ = push ? write_process(processes_[other], there.out + pair.to + at, from + pair.from + at, nbytes)
                 : read_process(processes_[other], there.given + pair.from + at, out_ + pair.to + at, nbytes);
@@ -147,7 +147,7 @@ bool DirectCall::reduce(Arena& arena, uint64_t at, size_t nbytes) {
     if (rank != rank_) {
       // The first goes where the sums go from then on.
       std::byte* into = rank == 0 && ranks_ > 2 ? sum_.data() : part_.data();
-      error_ = read_process(processes_[rank], arena.told(rank).given + at, into, nbytes);
+      error_ = read_process(processes_[rank], arena.told(rank, call_).given + at, into, nbytes);
       part = into;
     }
     if (rank == 0 || error_) {

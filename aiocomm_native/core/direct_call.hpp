@@ -27,7 +27,7 @@ class DirectCall {
 
   // Before the ranks meet: tells the others where the arrays are; or that they cannot be reached, where all go by rings.
   void begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out);
-  void withhold(Arena& arena) const { arena.tell(rank_, {0, 0}); }
+  void withhold(Arena& arena, uint64_t call) const { arena.tell(rank_, call, {0, 0}); }
   // Goes on by a chunk, if it can at once; true: something was done.
   bool advance(Arena& arena);
   // Nobody touches this rank's arrays any more, and what it gets is there.

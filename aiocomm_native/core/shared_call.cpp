@@ -114,7 +114,7 @@ std::vector<SharedCall::Piece> SharedCall::stream_of(size_t writer) const {
   return stream;
 }
 
-void SharedCall::begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out) {
+void SharedCall::begin(Arena& arena, uint64_t call, bool clear, const std::byte* in, std::byte* out) {
   call_ = call;
   in_ = in;
   out_ = out;
@@ -125,7 +125,7 @@ void SharedCall::begin(Arena& arena, uint64_t call, const std::byte* in, std::by
   std::fill(taken_.begin(), taken_.end(), 0);
   left_ = gives_.size() + folds_.size() + (own_bytes_ + Arena::kChunk - 1) / Arena::kChunk;
   for (const auto& takes : takes_) left_ += takes.size();
-  if (gives_.size() == 1) give(arena);
+  if (clear && gives_.size() == 1) give(arena);
 }
 
 void SharedCall::copy(std::byte* to, const std::byte* from, size_t nbytes) const {

@@ -27,8 +27,8 @@ class SharedCall {
   uint64_t out_bytes() const { return out_bytes_; }
   uint64_t moved() const { return moved_; }
 
-  // Before the ranks meet: puts a small stream where the others will look for it.
-  void begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out);
+  // Before the ranks meet. `clear`: all have ended all earlier calls; puts a small stream where the others will look for it.
+  void begin(Arena& arena, uint64_t call, bool clear, const std::byte* in, std::byte* out);
   // Goes on as far as it can at once; true: something was done.
   bool advance(Arena& arena);
   bool ended() const { return left_ == 0; }

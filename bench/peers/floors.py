@@ -27,6 +27,11 @@ _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcpy.restype = ctypes.c_void_p
 
 
+def copy(out: Array, data: Array) -> None:
+    """Copy `data` to the beginning of `out`, which has room for it."""
+    _libc.memcpy(out.ctypes.data, data.ctypes.data, data.nbytes)
+
+
 class _Nothing(BlockingTransport):
     """Neither floor sends anything."""
 

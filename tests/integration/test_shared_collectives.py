@@ -15,8 +15,9 @@ import pytest
 from fakes import secret
 
 import aiocomm
-from aiocomm.collectives.shared import Shared
+from aiocomm.collectives.shared import NOT_MET, OPEN, TURN, Shared
 from aiocomm.launch import WorkerError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -350,3 +351,45 @@ async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
 async def test_a_deadline_that_passes_in_a_call_ends_it_at_all(direct: bool) -> None:
     async with aiocomm.spawn(_late, 2, direct, links="shm") as comm:
         await _late(comm, direct)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_call_that_waits_for_the_end_of_the_last_one_has_its_arrays(
+    pair: tuple[aiocomm.Communicator, aiocomm.Communicator],
+) -> None:
+    """The root ends first, and calls again: it cannot tell the others of that call before all have ended."""
+    nbytes = 8 << 20
+    arena = _core.Arena.create(2)
+    arenas = [arena, _core.Arena.open(arena.place, 1, 2)]
+    calls = [_core.SharedCall(one, 1, 0, [nbytes], False, 1, "u1", "", b"broadcast") for one in arenas]
+    arrays = [np.zeros(nbytes, np.uint8) for _ in calls]
+    number = 0
+
+    def begin(rank: int) -> int:
+        return calls[rank].attempt(pair[rank]._engine, number, None, arrays[rank])
+
+    first, second = NOT_MET, TURN + 1
+    while first == NOT_MET:  # the loop had something else to do
+        await anyio.lowlevel.checkpoint()
+        number += 1
+        first = begin(0)
+    assert first == OPEN
+    second = begin(1)
+    while first > TURN:
+        first = calls[0].proceed(1e-3)
+        if first > TURN:
+            second = calls[1].proceed(1e-3)
+    assert second > TURN  # some of it lies in the arena
+    arrays[0][:] = 7
+    while first != OPEN:
+        await anyio.lowlevel.checkpoint()
+        number += 1
+        first = begin(0)
+    while second > TURN:
+        second = calls[1].proceed(1e-3)
+    assert not arrays[1].any()
+    second = begin(1)
+    while first > TURN or second > TURN:
+        first = calls[0].proceed(1e-3) if first > TURN else first
+        second = calls[1].proceed(1e-3) if second > TURN else second
+    assert (arrays[1] == 7).all()

@@ -132,7 +132,7 @@ void history(size_t ranks) {
     Arena& arena = *all[rank];
     CHECK(++idle < 1000000);  // else it is a deadlock
     if (!one.begun) {
-      if (!arena.all_done(one.next)) continue;
+      if (!arena.all_done(one.next ? one.next - 1 : 0)) continue;  // others may be in the call before
       const size_t given = shape.given(), out = call.out_bytes() / 4;
       one.in.resize(given);
       for (size_t i = 0; i < given; ++i) one.in[i] = value(one.next, rank, i);
@@ -143,8 +143,8 @@ void history(size_t ranks) {
       CHECK(call.in_bytes() == 0 || call.in_bytes() == 4 * given);
       auto* in = reinterpret_cast<std::byte*>(one.in.data());
       auto* into = reinterpret_cast<std::byte*>(one.out.data());
-      if (rank == 0) arena.choose(shape.direct ? Arena::Way::direct : Arena::Way::rings);
-      call.begin(arena, one.next + 1, in, into);
+      if (rank == 0) arena.choose(one.next + 1, shape.direct ? Arena::Way::direct : Arena::Way::rings);
+      call.begin(arena, one.next + 1, arena.all_done(one.next), in, into);
       direct.begin(arena, one.next + 1, in, into);
       one.begun = true;
       one.met = arena.arrive(one.next + 1) == Meeting::met;
@@ -156,7 +156,7 @@ void history(size_t ranks) {
       one.met = state == Meeting::met;
       continue;
     }
-    const bool by_arrays = arena.way() == Arena::Way::direct;
+    const bool by_arrays = arena.way(one.next + 1) == Arena::Way::direct;
     auto over = [&] { return by_arrays ? direct.ended(arena) : call.ended(); };
     for (size_t steps = random() % 20; steps && !over(); --steps)
       if (by_arrays ? direct.advance(arena) : call.advance(arena)) idle = 0;
@@ -250,7 +250,7 @@ void claims() {
 void gone() {
   auto all = arenas(2);
   std::vector<uint32_t> x(100000, 7);
-  for (size_t rank = 0; rank < 2; ++rank) all[rank]->tell(rank, {1 << 20, 1 << 20});
+  for (size_t rank = 0; rank < 2; ++rank) all[rank]->tell(rank, 1, {1 << 20, 1 << 20});
   DirectCall call(Kind::broadcast, 1, 2, 0, {4 * x.size()}, false, 4, nullptr, {1 << 30, getpid()});
   call.begin(*all[1], 1, nullptr, reinterpret_cast<std::byte*>(x.data()));
   CHECK(all[0]->arrive(1) == Meeting::open && all[1]->arrive(1) == Meeting::met);
@@ -261,6 +261,53 @@ void gone() {
   all[0]->set_broken();
   CHECK(!call.advance(*all[1]));
   CHECK(std::count(x.begin(), x.end(), 7u) == 100000);
+}
+
+// Who sleeps is woken by whatever happens after it has looked: else this takes for ever.
+void bells() {
+  using Bell = Arena::Bell;
+  auto all = arenas(2);
+  constexpr uint64_t kForever = uint64_t{1} << 50;
+  constexpr uint32_t kTurns = 3000;
+  all[0]->ring(Bell::moves);
+  CHECK(all[1]->rung(Bell::moves) == 0);  // nobody lacks a core
+  all[1]->set_crowded();
+  std::atomic<uint32_t> turn{0};
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < 2; ++rank)
+    threads.emplace_back([&, rank] {
+      for (uint32_t next = rank; next < kTurns; next += 2) {
+        for (;;) {
+          const uint32_t rung = all[rank]->rung(Bell::moves);
+          if (turn == next) break;
+          all[rank]->sleep(Bell::moves, rung, kForever);
+        }
+        ++turn;
+        all[rank]->ring(Bell::moves);
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  // The same of those that ring by themselves.
+  threads.clear();
+  for (size_t rank = 0; rank < 2; ++rank)
+    threads.emplace_back([&, rank] {
+      Arena& arena = *all[rank];
+      auto await = [&](auto over) {
+        for (uint32_t rung = arena.rung(Bell::begins); !over(); rung = arena.rung(Bell::begins))
+          arena.sleep(Bell::begins, rung, kForever);
+      };
+      for (uint64_t call = 1; call <= kTurns; ++call) {
+        CHECK(arena.arrive(call) != Meeting::closed);
+        await([&] { return arena.look(call) == Meeting::met; });
+        arena.set_done(rank, call);
+        await([&] { return arena.all_done(call); });
+      }
+      // The last one is closed by one of them, for whom the other waits.
+      if (rank == 0) CHECK(arena.arrive(kTurns + 1) != Meeting::met);
+      if (rank == 0) await([&] { return arena.look(kTurns + 1) == Meeting::closed; });
+      if (rank == 1) CHECK(arena.close(kTurns + 1) == Meeting::closed);
+    });
+  for (auto& thread : threads) thread.join();
 }
 
 // A process that has no such memory, or that there is not.
@@ -302,6 +349,7 @@ void choices() {
 int main() {
   leaving();
   claims();
+  bells();
   gone();
   failures();
   choices();
