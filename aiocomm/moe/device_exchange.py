@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICE_HEAD_BYTES",
+    "LATENCY_BYTES",
     "LINGER_S",
     "PACKED",
     "PIECE_BYTES",
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
-_LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
+LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
@@ -324,7 +325,7 @@ class DeviceExchange(Exchange):
     def _kernels_may_read(self, nbytes: int) -> bool:
         """Whether what this rank gives is read by kernels, as far as it decides that."""
         return self._setting.path != "bandwidth" and (
-            self._setting.path == "latency" or nbytes <= _LATENCY_BYTES
+            self._setting.path == "latency" or nbytes <= LATENCY_BYTES
         )
 
     def _lend(self, nbytes: int) -> Block:

@@ -41,10 +41,11 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "host_array", "move"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over", "host_array", "move", "of_adding"]
 
 _MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
 _WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
+_ADDING, _NO_BASES = struct.Struct("<6Q6I"), bytes(8 * MOST_RANKS)
 ENTRY_BYTES = 16
 
 
@@ -64,6 +65,17 @@ def _argument(nbytes: int, base: dict[int, int], rest: Sequence[int]) -> bytes:
         _WORD.pack_into(argument, 8 * rank, address)
     struct.pack_into(f"<{len(rest)}Q", argument, 8 * MOST_RANKS, *rest)
     return bytes(argument)
+
+
+def of_adding(addresses: Sequence[int], numbers: Sequence[int], bases: dict[int, int] | None = None) -> bytes:
+    """The argument of `add_rows`."""
+    rest = _ADDING.pack(*addresses, *numbers)
+    if not bases:
+        return _NO_BASES + rest
+    begin = bytearray(_NO_BASES)
+    for rank, address in bases.items():
+        _WORD.pack_into(begin, 8 * rank, address)
+    return bytes(begin) + rest
 
 
 class DeviceDispatch(DeviceExchange):
@@ -102,6 +114,11 @@ class DeviceDispatch(DeviceExchange):
         self.parts: Sequence[Part] = ()
         self.found: Arrangement
         self.tables: Tables
+
+    @property
+    def placed(self) -> Placement:
+        """Of the experts."""
+        return self._placed
 
     @property
     def count(self) -> int:
@@ -314,7 +331,7 @@ class DeviceDispatch(DeviceExchange):
         given, lease = self._tokens, self._lease
         assert lease is not None
         form, shape = given.description[5], (self._begins[-1], given.hidden)
-        self.tokens = _array(lease, self._pool.device, form, shape, given.itemsize)
+        self.tokens = array_over(lease, self._pool.device, form, shape, given.itemsize)
 
 
 class DeviceCombine(DeviceExchange):
@@ -436,20 +453,22 @@ class DeviceCombine(DeviceExchange):
             self._target = self._out.address
             return nbytes
         block = self._pool.take(nbytes, self._setting.streams)
-        lease = Lease(self._pool, block, self._setting.streams)
-        shape = (self._count, self._outputs.hidden)
-        self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
+        self._hold(Lease(self._pool, block, self._setting.streams))
         self._target = block.address
         return nbytes
+
+    def _hold(self, lease: Lease) -> None:
+        """Have the result in this memory."""
+        form, shape = form_of(self._result), (self._count, self._outputs.hidden)
+        self.result = array_over(lease, self._pool.device, form, shape, itemsize_in(form))
 
     def _adding(self, bases: dict[int, int], nbytes: int) -> Kernel:
         """The kernel that adds the ranks' partial sums."""
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
         own_first = int(self._found.starts[rank])
         whole = self._whole(self._target, outputs.address)
-        pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
-        argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
+        argument = of_adding(addresses, (own_first, size, rank, self._count, outputs.hidden, whole), bases)
         return self._entries[1], argument, nbytes * size, self._after
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0) -> int:
@@ -476,7 +495,7 @@ def host_array(described: Description, memory: Bytes) -> Any:
     return data.view(np.dtype(name)).reshape(described[6])
 
 
-def _array(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:
+def array_over(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:
     """An array over a lease; of a dtype that NumPy has not, of its bytes, row by row."""
     nbytes = shape[0] * shape[1] * itemsize
     made = DeviceArray(lease, lease.address, nbytes, device, form, shape)

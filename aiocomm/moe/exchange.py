@@ -100,12 +100,14 @@ class Exchange(Flight):
             ExpertsLostError, TransferCancelled, DeadlineExceeded, LinkError, ClosedError: as for transfers.
         """
         try:
-            self._number = self._scope.begin(self)
+            if not self._number:  # else it was begun by the extension
+                self._number = self._scope.begin(self)
         except PeerLostError as error:  # another rank has given it up for that
             raise self._explained(error) from None
         try:
             self._start()
-            self._slots = self._borrow(self._group.size * self._slot_bytes)
+            if not self._slots.nbytes:
+                self._slots = self._borrow(self._group.size * self._slot_bytes)
             if not self._begin_quickly():
                 for peer in self._others():
                     self._post(Recv, (True, peer), peer, self._slot(peer), HEAD_TAG)

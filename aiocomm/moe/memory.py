@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aiocomm._device import NO_STREAM, part_of
+from aiocomm._device import NO_STREAM
 from aiocomm.collectives.driver import driver
 from aiocomm.collectives.kernels import Scratch, kernels_of
 from aiocomm.errors import LinkError
@@ -64,15 +64,16 @@ class Block:
         self._recorded = 0  # of them, the first ones: behind that work
         self._kernels = kernels
         self._engine = engine
-        self._memory = Scratch(kernels, nbytes)
+        self.memory = Scratch(kernels, nbytes)
         self.nbytes = nbytes
         self.turn = 0  # in which it was given back
-        self.address = self._memory.address
+        self.address = self.memory.address
         self._places: dict[int, bytes] = {}  # by rank of the world
+        self._places_of_all: list[bytes | None] = []  # once all are known
 
     def part(self, start: int, nbytes: int) -> Description:
         """Bytes of it."""
-        return (self._memory, self.address + start, nbytes, self._kernels.device, NO_STREAM, "B", (nbytes,))
+        return (self.memory, self.address + start, nbytes, self._kernels.device, NO_STREAM, "B", (nbytes,))
 
     def place_for(self, rank: int) -> bytes | None:
         """What a peer's kernels need in order to read it; None: they cannot."""
@@ -82,6 +83,15 @@ class Block:
             if place is not None:
                 self._places[rank] = place
         return place
+
+    def places_for(self, ranks: Sequence[int], own: int) -> list[bytes | None]:
+        """The same of all ranks of the group to which the pool belongs, but its own."""
+        if not self._places_of_all:
+            places = [None if peer == own else self.place_for(rank) for peer, rank in enumerate(ranks)]
+            if places.count(None) > 1:
+                return places
+            self._places_of_all = places
+        return self._places_of_all
 
     @property
     def region(self) -> int:
@@ -182,9 +192,9 @@ class Pool:
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
-        self._kits: dict[
-            tuple[int, ...], list[Any]
-        ] = {}  # by kind of call, what serves one of them at a time
+        self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind, what serves one call at a time
+        self.repeats: dict[Any, Any] = {}  # calls that may be made again, by what they are found by
+        self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
@@ -278,6 +288,20 @@ class Pool:
                     self.give_back(block)
         self._lent = [one for one in self._lent if one[2]]
 
+    def heard_all(self, ended: Sequence[int], own: int) -> None:
+        """The ranks of the group, but this one, have ended all calls up to these."""
+        if not self._lent:
+            return
+        least = min(number for peer, number in enumerate(ended) if peer != own)
+        if all(call <= least for call, _, _ in self._lent):  # mostly
+            for _, block, _ in self._lent:
+                self.give_back(block)
+            self._lent.clear()
+            return
+        for peer, number in enumerate(ended):
+            if peer != own:
+                self.heard(peer, number)
+
     def take_pinned(self, nbytes: int) -> Pinned:
         """Pinned memory of at least so many bytes."""
         size = _size_class(nbytes, _LEAST_PINNED)
@@ -295,8 +319,9 @@ class Pool:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
         memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
-        for kept in (*memory, self.settings):
+        for kept in (*memory, self.settings, self.repeats):
             kept.clear()
+        self.slots = None
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
         """Queue a copy on the kernels' stream."""
@@ -348,6 +373,14 @@ class Tables:
         self.resize(assignments, rows, count, size)
 
     @classmethod
+    def of_bytes(cls, pool: Pool, nbytes: int) -> Tables:
+        """Of so many bytes, for sizes that are said by `resize`."""
+        made = cls.__new__(cls)
+        made._pool = pool
+        made._pinned, made._block = pool.take_tables(nbytes)
+        return made
+
+    @classmethod
     def of_size(cls, pool: Pool, size: tuple[int, int, int, int], spare: Tables | None) -> Tables:
         """Not written; `spare` again where it is large enough."""
         if spare is None or _core.sum_tables(*size)[-1] > min(spare.bytes.nbytes, spare._block.nbytes):
@@ -362,10 +395,9 @@ class Tables:
         self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
 
     @property
-    def way(self) -> tuple[int, int, int]:
-        """The context, stream and address by which `upload` brings them."""
-        kernels = self._pool.kernels
-        return kernels.context, kernels.stream, self._block.address
+    def address(self) -> int:
+        """Where `upload` brings them."""
+        return self._block.address
 
     @classmethod
     def made(
@@ -407,7 +439,8 @@ class Tables:
     @property
     def ready(self) -> Description:
         """Memory whose stream has brought them."""
-        return part_of(self._block.part(0, 1), 0, 1, self._pool.kernels.stream)
+        block, kernels = self._block, self._pool.kernels
+        return block.memory, block.address, 1, kernels.device, kernels.stream, "B", (1,)
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
