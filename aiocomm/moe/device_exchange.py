@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICE_HEAD_BYTES",
-    "LATENCY_BYTES",
     "LINGER_S",
     "PACKED",
     "PIECE_BYTES",
@@ -56,10 +55,11 @@ __all__ = [
     "Matrix",
     "Setting",
     "Where",
+    "kernels_may_read",
 ]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
-LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
+_LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size
@@ -322,12 +322,6 @@ class DeviceExchange(Exchange):
 
     # ------------------------------------------------------------ memory
 
-    def _kernels_may_read(self, nbytes: int) -> bool:
-        """Whether what this rank gives is read by kernels, as far as it decides that."""
-        return self._setting.path != "bandwidth" and (
-            self._setting.path == "latency" or nbytes <= LATENCY_BYTES
-        )
-
     def _lend(self, nbytes: int) -> Block:
         block = self._pool.take(nbytes, self._setting.streams)
         self._lent.append(block)
@@ -488,6 +482,11 @@ class DeviceExchange(Exchange):
     def _far(self, peer: int, at: int, alignment: int = 1) -> Far:
         where = self._where[peer]
         return self._group.ranks[peer], where.place, where.start, where.extent, at, alignment
+
+
+def kernels_may_read(path: str, nbytes: int) -> bool:
+    """Whether what a rank gives is read by kernels, as far as it decides that."""
+    return path == "latency" or (path != "bandwidth" and nbytes <= _LATENCY_BYTES)
 
 
 def aligned(nbytes: int, to: int = 256) -> int:

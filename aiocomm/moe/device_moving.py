@@ -17,6 +17,7 @@ from aiocomm.moe.device_exchange import (
     PACKED,
     DeviceExchange,
     Matrix,
+    kernels_may_read,
 )
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
@@ -137,7 +138,7 @@ class DeviceDispatch(DeviceExchange):
         shape = self._shape(self._ids)
         lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
         fits = DEVICE_HEAD_BYTES + lists <= self._slot_bytes
-        self._packed = not (fits and self._kernels_may_read(tokens.nbytes)) and not alone
+        self._packed = not (fits and kernels_may_read(self._setting.path, tokens.nbytes)) and not alone
         if not self._packed and not alone and tokens.nbytes:
             self._slab = self._lend(tokens.nbytes)
             runs.append((self._slab.address, tokens.address, tokens.nbytes))
@@ -384,7 +385,7 @@ class DeviceCombine(DeviceExchange):
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
         travels = starts[-1] * self._row
-        self._packed = not self._kernels_may_read(travels) and self._group.size > 1
+        self._packed = not kernels_may_read(self._setting.path, travels) and self._group.size > 1
         self._after = [outputs.description, tables.ready]
         if self._out is not None:
             self._after.append(self._out.description)

@@ -38,14 +38,15 @@ __all__ = [
     "MOST_CHOICES_AT_ONCE",
     "PULLING",
     "Kit",
+    "Listed",
     "QuickCombine",
     "QuickDispatch",
-    "arrangement",
     "new_part",
 ]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
 MOST_CHOICES_AT_ONCE: Final = 1 << 14  # of a call that is one call into the extension, which holds the GIL
+_LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
 _NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
 
 
@@ -242,7 +243,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         *_, ended, total, count, lists, _, _ = outcome
         self._hear(ended)
         size, held = self._group.size, len(self._placed.held[self._group.rank])
-        self.found = arrangement(lists, size, held, total, count)
+        self.found = Listed(lists, size, held, total, count)
         assert self._spare is not None
         self.tables = self._spare
         self.tables.resize(count, total, self._tokens.rows, size)
@@ -409,18 +410,33 @@ def new_part(count: int) -> Part:
     )
 
 
-def arrangement(lists: bytearray, size: int, held: int, rows: int, count: int) -> Arrangement:
-    """See lists that lie one after the other, each at a multiple of eight bytes."""
-    found, at = [], 0
-    for length, dtype in (
-        (size + 1, np.int64),
-        (count, np.int64),
-        (held + 1, np.int64),
-        (count, np.float32),
-        (count, np.int64),
-        (rows + 1, np.int64),
-    ):
-        one: Any = np.frombuffer(lists, dtype, length, at)
-        found.append(one)
-        at += (one.nbytes + 7) & ~7
-    return Arrangement(*found)
+class Listed(Arrangement):
+    """Lists one after the other, each at a multiple of eight bytes; they are made arrays once asked for."""
+
+    __slots__ = ("_lists", "_sizes")
+
+    def __init__(self, lists: bytearray, size: int, held: int, rows: int, count: int) -> None:
+        object.__setattr__(self, "_lists", lists)
+        object.__setattr__(self, "_sizes", (size + 1, count, held + 1, count, count, rows + 1))
+
+    def __getattr__(self, name: str) -> Any:
+        at = 0
+        for one, length in zip(_LISTS, self._sizes, strict=True):
+            dtype = np.float32 if one == "weights" else np.int64
+            nbytes = length * (4 if one == "weights" else 8)
+            if one == name:
+                found: Any = np.frombuffer(self._lists, dtype, length, at)
+                object.__setattr__(self, name, found)
+                return found
+            at += (nbytes + 7) & ~7
+        raise AttributeError(name)
+
+    @property
+    def count(self) -> int:
+        """Assignments."""
+        return int(self._sizes[1])
+
+    def begins(self) -> list[int]:
+        """`starts` as numbers."""
+        length = self._sizes[0]
+        return memoryview(self._lists)[: 8 * length].cast("q").tolist()

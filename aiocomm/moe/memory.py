@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables"]
+__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables", "size_class"]
 
+_NONE: Final[frozenset[int]] = frozenset()
 _LEAST: Final = 64 << 10
 _LEAST_PINNED: Final = 16 << 10
 _PORTABLE_MAPPED: Final = 3
@@ -47,6 +48,11 @@ _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
 _KINDS: Final = 64  # of calls, of which something is kept
 _TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
+
+
+def size_class(nbytes: int) -> int:
+    """Bytes of the block that `Pool.take` gives for so many."""
+    return _size_class(nbytes, _LEAST)
 
 
 def _size_class(nbytes: int, least: int) -> int:
@@ -133,8 +139,11 @@ class Block:
             return False
         if not self._recorded:
             context = self._kernels.context
-            if all(_core.stream_is_idle(context, stream) for stream in self.after):
-                self.after = frozenset()
+            for stream in self.after:
+                if not _core.stream_is_idle(context, stream):
+                    break
+            else:
+                self.after = _NONE
                 return True
             if not self._record():
                 return False
@@ -209,14 +218,17 @@ class Pool:
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""
+        return self.take_sized(_size_class(nbytes, _LEAST), streams)
+
+    def take_sized(self, size: int, streams: frozenset[int]) -> Block:
+        """The same of a size that `size_class` has given."""
         while self._returned:
             self.give_back(self._returned.popleft())
-        size = _size_class(nbytes, _LEAST)
-        free = self._free.setdefault(size, [])
+        free = self._free.get(size, ())
         for place, block in enumerate(free):
-            if block.idle(streams):
+            if not block.after or block.idle(streams):
                 self._kept -= size
-                return free.pop(place)
+                return free.pop(place)  # type: ignore[union-attr]
         return Block(self.kernels, self._engine, size)
 
     def give_back(self, block: Block) -> None:
@@ -238,7 +250,7 @@ class Pool:
 
     def take_tables(self, nbytes: int) -> tuple[Pinned, Block]:
         """Host memory, and a block that nothing but `upload` writes, in the order of the kernels' stream."""
-        size = _size_class(nbytes, _LEAST)
+        size = nbytes if nbytes in self._free_tables else _size_class(nbytes, _LEAST)
         try:  # maybe on another thread
             return self._free_tables[size].pop()
         except LookupError:
@@ -288,15 +300,16 @@ class Pool:
                     self.give_back(block)
         self._lent = [one for one in self._lent if one[2]]
 
-    def heard_all(self, ended: Sequence[int], own: int) -> None:
+    def heard_all(self, ended: list[int], own: int) -> None:
         """The ranks of the group, but this one, have ended all calls up to these."""
-        if not self._lent:
+        lent = self._lent
+        if not lent:
             return
-        least = min(number for peer, number in enumerate(ended) if peer != own)
-        if all(call <= least for call, _, _ in self._lent):  # mostly
-            for _, block, _ in self._lent:
+        least = min(ended[:own] + ended[own + 1 :])
+        if lent[-1][0] <= least and (len(lent) == 1 or max(call for call, _, _ in lent) <= least):  # mostly
+            for _, block, _ in lent:
                 self.give_back(block)
-            self._lent.clear()
+            lent.clear()
             return
         for peer, number in enumerate(ended):
             if peer != own:

@@ -15,27 +15,26 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aiocomm._device import describe
 from aiocomm._operations import on_gpu
 from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS, device_of
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.moe import device_quick
-from aiocomm.moe.device_exchange import LATENCY_BYTES, PIECE_BYTES, Matrix
+from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
 from aiocomm.moe.device_moving import array_over, move, of_adding
 from aiocomm.moe.device_quick import (
     MOST_CHOICES_AT_ONCE,
     PULLING,
     Kit,
+    Listed,
     QuickCombine,
     QuickDispatch,
-    arrangement,
     new_part,
 )
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
-from aiocomm.moe.memory import Lease, Tables
+from aiocomm.moe.memory import Lease, Tables, size_class
 from aiocomm.moe.placement import place
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS, WEIGH
@@ -45,10 +44,12 @@ if TYPE_CHECKING:
     from aiocomm._device import Description
     from aiocomm.collectives.scope import Scope
     from aiocomm.errors import AiocommError
+    from aiocomm.moe.device_exchange import Kernel
     from aiocomm.moe.memory import Block, Pool
 
 __all__ = ["Begun", "combine", "dispatch", "keep_combine", "keep_dispatch"]
 
+ExpertCalls = _core.ExpertCalls
 _COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
 _RUNS_AT: Final = 8 * (MOST_RANKS + 4)  # likewise what is copied beside rows
 _MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
@@ -100,7 +101,7 @@ class _Repeat:
         self._counted = f"{call.operation}/latency"
         if pool.calls is None:
             where = scope.index, group.rank, list(group.ranks), call._slot_bytes
-            pool.calls = _core.ExpertCalls(*where, pool.home)
+            pool.calls = ExpertCalls(*where, pool.home)
         self._native = pool.calls
 
     def _begin(self, deadline: float | None) -> tuple[int, _Underway]:
@@ -163,7 +164,9 @@ class _DispatchRepeat(_Repeat):
         self._kind = tokens.rows, self._shape[1], group.size
         self._rows, self._assignments = int(_MORE * rows), int(_MORE * assignments)
         self._room = self._rows * self._width
+        self._slab_size, self._room_size = size_class(self._nbytes), size_class(self._room)
         self._table_bytes = _core.sum_tables(self._assignments, self._rows, self._count, group.size)[-1]
+        self._table_bytes = size_class(self._table_bytes)
         self._held = len(placed.held[group.rank])
         self._local = placed.here(group.rank)
         self._form = tokens.description[5]
@@ -180,9 +183,9 @@ class _DispatchRepeat(_Repeat):
         slab: Block | None = None
         kit = Kit.taken(pool, self._kind, self._shape, self._rows)
         try:
-            slab = pool.take(self._nbytes, streams)
+            slab = pool.take_sized(self._slab_size, streams)
             places = self._places(slab)
-            lease = Lease(pool, pool.take(self._room, streams), streams)
+            lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
             tables = Tables.of_bytes(pool, self._table_bytes)
             region = slab.region
             slots = self._slots()
@@ -262,7 +265,7 @@ class _DispatchRepeat(_Repeat):
         pool.give_back_kit(self._kind, kit)
         size = self._group.size
         tables.resize(count, total, self._count, size)
-        found = arrangement(lists, size, self._held, total, count)
+        found = Listed(lists, size, self._held, total, count)
         shape = total, self._hidden
         came = array_over(lease, pool.device, self._form, shape, self._itemsize)
         parts = Routed(whole, rows, assignments)
@@ -287,12 +290,12 @@ class _CombineRepeat(_Repeat):
         rank, size, count, sent = group.rank, group.size, dispatched._count, dispatched._sent
         found, tables, path = dispatched._found, dispatched._tables, self._setting.path
         nbytes = count * hidden * self._itemsize
-        fits = outputs[6][0] == len(found.order) and (out is None or out[6] == (count, hidden))
+        fits = outputs[6][0] == found.count and (out is None or out[6] == (count, hidden))
         if tables is None or tables.device != pool.device or not (fits and nbytes and type(sent) is Routed):
             return None
-        begins = found.starts.tolist()
+        begins: list[int] = found.begins()
         travels, own = begins[-1] * self._row, begins[rank + 1] - begins[rank]
-        if path != "latency" and travels > LATENCY_BYTES:
+        if not kernels_may_read(path, travels):
             return None
         address = outputs[1]
         if out is not None and address < out[1] + out[2] and out[1] < address + outputs[2]:
@@ -315,7 +318,8 @@ class _CombineRepeat(_Repeat):
         straight = hidden % 8 == 0 and address % 16 == 0
         after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
         behind = self._behind(*after)
-        given = give = None
+        given: Kernel | None = None
+        give: Any = None  # the same as the extension takes it
         if slab is not None:
             counts = begins[rank], own, begins[-1], hidden, int(straight), 0
             argument = _WEIGH.pack(address, *tables.of_terms, slab.address, *counts)
@@ -381,8 +385,15 @@ def _pool_of(scope: Scope, described: Description) -> Pool | None:
     return pool if scope.comm._backend.name == "asyncio" else None
 
 
+def _described(scope: Scope, array: Any, writable: bool, stream: Any) -> Description | None:
+    if stream is not None:
+        found: Description | None = on_gpu(scope.comm._engine, array, writable, stream)
+        return found
+    return _core.describe_array(array, writable)  # type: ignore[return-value]
+
+
 def _on_another(one: Description, other: Description) -> bool:
-    return device_of(one) != device_of(other)
+    return (one[3] != other[3] or one[3] < 0) and device_of(one) != device_of(other)
 
 
 def _key_of_dispatch(
@@ -420,13 +431,13 @@ def dispatch(
 ) -> Begun | None:
     """Make a dispatch that is like one before. None: it is not, or is wrong: nothing was begun."""
     try:
-        described = on_gpu(scope.comm._engine, tokens, False, stream)
+        described = _described(scope, tokens, False, stream)
         if described is None or (pool := _pool_of(scope, described)) is None:
             return None
         if type(expert_ids) is not np.ndarray:
-            expert_ids = describe(expert_ids, False, stream)
+            expert_ids = _described(scope, expert_ids, False, stream)
         if weights is not None and type(weights) is not np.ndarray:
-            weights = describe(weights, False, stream) or ()  # which is none that is found
+            weights = _described(scope, weights, False, stream) or ()  # which is none that is found
         where = place(experts, placement, scope.group.size)
         placed = placement is not None
         key = _key_of_dispatch(described, expert_ids, weights, where, placed, path, sm_budget)
@@ -478,13 +489,12 @@ def combine(
     try:
         if type(dispatched) is not Dispatched or dispatched._group is not scope.group:
             return None
-        engine = scope.comm._engine
-        described = on_gpu(engine, outputs, False, stream)
+        described = _described(scope, outputs, False, stream)
         if described is None or (pool := _pool_of(scope, described)) is None:
             return None
         into = None
         if out is not None:
-            into = on_gpu(engine, out, True, stream)
+            into = _described(scope, out, True, stream)
             if into is None or _on_another(into, described):
                 return None
         repeat = pool.repeats.get(_key_of_combine(described, into, wire, path, sm_budget))

@@ -319,6 +319,11 @@ class Repeats:
     def clear(self) -> None:
         """Keep none."""
 
+def describe_array(array: object | None, writable: bool) -> object:
+    """
+    The description of a GPU array on its library's current stream. None: it is not one.
+    """
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/device_py.hpp"
 #include "bindings/expert_heads.hpp"
 #include "bindings/launching.hpp"
 #include "core/expert_tables.hpp"
@@ -247,10 +248,28 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
 
+// The description of a GPU array whose interface is read here; else as aiocomm/_device.py gives it. None: there is none.
+nb::object describe_array(nb::handle array, bool writable) {
+  if (array.is_none()) return nb::none();
+  DeviceView view;
+  const Found found = read_interface(array.ptr(), writable, view);
+  if (found == Found::view)
+    return nb::steal(Py_BuildValue("OKKiKsN", array.ptr(), static_cast<unsigned long long>(view.address),
+                                   static_cast<unsigned long long>(view.nbytes), view.device,
+                                   static_cast<unsigned long long>(view.stream), view.format, view.shape));
+  if (found == Found::error) throw nb::python_error();
+  nb::object asked = nb::steal(
+      PyObject_CallFunction(hooks.describe_device, "Oi", array.ptr(), static_cast<int>(writable)));
+  if (!asked.is_valid()) throw nb::python_error();
+  return asked;
+}
+
 }  // namespace
 
 void bind_expert_calls(nb::module_& m) {
   using namespace nb::literals;
+  m.def("describe_array", describe_array, "array"_a.none(), "writable"_a,
+        "The description of a GPU array on its library's current stream. None: it is not one.");
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
