@@ -159,6 +159,7 @@ class DeviceExchange(Exchange):
         self._temporary: list[Block] = []
         self._pinned: list[Pinned] = []
         self._brief = True
+        self.may_repeat = False  # calls like this one can be made by the extension
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
         self._made: Kernel | None = None

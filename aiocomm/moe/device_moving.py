@@ -12,6 +12,7 @@ import numpy as np
 from aiocomm._device import DeviceArray, part_of
 from aiocomm.collectives.gpu import form_of, itemsize_in, name_of
 from aiocomm.errors import PeerError
+from aiocomm.moe.arguments import move, of_adding
 from aiocomm.moe.device_exchange import (
     DEVICE_HEAD_BYTES,
     PACKED,
@@ -22,7 +23,7 @@ from aiocomm.moe.device_exchange import (
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
 from aiocomm.moe.routing import arrange, routed
-from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, WEIGH, sums_source
+from aiocomm.moe.sources import MOVE_SOURCE, WEIGH, sums_source
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
 from aiocomm_native import _core
 
@@ -40,43 +41,11 @@ if TYPE_CHECKING:
     from aiocomm.moe.routing import Arrangement, Part
 
     Bytes = NDArray[np.uint8]
-    Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over", "host_array", "move", "of_adding"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over", "host_array"]
 
-_MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
-_WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
-_ADDING, _NO_BASES = struct.Struct("<6Q6I"), bytes(8 * MOST_RANKS)
+_WEIGH = struct.Struct(WEIGH)
 ENTRY_BYTES = 16
-
-
-def move(
-    to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
-) -> bytes:
-    """The argument of `move_rows`."""
-    return _argument(
-        _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
-    )
-
-
-def _argument(nbytes: int, base: dict[int, int], rest: Sequence[int]) -> bytes:
-    """A kernel's argument: an address per rank, and what follows; the rest is zeros."""
-    argument = bytearray(nbytes)
-    for rank, address in base.items():
-        _WORD.pack_into(argument, 8 * rank, address)
-    struct.pack_into(f"<{len(rest)}Q", argument, 8 * MOST_RANKS, *rest)
-    return bytes(argument)
-
-
-def of_adding(addresses: Sequence[int], numbers: Sequence[int], bases: dict[int, int] | None = None) -> bytes:
-    """The argument of `add_rows`."""
-    rest = _ADDING.pack(*addresses, *numbers)
-    if not bases:
-        return _NO_BASES + rest
-    begin = bytearray(_NO_BASES)
-    for rank, address in bases.items():
-        _WORD.pack_into(begin, 8 * rank, address)
-    return bytes(begin) + rest
 
 
 class DeviceDispatch(DeviceExchange):
@@ -222,6 +191,7 @@ class DeviceDispatch(DeviceExchange):
     # ------------------------------------------------------------ what it gets
 
     async def _receive(self) -> None:
+        self.may_repeat = False
         self._learn()
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
@@ -255,6 +225,8 @@ class DeviceDispatch(DeviceExchange):
         unreached = await self._landed(keys + more)
         if not at_once:
             unreached = await self._landed([self._pull(indices, moves, copies)])
+        if at_once and riding and not unreached and not self._packed and not keys:
+            self._note_usual(self._begins[-1], len(self.found.rows))
         while unreached:  # one more each time
             rest, more = self._copies(unreached)
             copies |= rest
@@ -263,6 +235,16 @@ class DeviceDispatch(DeviceExchange):
         if not riding:
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """By which it is noted how much comes."""
+        return self._tokens.rows, self._shape(self._ids)[1], self._group.size
+
+    def _note_usual(self, rows: int, assignments: int) -> None:
+        """Note how much has come, all by kernels: calls like this one can have memory before they know."""
+        self.may_repeat = self._group.size > 1
+        self._pool.note_usual(self.kind, rows, assignments)
 
     def _take_place(self, nbytes: int) -> None:
         """For the tokens that come, once it is known how many, or as many as are likely."""
@@ -432,7 +414,9 @@ class DeviceCombine(DeviceExchange):
             self._target = self._borrow_block(nbytes).address
         bases, keys = self._copies(copied)
         await self._landed(keys)
+        self.may_repeat = not (self._packed or copied or self._aside) and self._group.size > 1
         while unreached := await self._landed([self._add_up(bases, pulled, nbytes)]):
+            self.may_repeat = False
             more, keys = self._copies(unreached)
             bases |= more
             pulled = [peer for peer in pulled if peer not in unreached]

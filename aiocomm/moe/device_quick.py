@@ -63,11 +63,6 @@ class _Quick(DeviceExchange):
         self._number, self._slots, self._begun = number, slots, outcome
         self._borrowed.append(slots)
 
-    @property
-    def may_repeat(self) -> bool:
-        """Whether calls like this one, once it has ended, can be made by the extension."""
-        return self._swapped and not self._packed and self._group.size > 1
-
     def _keep_known(self, outcome: tuple[Any, ...]) -> Any:
         """Keep what is known once messages were swapped; returns those that have not come."""
         raise NotImplementedError
@@ -104,7 +99,7 @@ class _Quick(DeviceExchange):
         """Whether that was all, well done."""
         if self._outcome is None or self._aborted is not None or not self._is_done(self._outcome):
             return False
-        self._judged = True
+        self._judged = self.may_repeat = True
         return True
 
     def _is_done(self, outcome: tuple[Any, ...]) -> bool:
@@ -163,11 +158,6 @@ class QuickDispatch(_Quick, DeviceDispatch):
         if self._kit is None:
             return super()._pinned_for(name, nbytes)
         return self._kit.ids if name == "_ids" else self._kit.weights
-
-    @property
-    def kind(self) -> tuple[int, ...]:
-        """By which it is noted how much comes."""
-        return self._tokens.rows, self._shape(self._ids)[1], self._group.size
 
     def take_memory(
         self, kit: Kit, slab: Block, lease: Lease, room: int, tables: Tables, made: Kernel, whole: Part
@@ -254,6 +244,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
             *_, pending, fine = self._outcome
             if await self._read(pending) and fine:
                 self._keep(self._outcome)
+                self.may_repeat = True
                 return True
         if not self._swapped or not self._width or (heads := self._read_heads()) is None:
             return False
@@ -293,8 +284,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         # While it runs.
         if not self._arrange_quickly(own, total, count):
             return False
-        choices = len(parts.whole.tokens) // self._tokens.rows
-        self._pool.note_usual((self._tokens.rows, choices, size), total, count)
+        self._note_usual(total, count)
         return not await self._landed([key])
 
     def _arrange_quickly(self, own: Part, rows: int, count: int) -> bool:
@@ -379,6 +369,7 @@ class QuickCombine(_Quick, DeviceCombine):
             _, ended, pending = self._outcome
             if await self._read(pending):
                 self._hear(ended)
+                self.may_repeat = True
                 return True
         if not self._swapped or not self._row or (heads := self._read_heads()) is None:
             return False
@@ -398,7 +389,8 @@ class QuickCombine(_Quick, DeviceCombine):
             return True
         if self._aside:
             return False
-        return not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])
+        self.may_repeat = not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])
+        return self.may_repeat
 
 
 def new_part(count: int) -> Part:

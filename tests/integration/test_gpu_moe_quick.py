@@ -19,7 +19,7 @@ from harness import all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
-from aiocomm.moe import device_exchange, device_quick, memory, repeating
+from aiocomm.moe import device_exchange, device_quick, memory, repeats
 from aiocomm_native import _core
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
@@ -53,7 +53,7 @@ def _patiently() -> Counter[tuple[str, int]]:
         kernels.compiled = lambda source, architecture: source.encode() + b"\0"
     device_quick.LINGER_S = 10.0
     _Counted.stages.clear()
-    repeating.ExpertCalls = _Counted  # type: ignore[misc,assignment]
+    repeats.ExpertCalls = _Counted  # type: ignore[misc,assignment]
     return _Counted.stages
 
 
@@ -62,7 +62,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, too, may be patient."""
     monkeypatch.setattr(kernels, "compiled", kernels.compiled)
     monkeypatch.setattr(device_quick, "LINGER_S", device_quick.LINGER_S)
-    monkeypatch.setattr(repeating, "ExpertCalls", _core.ExpertCalls)
+    monkeypatch.setattr(repeats, "ExpertCalls", _core.ExpertCalls)
 
 
 def test_heads_are_as_python_has_them() -> None:
