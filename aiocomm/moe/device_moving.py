@@ -243,6 +243,8 @@ class DeviceDispatch(DeviceExchange):
 
     def _note_usual(self, rows: int, assignments: int) -> None:
         """Note how much has come, all by kernels: calls like this one can have memory before they know."""
+        if len(self._shape(self._ids)) != 2:
+            return
         self.may_repeat = self._group.size > 1
         self._pool.note_usual(self.kind, rows, assignments)
 

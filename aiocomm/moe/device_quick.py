@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm.errors import LinkError, UsageError
+from aiocomm.moe.arguments import move
 from aiocomm.moe.device_exchange import LINGER_S, DeviceExchange, Where
-from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
+from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array
 from aiocomm.moe.memory import Pinned, Pool, Tables
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
 from aiocomm.moe.wire import LISTS_RIDE

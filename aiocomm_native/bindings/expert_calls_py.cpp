@@ -13,6 +13,7 @@
 #include <exception>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/device_py.hpp"
@@ -48,14 +49,19 @@ class ExpertCalls {
                      const nb::list& places, nb::object slots, const nb::tuple& whole, KernelTuple pull,
                      size_t count_at, uint32_t piece, uint64_t width, uint64_t room, nb::handle moves,
                      nb::handle local, size_t held, nb::handle tables,
-                     const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const;
+                     const std::tuple<uint64_t, uint64_t, uint64_t>& upload);
 
   nb::tuple combine(Self self, int64_t tag, const nb::bytes& header, double deadline, double seconds,
                     const std::optional<KernelTuple>& give, const nb::list& messages, nb::object slots,
                     const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                    const KernelTuple& add) const;
+                    const KernelTuple& add);
+
+  // When the last call reached its stages; they are forgotten.
+  std::vector<uint64_t> take_marks() { return std::exchange(marks_, {}); }
 
  private:
+  void mark(PyEngine& e) { marks_.push_back(e.engine->now()); }
+
   int next() const { return ranks_[(me_ + 1) % ranks_.size()]; }
 
   // What came; nothing: headers differ.
@@ -100,6 +106,7 @@ class ExpertCalls {
   const std::vector<int> ranks_;
   const uint64_t slot_bytes_;
   const nb::tuple home_;
+  std::vector<uint64_t> marks_;
 };
 
 // Launches, and waits for the end. None: it has come.
@@ -145,8 +152,10 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
                                 const nb::tuple& whole, KernelTuple pull, size_t count_at, uint32_t piece,
                                 uint64_t width, uint64_t room, nb::handle moves, nb::handle local,
                                 size_t held, nb::handle tables,
-                                const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const {
+                                const std::tuple<uint64_t, uint64_t, uint64_t>& upload) {
   PyEngine& e = *self.p;
+  marks_.clear();
+  mark(e);
   const size_t n = ranks_.size();
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 &&
@@ -155,6 +164,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  mark(e);
   auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
                                slot_bytes_, whole[0], whole[1], whole[2], whole[3]);
   if (!routed) return nb::make_tuple(int{kRefused});
@@ -162,7 +172,9 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
   Swap swap(e, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
+  mark(e);
   swap.look(until);
+  mark(e);
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
   Heads heads;
@@ -198,6 +210,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
         !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * width, 1))
       return swapped;
   launch.submit(next(), channel_, deadline_ns);
+  mark(e);
   bool fine = false;
   try {  // while it runs
     fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count,
@@ -210,7 +223,9 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   } catch (const std::exception&) {
     fine = false;
   }
+  mark(e);
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
 }
@@ -219,8 +234,10 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
                                double seconds, const std::optional<KernelTuple>& give,
                                const nb::list& messages, nb::object slots,
                                const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                               const KernelTuple& add) const {
+                               const KernelTuple& add) {
   PyEngine& e = *self.p;
+  marks_.clear();
+  mark(e);
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
   const uint64_t deadline_ns = deadline_of(e, deadline);
@@ -229,8 +246,11 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
   nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  mark(e);
   swap.post(channel_, tag, deadline_ns);
+  mark(e);
   swap.look(until);
+  mark(e);
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
@@ -244,7 +264,9 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
       return swapped;
   }
   launch.submit(next(), channel_, deadline_ns);
+  mark(e);
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
 
@@ -284,7 +306,11 @@ void bind_expert_calls(nb::module_& m) {
            "and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "tag"_a, "header"_a, "deadline"_a, "seconds"_a,
            "give"_a.none(), "messages"_a, "slots"_a, "expected"_a, "row"_a, "alignment"_a, "add"_a,
-           "The same of a combine, which has no stage 1.");
+           "The same of a combine, which has no stage 1.")
+      .def("take_marks", &ExpertCalls::take_marks,
+           "When the last call was begun, its own kernel had ended, messages were sent, all had come, the kernel "
+           "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; "
+           "nanoseconds of the monotonic clock. They are forgotten.");
 }
 
 }  // namespace aiocomm::py
