@@ -225,8 +225,6 @@ class DeviceDispatch(DeviceExchange):
         unreached = await self._landed(keys + more)
         if not at_once:
             unreached = await self._landed([self._pull(indices, moves, copies)])
-        if at_once and riding and not unreached and not self._packed and not keys:
-            self._note_usual(self._begins[-1], len(self.found.rows))
         while unreached:  # one more each time
             rest, more = self._copies(unreached)
             copies |= rest
