@@ -62,7 +62,7 @@ class ExpertCalls {
  private:
   void mark(PyEngine& e) { marks_.push_back(e.engine->now()); }
 
-  int next() const { return ranks_[(me_ + 1) % ranks_.size()]; }
+  int rank() const { return ranks_[me_]; }  // a kernel that is given up is waited for, as what no link can withdraw
 
   // What came; nothing: headers differ.
   bool read(nb::handle slots, const nb::bytes& header, Heads& heads) const {
@@ -162,7 +162,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
           std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
+  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
   mark(e);
   auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
@@ -209,7 +209,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
     if (peer != me_ && heads[peer].rows &&
         !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * width, 1))
       return swapped;
-  launch.submit(next(), channel_, deadline_ns);
+  launch.submit(rank(), channel_, deadline_ns);
   mark(e);
   bool fine = false;
   try {  // while it runs
@@ -244,7 +244,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   Launch launch(e, add, home_);  // throws before anything is sent
   Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
-  nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
+  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
   mark(e);
   swap.post(channel_, tag, deadline_ns);
@@ -263,7 +263,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
         (head.extent != head.rows * row || !add_far(launch.kernel(), head, peer, head.rows * row, alignment)))
       return swapped;
   }
-  launch.submit(next(), channel_, deadline_ns);
+  launch.submit(rank(), channel_, deadline_ns);
   mark(e);
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
   mark(e);
