@@ -10,8 +10,8 @@ Metrics:
     us/both/TOKENS: Dispatch and combine of a turn, likewise; p90/both/TOKENS its 90th percentile.
     nccl_us/..., nccl_p90/...: The same of the other path.
     of_nccl/TOKENS: The ratio of the medians.
-    host_us/dispatch/TOKENS, host_us/combine/TOKENS: Microseconds of ours outside the one call into the extension,
-        likewise; stage_us/OPERATION/TOKENS/STAGE on rank 0, of all of its stages. Of calls that it has made.
+    host_us/dispatch/TOKENS, host_us/combine/TOKENS: Microseconds of ours outside the one call into the
+        extension, likewise; stage_us/OPERATION/TOKENS/STAGE: on rank 0, of all of its stages.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class ExpertCalls {
  private:
   void mark(PyEngine& e) { marks_.push_back(e.engine->now()); }
 
-  int rank() const { return ranks_[me_]; }  // a kernel that is given up is waited for, as what no link can withdraw
+  int rank() const {
+    return ranks_[me_];
+  }  // a kernel that is given up is waited for, as what no link can withdraw
 
   // What came; nothing: headers differ.
   bool read(nb::handle slots, const nb::bytes& header, Heads& heads) const {
@@ -280,8 +282,8 @@ nb::object describe_array(nb::handle array, bool writable) {
                                    static_cast<unsigned long long>(view.nbytes), view.device,
                                    static_cast<unsigned long long>(view.stream), view.format, view.shape));
   if (found == Found::error) throw nb::python_error();
-  nb::object asked = nb::steal(
-      PyObject_CallFunction(hooks.describe_device, "Oi", array.ptr(), static_cast<int>(writable)));
+  nb::object asked =
+      nb::steal(PyObject_CallFunction(hooks.describe_device, "Oi", array.ptr(), static_cast<int>(writable)));
   if (!asked.is_valid()) throw nb::python_error();
   return asked;
 }
@@ -308,8 +310,10 @@ void bind_expert_calls(nb::module_& m) {
            "give"_a.none(), "messages"_a, "slots"_a, "expected"_a, "row"_a, "alignment"_a, "add"_a,
            "The same of a combine, which has no stage 1.")
       .def("take_marks", &ExpertCalls::take_marks,
-           "When the last call was begun, its own kernel had ended, messages were sent, all had come, the kernel "
-           "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; "
+           "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
+           "kernel "
+           "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it "
+           "came; "
            "nanoseconds of the monotonic clock. They are forgotten.");
 }
 
