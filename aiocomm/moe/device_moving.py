@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._device import DeviceArray, part_of
-from aiocomm.collectives.gpu import form_of, itemsize_in, name_of
+from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.errors import PeerError
 from aiocomm.moe.arguments import move, of_adding
 from aiocomm.moe.device_exchange import (
@@ -22,6 +22,7 @@ from aiocomm.moe.device_exchange import (
 )
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
+from aiocomm.moe.reading import host_array, read_back
 from aiocomm.moe.routing import arrange, routed
 from aiocomm.moe.sources import MOVE_SOURCE, WEIGH, sums_source
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over", "host_array"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over"]
 
 _WEIGH = struct.Struct(WEIGH)
 ENTRY_BYTES = 16
@@ -144,6 +145,17 @@ class DeviceDispatch(DeviceExchange):
             self._parts = self.parts = routed(self._tokens.rows, self._ids, self._weights, self._placed)
 
         await self._work(64 * math.prod(self._shape(self._ids)), work)
+
+    async def _find_parts(self) -> bool:
+        found = [
+            await read_back(self._pool, one) if type(one) is tuple else one
+            for one in (self._ids, self._weights)
+        ]
+        ids, weights = found
+        if ids is None or (weights is None and self._weights is not None):
+            return False
+        self._parts = self.parts = routed(self._tokens.rows, ids, weights, self._placed)
+        return True
 
     def _pack(self) -> list[int]:
         """Bring the rows for each rank together."""
@@ -469,15 +481,6 @@ class DeviceCombine(DeviceExchange):
 def _meet(one: Matrix, other: Matrix) -> bool:
     """Whether two arrays have bytes in common."""
     return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
-
-
-def host_array(described: Description, memory: Bytes) -> Any:
-    """What a GPU array holds, of which these bytes are a copy."""
-    name = name_of(described[5])
-    data = memory[: described[2]]
-    if name == "bfloat16":  # which NumPy has not by itself
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(described[6])
-    return data.view(np.dtype(name)).reshape(described[6])
 
 
 def array_over(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:

@@ -19,8 +19,9 @@ import numpy as np
 from aiocomm.errors import LinkError, UsageError
 from aiocomm.moe.arguments import move
 from aiocomm.moe.device_exchange import LINGER_S, DeviceExchange, Where
-from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array
+from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch
 from aiocomm.moe.memory import Pinned, Pool, Tables
+from aiocomm.moe.reading import host_array
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
 from aiocomm.moe.wire import LISTS_RIDE
 from aiocomm_native import _core

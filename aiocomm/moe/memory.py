@@ -6,6 +6,8 @@ Rules:
 - A block that the caller had comes back with the last array over it, and is used again for calls on the same
   streams, once the work is done that those have by then. So does torch's allocator, which knows no other
   streams. They are not touched when the array goes: the caller may have destroyed them.
+- What comes back when an object goes is the pool's meanwhile, not only that object's: a collector of cycles calls
+  all finalizers of what it has found, and memory whose own has run would be used again.
 """
 
 from __future__ import annotations
@@ -193,10 +195,13 @@ class Pool:
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
         self._free_tables: dict[int, list[tuple[Pinned, Block]]] = {}
+        self._away: dict[int, Block] = {}  # that leases are of, by address
+        self._tables_away: dict[int, tuple[Pinned, Block]] = {}  # likewise
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
-        self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
+        # By whatever thread lets go of the last array over them: addresses, and streams of the caller's calls.
+        self._returned: deque[tuple[int, frozenset[int]]] = deque()
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
@@ -223,7 +228,10 @@ class Pool:
     def take_sized(self, size: int, streams: frozenset[int]) -> Block:
         """The same of a size that `size_class` has given."""
         while self._returned:
-            self.give_back(self._returned.popleft())
+            address, after = self._returned.popleft()
+            block = self._away.pop(address)
+            block.after = after
+            self.give_back(block)
         free = self._free.get(size, ())
         for place, block in enumerate(free):
             if not block.after or block.idle(streams):
@@ -243,21 +251,30 @@ class Pool:
             self._free[oldest.nbytes].remove(oldest)
             self._kept -= oldest.nbytes
 
-    def returned(self, block: Block) -> None:
-        """The same, on any thread: at the next call."""
-        if not self._closed:
-            self._returned.append(block)
+    def leave(self, block: Block) -> None:
+        """Keep it until `returned`."""
+        self._away[block.address] = block
+
+    def returned(self, address: int, streams: frozenset[int]) -> None:
+        """Give it back, on any thread: at the next call, to be used after the work of these streams."""
+        if self._closed:
+            self._away.pop(address, None)
+        else:
+            self._returned.append((address, streams))
 
     def take_tables(self, nbytes: int) -> tuple[Pinned, Block]:
         """Host memory, and a block that nothing but `upload` writes, in the order of the kernels' stream."""
         size = nbytes if nbytes in self._free_tables else _size_class(nbytes, _LEAST)
         try:  # maybe on another thread
-            return self._free_tables[size].pop()
+            taken = self._free_tables[size].pop()
         except LookupError:
-            return Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
+            taken = Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
+        self._tables_away[taken[1].address] = taken
+        return taken
 
-    def give_back_tables(self, pinned: Pinned, block: Block) -> None:
-        """Keep them for the next; no kernel reads them any more."""
+    def give_back_tables(self, address: int) -> None:
+        """Keep those of that block for the next; no kernel reads them any more."""
+        pinned, block = self._tables_away.pop(address)
         if not self._closed:
             self._free_tables.setdefault(block.nbytes, []).append((pinned, block))
 
@@ -331,6 +348,8 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
+        for address, _ in self._returned:
+            self._away.pop(address, None)
         memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
         for kept in (*memory, self.settings, self.repeats):
             kept.clear()
@@ -349,6 +368,7 @@ class Lease:
         self._pool = pool
         self._block = block
         self.streams = streams
+        pool.leave(block)
 
     @property
     def address(self) -> int:
@@ -365,8 +385,7 @@ class Lease:
         return self._block.part(0, nbytes)
 
     def __del__(self) -> None:
-        self._block.after = self.streams
-        self._pool.returned(self._block)
+        self._pool.returned(self._block.address, self.streams)
 
 
 class Tables:
@@ -457,4 +476,4 @@ class Tables:
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
-            self._pool.give_back_tables(self._pinned, self._block)
+            self._pool.give_back_tables(self._block.address)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import anyio
 import numpy as np
 import pytest
+from fakes import simulated
+from fakes.gpu import Driver
 from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu
 from harness import all_call, until, world
 
 import aiocomm
+from aiocomm.collectives.kernels import Scratch
 from aiocomm.moe import device_quick
+from aiocomm.moe.memory import Lease, Pool, Tables
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 
@@ -60,7 +65,8 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
 
 
 @pytest.mark.usefixtures("backends")
-async def test_an_array_that_was_freed() -> None:
+@pytest.mark.parametrize("entry", ["cuLaunchKernel", "freed"])
+async def test_what_one_rank_cannot_do(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
     """No rank gets a result, and the next call is fine."""
     async with world(2, links=LINKS, warmup=True) as members:
         ready: dict[int, bool] = {}
@@ -71,8 +77,10 @@ async def test_an_array_that_was_freed() -> None:
             given = on_gpu(comm.rank, x)
             small = on_gpu(comm.rank, ids), on_gpu(comm.rank, weights)
             await comm.barrier()
-            if comm.rank == 1:
+            if comm.rank == 1 and entry == "freed":
                 given.close()
+            if comm.rank == 1 and entry != "freed":
+                simulator.fail(entry, 1)
             await comm.barrier()
             with pytest.raises((aiocomm.LinkError, aiocomm.TransferCancelled, aiocomm.UsageError)):
                 await comm.dispatch(given, *small, experts=EXPERTS)
@@ -112,8 +120,45 @@ async def test_a_rank_is_lost() -> None:
     async with world(2, links=LINKS, warmup=True) as members:
         ready: dict[int, bool] = {}
         await all_call(members, lambda comm: _like(comm, ready))
-        given = [on_gpu(0, one) for one in batch(0, 21, 16)]
+        x, ids, weights = batch(0, 21, 16)
+        tokens = tuple(np.flatnonzero((ids >= EXPERTS // 2).any(1)).tolist())
+        given = [on_gpu(0, one) for one in (x, ids, weights)]
         await members[1].aclose()
         with pytest.raises(aiocomm.ExpertsLostError) as caught:
             await members[0].dispatch(*given, experts=EXPERTS)
+        assert caught.value.tokens == tokens
         assert caught.value.experts == tuple(range(EXPERTS // 2, EXPERTS))
+
+
+class _Knot:
+    """Found by the collector of cycles alone."""
+
+    def __init__(self, *held: Any) -> None:
+        self.held = held, self
+
+
+async def test_memory_that_the_collector_finds_is_not_used_after_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    end = Scratch.__del__
+    monkeypatch.setattr(Scratch, "__del__", lambda memory: (ended.append(memory.address), end(memory)))
+    async with world(1, links=LINKS) as (comm,):
+        pool = Pool(comm._engine, 0)
+        block = pool.take(1, frozenset())
+        tables = Tables.of_bytes(pool, 1)
+        used = {block.address, tables.address}
+        _Knot(Lease(pool, block, frozenset()), block, tables, tables._block)
+        del block, tables
+        gc.collect()
+        again = pool.take(1, frozenset()), Tables.of_bytes(pool, 1)
+        assert {one.address for one in again} == used
+        assert not used & set(ended)
+        kept = Lease(pool, again[0], frozenset())
+        pool.close()
+        del again
+        gc.collect()
+        assert kept.address not in ended, "an array may be over it yet"
+        address = kept.address
+        del kept
+        assert address in ended
