@@ -147,14 +147,13 @@ class DeviceDispatch(DeviceExchange):
         await self._work(64 * math.prod(self._shape(self._ids)), work)
 
     async def _find_parts(self) -> bool:
-        found = [
-            await read_back(self._pool, one) if type(one) is tuple else one
-            for one in (self._ids, self._weights)
-        ]
-        ids, weights = found
-        if ids is None or (weights is None and self._weights is not None):
-            return False
-        self._parts = self.parts = routed(self._tokens.rows, ids, weights, self._placed)
+        small = []
+        for one in (self._ids, self._weights):
+            read = await read_back(self._pool, one) if type(one) is tuple else one
+            if read is None and one is not None:
+                return False
+            small.append(read)
+        self._parts = self.parts = routed(self._tokens.rows, *small, self._placed)
         return True
 
     def _pack(self) -> list[int]:

@@ -6,8 +6,8 @@ Rules:
 - A block that the caller had comes back with the last array over it, and is used again for calls on the same
   streams, once the work is done that those have by then. So does torch's allocator, which knows no other
   streams. They are not touched when the array goes: the caller may have destroyed them.
-- What comes back when an object goes is the pool's meanwhile, not only that object's: a collector of cycles calls
-  all finalizers of what it has found, and memory whose own has run would be used again.
+- What comes back when an object goes is the pool's meanwhile, not only that object's: a collector of cycles
+  calls all finalizers of what it has found, and memory whose own has run would be used again.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Pool:
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
-        # By whatever thread lets go of the last array over them: addresses, and streams of the caller's calls.
+        # By whatever thread lets go of the last array over it: its address, and streams of the caller's calls.
         self._returned: deque[tuple[int, frozenset[int]]] = deque()
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group

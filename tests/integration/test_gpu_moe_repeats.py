@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
 import pytest
-from fakes import simulated
-from fakes.gpu import Driver
 from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu
 from harness import all_call, until, world
 
@@ -17,6 +15,10 @@ import aiocomm
 from aiocomm.collectives.kernels import Scratch
 from aiocomm.moe import device_quick
 from aiocomm.moe.memory import Lease, Pool, Tables
+
+if TYPE_CHECKING:
+    from fakes import simulated
+    from fakes.gpu import Driver
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 
