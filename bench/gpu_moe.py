@@ -10,6 +10,8 @@ Metrics:
     us/both/TOKENS: Dispatch and combine of a turn, likewise; p90/both/TOKENS its 90th percentile.
     nccl_us/..., nccl_p90/...: The same of the other path.
     of_nccl/TOKENS: The ratio of the medians.
+    host_us/dispatch/TOKENS, host_us/combine/TOKENS: Microseconds of ours outside the one call into the
+        extension, likewise; stage_us/OPERATION/TOKENS/STAGE: on rank 0, of all of its stages.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import pair, work
+from . import moe_host, pair, work
 from .gpu_driver import Driver, missing
 from .model import Column, Rule, Subject, Suite
 
@@ -105,6 +107,7 @@ class _Batch:
         self._x = torch.ones((tokens, _HIDDEN), dtype=torch.bfloat16, device=device)
         self._weights = torch.full(self._ids.shape, 1 / _CHOICES, device=device)
         self._out, self._other = torch.empty_like(self._x), torch.empty_like(self._x)
+        self.stages: dict[str, list[dict[str, float]]] = {"dispatch": [], "combine": []}
 
     async def _begin(self) -> float:
         import torch
@@ -119,13 +122,23 @@ class _Batch:
 
         comm = self._comm
         start = await self._begin()
+        begin_ns = time.monotonic_ns()
         came = await comm.dispatch(self._x, self._ids, self._weights, experts=_EXPERTS)
         middle = time.perf_counter()
+        self._note("dispatch", begin_ns)
         rows = torch.as_tensor(came.tokens, device=self._device).view(torch.bfloat16)
         outputs = rows[torch.from_numpy(came.rows).to(self._device)]
         begin = await self._begin()
+        begin_ns = time.monotonic_ns()
         await comm.combine(outputs, came, out=self._out, wire="bfloat16")
-        return middle - start, time.perf_counter() - begin
+        end = time.perf_counter()
+        self._note("combine", begin_ns)
+        return middle - start, end - begin
+
+    def _note(self, operation: str, begin_ns: int) -> None:
+        told = moe_host.stages(self._comm, operation, begin_ns, time.monotonic_ns())
+        if told is not None:
+            self.stages[operation].append(told)
 
     async def theirs(self) -> tuple[float, float]:
         """The same through torch."""
@@ -185,6 +198,14 @@ async def layers(comm: Any, batches: list[list[int]], port: int) -> Metrics:
         for place, name in enumerate(("dispatch", "combine")):
             found[f"us/{name}/{tokens}"], _ = await slowest([turn[place] for turn in ours])
             found[f"nccl_us/{name}/{tokens}"], _ = await slowest([turn[place] for turn in theirs])
+            told = batch.stages[name]
+            mine = np.array([statistics.median(map(moe_host.host_us, told)) if told else np.nan])
+            every = np.empty((comm.size, 1))
+            await comm.all_gather(every, mine)
+            if not np.isnan(every).any():
+                found[f"host_us/{name}/{tokens}"] = float(every.max())
+            for stage in moe_host.STAGES[name] if told else ():
+                found[f"stage_us/{name}/{tokens}/{stage}"] = statistics.median(one[stage] for one in told)
         for name, turns in (("", ours), ("nccl_", theirs)):
             median, spread = await slowest([sum(turn) for turn in turns])
             found[f"{name}us/both/{tokens}"], found[f"{name}p90/both/{tokens}"] = median, spread
@@ -231,6 +252,8 @@ def _columns(options: Options) -> tuple[Column, ...]:
             Column(f"nccl_us/both/{tokens}", "NCCL\nboth, µs", 0),
             Column(f"nccl_p90/both/{tokens}", "NCCL\n90 %, µs", 0),
             Column(f"of_nccl/{tokens}", "÷ NCCL", 3),
+            Column(f"host_us/dispatch/{tokens}", "host outside\ndispatch, µs", 0),
+            Column(f"host_us/combine/{tokens}", "host outside\ncombine, µs", 0),
         ]
     return tuple(found)
 

@@ -55,6 +55,7 @@ __all__ = [
     "Matrix",
     "Setting",
     "Where",
+    "kernels_may_read",
 ]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
@@ -158,6 +159,7 @@ class DeviceExchange(Exchange):
         self._temporary: list[Block] = []
         self._pinned: list[Pinned] = []
         self._brief = True
+        self.may_repeat = False  # calls like this one can be made by the extension
         self._entries: list[int] = []  # handles of its kernels
         self._given: list[int] | None = None  # keys of what was launched first
         self._made: Kernel | None = None
@@ -321,12 +323,6 @@ class DeviceExchange(Exchange):
 
     # ------------------------------------------------------------ memory
 
-    def _kernels_may_read(self, nbytes: int) -> bool:
-        """Whether what this rank gives is read by kernels, as far as it decides that."""
-        return self._setting.path != "bandwidth" and (
-            self._setting.path == "latency" or nbytes <= _LATENCY_BYTES
-        )
-
     def _lend(self, nbytes: int) -> Block:
         block = self._pool.take(nbytes, self._setting.streams)
         self._lent.append(block)
@@ -487,6 +483,11 @@ class DeviceExchange(Exchange):
     def _far(self, peer: int, at: int, alignment: int = 1) -> Far:
         where = self._where[peer]
         return self._group.ranks[peer], where.place, where.start, where.extent, at, alignment
+
+
+def kernels_may_read(path: str, nbytes: int) -> bool:
+    """Whether what a rank gives is read by kernels, as far as it decides that."""
+    return path == "latency" or (path != "bandwidth" and nbytes <= _LATENCY_BYTES)
 
 
 def aligned(nbytes: int, to: int = 256) -> int:

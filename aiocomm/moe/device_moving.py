@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._device import DeviceArray, part_of
-from aiocomm.collectives.gpu import form_of, itemsize_in, name_of
+from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.errors import PeerError
+from aiocomm.moe.arguments import move, of_adding
 from aiocomm.moe.device_exchange import (
     DEVICE_HEAD_BYTES,
     PACKED,
     DeviceExchange,
     Matrix,
+    kernels_may_read,
 )
 from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
+from aiocomm.moe.reading import host_array, read_back
 from aiocomm.moe.routing import arrange, routed
-from aiocomm.moe.sources import ADD, MOST_RANKS, MOVE, MOVE_SOURCE, WEIGH, sums_source
+from aiocomm.moe.sources import MOVE_SOURCE, WEIGH, sums_source
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
 from aiocomm_native import _core
 
@@ -39,31 +42,11 @@ if TYPE_CHECKING:
     from aiocomm.moe.routing import Arrangement, Part
 
     Bytes = NDArray[np.uint8]
-    Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "host_array", "move"]
+__all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over"]
 
-_MOVE_BYTES, _ADD_BYTES = struct.calcsize(MOVE), struct.calcsize(ADD)
-_WEIGH, _WORD = struct.Struct(WEIGH), struct.Struct("<Q")
+_WEIGH = struct.Struct(WEIGH)
 ENTRY_BYTES = 16
-
-
-def move(
-    to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
-) -> bytes:
-    """The argument of `move_rows`."""
-    return _argument(
-        _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
-    )
-
-
-def _argument(nbytes: int, base: dict[int, int], rest: Sequence[int]) -> bytes:
-    """A kernel's argument: an address per rank, and what follows; the rest is zeros."""
-    argument = bytearray(nbytes)
-    for rank, address in base.items():
-        _WORD.pack_into(argument, 8 * rank, address)
-    struct.pack_into(f"<{len(rest)}Q", argument, 8 * MOST_RANKS, *rest)
-    return bytes(argument)
 
 
 class DeviceDispatch(DeviceExchange):
@@ -104,6 +87,11 @@ class DeviceDispatch(DeviceExchange):
         self.tables: Tables
 
     @property
+    def placed(self) -> Placement:
+        """Of the experts."""
+        return self._placed
+
+    @property
     def count(self) -> int:
         """Tokens of this rank."""
         return self._tokens.rows
@@ -120,7 +108,7 @@ class DeviceDispatch(DeviceExchange):
         shape = self._shape(self._ids)
         lists = 4 * tokens.rows + lists_bytes(tokens.rows, tokens.rows * (shape[-1] if len(shape) > 1 else 1))
         fits = DEVICE_HEAD_BYTES + lists <= self._slot_bytes
-        self._packed = not (fits and self._kernels_may_read(tokens.nbytes)) and not alone
+        self._packed = not (fits and kernels_may_read(self._setting.path, tokens.nbytes)) and not alone
         if not self._packed and not alone and tokens.nbytes:
             self._slab = self._lend(tokens.nbytes)
             runs.append((self._slab.address, tokens.address, tokens.nbytes))
@@ -157,6 +145,17 @@ class DeviceDispatch(DeviceExchange):
             self._parts = self.parts = routed(self._tokens.rows, self._ids, self._weights, self._placed)
 
         await self._work(64 * math.prod(self._shape(self._ids)), work)
+
+    async def _find_parts(self) -> bool:
+        small: list[Any] = []
+        for one in (self._ids, self._weights):
+            read = await read_back(self._pool, one) if type(one) is tuple else one
+            if read is None and one is not None:
+                return False
+            small.append(read)
+        ids, weights = small
+        self._parts = self.parts = routed(self._tokens.rows, ids, weights, self._placed)
+        return True
 
     def _pack(self) -> list[int]:
         """Bring the rows for each rank together."""
@@ -204,6 +203,7 @@ class DeviceDispatch(DeviceExchange):
     # ------------------------------------------------------------ what it gets
 
     async def _receive(self) -> None:
+        self.may_repeat = False
         self._learn()
         heads, rank, own = self._heads, self._group.rank, self.parts[self._group.rank]
         counts = [heads[r].rows if r in heads else own.rows for r in range(self._group.size)]
@@ -245,6 +245,18 @@ class DeviceDispatch(DeviceExchange):
         if not riding:
             await self._rest()
             await self._work(16 * sum(head.assignments for head in heads.values()), self._arrange)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """By which it is noted how much comes."""
+        return self._tokens.rows, self._shape(self._ids)[1], self._group.size
+
+    def _note_usual(self, rows: int, assignments: int) -> None:
+        """Note how much has come, all by kernels: calls like this one can have memory before they know."""
+        if len(self._shape(self._ids)) != 2:
+            return
+        self.may_repeat = self._group.size > 1
+        self._pool.note_usual(self.kind, rows, assignments)
 
     def _take_place(self, nbytes: int) -> None:
         """For the tokens that come, once it is known how many, or as many as are likely."""
@@ -314,7 +326,7 @@ class DeviceDispatch(DeviceExchange):
         given, lease = self._tokens, self._lease
         assert lease is not None
         form, shape = given.description[5], (self._begins[-1], given.hidden)
-        self.tokens = _array(lease, self._pool.device, form, shape, given.itemsize)
+        self.tokens = array_over(lease, self._pool.device, form, shape, given.itemsize)
 
 
 class DeviceCombine(DeviceExchange):
@@ -367,7 +379,7 @@ class DeviceCombine(DeviceExchange):
         starts = self._found.starts.tolist()
         own = starts[rank + 1] - starts[rank]
         travels = starts[-1] * self._row
-        self._packed = not self._kernels_may_read(travels) and self._group.size > 1
+        self._packed = not kernels_may_read(self._setting.path, travels) and self._group.size > 1
         self._after = [outputs.description, tables.ready]
         if self._out is not None:
             self._after.append(self._out.description)
@@ -414,7 +426,9 @@ class DeviceCombine(DeviceExchange):
             self._target = self._borrow_block(nbytes).address
         bases, keys = self._copies(copied)
         await self._landed(keys)
+        self.may_repeat = not (self._packed or copied or self._aside) and self._group.size > 1
         while unreached := await self._landed([self._add_up(bases, pulled, nbytes)]):
+            self.may_repeat = False
             more, keys = self._copies(unreached)
             bases |= more
             pulled = [peer for peer in pulled if peer not in unreached]
@@ -436,20 +450,22 @@ class DeviceCombine(DeviceExchange):
             self._target = self._out.address
             return nbytes
         block = self._pool.take(nbytes, self._setting.streams)
-        lease = Lease(self._pool, block, self._setting.streams)
-        shape = (self._count, self._outputs.hidden)
-        self.result = _array(lease, self._pool.device, form, shape, itemsize_in(form))
+        self._hold(Lease(self._pool, block, self._setting.streams))
         self._target = block.address
         return nbytes
+
+    def _hold(self, lease: Lease) -> None:
+        """Have the result in this memory."""
+        form, shape = form_of(self._result), (self._count, self._outputs.hidden)
+        self.result = array_over(lease, self._pool.device, form, shape, itemsize_in(form))
 
     def _adding(self, bases: dict[int, int], nbytes: int) -> Kernel:
         """The kernel that adds the ranks' partial sums."""
         outputs, tables, size, rank = self._outputs, self._tables, self._group.size, self._group.rank
         own_first = int(self._found.starts[rank])
         whole = self._whole(self._target, outputs.address)
-        pairs = own_first | size << 32, rank | self._count << 32, outputs.hidden | whole << 32
         addresses = self._target, tables.parts, outputs.address, *tables.of_terms
-        argument = _argument(_ADD_BYTES, bases, (*addresses, *pairs))
+        argument = of_adding(addresses, (own_first, size, rank, self._count, outputs.hidden, whole), bases)
         return self._entries[1], argument, nbytes * size, self._after
 
     def _add_up(self, bases: dict[int, int], pulled: Sequence[int], nbytes: int, seconds: float = 0.0) -> int:
@@ -467,16 +483,7 @@ def _meet(one: Matrix, other: Matrix) -> bool:
     return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
 
 
-def host_array(described: Description, memory: Bytes) -> Any:
-    """What a GPU array holds, of which these bytes are a copy."""
-    name = name_of(described[5])
-    data = memory[: described[2]]
-    if name == "bfloat16":  # which NumPy has not by itself
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(described[6])
-    return data.view(np.dtype(name)).reshape(described[6])
-
-
-def _array(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:
+def array_over(lease: Lease, device: int, form: str, shape: tuple[int, int], itemsize: int) -> DeviceArray:
     """An array over a lease; of a dtype that NumPy has not, of its bytes, row by row."""
     nbytes = shape[0] * shape[1] * itemsize
     made = DeviceArray(lease, lease.address, nbytes, device, form, shape)

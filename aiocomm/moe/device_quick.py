@@ -5,7 +5,7 @@ turn of the loop, for up to `LINGER_S`. They decide nothing but plain success: w
 that copy engines are to get, lists that do not ride, memory out of reach, ranks that called differently), the
 steps of `device_exchange` begin again from the same messages.
 
-The first call of a kind goes in single steps. Later ones, which know how much is likely to come, are one.
+Calls like those before begin in `repeating`, by one call into the extension; they come here where it stops.
 """
 
 from __future__ import annotations
@@ -16,59 +16,75 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aiocomm.collectives.kernels import THREADS
-from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, UsageError
-from aiocomm.moe.device_exchange import LINGER_S, PIECE_BYTES, DeviceExchange, Where
-from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch, host_array, move
-from aiocomm.moe.exchange import HEAD_TAG
+from aiocomm.moe.arguments import move
+from aiocomm.moe.device_exchange import LINGER_S, DeviceExchange, Where
+from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch
 from aiocomm.moe.memory import Pinned, Pool, Tables
+from aiocomm.moe.reading import host_array
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
-from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import LISTS_RIDE
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-__all__ = ["QuickCombine", "QuickDispatch"]
+    from aiocomm._device import Description
+    from aiocomm.moe.device_exchange import Kernel
+    from aiocomm.moe.memory import Block, Lease
+
+__all__ = [
+    "LINGER_S",
+    "MOST_CHOICES_AT_ONCE",
+    "PULLING",
+    "Kit",
+    "Listed",
+    "QuickCombine",
+    "QuickDispatch",
+    "new_part",
+]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
-_COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
-_MOST_CHOICES: Final = 1 << 14  # of a call that is made by one call into the extension, which holds the GIL
-_MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
-_NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, _PULLING = range(-1, 4)  # stages
+MOST_CHOICES_AT_ONCE: Final = 1 << 14  # of a call that is one call into the extension, which holds the GIL
+_LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
+_NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
 
 
 class _Quick(DeviceExchange):
-    """What both have in common: one call into the extension, and what is done with its outcome."""
+    """What both have in common: going on from where a call into the extension has stopped."""
 
     _swapped = False
+    _begun: Any = None  # what the extension has made of it, which was called first
     _outcome: tuple[Any, ...] | None = None  # where the last stage was reached
+    _packed: bool
 
-    def _attempt(self) -> tuple[Any, ...]:
-        """Do the call as far as that goes; returns the stage that was reached, and what belongs to it."""
-        raise NotImplementedError
+    def take_over(self, number: int, slots: Any, outcome: Any) -> None:
+        """Go on with a call that was begun: `outcome` is what the extension has returned, or raised."""
+        self._number, self._slots, self._begun = number, slots, outcome
+        self._borrowed.append(slots)
 
-    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+    def _keep_known(self, outcome: tuple[Any, ...]) -> Any:
         """Keep what is known once messages were swapped; returns those that have not come."""
         raise NotImplementedError
 
     def _begin_quickly(self) -> bool:
-        usual = all(self._entries) and self._group.size > 1 and not any(self._pool.missed.values())
-        if not usual or self._scope.comm._backend.name != "asyncio":
+        if self._begun is None:
             return super()._begin_quickly()
-        try:
-            stage, *outcome = self._attempt()
-        except LinkError as error:  # about the caller's arrays, or their streams
-            self._refused = UsageError(f"cannot {self._operation} these arrays: {error}")
+        if isinstance(self._begun, BaseException):
+            if isinstance(self._begun, LinkError):  # about the caller's arrays, or their streams
+                self._refused = UsageError(f"cannot {self._operation} these arrays: {self._begun}")
+            elif isinstance(self._begun, UsageError):
+                self._refused = self._begun
+            else:
+                raise self._begun
             return False
-        except UsageError as error:
-            self._refused = error
-            return False
+        stage, *outcome = self._begun
         if stage == _NOT_BEGUN:
             return super()._begin_quickly()
-        self._after = []
+        if self._made is not None:
+            self._after = []
         self._given = []
         if stage == _GIVING:
             self._given = self._launched(outcome[0])
@@ -76,8 +92,8 @@ class _Quick(DeviceExchange):
         if stage in (_GIVING, _REFUSED):
             return False
         self._swapped = True
-        self._swapped_but(self._take_over(tuple(outcome)))
-        if stage == _PULLING:
+        self._swapped_but(self._keep_known(tuple(outcome)))
+        if stage == PULLING:
             self._outcome = tuple(outcome)
         return True
 
@@ -85,22 +101,12 @@ class _Quick(DeviceExchange):
         """Whether that was all, well done."""
         if self._outcome is None or self._aborted is not None or not self._is_done(self._outcome):
             return False
-        self._judged = True
+        self._judged = self.may_repeat = True
         return True
 
     def _is_done(self, outcome: tuple[Any, ...]) -> bool:
         """Keep what a call has made that has come to its end. False: something is under way, or wrong."""
         raise NotImplementedError
-
-    def _calls(self) -> _core.ExpertCalls:
-        pool = self._pool
-        if pool.calls is None:
-            where = self._scope.index, self._group.rank, self._group.ranks, self._slot_bytes
-            pool.calls = _core.ExpertCalls(*where, pool.home)
-        return pool.calls
-
-    def _tag(self) -> int:
-        return self._number << TAG_BITS | HEAD_TAG
 
     async def _read(self, pending: Any) -> bool:
         """Judge a call whose last kernel was launched, and wait for it. False: it was out of reach."""
@@ -117,7 +123,7 @@ class _Quick(DeviceExchange):
                 heard(peer, number)
 
 
-class _Kit:
+class Kit:
     """Host memory of the dispatches of one kind, one after the other, and how it is seen."""
 
     def __init__(self, pool: Pool, shape: tuple[int, ...], rows: int) -> None:
@@ -128,11 +134,19 @@ class _Kit:
         self.seen_weights = self.weights.bytes[: 4 * count].view(np.float32).reshape(shape)
         self.ones = np.ones(shape, np.float32)
 
+    @classmethod
+    def taken(cls, pool: Pool, kind: tuple[int, ...], shape: tuple[int, ...], rows: int) -> Kit:
+        """One for so many rows."""
+        kit: Kit = pool.take_kit(kind) or cls(pool, shape, rows)
+        if kit.moves.nbytes < rows * ENTRY_BYTES:  # more comes than at first
+            kit.moves = pool.take_pinned(rows * ENTRY_BYTES)
+        return kit
+
 
 class QuickDispatch(_Quick, DeviceDispatch):
     """A dispatch whose rows are read by kernels, and whose lists ride."""
 
-    _kit: _Kit | None = None
+    _kit: Kit | None = None
 
     async def run(self) -> None:
         """See `Exchange.run`."""
@@ -147,68 +161,20 @@ class QuickDispatch(_Quick, DeviceDispatch):
             return super()._pinned_for(name, nbytes)
         return self._kit.ids if name == "_ids" else self._kit.weights
 
-    def _attempt(self) -> tuple[Any, ...]:
-        tokens, ids, weights = self._tokens, self._ids, self._weights
-        shape = self._shape(ids)
-        count = math.prod(shape)
-        plain = len(shape) == 2 and shape[0] == tokens.rows and 0 < count <= _MOST_CHOICES
-        plain = plain and _holds(ids, "q", np.int64) and _holds(weights, "f", np.float32)
-        if not plain or not self._width:
-            return (_NOT_BEGUN,)
-        pool, rank, width = self._pool, self._group.rank, self._width
-        self._kind = kind = tokens.rows, shape[1], self._group.size
-        guess = pool.usual.get(kind)
-        if guess is None or (weights is not None and self._shape(weights) != shape):
-            return (_NOT_BEGUN,)
-        rows, assignments = (int(_MORE * one) for one in guess)
-        kit: _Kit = pool.take_kit(kind) or _Kit(pool, shape, rows)
-        self._kit = kit
-        self._made, self._is_made = self._giving(), True
-        slab = self._slab
-        if slab is None or self._made is None:
-            return (_NOT_BEGUN,)
-        if isinstance(ids, tuple):
-            ids = kit.seen_ids
-        if weights is None:
-            weights = kit.ones
-        elif isinstance(weights, tuple):
-            weights = kit.seen_weights
-        room = rows * width
-        self._take_place(room)
-        moves = self._moves = kit.moves
-        self._spare = tables = Tables(pool, assignments, rows, tokens.rows, self._group.size)
-        self._whole = _new_part(count)
-        argument = move(self._into[1], width, {rank: tokens.address}, moves.address, 0)
-        return self._calls().dispatch(
-            self._scope.comm._engine,
-            self._tag(),
-            self._header,
-            self._ended_call(),
-            self._left(),
-            LINGER_S,
-            self._in_full(*self._made),
-            ids,
-            weights,
-            tokens.rows,
-            self._placed.owner,
-            slab.region,
-            tokens.nbytes,
-            self._places(slab),
-            self._slots,
-            self._whole,
-            (self._entries[0], self._setting.sm_budget, THREADS, argument, (), 0),
-            _COUNT_AT,
-            PIECE_BYTES,
-            width,
-            room,
-            moves.bytes,
-            self._placed.here(rank),
-            len(self._placed.held[rank]),
-            tables.bytes,
-            tables.way,
-        )
+    def take_memory(
+        self, kit: Kit, slab: Block, lease: Lease, room: int, tables: Tables, made: Kernel, whole: Part
+    ) -> None:
+        """Have what the extension was given."""
+        self._kit, self._kind = kit, self.kind
+        self._slab, self._lease, self._into = slab, lease, lease.part(room)
+        self._lent.append(slab)
+        self._moves, self._spare, self._whole = kit.moves, tables, whole
+        self._made, self._is_made, self._after = made, True, list(made[3])
+        for name, memory in (("_ids", kit.ids), ("_weights", kit.weights)):
+            if isinstance(described := getattr(self, name), tuple):
+                self._pinned_arrays.append((name, described, memory))
 
-    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+    def _keep_known(self, outcome: tuple[Any, ...]) -> Any:
         rows, assignments, left, *_ = outcome
         self._parts = self.parts = Routed(self._whole, rows, assignments)
         return left
@@ -222,7 +188,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
             return False
         ids, weights = small
         given, slab, size = self._tokens, self._slab, self._group.size
-        whole = _new_part(ids.size)
+        whole = new_part(ids.size)
         region, nbytes = (0, 0) if slab is None else (slab.region, given.nbytes)
         where = self._group.rank, self._header, self._ended_call(), region, nbytes, self._places(slab)
         found = _core.route_messages(
@@ -269,7 +235,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         *_, ended, total, count, lists, _, _ = outcome
         self._hear(ended)
         size, held = self._group.size, len(self._placed.held[self._group.rank])
-        self.found = _arrangement(lists, size, held, total, count)
+        self.found = Listed(lists, size, held, total, count)
         assert self._spare is not None
         self.tables = self._spare
         self.tables.resize(count, total, self._tokens.rows, size)
@@ -280,6 +246,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
             *_, pending, fine = self._outcome
             if await self._read(pending) and fine:
                 self._keep(self._outcome)
+                self.may_repeat = True
                 return True
         if not self._swapped or not self._width or (heads := self._read_heads()) is None:
             return False
@@ -319,8 +286,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
         # While it runs.
         if not self._arrange_quickly(own, total, count):
             return False
-        choices = len(parts.whole.tokens) // self._tokens.rows
-        self._pool.note_usual((self._tokens.rows, choices, size), total, count)
+        self._note_usual(total, count)
         return not await self._landed([key])
 
     def _arrange_quickly(self, own: Part, rows: int, count: int) -> bool:
@@ -359,31 +325,24 @@ class QuickDispatch(_Quick, DeviceDispatch):
 class QuickCombine(_Quick, DeviceCombine):
     """A combine whose sums are read by kernels."""
 
-    def _attempt(self) -> tuple[Any, ...]:
-        self._made, self._is_made = self._giving(), True
-        if self._packed or not self._row:
-            return (_NOT_BEGUN,)
-        nbytes = self._make_target()
-        if not nbytes or self._aside:
-            return (_NOT_BEGUN,)
-        made = self._made
-        add, argument, size, after = self._adding({}, nbytes)
-        return self._calls().combine(
-            self._scope.comm._engine,
-            self._tag(),
-            self._header,
-            self._left(),
-            LINGER_S,
-            None if made is None else self._in_full(*made),
-            self._messages(),
-            self._slots,
-            [self._rows_for(peer) for peer in range(self._group.size)],
-            self._row,
-            self._alignment,
-            self._in_full(add, argument, size, after if made is None else ()),
-        )
+    def take_memory(
+        self,
+        slab: Block | None,
+        lease: Lease | None,
+        target: int,
+        made: Kernel | None,
+        after: Sequence[Description],
+    ) -> None:
+        """Have what the extension was given."""
+        self._made, self._is_made, self._after = made, True, list(after)
+        self._target = target
+        if slab is not None:
+            self._slab = slab
+            self._lent.append(slab)
+        if lease is not None:
+            self._hold(lease)
 
-    def _take_over(self, outcome: tuple[Any, ...]) -> Any:
+    def _keep_known(self, outcome: tuple[Any, ...]) -> Any:
         return outcome[0]
 
     def _is_done(self, outcome: tuple[Any, ...]) -> bool:
@@ -412,6 +371,7 @@ class QuickCombine(_Quick, DeviceCombine):
             _, ended, pending = self._outcome
             if await self._read(pending):
                 self._hear(ended)
+                self.may_repeat = True
                 return True
         if not self._swapped or not self._row or (heads := self._read_heads()) is None:
             return False
@@ -431,19 +391,11 @@ class QuickCombine(_Quick, DeviceCombine):
             return True
         if self._aside:
             return False
-        return not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])
+        self.may_repeat = not await self._landed([self._add_up({}, pulled, nbytes, LINGER_S)])
+        return self.may_repeat
 
 
-def _holds(array: Any, form: str, dtype: Any) -> bool:
-    """Whether an array, or the description of a GPU array, is as the extension takes it."""
-    if isinstance(array, tuple):
-        return bool(array[5] == form)
-    return array is None or (
-        isinstance(array, np.ndarray) and array.dtype == dtype and bool(array.flags.c_contiguous)
-    )
-
-
-def _new_part(count: int) -> Part:
+def new_part(count: int) -> Part:
     return Part(
         np.empty(count, np.int64),
         np.empty(count, np.uint16),
@@ -452,18 +404,33 @@ def _new_part(count: int) -> Part:
     )
 
 
-def _arrangement(lists: bytearray, size: int, held: int, rows: int, count: int) -> Arrangement:
-    """See lists that lie one after the other, each at a multiple of eight bytes."""
-    found, at = [], 0
-    for length, dtype in (
-        (size + 1, np.int64),
-        (count, np.int64),
-        (held + 1, np.int64),
-        (count, np.float32),
-        (count, np.int64),
-        (rows + 1, np.int64),
-    ):
-        one: Any = np.frombuffer(lists, dtype, length, at)
-        found.append(one)
-        at += (one.nbytes + 7) & ~7
-    return Arrangement(*found)
+class Listed(Arrangement):
+    """Lists one after the other, each at a multiple of eight bytes; they are made arrays once asked for."""
+
+    __slots__ = ("_lists", "_sizes")
+
+    def __init__(self, lists: bytearray, size: int, held: int, rows: int, count: int) -> None:
+        object.__setattr__(self, "_lists", lists)
+        object.__setattr__(self, "_sizes", (size + 1, count, held + 1, count, count, rows + 1))
+
+    def __getattr__(self, name: str) -> Any:
+        at = 0
+        for one, length in zip(_LISTS, self._sizes, strict=True):
+            dtype = np.float32 if one == "weights" else np.int64
+            nbytes = length * (4 if one == "weights" else 8)
+            if one == name:
+                found: Any = np.frombuffer(self._lists, dtype, length, at)
+                object.__setattr__(self, name, found)
+                return found
+            at += (nbytes + 7) & ~7
+        raise AttributeError(name)
+
+    @property
+    def count(self) -> int:
+        """Assignments."""
+        return int(self._sizes[1])
+
+    def begins(self) -> list[int]:
+        """`starts` as numbers."""
+        length = self._sizes[0]
+        return memoryview(self._lists)[: 8 * length].cast("q").tolist()

@@ -10,6 +10,7 @@ All headers are judged by all ranks; what rode along is used after that only.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.to_thread
@@ -100,12 +101,14 @@ class Exchange(Flight):
             ExpertsLostError, TransferCancelled, DeadlineExceeded, LinkError, ClosedError: as for transfers.
         """
         try:
-            self._number = self._scope.begin(self)
+            if not self._number:  # else it was begun by the extension
+                self._number = self._scope.begin(self)
         except PeerLostError as error:  # another rank has given it up for that
-            raise self._explained(error) from None
+            raise await self._complete(self._explained(error)) from None
         try:
             self._start()
-            self._slots = self._borrow(self._group.size * self._slot_bytes)
+            if not self._slots.nbytes:
+                self._slots = self._borrow(self._group.size * self._slot_bytes)
             if not self._begin_quickly():
                 for peer in self._others():
                     self._post(Recv, (True, peer), peer, self._slot(peer), HEAD_TAG)
@@ -126,6 +129,8 @@ class Exchange(Flight):
             await self._finish()
         except BaseException as error:
             await self._give_up(error)
+            if (complete := await self._complete(error)) is not error:
+                raise complete from error.__cause__
             raise
         finally:
             del self._scope.calls[self._number]
@@ -244,6 +249,19 @@ class Exchange(Flight):
             await _to_its_end(work)
 
     # ------------------------------------------------------------ failures
+
+    async def _complete(self, error: BaseException) -> BaseException:
+        """Of a lost rank, with the tokens that were routed to it, which may not be known yet."""
+        if not isinstance(error, ExpertsLostError) or self._parts:
+            return error
+        with contextlib.suppress(Exception):  # what is known has to do, whatever is wrong with the rest
+            if await self._find_parts():
+                return self._explained(error)
+        return error
+
+    async def _find_parts(self) -> bool:
+        """Route the tokens, of a call that has ended before that. False: they cannot be had."""
+        return False
 
     def _explained(self, error: BaseException) -> BaseException:
         found = super()._explained(error)

@@ -6,6 +6,8 @@ Rules:
 - A block that the caller had comes back with the last array over it, and is used again for calls on the same
   streams, once the work is done that those have by then. So does torch's allocator, which knows no other
   streams. They are not touched when the array goes: the caller may have destroyed them.
+- What comes back when an object goes is the pool's meanwhile, not only that object's: a collector of cycles
+  calls all finalizers of what it has found, and memory whose own has run would be used again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aiocomm._device import NO_STREAM, part_of
+from aiocomm._device import NO_STREAM
 from aiocomm.collectives.driver import driver
 from aiocomm.collectives.kernels import Scratch, kernels_of
 from aiocomm.errors import LinkError
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables"]
+__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables", "size_class"]
 
+_NONE: Final[frozenset[int]] = frozenset()
 _LEAST: Final = 64 << 10
 _LEAST_PINNED: Final = 16 << 10
 _PORTABLE_MAPPED: Final = 3
@@ -47,6 +50,11 @@ _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
 _KINDS: Final = 64  # of calls, of which something is kept
 _TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
+
+
+def size_class(nbytes: int) -> int:
+    """Bytes of the block that `Pool.take` gives for so many."""
+    return _size_class(nbytes, _LEAST)
 
 
 def _size_class(nbytes: int, least: int) -> int:
@@ -64,15 +72,16 @@ class Block:
         self._recorded = 0  # of them, the first ones: behind that work
         self._kernels = kernels
         self._engine = engine
-        self._memory = Scratch(kernels, nbytes)
+        self.memory = Scratch(kernels, nbytes)
         self.nbytes = nbytes
         self.turn = 0  # in which it was given back
-        self.address = self._memory.address
+        self.address = self.memory.address
         self._places: dict[int, bytes] = {}  # by rank of the world
+        self._places_of_all: list[bytes | None] = []  # once all are known
 
     def part(self, start: int, nbytes: int) -> Description:
         """Bytes of it."""
-        return (self._memory, self.address + start, nbytes, self._kernels.device, NO_STREAM, "B", (nbytes,))
+        return (self.memory, self.address + start, nbytes, self._kernels.device, NO_STREAM, "B", (nbytes,))
 
     def place_for(self, rank: int) -> bytes | None:
         """What a peer's kernels need in order to read it; None: they cannot."""
@@ -82,6 +91,15 @@ class Block:
             if place is not None:
                 self._places[rank] = place
         return place
+
+    def places_for(self, ranks: Sequence[int], own: int) -> list[bytes | None]:
+        """The same of all ranks of the group to which the pool belongs, but its own."""
+        if not self._places_of_all:
+            places = [None if peer == own else self.place_for(rank) for peer, rank in enumerate(ranks)]
+            if places.count(None) > 1:
+                return places
+            self._places_of_all = places
+        return self._places_of_all
 
     @property
     def region(self) -> int:
@@ -123,8 +141,11 @@ class Block:
             return False
         if not self._recorded:
             context = self._kernels.context
-            if all(_core.stream_is_idle(context, stream) for stream in self.after):
-                self.after = frozenset()
+            for stream in self.after:
+                if not _core.stream_is_idle(context, stream):
+                    break
+            else:
+                self.after = _NONE
                 return True
             if not self._record():
                 return False
@@ -174,17 +195,20 @@ class Pool:
         self._engine = engine
         self._free: dict[int, list[Block]] = {}
         self._free_tables: dict[int, list[tuple[Pinned, Block]]] = {}
+        self._away: dict[int, Block] = {}  # that leases are of, by address
+        self._tables_away: dict[int, tuple[Pinned, Block]] = {}  # likewise
         self._pinned: dict[int, list[Pinned]] = {}
         self._kept = 0
         self._closed = False
-        self._returned: deque[Block] = deque()  # by whatever thread lets go of the last array over them
+        # By whatever thread lets go of the last array over it: address, and streams of the caller's calls.
+        self._returned: deque[tuple[int, frozenset[int]]] = deque()
         self._turn = itertools.count()
         self._lent: list[tuple[int, Block, set[int]]] = []  # by call, to ranks of the group
         self.usual: dict[tuple[int, ...], tuple[int, int]] = {}  # by kind: rows, assignments that came
         self.calls: _core.ExpertCalls | None = None
-        self._kits: dict[
-            tuple[int, ...], list[Any]
-        ] = {}  # by kind of call, what serves one of them at a time
+        self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind, what serves one call at a time
+        self.repeats: dict[Any, Any] = {}  # calls that may be made again, by what they are found by
+        self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
@@ -199,14 +223,20 @@ class Pool:
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""
+        return self.take_sized(_size_class(nbytes, _LEAST), streams)
+
+    def take_sized(self, size: int, streams: frozenset[int]) -> Block:
+        """The same of a size that `size_class` has given."""
         while self._returned:
-            self.give_back(self._returned.popleft())
-        size = _size_class(nbytes, _LEAST)
-        free = self._free.setdefault(size, [])
+            address, after = self._returned.popleft()
+            block = self._away.pop(address)
+            block.after = after
+            self.give_back(block)
+        free = self._free.get(size, ())
         for place, block in enumerate(free):
-            if block.idle(streams):
+            if not block.after or block.idle(streams):
                 self._kept -= size
-                return free.pop(place)
+                return free.pop(place)  # type: ignore[union-attr]
         return Block(self.kernels, self._engine, size)
 
     def give_back(self, block: Block) -> None:
@@ -221,21 +251,30 @@ class Pool:
             self._free[oldest.nbytes].remove(oldest)
             self._kept -= oldest.nbytes
 
-    def returned(self, block: Block) -> None:
-        """The same, on any thread: at the next call."""
-        if not self._closed:
-            self._returned.append(block)
+    def leave(self, block: Block) -> None:
+        """Keep it until `returned`."""
+        self._away[block.address] = block
+
+    def returned(self, address: int, streams: frozenset[int]) -> None:
+        """Give it back, on any thread: at the next call, to be used after the work of these streams."""
+        if self._closed:
+            self._away.pop(address, None)
+        else:
+            self._returned.append((address, streams))
 
     def take_tables(self, nbytes: int) -> tuple[Pinned, Block]:
         """Host memory, and a block that nothing but `upload` writes, in the order of the kernels' stream."""
-        size = _size_class(nbytes, _LEAST)
+        size = nbytes if nbytes in self._free_tables else _size_class(nbytes, _LEAST)
         try:  # maybe on another thread
-            return self._free_tables[size].pop()
+            taken = self._free_tables[size].pop()
         except LookupError:
-            return Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
+            taken = Pinned(self.kernels, size), Block(self.kernels, self._engine, size)
+        self._tables_away[taken[1].address] = taken
+        return taken
 
-    def give_back_tables(self, pinned: Pinned, block: Block) -> None:
-        """Keep them for the next; no kernel reads them any more."""
+    def give_back_tables(self, address: int) -> None:
+        """Keep those of that block for the next; no kernel reads them any more."""
+        pinned, block = self._tables_away.pop(address)
         if not self._closed:
             self._free_tables.setdefault(block.nbytes, []).append((pinned, block))
 
@@ -278,6 +317,21 @@ class Pool:
                     self.give_back(block)
         self._lent = [one for one in self._lent if one[2]]
 
+    def heard_all(self, ended: list[int], own: int) -> None:
+        """The ranks of the group, but this one, have ended all calls up to these."""
+        lent = self._lent
+        if not lent:
+            return
+        least = min(ended[:own] + ended[own + 1 :])
+        if lent[-1][0] <= least and (len(lent) == 1 or max(call for call, _, _ in lent) <= least):  # mostly
+            for _, block, _ in lent:
+                self.give_back(block)
+            lent.clear()
+            return
+        for peer, number in enumerate(ended):
+            if peer != own:
+                self.heard(peer, number)
+
     def take_pinned(self, nbytes: int) -> Pinned:
         """Pinned memory of at least so many bytes."""
         size = _size_class(nbytes, _LEAST_PINNED)
@@ -294,9 +348,12 @@ class Pool:
     def close(self) -> None:
         """Give the driver what is not in use, and from now on what comes back."""
         self._closed = True
+        for address, _ in self._returned:
+            self._away.pop(address, None)
         memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
-        for kept in (*memory, self.settings):
+        for kept in (*memory, self.settings, self.repeats):
             kept.clear()
+        self.slots = None
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
         """Queue a copy on the kernels' stream."""
@@ -311,6 +368,7 @@ class Lease:
         self._pool = pool
         self._block = block
         self.streams = streams
+        pool.leave(block)
 
     @property
     def address(self) -> int:
@@ -327,8 +385,7 @@ class Lease:
         return self._block.part(0, nbytes)
 
     def __del__(self) -> None:
-        self._block.after = self.streams
-        self._pool.returned(self._block)
+        self._pool.returned(self._block.address, self.streams)
 
 
 class Tables:
@@ -348,6 +405,14 @@ class Tables:
         self.resize(assignments, rows, count, size)
 
     @classmethod
+    def of_bytes(cls, pool: Pool, nbytes: int) -> Tables:
+        """Of so many bytes, for sizes that are said by `resize`."""
+        made = cls.__new__(cls)
+        made._pool = pool
+        made._pinned, made._block = pool.take_tables(nbytes)
+        return made
+
+    @classmethod
     def of_size(cls, pool: Pool, size: tuple[int, int, int, int], spare: Tables | None) -> Tables:
         """Not written; `spare` again where it is large enough."""
         if spare is None or _core.sum_tables(*size)[-1] > min(spare.bytes.nbytes, spare._block.nbytes):
@@ -362,10 +427,9 @@ class Tables:
         self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
 
     @property
-    def way(self) -> tuple[int, int, int]:
-        """The context, stream and address by which `upload` brings them."""
-        kernels = self._pool.kernels
-        return kernels.context, kernels.stream, self._block.address
+    def address(self) -> int:
+        """Where `upload` brings them."""
+        return self._block.address
 
     @classmethod
     def made(
@@ -407,8 +471,9 @@ class Tables:
     @property
     def ready(self) -> Description:
         """Memory whose stream has brought them."""
-        return part_of(self._block.part(0, 1), 0, 1, self._pool.kernels.stream)
+        block, kernels = self._block, self._pool.kernels
+        return block.memory, block.address, 1, kernels.device, kernels.stream, "B", (1,)
 
     def __del__(self) -> None:
         if hasattr(self, "_block"):
-            self._pool.give_back_tables(self._pinned, self._block)
+            self._pool.give_back_tables(self._block.address)

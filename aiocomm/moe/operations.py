@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import anyio.lowlevel
 import numpy as np
 
 from aiocomm._operations import limit_of
 from aiocomm.collectives.arrays import dtype_name, flat
 from aiocomm.errors import UsageError, UsageTypeError
-from aiocomm.moe import device_calls
+from aiocomm.moe import device_calls, repeating
 from aiocomm.moe.device_calls import Options, matrix_of
-from aiocomm.moe.device_moving import DeviceCombine, DeviceDispatch
+from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
@@ -90,9 +91,16 @@ class ExpertOperations:
         """
         group = self._members()
         scope, bulk = _begin(group, channel, deadline)
-        call: Dispatch | DeviceDispatch | None = None
+        call: Dispatch | QuickDispatch | None = None
         parts: list[Part] = []
         refused: UsageError | None = None
+        if scope.pools:
+            how = path, deadline, stream, sm_budget
+            again = repeating.dispatch(scope, tokens, expert_ids, weights, experts, placement, *how)
+            if again is not None:
+                if again.call is None:
+                    return await _ended(again)  # type: ignore[no-any-return]
+                return await _dispatched(group, again.call)
         try:
             _check_path(path)
             options = Options(scope, bulk, path, deadline, stream, sm_budget)
@@ -115,11 +123,12 @@ class ExpertOperations:
             assert refused is not None
             await Refused(scope, bulk, "dispatch", refused, deadline).run()
             raise refused  # alone in its group
+        if isinstance(call, QuickDispatch):
+            came = await _dispatched(group, call)
+            repeating.keep_dispatch(call, text, placement is not None, path, sm_budget)
+            return came
         await call.run()
         _count(group, call)
-        if isinstance(call, DeviceDispatch):
-            more = call.parts, call.count, call.tokens, call.found, call.tables
-            return Dispatched(group, call.number, where, *more)
         return Dispatched(group, call.number, where, parts, call.count, call.tokens, call.found)
 
     async def combine(
@@ -155,9 +164,16 @@ class ExpertOperations:
         """
         group = self._members()
         scope, bulk = _begin(group, channel, deadline)
-        call: Combine | DeviceCombine | None = None
+        call: Combine | QuickCombine | None = None
         refused: UsageError | None = None
         result: Any = None
+        if scope.pools:
+            how = path, deadline, stream, sm_budget
+            again = repeating.combine(scope, outputs, dispatched, out, wire, *how)
+            if again is not None:
+                if again.call is None:
+                    return await _ended(again)
+                return await _combined(group, again.call, out)
         try:
             _check_path(path)
             options = Options(scope, bulk, path, deadline, stream, sm_budget)
@@ -177,10 +193,11 @@ class ExpertOperations:
                 )
             dtype = dtype_name(given.dtype) if isinstance(given, np.ndarray) else given.dtype
             travels = _wire(wire, dtype)
-            text = f"combine of dispatch {dispatched._number}: {dtype} hidden {hidden} as {travels}"
+            kind = f"{dtype} hidden {hidden} as {travels}"
+            text = f"combine of dispatch {dispatched._number}: {kind}"
             if isinstance(given, np.ndarray):
-                for name, kind in (("outputs", given.dtype), ("wire", np.dtype(travels))):
-                    _check_floating(name, kind)
+                for name, floating in (("outputs", given.dtype), ("wire", np.dtype(travels))):
+                    _check_floating(name, floating)
                 shape = (dispatched._count, hidden)
                 result = np.empty(shape, given.dtype) if out is None else _matrix(out, "out", writable=True)
                 if result.shape != shape:
@@ -196,11 +213,33 @@ class ExpertOperations:
             assert refused is not None
             await Refused(scope, bulk, "combine", refused, deadline).run()
             raise refused  # alone in its group
+        if isinstance(call, QuickCombine):
+            result = await _combined(group, call, out)
+            repeating.keep_combine(call, kind, wire, path, sm_budget)
+            return result
         await call.run()
         _count(group, call)
-        if isinstance(call, DeviceCombine):
-            return call.result if out is None else out
         return result
+
+
+async def _ended(again: repeating.Begun) -> Any:
+    """What a repeat that is over has brought."""
+    if again.turn:
+        await anyio.lowlevel.cancel_shielded_checkpoint()
+    return again.result
+
+
+async def _dispatched(group: Group, call: QuickDispatch) -> Dispatched:
+    await call.run()
+    _count(group, call)
+    more = call.placed, call.parts, call.count, call.tokens, call.found, call.tables
+    return Dispatched(group, call.number, *more)
+
+
+async def _combined(group: Group, call: QuickCombine, out: Any) -> Any:
+    await call.run()
+    _count(group, call)
+    return call.result if out is None else out
 
 
 def _begin(group: Group, channel: Channel | None, deadline: float | None) -> Any:

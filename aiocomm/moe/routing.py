@@ -111,6 +111,15 @@ class Arrangement:
     order: Integers
     first: Integers
 
+    @property
+    def count(self) -> int:
+        """Assignments."""
+        return len(self.rows)
+
+    def begins(self) -> list[int]:
+        """`starts` as numbers."""
+        return self.starts.tolist()  # type: ignore[no-any-return]
+
 
 def checked(
     count: int, expert_ids: Any, weights: Any, experts: int

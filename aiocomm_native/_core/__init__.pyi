@@ -332,6 +332,11 @@ class Repeats:
     def clear(self) -> None:
         """Keep none."""
 
+def describe_array(array: object | None, writable: bool) -> object:
+    """
+    The description of a GPU array on its library's current stream. None: it is not one.
+    """
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 
@@ -344,6 +349,11 @@ class ExpertCalls:
 
     def combine(self, engine: Engine, tag: int, header: bytes, deadline: float, seconds: float, give: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int] | None, messages: list[Any], slots: object, expected: Sequence[int], row: int, alignment: int, add: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int]) -> tuple[Any, ...]:
         """The same of a combine, which has no stage 1."""
+
+    def take_marks(self) -> list[int]:
+        """
+        When the last call was begun, its own kernel had ended, messages were sent, all had come, the kernel that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; nanoseconds of the monotonic clock. They are forgotten.
+        """
 
 DEVICE_HEAD_BYTES: int = 352
 

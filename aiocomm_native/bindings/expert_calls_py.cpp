@@ -13,8 +13,10 @@
 #include <exception>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "bindings/device_py.hpp"
 #include "bindings/expert_heads.hpp"
 #include "bindings/launching.hpp"
 #include "core/expert_tables.hpp"
@@ -47,15 +49,22 @@ class ExpertCalls {
                      const nb::list& places, nb::object slots, const nb::tuple& whole, KernelTuple pull,
                      size_t count_at, uint32_t piece, uint64_t width, uint64_t room, nb::handle moves,
                      nb::handle local, size_t held, nb::handle tables,
-                     const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const;
+                     const std::tuple<uint64_t, uint64_t, uint64_t>& upload);
 
   nb::tuple combine(Self self, int64_t tag, const nb::bytes& header, double deadline, double seconds,
                     const std::optional<KernelTuple>& give, const nb::list& messages, nb::object slots,
                     const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                    const KernelTuple& add) const;
+                    const KernelTuple& add);
+
+  // When the last call reached its stages; they are forgotten.
+  std::vector<uint64_t> take_marks() { return std::exchange(marks_, {}); }
 
  private:
-  int next() const { return ranks_[(me_ + 1) % ranks_.size()]; }
+  void mark(PyEngine& e) { marks_.push_back(e.engine->now()); }
+
+  int rank() const {
+    return ranks_[me_];
+  }  // a kernel that is given up is waited for, as what no link can withdraw
 
   // What came; nothing: headers differ.
   bool read(nb::handle slots, const nb::bytes& header, Heads& heads) const {
@@ -99,6 +108,7 @@ class ExpertCalls {
   const std::vector<int> ranks_;
   const uint64_t slot_bytes_;
   const nb::tuple home_;
+  std::vector<uint64_t> marks_;
 };
 
 // Launches, and waits for the end. None: it has come.
@@ -144,16 +154,19 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
                                 const nb::tuple& whole, KernelTuple pull, size_t count_at, uint32_t piece,
                                 uint64_t width, uint64_t room, nb::handle moves, nb::handle local,
                                 size_t held, nb::handle tables,
-                                const std::tuple<uint64_t, uint64_t, uint64_t>& upload) const {
+                                const std::tuple<uint64_t, uint64_t, uint64_t>& upload) {
   PyEngine& e = *self.p;
+  marks_.clear();
+  mark(e);
   const size_t n = ranks_.size();
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 &&
           std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
+  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  mark(e);
   auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
                                slot_bytes_, whole[0], whole[1], whole[2], whole[3]);
   if (!routed) return nb::make_tuple(int{kRefused});
@@ -161,7 +174,9 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
   Swap swap(e, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
+  mark(e);
   swap.look(until);
+  mark(e);
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
   Heads heads;
@@ -196,7 +211,8 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
     if (peer != me_ && heads[peer].rows &&
         !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * width, 1))
       return swapped;
-  launch.submit(next(), channel_, deadline_ns);
+  launch.submit(rank(), channel_, deadline_ns);
+  mark(e);
   bool fine = false;
   try {  // while it runs
     fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count,
@@ -209,7 +225,9 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   } catch (const std::exception&) {
     fine = false;
   }
+  mark(e);
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
 }
@@ -218,18 +236,23 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
                                double seconds, const std::optional<KernelTuple>& give,
                                const nb::list& messages, nb::object slots,
                                const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                               const KernelTuple& add) const {
+                               const KernelTuple& add) {
   PyEngine& e = *self.p;
+  marks_.clear();
+  mark(e);
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
   Launch launch(e, add, home_);  // throws before anything is sent
   Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
-  nb::object pending = given(self, give, home_, next(), channel_, deadline_ns, until);
+  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  mark(e);
   swap.post(channel_, tag, deadline_ns);
+  mark(e);
   swap.look(until);
+  mark(e);
   nb::list left = swap.left(self);
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
@@ -242,15 +265,35 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
         (head.extent != head.rows * row || !add_far(launch.kernel(), head, peer, head.rows * row, alignment)))
       return swapped;
   }
-  launch.submit(next(), channel_, deadline_ns);
+  launch.submit(rank(), channel_, deadline_ns);
+  mark(e);
   pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
+}
+
+// The description of a GPU array whose interface is read here; else as aiocomm/_device.py gives it. None: there is none.
+nb::object describe_array(nb::handle array, bool writable) {
+  if (array.is_none()) return nb::none();
+  DeviceView view;
+  const Found found = read_interface(array.ptr(), writable, view);
+  if (found == Found::view)
+    return nb::steal(Py_BuildValue("OKKiKsN", array.ptr(), static_cast<unsigned long long>(view.address),
+                                   static_cast<unsigned long long>(view.nbytes), view.device,
+                                   static_cast<unsigned long long>(view.stream), view.format, view.shape));
+  if (found == Found::error) throw nb::python_error();
+  nb::object asked =
+      nb::steal(PyObject_CallFunction(hooks.describe_device, "Oi", array.ptr(), static_cast<int>(writable)));
+  if (!asked.is_valid()) throw nb::python_error();
+  return asked;
 }
 
 }  // namespace
 
 void bind_expert_calls(nb::module_& m) {
   using namespace nb::literals;
+  m.def("describe_array", describe_array, "array"_a.none(), "writable"_a,
+        "The description of a GPU array on its library's current stream. None: it is not one.");
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
@@ -265,7 +308,13 @@ void bind_expert_calls(nb::module_& m) {
            "and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "tag"_a, "header"_a, "deadline"_a, "seconds"_a,
            "give"_a.none(), "messages"_a, "slots"_a, "expected"_a, "row"_a, "alignment"_a, "add"_a,
-           "The same of a combine, which has no stage 1.");
+           "The same of a combine, which has no stage 1.")
+      .def("take_marks", &ExpertCalls::take_marks,
+           "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
+           "kernel "
+           "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it "
+           "came; "
+           "nanoseconds of the monotonic clock. They are forgotten.");
 }
 
 }  // namespace aiocomm::py

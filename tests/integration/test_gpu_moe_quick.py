@@ -7,7 +7,7 @@ import contextlib
 import sys
 import types
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import numpy as np
@@ -19,8 +19,7 @@ from harness import all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
-from aiocomm.moe import device_exchange, device_quick, memory
-from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
+from aiocomm.moe import device_exchange, device_quick, memory, repeats
 from aiocomm_native import _core
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
@@ -28,22 +27,34 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
 in_processes = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
+class _Counted:
+    """The calls of the extension; counts the stages that they reach."""
+
+    stages: ClassVar[Counter[tuple[str, int]]] = Counter()
+
+    def __init__(self, *how: Any) -> None:
+        self._calls = _core.ExpertCalls(*how)
+
+    def _made(self, name: str, *arguments: Any) -> Any:
+        outcome = getattr(self._calls, name)(*arguments)
+        self.stages[name, outcome[0]] += 1
+        return outcome
+
+    def dispatch(self, *arguments: Any) -> Any:
+        return self._made("dispatch", *arguments)
+
+    def combine(self, *arguments: Any) -> Any:
+        return self._made("combine", *arguments)
+
+
 def _patiently() -> Counter[tuple[str, int]]:
     """Have what is waited for looked for until it is there; counts stages by the calls that reached them."""
     if simulated.choose() is not None:
         kernels.compiled = lambda source, architecture: source.encode() + b"\0"
     device_quick.LINGER_S = 10.0
-    stages: Counter[tuple[str, int]] = Counter()
-    for kind in (QuickDispatch, QuickCombine):
-        attempt = kind._attempt
-
-        def counted(call: Any, attempt: Any = attempt) -> Any:
-            outcome = attempt(call)
-            stages[call.operation, outcome[0]] += 1
-            return outcome
-
-        kind._attempt = counted  # type: ignore[method-assign]
-    return stages
+    _Counted.stages.clear()
+    repeats.ExpertCalls = _Counted  # type: ignore[misc,assignment]
+    return _Counted.stages
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +63,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "compiled", kernels.compiled)
     monkeypatch.setattr(device_quick, "LINGER_S", device_quick.LINGER_S)
     monkeypatch.setattr(memory.Pool, "lets_others", memory.Pool.lets_others)
-    for kind in (QuickDispatch, QuickCombine):
-        monkeypatch.setattr(kind, "_attempt", kind._attempt)
+    monkeypatch.setattr(repeats, "ExpertCalls", _core.ExpertCalls)
 
 
 def test_heads_are_as_python_has_them() -> None:
@@ -105,31 +115,24 @@ async def test_calls_that_differ_where_those_before_did_not(gpu: Driver) -> None
         await _unlike(comm)
 
 
-class _Liar:
-    """Says that it has a byte less than it gives."""
-
-    def __init__(self, calls: _core.ExpertCalls) -> None:
-        self.combine = calls.combine
-        self._dispatch = calls.dispatch
-
-    def dispatch(self, *arguments: Any) -> Any:
-        given = list(arguments)
-        assert given[12] == 30 * 16 * 4
-        given[12] -= 1
-        return self._dispatch(*given)
-
-
 async def _lie(comm: aiocomm.Communicator) -> None:
     stages = _patiently()
     for _ in range(3):
         await layer(comm, 30, 16)
-    calls = QuickDispatch._calls
+    made = _Counted.dispatch
     if comm.rank:
-        QuickDispatch._calls = lambda call: _Liar(calls(call))  # type: ignore[method-assign,assignment,return-value]
+
+        def lied_about(calls: Any, *arguments: Any) -> Any:
+            given = list(arguments)
+            assert given[12] == 30 * 16 * 4
+            given[12] -= 1  # it says that it has a byte less than it gives
+            return made(calls, *given)
+
+        _Counted.dispatch = lied_about  # type: ignore[method-assign]
     x, ids, weights = batch(comm.rank, 30, 16)
     ids[-1] = 0, EXPERTS - 1, -1  # so that the last token is for both
     before = stages["dispatch", 2]
-    lied = on_gpu(comm.rank, x), ids, weights
+    lied = on_gpu(comm.rank, x), on_gpu(comm.rank, ids), on_gpu(comm.rank, weights)
     if comm.rank:
         with contextlib.suppress(aiocomm.TransferCancelled):  # it may have ended before the other found out
             await comm.dispatch(*lied, experts=EXPERTS)
@@ -137,7 +140,7 @@ async def _lie(comm: aiocomm.Communicator) -> None:
         with pytest.raises(aiocomm.PeerError, match="has 1919 bytes where 1920 are needed"):
             await comm.dispatch(*lied, experts=EXPERTS)
         assert stages["dispatch", 2] > before
-    QuickDispatch._calls = calls  # type: ignore[method-assign]
+    _Counted.dispatch = made  # type: ignore[method-assign]
     await layer(comm, 30, 16)
 
 

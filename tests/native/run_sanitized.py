@@ -37,16 +37,20 @@ def build(sanitizers: str, target: Path) -> None:
 def run(sanitizers: str, target: Path, arguments: list[str], log: Path) -> int:
     """Run pytest over what is in `target`; returns its status."""
     kind = sanitizers.partition(",")[0]
-    library = subprocess.run(
-        ["g++", f"-print-file-name={RUNTIME[kind]}"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    # The C++ library, too: an interceptor looks for what it throws with when the runtime is loaded.
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in (RUNTIME[kind], "libstdc++.so.6")
+    ]
     suppressions = ROOT / "tests/native/tsan.supp"
     options = {k: v.format(log=log, suppressions=suppressions) for k, v in OPTIONS[kind].items()}
     environment = (
         os.environ
         | options
         | {
-            "LD_PRELOAD": library,
+            "LD_PRELOAD": " ".join(libraries),
             "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={log}",
             "PYTHONPATH": str(target),
             "PYTHONSAFEPATH": "1",

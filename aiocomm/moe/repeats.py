@@ -1,0 +1,368 @@
+"""Dispatches and combines of GPU arrays like those before, each by one native call.
+
+What a call needs beside its arrays is prepared once, by the first of its form. A repeat describes its arrays,
+takes memory, and has the extension do the rest: own kernel, messages, the kernel that reads the others' rows.
+It decides nothing but plain success. Whatever has not come soon, or is wrong, becomes a `QuickDispatch` or
+`QuickCombine`, which goes on from the stage that was reached, or from the messages that came.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+from aiocomm.collectives.gpu import form_of, itemsize_in
+from aiocomm.collectives.headers import header
+from aiocomm.collectives.kernels import THREADS
+from aiocomm.collectives.scope import TAG_BITS
+from aiocomm.moe import device_quick
+from aiocomm.moe.arguments import move, of_adding
+from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
+from aiocomm.moe.device_moving import array_over
+from aiocomm.moe.device_quick import (
+    PULLING,
+    Kit,
+    Listed,
+    QuickCombine,
+    QuickDispatch,
+    new_part,
+)
+from aiocomm.moe.dispatched import Dispatched
+from aiocomm.moe.exchange import HEAD_TAG
+from aiocomm.moe.memory import Lease, Tables, size_class
+from aiocomm.moe.routing import Routed
+from aiocomm.moe.sources import MOST_RANKS, WEIGH
+from aiocomm_native import _core
+
+if TYPE_CHECKING:
+    from aiocomm._device import Description
+    from aiocomm.errors import AiocommError
+    from aiocomm.moe.device_exchange import Kernel
+    from aiocomm.moe.memory import Block
+
+__all__ = ["Begun", "CombineRepeat", "DispatchRepeat"]
+
+ExpertCalls = _core.ExpertCalls
+_COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
+_RUNS_AT: Final = 8 * (MOST_RANKS + 4)  # likewise what is copied beside rows
+_MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
+_WEIGH: Final = struct.Struct(WEIGH)
+_WORD: Final = struct.Struct("<Q")
+_RUN: Final = struct.Struct("<2Q")  # to, from
+
+
+class Begun:
+    """A repeat that the extension has made, or has left to be gone on with.
+
+    Args:
+        result: what the operation returns; None where it is not over.
+        call: to be run then.
+        turn: other tasks have waited for long.
+    """
+
+    __slots__ = ("call", "result", "turn")
+
+    def __init__(self, result: Any = None, call: Any = None, turn: bool = False) -> None:
+        self.result, self.call, self.turn = result, call, turn
+
+
+class _Underway:
+    """Stands for a call in its scope while the extension makes it: others may have it ended meanwhile."""
+
+    __slots__ = ("has_deadline", "told")
+
+    def __init__(self, has_deadline: bool) -> None:
+        self.has_deadline = has_deadline
+        self.told: list[tuple[AiocommError, int]] = []
+
+    def abort(self, error: AiocommError, source: int) -> None:
+        self.told.append((error, source))
+
+
+class _Repeat:
+    """What repeats of one form have in common."""
+
+    def __init__(self, call: QuickDispatch | QuickCombine) -> None:
+        self._scope, self._pool, self._group = scope, pool, group = call._scope, call._pool, call._group
+        self._setting = call._setting
+        self._streams = call._setting.streams
+        self._engine = scope.comm._engine
+        self._entries = list(call._entries)
+        self._slot_bytes, self._slots_bytes = call._slot_bytes, call._slot_bytes * group.size
+        self._others = frozenset(call._others())
+        self._counted = f"{call.operation}/latency"
+        if pool.calls is None:
+            where = scope.index, group.rank, list(group.ranks), call._slot_bytes
+            pool.calls = ExpertCalls(*where, pool.home)
+        self._native = pool.calls
+
+    def _begin(self, deadline: float | None) -> tuple[int, _Underway]:
+        """Number a call, and enter it."""
+        under = _Underway(deadline is not None)
+        scope = self._scope
+        number = scope.begin(None)
+        scope.calls[number] = under  # type: ignore[assignment]
+        return number, under
+
+    def _slots(self) -> Any:
+        pool = self._pool
+        if pool.slots is None:
+            return self._scope.scratch(self._slots_bytes)[: self._slots_bytes]
+        slots, pool.slots = pool.slots, None
+        return slots
+
+    def _ended(self, number: int, slots: Any, slab: Block | None, ended: list[int]) -> bool:
+        """Note that a call is over, all well; returns whether other tasks are to have a turn."""
+        scope, pool = self._scope, self._pool
+        del scope.calls[number]
+        pool.slots = slots
+        pool.heard_all(ended, self._group.rank)
+        if slab is not None:
+            pool.lend(number, slab, set(self._others))
+        scope.answer()
+        scope.comm._collective_calls[self._counted] += 1
+        return pool.lets_others(False)
+
+    def _behind(self, *arrays: Description) -> list[Description]:
+        """Memory to follow, one for each stream."""
+        return list({array[4]: array for array in arrays if array[2]}.values())
+
+    def _blocks(self, nbytes: int) -> int:
+        return max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
+
+    def _places(self, block: Block) -> list[bytes | None]:
+        group = self._group
+        return block.places_for(group.ranks, group.rank)
+
+    def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
+        """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""
+        number, slots, outcome = begun
+        self._scope.calls[number] = call
+        call.take_over(number, slots, outcome)
+        for error, source in under.told:
+            call.abort(error, source)
+        return Begun(call=call)
+
+
+class DispatchRepeat(_Repeat):
+    def __init__(self, call: QuickDispatch, text: str, rows: int, assignments: int) -> None:
+        super().__init__(call)
+        tokens, group, placed = call._tokens, self._group, call._placed
+        self._text, self._header, self._placed = text, call._header, placed
+        self._count, self._hidden, self._itemsize = tokens.rows, tokens.hidden, tokens.itemsize
+        self._width, self._nbytes = call._width, tokens.nbytes
+        self._shape = call._shape(call._ids)
+        self._choices = math.prod(self._shape)
+        self._kind = tokens.rows, self._shape[1], group.size
+        self._rows, self._assignments = int(_MORE * rows), int(_MORE * assignments)
+        self._room = self._rows * self._width
+        self._slab_size, self._room_size = size_class(self._nbytes), size_class(self._room)
+        self._table_bytes = _core.sum_tables(self._assignments, self._rows, self._count, group.size)[-1]
+        self._table_bytes = size_class(self._table_bytes)
+        self._held = len(placed.held[group.rank])
+        self._local = placed.here(group.rank)
+        self._form = tokens.description[5]
+        self._give = move(0, self._width, {}, 0, 0)
+        self._pull = move(0, self._width, {}, 0, 0)
+        kernels = self._pool.kernels
+        self._way = kernels.context, kernels.stream
+
+    def attempt(
+        self, tokens: Description, ids: Any, weights: Any, where: Any, deadline: float | None
+    ) -> Begun | None:
+        """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
+        pool, streams, address = self._pool, self._streams, tokens[1]
+        slab: Block | None = None
+        kit = Kit.taken(pool, self._kind, self._shape, self._rows)
+        try:
+            slab = pool.take_sized(self._slab_size, streams)
+            places = self._places(slab)
+            lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
+            tables = Tables.of_bytes(pool, self._table_bytes)
+            region = slab.region
+            slots = self._slots()
+        except Exception:  # as the usual call finds out, and says
+            if slab is not None:
+                pool.give_back(slab)
+            pool.give_back_kit(self._kind, kit)
+            return None
+        give, at, nbytes = bytearray(self._give), _RUNS_AT, self._nbytes
+        _RUN.pack_into(give, at, slab.address, address)
+        _WORD.pack_into(give, at + 16, nbytes)
+        if type(ids) is tuple:
+            at += 24
+            _RUN.pack_into(give, at, kit.ids.address, ids[1])
+            _WORD.pack_into(give, at + 16, ids[2])
+            nbytes += ids[2]
+            shown = kit.seen_ids
+        else:
+            shown = ids
+        if type(weights) is tuple:
+            at += 24
+            _RUN.pack_into(give, at, kit.weights.address, weights[1])
+            _WORD.pack_into(give, at + 16, weights[2])
+            nbytes += weights[2]
+            factors = kit.seen_weights
+        else:
+            factors = kit.ones if weights is None else weights
+        after = [one for one in (weights, ids) if type(one) is tuple]
+        after.append(tokens)
+        given = self._entries[0], bytes(give), nbytes, after
+        pull = bytearray(self._pull)
+        _WORD.pack_into(pull, 8 * self._group.rank, address)
+        _WORD.pack_into(pull, 8 * MOST_RANKS, lease.address)
+        _WORD.pack_into(pull, 8 * MOST_RANKS + 8, kit.moves.address)
+        whole = new_part(self._choices)
+        number, under = self._begin(deadline)
+        outcome: Any
+        try:
+            outcome = self._native.dispatch(
+                self._engine,
+                number << TAG_BITS | HEAD_TAG,
+                self._header,
+                min(self._scope.calls) - 1,
+                -1.0 if deadline is None else deadline,
+                device_quick.LINGER_S,
+                (given[0], self._blocks(nbytes), THREADS, given[1], self._behind(*after), nbytes),
+                shown,
+                factors,
+                self._count,
+                self._placed.owner,
+                region,
+                self._nbytes,
+                places,
+                slots,
+                whole,
+                (given[0], self._setting.sm_budget, THREADS, bytes(pull), (), 0),
+                _COUNT_AT,
+                PIECE_BYTES,
+                self._width,
+                self._room,
+                kit.moves.bytes,
+                self._local,
+                self._held,
+                tables.bytes,
+                (*self._way, tables.address),
+            )
+        except BaseException as error:
+            outcome = error
+        if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-2:] != (None, True):
+            setting = self._setting._replace(deadline=deadline)
+            matrix = Matrix(tokens, "tokens")
+            call = QuickDispatch(self._scope, setting, self._text, matrix, where, ids, weights)
+            call.take_memory(kit, slab, lease, self._room, tables, given, whole)
+            return self._hand_over(call, (number, slots, outcome), under)
+        _, rows, assignments, _, ended, total, count, lists, _, _ = outcome
+        turn = self._ended(number, slots, slab, ended)
+        pool.give_back_kit(self._kind, kit)
+        size = self._group.size
+        tables.resize(count, total, self._count, size)
+        found = Listed(lists, size, self._held, total, count)
+        shape = total, self._hidden
+        came = array_over(lease, pool.device, self._form, shape, self._itemsize)
+        parts = Routed(whole, rows, assignments)
+        more = where, parts, self._count, came, found, tables
+        return Begun(Dispatched(self._group, number, *more), turn=turn)
+
+
+class CombineRepeat(_Repeat):
+    def __init__(self, call: QuickCombine, text: str) -> None:
+        super().__init__(call)
+        self._text, self._hidden = text, call._outputs.hidden
+        self._wire, self._result = call._wire, call._result
+        self._row, self._alignment = call._row, call._alignment
+        self._form = form_of(call._result)
+        self._itemsize = itemsize_in(self._form)
+
+    def attempt(
+        self, outputs: Description, dispatched: Dispatched, out: Description | None, deadline: float | None
+    ) -> Begun | None:
+        """Make a combine, or as much of it as goes at once. None: nothing was begun."""
+        pool, streams, group, hidden = self._pool, self._streams, self._group, self._hidden
+        rank, size, count, sent = group.rank, group.size, dispatched._count, dispatched._sent
+        found, tables, path = dispatched._found, dispatched._tables, self._setting.path
+        nbytes = count * hidden * self._itemsize
+        fits = outputs[6][0] == found.count and (out is None or out[6] == (count, hidden))
+        if tables is None or tables.device != pool.device or not (fits and nbytes and type(sent) is Routed):
+            return None
+        begins: list[int] = found.begins()
+        travels, own = begins[-1] * self._row, begins[rank + 1] - begins[rank]
+        if not kernels_may_read(path, travels):
+            return None
+        address = outputs[1]
+        if out is not None and address < out[1] + out[2] and out[1] < address + outputs[2]:
+            return None
+        slab: Block | None = None
+        lease: Lease | None = None
+        region, places = 0, self._nowhere
+        try:
+            if own != begins[-1]:
+                slab = pool.take(travels, streams)
+                region, places = slab.region, self._places(slab)
+            if out is None:
+                lease = Lease(pool, pool.take(nbytes, streams), streams)
+            slots = self._slots()
+        except Exception:
+            if slab is not None:
+                pool.give_back(slab)
+            return None
+        target = lease.address if lease is not None else out[1]  # type: ignore[index]
+        straight = hidden % 8 == 0 and address % 16 == 0
+        after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
+        behind = self._behind(*after)
+        given: Kernel | None = None
+        give: Any = None  # the same as the extension takes it
+        if slab is not None:
+            counts = begins[rank], own, begins[-1], hidden, int(straight), 0
+            argument = _WEIGH.pack(address, *tables.of_terms, slab.address, *counts)
+            given = self._entries[0], argument, outputs[2], after
+            give = self._entries[0], self._blocks(outputs[2]), THREADS, argument, behind, outputs[2]
+        argument = of_adding(
+            (target, tables.parts, address, *tables.of_terms),
+            (begins[rank], size, rank, count, hidden, int(straight and target % 16 == 0)),
+        )
+        moved = nbytes * size
+        add = self._entries[1], self._blocks(moved), THREADS, argument, behind if give is None else (), moved
+        number, under = self._begin(deadline)
+        text = f"combine of dispatch {dispatched._number}: {self._text}"
+        head = header(text + " on GPUs")
+        outcome: Any
+        try:
+            outcome = self._native.combine(
+                self._engine,
+                number << TAG_BITS | HEAD_TAG,
+                head,
+                -1.0 if deadline is None else deadline,
+                device_quick.LINGER_S,
+                give,
+                _core.sum_messages(
+                    found.starts, self._row, rank, head, min(self._scope.calls) - 1, region, places
+                ),
+                slots,
+                [last - first for first, last in pairwise(sent.rows)],
+                self._row,
+                self._alignment,
+                add,
+            )
+        except BaseException as error:
+            outcome = error
+        if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-1] is not None:
+            into = None if out is None else Matrix(out, "out")
+            setting = self._setting._replace(deadline=deadline)
+            matrix = Matrix(outputs, "outputs")
+            call = QuickCombine(
+                self._scope, setting, text, matrix, dispatched, self._wire, into, self._result
+            )
+            call.take_memory(slab, lease, target, given, after)
+            return self._hand_over(call, (number, slots, outcome), under)
+        turn = self._ended(number, slots, slab, outcome[2])
+        result = None
+        if lease is not None:
+            result = array_over(lease, pool.device, self._form, (count, hidden), self._itemsize)
+        return Begun(result, turn=turn)
+
+    @property
+    def _nowhere(self) -> list[bytes | None]:
+        return [None] * self._group.size

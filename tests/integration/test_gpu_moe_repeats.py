@@ -1,0 +1,166 @@
+"""Dispatch and combine that are like those before, where something about them has changed, or goes wrong."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import numpy as np
+import pytest
+from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu
+from harness import all_call, until, world
+
+import aiocomm
+from aiocomm.collectives.kernels import Scratch
+from aiocomm.moe import device_quick
+from aiocomm.moe.memory import Lease, Pool, Tables
+
+if TYPE_CHECKING:
+    from fakes import simulated
+    from fakes.gpu import Driver
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu", "images")]
+
+
+def _repeats(comm: aiocomm.Communicator) -> int:
+    scope, _ = comm._members()._expert_scope(None)
+    return sum(len(pool.repeats) for pool in scope.pools.values())
+
+
+async def _like(comm: aiocomm.Communicator, ready: dict[int, bool], **options: Any) -> None:
+    """Calls, until all ranks would repeat the next one."""
+    while not ready.get(0) or not ready.get(1):
+        await layer(comm, 21, 16, **options)
+        ready[comm.rank] = _repeats(comm) >= 2
+        await comm.barrier()
+
+
+@pytest.fixture
+def backends(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("calls repeat on asyncio's loops")
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("linger_s", [0.0, 1e-3])
+async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float) -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            await _like(comm, ready)
+            monkeypatch.setattr(device_quick, "LINGER_S", linger_s)
+            for dtype, tokens, hidden in (
+                (np.float16, 21, 16),
+                (np.float32, 21, 24),
+                (np.float32, 22, 16),
+                (np.float32, 21, 16),
+            ):
+                await layer(comm, tokens, hidden, dtype)
+            await layer(comm, 21, 16, ids_on_gpu=False)
+            await layer(comm, 21, 16, sm_budget=2)
+            await layer(comm, 21, 16, placement=[1, 0] * (EXPERTS // 2))
+            await layer(comm, 21, 16, deadline=100.0)
+
+        await all_call(members, rank)
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("entry", ["cuLaunchKernel", "freed"])
+async def test_what_one_rank_cannot_do(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
+    """No rank gets a result, and the next call is fine."""
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            await _like(comm, ready)
+            x, ids, weights = batch(comm.rank, 21, 16)
+            given = on_gpu(comm.rank, x)
+            small = on_gpu(comm.rank, ids), on_gpu(comm.rank, weights)
+            await comm.barrier()
+            if comm.rank == 1 and entry == "freed":
+                given.close()
+            if comm.rank == 1 and entry != "freed":
+                simulator.fail(entry, 1)
+            await comm.barrier()
+            with pytest.raises((aiocomm.LinkError, aiocomm.TransferCancelled, aiocomm.UsageError)):
+                await comm.dispatch(given, *small, experts=EXPERTS)
+            await comm.barrier()
+            for _ in range(3):
+                await layer(comm, 21, 16)
+
+        await all_call(members, rank)
+
+
+@pytest.mark.usefixtures("backends")
+async def test_cancelled() -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        scope = anyio.CancelScope()
+
+        async def first(comm: aiocomm.Communicator) -> None:
+            x, ids, weights = (on_gpu(comm.rank, one) for one in batch(comm.rank, 21, 16))
+            with scope:
+                await comm.dispatch(x, ids, weights, experts=EXPERTS)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(first, members[0])
+            calls = members[0]._members()._expert_scope(None)[0].calls
+            await until(lambda: calls)
+            scope.cancel()
+        assert scope.cancelled_caught
+        x, ids, weights = (on_gpu(1, one) for one in batch(1, 21, 16))
+        with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
+            await members[1].dispatch(x, ids, weights, experts=EXPERTS)
+        await all_call(members, lambda comm: layer(comm, 21, 16))
+
+
+@pytest.mark.usefixtures("backends")
+async def test_a_rank_is_lost() -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        x, ids, weights = batch(0, 21, 16)
+        tokens = tuple(np.flatnonzero((ids >= EXPERTS // 2).any(1)).tolist())
+        given = [on_gpu(0, one) for one in (x, ids, weights)]
+        await members[1].aclose()
+        with pytest.raises(aiocomm.ExpertsLostError) as caught:
+            await members[0].dispatch(*given, experts=EXPERTS)
+        assert caught.value.tokens == tokens
+        assert caught.value.experts == tuple(range(EXPERTS // 2, EXPERTS))
+
+
+class _Knot:
+    """Found by the collector of cycles alone."""
+
+    def __init__(self, *held: Any) -> None:
+        self.held = held, self
+
+
+async def test_memory_that_the_collector_finds_is_not_used_after_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    end = Scratch.__del__
+    monkeypatch.setattr(Scratch, "__del__", lambda memory: (ended.append(memory.address), end(memory)))
+    async with world(1, links=LINKS) as (comm,):
+        pool = Pool(comm._engine, 0)
+        block = pool.take(1, frozenset())
+        tables = Tables.of_bytes(pool, 1)
+        used = {block.address, tables.address}
+        _Knot(Lease(pool, block, frozenset()), block, tables, tables._block)
+        del block, tables
+        gc.collect()
+        again = pool.take(1, frozenset()), Tables.of_bytes(pool, 1)
+        assert {one.address for one in again} == used
+        assert not used & set(ended)
+        kept = Lease(pool, again[0], frozenset())
+        pool.close()
+        del again
+        gc.collect()
+        assert kept.address not in ended, "an array may be over it yet"
+        address = kept.address
+        del kept
+        assert address in ended
