@@ -115,9 +115,9 @@ class ExpertCalls {
 nb::object given(Self self, const std::optional<KernelTuple>& kernel, const nb::tuple& home, int peer,
                  uint32_t channel, uint64_t deadline_ns, uint64_t until) {
   if (!kernel) return nb::none();
-  Launch launch(*self.p, *kernel, home);
+  Launch launch(self, *kernel, home);
   launch.submit(peer, channel, deadline_ns);
-  return launch.look(until) ? nb::none() : launch.transfer(self);
+  return launch.look(until) ? nb::none() : launch.transfer();
 }
 
 // The lists of an arrangement, one after the other.
@@ -172,12 +172,12 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   if (!routed) return nb::make_tuple(int{kRefused});
   auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
-  Swap swap(e, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
+  Swap swap(self, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
   swap.look(until);
   mark(e);
-  nb::list left = swap.left(self);
+  nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
   Heads heads;
   if (nb::len(left) || !read(slots, header, heads)) return swapped;
@@ -204,7 +204,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   std::get<5>(pull) = total * width;
   std::get<1>(pull) = static_cast<uint32_t>(
       std::clamp<uint64_t>((total * width + piece - 1) / piece, 1, std::max(1u, std::get<1>(pull))));
-  Launch launch(e, pull, home_);
+  Launch launch(self, pull, home_);
   const uint64_t entries = total;
   std::memcpy(launch.kernel().argument.data() + count_at, &entries, sizeof entries);
   for (size_t peer = 0; peer < n; ++peer)
@@ -226,7 +226,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
     fine = false;
   }
   mark(e);
-  pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  pending = launch.look(until) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
@@ -244,8 +244,8 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  Launch launch(e, add, home_);  // throws before anything is sent
-  Swap swap(e, ranks_, me_, messages, slots, slot_bytes_);
+  Launch launch(self, add, home_);  // throws before anything is sent
+  Swap swap(self, ranks_, me_, messages, slots, slot_bytes_);
   nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
   if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
   mark(e);
@@ -253,7 +253,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   mark(e);
   swap.look(until);
   mark(e);
-  nb::list left = swap.left(self);
+  nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
   if (nb::len(left) || !read(slots, header, heads)) return swapped;
@@ -267,7 +267,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   }
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
-  pending = launch.look(until) ? nb::none() : launch.transfer(self);
+  pending = launch.look(until) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }

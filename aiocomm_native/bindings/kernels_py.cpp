@@ -54,12 +54,12 @@ std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t block
                                     const std::vector<FarTuple>& far, int peer, uint32_t channel,
                                     uint64_t nbytes, double deadline, double seconds) {
   PyEngine& e = *self.p;
-  Launch launch(e, {function, blocks, threads, argument, after, nbytes}, home);
+  Launch launch(self, {function, blocks, threads, argument, after, nbytes}, home);
   for (const FarTuple& one : far) launch.kernel().far.push_back(far_of(one, argument.size()));
   launch.submit(peer, channel, deadline_of(e, deadline));
   if (seconds > 0 && launch.look(e.engine->now() + static_cast<uint64_t>(seconds * 1e9)))
     return {nb::none(), launch.waits()};
-  nb::object transfer = launch.transfer(self);
+  nb::object transfer = launch.transfer();
   if (!e.after_submit()) throw nb::python_error();
   return {std::move(transfer), launch.waits()};
 }
@@ -69,10 +69,10 @@ nb::object swap_heads(Self self, uint32_t channel, int64_t tag, size_t me, const
                       double seconds) {
   PyEngine& e = *self.p;
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::none();
-  Swap swap(e, ranks, me, messages, slots, slot_bytes);
+  Swap swap(self, ranks, me, messages, slots, slot_bytes);
   swap.post(channel, tag, deadline_of(e, deadline));
   swap.look(e.engine->now() + static_cast<uint64_t>(seconds * 1e9));
-  return swap.left(self);
+  return swap.left();
 }
 
 // Ordinal of the GPU whose memory this is.

@@ -41,7 +41,19 @@ uint64_t deadline_of(PyEngine& e, double seconds) {
   return seconds >= 0 ? e.engine->now() + static_cast<uint64_t>(seconds * 1e9) + 1 : 0;
 }
 
-Launch::Launch(PyEngine& e, const KernelTuple& from, const nb::tuple& home) : e_(e) {
+void disown(nb::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* keep) noexcept {
+  if (!flight.op) return;
+  if (flight.ended) return self.p->engine->release(std::exchange(flight.op, nullptr));
+  try {
+    as_transfer(self, flight, keep).attr("cancel")();
+  } catch (nb::python_error& error) {
+    error.discard_as_unraisable(self.h);
+  }
+}
+
+Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nb::tuple& home)
+    : self_(self), e_(*self.p) {
+  PyEngine& e = e_;
   const auto& [function, blocks, threads, argument, after, nbytes] = from;
   if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
   nbytes_ = nbytes;
@@ -91,13 +103,10 @@ bool Launch::look(uint64_t until_ns) {
   return true;
 }
 
-nb::object Launch::transfer(nb::pointer_and_handle<PyEngine> self) {
-  return as_transfer(self, flight_, kept_.ptr());
-}
-
-Swap::Swap(PyEngine& e, const std::vector<int>& ranks, size_t me, nb::list messages, nb::object slots,
-           uint64_t slot_bytes)
-    : e_(e),
+Swap::Swap(nb::pointer_and_handle<PyEngine> self, const std::vector<int>& ranks, size_t me, nb::list messages,
+           nb::object slots, uint64_t slot_bytes)
+    : self_(self),
+      e_(*self.p),
       ranks_(ranks),
       me_(me),
       slot_bytes_(slot_bytes),
@@ -105,6 +114,7 @@ Swap::Swap(PyEngine& e, const std::vector<int>& ranks, size_t me, nb::list messa
       slots_(std::move(slots)),
       given_(ranks.size()),
       flights_(2 * ranks.size()) {
+  kept_ = nb::make_tuple(messages_, slots_);
   const size_t n = ranks.size();
   if (nb::len(messages) != n || !into_.borrow(slots_.ptr(), true) || into_.nbytes / n < slot_bytes)
     throw nb::value_error("slots or messages that do not fit");
@@ -148,16 +158,19 @@ void Swap::look(uint64_t until_ns) {
   });
 }
 
-nb::list Swap::left(nb::pointer_and_handle<PyEngine> self) {
+Swap::~Swap() {
+  for (SilentOp& flight : flights_) disown(self_, flight, kept_.ptr());
+}
+
+nb::list Swap::left() {
   nb::list left;
-  const nb::object kept = nb::make_tuple(messages_, slots_);
   for (size_t key = 0; key < flights_.size(); ++key) {
     SilentOp& flight = flights_[key];
     if (!flight.op) continue;
     if (ended_well(flight))
       e_.engine->release(std::exchange(flight.op, nullptr));
     else
-      left.append(nb::make_tuple(key, as_transfer(self, flight, kept.ptr())));
+      left.append(nb::make_tuple(key, as_transfer(self_, flight, kept_.ptr())));
   }
   return left;
 }

@@ -15,6 +15,10 @@
 
 namespace aiocomm::py {
 
+// Hands an operation that is under way over to a transfer that nobody has, and cancels it; of one that has ended, nothing is
+// left. For what is given up in the middle, by an exception: whatever it was given is kept until its end.
+void disown(nanobind::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* keep) noexcept;
+
 // Function, blocks, threads, argument, memory behind the work on whose streams it runs, bytes.
 using KernelTuple =
     std::tuple<uint64_t, uint32_t, uint32_t, nanobind::bytes, std::vector<nanobind::tuple>, uint64_t>;
@@ -26,7 +30,8 @@ void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint
 class Launch {
  public:
   // On the GPU of `home`. Throws where it cannot be launched at all.
-  Launch(PyEngine& e, const KernelTuple& from, const nanobind::tuple& home);
+  Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nanobind::tuple& home);
+  ~Launch() { disown(self_, flight_, kept_.ptr()); }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
@@ -35,9 +40,10 @@ class Launch {
   void submit(int peer, uint32_t channel, uint64_t deadline_ns);
   // Looks for its end, for less long where it waits for work of others. True: it has ended well, and is done with.
   bool look(uint64_t until_ns);
-  nanobind::object transfer(nanobind::pointer_and_handle<PyEngine> self);
+  nanobind::object transfer() { return as_transfer(self_, flight_, kept_.ptr()); }
 
  private:
+  const nanobind::pointer_and_handle<PyEngine> self_;
   PyEngine& e_;
   std::unique_ptr<DeviceBuffer> gpu_;
   nanobind::list kept_;
@@ -48,19 +54,23 @@ class Launch {
 
 class Swap {
  public:
-  Swap(PyEngine& e, const std::vector<int>& ranks, size_t me, nanobind::list messages, nanobind::object slots,
-       uint64_t slot_bytes);
+  Swap(nanobind::pointer_and_handle<PyEngine> self, const std::vector<int>& ranks, size_t me,
+       nanobind::list messages, nanobind::object slots, uint64_t slot_bytes);
+  Swap(const Swap&) = delete;
+  Swap& operator=(const Swap&) = delete;
+  ~Swap();
   void post(uint32_t channel, int64_t tag, uint64_t deadline_ns);
   void look(uint64_t until_ns);
   // What has not ended, or not well: (receives by rank, sends from the number of ranks on; the transfer). The rest is done with.
-  nanobind::list left(nanobind::pointer_and_handle<PyEngine> self);
+  nanobind::list left();
 
  private:
+  const nanobind::pointer_and_handle<PyEngine> self_;
   PyEngine& e_;
   const std::vector<int>& ranks_;
   const size_t me_;
   const uint64_t slot_bytes_;
-  nanobind::object messages_, slots_;
+  nanobind::object messages_, slots_, kept_;
   Lent into_;
   std::vector<std::pair<char*, Py_ssize_t>> given_;
   std::vector<SilentOp> flights_;
