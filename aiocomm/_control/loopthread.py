@@ -28,9 +28,8 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
-        self.ended: concurrent.futures.Future[None] = (
-            concurrent.futures.Future()
-        )  # and has given back what it had
+        # When the thread has ended and given back what it had.
+        self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # so that a cancelled wait does not break it off
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
