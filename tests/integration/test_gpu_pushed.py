@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, driver
+from gpu_gathers import LINKS, block, gather_all, gathered, on_gpu
 from harness import all_call, given_up_halfway, world
 
 import aiocomm
@@ -18,7 +18,6 @@ from aiocomm.collectives import device_shared
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
-LINKS = ("shm", "cuda")
 MIB = 1 << 20
 
 
@@ -26,25 +25,6 @@ MIB = 1 << 20
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks wait for each other, however slow the machine is."""
     monkeypatch.setattr(device_shared, "STAYS_S", 20.0)
-
-
-def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:
-    return DeviceArray(values.shape, values.dtype, device=rank % driver().count, **how).write(values)
-
-
-def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng((rank, turn)).integers(0, 256, count).astype("u1")
-
-
-def gathered(size: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.concatenate([block(rank, turn, count) for rank in range(size)])
-
-
-async def gather_all(comm: aiocomm.Communicator, turn: int, count: int, **how: Any) -> None:
-    """An all_gather that must succeed."""
-    out = on_gpu(comm.rank, np.zeros(comm.size * count, "u1"))
-    await comm.all_gather(out, on_gpu(comm.rank, block(comm.rank, turn, count)), **how)
-    assert np.array_equal(out.numpy(), gathered(comm.size, turn, count))
 
 
 def ways(comm: aiocomm.Communicator) -> dict[str, int]:
@@ -192,7 +172,6 @@ async def test_between_processes(
 
     async def work(comm: aiocomm.Communicator) -> None:
         import numpy as np
-        from fakes.gpu import DeviceArray, driver
 
         from aiocomm.collectives import device_shared
 
@@ -223,7 +202,7 @@ async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: s
 
     async def work(comm: aiocomm.Communicator) -> None:
         import numpy as np
-        from fakes.gpu import DeviceArray, Stream, driver
+        from fakes.gpu import Stream
 
         from aiocomm.collectives import device_shared
 

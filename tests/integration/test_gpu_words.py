@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Stream, driver
+from gpu_gathers import LINKS, block, gather_all, gathered, on_gpu
 from harness import all_call, until, world
 
 import aiocomm
@@ -23,32 +24,11 @@ from aiocomm.collectives import device_shared
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 
-LINKS = ("shm", "cuda")
-
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks wait for each other, however slow the machine is."""
     monkeypatch.setattr(device_shared, "STAYS_S", 20.0)
-
-
-def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:
-    return DeviceArray(values.shape, values.dtype, device=rank % driver().count, **how).write(values)
-
-
-def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng((rank, turn)).integers(0, 256, count).astype("u1")
-
-
-def gathered(size: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.concatenate([block(rank, turn, count) for rank in range(size)])
-
-
-async def gather_all(comm: aiocomm.Communicator, turn: int, count: int, **how: Any) -> None:
-    """An all_gather that must succeed."""
-    out = on_gpu(comm.rank, np.zeros(comm.size * count, "u1"))
-    await comm.all_gather(out, on_gpu(comm.rank, block(comm.rank, turn, count)), **how)
-    assert np.array_equal(out.numpy(), gathered(comm.size, turn, count))
 
 
 def arenas() -> int:
