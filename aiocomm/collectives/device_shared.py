@@ -211,8 +211,8 @@ class DeviceFlight(ArenaFlight):
                         self._watch_others()
                 else:
                     raise await self._why_broken()
-                self._raise_wrong()
                 self._result = self._device.proceed(self._engine, self._late())
+                self._raise_unless_done()
         except BaseException as error:
             self._call.forget_late()
             device = self._call.begun

@@ -214,6 +214,11 @@ class ArenaFlight(Flight):
         if self._late() and self._result != OPEN:  # else the messages say who has not called
             raise self._explained(DeadlineExceeded("not done in time"))
 
+    def _raise_unless_done(self) -> None:
+        """Who has done its part may leave before this rank has seen that."""
+        if self._result > TURN:
+            self._raise_wrong()
+
     def _late(self) -> bool:
         return self._ends is not None and time.monotonic() > self._ends
 
@@ -308,11 +313,11 @@ class SharedFlight(ArenaFlight):
                     if stuck_s > _WATCH_S and not watched:
                         watched = True
                         self._watch_others()
-                self._raise_wrong()
                 if self._native.moved > _THREAD_BYTES and self._result != OPEN:
                     self._result = await anyio.to_thread.run_sync(self._native.proceed, _THREAD_S)
                 else:
                     self._result = self._native.proceed(_TURN_S)
+                self._raise_unless_done()
         except BaseException as error:
             left = self._native.abandon()
             try:
