@@ -46,11 +46,8 @@ __all__ = ["Begun", "CombineRepeat", "DispatchRepeat"]
 
 ExpertCalls = _core.ExpertCalls
 _COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
-_RUNS_AT: Final = 8 * (MOST_RANKS + 4)  # likewise what is copied beside rows
 _MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
 _WEIGH: Final = struct.Struct(WEIGH)
-_WORD: Final = struct.Struct("<Q")
-_RUN: Final = struct.Struct("<2Q")  # to, from
 
 
 class Begun:
@@ -164,8 +161,6 @@ class DispatchRepeat(_Repeat):
         self._held = len(placed.held[group.rank])
         self._local = placed.here(group.rank)
         self._form = tokens.description[5]
-        self._give = move(0, self._width, {}, 0, 0)
-        self._pull = move(0, self._width, {}, 0, 0)
         kernels = self._pool.kernels
         self._way = kernels.context, kernels.stream
 
@@ -188,32 +183,19 @@ class DispatchRepeat(_Repeat):
                 pool.give_back(slab)
             pool.give_back_kit(self._kind, kit)
             return None
-        give, at, nbytes = bytearray(self._give), _RUNS_AT, self._nbytes
-        _RUN.pack_into(give, at, slab.address, address)
-        _WORD.pack_into(give, at + 16, nbytes)
-        if type(ids) is tuple:
-            at += 24
-            _RUN.pack_into(give, at, kit.ids.address, ids[1])
-            _WORD.pack_into(give, at + 16, ids[2])
-            nbytes += ids[2]
-            shown = kit.seen_ids
-        else:
-            shown = ids
-        if type(weights) is tuple:
-            at += 24
-            _RUN.pack_into(give, at, kit.weights.address, weights[1])
-            _WORD.pack_into(give, at + 16, weights[2])
-            nbytes += weights[2]
-            factors = kit.seen_weights
-        else:
-            factors = kit.ones if weights is None else weights
-        after = [one for one in (weights, ids) if type(one) is tuple]
-        after.append(tokens)
-        given = self._entries[0], bytes(give), nbytes, after
-        pull = bytearray(self._pull)
-        _WORD.pack_into(pull, 8 * self._group.rank, address)
-        _WORD.pack_into(pull, 8 * MOST_RANKS, lease.address)
-        _WORD.pack_into(pull, 8 * MOST_RANKS + 8, kit.moves.address)
+        runs, after, small = [(slab.address, address, self._nbytes)], [tokens], []
+        for array, memory, seen in ((ids, kit.ids, kit.seen_ids), (weights, kit.weights, kit.seen_weights)):
+            if type(array) is tuple:
+                runs.append((memory.address, array[1], array[2]))
+                after.insert(0, array)
+                array = seen
+            small.append(array)
+        shown, factors = small
+        if factors is None:
+            factors = kit.ones
+        nbytes = sum(run[2] for run in runs)
+        given = self._entries[0], move(0, self._width, {}, 0, 0, runs), nbytes, after
+        pull = move(lease.address, self._width, {self._group.rank: address}, kit.moves.address, 0)
         whole = new_part(self._choices)
         number, under = self._begin(deadline)
         outcome: Any
@@ -235,7 +217,7 @@ class DispatchRepeat(_Repeat):
                 places,
                 slots,
                 whole,
-                (given[0], self._setting.sm_budget, THREADS, bytes(pull), (), 0),
+                (given[0], self._setting.sm_budget, THREADS, pull, (), 0),
                 _COUNT_AT,
                 PIECE_BYTES,
                 self._width,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio.to_thread
 import numpy as np
@@ -13,7 +13,7 @@ from aiocomm.pages.planner import alike, one_pair, page_list
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Ranges", "plan_ranges", "plan_rows", "ranges_of", "rows_of"]
+__all__ = ["ENTRY_BYTES", "Ranges", "plan_ranges", "plan_rows", "ranges_of"]
 
+T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
 _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
-_ENTRY: Final = 16  # bytes of a range in a list
+ENTRY_BYTES: Final = 16  # bytes of a range in a list
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
 
 
@@ -70,33 +71,36 @@ async def plan_ranges(
     Raises:
         UsageError: as for `plan`.
     """
-    from_, to = page_list(give), page_list(take)
-    source, target = alike(source, target)
-    if (found := _kept[at_target].find(source, from_, target, to)) is not None:
-        return found
-    if len(from_) + len(to) <= _INLINE:
-        return ranges_of(source, from_, target, to, at_target)
-    return await anyio.to_thread.run_sync(ranges_of, source, from_, target, to, at_target)
+    return await _planned(_kept[at_target], ranges_of, source, give, target, take, at_target)
 
 
 async def plan_rows(
     source: Layout, give: Sequence[int] | Integers, target: Layout, take: Sequence[int] | Integers
 ) -> _core.Rows:
     """Plan for engines that take rows, as `plan_ranges`."""
+    return await _planned(_kept_rows, _rows_of, source, give, target, take)
+
+
+async def _planned(
+    kept: PlanCache[T],
+    work: Callable[..., T],
+    source: Layout,
+    give: Sequence[int] | Integers,
+    target: Layout,
+    take: Sequence[int] | Integers,
+    *more: bool,
+) -> T:
+    """A plan that is kept, or is made, on another thread where that takes longer than handing it over."""
     from_, to = page_list(give), page_list(take)
     source, target = alike(source, target)
-    if (found := _kept_rows.find(source, from_, target, to)) is not None:
+    if (found := kept.find(source, from_, target, to)) is not None:
         return found
     if len(from_) + len(to) <= _INLINE:
-        return rows_of(source, from_, target, to)
-    return await anyio.to_thread.run_sync(rows_of, source, from_, target, to)
+        return work(source, from_, target, to, *more)
+    return await anyio.to_thread.run_sync(work, source, from_, target, to, *more)
 
 
-def rows_of(source: Layout, give: Integers, target: Layout, take: Integers) -> _core.Rows:
-    """See `plan_rows`."""
-    source, target = alike(source, target)
-    if (found := _kept_rows.find(source, give, target, take)) is not None:
-        return found
+def _rows_of(source: Layout, give: Integers, target: Layout, take: Integers) -> _core.Rows:
     copies = one_pair(source, give, target, take)
     found = _core.Rows(
         copies.source,
@@ -132,9 +136,11 @@ def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at
 
 def _groups(nbytes: Integers, most: int | None) -> list[int]:
     """Where a message of small ranges ends, whose list has at most `most` entries."""
+    if not len(nbytes):
+        return [0]
     small = nbytes < _SMALL
-    message = np.cumsum(nbytes + _ENTRY) // _LISTED
+    message = np.cumsum(nbytes + ENTRY_BYTES) // _LISTED
     if most is not None:
         message = message * (len(nbytes) // most + 1) + np.arange(len(nbytes)) // most
     together = small[1:] & small[:-1] & (message[1:] == message[:-1])
-    return [*(0,)[: len(nbytes)], *(np.flatnonzero(~together) + 1).tolist(), len(nbytes)]
+    return [0, *(np.flatnonzero(~together) + 1).tolist(), len(nbytes)]

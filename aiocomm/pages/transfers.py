@@ -27,7 +27,7 @@ from aiocomm.pages.gather import gather_of
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.planner import page_list
-from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
+from aiocomm.pages.ranges import ENTRY_BYTES, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
 from aiocomm_native import _core
 
@@ -239,7 +239,7 @@ def _put_ranges(
             yield mover.put(region, int(ranges.far[start]), data, None, ended)
             continue
         listed = stop - start > 1
-        head = 8 + 16 * (stop - start) if listed else 0
+        head = 8 + ENTRY_BYTES * (stop - start) if listed else 0
         data = mover.staged(head + int(ranges.nbytes[start:stop].sum()))
         _core.pack_rows(ranges.near[first:last], ranges.rows[first:last], local, data[head:])
         done = mover.packed(data, ended)

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <utility>
 
+#include "bindings/held.hpp"
 #include "core/relax.hpp"
 
 using namespace nanobind::literals;
@@ -176,16 +177,6 @@ DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool linge
   const Result result = launch(e);
   return result == kGoing ? run(e, lingers) : result;
 }
-
-namespace {
-struct Held {
-  Held(Mover& of, int device) : mover(of), on(device) { mover.hold(on); }
-  ~Held() { mover.let_go(on); }
-  Held(const Held&) = delete;
-  Mover& mover;
-  const int on;
-};
-}  // namespace
 
 DeviceCall::Result DeviceCall::launch(PyEngine& e) {
   Arena& arena = *meeting_->arena;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "bindings/held.hpp"
+
 namespace nb = nanobind;
 
 namespace aiocomm::py {
@@ -10,19 +12,6 @@ namespace {
 
 constexpr uint64_t kOthersWorkNs =
     100000;  // for which an end is looked for where a kernel waits for work of others
-
-// Has what is submitted meanwhile launched by this thread.
-class Held {
- public:
-  Held(Mover& mover, int device) : mover_(mover), device_(device) { mover_.hold(device_); }
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-  ~Held() { mover_.let_go(device_); }
-
- private:
-  Mover& mover_;
-  const int device_;
-};
 
 }  // namespace
 

@@ -21,10 +21,10 @@ uint8_t Engine::likely_link(Rank rank) {
 }
 
 bool Engine::takes_lists(Rank rank) {
+  const uint8_t likely = likely_link(rank);
   Token token(*this, true);
   Peer* peer = find_peer(rank);
-  if (peer && peer->state == Peer::State::up) return !peer->onesided;
-  return link_names_[links_.size() > 1 && rank != rank_ ? 1 : 0] != "rdma";
+  return peer && peer->state == Peer::State::up ? !peer->onesided : link_names_[likely] != "rdma";
 }
 
 std::string Engine::why_lost(Rank rank) {
