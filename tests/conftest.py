@@ -62,9 +62,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the simulated driver before the first test: that takes a minute once, and counts for no test."""
-    if any({"gpu", "simulated_library"} & set(getattr(item, "fixturenames", ())) for item in session.items):
-        simulated.choose()
+    """What takes long once, before the first test: building the simulated driver, or making real contexts."""
+    wanted = {"gpu", "simulated_library"}
+    if not any(wanted & set(getattr(item, "fixturenames", ())) for item in session.items):
+        return
+    if simulated.choose() is None:
+        for device in range(gpus.driver().count):
+            gpus.driver().use(device)
 
 
 @pytest.fixture

@@ -36,10 +36,10 @@ __all__ = [
     "view",
 ]
 
-_CHAIN_FROM: Final = 1 << 20  # bytes that leave the root of a broadcast, all in
-_LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
-_HOP_BYTES: Final = 3 << 20  # that could move while a rank gets to know that it may pass a chunk on
+_PASSED_ON: Final = 4 << 20  # bytes of a broadcast from which ranks pass chunks on
+_LEAST_CHUNK: Final = 2 << 20  # smaller copies cost the engine more than the overlap gives
 _MOST_CHUNKS: Final = 48
+_LEAST_REDUCED: Final = 4 << 20
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
 _KERNEL_BYTES: Final = 8 << 20  # of two ranks' arrays, up to which few multiprocessors beat the copy engines
@@ -151,23 +151,23 @@ def choose(operation: str, size: int, nbytes: int) -> str:
     """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
-    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
-        return "chain"
+    if operation == "broadcast" and size > 2 and nbytes >= _PASSED_ON:
+        return "scatter_all_gather"
     return "direct"
 
 
 def chunk_bytes(operation: str, block: int, item: int, size: int) -> int:
     """Bytes of the parts into which a block is cut where it is passed on, or reduced.
 
-    Along a chain of `size` ranks, `k` chunks take `k + size - 2` times as long as one, to which a hop adds
-    its own time: the least where `k` is about the root below.
+    What is passed on is cut into as many for each rank but the root: as many bytes as one chunk has follow when
+    the root is through, and each costs the processors some calls of the driver.
     """
-    chunks = _REDUCED_CHUNKS
-    if operation not in _REDUCTIONS:
-        chunks = round(math.sqrt(max(1, size - 2) * block / _HOP_BYTES))
-        chunks = min(max(chunks, 1), _MOST_CHUNKS)
-    wanted = max(block // chunks, min(block, _LEAST_CHUNK), 1)
-    return max(item, wanted // item * item)
+    if operation in _REDUCTIONS:
+        wanted = max(-(-block // _REDUCED_CHUNKS), min(block, _LEAST_REDUCED))
+    else:
+        others = max(1, size - 1)
+        wanted = -(-block // (others * max(1, min(block // _LEAST_CHUNK, _MOST_CHUNKS) // others)))
+    return max(1, -(-wanted // item)) * item
 
 
 def kernels_pay(size: int, nbytes: int, sm_budget: int) -> bool:

@@ -33,7 +33,7 @@ def ways(comm: aiocomm.Communicator) -> dict[str, int]:
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("nbytes", [16 * MIB, 16 * MIB + 3])
-async def test_a_chain_passes_chunks_on(gpu: Driver, size: int, nbytes: int) -> None:
+async def test_chunks_are_passed_on(gpu: Driver, size: int, nbytes: int) -> None:
     async with world(size, links=LINKS, warmup=True) as comms:
 
         async def call(comm: aiocomm.Communicator) -> None:
@@ -43,7 +43,7 @@ async def test_a_chain_passes_chunks_on(gpu: Driver, size: int, nbytes: int) -> 
                 assert np.array_equal(x.numpy(), block(size - 1, turn, nbytes))
 
         await all_call(comms, call)
-        assert ways(comms[0]) == {"broadcast/chain": 1, "broadcast/pushed": 2}
+        assert ways(comms[0]) == {"broadcast/scatter_all_gather": 1, "broadcast/pushed": 2}
 
 
 async def test_on_an_urgent_channel(gpu: Driver) -> None:

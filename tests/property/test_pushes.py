@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ WITHOUT_MESSAGES = {
     ("broadcast", "binomial"),
     ("broadcast", "pipelined"),
     ("broadcast", "chain"),
+    ("broadcast", "scatter_all_gather"),
 }
 
 
@@ -99,6 +101,23 @@ def test_what_goes_on_through_others_is_told_chunk_by_chunk() -> None:
     assert [part.after for part in root] == [(), (), ()]
     assert [part.after for part in middle] == [((0, 1),), ((0, 2),), ((0, 3),)]
     assert [part.moves for part in last] == [()]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 9])
+def test_the_root_sends_once_and_all_ways_are_used_alike(size: int) -> None:
+    chunks = 3 * (size - 1)
+    cases = problems("broadcast", size, 1, [4 * chunks] * size, 4, 1, False)
+    parts = pushes([build("broadcast", "scatter_all_gather", p).steps for p in cases])
+    assert parts is not None
+    to_others = [Counter(move.rank for part in own for move in part.moves) for own in parts]
+    ranks = set(range(size)) - {1}
+    assert to_others[1] == dict.fromkeys(ranks, 3)
+    for rank in ranks:
+        assert to_others[rank] == dict.fromkeys(ranks - {rank}, 3)
+    for rank in ranks if size > 2 else ():  # each as soon as it is there, whatever becomes of the next
+        first = next(number for number, part in enumerate(parts[1]) if part.moves[0].rank == rank)
+        expected = [((1, 1 + first + (size - 1) * turn),) for turn in range(3)]
+        assert [part.after for part in parts[rank]] == expected
 
 
 def test_what_begins_at_once_is_one_part() -> None:
