@@ -24,7 +24,8 @@ def broadcast(p: Problem) -> Schedule:
             steps.append(Send(through, span))
         elif p.rank == through:
             steps.append(Recv(p.root, span))
-            steps += [Send(other, span) for other in others[turn + 1 :] + others[:turn]]
+            odd = len(others) % 2
+            steps += [Send(others[(turn + away * (1 + odd)) % len(others)], span) for away in range(1, len(others))]
         else:
             steps.append(Recv(through, span))
     return Schedule(tuple(steps))

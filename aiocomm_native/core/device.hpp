@@ -177,7 +177,7 @@ struct MoveJob {
   int error = 0;                  // the driver's
   bool early = false;             // loops are woken while it runs: it takes no longer than waking up
   bool local = false;             // within one device: by none of the engines between devices
-  bool joint = false;             // of an op with copies to several devices, one after the other
+  bool joint = false;             // of an op with copies to several devices, which share the streams
   uint32_t part = 0;              // of the op's copies
   bool more = false;              // of those come at once, and tell its end, too
   bool unscheduled = false;       // no scheduler has given it room

@@ -196,7 +196,7 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
       std::memcpy(&job.other, far.place.uuid.data(), sizeof job.other);
       job.cls = chunk.cls;
       job.posted_ns = engine_.now();
-      job.joint = call.parts.size() == 1;  // what is passed on holds up nothing that goes to others
+      job.joint = true;
       job.part = static_cast<uint32_t>(call.begun - 1);
       job.more = end < chunk.offset + chunk.nbytes;
       job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
