@@ -36,10 +36,10 @@ __all__ = [
     "view",
 ]
 
-_PASSED_ON: Final = 4 << 20  # bytes of a broadcast from which ranks pass chunks on
-_LEAST_CHUNK: Final = 2 << 20  # smaller copies cost the engine more than the overlap gives
+_PASSED_ON: Final = 6 << 20  # bytes of a broadcast from which ranks pass chunks on
+_LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
+_GAP_BYTES: Final = 3 << 19  # that could move between one copy and the next
 _MOST_CHUNKS: Final = 48
-_LEAST_REDUCED: Final = 4 << 20
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
 _KERNEL_BYTES: Final = 8 << 20  # of two ranks' arrays, up to which few multiprocessors beat the copy engines
@@ -152,21 +152,23 @@ def choose(operation: str, size: int, nbytes: int) -> str:
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
     if operation == "broadcast" and size > 2 and nbytes >= _PASSED_ON:
-        return "scatter_all_gather"
+        return "chain" if size % 2 else "scatter_all_gather"
     return "direct"
 
 
 def chunk_bytes(operation: str, block: int, item: int, size: int) -> int:
     """Bytes of the parts into which a block is cut where it is passed on, or reduced.
 
-    What is passed on is cut into as many for each rank but the root: as many bytes as one chunk has follow when
-    the root is through, and each costs the processors some calls of the driver.
+    `k` chunks that are passed on take the time of `k + size - 2`, and each costs a gap: the least where `k` is
+    about the root below.
     """
     if operation in _REDUCTIONS:
-        wanted = max(-(-block // _REDUCED_CHUNKS), min(block, _LEAST_REDUCED))
+        wanted = max(-(-block // _REDUCED_CHUNKS), min(block, _LEAST_CHUNK))
     else:
         others = max(1, size - 1)
-        wanted = -(-block // (others * max(1, min(block // _LEAST_CHUNK, _MOST_CHUNKS) // others)))
+        chunks = round(math.sqrt(max(1, size - 2) * block / _GAP_BYTES))
+        chunks = min(chunks, block // _LEAST_CHUNK, _MOST_CHUNKS)
+        wanted = -(-block // (others * max(1, round(chunks / others))))
     return max(1, -(-wanted // item)) * item
 
 

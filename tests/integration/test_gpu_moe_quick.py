@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import Driver, Stream
-from fakes.simulated import Simulator
 from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
 from harness import all_call, world
 
@@ -222,7 +221,7 @@ async def test_more_comes_than_before() -> None:
         await all_call(members, rank)
 
 
-async def test_a_stream_that_is_gone(simulator: Simulator) -> None:
+async def test_a_stream_that_is_gone(simulator: simulated.Simulator) -> None:
     """Refused on all ranks, also where calls before were like this one. NVIDIA's driver may crash instead."""
     async with world(2, links=LINKS, warmup=True) as members:
 

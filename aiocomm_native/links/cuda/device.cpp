@@ -95,6 +95,7 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     std::memset(words, 0, kWords * sizeof(uint32_t));
     words_ = static_cast<volatile uint32_t*>(words);
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
+    aside_.use(words_ + kStreams * kLine, words_at_ + kStreams * kLine * sizeof(uint32_t));
     for (size_t i = 0; i < kKernels; ++i)
       check(driver.cuStreamCreateWithPriority(&streams_[i].handle, CU_STREAM_NON_BLOCKING, 0),
             "make a stream");
@@ -127,7 +128,9 @@ std::function<void()> Device::give_up() {
   for (size_t i = 0; i < kStreams; ++i) streams[i] = std::exchange(streams_[i].handle, nullptr);
   auto tables = std::make_shared<RowCopies>(std::move(row_copies_));
   std::lock_guard lock(gate_mutex_);
-  return [&driver = driver, streams, tables, words = std::exchange(words_, nullptr)] {
+  return [&driver = driver, streams, tables, aside = aside_.give_up(driver),
+          words = std::exchange(words_, nullptr)] {
+    aside();
     for (CUstream stream : streams)
       if (stream) driver.cuStreamDestroy(stream);
     if (words) driver.cuMemFreeHost(const_cast<uint32_t*>(words));
@@ -334,10 +337,12 @@ bool Device::issue(bool by_thread) {
     stream.inflight.emplace_back(++stream.issued, job);
     if (!by_thread) add(small.by_loop, 1);
     if (early && !first) early_.push_back(job.op);
-    if (job.nbytes >= (job.joint ? kTellInOrder : kTellFrom))
-      send_joined(), tell(stream, by_thread);
-    else if (!job.more)
+    if (job.nbytes >= (job.joint ? kTellInOrder : kTellFrom)) {
+      send_joined();
+      if (index != 0 || !job.joint || job.last || !tell_aside(stream, by_thread)) tell(stream, by_thread);
+    } else if (!job.more) {
       touched |= static_cast<uint16_t>(1u << index);
+    }
     if (job.rows) break;  // which takes the driver long: what has ended meanwhile is told before the next
   }
   send_joined();
@@ -393,6 +398,14 @@ void Device::tell(Stream& stream, bool by_thread) {
   }
 }
 
+// The same where more is to follow at once, by another stream. False: it cannot be done so, here and now.
+bool Device::tell_aside(Stream& stream, bool by_thread) {
+  if (!by_thread && !aside_.made()) return false;
+  if (aside_.tell(driver, stream.handle, stream.issued) != CUDA_SUCCESS) return false;
+  stream.told = stream.issued;
+  return true;
+}
+
 // What the stream has may still run: it is waited for as far as the driver can tell.
 void Device::fail(Stream& stream, int error) {
   driver.cuStreamSynchronize(stream.handle);
@@ -411,6 +424,7 @@ bool Device::collect(uint64_t now, bool by_thread) {
     if (stream.inflight.empty()) continue;
     // acquire: what the copies wrote is there once the number is
     uint32_t done = __atomic_load_n(&word(i * kLine), __ATOMIC_ACQUIRE);
+    if (i == 0) done = aside_.latest(done);
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
       job.ended_ns = now;

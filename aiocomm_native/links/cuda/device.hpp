@@ -27,6 +27,7 @@
 #include "core/device.hpp"
 #include "core/doorbell.hpp"
 #include "core/mpsc.hpp"
+#include "links/cuda/aside.hpp"
 #include "links/cuda/driver.hpp"
 #include "links/cuda/row_copies.hpp"
 
@@ -114,6 +115,7 @@ class Device {
   void send_joined();
   bool launched(const KernelCall& kernel) const;
   void tell(Stream& stream, bool by_thread);
+  bool tell_aside(Stream& stream, bool by_thread);
   bool collect(uint64_t now, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);
@@ -166,6 +168,7 @@ class Device {
   volatile uint32_t* words_ = nullptr;
   CUdeviceptr words_at_ = 0;
   RowCopies row_copies_;
+  Aside aside_;                     // for the first stream
   std::vector<uint64_t> launched_;  // functions
   Stream* joined_ = nullptr;        // that copies were collected for, in this turn
   std::vector<MoveJob> finished_;
