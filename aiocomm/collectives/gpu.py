@@ -159,8 +159,8 @@ def choose(operation: str, size: int, nbytes: int) -> str:
 def chunk_bytes(operation: str, block: int, item: int, size: int) -> int:
     """Bytes of the parts into which a block is cut where it is passed on, or reduced.
 
-    `k` chunks that are passed on take the time of `k + size - 2`, and each costs a gap: the least where `k` is
-    about the root below.
+    `k` chunks that are passed on take the time of `k + size - 2`, and each costs a gap: the least where `k`
+    is about the root below.
     """
     if operation in _REDUCTIONS:
         wanted = max(-(-block // _REDUCED_CHUNKS), min(block, _LEAST_CHUNK))

@@ -2,8 +2,8 @@
 
 The root sends the data once, whatever the size of the group, and a chunk is passed on once: for large data
 where a switch stands between ranks, as it does between GPUs. What decides there is that no two ranks write to
-the same third one at a time, since whoever waits holds up what it has for others. While the root gives a chunk
-to rank t of those behind it, rank t - 1 passes its own on to t + 1, rank t - 2 to t + 2, and so on: all
+the same third one at a time, since whoever waits holds up what it has for others. While the root gives a
+chunk to rank t of those behind it, rank t - 1 passes its own on to t + 1, rank t - 2 to t + 2, and so on: all
 different ones, if their number is odd.
 """
 

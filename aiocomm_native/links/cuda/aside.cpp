@@ -8,12 +8,15 @@ namespace {
 constexpr uint32_t kLongAgo = 1u << 30;  // numbers; they begin anew after four times as many
 }
 
+CUresult Aside::make(const Driver& driver, volatile uint32_t* word, CUdeviceptr at) {
+  word_ = word, at_ = at;
+  const CUresult code = driver.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0);
+  return code == CUDA_SUCCESS ? driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING) : code;
+}
+
 CUresult Aside::tell(const Driver& driver, CUstream stream, uint32_t number) {
-  CUresult code = CUDA_SUCCESS;
-  if (!stream_) code = driver.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0);
-  if (code == CUDA_SUCCESS && !event_) code = driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING);
   if (!awaited_) *word_ = number - kLongAgo;
-  if (code == CUDA_SUCCESS) code = driver.cuEventRecord(event_, stream);
+  CUresult code = driver.cuEventRecord(event_, stream);
   if (code == CUDA_SUCCESS) code = driver.cuStreamWaitEvent(stream_, event_, 0);
   if (code == CUDA_SUCCESS)
     code = driver.cuStreamWriteValue32(stream_, at_, number, CU_STREAM_WRITE_VALUE_DEFAULT);

@@ -12,11 +12,10 @@ namespace aiocomm::cuda {
 class Aside {
  public:
   // `word`: pinned memory that is its own, which the device has at `at`.
-  void use(volatile uint32_t* word, CUdeviceptr at) { word_ = word, at_ = at; }
+  CUresult make(const Driver& driver, volatile uint32_t* word, CUdeviceptr at);
 
-  // Has `number` written once `stream` has done what it was given so far. The first time takes the driver long.
+  // Has `number` written once `stream` has done what it was given so far.
   CUresult tell(const Driver& driver, CUstream stream, uint32_t number);
-  bool made() const { return event_ != nullptr; }
 
   // The later of `done` and what was written here.
   uint32_t latest(uint32_t done);

@@ -95,10 +95,11 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     std::memset(words, 0, kWords * sizeof(uint32_t));
     words_ = static_cast<volatile uint32_t*>(words);
     check(driver.cuMemHostGetDevicePointer(&words_at_, words, 0), "map host memory");
-    aside_.use(words_ + kStreams * kLine, words_at_ + kStreams * kLine * sizeof(uint32_t));
     for (size_t i = 0; i < kKernels; ++i)
       check(driver.cuStreamCreateWithPriority(&streams_[i].handle, CU_STREAM_NON_BLOCKING, 0),
             "make a stream");
+    check(aside_.make(driver, words_ + kStreams * kLine, words_at_ + kStreams * kLine * sizeof(uint32_t)),
+          "make a stream and an event");
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
@@ -339,7 +340,7 @@ bool Device::issue(bool by_thread) {
     if (early && !first) early_.push_back(job.op);
     if (job.nbytes >= (job.joint ? kTellInOrder : kTellFrom)) {
       send_joined();
-      if (index != 0 || !job.joint || job.last || !tell_aside(stream, by_thread)) tell(stream, by_thread);
+      if (index != 0 || !job.joint || job.last || !tell_aside(stream)) tell(stream, by_thread);
     } else if (!job.more) {
       touched |= static_cast<uint16_t>(1u << index);
     }
@@ -398,9 +399,8 @@ void Device::tell(Stream& stream, bool by_thread) {
   }
 }
 
-// The same where more is to follow at once, by another stream. False: it cannot be done so, here and now.
-bool Device::tell_aside(Stream& stream, bool by_thread) {
-  if (!by_thread && !aside_.made()) return false;
+// The same where more is to follow at once, by another stream. False: the driver refuses that.
+bool Device::tell_aside(Stream& stream) {
   if (aside_.tell(driver, stream.handle, stream.issued) != CUDA_SUCCESS) return false;
   stream.told = stream.issued;
   return true;

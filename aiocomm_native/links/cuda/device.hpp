@@ -115,7 +115,7 @@ class Device {
   void send_joined();
   bool launched(const KernelCall& kernel) const;
   void tell(Stream& stream, bool by_thread);
-  bool tell_aside(Stream& stream, bool by_thread);
+  bool tell_aside(Stream& stream);
   bool collect(uint64_t now, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);
