@@ -5,7 +5,6 @@
 #   mixed      suite `gpu-mixed`                    compute    suite `gpu-compute`
 #   ring       suite `gpu-ring`, of all GPUs        collectives  suite `gpu-collectives`, of all GPUs
 #   moe        suite `gpu-moe`, of all GPUs, and the tests of it
-#   chain      what a hop of a chain of GPUs costs
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
 #   reductions those of the tests that compute     examples   the examples for GPUs
@@ -76,7 +75,6 @@ for step in "$@"; do
       >"$out/gpu-moe.log" 2>&1 || true
     tail -n 25 "$out/gpu-moe.log"
     ;;
-  chain) timeout 120 python3 -P -m aiocomm_bench.gpu_chain "$out/gpu-chain.json" || echo "chain: status $?" ;;
   compute) suite gpu-compute --rounds 2 ;;
   collectives) suite gpu-collectives --rounds 2 ;;
   tests) tests ;;

@@ -13,7 +13,6 @@ from aiocomm.collectives import (
     pipelined,
     recursive_doubling,
     ring,
-    scatter_all_gather,
 )
 from aiocomm.errors import UsageError
 
@@ -30,7 +29,6 @@ ALGORITHMS: Final[dict[str, dict[str, Callable[[Problem], Schedule]]]] = {
         "binomial": binomial.broadcast,
         "pipelined": pipelined.broadcast,
         "chain": chain.broadcast,
-        "scatter_all_gather": scatter_all_gather.broadcast,
     },
     "scatter": {"direct": direct.scatter, "binomial": binomial.scatter},
     "gather": {"direct": direct.gather, "binomial": binomial.gather},

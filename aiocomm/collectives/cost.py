@@ -21,7 +21,6 @@ __all__ = ["LINKS", "LinkCost", "choose", "chunk_bytes", "estimate"]
 _CALL_S: Final = 6e-6  # to submit and end one transfer from Python
 _REDUCE_S: Final = 1 / 6e9  # per byte
 _COPY_S: Final = 1 / 8e9  # per byte
-_UNMEASURED: Final = ("chain", "scatter_all_gather")  # among processes; GPUs choose them by `gpu.choose`
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +65,6 @@ def estimate(operation: str, algorithm: str, size: int, nbytes: int, link: LinkC
             chunks = max(1, -(-nbytes // chunk_bytes("broadcast", nbytes, 1)))
             passed_on = 1 + max(0, others - 1) / chunks
             return others * wait + (others + chunks) * 2 * _CALL_S + nbytes * byte * passed_on
-        case "broadcast", "scatter_all_gather":
-            chunks = max(1, -(-nbytes // chunk_bytes("broadcast", nbytes, 1)))
-            through = min(1, others - 1) * others / chunks  # of what one rank gives to the others at last
-            return 2 * wait + (chunks + others) * 2 * _CALL_S + nbytes * byte * (1 + through)
         case "reduce", "direct":
             return wait + out_of_root + others * nbytes * _REDUCE_S
         case "reduce", "binomial":
@@ -175,7 +170,8 @@ def choose(
             return _between_hosts(operation, hosts, nbytes, cost)
         return estimate(operation, name, size, nbytes, shared)
 
-    names = [name for name in applicable(operation, size, hosts) if name not in _UNMEASURED]
+    # A chain is what GPUs choose; among processes that share a host's memory it has not been measured.
+    names = [name for name in applicable(operation, size, hosts) if name != "chain"]
     return min((name for name in names if not among or name in among), key=seconds)
 
 

@@ -36,9 +36,9 @@ __all__ = [
     "view",
 ]
 
-_PASSED_ON: Final = 6 << 20  # bytes of a broadcast from which ranks pass chunks on
-_LEAST_CHUNK: Final = 4 << 20  # smaller copies cost the engine more than the overlap gives
-_GAP_BYTES: Final = 3 << 19  # that could move between one copy and the next
+_CHAIN_FROM: Final = 32 << 20  # bytes that would leave the root of a broadcast by itself
+_LEAST_CHUNK: Final = 5 << 20  # smaller copies cost the engine more than the overlap gives
+_GAP_BYTES: Final = 2 << 20  # that could move between one chunk and the next
 _MOST_CHUNKS: Final = 48
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
@@ -151,25 +151,23 @@ def choose(operation: str, size: int, nbytes: int) -> str:
     """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
-    if operation == "broadcast" and size > 2 and nbytes >= _PASSED_ON:
-        return "chain" if size % 2 else "scatter_all_gather"
+    if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
+        return "chain"
     return "direct"
 
 
 def chunk_bytes(operation: str, block: int, item: int, size: int) -> int:
     """Bytes of the parts into which a block is cut where it is passed on, or reduced.
 
-    `k` chunks that are passed on take the time of `k + size - 2`, and each costs a gap: the least where `k`
-    is about the root below.
+    Along a chain of `size` ranks, `k` chunks take `k + size - 2` times as long as one, between which there is
+    a gap: the least where `k` is about the root below.
     """
-    if operation in _REDUCTIONS:
-        wanted = max(-(-block // _REDUCED_CHUNKS), min(block, _LEAST_CHUNK))
-    else:
-        others = max(1, size - 1)
+    chunks = _REDUCED_CHUNKS
+    if operation not in _REDUCTIONS:
         chunks = round(math.sqrt(max(1, size - 2) * block / _GAP_BYTES))
-        chunks = min(chunks, block // _LEAST_CHUNK, _MOST_CHUNKS)
-        wanted = -(-block // (others * max(1, round(chunks / others))))
-    return max(1, -(-wanted // item)) * item
+        chunks = min(max(chunks, 1), _MOST_CHUNKS)
+    wanted = max(block // chunks, min(block, _LEAST_CHUNK), 1)
+    return max(item, wanted // item * item)
 
 
 def kernels_pay(size: int, nbytes: int, sm_budget: int) -> bool:

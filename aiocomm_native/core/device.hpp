@@ -180,7 +180,7 @@ struct MoveJob {
   bool joint = false;             // of an op with copies to several devices, which share the streams
   uint32_t part = 0;              // of the op's copies
   bool more = false;              // of those come at once, and tell its end, too
-  bool last = false;              // of them: none will follow
+  bool followed = false;          // by others to the same memory, which its end must not hold up
   bool unscheduled = false;       // no scheduler has given it room
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched

@@ -199,7 +199,7 @@ void DeviceProtocol::post_copies(Op& op, const Scheduler::Chunk& chunk) {
       job.joint = true;
       job.part = static_cast<uint32_t>(call.begun - 1);
       job.more = end < chunk.offset + chunk.nbytes;
-      job.last = !job.more && chunk.last && call.begun == call.parts.size();
+      job.followed = chunk.last && call.begun < call.parts.size() && call.far.size() == 1;
       job.local = far.place.owner == op.gpu->place.owner && far.place.device == op.gpu->device;
       if (!job.local) engine_.page_->load[op.gpu->device].fetch_add(job.nbytes, std::memory_order_relaxed);
       post_or_keep(op, job);

@@ -33,7 +33,7 @@ def ways(comm: aiocomm.Communicator) -> dict[str, int]:
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("nbytes", [16 * MIB, 16 * MIB + 3])
-async def test_chunks_are_passed_on(gpu: Driver, size: int, nbytes: int) -> None:
+async def test_a_chain_passes_chunks_on(gpu: Driver, size: int, nbytes: int) -> None:
     async with world(size, links=LINKS, warmup=True) as comms:
 
         async def call(comm: aiocomm.Communicator) -> None:
@@ -43,8 +43,26 @@ async def test_chunks_are_passed_on(gpu: Driver, size: int, nbytes: int) -> None
                 assert np.array_equal(x.numpy(), block(size - 1, turn, nbytes))
 
         await all_call(comms, call)
-        algorithm = "chain" if size == 3 else "scatter_all_gather"
-        assert ways(comms[0]) == {f"broadcast/{algorithm}": 1, "broadcast/pushed": 2}
+        assert ways(comms[0]) == {"broadcast/chain": 1, "broadcast/pushed": 2}
+
+
+@pytest.mark.parametrize("failing", ["", "cuEventRecord", "cuStreamWaitEvent"])
+async def test_ends_of_chunks_are_told_aside(simulator: simulated.Simulator, failing: str) -> None:
+    """By another stream, that they hold up none behind them; if the driver refuses that, by the same."""
+    async with world(3, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            x = on_gpu(comm.rank, block(comm.rank, 0, 16 * MIB))
+            for _ in range(3):
+                await comm.broadcast(x, root=0)
+            assert np.array_equal(x.numpy(), block(0, 0, 16 * MIB))
+
+        if failing:
+            simulator.fail(failing, 801, forever=True)
+        before = simulator.calls("cuStreamWaitEvent")
+        await all_call(comms, call)
+        assert (simulator.calls("cuStreamWaitEvent") > before) == (failing != "cuEventRecord")
+        assert ways(comms[0]) == {"broadcast/chain": 1, "broadcast/pushed": 2}
 
 
 async def test_on_an_urgent_channel(gpu: Driver) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,6 @@ WITHOUT_MESSAGES = {
     ("broadcast", "binomial"),
     ("broadcast", "pipelined"),
     ("broadcast", "chain"),
-    ("broadcast", "scatter_all_gather"),
 }
 
 
@@ -101,42 +99,6 @@ def test_what_goes_on_through_others_is_told_chunk_by_chunk() -> None:
     assert [part.after for part in root] == [(), (), ()]
     assert [part.after for part in middle] == [((0, 1),), ((0, 2),), ((0, 3),)]
     assert [part.moves for part in last] == [()]
-
-
-@pytest.mark.parametrize("size", [2, 3, 4, 9])
-def test_the_root_sends_once_and_all_ways_are_used_alike(size: int) -> None:
-    chunks = 3 * (size - 1)
-    cases = problems("broadcast", size, 1, [4 * chunks] * size, 4, 1, False)
-    parts = pushes([build("broadcast", "scatter_all_gather", p).steps for p in cases])
-    assert parts is not None
-    to_others = [Counter(move.rank for part in own for move in part.moves) for own in parts]
-    ranks = set(range(size)) - {1}
-    assert to_others[1] == dict.fromkeys(ranks, 3)
-    for rank in ranks:
-        assert to_others[rank] == dict.fromkeys(ranks - {rank}, 3)
-    for rank in ranks if size > 2 else ():  # each as soon as it is there, whatever becomes of the next
-        first = next(number for number, part in enumerate(parts[1]) if part.moves[0].rank == rank)
-        expected = [((1, 1 + first + (size - 1) * turn),) for turn in range(3)]
-        assert [part.after for part in parts[rank]] == expected
-
-
-@pytest.mark.parametrize("size", [4, 6, 8, 16])
-def test_no_two_ranks_write_to_the_same_one(size: int) -> None:
-    """If each does in every turn what it has to do, one turn after its chunk has come."""
-    chunks = 4 * (size - 1)
-    cases = problems("broadcast", size, 2, [chunks] * size, 1, 1, False)
-    parts = pushes([build("broadcast", "scatter_all_gather", p).steps for p in cases])
-    assert parts is not None
-    written = defaultdict(list)  # by turn
-    for turn, part in enumerate(parts[2]):
-        (given,) = part.moves
-        written[turn].append(given.rank)
-        passed = next(p for p in parts[given.rank] if p.moves[0].source == given.target)
-        for away, move in enumerate(passed.moves, 1):
-            written[turn + away].append(move.rank)
-    full = [targets for turn, targets in written.items() if size - 2 <= turn < chunks]
-    assert len(full) == chunks - size + 2
-    assert all(sorted(targets) == sorted(set(range(size)) - {2}) for targets in full)
 
 
 def test_what_begins_at_once_is_one_part() -> None:

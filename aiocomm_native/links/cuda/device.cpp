@@ -340,7 +340,7 @@ bool Device::issue(bool by_thread) {
     if (early && !first) early_.push_back(job.op);
     if (job.nbytes >= (job.joint ? kTellInOrder : kTellFrom)) {
       send_joined();
-      if (index != 0 || !job.joint || job.last || !tell_aside(stream)) tell(stream, by_thread);
+      if (!job.followed || index != 0 || !tell_aside(stream)) tell(stream, by_thread);
     } else if (!job.more) {
       touched |= static_cast<uint16_t>(1u << index);
     }
