@@ -1,7 +1,8 @@
 """GPU arrays as the native side takes them: an address, a size, a device, a stream, a dtype and a shape.
 
-Called for messages of GPU arrays whose `__cuda_array_interface__` the native side does not read itself;
-torch's costs microseconds, so torch is asked directly. No library is imported here; an array's own one is
+Called for messages of GPU arrays that the native side does not read itself, as it does plain ones with
+`__cuda_array_interface__`, and tensors of torch once it knows their dtype: torch's interface costs
+microseconds, so torch is asked directly. No library is imported here; an array's own one is
 loaded already.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Final, TypeAlias
 from aiocomm import _dlpack
 from aiocomm._streams import NO_STREAM, current_of_torch, resolve
 from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm_native import _core
 
 __all__ = ["NO_STREAM", "Description", "DeviceArray", "describe", "is_read_only", "itemsize_of", "part_of"]
 
@@ -115,6 +117,7 @@ def describe(array: Any, writable: bool, stream: Any = None) -> Description | No
         form = _formats.get(array.dtype)
         if form is None:
             form = _formats[array.dtype] = _format_of_torch(array.dtype)
+            _core.note_torch_format(array.dtype, form)
         torch = sys.modules.get("torch") if stream is None else None
         handle = resolve(stream, array, device) if torch is None else current_of_torch(torch, device)
         return (

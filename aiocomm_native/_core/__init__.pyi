@@ -337,6 +337,9 @@ def describe_array(array: object | None, writable: bool) -> object:
     The description of a GPU array on its library's current stream. None: it is not one.
     """
 
+def note_torch_format(dtype: object, format: str) -> None:
+    """What one of torch's dtypes is called in descriptions, from now on."""
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 

@@ -45,6 +45,75 @@ const char* format_of(const char* typestr) {
   return nullptr;
 }
 
+// What torch's dtypes are called in descriptions, as aiocomm/_device.py has told; for ever.
+PyObject* torch_formats() {
+  static PyObject* formats = PyDict_New();
+  return formats;
+}
+
+bool read_number(PyObject* found, unsigned long long& out) {  // takes the reference
+  if (!found) return false;
+  out = PyLong_AsUnsignedLongLong(found);
+  Py_DECREF(found);
+  return !PyErr_Occurred();
+}
+
+bool is_true(PyObject* found) {  // takes the reference
+  const bool yes = found && PyObject_IsTrue(found) == 1;
+  Py_XDECREF(found);
+  return yes;
+}
+
+// The handle of torch's current stream of a device; it has been imported, since it has made an array.
+bool read_current_stream(PyObject* index, uint64_t& out) {
+  static std::atomic<PyObject*> asked{nullptr};
+  PyObject* ask = asked.load(std::memory_order_acquire);
+  if (!ask) {
+    PyObject* torch = PyImport_ImportModule("torch._C");
+    ask = torch ? PyObject_GetAttrString(torch, "_cuda_getCurrentRawStream") : nullptr;
+    Py_XDECREF(torch);
+    if (!ask) return false;
+    asked.store(ask, std::memory_order_release);
+  }
+  PyObject* handle = PyObject_CallOneArg(ask, index);
+  if (!handle) return false;
+  out = PyLong_AsUnsignedLongLong(handle);
+  Py_DECREF(handle);
+  return !PyErr_Occurred();
+}
+
+// By attributes that are native: each takes torch some tens of ns.
+bool read_tensor(PyObject* tensor, DeviceView& out) {
+  static PyObject *dtype = interned("dtype"), *device = interned("device"), *index = interned("index"),
+                  *shape = interned("shape"), *is_cuda = interned("is_cuda"), *size = interned("nbytes"),
+                  *is_contiguous = interned("is_contiguous"), *data_ptr = interned("data_ptr");
+  unsigned long long address = 0, nbytes = 0;
+  if (!is_true(PyObject_GetAttr(tensor, is_cuda)) ||
+      !is_true(PyObject_CallMethodNoArgs(tensor, is_contiguous)) ||
+      !read_number(PyObject_CallMethodNoArgs(tensor, data_ptr), address) ||
+      !read_number(PyObject_GetAttr(tensor, size), nbytes))
+    return false;
+  PyObject* type = PyObject_GetAttr(tensor, dtype);
+  PyObject* format = type ? PyDict_GetItemWithError(torch_formats(), type) : nullptr;
+  Py_XDECREF(type);
+  if (!format || !(out.format = PyUnicode_AsUTF8(format))) return false;
+  PyObject* where = PyObject_GetAttr(tensor, device);
+  PyObject* number = where ? PyObject_GetAttr(where, index) : nullptr;
+  Py_XDECREF(where);
+  bool fine = number && PyLong_Check(number) && read_current_stream(number, out.stream);
+  if (fine) out.device = static_cast<int>(PyLong_AsLong(number));
+  Py_XDECREF(number);
+  PyObject* dims = fine ? PyObject_GetAttr(tensor, shape) : nullptr;
+  if (!dims || !PyTuple_Check(dims)) {
+    Py_XDECREF(dims);
+    return false;
+  }
+  out.address = address, out.nbytes = nbytes;
+  out.shape = PyTuple_GetSlice(dims, 0, PyTuple_GET_SIZE(dims));  // torch's own is a class of its own
+  Py_DECREF(dims);
+  return out.shape != nullptr;
+}
+
 Found read(PyObject* interface, bool writable, DeviceView& out) {
   static PyObject *data = interned("data"), *shape = interned("shape"), *typestr = interned("typestr"),
                   *strides = interned("strides"), *stream = interned("stream");
@@ -83,7 +152,11 @@ Found read(PyObject* interface, bool writable, DeviceView& out) {
 
 Found read_interface(PyObject* object, bool writable, DeviceView& out) {
   static PyObject* name = interned("__cuda_array_interface__");
-  if (is_torch(object)) return Found::ask;
+  if (is_torch(object)) {
+    if (read_tensor(object, out)) return Found::view;
+    PyErr_Clear();
+    return Found::ask;
+  }
   PyObject* interface = PyObject_GetAttr(object, name);
   if (!interface) {
     PyErr_Clear();
@@ -93,6 +166,8 @@ Found read_interface(PyObject* object, bool writable, DeviceView& out) {
   Py_DECREF(interface);
   return found;
 }
+
+void note_torch_format(PyObject* dtype, PyObject* format) { PyDict_SetItem(torch_formats(), dtype, format); }
 
 bool describes_device_memory(PyObject* object) {
   static PyObject* name = interned("__cuda_array_interface__");

@@ -19,9 +19,13 @@ struct DeviceView {
 
 enum class Found : uint8_t { error, nothing, view, ask };
 
-// Reads `__cuda_array_interface__` of a contiguous array. `ask`: it takes aiocomm/_device.py to tell (torch, whose
-// interface is slow and names no stream; strides; dtypes without a buffer format).
+// Reads `__cuda_array_interface__` of a contiguous array, or a contiguous tensor of torch, whose interface is slow and
+// names no stream. `ask`: it takes aiocomm/_device.py to tell (strides, dtypes without a buffer format, the first tensor
+// of a dtype).
 Found read_interface(PyObject* object, bool writable, DeviceView& out);
+
+// What one of torch's dtypes is called in descriptions; a Python error may be set.
+void note_torch_format(PyObject* dtype, PyObject* format);
 
 // Whether it has that interface; an error that is set stays.
 bool describes_device_memory(PyObject* object);

@@ -294,6 +294,13 @@ void bind_expert_calls(nb::module_& m) {
   using namespace nb::literals;
   m.def("describe_array", describe_array, "array"_a.none(), "writable"_a,
         "The description of a GPU array on its library's current stream. None: it is not one.");
+  m.def(
+      "note_torch_format",
+      [](nb::handle dtype, const nb::str& format) {
+        note_torch_format(dtype.ptr(), format.ptr());
+        if (PyErr_Occurred()) throw nb::python_error();
+      },
+      "dtype"_a, "format"_a, "What one of torch's dtypes is called in descriptions, from now on.");
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
