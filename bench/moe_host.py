@@ -114,7 +114,7 @@ class _Replayed:
         if not _Replayed.again:
             return self._keep("dispatch", self._calls.dispatch(*arguments))
         made = self._made["dispatch"]
-        return (*made[:4], [arguments[1]] * len(made[4]), *made[5:])  # all calls have ended at the others
+        return (*made[:4], [arguments[2]] * len(made[4]), *made[5:])  # all calls have ended at the others
 
     def combine(self, *arguments: Any) -> Any:
         if not _Replayed.again:

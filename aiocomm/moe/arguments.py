@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     Run = tuple[int, int, int]  # to, from, bytes
 
-__all__ = ["move", "of_adding"]
+__all__ = ["MOVE_BYTES", "move", "of_adding"]
 
-_MOVE_BYTES: Final = struct.calcsize(MOVE)
+MOVE_BYTES: Final = struct.calcsize(MOVE)
 _WORD: Final = struct.Struct("<Q")
 _ADDING: Final = struct.Struct("<6Q6I")
 _NO_BASES: Final = bytes(8 * MOST_RANKS)
@@ -25,9 +25,7 @@ def move(
     to: int, width: int, base: dict[int, int], table: int, count: int, runs: Sequence[Run] = ()
 ) -> bytes:
     """The argument of `move_rows`."""
-    return _argument(
-        _MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run))
-    )
+    return _argument(MOVE_BYTES, base, (to, table, count, width, *(number for run in runs for number in run)))
 
 
 def _argument(nbytes: int, base: dict[int, int], rest: Sequence[int]) -> bytes:

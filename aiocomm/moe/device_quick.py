@@ -38,16 +38,20 @@ if TYPE_CHECKING:
 __all__ = [
     "LINGER_S",
     "MOST_CHOICES_AT_ONCE",
+    "PART_BYTES",
     "PULLING",
     "Kit",
     "Listed",
     "QuickCombine",
     "QuickDispatch",
+    "RoutedOver",
     "new_part",
+    "part_over",
 ]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
 MOST_CHOICES_AT_ONCE: Final = 1 << 14  # of a call that is one call into the extension, which holds the GIL
+PART_BYTES: Final = 18  # of `part_over`
 _LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
 _NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
 
@@ -133,6 +137,12 @@ class Kit:
         self.seen_ids = self.ids.bytes[: 8 * count].view(np.int64).reshape(shape)
         self.seen_weights = self.weights.bytes[: 4 * count].view(np.float32).reshape(shape)
         self.ones = np.ones(shape, np.float32)
+        self._show()
+
+    def _show(self) -> None:
+        """As the extension takes it."""
+        where = self.ids.address, self.weights.address, self.seen_ids, self.seen_weights, self.ones
+        self.seen = *where, self.moves.bytes, self.moves.address
 
     @classmethod
     def taken(cls, pool: Pool, kind: tuple[int, ...], shape: tuple[int, ...], rows: int) -> Kit:
@@ -140,6 +150,7 @@ class Kit:
         kit: Kit = pool.take_kit(kind) or cls(pool, shape, rows)
         if kit.moves.nbytes < rows * ENTRY_BYTES:  # more comes than at first
             kit.moves = pool.take_pinned(rows * ENTRY_BYTES)
+            kit._show()
         return kit
 
 
@@ -402,6 +413,32 @@ def new_part(count: int) -> Part:
         np.empty(count, np.int32),
         np.empty(count, np.float32),
     )
+
+
+def part_over(whole: bytearray, count: int) -> Part:
+    """Over memory of `PART_BYTES` for each: tokens, experts, weights, counts."""
+    return Part(
+        np.frombuffer(whole, np.int64, count),
+        np.frombuffer(whole, np.uint16, count, 16 * count),
+        np.frombuffer(whole, np.int32, count, 8 * count),
+        np.frombuffer(whole, np.float32, count, 12 * count),
+    )
+
+
+class RoutedOver(Routed):
+    """Parts over memory of `PART_BYTES` for each expert of each token; arrays are made once asked for."""
+
+    __slots__ = ("_choices", "_memory")
+
+    def __init__(self, memory: bytearray, choices: int, rows: list[int], assignments: list[int]) -> None:
+        self._memory, self._choices = memory, choices
+        self.rows, self.assignments = rows, assignments
+        self._made: dict[int, Part] = {}
+
+    @property
+    def whole(self) -> Part:  # type: ignore[override]
+        """See `Routed`."""
+        return part_over(self._memory, self._choices)
 
 
 class Listed(Arrangement):

@@ -18,16 +18,18 @@ from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.moe import device_quick
-from aiocomm.moe.arguments import move, of_adding
+from aiocomm.moe.arguments import MOVE_BYTES, move, of_adding
 from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
 from aiocomm.moe.device_moving import array_over
 from aiocomm.moe.device_quick import (
+    PART_BYTES,
     PULLING,
     Kit,
     Listed,
     QuickCombine,
     QuickDispatch,
-    new_part,
+    RoutedOver,
+    part_over,
 )
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["Begun", "CombineRepeat", "DispatchRepeat"]
 
 ExpertCalls = _core.ExpertCalls
-_COUNT_AT: Final = 8 * (MOST_RANKS + 2)  # where the number of rows is in an argument of `move_rows`
 _MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
 _WEIGH: Final = struct.Struct(WEIGH)
 
@@ -129,10 +130,6 @@ class _Repeat:
     def _blocks(self, nbytes: int) -> int:
         return max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
 
-    def _places(self, block: Block) -> list[bytes | None]:
-        group = self._group
-        return block.places_for(group.ranks, group.rank)
-
     def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
         """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""
         number, slots, outcome = begun
@@ -147,106 +144,110 @@ class DispatchRepeat(_Repeat):
     def __init__(self, call: QuickDispatch, text: str, rows: int, assignments: int) -> None:
         super().__init__(call)
         tokens, group, placed = call._tokens, self._group, call._placed
-        self._text, self._header, self._placed = text, call._header, placed
+        self._text = text
         self._count, self._hidden, self._itemsize = tokens.rows, tokens.hidden, tokens.itemsize
         self._width, self._nbytes = call._width, tokens.nbytes
         self._shape = call._shape(call._ids)
         self._choices = math.prod(self._shape)
         self._kind = tokens.rows, self._shape[1], group.size
-        self._rows, self._assignments = int(_MORE * rows), int(_MORE * assignments)
+        self._rows = int(_MORE * rows)
         self._room = self._rows * self._width
         self._slab_size, self._room_size = size_class(self._nbytes), size_class(self._room)
-        self._table_bytes = _core.sum_tables(self._assignments, self._rows, self._count, group.size)[-1]
-        self._table_bytes = size_class(self._table_bytes)
+        self._table_bytes = size_class(
+            _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
+        )
         self._held = len(placed.held[group.rank])
-        self._local = placed.here(group.rank)
         self._form = tokens.description[5]
         kernels = self._pool.kernels
-        self._way = kernels.context, kernels.stream
+        self._native_form = _core.DispatchForm(
+            call._header,
+            self._entries[0],
+            self._setting.sm_budget,
+            THREADS,
+            MOVE_BYTES,
+            MOST_RANKS,
+            PIECE_BYTES,
+            call._width,
+            self._nbytes,
+            self._count,
+            self._choices,
+            placed.owner,
+            placed.here(group.rank),
+            self._held,
+            self._room,
+            kernels.context,
+            kernels.stream,
+        )
 
     def attempt(
         self, tokens: Description, ids: Any, weights: Any, where: Any, deadline: float | None
     ) -> Begun | None:
         """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
-        pool, streams, address = self._pool, self._streams, tokens[1]
+        pool, streams, scope = self._pool, self._streams, self._scope
         slab: Block | None = None
         kit = Kit.taken(pool, self._kind, self._shape, self._rows)
         try:
             slab = pool.take_sized(self._slab_size, streams)
-            places = self._places(slab)
+            group = self._group
+            given = slab.address, slab.region, slab.places_for(group.ranks, group.rank)
             lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
             tables = Tables.of_bytes(pool, self._table_bytes)
-            region = slab.region
             slots = self._slots()
+            whole = bytearray(PART_BYTES * self._choices)
         except Exception:  # as the usual call finds out, and says
             if slab is not None:
                 pool.give_back(slab)
             pool.give_back_kit(self._kind, kit)
             return None
-        runs, after, small = [(slab.address, address, self._nbytes)], [tokens], []
-        for array, memory, seen in ((ids, kit.ids, kit.seen_ids), (weights, kit.weights, kit.seen_weights)):
-            if type(array) is tuple:
-                runs.append((memory.address, array[1], array[2]))
-                after.insert(0, array)
-                array = seen
-            small.append(array)
-        shown, factors = small
-        if factors is None:
-            factors = kit.ones
-        nbytes = sum(run[2] for run in runs)
-        given = self._entries[0], move(0, self._width, {}, 0, 0, runs), nbytes, after
-        pull = move(lease.address, self._width, {self._group.rank: address}, kit.moves.address, 0)
-        whole = new_part(self._choices)
         number, under = self._begin(deadline)
         outcome: Any
         try:
             outcome = self._native.dispatch(
                 self._engine,
+                self._native_form,
                 number << TAG_BITS | HEAD_TAG,
-                self._header,
-                min(self._scope.calls) - 1,
+                min(scope.calls) - 1,
                 -1.0 if deadline is None else deadline,
                 device_quick.LINGER_S,
-                (given[0], self._blocks(nbytes), THREADS, given[1], self._behind(*after), nbytes),
-                shown,
-                factors,
-                self._count,
-                self._placed.owner,
-                region,
-                self._nbytes,
-                places,
+                tokens,
+                ids,
+                weights,
+                kit.seen,
+                given,
                 slots,
                 whole,
-                (given[0], self._setting.sm_budget, THREADS, pull, (), 0),
-                _COUNT_AT,
-                PIECE_BYTES,
-                self._width,
-                self._room,
-                kit.moves.bytes,
-                self._local,
-                self._held,
+                lease.address,
                 tables.bytes,
-                (*self._way, tables.address),
+                tables.address,
             )
         except BaseException as error:
             outcome = error
         if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-2:] != (None, True):
             setting = self._setting._replace(deadline=deadline)
             matrix = Matrix(tokens, "tokens")
-            call = QuickDispatch(self._scope, setting, self._text, matrix, where, ids, weights)
-            call.take_memory(kit, slab, lease, self._room, tables, given, whole)
+            call = QuickDispatch(scope, setting, self._text, matrix, where, ids, weights)
+            kernel = self._made(tokens, ids, weights, kit, slab)
+            call.take_memory(kit, slab, lease, self._room, tables, kernel, part_over(whole, self._choices))
             return self._hand_over(call, (number, slots, outcome), under)
         _, rows, assignments, _, ended, total, count, lists, _, _ = outcome
         turn = self._ended(number, slots, slab, ended)
         pool.give_back_kit(self._kind, kit)
-        size = self._group.size
+        size = group.size
         tables.resize(count, total, self._count, size)
         found = Listed(lists, size, self._held, total, count)
-        shape = total, self._hidden
-        came = array_over(lease, pool.device, self._form, shape, self._itemsize)
-        parts = Routed(whole, rows, assignments)
-        more = where, parts, self._count, came, found, tables
-        return Begun(Dispatched(self._group, number, *more), turn=turn)
+        came = array_over(lease, pool.device, self._form, (total, self._hidden), self._itemsize)
+        parts = RoutedOver(whole, self._choices, rows, assignments)
+        return Begun(Dispatched(group, number, where, parts, self._count, came, found, tables), turn=turn)
+
+    def _made(self, tokens: Description, ids: Any, weights: Any, kit: Kit, slab: Block) -> Kernel:
+        """The kernel that brings this rank's arrays to where they are read; the extension has launched it."""
+        runs, after = [(slab.address, tokens[1], self._nbytes)], [tokens]
+        for array, memory in ((ids, kit.ids), (weights, kit.weights)):
+            if type(array) is tuple:
+                runs.append((memory.address, array[1], array[2]))
+                after.append(array)
+        nbytes = sum(run[2] for run in runs)
+        return self._entries[0], move(0, self._width, {}, 0, 0, runs), nbytes, after
 
 
 class CombineRepeat(_Repeat):
@@ -267,7 +268,11 @@ class CombineRepeat(_Repeat):
         found, tables, path = dispatched._found, dispatched._tables, self._setting.path
         nbytes = count * hidden * self._itemsize
         fits = outputs[6][0] == found.count and (out is None or out[6] == (count, hidden))
-        if tables is None or tables.device != pool.device or not (fits and nbytes and type(sent) is Routed):
+        if (
+            tables is None
+            or tables.device != pool.device
+            or not (fits and nbytes and isinstance(sent, Routed))
+        ):
             return None
         begins: list[int] = found.begins()
         travels, own = begins[-1] * self._row, begins[rank + 1] - begins[rank]
@@ -282,7 +287,7 @@ class CombineRepeat(_Repeat):
         try:
             if own != begins[-1]:
                 slab = pool.take(travels, streams)
-                region, places = slab.region, self._places(slab)
+                region, places = slab.region, slab.places_for(group.ranks, rank)
             if out is None:
                 lease = Lease(pool, pool.take(nbytes, streams), streams)
             slots = self._slots()

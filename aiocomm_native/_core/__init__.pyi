@@ -340,12 +340,17 @@ def describe_array(array: object | None, writable: bool) -> object:
 def note_torch_format(dtype: object, format: str) -> None:
     """What one of torch's dtypes is called in descriptions, from now on."""
 
+class DispatchForm:
+    """What is the same for all dispatches that repeat each other."""
+
+    def __init__(self, header: bytes, function: int, sm_budget: int, threads: int, argument_bytes: int, most_ranks: int, piece: int, width: int, nbytes: int, count: int, choices: int, owner: object, local: object, held: int, room: int, context: int, stream: int) -> None: ...
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 
     def __init__(self, channel: int, me: int, ranks: Sequence[int], slot_bytes: int, home: tuple[Any, ...]) -> None: ...
 
-    def dispatch(self, engine: Engine, tag: int, header: bytes, ended: int, deadline: float, seconds: float, give: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int] | None, ids: object, weights: object, count: int, owner: object, region: int, extent: int, places: list[Any], slots: object, whole: tuple[Any, ...], pull: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int], count_at: int, piece: int, width: int, room: int, moves: object, local: object, held: int, tables: object, upload: tuple[int, int, int]) -> tuple[Any, ...]:
+    def dispatch(self, engine: Engine, form: DispatchForm, tag: int, ended: int, deadline: float, seconds: float, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab: tuple[int, int, object], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
         """
         As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """

@@ -9,8 +9,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <exception>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -31,6 +33,36 @@ using Self = nb::pointer_and_handle<PyEngine>;
 using Heads = std::vector<ExpertHead>;  // by rank
 enum Stage : int { kNotBegun = -1, kGiving, kRefused, kSwapping, kPulling };
 
+// A description, as far as it is asked for here.
+struct Described {
+  explicit Described(nb::handle description) {
+    DeviceView view;
+    if (!PyTuple_CheckExact(description.ptr()) || !read_description(description.ptr(), view))
+      throw nb::python_error();
+    address = view.address, nbytes = view.nbytes, stream = view.stream;
+  }
+  uint64_t address, nbytes, stream;
+};
+
+// What is the same for all dispatches that repeat each other.
+struct DispatchForm {
+  nb::bytes header;
+  uint64_t function;  // `move_rows`
+  uint32_t sm_budget, threads;
+  size_t argument_bytes, most_ranks;  // of it
+  uint64_t piece, width, nbytes;      // bytes for a block, of a row, of all tokens
+  size_t count, choices;              // of tokens, and of all their experts
+  nb::object owner, local;            // the rank of each expert, and its number among this rank's
+  size_t held;                        // experts of this rank
+  uint64_t room;                      // for what comes
+  uint64_t context, stream;           // of the kernels
+};
+
+// Memory for ids and weights, and how it is seen; weights that are all one; the list of rows, and where kernels see it.
+using DispatchKit = std::tuple<uint64_t, uint64_t, nb::object, nb::object, nb::object, nb::object, uint64_t>;
+// Its address and region, and what each rank needs in order to read it.
+using Slab = std::tuple<uint64_t, uint64_t, nb::object>;
+
 // What the calls of one rank in one group have in common.
 class ExpertCalls {
  public:
@@ -43,13 +75,10 @@ class ExpertCalls {
     require(me_ < ranks_.size());
   }
 
-  nb::tuple dispatch(Self self, int64_t tag, const nb::bytes& header, uint64_t ended, double deadline,
-                     double seconds, const std::optional<KernelTuple>& give, nb::handle ids,
-                     nb::handle weights, size_t count, nb::handle owner, uint64_t region, uint64_t extent,
-                     const nb::list& places, nb::object slots, const nb::tuple& whole, KernelTuple pull,
-                     size_t count_at, uint32_t piece, uint64_t width, uint64_t room, nb::handle moves,
-                     nb::handle local, size_t held, nb::handle tables,
-                     const std::tuple<uint64_t, uint64_t, uint64_t>& upload);
+  nb::tuple dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended, double deadline,
+                     double seconds, const nb::tuple& tokens, nb::handle ids, nb::handle weights,
+                     const DispatchKit& kit, const Slab& slab, nb::object slots, nb::handle whole,
+                     uint64_t into, nb::handle tables, uint64_t tables_at);
 
   nb::tuple combine(Self self, int64_t tag, const nb::bytes& header, double deadline, double seconds,
                     const std::optional<KernelTuple>& give, const nb::list& messages, nb::object slots,
@@ -67,8 +96,7 @@ class ExpertCalls {
   }  // a kernel that is given up is waited for, as what no link can withdraw
 
   // What came; nothing: headers differ.
-  bool read(nb::handle slots, const nb::bytes& header, Heads& heads) const {
-    const SeenMemory of_slots(slots);
+  bool read(const SeenBytes& of_slots, const nb::bytes& header, Heads& heads) const {
     heads.resize(ranks_.size());
     for (size_t peer = 0; peer < ranks_.size(); ++peer) {
       if (peer == me_) continue;
@@ -123,52 +151,112 @@ nb::object given(Self self, const std::optional<KernelTuple>& kernel, const nb::
 // The lists of an arrangement, one after the other.
 class Arranged {
  public:
-  Arranged(size_t ranks, size_t held, size_t rows, size_t assignments) {
-    const size_t sizes[] = {ranks + 1, assignments, held + 1, assignments, assignments, rows + 1};
-    const size_t widths[] = {8, 8, 8, 4, 8, 8};
+  Arranged(size_t ranks, size_t held, size_t rows, size_t assignments)
+      : sizes_{ranks + 1, assignments, held + 1, assignments, assignments, rows + 1} {
     size_t nbytes = 0;
-    for (size_t i = 0; i < 6; ++i) nbytes += (sizes[i] * widths[i] + 7) & ~size_t{7};
+    for (size_t i = 0; i < 6; ++i) at_[i] = nbytes, nbytes += (sizes_[i] * kWidths[i] + 7) & ~size_t{7};
     memory = nb::steal(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
     if (!memory.is_valid()) throw nb::python_error();
-    nb::object whole = nb::steal(PyMemoryView_FromObject(memory.ptr()));
-    size_t at = 0;
-    for (size_t i = 0; i < 6; ++i) {
-      nb::object bytes =
-          whole[nb::slice(static_cast<Py_ssize_t>(at), static_cast<Py_ssize_t>(at + sizes[i] * widths[i]))];
-      parts.push_back(bytes.attr("cast")(i == 3 ? "f" : "q"));
-      at += (sizes[i] * widths[i] + 7) & ~size_t{7};
-    }
   }
+  ArrangedParts parts() const { return {part(0), part(1), part(2), part(3), part(4), part(5)}; }
   nb::object memory;
-  std::vector<nb::object> parts;
+
+ private:
+  static constexpr size_t kWidths[] = {8, 8, 8, 4, 8, 8};
+  SeenBytes part(size_t i) const {
+    auto* bytes = reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(memory.ptr()));
+    return {bytes + at_[i], sizes_[i] * kWidths[i], kWidths[i]};
+  }
+  const std::array<size_t, 6> sizes_;
+  std::array<size_t, 6> at_{};
 };
 
-nb::object part_of(const nb::handle array, size_t first, size_t last) {
-  return array[nb::slice(static_cast<Py_ssize_t>(first), static_cast<Py_ssize_t>(last))];
+// As aiocomm/moe/device_quick.py reads it, too: tokens, experts, weights, counts.
+RoutedParts parts_of(nb::handle whole, size_t choices) {
+  require(PyByteArray_Check(whole.ptr()) &&
+          static_cast<size_t>(PyByteArray_GET_SIZE(whole.ptr())) == 18 * choices);
+  auto* bytes = reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(whole.ptr()));
+  return {{bytes, 8 * choices, 8},
+          {bytes + 16 * choices, 2 * choices, 2},
+          {bytes + 8 * choices, 4 * choices, 4},
+          {bytes + 12 * choices, 4 * choices, 4}};
 }
 
-nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header, uint64_t ended,
-                                double deadline, double seconds, const std::optional<KernelTuple>& give,
-                                nb::handle ids, nb::handle weights, size_t count, nb::handle owner,
-                                uint64_t region, uint64_t extent, const nb::list& places, nb::object slots,
-                                const nb::tuple& whole, KernelTuple pull, size_t count_at, uint32_t piece,
-                                uint64_t width, uint64_t room, nb::handle moves, nb::handle local,
-                                size_t held, nb::handle tables,
-                                const std::tuple<uint64_t, uint64_t, uint64_t>& upload) {
+// The argument of `move_rows`: addresses by rank, of which one may be set, and behind them numbers.
+nb::bytes move_argument(size_t nbytes, size_t ranks, size_t rank, uint64_t address,
+                        const std::vector<uint64_t>& numbers) {
+  require(rank < ranks && sizeof(uint64_t) * (ranks + numbers.size()) <= nbytes);
+  nb::bytes argument =
+      nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
+  if (!argument.is_valid()) throw nb::python_error();
+  char* at = PyBytes_AS_STRING(argument.ptr());
+  std::memset(at, 0, nbytes);
+  std::memcpy(at + sizeof address * rank, &address, sizeof address);
+  std::memcpy(at + sizeof address * ranks, numbers.data(), sizeof(uint64_t) * numbers.size());
+  return argument;
+}
+
+// Those whose streams' work is waited for: one of each stream.
+std::vector<nb::tuple> behind(const std::vector<nb::tuple>& arrays) {
+  std::vector<nb::tuple> found;
+  std::vector<uint64_t> streams;
+  for (const nb::tuple& array : arrays) {
+    const Described one(array);
+    if (!one.nbytes || std::find(streams.begin(), streams.end(), one.stream) != streams.end()) continue;
+    streams.push_back(one.stream);
+    found.push_back(array);
+  }
+  return found;
+}
+
+uint32_t blocks_of(uint64_t nbytes, uint64_t piece, uint32_t most) {
+  return static_cast<uint32_t>(std::clamp<uint64_t>((nbytes + piece - 1) / piece, 1, std::max(1u, most)));
+}
+
+nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended,
+                                double deadline, double seconds, const nb::tuple& tokens, nb::handle ids,
+                                nb::handle weights, const DispatchKit& kit, const Slab& slab,
+                                nb::object slots, nb::handle whole, uint64_t into, nb::handle tables,
+                                uint64_t tables_at) {
   PyEngine& e = *self.p;
   marks_.clear();
   mark(e);
   const size_t n = ranks_.size();
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
-  require(header.size() == sizeof ExpertHead::header && nb::len(whole) == 4 &&
-          std::get<3>(pull).size() >= count_at + sizeof(uint64_t) && piece);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
-  if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  const auto& [kit_ids, kit_weights, seen_ids, seen_weights, ones, moves, moves_at] = kit;
+  const auto& [slab_at, region, places] = slab;
+  const uint64_t source = Described(tokens).address;
+  std::vector<nb::tuple> after{tokens};
+  std::vector<uint64_t> numbers{0, 0, 0, form.width, slab_at, source, form.nbytes};
+  uint64_t given_bytes = form.nbytes;
+  auto bring = [&](nb::handle array, uint64_t memory, const nb::object& seen) {
+    if (!PyTuple_CheckExact(array.ptr())) return array;
+    const Described one(array);
+    numbers.insert(numbers.end(), {memory, one.address, one.nbytes});
+    given_bytes += one.nbytes;
+    after.push_back(nb::borrow<nb::tuple>(array));
+    return nb::handle(seen);
+  };
+  const nb::handle shown = bring(ids, kit_ids, seen_ids);
+  const nb::handle factors = weights.is_none() ? nb::handle(ones) : bring(weights, kit_weights, seen_weights);
+  const KernelTuple give{form.function, blocks_of(given_bytes, form.piece, form.sm_budget),
+                         form.threads,  move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
+                         behind(after), given_bytes};
+  Launch own(self, give, home_);
+  own.submit(rank(), channel_, deadline_ns);
+  // While it runs, all that does not need it.
+  const SeenMemory of_tables(tables), of_moves(moves), of_slots(slots), of_owner(form.owner),
+      of_local(form.local);
+  const RoutedParts routed_into = parts_of(whole, form.choices);
+  const nb::bytes pull_argument =
+      move_argument(form.argument_bytes, form.most_ranks, me_, source, {into, moves_at, 0, form.width});
+  if (!own.look(until)) return nb::make_tuple(int{kGiving}, own.transfer());
   mark(e);
-  auto routed = route_messages(ids, weights, count, owner, me_, header, ended, region, extent, places,
-                               slot_bytes_, whole[0], whole[1], whole[2], whole[3]);
+  auto routed =
+      route_messages(SeenMemory(shown), SeenMemory(factors), form.count, of_owner, me_, form.header, ended,
+                     region, form.nbytes, nb::cast<nb::list>(places), slot_bytes_, routed_into);
   if (!routed) return nb::make_tuple(int{kRefused});
   auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
@@ -180,7 +268,7 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
   Heads heads;
-  if (nb::len(left) || !read(slots, header, heads)) return swapped;
+  if (nb::len(left) || !read(of_slots, form.header, heads)) return swapped;
   size_t total = 0, all = 0;
   heads[me_].rows = static_cast<uint64_t>(rows[me_ + 1] - rows[me_]);
   heads[me_].assignments = static_cast<uint64_t>(assignments[me_ + 1] - assignments[me_]);
@@ -189,44 +277,45 @@ nb::tuple ExpertCalls::dispatch(Self self, int64_t tag, const nb::bytes& header,
     total += head.rows;
     all += head.assignments;
   }
-  const SumTables at(all, total, count, n);
-  const SeenMemory of_tables(tables), of_moves(moves);
-  if (!total || total * width > room || at.nbytes > of_tables.nbytes() ||
+  const SumTables at(all, total, form.count, n);
+  const uint64_t nbytes = total * form.width;
+  if (!total || nbytes > form.room || at.nbytes > of_tables.nbytes() ||
       total * sizeof(MoveEntry) > of_moves.nbytes())
     return swapped;
   const auto first = static_cast<size_t>(rows[me_]), last = static_cast<size_t>(rows[me_ + 1]);
   const auto from = static_cast<size_t>(assignments[me_]), to = static_cast<size_t>(assignments[me_ + 1]);
-  const std::vector<nb::object> own{part_of(whole[1], first, last), part_of(whole[2], from, to),
-                                    part_of(whole[3], from, to)};
-  auto extents = list_came(slots, slot_bytes_, me_, n, part_of(whole[0], first, last), moves);
+  const SeenBytes own_tokens = routed_into.tokens.part(first, last);
+  auto extents = list_came(of_slots, slot_bytes_, me_, n, own_tokens, of_moves);
   if (!extents) return swapped;
-  const Arranged arranged(n, held, total, all);
-  std::get<5>(pull) = total * width;
-  std::get<1>(pull) = static_cast<uint32_t>(
-      std::clamp<uint64_t>((total * width + piece - 1) / piece, 1, std::max(1u, std::get<1>(pull))));
-  Launch launch(self, pull, home_);
+  Launch launch(
+      self,
+      {form.function, blocks_of(nbytes, form.piece, form.sm_budget), form.threads, pull_argument, {}, nbytes},
+      home_);
   const uint64_t entries = total;
-  std::memcpy(launch.kernel().argument.data() + count_at, &entries, sizeof entries);
+  std::memcpy(launch.kernel().argument.data() + sizeof entries * (form.most_ranks + 2), &entries,
+              sizeof entries);
   for (size_t peer = 0; peer < n; ++peer)
     if (peer != me_ && heads[peer].rows &&
-        !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * width, 1))
+        !add_far(launch.kernel(), heads[peer], peer, (*extents)[peer] * form.width, 1))
       return swapped;
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
+  const Arranged arranged(n, form.held, total, all);
   bool fine = false;
   try {  // while it runs
-    fine = arrange_came(slots, slot_bytes_, me_, own, local, held, arranged.parts, whole[0], rows, count,
-                        tables);
+    const RoutedParts mine{own_tokens, routed_into.counts.part(first, last),
+                           routed_into.experts.part(from, to), routed_into.weights.part(from, to)};
+    fine = arrange_came(of_slots, slot_bytes_, me_, mine, of_local, form.held, arranged.parts(),
+                        routed_into.tokens, rows, form.count, of_tables);
     if (fine) {
-      const auto [context, stream, into] = upload;
       nb::gil_scoped_release release;
-      copy_on(context, stream, into, reinterpret_cast<uint64_t>(of_tables.bytes()), at.nbytes);
+      copy_on(form.context, form.stream, tables_at, reinterpret_cast<uint64_t>(of_tables.bytes()), at.nbytes);
     }
   } catch (const std::exception&) {
     fine = false;
   }
   mark(e);
-  pending = launch.look(until) ? nb::none() : launch.transfer();
+  nb::object pending = launch.look(until) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
@@ -256,7 +345,7 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
-  if (nb::len(left) || !read(slots, header, heads)) return swapped;
+  if (nb::len(left) || !read(SeenMemory(slots), header, heads)) return swapped;
   for (size_t peer = 0; peer < ranks_.size(); ++peer) {
     const ExpertHead& head = heads[peer];
     if (peer == me_) continue;
@@ -301,13 +390,41 @@ void bind_expert_calls(nb::module_& m) {
         if (PyErr_Occurred()) throw nb::python_error();
       },
       "dtype"_a, "format"_a, "What one of torch's dtypes is called in descriptions, from now on.");
+  nb::class_<DispatchForm>(m, "DispatchForm", "What is the same for all dispatches that repeat each other.")
+      .def(
+          "__init__",
+          [](DispatchForm* form, nb::bytes header, uint64_t function, uint32_t sm_budget, uint32_t threads,
+             size_t argument_bytes, size_t most_ranks, uint64_t piece, uint64_t width, uint64_t nbytes,
+             size_t count, size_t choices, nb::object owner, nb::object local, size_t held, uint64_t room,
+             uint64_t context, uint64_t stream) {
+            require(header.size() == sizeof ExpertHead::header && piece && count);
+            new (form) DispatchForm{std::move(header),
+                                    function,
+                                    sm_budget,
+                                    threads,
+                                    argument_bytes,
+                                    most_ranks,
+                                    piece,
+                                    width,
+                                    nbytes,
+                                    count,
+                                    choices,
+                                    std::move(owner),
+                                    std::move(local),
+                                    held,
+                                    room,
+                                    context,
+                                    stream};
+          },
+          "header"_a, "function"_a, "sm_budget"_a, "threads"_a, "argument_bytes"_a, "most_ranks"_a, "piece"_a,
+          "width"_a, "nbytes"_a, "count"_a, "choices"_a, "owner"_a, "local"_a, "held"_a, "room"_a,
+          "context"_a, "stream"_a);
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
-      .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "tag"_a, "header"_a, "ended"_a, "deadline"_a,
-           "seconds"_a, "give"_a.none(), "ids"_a, "weights"_a, "count"_a, "owner"_a, "region"_a, "extent"_a,
-           "places"_a, "slots"_a, "whole"_a, "pull"_a, "count_at"_a, "piece"_a, "width"_a, "room"_a,
-           "moves"_a, "local"_a, "held"_a, "tables"_a, "upload"_a,
+      .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "form"_a, "tag"_a, "ended"_a, "deadline"_a,
+           "seconds"_a, "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab"_a, "slots"_a, "whole"_a,
+           "into"_a, "tables"_a, "tables_at"_a,
            "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: "
            "none, 0: the "
            "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "

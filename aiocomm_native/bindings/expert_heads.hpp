@@ -30,7 +30,7 @@ inline uint64_t padded(uint64_t rows) { return (2 * rows + 3) & ~uint64_t{3}; }
 // A message with its indices and lists, all of which ride with it.
 class CameExperts {
  public:
-  CameExperts(const SeenMemory& slots, uint64_t slot_bytes, size_t peer)
+  CameExperts(const SeenBytes& slots, uint64_t slot_bytes, size_t peer)
       : bytes_(slots.bytes() + peer * slot_bytes) {
     require(slot_bytes >= sizeof(ExpertHead) && slots.nbytes() / slot_bytes > peer &&
             reinterpret_cast<uintptr_t>(bytes_) % alignof(ExpertHead) == 0);
@@ -59,13 +59,17 @@ class CameExperts {
 
 using Starts = std::vector<int64_t>;
 
+// What the tokens of this rank are routed to: its tokens by rank, how many experts each has there, these, their weights.
+struct RoutedParts {
+  SeenBytes tokens, counts, experts, weights;
+};
+
 // (first row of each rank, first assignment of each, messages by rank; None: some rank's does not fit). Nothing: an expert
 // is not there.
 std::optional<std::tuple<Starts, Starts, nanobind::object>> route_messages(
-    nanobind::handle ids, nanobind::handle weights, size_t count, nanobind::handle owner, size_t me,
+    const SeenBytes& ids, const SeenBytes& weights, size_t count, const SeenBytes& owner, size_t me,
     const nanobind::bytes& header, uint64_t ended, uint64_t region, uint64_t extent,
-    const nanobind::list& places, uint64_t slot_bytes, nanobind::handle tokens, nanobind::handle counts,
-    nanobind::handle experts, nanobind::handle routed);
+    const nanobind::list& places, uint64_t slot_bytes, const RoutedParts& routed);
 
 // By rank, where what this one gives to others begins: heads alone. Rows of `row` bytes lie in that order.
 nanobind::list sum_messages(nanobind::handle starts, uint64_t row, size_t me, const nanobind::bytes& header,
@@ -73,13 +77,18 @@ nanobind::list sum_messages(nanobind::handle starts, uint64_t row, size_t me, co
 
 // Writes where the rows of all ranks are brought, in their order; returns each rank's greatest index + 1, or nothing: some
 // message has not all that belongs to it.
-std::optional<std::vector<uint64_t>> list_came(nanobind::handle slots, uint64_t slot_bytes, size_t me,
-                                               size_t n, nanobind::handle own, nanobind::handle into);
+std::optional<std::vector<uint64_t>> list_came(const SeenBytes& slots, uint64_t slot_bytes, size_t me,
+                                               size_t n, const SeenBytes& own, const SeenBytes& into);
+
+// The lists of an arrangement: first row by rank, row of each assignment, first assignment of each expert, weights, order
+// and first assignment of each row.
+struct ArrangedParts {
+  SeenBytes starts, rows, offsets, weights, order, first;
+};
 
 // Orders what has come, and writes the tables of sums. False: the lists contradict each other.
-bool arrange_came(nanobind::handle slots, uint64_t slot_bytes, size_t me,
-                  const std::vector<nanobind::object>& own, nanobind::handle local, size_t held,
-                  const std::vector<nanobind::object>& arranged, nanobind::handle sent,
-                  const Starts& sent_starts, size_t tokens, nanobind::handle into);
+bool arrange_came(const SeenBytes& slots, uint64_t slot_bytes, size_t me, const RoutedParts& own,
+                  const SeenBytes& local, size_t held, const ArrangedParts& arranged, const SeenBytes& sent,
+                  const Starts& sent_starts, size_t tokens, const SeenBytes& into);
 
 }  // namespace aiocomm::py

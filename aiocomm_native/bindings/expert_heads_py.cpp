@@ -41,12 +41,10 @@ nb::bytes new_message(size_t nbytes) {
 }  // namespace
 
 std::optional<std::tuple<Starts, Starts, nb::object>> route_messages(
-    nb::handle ids, nb::handle weights, size_t count, nb::handle owner, size_t me, const nb::bytes& header,
-    uint64_t ended, uint64_t region, uint64_t extent, const nb::list& places, uint64_t slot_bytes,
-    nb::handle tokens, nb::handle counts, nb::handle experts, nb::handle routed) {
-  const Memory of_ids(ids), of_weights(weights), of_owner(owner);
-  const Memory to_tokens(tokens, true), to_counts(counts, true), to_experts(experts, true),
-      to_routed(routed, true);
+    const SeenBytes& of_ids, const SeenBytes& of_weights, size_t count, const SeenBytes& of_owner, size_t me,
+    const nb::bytes& header, uint64_t ended, uint64_t region, uint64_t extent, const nb::list& places,
+    uint64_t slot_bytes, const RoutedParts& routed) {
+  const auto& [to_tokens, to_counts, to_experts, to_routed] = routed;
   const auto given = of_ids.of<int64_t>();
   const auto weigh = of_weights.of<float>();
   const size_t n = nb::len(places), most = given.size();
@@ -155,9 +153,8 @@ nb::object read_heads(nb::handle slots, uint64_t slot_bytes, size_t me, size_t n
 
 }  // namespace
 
-std::optional<std::vector<uint64_t>> list_came(nb::handle slots, uint64_t slot_bytes, size_t me, size_t n,
-                                               nb::handle own, nb::handle into) {
-  const Memory of_slots(slots), of_own(own), table(into, true);
+std::optional<std::vector<uint64_t>> list_came(const SeenBytes& of_slots, uint64_t slot_bytes, size_t me,
+                                               size_t n, const SeenBytes& of_own, const SeenBytes& table) {
   auto* next = reinterpret_cast<MoveEntry*>(table.bytes());
   size_t left = table.nbytes() / sizeof(MoveEntry);
   std::vector<uint64_t> extents;
@@ -181,15 +178,14 @@ std::optional<std::vector<uint64_t>> list_came(nb::handle slots, uint64_t slot_b
   return extents;
 }
 
-bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::vector<nb::object>& own,
-                  nb::handle local, size_t held, const std::vector<nb::object>& arranged, nb::handle sent,
-                  const Starts& sent_starts, size_t tokens, nb::handle into) {
-  require(own.size() == 3 && arranged.size() == 6 && !sent_starts.empty());
+bool arrange_came(const SeenBytes& of_slots, uint64_t slot_bytes, size_t me, const RoutedParts& own,
+                  const SeenBytes& of_local, size_t held, const ArrangedParts& arranged,
+                  const SeenBytes& of_sent, const Starts& sent_starts, size_t tokens,
+                  const SeenBytes& tables) {
+  const auto& [starts, rows, offsets, weighs, order, first] = arranged;
+  const auto &counts = own.counts, &experts = own.experts, &weights = own.weights;
+  require(!sent_starts.empty());
   const size_t n = sent_starts.size() - 1;
-  const Memory of_slots(slots), counts(own[0]), experts(own[1]), weights(own[2]), of_local(local);
-  const Memory starts(arranged[0], true), rows(arranged[1], true), offsets(arranged[2], true),
-      weighs(arranged[3], true), order(arranged[4], true), first(arranged[5], true);
-  const Memory of_sent(sent), tables(into, true);
   std::vector<CamePart> parts;
   size_t all = 0, total = 0;
   require(experts.of<int32_t>().size() == weights.of<float>().size());
@@ -208,7 +204,7 @@ bool arrange_came(nb::handle slots, uint64_t slot_bytes, size_t me, const std::v
           first.of<int64_t>().size() == all + 1);
   require(rows.of<int64_t>().size() == total && weighs.of<float>().size() == total &&
           order.of<int64_t>().size() == total);
-  auto numbers = [](const Memory& memory) { return reinterpret_cast<int64_t*>(memory.bytes()); };
+  auto numbers = [](const SeenBytes& memory) { return reinterpret_cast<int64_t*>(memory.bytes()); };
   const Unlocked unlocked(total);
   if (!aiocomm::arrange_parts(parts, of_local.of<int64_t>(), held,
                               {numbers(starts), numbers(rows), numbers(offsets),
@@ -234,19 +230,46 @@ void bind_expert_heads(nb::module_& m) {
   using namespace nb::literals;
   using namespace aiocomm::py;
   m.attr("DEVICE_HEAD_BYTES") = sizeof(Head);
-  m.def("route_messages", route_messages, "ids"_a, "weights"_a, "count"_a, "owner"_a, "me"_a, "header"_a,
-        "ended"_a, "region"_a, "extent"_a, "places"_a, "slot_bytes"_a, "tokens"_a, "counts"_a, "experts"_a,
-        "routed"_a,
-        "As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its "
-        "slot. None instead of all: an expert is not there.");
+  m.def(
+      "route_messages",
+      [](nb::handle ids, nb::handle weights, size_t count, nb::handle owner, size_t me,
+         const nb::bytes& header, uint64_t ended, uint64_t region, uint64_t extent, const nb::list& places,
+         uint64_t slot_bytes, nb::handle tokens, nb::handle counts, nb::handle experts, nb::handle routed) {
+        const Memory to_tokens(tokens, true), to_counts(counts, true), to_experts(experts, true),
+            to_routed(routed, true);
+        return route_messages(Memory(ids), Memory(weights), count, Memory(owner), me, header, ended, region,
+                              extent, places, slot_bytes, {to_tokens, to_counts, to_experts, to_routed});
+      },
+      "ids"_a, "weights"_a, "count"_a, "owner"_a, "me"_a, "header"_a, "ended"_a, "region"_a, "extent"_a,
+      "places"_a, "slot_bytes"_a, "tokens"_a, "counts"_a, "experts"_a, "routed"_a,
+      "As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its "
+      "slot. None instead of all: an expert is not there.");
   m.def("sum_messages", sum_messages, "starts"_a, "row"_a, "me"_a, "header"_a, "ended"_a, "region"_a,
         "places"_a, "Each rank's message of a combine.");
   m.def("read_heads", read_heads, "slots"_a, "slot_bytes"_a, "me"_a, "size"_a, "header"_a,
         "What the messages begin with. None: some header is another.");
-  m.def("list_came", list_came, "slots"_a, "slot_bytes"_a, "me"_a, "size"_a, "own"_a, "into"_a,
-        "As `list_moves` of the messages of all ranks. None: some message has not all of its lists.");
-  m.def("arrange_came", arrange_came, "slots"_a, "slot_bytes"_a, "me"_a, "own"_a, "local"_a, "held"_a,
-        "arranged"_a, "sent"_a, "sent_starts"_a, "tokens"_a, "into"_a,
-        "As `arrange_parts` of the messages of all ranks, and `write_sum_tables`. False: lists that "
-        "contradict each other.");
+  m.def(
+      "list_came",
+      [](nb::handle slots, uint64_t slot_bytes, size_t me, size_t n, nb::handle own, nb::handle into) {
+        return list_came(Memory(slots), slot_bytes, me, n, Memory(own), Memory(into, true));
+      },
+      "slots"_a, "slot_bytes"_a, "me"_a, "size"_a, "own"_a, "into"_a,
+      "As `list_moves` of the messages of all ranks. None: some message has not all of its lists.");
+  m.def(
+      "arrange_came",
+      [](nb::handle slots, uint64_t slot_bytes, size_t me, const std::vector<nb::object>& own,
+         nb::handle local, size_t held, const std::vector<nb::object>& arranged, nb::handle sent,
+         const Starts& sent_starts, size_t tokens, nb::handle into) {
+        require(own.size() == 3 && arranged.size() == 6);
+        const Memory of_sent(sent), counts(own[0]), experts(own[1]), weights(own[2]);
+        const Memory starts(arranged[0], true), rows(arranged[1], true), offsets(arranged[2], true),
+            weighs(arranged[3], true), order(arranged[4], true), first(arranged[5], true);
+        return arrange_came(Memory(slots), slot_bytes, me, {of_sent, counts, experts, weights}, Memory(local),
+                            held, {starts, rows, offsets, weighs, order, first}, of_sent, sent_starts, tokens,
+                            Memory(into, true));
+      },
+      "slots"_a, "slot_bytes"_a, "me"_a, "own"_a, "local"_a, "held"_a, "arranged"_a, "sent"_a,
+      "sent_starts"_a, "tokens"_a, "into"_a,
+      "As `arrange_parts` of the messages of all ranks, and `write_sum_tables`. False: lists that "
+      "contradict each other.");
 }
