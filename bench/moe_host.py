@@ -120,7 +120,7 @@ class _Replayed:
         if not _Replayed.again:
             return self._keep("combine", self._calls.combine(*arguments))
         made = self._made["combine"]
-        return (*made[:2], [arguments[1]] * len(made[2]), made[3])
+        return (*made[:2], [arguments[2]] * len(made[2]), made[3])
 
 
 async def _timed(call: Callable[[], Awaitable[None]]) -> tuple[int, int]:

@@ -444,10 +444,10 @@ class RoutedOver(Routed):
 class Listed(Arrangement):
     """Lists one after the other, each at a multiple of eight bytes; they are made arrays once asked for."""
 
-    __slots__ = ("_lists", "_sizes")
+    __slots__ = ("_sizes", "lists")
 
     def __init__(self, lists: bytearray, size: int, held: int, rows: int, count: int) -> None:
-        object.__setattr__(self, "_lists", lists)
+        object.__setattr__(self, "lists", lists)
         object.__setattr__(self, "_sizes", (size + 1, count, held + 1, count, count, rows + 1))
 
     def __getattr__(self, name: str) -> Any:
@@ -456,7 +456,7 @@ class Listed(Arrangement):
             dtype = np.float32 if one == "weights" else np.int64
             nbytes = length * (4 if one == "weights" else 8)
             if one == name:
-                found: Any = np.frombuffer(self._lists, dtype, length, at)
+                found: Any = np.frombuffer(self.lists, dtype, length, at)
                 object.__setattr__(self, name, found)
                 return found
             at += (nbytes + 7) & ~7
@@ -470,4 +470,4 @@ class Listed(Arrangement):
     def begins(self) -> list[int]:
         """`starts` as numbers."""
         length = self._sizes[0]
-        return memoryview(self._lists)[: 8 * length].cast("q").tolist()
+        return memoryview(self.lists)[: 8 * length].cast("q").tolist()

@@ -400,9 +400,8 @@ class Tables:
 
     def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
         self._pool = pool
-        self._nbytes = _core.sum_tables(assignments, rows, count, size)[-1]
-        self._pinned, self._block = pool.take_tables(self._nbytes)
         self.resize(assignments, rows, count, size)
+        self._pinned, self._block = pool.take_tables(self._places()[-1])
 
     @classmethod
     def of_bytes(cls, pool: Pool, nbytes: int) -> Tables:
@@ -422,9 +421,20 @@ class Tables:
 
     def resize(self, assignments: int, rows: int, count: int, size: int) -> None:
         """Make them those of other sizes, which are not larger."""
-        *starts, self._nbytes = _core.sum_tables(assignments, rows, count, size)
-        *of_terms, self.parts = (self._block.address + start for start in starts)
-        self.of_terms: tuple[int, ...] = tuple(of_terms)  # their order, each row's first, and the weights
+        self._size = assignments, rows, count, size
+
+    def _places(self) -> tuple[int, ...]:
+        return _core.sum_tables(*self._size)
+
+    @property
+    def of_terms(self) -> tuple[int, ...]:
+        """Addresses of their order, of each row's first, and of the weights."""
+        return tuple(self._block.address + start for start in self._places()[:3])
+
+    @property
+    def parts(self) -> int:
+        """Address of the tokens' rows."""
+        return self._block.address + self._places()[3]
 
     @property
     def address(self) -> int:
@@ -461,7 +471,7 @@ class Tables:
 
     def upload(self) -> None:
         """Bring what is written to the GPU."""
-        self._pool.upload(self._block, self._pinned, self._nbytes)
+        self._pool.upload(self._block, self._pinned, self._places()[-1])
 
     @property
     def device(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import struct
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.collectives.gpu import form_of, itemsize_in
@@ -18,7 +17,7 @@ from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.moe import device_quick
-from aiocomm.moe.arguments import MOVE_BYTES, move, of_adding
+from aiocomm.moe.arguments import MOVE_BYTES, move
 from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
 from aiocomm.moe.device_moving import array_over
 from aiocomm.moe.device_quick import (
@@ -122,13 +121,6 @@ class _Repeat:
         scope.answer()
         scope.comm._collective_calls[self._counted] += 1
         return pool.lets_others(False)
-
-    def _behind(self, *arrays: Description) -> list[Description]:
-        """Memory to follow, one for each stream."""
-        return list({array[4]: array for array in arrays if array[2]}.values())
-
-    def _blocks(self, nbytes: int) -> int:
-        return max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
 
     def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
         """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""
@@ -255,39 +247,48 @@ class CombineRepeat(_Repeat):
         super().__init__(call)
         self._text, self._hidden = text, call._outputs.hidden
         self._wire, self._result = call._wire, call._result
-        self._row, self._alignment = call._row, call._alignment
+        self._row = call._row
         self._form = form_of(call._result)
         self._itemsize = itemsize_in(self._form)
+        self._native_form = _core.CombineForm(
+            self._entries[0],
+            self._entries[1],
+            self._setting.sm_budget,
+            THREADS,
+            MOST_RANKS,
+            PIECE_BYTES,
+            self._row,
+            call._alignment,
+            self._hidden,
+            self._itemsize,
+        )
 
     def attempt(
         self, outputs: Description, dispatched: Dispatched, out: Description | None, deadline: float | None
     ) -> Begun | None:
         """Make a combine, or as much of it as goes at once. None: nothing was begun."""
         pool, streams, group, hidden = self._pool, self._streams, self._group, self._hidden
-        rank, size, count, sent = group.rank, group.size, dispatched._count, dispatched._sent
-        found, tables, path = dispatched._found, dispatched._tables, self._setting.path
+        rank, count, sent = group.rank, dispatched._count, dispatched._sent
+        found, tables = dispatched._found, dispatched._tables
         nbytes = count * hidden * self._itemsize
         fits = outputs[6][0] == found.count and (out is None or out[6] == (count, hidden))
-        if (
-            tables is None
-            or tables.device != pool.device
-            or not (fits and nbytes and isinstance(sent, Routed))
-        ):
+        if tables is None or tables.device != pool.device or not (fits and nbytes):
             return None
-        begins: list[int] = found.begins()
-        travels, own = begins[-1] * self._row, begins[rank + 1] - begins[rank]
-        if not kernels_may_read(path, travels):
+        if type(found) is not Listed or not isinstance(sent, Routed):
             return None
-        address = outputs[1]
-        if out is not None and address < out[1] + out[2] and out[1] < address + outputs[2]:
+        begins = found.begins()
+        travels = begins[-1] * self._row
+        if not kernels_may_read(self._setting.path, travels):
+            return None
+        if out is not None and outputs[1] < out[1] + out[2] and out[1] < outputs[1] + outputs[2]:
             return None
         slab: Block | None = None
         lease: Lease | None = None
-        region, places = 0, self._nowhere
+        given: Any = None
         try:
-            if own != begins[-1]:
+            if begins[rank + 1] - begins[rank] != begins[-1]:
                 slab = pool.take(travels, streams)
-                region, places = slab.region, slab.places_for(group.ranks, rank)
+                given = slab.address, slab.region, slab.places_for(group.ranks, rank)
             if out is None:
                 lease = Lease(pool, pool.take(nbytes, streams), streams)
             slots = self._slots()
@@ -296,42 +297,27 @@ class CombineRepeat(_Repeat):
                 pool.give_back(slab)
             return None
         target = lease.address if lease is not None else out[1]  # type: ignore[index]
-        straight = hidden % 8 == 0 and address % 16 == 0
-        after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
-        behind = self._behind(*after)
-        given: Kernel | None = None
-        give: Any = None  # the same as the extension takes it
-        if slab is not None:
-            counts = begins[rank], own, begins[-1], hidden, int(straight), 0
-            argument = _WEIGH.pack(address, *tables.of_terms, slab.address, *counts)
-            given = self._entries[0], argument, outputs[2], after
-            give = self._entries[0], self._blocks(outputs[2]), THREADS, argument, behind, outputs[2]
-        argument = of_adding(
-            (target, tables.parts, address, *tables.of_terms),
-            (begins[rank], size, rank, count, hidden, int(straight and target % 16 == 0)),
-        )
-        moved = nbytes * size
-        add = self._entries[1], self._blocks(moved), THREADS, argument, behind if give is None else (), moved
         number, under = self._begin(deadline)
         text = f"combine of dispatch {dispatched._number}: {self._text}"
-        head = header(text + " on GPUs")
         outcome: Any
         try:
             outcome = self._native.combine(
                 self._engine,
+                self._native_form,
                 number << TAG_BITS | HEAD_TAG,
-                head,
+                header(text + " on GPUs"),
+                min(self._scope.calls) - 1,
                 -1.0 if deadline is None else deadline,
                 device_quick.LINGER_S,
-                give,
-                _core.sum_messages(
-                    found.starts, self._row, rank, head, min(self._scope.calls) - 1, region, places
-                ),
+                outputs,
+                out,
+                tables.ready,
+                found.lists,
+                count,
+                sent.rows,
+                given,
+                target,
                 slots,
-                [last - first for first, last in pairwise(sent.rows)],
-                self._row,
-                self._alignment,
-                add,
             )
         except BaseException as error:
             outcome = error
@@ -342,7 +328,9 @@ class CombineRepeat(_Repeat):
             call = QuickCombine(
                 self._scope, setting, text, matrix, dispatched, self._wire, into, self._result
             )
-            call.take_memory(slab, lease, target, given, after)
+            after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
+            made = None if slab is None else self._made(outputs, begins, tables, slab, after)
+            call.take_memory(slab, lease, target, made, after)
             return self._hand_over(call, (number, slots, outcome), under)
         turn = self._ended(number, slots, slab, outcome[2])
         result = None
@@ -350,6 +338,17 @@ class CombineRepeat(_Repeat):
             result = array_over(lease, pool.device, self._form, (count, hidden), self._itemsize)
         return Begun(result, turn=turn)
 
-    @property
-    def _nowhere(self) -> list[bytes | None]:
-        return [None] * self._group.size
+    def _made(
+        self,
+        outputs: Description,
+        begins: list[int],
+        tables: Tables,
+        slab: Block,
+        after: list[Description],
+    ) -> Kernel:
+        """The kernel that weighs this rank's terms. The extension has launched it."""
+        rank, hidden, address = self._group.rank, self._hidden, outputs[1]
+        straight = hidden % 8 == 0 and address % 16 == 0
+        counts = begins[rank], begins[rank + 1] - begins[rank], begins[-1], hidden, int(straight), 0
+        argument = _WEIGH.pack(address, *tables.of_terms, slab.address, *counts)
+        return self._entries[0], argument, outputs[2], after

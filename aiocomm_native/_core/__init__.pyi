@@ -345,6 +345,11 @@ class DispatchForm:
 
     def __init__(self, header: bytes, function: int, sm_budget: int, threads: int, argument_bytes: int, most_ranks: int, piece: int, width: int, nbytes: int, count: int, choices: int, owner: object, local: object, held: int, room: int, context: int, stream: int) -> None: ...
 
+class CombineForm:
+    """What is the same for all combines that repeat each other."""
+
+    def __init__(self, weigh: int, add: int, sm_budget: int, threads: int, most_ranks: int, piece: int, row: int, alignment: int, hidden: int, itemsize: int) -> None: ...
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 
@@ -355,7 +360,7 @@ class ExpertCalls:
         As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """
 
-    def combine(self, engine: Engine, tag: int, header: bytes, deadline: float, seconds: float, give: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int] | None, messages: list[Any], slots: object, expected: Sequence[int], row: int, alignment: int, add: tuple[int, int, int, bytes, Sequence[tuple[Any, ...]], int]) -> tuple[Any, ...]:
+    def combine(self, engine: Engine, form: CombineForm, tag: int, header: bytes, ended: int, deadline: float, seconds: float, outputs: tuple[Any, ...], out: object | None, ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], slab: object | None, target: int, slots: object) -> tuple[Any, ...]:
         """The same of a combine, which has no stage 1."""
 
     def take_marks(self) -> list[int]:

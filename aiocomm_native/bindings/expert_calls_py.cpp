@@ -14,11 +14,14 @@
 #include <exception>
 #include <new>
 #include <optional>
+#include <span>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings/device_py.hpp"
+#include "bindings/expert_forms.hpp"
 #include "bindings/expert_heads.hpp"
 #include "bindings/launching.hpp"
 #include "core/expert_tables.hpp"
@@ -32,36 +35,6 @@ namespace {
 using Self = nb::pointer_and_handle<PyEngine>;
 using Heads = std::vector<ExpertHead>;  // by rank
 enum Stage : int { kNotBegun = -1, kGiving, kRefused, kSwapping, kPulling };
-
-// A description, as far as it is asked for here.
-struct Described {
-  explicit Described(nb::handle description) {
-    DeviceView view;
-    if (!PyTuple_CheckExact(description.ptr()) || !read_description(description.ptr(), view))
-      throw nb::python_error();
-    address = view.address, nbytes = view.nbytes, stream = view.stream;
-  }
-  uint64_t address, nbytes, stream;
-};
-
-// What is the same for all dispatches that repeat each other.
-struct DispatchForm {
-  nb::bytes header;
-  uint64_t function;  // `move_rows`
-  uint32_t sm_budget, threads;
-  size_t argument_bytes, most_ranks;  // of it
-  uint64_t piece, width, nbytes;      // bytes for a block, of a row, of all tokens
-  size_t count, choices;              // of tokens, and of all their experts
-  nb::object owner, local;            // the rank of each expert, and its number among this rank's
-  size_t held;                        // experts of this rank
-  uint64_t room;                      // for what comes
-  uint64_t context, stream;           // of the kernels
-};
-
-// Memory for ids and weights, and how it is seen; weights that are all one; the list of rows, and where kernels see it.
-using DispatchKit = std::tuple<uint64_t, uint64_t, nb::object, nb::object, nb::object, nb::object, uint64_t>;
-// Its address and region, and what each rank needs in order to read it.
-using Slab = std::tuple<uint64_t, uint64_t, nb::object>;
 
 // What the calls of one rank in one group have in common.
 class ExpertCalls {
@@ -80,10 +53,10 @@ class ExpertCalls {
                      const DispatchKit& kit, const Slab& slab, nb::object slots, nb::handle whole,
                      uint64_t into, nb::handle tables, uint64_t tables_at);
 
-  nb::tuple combine(Self self, int64_t tag, const nb::bytes& header, double deadline, double seconds,
-                    const std::optional<KernelTuple>& give, const nb::list& messages, nb::object slots,
-                    const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                    const KernelTuple& add);
+  nb::tuple combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header, uint64_t ended,
+                    double deadline, double seconds, const nb::tuple& outputs, const nb::object& out,
+                    const nb::tuple& ready, nb::handle lists, size_t count, const std::vector<int64_t>& sent,
+                    const nb::object& slab, uint64_t target, nb::object slots);
 
   // When the last call reached its stages; they are forgotten.
   std::vector<uint64_t> take_marks() { return std::exchange(marks_, {}); }
@@ -138,80 +111,6 @@ class ExpertCalls {
   const nb::tuple home_;
   std::vector<uint64_t> marks_;
 };
-
-// Launches, and waits for the end. None: it has come.
-nb::object given(Self self, const std::optional<KernelTuple>& kernel, const nb::tuple& home, int peer,
-                 uint32_t channel, uint64_t deadline_ns, uint64_t until) {
-  if (!kernel) return nb::none();
-  Launch launch(self, *kernel, home);
-  launch.submit(peer, channel, deadline_ns);
-  return launch.look(until) ? nb::none() : launch.transfer();
-}
-
-// The lists of an arrangement, one after the other.
-class Arranged {
- public:
-  Arranged(size_t ranks, size_t held, size_t rows, size_t assignments)
-      : sizes_{ranks + 1, assignments, held + 1, assignments, assignments, rows + 1} {
-    size_t nbytes = 0;
-    for (size_t i = 0; i < 6; ++i) at_[i] = nbytes, nbytes += (sizes_[i] * kWidths[i] + 7) & ~size_t{7};
-    memory = nb::steal(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
-    if (!memory.is_valid()) throw nb::python_error();
-  }
-  ArrangedParts parts() const { return {part(0), part(1), part(2), part(3), part(4), part(5)}; }
-  nb::object memory;
-
- private:
-  static constexpr size_t kWidths[] = {8, 8, 8, 4, 8, 8};
-  SeenBytes part(size_t i) const {
-    auto* bytes = reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(memory.ptr()));
-    return {bytes + at_[i], sizes_[i] * kWidths[i], kWidths[i]};
-  }
-  const std::array<size_t, 6> sizes_;
-  std::array<size_t, 6> at_{};
-};
-
-// As aiocomm/moe/device_quick.py reads it, too: tokens, experts, weights, counts.
-RoutedParts parts_of(nb::handle whole, size_t choices) {
-  require(PyByteArray_Check(whole.ptr()) &&
-          static_cast<size_t>(PyByteArray_GET_SIZE(whole.ptr())) == 18 * choices);
-  auto* bytes = reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(whole.ptr()));
-  return {{bytes, 8 * choices, 8},
-          {bytes + 16 * choices, 2 * choices, 2},
-          {bytes + 8 * choices, 4 * choices, 4},
-          {bytes + 12 * choices, 4 * choices, 4}};
-}
-
-// The argument of `move_rows`: addresses by rank, of which one may be set, and behind them numbers.
-nb::bytes move_argument(size_t nbytes, size_t ranks, size_t rank, uint64_t address,
-                        const std::vector<uint64_t>& numbers) {
-  require(rank < ranks && sizeof(uint64_t) * (ranks + numbers.size()) <= nbytes);
-  nb::bytes argument =
-      nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
-  if (!argument.is_valid()) throw nb::python_error();
-  char* at = PyBytes_AS_STRING(argument.ptr());
-  std::memset(at, 0, nbytes);
-  std::memcpy(at + sizeof address * rank, &address, sizeof address);
-  std::memcpy(at + sizeof address * ranks, numbers.data(), sizeof(uint64_t) * numbers.size());
-  return argument;
-}
-
-// Those whose streams' work is waited for: one of each stream.
-std::vector<nb::tuple> behind(const std::vector<nb::tuple>& arrays) {
-  std::vector<nb::tuple> found;
-  std::vector<uint64_t> streams;
-  for (const nb::tuple& array : arrays) {
-    const Described one(array);
-    if (!one.nbytes || std::find(streams.begin(), streams.end(), one.stream) != streams.end()) continue;
-    streams.push_back(one.stream);
-    found.push_back(array);
-  }
-  return found;
-}
-
-uint32_t blocks_of(uint64_t nbytes, uint64_t piece, uint32_t most) {
-  return static_cast<uint32_t>(std::clamp<uint64_t>((nbytes + piece - 1) / piece, 1, std::max(1u, most)));
-}
 
 nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended,
                                 double deadline, double seconds, const nb::tuple& tokens, nb::handle ids,
@@ -321,22 +220,68 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
                         pending, fine);
 }
 
-nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, double deadline,
-                               double seconds, const std::optional<KernelTuple>& give,
-                               const nb::list& messages, nb::object slots,
-                               const std::vector<uint64_t>& expected, uint64_t row, uint64_t alignment,
-                               const KernelTuple& add) {
+nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header,
+                               uint64_t ended, double deadline, double seconds, const nb::tuple& outputs,
+                               const nb::object& out, const nb::tuple& ready, nb::handle lists, size_t count,
+                               const std::vector<int64_t>& sent, const nb::object& slab, uint64_t target,
+                               nb::object slots) {
   PyEngine& e = *self.p;
   marks_.clear();
   mark(e);
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
-  require(header.size() == sizeof ExpertHead::header && expected.size() == ranks_.size() && alignment);
+  const size_t n = ranks_.size();
+  const SeenMemory of_lists(lists);
+  require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1 &&
+          of_lists.nbytes() >= sizeof(int64_t) * (n + 1));
+  const std::span<const int64_t> begins(reinterpret_cast<const int64_t*>(of_lists.bytes()), n + 1);
   const uint64_t deadline_ns = deadline_of(e, deadline);
   const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  Launch launch(self, add, home_);  // throws before anything is sent
-  Swap swap(self, ranks_, me_, messages, slots, slot_bytes_);
-  nb::object pending = given(self, give, home_, rank(), channel_, deadline_ns, until);
-  if (!pending.is_none()) return nb::make_tuple(int{kGiving}, pending);
+  const Described given(outputs), tables(ready);
+  const auto total = static_cast<size_t>(begins[n]);
+  const SumTables at(given.rows, total, count, n);
+  const auto first = static_cast<uint32_t>(begins[me_]),
+             own = static_cast<uint32_t>(begins[me_ + 1] - begins[me_]);
+  const uint64_t order = tables.address + at.order, starts = tables.address + at.first,
+                 weights = tables.address + at.weights;
+  const auto hidden = static_cast<uint32_t>(form.hidden), rows = static_cast<uint32_t>(total);
+  const bool straight = hidden % 8 == 0 && given.address % 16 == 0;
+  std::vector<nb::tuple> after{outputs, ready};
+  if (!out.is_none()) after.push_back(nb::cast<nb::tuple>(out));
+  after = behind(after);
+  uint64_t region = 0;
+  nb::object places;
+  std::optional<Launch> weigh;
+  if (!slab.is_none()) {
+    const auto [slab_at, slab_region, slab_places] = nb::cast<Slab>(slab);
+    region = slab_region, places = slab_places;
+    Argument argument;
+    argument.add(given.address, order, starts, weights, slab_at);
+    argument.add(first, own, rows, hidden, uint32_t{straight}, uint32_t{0});
+    weigh.emplace(self,
+                  KernelTuple{form.weigh, blocks_of(given.nbytes, form.piece, form.sm_budget), form.threads,
+                              argument.bytes(), after, given.nbytes},
+                  home_);
+    weigh->submit(rank(), channel_, deadline_ns);
+  } else {
+    nb::list none;
+    for (size_t peer = 0; peer < n; ++peer) none.append(nb::none());
+    places = none;
+  }
+  // While it runs, all that does not need it.
+  const uint64_t moved = count * form.hidden * form.itemsize * n;
+  Argument argument;
+  argument.skip(sizeof(uint64_t) * form.most_ranks);
+  argument.add(target, tables.address + at.rows_of, given.address, order, starts, weights);
+  argument.add(first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_), static_cast<uint32_t>(count),
+               hidden, uint32_t{straight && target % 16 == 0});
+  Launch launch(self,
+                {form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads, argument.bytes(),
+                 weigh ? std::vector<nb::tuple>{} : after, moved},
+                home_);
+  Swap swap(self, ranks_, me_,
+            sum_messages(begins, form.row, me_, header, ended, region, nb::cast<nb::list>(places)), slots,
+            slot_bytes_);
+  if (weigh && !weigh->look(until)) return nb::make_tuple(int{kGiving}, weigh->transfer());
   mark(e);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
@@ -346,17 +291,17 @@ nb::tuple ExpertCalls::combine(Self self, int64_t tag, const nb::bytes& header, 
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
   Heads heads;
   if (nb::len(left) || !read(SeenMemory(slots), header, heads)) return swapped;
-  for (size_t peer = 0; peer < ranks_.size(); ++peer) {
+  for (size_t peer = 0; peer < n; ++peer) {
     const ExpertHead& head = heads[peer];
     if (peer == me_) continue;
-    if (head.flags || head.rows != expected[peer]) return swapped;
-    if (head.rows &&
-        (head.extent != head.rows * row || !add_far(launch.kernel(), head, peer, head.rows * row, alignment)))
+    if (head.flags || head.rows != static_cast<uint64_t>(sent[peer + 1] - sent[peer])) return swapped;
+    if (head.rows && (head.extent != head.rows * form.row ||
+                      !add_far(launch.kernel(), head, peer, head.rows * form.row, form.alignment)))
       return swapped;
   }
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
-  pending = launch.look(until) ? nb::none() : launch.transfer();
+  nb::object pending = launch.look(until) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
@@ -390,35 +335,7 @@ void bind_expert_calls(nb::module_& m) {
         if (PyErr_Occurred()) throw nb::python_error();
       },
       "dtype"_a, "format"_a, "What one of torch's dtypes is called in descriptions, from now on.");
-  nb::class_<DispatchForm>(m, "DispatchForm", "What is the same for all dispatches that repeat each other.")
-      .def(
-          "__init__",
-          [](DispatchForm* form, nb::bytes header, uint64_t function, uint32_t sm_budget, uint32_t threads,
-             size_t argument_bytes, size_t most_ranks, uint64_t piece, uint64_t width, uint64_t nbytes,
-             size_t count, size_t choices, nb::object owner, nb::object local, size_t held, uint64_t room,
-             uint64_t context, uint64_t stream) {
-            require(header.size() == sizeof ExpertHead::header && piece && count);
-            new (form) DispatchForm{std::move(header),
-                                    function,
-                                    sm_budget,
-                                    threads,
-                                    argument_bytes,
-                                    most_ranks,
-                                    piece,
-                                    width,
-                                    nbytes,
-                                    count,
-                                    choices,
-                                    std::move(owner),
-                                    std::move(local),
-                                    held,
-                                    room,
-                                    context,
-                                    stream};
-          },
-          "header"_a, "function"_a, "sm_budget"_a, "threads"_a, "argument_bytes"_a, "most_ranks"_a, "piece"_a,
-          "width"_a, "nbytes"_a, "count"_a, "choices"_a, "owner"_a, "local"_a, "held"_a, "room"_a,
-          "context"_a, "stream"_a);
+  bind_expert_forms(m);
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
@@ -430,9 +347,9 @@ void bind_expert_calls(nb::module_& m) {
            "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "
            "is known "
            "and under way by then.")
-      .def("combine", &ExpertCalls::combine, "engine"_a, "tag"_a, "header"_a, "deadline"_a, "seconds"_a,
-           "give"_a.none(), "messages"_a, "slots"_a, "expected"_a, "row"_a, "alignment"_a, "add"_a,
-           "The same of a combine, which has no stage 1.")
+      .def("combine", &ExpertCalls::combine, "engine"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
+           "deadline"_a, "seconds"_a, "outputs"_a, "out"_a.none(), "ready"_a, "lists"_a, "count"_a, "sent"_a,
+           "slab"_a.none(), "target"_a, "slots"_a, "The same of a combine, which has no stage 1.")
       .def("take_marks", &ExpertCalls::take_marks,
            "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
            "kernel "

@@ -72,8 +72,9 @@ std::optional<std::tuple<Starts, Starts, nanobind::object>> route_messages(
     const nanobind::list& places, uint64_t slot_bytes, const RoutedParts& routed);
 
 // By rank, where what this one gives to others begins: heads alone. Rows of `row` bytes lie in that order.
-nanobind::list sum_messages(nanobind::handle starts, uint64_t row, size_t me, const nanobind::bytes& header,
-                            uint64_t ended, uint64_t region, const nanobind::list& places);
+nanobind::list sum_messages(std::span<const int64_t> starts, uint64_t row, size_t me,
+                            const nanobind::bytes& header, uint64_t ended, uint64_t region,
+                            const nanobind::list& places);
 
 // Writes where the rows of all ranks are brought, in their order; returns each rank's greatest index + 1, or nothing: some
 // message has not all that belongs to it.

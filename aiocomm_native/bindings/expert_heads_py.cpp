@@ -99,10 +99,8 @@ std::optional<std::tuple<Starts, Starts, nb::object>> route_messages(
   return std::make_tuple(rows, assignments, nb::object(messages));
 }
 
-nb::list sum_messages(nb::handle starts, uint64_t row, size_t me, const nb::bytes& header, uint64_t ended,
-                      uint64_t region, const nb::list& places) {
-  const Memory of_starts(starts);
-  const auto begins = of_starts.of<int64_t>();
+nb::list sum_messages(std::span<const int64_t> begins, uint64_t row, size_t me, const nb::bytes& header,
+                      uint64_t ended, uint64_t region, const nb::list& places) {
   const size_t n = nb::len(places);
   require(begins.size() == n + 1);
   nb::list messages;
@@ -244,8 +242,15 @@ void bind_expert_heads(nb::module_& m) {
       "places"_a, "slot_bytes"_a, "tokens"_a, "counts"_a, "experts"_a, "routed"_a,
       "As `route_tokens`; returns also each rank's message, or None: some rank's does not fit into its "
       "slot. None instead of all: an expert is not there.");
-  m.def("sum_messages", sum_messages, "starts"_a, "row"_a, "me"_a, "header"_a, "ended"_a, "region"_a,
-        "places"_a, "Each rank's message of a combine.");
+  m.def(
+      "sum_messages",
+      [](nb::handle starts, uint64_t row, size_t me, const nb::bytes& header, uint64_t ended, uint64_t region,
+         const nb::list& places) {
+        const Memory of_starts(starts);
+        return sum_messages(of_starts.of<int64_t>(), row, me, header, ended, region, places);
+      },
+      "starts"_a, "row"_a, "me"_a, "header"_a, "ended"_a, "region"_a, "places"_a,
+      "Each rank's message of a combine.");
   m.def("read_heads", read_heads, "slots"_a, "slot_bytes"_a, "me"_a, "size"_a, "header"_a,
         "What the messages begin with. None: some header is another.");
   m.def(
