@@ -10,15 +10,16 @@ bool route_tokens(const int64_t* ids, const float* weights, size_t tokens, size_
   rows.assign(ranks + 1, 0);
   assignments.assign(ranks + 1, 0);
   std::vector<int64_t> last(ranks, -1);  // token that was seen last
-  for (size_t at = 0; at < tokens * choices; ++at) {
-    if (ids[at] == -1) continue;
-    if (static_cast<uint64_t>(ids[at]) >= owner.size()) return false;
-    const auto rank = static_cast<uint64_t>(owner[static_cast<size_t>(ids[at])]);
-    if (rank >= ranks) return false;
-    const auto token = static_cast<int64_t>(at / choices);
-    rows[rank + 1] += last[rank] != token;
-    last[rank] = token;
-    ++assignments[rank + 1];
+  for (size_t token = 0; token < tokens; ++token) {
+    for (size_t at = token * choices; at < (token + 1) * choices; ++at) {
+      if (ids[at] == -1) continue;
+      if (static_cast<uint64_t>(ids[at]) >= owner.size()) return false;
+      const auto rank = static_cast<uint64_t>(owner[static_cast<size_t>(ids[at])]);
+      if (rank >= ranks) return false;
+      rows[rank + 1] += last[rank] != static_cast<int64_t>(token);
+      last[rank] = static_cast<int64_t>(token);
+      ++assignments[rank + 1];
+    }
   }
   for (size_t rank = 0; rank < ranks; ++rank) {
     rows[rank + 1] += rows[rank];
