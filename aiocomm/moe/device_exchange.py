@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 PACKED: Final = 4  # flag of a head: the rows for its receiver lie together, and are to be got
-_LATENCY_BYTES: Final = 8 << 20  # that a rank gives, up to which kernels read it
+_LATENCY_BYTES: Final = 256 << 20  # that a rank gives, up to which kernels read it
 _WHERE: Final = struct.Struct("<QQQQ136s")
 _NOWHERE: Final = bytes(136)
 DEVICE_HEAD_BYTES: Final = HEAD_BYTES + _WHERE.size

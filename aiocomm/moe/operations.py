@@ -44,7 +44,7 @@ class ExpertOperations:
     - `path`: `"latency"`: rows travel with the counts, in one message per pair, as long as they fit into its
       slot (2 MiB, less in groups of more than 32). `"bandwidth"`: counts first, then the rows, straight into
       place. `"auto"` decides by size, pair by pair; ranks need not agree.
-      Of GPU arrays: the others' kernels read up to 8 MiB of a rank where they are, more is got by copy
+      Of GPU arrays: the others' kernels read up to 256 MiB of a rank where they are, more is got by copy
       engines; `"latency"` and `"bandwidth"` force the one or the other.
     - `channel`: whose priority and weight apply to rows that follow the counts; messages with counts go on an
       urgent channel.
@@ -95,12 +95,15 @@ class ExpertOperations:
         parts: list[Part] = []
         refused: UsageError | None = None
         if scope.pools:
-            how = path, deadline, stream, sm_budget
-            again = repeating.dispatch(scope, tokens, expert_ids, weights, experts, placement, *how)
+            again = repeating.dispatch(
+                scope, tokens, expert_ids, weights, experts, placement, path, deadline, stream, sm_budget
+            )
             if again is not None:
-                if again.call is None:
-                    return await _ended(again)  # type: ignore[no-any-return]
-                return await _dispatched(group, again.call)
+                if again.call is not None:
+                    return await _dispatched(group, again.call)
+                if again.turn:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                return again.result  # type: ignore[no-any-return]
         try:
             _check_path(path)
             options = Options(scope, bulk, path, deadline, stream, sm_budget)
@@ -168,12 +171,15 @@ class ExpertOperations:
         refused: UsageError | None = None
         result: Any = None
         if scope.pools:
-            how = path, deadline, stream, sm_budget
-            again = repeating.combine(scope, outputs, dispatched, out, wire, *how)
+            again = repeating.combine(
+                scope, outputs, dispatched, out, wire, path, deadline, stream, sm_budget
+            )
             if again is not None:
-                if again.call is None:
-                    return await _ended(again)
-                return await _combined(group, again.call, out)
+                if again.call is not None:
+                    return await _combined(group, again.call, out)
+                if again.turn:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                return again.result
         try:
             _check_path(path)
             options = Options(scope, bulk, path, deadline, stream, sm_budget)
@@ -220,13 +226,6 @@ class ExpertOperations:
         await call.run()
         _count(group, call)
         return result
-
-
-async def _ended(again: repeating.Begun) -> Any:
-    """What a repeat that is over has brought."""
-    if again.turn:
-        await anyio.lowlevel.cancel_shielded_checkpoint()
-    return again.result
 
 
 async def _dispatched(group: Group, call: QuickDispatch) -> Dispatched:

@@ -27,46 +27,48 @@ if TYPE_CHECKING:
 __all__ = ["Begun", "combine", "dispatch", "keep_combine", "keep_dispatch"]
 
 _REPEATS: Final = 64  # that are kept
+_NONE: Final = "none"  # in place of a form
 
 
 def _pool_of(scope: Scope, described: Description) -> Pool | None:
     """Of the GPU of an array, where a call may be a repeat."""
-    pool = scope.pools.get(device_of(described))
-    if pool is None or not pool.repeats or pool.missed or scope._failed:
-        return None
-    return pool if scope.comm._backend.name == "asyncio" else None
+    pool = scope.pools.get(described[3] if described[3] >= 0 else device_of(described))
+    return None if pool is None or not pool.repeats or pool.missed or scope._failed else pool
 
 
 def _described(scope: Scope, array: Any, writable: bool, stream: Any) -> Description | None:
-    if stream is not None:
-        found: Description | None = on_gpu(scope.comm._engine, array, writable, stream)
-        return found
-    return _core.describe_array(array, writable)  # type: ignore[return-value]
+    if stream is None:
+        return _core.describe_array(array, writable)  # type: ignore[return-value]
+    return on_gpu(scope.comm._engine, array, writable, stream)
 
 
 def _on_another(one: Description, other: Description) -> bool:
     return (one[3] != other[3] or one[3] < 0) and device_of(one) != device_of(other)
 
 
+def _form_of(array: Any, form: str, dtype: Any, tokens: Description) -> Any:
+    """What a repeat is found by. `_NONE`: there are none of such arrays."""
+    kind = type(array)
+    if kind is tuple:
+        return _NONE if array[5] != form or _on_another(array, tokens) else array[3:]
+    if kind is np.ndarray:
+        return array.shape if array.dtype == dtype and array.flags.c_contiguous else _NONE
+    return None if array is None else _NONE
+
+
 def _key_of_dispatch(
-    tokens: Description, ids: Any, weights: Any, where: Any, placed: bool, path: str, sm_budget: Any
-) -> tuple[Any, ...] | None:
-    """What a repeat is found by. None: there are none of such arrays."""
-    forms: list[Any] = [tokens[3:]]
-    for array, form, dtype in ((ids, "q", np.int64), (weights, "f", np.float32)):
-        if type(array) is tuple:
-            if array[5] != form or _on_another(array, tokens):
-                return None
-            forms.append(array[3:])
-        elif type(array) is np.ndarray:
-            if array.dtype != dtype or not array.flags.c_contiguous:
-                return None
-            forms.append(array.shape)
-        elif array is None:
-            forms.append(None)
-        else:
-            return None
-    return "dispatch", *forms, where, placed, path, sm_budget, type(sm_budget)
+    tokens: Description, ids: Any, weights: Any, where: Any, path: str, sm_budget: Any
+) -> tuple[Any, ...]:
+    return (
+        "dispatch",
+        tokens[3:],
+        _form_of(ids, "q", np.int64, tokens),
+        _form_of(weights, "f", np.float32, tokens),
+        where,
+        path,
+        sm_budget,
+        type(sm_budget),
+    )
 
 
 def dispatch(
@@ -89,16 +91,15 @@ def dispatch(
         if type(expert_ids) is not np.ndarray:
             expert_ids = _described(scope, expert_ids, False, stream)
         if weights is not None and type(weights) is not np.ndarray:
-            weights = _described(scope, weights, False, stream) or ()  # which is none that is found
-        where = place(experts, placement, scope.group.size)
-        placed = placement is not None
-        key = _key_of_dispatch(described, expert_ids, weights, where, placed, path, sm_budget)
+            weights = _described(scope, weights, False, stream) or _NONE
+        where = experts if placement is None else place(experts, placement, scope.group.size)
+        key = _key_of_dispatch(described, expert_ids, weights, where, path, sm_budget)
         repeat = pool.repeats.get(key)
     except Exception:  # which the usual call meets, too, and tells all
         return None
-    if repeat is None:
+    if repeat is None or type(experts) is not int:
         return None
-    found: Begun | None = repeat.attempt(described, expert_ids, weights, where, deadline)
+    found: Begun | None = repeat.attempt(described, expert_ids, weights, deadline)
     return found
 
 
@@ -112,9 +113,9 @@ def keep_dispatch(call: QuickDispatch, text: str, placed: bool, path: str, sm_bu
         return
     if not 0 < math.prod(shape) <= MOST_CHOICES_AT_ONCE:
         return
-    where = call._placed
-    key = _key_of_dispatch(call._tokens.description, ids, weights, where, placed, path, sm_budget)
-    if key is not None:
+    where = call._placed if placed else call._placed.experts
+    key = _key_of_dispatch(call._tokens.description, ids, weights, where, path, sm_budget)
+    if _NONE not in key:
         _keep(call._pool, key, DispatchRepeat(call, text, *usual))
 
 
@@ -173,6 +174,8 @@ def keep_combine(call: QuickCombine, text: str, wire: Any, path: str, sm_budget:
 
 
 def _keep(pool: Pool, key: Any, repeat: Any) -> None:
+    if repeat.backend != "asyncio":  # on others nobody lingers
+        return
     if len(pool.repeats) >= _REPEATS:
         pool.repeats.clear()
     pool.repeats[key] = repeat

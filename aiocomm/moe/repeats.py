@@ -12,6 +12,9 @@ import math
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from aiocomm._device import DeviceArray
 from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS
@@ -86,6 +89,7 @@ class _Repeat:
         self._setting = call._setting
         self._streams = call._setting.streams
         self._engine = scope.comm._engine
+        self.backend = scope.comm._backend.name
         self._entries = list(call._entries)
         self._slot_bytes, self._slots_bytes = call._slot_bytes, call._slot_bytes * group.size
         self._others = frozenset(call._others())
@@ -149,7 +153,11 @@ class DispatchRepeat(_Repeat):
             _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
         )
         self._held = len(placed.held[group.rank])
-        self._form = tokens.description[5]
+        self._placed = placed
+        assert call._lease is not None
+        form = tokens.description[5]
+        shown = array_over(call._lease, self._pool.device, form, (1, tokens.hidden), tokens.itemsize)
+        self._shown = form_of(np.dtype(shown.typestr).name), shown.shape[1]
         kernels = self._pool.kernels
         self._native_form = _core.DispatchForm(
             call._header,
@@ -171,9 +179,7 @@ class DispatchRepeat(_Repeat):
             kernels.stream,
         )
 
-    def attempt(
-        self, tokens: Description, ids: Any, weights: Any, where: Any, deadline: float | None
-    ) -> Begun | None:
+    def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
         """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
         pool, streams, scope = self._pool, self._streams, self._scope
         slab: Block | None = None
@@ -217,7 +223,7 @@ class DispatchRepeat(_Repeat):
         if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-2:] != (None, True):
             setting = self._setting._replace(deadline=deadline)
             matrix = Matrix(tokens, "tokens")
-            call = QuickDispatch(scope, setting, self._text, matrix, where, ids, weights)
+            call = QuickDispatch(scope, setting, self._text, matrix, self._placed, ids, weights)
             kernel = self._made(tokens, ids, weights, kit, slab)
             call.take_memory(kit, slab, lease, self._room, tables, kernel, part_over(whole, self._choices))
             return self._hand_over(call, (number, slots, outcome), under)
@@ -227,9 +233,11 @@ class DispatchRepeat(_Repeat):
         size = group.size
         tables.resize(count, total, self._count, size)
         found = Listed(lists, size, self._held, total, count)
-        came = array_over(lease, pool.device, self._form, (total, self._hidden), self._itemsize)
+        form, width = self._shown
+        came = DeviceArray(lease, lease.address, total * self._width, pool.device, form, (total, width))
         parts = RoutedOver(whole, self._choices, rows, assignments)
-        return Begun(Dispatched(group, number, where, parts, self._count, came, found, tables), turn=turn)
+        more = self._placed, parts, self._count, came, found, tables
+        return Begun(Dispatched(group, number, *more), turn=turn)
 
     def _made(self, tokens: Description, ids: Any, weights: Any, kit: Kit, slab: Block) -> Kernel:
         """The kernel that brings this rank's arrays to where they are read; the extension has launched it."""
