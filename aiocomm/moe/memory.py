@@ -231,6 +231,8 @@ class Pool:
             address, after = self._returned.popleft()
             block = self._away.pop(address)
             block.after = after
+            if block.nbytes == size and (not after or block.idle(streams)):
+                return block
             self.give_back(block)
         free = self._free.get(size, ())
         for place, block in enumerate(free):

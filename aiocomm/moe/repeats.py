@@ -122,7 +122,8 @@ class _Repeat:
         pool.heard_all(ended, self._group.rank)
         if slab is not None:
             pool.lend(number, slab, set(self._others))
-        scope.answer()
+        if scope._asked:
+            scope.answer()
         scope.comm._collective_calls[self._counted] += 1
         return pool.lets_others(False)
 
@@ -181,14 +182,15 @@ class DispatchRepeat(_Repeat):
 
     def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
         """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
-        pool, streams, scope = self._pool, self._streams, self._scope
+        pool, streams, scope, group = self._pool, self._streams, self._scope, self._group
         slab: Block | None = None
         kit = Kit.taken(pool, self._kind, self._shape, self._rows)
-        try:
-            slab = pool.take_sized(self._slab_size, streams)
-            group = self._group
-            given = slab.address, slab.region, slab.places_for(group.ranks, group.rank)
+        try:  # streams first: what they have to tell takes a while
+            behind = [one for one in (tokens, ids, weights) if type(one) is tuple]
+            followed = _core.Followed(self._engine, behind)
             lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
+            slab = pool.take_sized(self._slab_size, streams)
+            given = slab.address, slab.region, slab.places_for(group.ranks, group.rank)
             tables = Tables.of_bytes(pool, self._table_bytes)
             slots = self._slots()
             whole = bytearray(PART_BYTES * self._choices)
@@ -207,6 +209,7 @@ class DispatchRepeat(_Repeat):
                 min(scope.calls) - 1,
                 -1.0 if deadline is None else deadline,
                 device_quick.LINGER_S,
+                followed,
                 tokens,
                 ids,
                 weights,
@@ -293,7 +296,9 @@ class CombineRepeat(_Repeat):
         slab: Block | None = None
         lease: Lease | None = None
         given: Any = None
+        after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
         try:
+            followed = _core.Followed(self._engine, after)
             if begins[rank + 1] - begins[rank] != begins[-1]:
                 slab = pool.take(travels, streams)
                 given = slab.address, slab.region, slab.places_for(group.ranks, rank)
@@ -317,9 +322,9 @@ class CombineRepeat(_Repeat):
                 min(self._scope.calls) - 1,
                 -1.0 if deadline is None else deadline,
                 device_quick.LINGER_S,
+                followed,
                 outputs,
-                out,
-                tables.ready,
+                after[1],
                 found.lists,
                 count,
                 sent.rows,
@@ -336,7 +341,6 @@ class CombineRepeat(_Repeat):
             call = QuickCombine(
                 self._scope, setting, text, matrix, dispatched, self._wire, into, self._result
             )
-            after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
             made = None if slab is None else self._made(outputs, begins, tables, slab, after)
             call.take_memory(slab, lease, target, made, after)
             return self._hand_over(call, (number, slots, outcome), under)

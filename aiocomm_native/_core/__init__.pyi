@@ -350,17 +350,22 @@ class CombineForm:
 
     def __init__(self, weigh: int, add: int, sm_budget: int, threads: int, most_ranks: int, piece: int, row: int, alignment: int, hidden: int, itemsize: int) -> None: ...
 
+class Followed:
+    """Memory behind the work that its streams have at that time."""
+
+    def __init__(self, engine: Engine, arrays: Sequence[tuple[Any, ...]]) -> None: ...
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 
     def __init__(self, channel: int, me: int, ranks: Sequence[int], slot_bytes: int, home: tuple[Any, ...]) -> None: ...
 
-    def dispatch(self, engine: Engine, form: DispatchForm, tag: int, ended: int, deadline: float, seconds: float, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab: tuple[int, int, object], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
+    def dispatch(self, engine: Engine, form: DispatchForm, tag: int, ended: int, deadline: float, seconds: float, followed: Followed, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab: tuple[int, int, object], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
         """
         As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """
 
-    def combine(self, engine: Engine, form: CombineForm, tag: int, header: bytes, ended: int, deadline: float, seconds: float, outputs: tuple[Any, ...], out: object | None, ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], slab: object | None, target: int, slots: object) -> tuple[Any, ...]:
+    def combine(self, engine: Engine, form: CombineForm, tag: int, header: bytes, ended: int, deadline: float, seconds: float, followed: Followed, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], slab: object | None, target: int, slots: object) -> tuple[Any, ...]:
         """The same of a combine, which has no stage 1."""
 
     def take_marks(self) -> list[int]:

@@ -49,12 +49,12 @@ class ExpertCalls {
   }
 
   nb::tuple dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended, double deadline,
-                     double seconds, const nb::tuple& tokens, nb::handle ids, nb::handle weights,
-                     const DispatchKit& kit, const Slab& slab, nb::object slots, nb::handle whole,
-                     uint64_t into, nb::handle tables, uint64_t tables_at);
+                     double seconds, const Followed& followed, const nb::tuple& tokens, nb::handle ids,
+                     nb::handle weights, const DispatchKit& kit, const Slab& slab, nb::object slots,
+                     nb::handle whole, uint64_t into, nb::handle tables, uint64_t tables_at);
 
   nb::tuple combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header, uint64_t ended,
-                    double deadline, double seconds, const nb::tuple& outputs, const nb::object& out,
+                    double deadline, double seconds, const Followed& followed, const nb::tuple& outputs,
                     const nb::tuple& ready, nb::handle lists, size_t count, const std::vector<int64_t>& sent,
                     const nb::object& slab, uint64_t target, nb::object slots);
 
@@ -113,10 +113,10 @@ class ExpertCalls {
 };
 
 nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended,
-                                double deadline, double seconds, const nb::tuple& tokens, nb::handle ids,
-                                nb::handle weights, const DispatchKit& kit, const Slab& slab,
-                                nb::object slots, nb::handle whole, uint64_t into, nb::handle tables,
-                                uint64_t tables_at) {
+                                double deadline, double seconds, const Followed& followed,
+                                const nb::tuple& tokens, nb::handle ids, nb::handle weights,
+                                const DispatchKit& kit, const Slab& slab, nb::object slots, nb::handle whole,
+                                uint64_t into, nb::handle tables, uint64_t tables_at) {
   PyEngine& e = *self.p;
   marks_.clear();
   mark(e);
@@ -127,7 +127,6 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
   const auto& [kit_ids, kit_weights, seen_ids, seen_weights, ones, moves, moves_at] = kit;
   const auto& [slab_at, region, places] = slab;
   const uint64_t source = Described(tokens).address;
-  std::vector<nb::tuple> after{tokens};
   std::vector<uint64_t> numbers{0, 0, 0, form.width, slab_at, source, form.nbytes};
   uint64_t given_bytes = form.nbytes;
   auto bring = [&](nb::handle array, uint64_t memory, const nb::object& seen) {
@@ -135,15 +134,18 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
     const Described one(array);
     numbers.insert(numbers.end(), {memory, one.address, one.nbytes});
     given_bytes += one.nbytes;
-    after.push_back(nb::borrow<nb::tuple>(array));
     return nb::handle(seen);
   };
   const nb::handle shown = bring(ids, kit_ids, seen_ids);
   const nb::handle factors = weights.is_none() ? nb::handle(ones) : bring(weights, kit_weights, seen_weights);
-  const KernelTuple give{form.function, blocks_of(given_bytes, form.piece, form.sm_budget),
-                         form.threads,  move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
-                         behind(after), given_bytes};
-  Launch own(self, give, home_);
+  Launch own(self,
+             {form.function,
+              blocks_of(given_bytes, form.piece, form.sm_budget),
+              form.threads,
+              move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
+              {},
+              given_bytes},
+             followed, home_);
   own.submit(rank(), channel_, deadline_ns);
   // While it runs, all that does not need it.
   const SeenMemory of_tables(tables), of_moves(moves), of_slots(slots), of_owner(form.owner),
@@ -221,10 +223,10 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
 }
 
 nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header,
-                               uint64_t ended, double deadline, double seconds, const nb::tuple& outputs,
-                               const nb::object& out, const nb::tuple& ready, nb::handle lists, size_t count,
-                               const std::vector<int64_t>& sent, const nb::object& slab, uint64_t target,
-                               nb::object slots) {
+                               uint64_t ended, double deadline, double seconds, const Followed& followed,
+                               const nb::tuple& outputs, const nb::tuple& ready, nb::handle lists,
+                               size_t count, const std::vector<int64_t>& sent, const nb::object& slab,
+                               uint64_t target, nb::object slots) {
   PyEngine& e = *self.p;
   marks_.clear();
   mark(e);
@@ -245,9 +247,6 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
                  weights = tables.address + at.weights;
   const auto hidden = static_cast<uint32_t>(form.hidden), rows = static_cast<uint32_t>(total);
   const bool straight = hidden % 8 == 0 && given.address % 16 == 0;
-  std::vector<nb::tuple> after{outputs, ready};
-  if (!out.is_none()) after.push_back(nb::cast<nb::tuple>(out));
-  after = behind(after);
   uint64_t region = 0;
   nb::object places;
   std::optional<Launch> weigh;
@@ -258,9 +257,13 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
     argument.add(given.address, order, starts, weights, slab_at);
     argument.add(first, own, rows, hidden, uint32_t{straight}, uint32_t{0});
     weigh.emplace(self,
-                  KernelTuple{form.weigh, blocks_of(given.nbytes, form.piece, form.sm_budget), form.threads,
-                              argument.bytes(), after, given.nbytes},
-                  home_);
+                  KernelTuple{form.weigh,
+                              blocks_of(given.nbytes, form.piece, form.sm_budget),
+                              form.threads,
+                              argument.bytes(),
+                              {},
+                              given.nbytes},
+                  followed, home_);
     weigh->submit(rank(), channel_, deadline_ns);
   } else {
     nb::list none;
@@ -274,10 +277,13 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
   argument.add(target, tables.address + at.rows_of, given.address, order, starts, weights);
   argument.add(first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_), static_cast<uint32_t>(count),
                hidden, uint32_t{straight && target % 16 == 0});
-  Launch launch(self,
-                {form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads, argument.bytes(),
-                 weigh ? std::vector<nb::tuple>{} : after, moved},
-                home_);
+  const KernelTuple sums{
+      form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads, argument.bytes(), {}, moved};
+  std::optional<Launch> add;
+  if (weigh)
+    add.emplace(self, sums, home_);
+  else
+    add.emplace(self, sums, followed, home_);
   Swap swap(self, ranks_, me_,
             sum_messages(begins, form.row, me_, header, ended, region, nb::cast<nb::list>(places)), slots,
             slot_bytes_);
@@ -296,12 +302,12 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
     if (peer == me_) continue;
     if (head.flags || head.rows != static_cast<uint64_t>(sent[peer + 1] - sent[peer])) return swapped;
     if (head.rows && (head.extent != head.rows * form.row ||
-                      !add_far(launch.kernel(), head, peer, head.rows * form.row, form.alignment)))
+                      !add_far(add->kernel(), head, peer, head.rows * form.row, form.alignment)))
       return swapped;
   }
-  launch.submit(rank(), channel_, deadline_ns);
+  add->submit(rank(), channel_, deadline_ns);
   mark(e);
-  nb::object pending = launch.look(until) ? nb::none() : launch.transfer();
+  nb::object pending = add->look(until) ? nb::none() : add->transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
@@ -336,19 +342,26 @@ void bind_expert_calls(nb::module_& m) {
       },
       "dtype"_a, "format"_a, "What one of torch's dtypes is called in descriptions, from now on.");
   bind_expert_forms(m);
+  nb::class_<Followed>(m, "Followed", "Memory behind the work that its streams have at that time.")
+      .def(
+          "__init__",
+          [](Followed* followed, PyEngine& engine, const std::vector<nb::tuple>& arrays) {
+            new (followed) Followed(engine, arrays);
+          },
+          "engine"_a, "arrays"_a);
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
       .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "form"_a, "tag"_a, "ended"_a, "deadline"_a,
-           "seconds"_a, "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab"_a, "slots"_a, "whole"_a,
-           "into"_a, "tables"_a, "tables_at"_a,
+           "seconds"_a, "followed"_a, "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab"_a, "slots"_a,
+           "whole"_a, "into"_a, "tables"_a, "tables_at"_a,
            "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: "
            "none, 0: the "
            "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "
            "is known "
            "and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
-           "deadline"_a, "seconds"_a, "outputs"_a, "out"_a.none(), "ready"_a, "lists"_a, "count"_a, "sent"_a,
+           "deadline"_a, "seconds"_a, "followed"_a, "outputs"_a, "ready"_a, "lists"_a, "count"_a, "sent"_a,
            "slab"_a.none(), "target"_a, "slots"_a, "The same of a combine, which has no stage 1.")
       .def("take_marks", &ExpertCalls::take_marks,
            "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "

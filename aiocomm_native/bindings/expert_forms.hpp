@@ -98,9 +98,6 @@ RoutedParts parts_of(nb::handle whole, size_t choices);
 nb::bytes move_argument(size_t nbytes, size_t ranks, size_t rank, uint64_t address,
                         const std::vector<uint64_t>& numbers);
 
-// Those whose streams' work is waited for: one of each stream.
-std::vector<nb::tuple> behind(const std::vector<nb::tuple>& arrays);
-
 uint32_t blocks_of(uint64_t nbytes, uint64_t piece, uint32_t most);
 
 void bind_expert_forms(nb::module_& m);

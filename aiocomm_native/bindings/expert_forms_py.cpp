@@ -43,18 +43,6 @@ nb::bytes move_argument(size_t nbytes, size_t ranks, size_t rank, uint64_t addre
   return argument;
 }
 
-std::vector<nb::tuple> behind(const std::vector<nb::tuple>& arrays) {
-  std::vector<nb::tuple> found;
-  std::vector<uint64_t> streams;
-  for (const nb::tuple& array : arrays) {
-    const Described one(array);
-    if (!one.nbytes || std::find(streams.begin(), streams.end(), one.stream) != streams.end()) continue;
-    streams.push_back(one.stream);
-    found.push_back(array);
-  }
-  return found;
-}
-
 uint32_t blocks_of(uint64_t nbytes, uint64_t piece, uint32_t most) {
   return static_cast<uint32_t>(std::clamp<uint64_t>((nbytes + piece - 1) / piece, 1, std::max(1u, most)));
 }

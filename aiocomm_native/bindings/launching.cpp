@@ -40,9 +40,26 @@ void disown(nb::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* k
   }
 }
 
+Followed::Followed(PyEngine& e, const std::vector<nb::tuple>& arrays) {
+  std::vector<uint64_t> streams;
+  for (const nb::tuple& description : arrays) {
+    DeviceView view;
+    if (!read_description(description.ptr(), view)) throw nb::python_error();
+    if (!view.nbytes || std::find(streams.begin(), streams.end(), view.stream) != streams.end()) continue;
+    streams.push_back(view.stream);
+    std::unique_ptr<DeviceBuffer> buffer = bound(e, description);
+    gates_.push_back(buffer->gate);
+    kept_.append(description);
+    kept_.append(nb::steal(new_device_memory(std::move(buffer))));  // whose gate goes back with it
+  }
+}
+
 Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nb::tuple& home)
+    : Launch(self, from, Followed(*self.p, std::get<4>(from)), home) {}
+
+Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, const Followed& behind,
+               const nb::tuple& home)
     : self_(self), e_(*self.p) {
-  PyEngine& e = e_;
   const auto& [function, blocks, threads, argument, after, nbytes] = from;
   if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
   nbytes_ = nbytes;
@@ -52,16 +69,12 @@ Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, c
   kernel->threads = threads;
   const auto* bytes = reinterpret_cast<const std::byte*>(argument.c_str());
   kernel->argument.assign(bytes, bytes + argument.size());
-  for (const nb::tuple& description : after) {
-    std::unique_ptr<DeviceBuffer> buffer = bound(e, description);
-    if (!buffer->gate.open()) kernel->gates.push_back(buffer->gate);
-    kept_.append(description);
-    kept_.append(nb::steal(new_device_memory(std::move(buffer))));  // whose gate goes back with it
-  }
-  gpu_ = bound(e, home);
+  behind.have(*kernel);
+  for (nb::handle one : behind.kept()) kept_.append(one);
+  gpu_ = bound(e_, home);
   kept_.append(home);
   waits_ = !kernel->gates.empty();
-  kernel->awaited = !waits_ && loop_has_nothing_else(&e);
+  kernel->awaited = !waits_ && loop_has_nothing_else(&e_);
   gpu_->kernel = std::move(kernel);
 }
 

@@ -27,10 +27,30 @@ uint64_t deadline_of(PyEngine& e, double seconds);  // 0: none
 std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nanobind::handle description);
 void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint64_t nbytes);
 
+// Memory behind the work that its streams have now: one array of each stream.
+class Followed {
+ public:
+  Followed(PyEngine& e, const std::vector<nanobind::tuple>& arrays);
+
+  // What is not yet done is waited for by a kernel.
+  void have(KernelCall& kernel) const {
+    for (const Gate& gate : gates_)
+      if (!gate.open()) kernel.gates.push_back(gate);
+  }
+  const nanobind::list& kept() const { return kept_; }  // by whom the gates are kept
+
+ private:
+  nanobind::list kept_;
+  std::vector<Gate> gates_;
+};
+
 class Launch {
  public:
   // On the GPU of `home`. Throws where it cannot be launched at all.
   Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nanobind::tuple& home);
+  // Behind work that was found before: `from` names none.
+  Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelTuple& from, const Followed& behind,
+         const nanobind::tuple& home);
   ~Launch() { disown(self_, flight_, kept_.ptr()); }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
