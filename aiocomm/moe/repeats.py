@@ -8,6 +8,8 @@ It decides nothing but plain success. Whatever has not come soon, or is wrong, b
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import math
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -94,6 +96,9 @@ class _Repeat:
         self._slot_bytes, self._slots_bytes = call._slot_bytes, call._slot_bytes * group.size
         self._others = frozenset(call._others())
         self._counted = f"{call.operation}/latency"
+        if pool.soon is None and self.backend == "asyncio":
+            # A timer: what is ready to run keeps calls from lingering.
+            pool.soon = functools.partial(asyncio.get_running_loop().call_later, 0)
         if pool.calls is None:
             where = scope.index, group.rank, list(group.ranks), call._slot_bytes
             pool.calls = ExpertCalls(*where, pool.home)
@@ -297,8 +302,12 @@ class CombineRepeat(_Repeat):
         lease: Lease | None = None
         given: Any = None
         after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
+        kernels = pool.kernels
         try:
-            followed = _core.Followed(self._engine, after)
+            behind = after
+            if _core.stream_is_idle(kernels.context, kernels.stream):  # mostly: tables were uploaded long ago
+                behind = [outputs] if out is None else [outputs, out]
+            followed = _core.Followed(self._engine, behind)
             if begins[rank + 1] - begins[rank] != begins[-1]:
                 slab = pool.take(travels, streams)
                 given = slab.address, slab.region, slab.places_for(group.ranks, rank)

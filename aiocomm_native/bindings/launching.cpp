@@ -10,8 +10,8 @@ namespace aiocomm::py {
 
 namespace {
 
-constexpr uint64_t kOthersWorkNs =
-    100000;  // for which an end is looked for where a kernel waits for work of others
+// For which, or for a tenth of the time, an end is looked for where a kernel waits for work of others.
+constexpr uint64_t kOthersWorkNs = 100000;
 
 }  // namespace
 
@@ -98,7 +98,8 @@ void Launch::submit(int peer, uint32_t channel, uint64_t deadline_ns) {
 
 bool Launch::look(uint64_t until_ns) {
   const uint64_t now = e_.engine->now();
-  look_for_ends(e_, waits_ ? std::min(until_ns, now + kOthersWorkNs) : until_ns,
+  const uint64_t left = until_ns - std::min(until_ns, now);
+  look_for_ends(e_, waits_ ? now + std::min(left, std::max(kOthersWorkNs, left / 10)) : until_ns,
                 [this] { return flight_.ended; });
   if (!ended_well(flight_)) return false;
   e_.engine->release(std::exchange(flight_.op, nullptr));
