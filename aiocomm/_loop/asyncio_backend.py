@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from aiocomm._loop.spin import SpinSelector
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from aiocomm_native._core import Engine
 
-__all__ = ["AsyncioBackend"]
+__all__ = ["AsyncioBackend", "ready_of"]
 
 
 class AsyncioBackend:
@@ -29,8 +31,7 @@ class AsyncioBackend:
     def attach(self, engine: Engine) -> None:
         self._loop.add_reader(engine.loop_fd, engine.drain)
         self._loop.add_reader(engine.express_fd, engine.drain_express)
-        ready = getattr(self._loop, "_ready", None)
-        engine.bind_asyncio(self._loop, ready, self._bells(engine))
+        engine.bind_asyncio(self._loop, ready_of(self._loop), self._bells(engine))
         if self._spin is not None:
             self._spin.add(engine)
 
@@ -65,3 +66,21 @@ class AsyncioBackend:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
+
+
+def ready_of(loop: asyncio.AbstractEventLoop) -> Any:
+    """The loop's queue of ready callbacks, which says whether it has something else to do; None: it shows none.
+
+    uvloop's is an attribute that only the garbage collector is shown; a callback of ours tells it from others.
+    """
+    ready = getattr(loop, "_ready", None)
+    if ready is not None:
+        return ready
+    ours = loop.call_soon(_nothing)
+    found = [one for one in gc.get_referents(loop) if type(one) is deque and any(h is ours for h in one)]
+    ours.cancel()
+    return found[0] if len(found) == 1 else None
+
+
+def _nothing() -> None:
+    """Do what there is to do."""
