@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from fakes import secret
+from harness import BACKENDS
 
 import aiocomm
 from aiocomm.collectives.shared import NOT_MET, OPEN, TURN, Shared
@@ -145,6 +147,32 @@ async def test_arrays_that_no_other_process_reaches_go_by_rings() -> None:
 async def test_a_rank_whose_loop_is_another_has_the_same_results() -> None:
     async with aiocomm.spawn(_everything, 1, False, links="shm") as comm:
         await _everything(comm, False)
+
+
+async def _until_the_loop_went_round(comm: aiocomm.Communicator) -> None:
+    """Calls one after another, until each rank's loop has had a turn for others."""
+    loop, turns = asyncio.get_running_loop(), []
+
+    def turn() -> None:
+        turns.append(None)
+        loop.call_later(0, turn)  # which does not keep the loop from waiting: nothing is ready
+
+    loop.call_later(0, turn)
+    given, least = np.zeros(1), np.zeros(1)
+    for _ in range(100 * MOST):
+        given[0] = len(turns)
+        await comm.all_reduce(given, "min", out=least)
+        if least[0] >= 3:  # all see that in the same call
+            return
+    raise AssertionError("calls that never wait leave no turn to others")
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"], indirect=True
+)
+async def test_other_tasks_have_their_turn() -> None:
+    async with aiocomm.spawn(_until_the_loop_went_round, 1, links="shm") as comm:
+        await _until_the_loop_went_round(comm)
 
 
 async def _odd(comm: aiocomm.Communicator) -> None:
