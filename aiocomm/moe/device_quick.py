@@ -50,9 +50,7 @@ __all__ = [
 ]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
-MOST_CHOICES_AT_ONCE: Final = (
-    1 << 16
-)  # of a call that is one call into the extension, which holds up the loop
+MOST_CHOICES_AT_ONCE: Final = 1 << 16  # of a call that is one call into the extension: a millisecond's work
 PART_BYTES: Final = 18  # of `part_over`
 _LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
 _NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages

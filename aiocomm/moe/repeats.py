@@ -198,7 +198,7 @@ class DispatchRepeat(_Repeat):
             given = slab.address, slab.region, slab.places_for(group.ranks, group.rank)
             tables = Tables.of_bytes(pool, self._table_bytes)
             slots = self._slots()
-            whole = bytearray(PART_BYTES * self._choices)
+            whole = _core.uncleared(PART_BYTES * self._choices)
         except Exception:  # as the usual call finds out, and says
             if slab is not None:
                 pool.give_back(slab)

@@ -340,6 +340,9 @@ def describe_array(array: object | None, writable: bool) -> object:
 def note_torch_format(dtype: object, format: str) -> None:
     """What one of torch's dtypes is called in descriptions, from now on."""
 
+def uncleared(nbytes: int) -> bytearray:
+    """A bytearray with whatever its memory had."""
+
 class DispatchForm:
     """What is the same for all dispatches that repeat each other."""
 
@@ -362,7 +365,7 @@ class ExpertCalls:
 
     def dispatch(self, engine: Engine, form: DispatchForm, tag: int, ended: int, deadline: float, seconds: float, followed: Followed, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab: tuple[int, int, object], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
         """
-        As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
+        As far as it is usual, looking for each end for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """
 
     def combine(self, engine: Engine, form: CombineForm, tag: int, header: bytes, ended: int, deadline: float, seconds: float, followed: Followed, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], slab: object | None, target: int, slots: object) -> tuple[Any, ...]:

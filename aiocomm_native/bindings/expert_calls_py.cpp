@@ -123,7 +123,7 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
   const size_t n = ranks_.size();
   if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
   const uint64_t deadline_ns = deadline_of(e, deadline);
-  const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
+  auto soon = [&] { return e.engine->now() + static_cast<uint64_t>(seconds * 1e9); };
   const auto& [kit_ids, kit_weights, seen_ids, seen_weights, ones, moves, moves_at] = kit;
   const auto& [slab_at, region, places] = slab;
   const uint64_t source = Described(tokens).address;
@@ -153,7 +153,7 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
   const RoutedParts routed_into = parts_of(whole, form.choices);
   const nb::bytes pull_argument =
       move_argument(form.argument_bytes, form.most_ranks, me_, source, {into, moves_at, 0, form.width});
-  if (!own.look(until)) return nb::make_tuple(int{kGiving}, own.transfer());
+  if (!own.look(soon())) return nb::make_tuple(int{kGiving}, own.transfer());
   mark(e);
   auto routed =
       route_messages(SeenMemory(shown), SeenMemory(factors), form.count, of_owner, me_, form.header, ended,
@@ -164,7 +164,7 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
   Swap swap(self, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
-  swap.look(until);
+  swap.look(soon());
   mark(e);
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
@@ -216,7 +216,7 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
     fine = false;
   }
   mark(e);
-  nb::object pending = launch.look(until) ? nb::none() : launch.transfer();
+  nb::object pending = launch.look(soon()) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
@@ -237,7 +237,7 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
           of_lists.nbytes() >= sizeof(int64_t) * (n + 1));
   const std::span<const int64_t> begins(reinterpret_cast<const int64_t*>(of_lists.bytes()), n + 1);
   const uint64_t deadline_ns = deadline_of(e, deadline);
-  const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
+  auto soon = [&] { return e.engine->now() + static_cast<uint64_t>(seconds * 1e9); };
   const Described given(outputs), tables(ready);
   const auto total = static_cast<size_t>(begins[n]);
   const SumTables at(given.rows, total, count, n);
@@ -287,11 +287,11 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
   Swap swap(self, ranks_, me_,
             sum_messages(begins, form.row, me_, header, ended, region, nb::cast<nb::list>(places)), slots,
             slot_bytes_);
-  if (weigh && !weigh->look(until)) return nb::make_tuple(int{kGiving}, weigh->transfer());
+  if (weigh && !weigh->look(soon())) return nb::make_tuple(int{kGiving}, weigh->transfer());
   mark(e);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
-  swap.look(until);
+  swap.look(soon());
   mark(e);
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
@@ -307,7 +307,7 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
   }
   add->submit(rank(), channel_, deadline_ns);
   mark(e);
-  nb::object pending = add->look(until) ? nb::none() : add->transfer();
+  nb::object pending = add->look(soon()) ? nb::none() : add->transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
@@ -355,7 +355,7 @@ void bind_expert_calls(nb::module_& m) {
       .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "form"_a, "tag"_a, "ended"_a, "deadline"_a,
            "seconds"_a, "followed"_a, "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab"_a, "slots"_a,
            "whole"_a, "into"_a, "tables"_a, "tables_at"_a,
-           "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: "
+           "As far as it is usual, looking for each end for that long. Returns the stage that was reached (-1: "
            "none, 0: the "
            "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "
            "is known "

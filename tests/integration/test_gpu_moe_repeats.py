@@ -67,6 +67,20 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
 
 
 @pytest.mark.usefixtures("backends")
+async def test_of_thousands_of_tokens() -> None:
+    """Lists are long enough to be made without the interpreter's lock."""
+    async with world(2, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            for _ in range(4):
+                await layer(comm, 6001, 8)
+                await comm.barrier()
+
+        await all_call(members, rank)
+        assert all(_repeats(comm) >= 2 for comm in members)
+
+
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("entry", ["cuLaunchKernel", "freed"])
 async def test_what_one_rank_cannot_do(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
     """No rank gets a result, and the next call is fine."""
