@@ -13,7 +13,7 @@ from harness import all_call, until, world
 
 import aiocomm
 from aiocomm.collectives.kernels import Scratch
-from aiocomm.moe import device_quick
+from aiocomm.moe import device_quick, repeats
 from aiocomm.moe.memory import Lease, Pool, Tables
 
 if TYPE_CHECKING:
@@ -64,6 +64,29 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
             await layer(comm, 21, 16, deadline=100.0)
 
         await all_call(members, rank)
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+async def test_what_goes_wrong_while_the_own_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Memory that cannot be had then, say: the usual call goes on from there."""
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        kind = repeats.DispatchRepeat if operation == "dispatch" else repeats.CombineRepeat
+        failed: list[object] = []
+
+        def short(repeat: Any) -> Any:
+            failed.append(repeat)
+            raise aiocomm.LinkError("out of memory")
+
+        monkeypatch.setattr(kind, "_slots", short)
+        while len(set(map(id, failed))) < 2:  # a call that others kept waiting is not made at once
+            await all_call(members, lambda comm: layer(comm, 21, 16))
+        monkeypatch.undo()
+        await all_call(members, lambda comm: layer(comm, 21, 16))
 
 
 @pytest.mark.usefixtures("backends")
