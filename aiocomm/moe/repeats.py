@@ -40,6 +40,7 @@ from aiocomm.moe.device_quick import (
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Lease, Tables, size_class
+from aiocomm.moe.rooms import LONG
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS, WEIGH
 from aiocomm_native import _core
@@ -168,6 +169,10 @@ class DispatchRepeat(_Repeat):
             _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
         )
         self._held = len(placed.held[group.rank])
+        self._lists_bytes = 0
+        if assignments * 20 >= LONG:  # lists of so many take as many bytes, and more
+            count, rows = int(_MORE * assignments), self._rows
+            self._lists_bytes = 20 * count + 8 * (rows + self._held + group.size) + 64
         self._placed = placed
         assert call._lease is not None
         form = tokens.description[5]
@@ -205,7 +210,7 @@ class DispatchRepeat(_Repeat):
             followed = _core.Followed(self._engine, behind)
             slab = pool.take_sized(self._slab_size, streams)
             region, places = slab.region, slab.places_for(group.ranks, group.rank)
-            whole = _core.uncleared(PART_BYTES * self._choices)
+            whole = pool.rooms.take(PART_BYTES * self._choices)
         except Exception:  # as the usual call finds out, and says
             if slab is not None:
                 pool.give_back(slab)
@@ -240,6 +245,7 @@ class DispatchRepeat(_Repeat):
                     places,
                     slots,
                     whole,
+                    pool.rooms.take(self._lists_bytes) if self._lists_bytes else None,
                     lease.address,
                     tables.bytes,
                     tables.address,

@@ -379,7 +379,7 @@ class ExpertCalls:
     def give_terms(self, engine: Engine, form: CombineForm, deadline: float, followed: Followed, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, slab_at: int) -> OwnKernel | None:
         """The same of the sums of a combine; `slab_at` 0: others get none."""
 
-    def dispatch(self, engine: Engine, own: OwnKernel, form: DispatchForm, tag: int, ended: int, seconds: float, kit: tuple[int, int, object, object, object, object, int], region: int, places: list[Any], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
+    def dispatch(self, engine: Engine, own: OwnKernel, form: DispatchForm, tag: int, ended: int, seconds: float, kit: tuple[int, int, object, object, object, object, int], region: int, places: list[Any], slots: object, whole: object, room: object | None, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
         """
         As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """

@@ -96,7 +96,7 @@ class ExpertCalls {
 
   nb::tuple dispatch(Self self, OwnKernel& given, const DispatchForm& form, int64_t tag, uint64_t ended,
                      double seconds, const DispatchKit& kit, uint64_t region, const nb::list& places,
-                     nb::object slots, nb::handle whole, uint64_t into, nb::handle tables,
+                     nb::object slots, nb::handle whole, nb::handle room, uint64_t into, nb::handle tables,
                      uint64_t tables_at);
 
   nb::tuple combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
@@ -197,8 +197,8 @@ std::optional<OwnKernel> ExpertCalls::give_tokens(Self self, const DispatchForm&
 
 nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm& form, int64_t tag,
                                 uint64_t ended, double seconds, const DispatchKit& kit, uint64_t region,
-                                const nb::list& places, nb::object slots, nb::handle whole, uint64_t into,
-                                nb::handle tables, uint64_t tables_at) {
+                                const nb::list& places, nb::object slots, nb::handle whole, nb::handle room,
+                                uint64_t into, nb::handle tables, uint64_t tables_at) {
   PyEngine& e = *self.p;
   const size_t n = ranks_.size();
   const std::unique_ptr<Launch> own = std::move(given.launch);
@@ -259,7 +259,7 @@ nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm&
       return swapped;
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
-  const Arranged arranged(n, form.held, total, all);
+  const Arranged arranged(n, form.held, total, all, room);
   bool fine = false;
   try {  // while it runs
     const RoutedParts mine{own_tokens, routed_into.counts.part(first, last),
@@ -409,7 +409,8 @@ void bind_expert_calls(nb::module_& m) {
            "The same of the sums of a combine; `slab_at` 0: others get none.")
       .def(
           "dispatch", &ExpertCalls::dispatch, "engine"_a, "own"_a, "form"_a, "tag"_a, "ended"_a, "seconds"_a,
-          "kit"_a, "region"_a, "places"_a, "slots"_a, "whole"_a, "into"_a, "tables"_a, "tables_at"_a,
+          "kit"_a, "region"_a, "places"_a, "slots"_a, "whole"_a, "room"_a.none(), "into"_a, "tables"_a,
+          "tables_at"_a,
           "As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: "
           "the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and "
           "what is known and under way by then.")

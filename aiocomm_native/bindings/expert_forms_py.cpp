@@ -17,11 +17,13 @@ nb::object uncleared(size_t nbytes) {
 
 }  // namespace
 
-Arranged::Arranged(size_t ranks, size_t held, size_t rows, size_t assignments)
+Arranged::Arranged(size_t ranks, size_t held, size_t rows, size_t assignments, nb::handle room)
     : sizes_{ranks + 1, assignments, held + 1, assignments, assignments, rows + 1} {
   size_t nbytes = 0;
   for (size_t i = 0; i < 6; ++i) at_[i] = nbytes, nbytes += (sizes_[i] * kWidths[i] + 7) & ~size_t{7};
-  memory = uncleared(nbytes);
+  const bool fits =
+      PyByteArray_CheckExact(room.ptr()) && static_cast<size_t>(PyByteArray_GET_SIZE(room.ptr())) >= nbytes;
+  memory = fits ? nb::borrow(room) : uncleared(nbytes);
 }
 
 SeenBytes Arranged::part(size_t i) const {
