@@ -25,7 +25,6 @@ from aiocomm._device import NO_STREAM
 from aiocomm.collectives.driver import driver
 from aiocomm.collectives.kernels import Scratch, kernels_of
 from aiocomm.errors import LinkError
-from aiocomm.moe.rooms import Rooms
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -209,7 +208,6 @@ class Pool:
         self.calls: _core.ExpertCalls | None = None
         self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind, what serves one call at a time
         self.repeats: dict[Any, Any] = {}  # calls that may be made again, by what they are found by
-        self.rooms = Rooms()
         self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()

@@ -40,7 +40,7 @@ from aiocomm.moe.device_quick import (
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Lease, Tables, size_class
-from aiocomm.moe.rooms import LONG
+from aiocomm.moe.rooms import LONG, Rooms
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS, WEIGH
 from aiocomm_native import _core
@@ -169,6 +169,7 @@ class DispatchRepeat(_Repeat):
             _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
         )
         self._held = len(placed.held[group.rank])
+        self._long = Rooms()
         self._lists_bytes = 0
         if assignments * 20 >= LONG:  # lists of so many take as many bytes, and more
             count, rows = int(_MORE * assignments), self._rows
@@ -210,7 +211,7 @@ class DispatchRepeat(_Repeat):
             followed = _core.Followed(self._engine, behind)
             slab = pool.take_sized(self._slab_size, streams)
             region, places = slab.region, slab.places_for(group.ranks, group.rank)
-            whole = pool.rooms.take(PART_BYTES * self._choices)
+            whole = self._long.take(PART_BYTES * self._choices)
         except Exception:  # as the usual call finds out, and says
             if slab is not None:
                 pool.give_back(slab)
@@ -245,7 +246,7 @@ class DispatchRepeat(_Repeat):
                     places,
                     slots,
                     whole,
-                    pool.rooms.take(self._lists_bytes) if self._lists_bytes else None,
+                    self._long.take(self._lists_bytes) if self._lists_bytes else None,
                     lease.address,
                     tables.bytes,
                     tables.address,

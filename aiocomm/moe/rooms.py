@@ -10,7 +10,7 @@ from aiocomm_native import _core
 __all__ = ["LONG", "Rooms"]
 
 LONG: Final = 128 << 10  # bytes, of which an allocator makes new pages
-_KEPT: Final = 8
+_KEPT: Final = 4
 
 
 def _counted(rooms: list[bytearray]) -> list[int]:
