@@ -90,6 +90,26 @@ async def test_what_goes_wrong_while_the_own_kernel_runs(
 
 
 @pytest.mark.usefixtures("backends")
+async def test_calls_that_are_watched_go_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        begun: list[int] = []
+        take_over = device_quick._Quick.take_over
+
+        def noted(call: Any, number: int, slots: Any, outcome: Any) -> None:
+            begun.append(outcome[0])
+            take_over(call, number, slots, outcome)
+
+        monkeypatch.setattr(device_quick._Quick, "take_over", noted)
+        watched = [comm.links["cuda"].submissions() for comm in members]
+        await all_call(members, lambda comm: layer(comm, 21, 16))
+        assert len(watched) == 2
+        assert begun
+        assert set(begun) == {device_quick.NOT_BEGUN}
+
+
+@pytest.mark.usefixtures("backends")
 async def test_of_thousands_of_tokens() -> None:
     """Lists are long enough to be made without the interpreter's lock."""
     async with world(2, links=LINKS, warmup=True) as members:
