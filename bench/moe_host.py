@@ -110,17 +110,23 @@ class _Replayed:
             self._made[name] = outcome
         return outcome
 
+    def give_tokens(self, *arguments: Any) -> Any:
+        return self if _Replayed.again else self._calls.give_tokens(*arguments)
+
+    def give_terms(self, *arguments: Any) -> Any:
+        return self if _Replayed.again else self._calls.give_terms(*arguments)
+
     def dispatch(self, *arguments: Any) -> Any:
         if not _Replayed.again:
             return self._keep("dispatch", self._calls.dispatch(*arguments))
         made = self._made["dispatch"]
-        return (*made[:4], [arguments[2]] * len(made[4]), *made[5:])  # all calls have ended at the others
+        return (*made[:4], [arguments[3]] * len(made[4]), *made[5:])  # all calls have ended at the others
 
     def combine(self, *arguments: Any) -> Any:
         if not _Replayed.again:
             return self._keep("combine", self._calls.combine(*arguments))
         made = self._made["combine"]
-        return (*made[:2], [arguments[2]] * len(made[2]), made[3])
+        return (*made[:2], [arguments[3]] * len(made[2]), made[3])
 
 
 async def _timed(call: Callable[[], Awaitable[None]]) -> tuple[int, int]:

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from aiocomm.moe.memory import Block, Lease
 
 __all__ = [
+    "GIVING",
     "LINGER_S",
     "MOST_CHOICES_AT_ONCE",
+    "NOT_BEGUN",
     "PART_BYTES",
     "PULLING",
     "Kit",
@@ -50,12 +52,10 @@ __all__ = [
 ]
 
 _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assignment
-MOST_CHOICES_AT_ONCE: Final = (
-    1 << 16
-)  # of a call that is one call into the extension, which holds up the loop
+MOST_CHOICES_AT_ONCE: Final = 1 << 16  # of a call that is one call into the extension: a millisecond's work
 PART_BYTES: Final = 18  # of `part_over`
 _LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
-_NOT_BEGUN, _GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
+NOT_BEGUN, GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
 
 
 class _Quick(DeviceExchange):
@@ -68,8 +68,10 @@ class _Quick(DeviceExchange):
 
     def take_over(self, number: int, slots: Any, outcome: Any) -> None:
         """Go on with a call that was begun: `outcome` is what the extension has returned, or raised."""
-        self._number, self._slots, self._begun = number, slots, outcome
-        self._borrowed.append(slots)
+        self._number, self._begun = number, outcome
+        if slots is not None:
+            self._slots = slots
+            self._borrowed.append(slots)
 
     def _keep_known(self, outcome: tuple[Any, ...]) -> Any:
         """Keep what is known once messages were swapped; returns those that have not come."""
@@ -87,15 +89,15 @@ class _Quick(DeviceExchange):
                 raise self._begun
             return False
         stage, *outcome = self._begun
-        if stage == _NOT_BEGUN:
+        if stage == NOT_BEGUN:
             return super()._begin_quickly()
         if self._made is not None:
             self._after = []
         self._given = []
-        if stage == _GIVING:
+        if stage == GIVING:
             self._given = self._launched(outcome[0])
             self._raise_any()
-        if stage in (_GIVING, _REFUSED):
+        if stage in (GIVING, _REFUSED):
             return False
         self._swapped = True
         self._swapped_but(self._keep_known(tuple(outcome)))
@@ -175,11 +177,20 @@ class QuickDispatch(_Quick, DeviceDispatch):
         return self._kit.ids if name == "_ids" else self._kit.weights
 
     def take_memory(
-        self, kit: Kit, slab: Block, lease: Lease, room: int, tables: Tables, made: Kernel, whole: Part
+        self,
+        kit: Kit,
+        slab: Block,
+        lease: Lease | None,
+        room: int,
+        tables: Tables | None,
+        made: Kernel,
+        whole: Part,
     ) -> None:
-        """Have what the extension was given."""
+        """Have what the extension was given, or was to be given."""
         self._kit, self._kind = kit, self.kind
-        self._slab, self._lease, self._into = slab, lease, lease.part(room)
+        self._slab, self._lease = slab, lease
+        if lease is not None:
+            self._into = lease.part(room)
         self._lent.append(slab)
         self._moves, self._spare, self._whole = kit.moves, tables, whole
         self._made, self._is_made, self._after = made, True, list(made[3])

@@ -26,6 +26,8 @@ from aiocomm.moe.arguments import MOVE_BYTES, move
 from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
 from aiocomm.moe.device_moving import array_over
 from aiocomm.moe.device_quick import (
+    GIVING,
+    NOT_BEGUN,
     PART_BYTES,
     PULLING,
     Kit,
@@ -38,6 +40,7 @@ from aiocomm.moe.device_quick import (
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Lease, Tables, size_class
+from aiocomm.moe.rooms import LONG, Rooms
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS, WEIGH
 from aiocomm_native import _core
@@ -53,6 +56,13 @@ __all__ = ["Begun", "CombineRepeat", "DispatchRepeat"]
 ExpertCalls = _core.ExpertCalls
 _MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
 _WEIGH: Final = struct.Struct(WEIGH)
+_NOTHING: Any = None  # yet
+
+
+def _stopped(own: Any, error: BaseException) -> Any:
+    """The outcome of a call that this error has stopped: its own kernel, if nothing was made of that."""
+    pending = own.transfer() if own is not None and isinstance(error, Exception) else None
+    return error if pending is None else (GIVING, pending)
 
 
 class Begun:
@@ -159,6 +169,11 @@ class DispatchRepeat(_Repeat):
             _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
         )
         self._held = len(placed.held[group.rank])
+        self._long = Rooms()
+        self._lists_bytes = 0
+        if assignments * 20 >= LONG:  # lists of so many take as many bytes, and more
+            count, rows = int(_MORE * assignments), self._rows
+            self._lists_bytes = 20 * count + 8 * (rows + self._held + group.size) + 64
         self._placed = placed
         assert call._lease is not None
         form = tokens.description[5]
@@ -188,46 +203,56 @@ class DispatchRepeat(_Repeat):
     def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
         """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
         pool, streams, scope, group = self._pool, self._streams, self._scope, self._group
+        native, form = self._native, self._native_form
         slab: Block | None = None
         kit = Kit.taken(pool, self._kind, self._shape, self._rows)
         try:  # streams first: what they have to tell takes a while
             behind = [one for one in (tokens, ids, weights) if type(one) is tuple]
             followed = _core.Followed(self._engine, behind)
-            lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
             slab = pool.take_sized(self._slab_size, streams)
-            given = slab.address, slab.region, slab.places_for(group.ranks, group.rank)
-            tables = Tables.of_bytes(pool, self._table_bytes)
-            slots = self._slots()
-            whole = bytearray(PART_BYTES * self._choices)
+            region, places = slab.region, slab.places_for(group.ranks, group.rank)
+            whole = self._long.take(PART_BYTES * self._choices)
         except Exception:  # as the usual call finds out, and says
             if slab is not None:
                 pool.give_back(slab)
             pool.give_back_kit(self._kind, kit)
             return None
         number, under = self._begin(deadline)
-        outcome: Any
+        seconds = -1.0 if deadline is None else deadline
+        lease: Lease | None = None
+        tables: Tables | None = None
+        own = slots = None
+        outcome: Any = (NOT_BEGUN,)
         try:
-            outcome = self._native.dispatch(
-                self._engine,
-                self._native_form,
-                number << TAG_BITS | HEAD_TAG,
-                min(scope.calls) - 1,
-                -1.0 if deadline is None else deadline,
-                device_quick.LINGER_S,
-                followed,
-                tokens,
-                ids,
-                weights,
-                kit.seen,
-                given,
-                slots,
-                whole,
-                lease.address,
-                tables.bytes,
-                tables.address,
+            own = native.give_tokens(
+                self._engine, form, seconds, followed, tokens, ids, weights, kit.seen, slab.address
             )
+            if own is not None:  # while it runs, all that does not need it
+                lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
+                tables = Tables.of_bytes(pool, self._table_bytes)
+                slots = self._slots()
+                shown, width = self._shown
+                came = DeviceArray(lease, lease.address, 0, pool.device, shown, (0, width))
+                result = Dispatched(group, number, self._placed, (), self._count, came, _NOTHING, tables)
+                outcome = native.dispatch(
+                    self._engine,
+                    own,
+                    form,
+                    number << TAG_BITS | HEAD_TAG,
+                    min(scope.calls) - 1,
+                    device_quick.LINGER_S,
+                    kit.seen,
+                    region,
+                    places,
+                    slots,
+                    whole,
+                    self._long.take(self._lists_bytes) if self._lists_bytes else None,
+                    lease.address,
+                    tables.bytes,
+                    tables.address,
+                )
         except BaseException as error:
-            outcome = error
+            outcome = _stopped(own, error)
         if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-2:] != (None, True):
             setting = self._setting._replace(deadline=deadline)
             matrix = Matrix(tokens, "tokens")
@@ -236,16 +261,13 @@ class DispatchRepeat(_Repeat):
             call.take_memory(kit, slab, lease, self._room, tables, kernel, part_over(whole, self._choices))
             return self._hand_over(call, (number, slots, outcome), under)
         _, rows, assignments, _, ended, total, count, lists, _, _ = outcome
-        turn = self._ended(number, slots, slab, ended)
+        assert tables is not None
+        tables.resize(count, total, self._count, group.size)
+        came.nbytes, came.shape = total * self._width, (total, width)
+        result._sent = RoutedOver(whole, self._choices, rows, assignments)
+        result._found = Listed(lists, group.size, self._held, total, count)
         pool.give_back_kit(self._kind, kit)
-        size = group.size
-        tables.resize(count, total, self._count, size)
-        found = Listed(lists, size, self._held, total, count)
-        form, width = self._shown
-        came = DeviceArray(lease, lease.address, total * self._width, pool.device, form, (total, width))
-        parts = RoutedOver(whole, self._choices, rows, assignments)
-        more = self._placed, parts, self._count, came, found, tables
-        return Begun(Dispatched(group, number, *more), turn=turn)
+        return Begun(result, turn=self._ended(number, slots, slab, ended))
 
     def _made(self, tokens: Description, ids: Any, weights: Any, kit: Kit, slab: Block) -> Kernel:
         """The kernel that brings this rank's arrays to where they are read; the extension has launched it."""
@@ -264,6 +286,7 @@ class CombineRepeat(_Repeat):
         self._text, self._hidden = text, call._outputs.hidden
         self._wire, self._result = call._wire, call._result
         self._row = call._row
+        self._nowhere: list[bytes | None] = [None] * self._group.size
         self._form = form_of(call._result)
         self._itemsize = itemsize_in(self._form)
         self._native_form = _core.CombineForm(
@@ -299,8 +322,7 @@ class CombineRepeat(_Repeat):
         if out is not None and outputs[1] < out[1] + out[2] and out[1] < outputs[1] + outputs[2]:
             return None
         slab: Block | None = None
-        lease: Lease | None = None
-        given: Any = None
+        region, places = 0, self._nowhere
         after = [outputs, tables.ready] if out is None else [outputs, tables.ready, out]
         kernels = pool.kernels
         try:
@@ -310,39 +332,50 @@ class CombineRepeat(_Repeat):
             followed = _core.Followed(self._engine, behind)
             if begins[rank + 1] - begins[rank] != begins[-1]:
                 slab = pool.take(travels, streams)
-                given = slab.address, slab.region, slab.places_for(group.ranks, rank)
-            if out is None:
-                lease = Lease(pool, pool.take(nbytes, streams), streams)
-            slots = self._slots()
+                region, places = slab.region, slab.places_for(group.ranks, rank)
         except Exception:
             if slab is not None:
                 pool.give_back(slab)
             return None
-        target = lease.address if lease is not None else out[1]  # type: ignore[index]
+        ready, at = after[1], 0 if slab is None else slab.address
         number, under = self._begin(deadline)
+        seconds = -1.0 if deadline is None else deadline
+        native, form = self._native, self._native_form
+        lease: Lease | None = None
+        target = 0 if out is None else out[1]
+        own = slots = result = None
+        outcome: Any = (NOT_BEGUN,)
         text = f"combine of dispatch {dispatched._number}: {self._text}"
-        outcome: Any
         try:
-            outcome = self._native.combine(
-                self._engine,
-                self._native_form,
-                number << TAG_BITS | HEAD_TAG,
-                header(text + " on GPUs"),
-                min(self._scope.calls) - 1,
-                -1.0 if deadline is None else deadline,
-                device_quick.LINGER_S,
-                followed,
-                outputs,
-                after[1],
-                found.lists,
-                count,
-                sent.rows,
-                given,
-                target,
-                slots,
+            own = native.give_terms(
+                self._engine, form, seconds, followed, outputs, ready, found.lists, count, at
             )
+            if own is not None:  # while it runs, all that does not need it
+                if out is None:
+                    lease = Lease(pool, pool.take(nbytes, streams), streams)
+                    target = lease.address
+                    result = array_over(lease, pool.device, self._form, (count, hidden), self._itemsize)
+                slots = self._slots()
+                outcome = native.combine(
+                    self._engine,
+                    own,
+                    form,
+                    number << TAG_BITS | HEAD_TAG,
+                    header(text + " on GPUs"),
+                    min(self._scope.calls) - 1,
+                    device_quick.LINGER_S,
+                    outputs,
+                    ready,
+                    found.lists,
+                    count,
+                    sent.rows,
+                    region,
+                    places,
+                    target,
+                    slots,
+                )
         except BaseException as error:
-            outcome = error
+            outcome = _stopped(own, error)
         if under.told or type(outcome) is not tuple or outcome[0] != PULLING or outcome[-1] is not None:
             into = None if out is None else Matrix(out, "out")
             setting = self._setting._replace(deadline=deadline)
@@ -353,11 +386,7 @@ class CombineRepeat(_Repeat):
             made = None if slab is None else self._made(outputs, begins, tables, slab, after)
             call.take_memory(slab, lease, target, made, after)
             return self._hand_over(call, (number, slots, outcome), under)
-        turn = self._ended(number, slots, slab, outcome[2])
-        result = None
-        if lease is not None:
-            result = array_over(lease, pool.device, self._form, (count, hidden), self._itemsize)
-        return Begun(result, turn=turn)
+        return Begun(result, turn=self._ended(number, slots, slab, outcome[2]))
 
     def _made(
         self,

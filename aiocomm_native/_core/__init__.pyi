@@ -340,6 +340,9 @@ def describe_array(array: object | None, writable: bool) -> object:
 def note_torch_format(dtype: object, format: str) -> None:
     """What one of torch's dtypes is called in descriptions, from now on."""
 
+def uncleared(nbytes: int) -> bytearray:
+    """A bytearray with whatever its memory had."""
+
 class DispatchForm:
     """What is the same for all dispatches that repeat each other."""
 
@@ -355,17 +358,33 @@ class Followed:
 
     def __init__(self, engine: Engine, arrays: Sequence[tuple[Any, ...]]) -> None: ...
 
+class OwnKernel:
+    """The first kernel of a call, which is under way."""
+
+    def transfer(self) -> object:
+        """
+        Has a transfer tell its end, if it was launched, and nothing else has been told of it.
+        """
+
 class ExpertCalls:
     """Usual dispatches and combines of GPU arrays of one kind."""
 
     def __init__(self, channel: int, me: int, ranks: Sequence[int], slot_bytes: int, home: tuple[Any, ...]) -> None: ...
 
-    def dispatch(self, engine: Engine, form: DispatchForm, tag: int, ended: int, deadline: float, seconds: float, followed: Followed, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab: tuple[int, int, object], slots: object, whole: object, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
+    def give_tokens(self, engine: Engine, form: DispatchForm, deadline: float, followed: Followed, tokens: tuple[Any, ...], ids: object, weights: object | None, kit: tuple[int, int, object, object, object, object, int], slab_at: int) -> OwnKernel | None:
         """
-        As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: none, 0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
+        Launches what brings tokens, and experts and weights, to where they are read. None: not one call.
         """
 
-    def combine(self, engine: Engine, form: CombineForm, tag: int, header: bytes, ended: int, deadline: float, seconds: float, followed: Followed, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], slab: object | None, target: int, slots: object) -> tuple[Any, ...]:
+    def give_terms(self, engine: Engine, form: CombineForm, deadline: float, followed: Followed, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, slab_at: int) -> OwnKernel | None:
+        """The same of the sums of a combine; `slab_at` 0: others get none."""
+
+    def dispatch(self, engine: Engine, own: OwnKernel, form: DispatchForm, tag: int, ended: int, seconds: float, kit: tuple[int, int, object, object, object, object, int], region: int, places: list[Any], slots: object, whole: object, room: object | None, into: int, tables: object, tables_at: int) -> tuple[Any, ...]:
+        """
+        As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
+        """
+
+    def combine(self, engine: Engine, own: OwnKernel, form: CombineForm, tag: int, header: bytes, ended: int, seconds: float, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], region: int, places: list[Any], target: int, slots: object) -> tuple[Any, ...]:
         """The same of a combine, which has no stage 1."""
 
     def take_marks(self) -> list[int]:

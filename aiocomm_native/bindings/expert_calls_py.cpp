@@ -12,6 +12,7 @@
 #include <array>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <new>
 #include <optional>
 #include <span>
@@ -34,7 +35,43 @@ namespace {
 
 using Self = nb::pointer_and_handle<PyEngine>;
 using Heads = std::vector<ExpertHead>;  // by rank
-enum Stage : int { kNotBegun = -1, kGiving, kRefused, kSwapping, kPulling };
+enum Stage : int { kGiving, kRefused, kSwapping, kPulling };
+
+// A call whose own kernel was launched: what is asked for later.
+struct OwnKernel {
+  nb::object engine;               // which outlives the launch
+  std::unique_ptr<Launch> launch;  // none: this rank gives nothing, or it was taken
+  uint64_t deadline_ns = 0;
+  // Of a dispatch: where its tokens are, and what it reads of experts and weights once that kernel has ended.
+  uint64_t source = 0;
+  nb::object ids, weights;
+  // Of a combine: what the next kernel follows, where there is none before it.
+  std::optional<Followed> followed;
+};
+
+// What a combine sums, as its kernels are told of it.
+struct Terms {
+  Terms(const CombineForm& form, nb::handle outputs, nb::handle ready, const SeenBytes& lists, size_t me,
+        size_t n, size_t count)
+      : given(outputs), tables(ready), begins(begins_of(lists, n)) {
+    require(me < n);
+    const SumTables at(given.rows, static_cast<size_t>(begins[n]), count, n);
+    order = tables.address + at.order, starts = tables.address + at.first;
+    weights = tables.address + at.weights, rows_of = tables.address + at.rows_of;
+    first = static_cast<uint32_t>(begins[me]), own = static_cast<uint32_t>(begins[me + 1] - begins[me]);
+    rows = static_cast<uint32_t>(begins[n]), hidden = static_cast<uint32_t>(form.hidden);
+    straight = hidden % 8 == 0 && given.address % 16 == 0;
+  }
+  static std::span<const int64_t> begins_of(const SeenBytes& lists, size_t n) {
+    require(lists.nbytes() >= sizeof(int64_t) * (n + 1));
+    return {reinterpret_cast<const int64_t*>(lists.bytes()), n + 1};
+  }
+  Described given, tables;
+  std::span<const int64_t> begins;
+  uint64_t order, starts, weights, rows_of;
+  uint32_t first, own, rows, hidden;
+  bool straight;
+};
 
 // What the calls of one rank in one group have in common.
 class ExpertCalls {
@@ -48,21 +85,37 @@ class ExpertCalls {
     require(me_ < ranks_.size());
   }
 
-  nb::tuple dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended, double deadline,
-                     double seconds, const Followed& followed, const nb::tuple& tokens, nb::handle ids,
-                     nb::handle weights, const DispatchKit& kit, const Slab& slab, nb::object slots,
-                     nb::handle whole, uint64_t into, nb::handle tables, uint64_t tables_at);
+  // Launch what brings this rank's part to where others read it. Nothing: calls are watched one by one.
+  std::optional<OwnKernel> give_tokens(Self self, const DispatchForm& form, double deadline,
+                                       const Followed& followed, const nb::tuple& tokens, nb::object ids,
+                                       nb::object weights, const DispatchKit& kit, uint64_t slab_at);
+  std::optional<OwnKernel> give_terms(Self self, const CombineForm& form, double deadline,
+                                      const Followed& followed, const nb::tuple& outputs,
+                                      const nb::tuple& ready, nb::handle lists, size_t count,
+                                      uint64_t slab_at);
 
-  nb::tuple combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header, uint64_t ended,
-                    double deadline, double seconds, const Followed& followed, const nb::tuple& outputs,
+  nb::tuple dispatch(Self self, OwnKernel& given, const DispatchForm& form, int64_t tag, uint64_t ended,
+                     double seconds, const DispatchKit& kit, uint64_t region, const nb::list& places,
+                     nb::object slots, nb::handle whole, nb::handle room, uint64_t into, nb::handle tables,
+                     uint64_t tables_at);
+
+  nb::tuple combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
+                    const nb::bytes& header, uint64_t ended, double seconds, const nb::tuple& outputs,
                     const nb::tuple& ready, nb::handle lists, size_t count, const std::vector<int64_t>& sent,
-                    const nb::object& slab, uint64_t target, nb::object slots);
+                    uint64_t region, const nb::list& places, uint64_t target, nb::object slots);
 
   // When the last call reached its stages; they are forgotten.
   std::vector<uint64_t> take_marks() { return std::exchange(marks_, {}); }
 
  private:
   void mark(PyEngine& e) { marks_.push_back(e.engine->now()); }
+
+  // False: calls are watched one by one.
+  bool begin(PyEngine& e) {
+    marks_.clear();
+    mark(e);
+    return e.on_submit.empty() && e.on_complete.empty();
+  }
 
   int rank() const {
     return ranks_[me_];
@@ -112,59 +165,64 @@ class ExpertCalls {
   std::vector<uint64_t> marks_;
 };
 
-nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag, uint64_t ended,
-                                double deadline, double seconds, const Followed& followed,
-                                const nb::tuple& tokens, nb::handle ids, nb::handle weights,
-                                const DispatchKit& kit, const Slab& slab, nb::object slots, nb::handle whole,
-                                uint64_t into, nb::handle tables, uint64_t tables_at) {
+std::optional<OwnKernel> ExpertCalls::give_tokens(Self self, const DispatchForm& form, double deadline,
+                                                  const Followed& followed, const nb::tuple& tokens,
+                                                  nb::object ids, nb::object weights, const DispatchKit& kit,
+                                                  uint64_t slab_at) {
   PyEngine& e = *self.p;
-  marks_.clear();
-  mark(e);
-  const size_t n = ranks_.size();
-  if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
-  const uint64_t deadline_ns = deadline_of(e, deadline);
-  const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
+  if (!begin(e)) return std::nullopt;
   const auto& [kit_ids, kit_weights, seen_ids, seen_weights, ones, moves, moves_at] = kit;
-  const auto& [slab_at, region, places] = slab;
-  const uint64_t source = Described(tokens).address;
-  std::vector<uint64_t> numbers{0, 0, 0, form.width, slab_at, source, form.nbytes};
+  OwnKernel own{nb::borrow(self.h), nullptr, deadline_of(e, deadline), Described(tokens).address, {}, {}, {}};
+  std::vector<uint64_t> numbers{0, 0, 0, form.width, slab_at, own.source, form.nbytes};
   uint64_t given_bytes = form.nbytes;
-  auto bring = [&](nb::handle array, uint64_t memory, const nb::object& seen) {
+  auto bring = [&](nb::object array, uint64_t memory, const nb::object& seen) {
     if (!PyTuple_CheckExact(array.ptr())) return array;
     const Described one(array);
     numbers.insert(numbers.end(), {memory, one.address, one.nbytes});
     given_bytes += one.nbytes;
-    return nb::handle(seen);
+    return seen;
   };
-  const nb::handle shown = bring(ids, kit_ids, seen_ids);
-  const nb::handle factors = weights.is_none() ? nb::handle(ones) : bring(weights, kit_weights, seen_weights);
-  Launch own(self,
-             {form.function,
-              blocks_of(given_bytes, form.piece, form.sm_budget),
-              form.threads,
-              move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
-              {},
-              given_bytes},
-             followed, home_);
-  own.submit(rank(), channel_, deadline_ns);
-  // While it runs, all that does not need it.
+  own.ids = bring(std::move(ids), kit_ids, seen_ids);
+  own.weights = weights.is_none() ? ones : bring(std::move(weights), kit_weights, seen_weights);
+  const KernelTuple give{form.function,
+                         blocks_of(given_bytes, form.piece, form.sm_budget),
+                         form.threads,
+                         move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
+                         {},
+                         given_bytes};
+  own.launch = std::make_unique<Launch>(self, give, followed, home_);
+  own.launch->submit(rank(), channel_, own.deadline_ns);
+  return own;
+}
+
+nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm& form, int64_t tag,
+                                uint64_t ended, double seconds, const DispatchKit& kit, uint64_t region,
+                                const nb::list& places, nb::object slots, nb::handle whole, nb::handle room,
+                                uint64_t into, nb::handle tables, uint64_t tables_at) {
+  PyEngine& e = *self.p;
+  const size_t n = ranks_.size();
+  const std::unique_ptr<Launch> own = std::move(given.launch);
+  require(own != nullptr);
+  const uint64_t deadline_ns = given.deadline_ns;
+  auto soon = [&] { return e.engine->now() + static_cast<uint64_t>(seconds * 1e9); };
+  const nb::object moves = std::get<5>(kit);
+  const uint64_t moves_at = std::get<6>(kit);
   const SeenMemory of_tables(tables), of_moves(moves), of_slots(slots), of_owner(form.owner),
       of_local(form.local);
   const RoutedParts routed_into = parts_of(whole, form.choices);
   const nb::bytes pull_argument =
-      move_argument(form.argument_bytes, form.most_ranks, me_, source, {into, moves_at, 0, form.width});
-  if (!own.look(until)) return nb::make_tuple(int{kGiving}, own.transfer());
+      move_argument(form.argument_bytes, form.most_ranks, me_, given.source, {into, moves_at, 0, form.width});
+  if (!own->look(soon())) return nb::make_tuple(int{kGiving}, own->transfer());
   mark(e);
-  auto routed =
-      route_messages(SeenMemory(shown), SeenMemory(factors), form.count, of_owner, me_, form.header, ended,
-                     region, form.nbytes, nb::cast<nb::list>(places), slot_bytes_, routed_into);
+  auto routed = route_messages(SeenMemory(given.ids), SeenMemory(given.weights), form.count, of_owner, me_,
+                               form.header, ended, region, form.nbytes, places, slot_bytes_, routed_into);
   if (!routed) return nb::make_tuple(int{kRefused});
   auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
   Swap swap(self, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
-  swap.look(until);
+  swap.look(soon());
   mark(e);
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, rows, assignments, left);
@@ -201,7 +259,7 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
       return swapped;
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
-  const Arranged arranged(n, form.held, total, all);
+  const Arranged arranged(n, form.held, total, all, room);
   bool fine = false;
   try {  // while it runs
     const RoutedParts mine{own_tokens, routed_into.counts.part(first, last),
@@ -216,82 +274,65 @@ nb::tuple ExpertCalls::dispatch(Self self, const DispatchForm& form, int64_t tag
     fine = false;
   }
   mark(e);
-  nb::object pending = launch.look(until) ? nb::none() : launch.transfer();
+  nb::object pending = launch.look(soon()) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, rows, assignments, left, ended_of(heads), total, all, arranged.memory,
                         pending, fine);
 }
 
-nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, const nb::bytes& header,
-                               uint64_t ended, double deadline, double seconds, const Followed& followed,
-                               const nb::tuple& outputs, const nb::tuple& ready, nb::handle lists,
-                               size_t count, const std::vector<int64_t>& sent, const nb::object& slab,
-                               uint64_t target, nb::object slots) {
+std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& form, double deadline,
+                                                 const Followed& followed, const nb::tuple& outputs,
+                                                 const nb::tuple& ready, nb::handle lists, size_t count,
+                                                 uint64_t slab_at) {
   PyEngine& e = *self.p;
-  marks_.clear();
-  mark(e);
-  if (!e.on_submit.empty() || !e.on_complete.empty()) return nb::make_tuple(int{kNotBegun});
-  const size_t n = ranks_.size();
+  if (!begin(e)) return std::nullopt;
   const SeenMemory of_lists(lists);
-  require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1 &&
-          of_lists.nbytes() >= sizeof(int64_t) * (n + 1));
-  const std::span<const int64_t> begins(reinterpret_cast<const int64_t*>(of_lists.bytes()), n + 1);
-  const uint64_t deadline_ns = deadline_of(e, deadline);
-  const uint64_t until = e.engine->now() + static_cast<uint64_t>(seconds * 1e9);
-  const Described given(outputs), tables(ready);
-  const auto total = static_cast<size_t>(begins[n]);
-  const SumTables at(given.rows, total, count, n);
-  const auto first = static_cast<uint32_t>(begins[me_]),
-             own = static_cast<uint32_t>(begins[me_ + 1] - begins[me_]);
-  const uint64_t order = tables.address + at.order, starts = tables.address + at.first,
-                 weights = tables.address + at.weights;
-  const auto hidden = static_cast<uint32_t>(form.hidden), rows = static_cast<uint32_t>(total);
-  const bool straight = hidden % 8 == 0 && given.address % 16 == 0;
-  uint64_t region = 0;
-  nb::object places;
-  std::optional<Launch> weigh;
-  if (!slab.is_none()) {
-    const auto [slab_at, slab_region, slab_places] = nb::cast<Slab>(slab);
-    region = slab_region, places = slab_places;
-    Argument argument;
-    argument.add(given.address, order, starts, weights, slab_at);
-    argument.add(first, own, rows, hidden, uint32_t{straight}, uint32_t{0});
-    weigh.emplace(self,
-                  KernelTuple{form.weigh,
-                              blocks_of(given.nbytes, form.piece, form.sm_budget),
-                              form.threads,
-                              argument.bytes(),
-                              {},
-                              given.nbytes},
-                  followed, home_);
-    weigh->submit(rank(), channel_, deadline_ns);
-  } else {
-    nb::list none;
-    for (size_t peer = 0; peer < n; ++peer) none.append(nb::none());
-    places = none;
+  const Terms all(form, outputs, ready, of_lists, me_, ranks_.size(), count);
+  OwnKernel own{nb::borrow(self.h), nullptr, deadline_of(e, deadline), 0, {}, {}, {}};
+  if (!slab_at) {
+    own.followed = followed;
+    return own;
   }
-  // While it runs, all that does not need it.
+  Argument argument;
+  argument.add(all.given.address, all.order, all.starts, all.weights, slab_at);
+  argument.add(all.first, all.own, all.rows, all.hidden, uint32_t{all.straight}, uint32_t{0});
+  const KernelTuple weigh{form.weigh,   blocks_of(all.given.nbytes, form.piece, form.sm_budget),
+                          form.threads, argument.bytes(),
+                          {},           all.given.nbytes};
+  own.launch = std::make_unique<Launch>(self, weigh, followed, home_);
+  own.launch->submit(rank(), channel_, own.deadline_ns);
+  return own;
+}
+
+nb::tuple ExpertCalls::combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
+                               const nb::bytes& header, uint64_t ended, double seconds,
+                               const nb::tuple& outputs, const nb::tuple& ready, nb::handle lists,
+                               size_t count, const std::vector<int64_t>& sent, uint64_t region,
+                               const nb::list& places, uint64_t target, nb::object slots) {
+  PyEngine& e = *self.p;
+  const size_t n = ranks_.size();
+  const std::unique_ptr<Launch> own = std::move(given.launch);
+  require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1);
+  const uint64_t deadline_ns = given.deadline_ns;
+  auto soon = [&] { return e.engine->now() + static_cast<uint64_t>(seconds * 1e9); };
+  const SeenMemory of_lists(lists);
+  const Terms all(form, outputs, ready, of_lists, me_, n, count);
   const uint64_t moved = count * form.hidden * form.itemsize * n;
   Argument argument;
   argument.skip(sizeof(uint64_t) * form.most_ranks);
-  argument.add(target, tables.address + at.rows_of, given.address, order, starts, weights);
-  argument.add(first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_), static_cast<uint32_t>(count),
-               hidden, uint32_t{straight && target % 16 == 0});
+  argument.add(target, all.rows_of, all.given.address, all.order, all.starts, all.weights);
+  argument.add(all.first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_), static_cast<uint32_t>(count),
+               all.hidden, uint32_t{all.straight && target % 16 == 0});
   const KernelTuple sums{
       form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads, argument.bytes(), {}, moved};
-  std::optional<Launch> add;
-  if (weigh)
-    add.emplace(self, sums, home_);
-  else
-    add.emplace(self, sums, followed, home_);
-  Swap swap(self, ranks_, me_,
-            sum_messages(begins, form.row, me_, header, ended, region, nb::cast<nb::list>(places)), slots,
+  Launch launch(self, sums, given.followed ? *given.followed : Followed(e, {}), home_);
+  Swap swap(self, ranks_, me_, sum_messages(all.begins, form.row, me_, header, ended, region, places), slots,
             slot_bytes_);
-  if (weigh && !weigh->look(until)) return nb::make_tuple(int{kGiving}, weigh->transfer());
+  if (own && !own->look(soon())) return nb::make_tuple(int{kGiving}, own->transfer());
   mark(e);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
-  swap.look(until);
+  swap.look(soon());
   mark(e);
   nb::list left = swap.left();
   const nb::tuple swapped = nb::make_tuple(int{kSwapping}, left);
@@ -302,12 +343,12 @@ nb::tuple ExpertCalls::combine(Self self, const CombineForm& form, int64_t tag, 
     if (peer == me_) continue;
     if (head.flags || head.rows != static_cast<uint64_t>(sent[peer + 1] - sent[peer])) return swapped;
     if (head.rows && (head.extent != head.rows * form.row ||
-                      !add_far(add->kernel(), head, peer, head.rows * form.row, form.alignment)))
+                      !add_far(launch.kernel(), head, peer, head.rows * form.row, form.alignment)))
       return swapped;
   }
-  add->submit(rank(), channel_, deadline_ns);
+  launch.submit(rank(), channel_, deadline_ns);
   mark(e);
-  nb::object pending = add->look(until) ? nb::none() : add->transfer();
+  nb::object pending = launch.look(soon()) ? nb::none() : launch.transfer();
   mark(e);
   return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
 }
@@ -349,20 +390,33 @@ void bind_expert_calls(nb::module_& m) {
             new (followed) Followed(engine, arrays);
           },
           "engine"_a, "arrays"_a);
+  nb::class_<OwnKernel>(m, "OwnKernel", "The first kernel of a call, which is under way.")
+      .def(
+          "transfer",
+          [](OwnKernel& own) {
+            return own.launch ? std::exchange(own.launch, nullptr)->transfer() : nb::none();
+          },
+          "Has a transfer tell its end, if it was launched, and nothing else has been told of it.");
   nb::class_<ExpertCalls>(m, "ExpertCalls", "Usual dispatches and combines of GPU arrays of one kind.")
       .def(nb::init<uint32_t, size_t, std::vector<int>, uint64_t, nb::tuple>(), "channel"_a, "me"_a,
            "ranks"_a, "slot_bytes"_a, "home"_a)
-      .def("dispatch", &ExpertCalls::dispatch, "engine"_a, "form"_a, "tag"_a, "ended"_a, "deadline"_a,
-           "seconds"_a, "followed"_a, "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab"_a, "slots"_a,
-           "whole"_a, "into"_a, "tables"_a, "tables_at"_a,
-           "As far as it is usual, looking for ends for that long. Returns the stage that was reached (-1: "
-           "none, 0: the "
-           "own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what "
-           "is known "
-           "and under way by then.")
-      .def("combine", &ExpertCalls::combine, "engine"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
-           "deadline"_a, "seconds"_a, "followed"_a, "outputs"_a, "ready"_a, "lists"_a, "count"_a, "sent"_a,
-           "slab"_a.none(), "target"_a, "slots"_a, "The same of a combine, which has no stage 1.")
+      .def(
+          "give_tokens", &ExpertCalls::give_tokens, "engine"_a, "form"_a, "deadline"_a, "followed"_a,
+          "tokens"_a, "ids"_a, "weights"_a.none(), "kit"_a, "slab_at"_a,
+          "Launches what brings tokens, and experts and weights, to where they are read. None: not one call.")
+      .def("give_terms", &ExpertCalls::give_terms, "engine"_a, "form"_a, "deadline"_a, "followed"_a,
+           "outputs"_a, "ready"_a, "lists"_a, "count"_a, "slab_at"_a,
+           "The same of the sums of a combine; `slab_at` 0: others get none.")
+      .def(
+          "dispatch", &ExpertCalls::dispatch, "engine"_a, "own"_a, "form"_a, "tag"_a, "ended"_a, "seconds"_a,
+          "kit"_a, "region"_a, "places"_a, "slots"_a, "whole"_a, "room"_a.none(), "into"_a, "tables"_a,
+          "tables_at"_a,
+          "As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: "
+          "the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and "
+          "what is known and under way by then.")
+      .def("combine", &ExpertCalls::combine, "engine"_a, "own"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
+           "seconds"_a, "outputs"_a, "ready"_a, "lists"_a, "count"_a, "sent"_a, "region"_a, "places"_a,
+           "target"_a, "slots"_a, "The same of a combine, which has no stage 1.")
       .def("take_marks", &ExpertCalls::take_marks,
            "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
            "kernel "

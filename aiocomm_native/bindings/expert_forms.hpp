@@ -80,7 +80,8 @@ using Slab = std::tuple<uint64_t, uint64_t, nb::object>;
 // The lists of an arrangement, one after the other.
 class Arranged {
  public:
-  Arranged(size_t ranks, size_t held, size_t rows, size_t assignments);
+  // In `room`, a bytearray, if that is large enough; else in memory that is new.
+  Arranged(size_t ranks, size_t held, size_t rows, size_t assignments, nb::handle room);
   ArrangedParts parts() const { return {part(0), part(1), part(2), part(3), part(4), part(5)}; }
   nb::object memory;
 

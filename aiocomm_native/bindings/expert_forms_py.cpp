@@ -7,12 +7,23 @@
 
 namespace aiocomm::py {
 
-Arranged::Arranged(size_t ranks, size_t held, size_t rows, size_t assignments)
+namespace {
+
+nb::object uncleared(size_t nbytes) {
+  nb::object memory = nb::steal(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
+  if (!memory.is_valid()) throw nb::python_error();
+  return memory;
+}
+
+}  // namespace
+
+Arranged::Arranged(size_t ranks, size_t held, size_t rows, size_t assignments, nb::handle room)
     : sizes_{ranks + 1, assignments, held + 1, assignments, assignments, rows + 1} {
   size_t nbytes = 0;
   for (size_t i = 0; i < 6; ++i) at_[i] = nbytes, nbytes += (sizes_[i] * kWidths[i] + 7) & ~size_t{7};
-  memory = nb::steal(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
-  if (!memory.is_valid()) throw nb::python_error();
+  const bool fits =
+      PyByteArray_CheckExact(room.ptr()) && static_cast<size_t>(PyByteArray_GET_SIZE(room.ptr())) >= nbytes;
+  memory = fits ? nb::borrow(room) : uncleared(nbytes);
 }
 
 SeenBytes Arranged::part(size_t i) const {
@@ -49,6 +60,8 @@ uint32_t blocks_of(uint64_t nbytes, uint64_t piece, uint32_t most) {
 
 void bind_expert_forms(nb::module_& m) {
   using namespace nb::literals;
+  m.def("uncleared", uncleared, "nbytes"_a, nb::sig("def uncleared(nbytes: int) -> bytearray"),
+        "A bytearray with whatever its memory had.");
   nb::class_<DispatchForm>(m, "DispatchForm", "What is the same for all dispatches that repeat each other.")
       .def(
           "__init__",

@@ -1,14 +1,76 @@
 #include "core/routing.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <memory>
+#include <utility>
 
 namespace aiocomm {
+
+namespace {
+
+constexpr size_t kBits = 64;  // ranks that a word has a bit of each for
+constexpr uint8_t kNobody = 0xff;
+
+// Up to so many ranks: nothing branches on whom a token goes to, which cannot be foreseen.
+bool route_by_bits(const int64_t* ids, const float* weights, size_t tokens, size_t choices,
+                   std::span<const int64_t> owner, size_t ranks, const Routed& routed, int64_t* rows,
+                   int64_t* assignments) {
+  const size_t all = tokens * choices;
+  const std::unique_ptr<uint8_t[]> goes(new uint8_t[all]);
+  int64_t row[kBits] = {}, next[kBits] = {};
+  uint16_t here[kBits] = {};  // choices of one token
+  auto each = [](uint64_t ranks_of, auto of) {
+    for (; ranks_of; ranks_of &= ranks_of - 1) of(static_cast<size_t>(std::countr_zero(ranks_of)));
+  };
+  for (size_t token = 0, at = 0; token < tokens; ++token) {
+    uint64_t ranks_of = 0;
+    for (const size_t end = at + choices; at < end; ++at) {
+      goes[at] = kNobody;
+      if (ids[at] == -1) continue;
+      if (static_cast<uint64_t>(ids[at]) >= owner.size()) return false;
+      const auto rank = static_cast<uint64_t>(owner[static_cast<size_t>(ids[at])]);
+      if (rank >= ranks) return false;
+      goes[at] = static_cast<uint8_t>(rank);
+      ranks_of |= uint64_t{1} << rank;
+      ++next[rank];
+    }
+    each(ranks_of, [&](size_t rank) { ++row[rank]; });
+  }
+  for (size_t rank = 0; rank < ranks; ++rank) {
+    rows[rank + 1] = rows[rank] + row[rank];
+    assignments[rank + 1] = assignments[rank] + next[rank];
+    row[rank] = rows[rank];
+    next[rank] = assignments[rank];
+  }
+  for (size_t token = 0, at = 0; token < tokens; ++token) {
+    uint64_t ranks_of = 0;
+    for (const size_t end = at + choices; at < end; ++at) {
+      const size_t rank = goes[at];
+      if (rank == kNobody) continue;
+      ranks_of |= uint64_t{1} << rank;
+      ++here[rank];
+      routed.experts[next[rank]] = static_cast<int32_t>(ids[at]);
+      routed.weights[next[rank]++] = weights[at];
+    }
+    each(ranks_of, [&](size_t rank) {
+      routed.tokens[row[rank]] = static_cast<int64_t>(token);
+      routed.counts[row[rank]++] = std::exchange(here[rank], uint16_t{0});
+    });
+  }
+  return true;
+}
+
+}  // namespace
 
 bool route_tokens(const int64_t* ids, const float* weights, size_t tokens, size_t choices,
                   std::span<const int64_t> owner, size_t ranks, const Routed& routed,
                   std::vector<int64_t>& rows, std::vector<int64_t>& assignments) {
   rows.assign(ranks + 1, 0);
   assignments.assign(ranks + 1, 0);
+  if (ranks <= kBits)
+    return route_by_bits(ids, weights, tokens, choices, owner, ranks, routed, rows.data(),
+                         assignments.data());
   std::vector<int64_t> last(ranks, -1);  // token that was seen last
   for (size_t token = 0; token < tokens; ++token) {
     for (size_t at = token * choices; at < (token + 1) * choices; ++at) {

@@ -34,6 +34,7 @@ class _Counted:
 
     def __init__(self, *how: Any) -> None:
         self._calls = _core.ExpertCalls(*how)
+        self.give_tokens, self.give_terms = self._calls.give_tokens, self._calls.give_terms
 
     def _made(self, name: str, *arguments: Any) -> Any:
         outcome = getattr(self._calls, name)(*arguments)
@@ -134,7 +135,7 @@ async def _lie(comm: aiocomm.Communicator) -> None:
             (how,) = forms
             assert how[8] == 30 * 16 * 4
             lying = form(*how[:8], how[8] - 1, *how[9:])  # it says that it has a byte less than it has
-            return made(calls, arguments[0], lying, *arguments[2:])
+            return made(calls, *arguments[:2], lying, *arguments[3:])
 
         _Counted.dispatch = lied_about  # type: ignore[method-assign]
     x, ids, weights = batch(comm.rank, 30, 16)

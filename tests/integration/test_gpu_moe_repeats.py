@@ -13,7 +13,7 @@ from harness import all_call, until, world
 
 import aiocomm
 from aiocomm.collectives.kernels import Scratch
-from aiocomm.moe import device_quick
+from aiocomm.moe import device_quick, repeats
 from aiocomm.moe.memory import Lease, Pool, Tables
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ def _repeats(comm: aiocomm.Communicator) -> int:
     return sum(len(pool.repeats) for pool in scope.pools.values())
 
 
-async def _like(comm: aiocomm.Communicator, ready: dict[int, bool], **options: Any) -> None:
+async def _like(
+    comm: aiocomm.Communicator, ready: dict[int, bool], tokens: int = 21, hidden: int = 16, **options: Any
+) -> None:
     """Calls, until all ranks would repeat the next one."""
     while not ready.get(0) or not ready.get(1):
-        await layer(comm, 21, 16, **options)
+        await layer(comm, tokens, hidden, **options)
         ready[comm.rank] = _repeats(comm) >= 2
         await comm.barrier()
 
@@ -62,6 +64,63 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
             await layer(comm, 21, 16, sm_budget=2)
             await layer(comm, 21, 16, placement=[1, 0] * (EXPERTS // 2))
             await layer(comm, 21, 16, deadline=100.0)
+
+        await all_call(members, rank)
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+async def test_what_goes_wrong_while_the_own_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Memory that cannot be had then, say: the usual call goes on from there."""
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        kind = repeats.DispatchRepeat if operation == "dispatch" else repeats.CombineRepeat
+        failed: list[object] = []
+
+        def short(repeat: Any) -> Any:
+            failed.append(repeat)
+            raise aiocomm.LinkError("out of memory")
+
+        monkeypatch.setattr(kind, "_slots", short)
+        while len(set(map(id, failed))) < 2:  # a call that others kept waiting is not made at once
+            await all_call(members, lambda comm: layer(comm, 21, 16))
+        monkeypatch.undo()
+        await all_call(members, lambda comm: layer(comm, 21, 16))
+
+
+@pytest.mark.usefixtures("backends")
+async def test_calls_that_are_watched_go_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+        await all_call(members, lambda comm: _like(comm, ready))
+        begun: list[int] = []
+        take_over = device_quick._Quick.take_over
+
+        def noted(call: Any, number: int, slots: Any, outcome: Any) -> None:
+            begun.append(outcome[0])
+            take_over(call, number, slots, outcome)
+
+        monkeypatch.setattr(device_quick._Quick, "take_over", noted)
+        watched = [comm.links["cuda"].submissions() for comm in members]
+        await all_call(members, lambda comm: layer(comm, 21, 16))
+        assert len(watched) == 2
+        assert begun
+        assert set(begun) == {device_quick.NOT_BEGUN}
+
+
+@pytest.mark.usefixtures("backends")
+async def test_of_thousands_of_tokens() -> None:
+    """Lists are long enough to be made without the interpreter's lock."""
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            await _like(comm, ready, 6001, 8)
+            for _ in range(3):
+                await layer(comm, 6001, 8)
 
         await all_call(members, rank)
 

@@ -40,6 +40,26 @@ def sent(world: tuple[Placement, list[tuple[Array, Array]]]) -> list[list[Part]]
     return [route(ids, weights, placement) for ids, weights in ranks]
 
 
+def goes_once(placement: Placement, ids: Array, weights: Array, parts: list[Part]) -> None:
+    """Check what one rank sends."""
+    for rank, part in enumerate(parts):
+        expected = {
+            token: [
+                (int(e), float(w))
+                for e, w in zip(ids[token], weights[token], strict=True)
+                if e >= 0 and placement.owner[e] == rank
+            ]
+            for token in range(len(ids))
+        }
+        expected = {token: pairs for token, pairs in expected.items() if pairs}
+        assert part.tokens.tolist() == sorted(expected)
+        ends = np.cumsum(part.counts).tolist()
+        found = list(zip(part.experts.tolist(), part.weights.tolist(), strict=True))
+        for token, start, end in zip(part.tokens.tolist(), [0, *ends], ends, strict=False):
+            assert found[start:end] == expected[token]
+        assert (ends[-1] if ends else 0) == len(found)
+
+
 @settings(max_examples=150, deadline=None)
 @given(world=worlds())
 def test_each_token_goes_once_to_each_rank_of_its_experts(
@@ -47,22 +67,21 @@ def test_each_token_goes_once_to_each_rank_of_its_experts(
 ) -> None:
     placement, ranks = world
     for (ids, weights), parts in zip(ranks, sent(world), strict=True):
-        for rank, part in enumerate(parts):
-            expected = {
-                token: [
-                    (int(e), float(w))
-                    for e, w in zip(ids[token], weights[token], strict=True)
-                    if e >= 0 and placement.owner[e] == rank
-                ]
-                for token in range(len(ids))
-            }
-            expected = {token: pairs for token, pairs in expected.items() if pairs}
-            assert part.tokens.tolist() == sorted(expected)
-            ends = np.cumsum(part.counts).tolist()
-            found = list(zip(part.experts.tolist(), part.weights.tolist(), strict=True))
-            for token, start, end in zip(part.tokens.tolist(), [0, *ends], ends, strict=False):
-                assert found[start:end] == expected[token]
-            assert (ends[-1] if ends else 0) == len(found)
+        goes_once(placement, ids, weights, parts)
+
+
+@pytest.mark.parametrize("size", [63, 64, 65, 300])
+def test_it_goes_once_to_each_of_many_ranks(size: int) -> None:
+    seeded = np.random.default_rng(size)
+    ids = seeded.integers(-1, 2 * size, (40, 9))
+    ids[7] = ids[7, 0]  # one expert several times
+    weights = seeded.normal(size=ids.shape).astype(np.float32)
+    placement = place(2 * size, None, size)
+    goes_once(placement, ids, weights, route(ids, weights, placement))
+    for wrong in (-2, 2 * size):
+        ids[39, 8] = wrong
+        with pytest.raises(ValueError, match="not there"):
+            route(ids, weights, placement)
 
 
 @settings(max_examples=150, deadline=None)
