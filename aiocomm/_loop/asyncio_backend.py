@@ -69,9 +69,9 @@ class AsyncioBackend:
 
 
 def ready_of(loop: asyncio.AbstractEventLoop) -> Any:
-    """The loop's queue of ready callbacks, which says whether it has something else to do; None: it shows none.
+    """The loop's queue of ready callbacks, which says whether it has other work; None: it shows none.
 
-    uvloop's is an attribute that only the garbage collector is shown; a callback of ours tells it from others.
+    uvloop's is an attribute that only the garbage collector is shown; a callback of ours tells it apart.
     """
     ready = getattr(loop, "_ready", None)
     if ready is not None:
