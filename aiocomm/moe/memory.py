@@ -28,7 +28,7 @@ from aiocomm.errors import LinkError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -211,24 +211,15 @@ class Pool:
         self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self._turned = time.monotonic()
-        self.soon: Callable[..., Any] | None = None  # what runs when the loop has gone round, if it can tell
-        self._round = False  # it has not, since a call that did not wait
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
 
     def lets_others(self, did: bool) -> bool:
         """Whether a call that has ended gives other tasks a turn now; `did`: they have had one meanwhile."""
         now = time.monotonic()
-        if not did and self.soon is not None and not self._round:
-            self._round = True
-            self.soon(self._gone_round)
-            self._turned = now
         due = not did and now - self._turned > _TURN_S
         if did or due:
             self._turned = now
         return due
-
-    def _gone_round(self) -> None:
-        self._round = False
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""

@@ -8,8 +8,6 @@ It decides nothing but plain success. Whatever has not come soon, or is wrong, b
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import math
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -106,9 +104,6 @@ class _Repeat:
         self._slot_bytes, self._slots_bytes = call._slot_bytes, call._slot_bytes * group.size
         self._others = frozenset(call._others())
         self._counted = f"{call.operation}/latency"
-        if pool.soon is None and self.backend == "asyncio":
-            # A timer: what is ready to run keeps calls from lingering.
-            pool.soon = functools.partial(asyncio.get_running_loop().call_later, 0)
         if pool.calls is None:
             where = scope.index, group.rank, list(group.ranks), call._slot_bytes
             pool.calls = ExpertCalls(*where, pool.home)
