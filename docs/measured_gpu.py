@@ -9,8 +9,8 @@ from typing import Any, Final
 import plots
 
 GPU: Final = "xeon-4xh200-gpu-2026-11-27"
-COMPUTE: Final = "xeon-2xh100-gpu-compute-2026-11-27"
-MIXED: Final = "xeon-2xh100-gpu-mixed-2026-11-27"
+COMPUTE: Final = "xeon-4xh200-gpu-compute-2026-11-27"
+MIXED: Final = "xeon-4xh200-gpu-mixed-2026-11-27"
 
 
 def gpu_table() -> str:
