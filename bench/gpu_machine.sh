@@ -89,7 +89,7 @@ for step in "$@"; do
     tail -n 25 "$out/gpu-reductions.log"
     ;;
   examples)
-    for example in gpu_torch gpu_cupy; do
+    for example in gpu_torch gpu_cupy gpu_cuda_python; do
       (cd /tmp && timeout 60 python3 -P "$root/examples/$example.py") || echo "$example: status $?"
     done
     (cd /tmp && timeout 60 python3 -P - "$root/examples/gpu.ipynb") <<'PY' || echo "gpu.ipynb: status $?"
