@@ -392,11 +392,11 @@ class DeviceExchange(Exchange):
         """Launch a kernel; returns the key under which its end is told, unless it comes within `seconds`."""
         comm = self._scope.comm
         self._launches += 1
-        _, blocks, threads, _, behind, _ = self._in_full(function, argument, nbytes, after)
-        where = self._pool.home, behind, list(far), comm.rank, self._scope.index
+        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
+        where = self._pool.home, list(after), list(far), comm.rank, self._scope.index
         try:
             transfer, waits = comm._engine.launch(
-                function, blocks, threads, argument, *where, nbytes, self._left(), seconds
+                function, blocks, THREADS, argument, *where, nbytes, self._left(), seconds
             )
         except LinkError as error:  # about the caller's arrays, or their streams
             raise UsageError(f"cannot {self._operation} these arrays: {error}") from error
@@ -405,14 +405,6 @@ class DeviceExchange(Exchange):
                 self._behind.add(self._launches)
             self._watch((False, self._launches), transfer)
         return self._launches
-
-    def _in_full(
-        self, function: int, argument: bytes, nbytes: int, after: Iterable[Description]
-    ) -> tuple[int, int, int, bytes, list[Description], int]:
-        """A kernel as the extension takes it."""
-        blocks = max(1, min(self._setting.sm_budget, -(-nbytes // PIECE_BYTES)))
-        behind = {description[4]: description for description in after if description[2]}  # by stream
-        return function, blocks, THREADS, argument, list(behind.values()), nbytes
 
     def _launched(self, transfer: Any) -> list[int]:
         """Watch a kernel that the extension has launched; returns keys. None: it has ended well."""

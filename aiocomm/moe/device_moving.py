@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from aiocomm._device import DeviceArray, part_of
 from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.errors import PeerError
-from aiocomm.moe.arguments import move, of_adding
+from aiocomm.moe.arguments import move, of_adding, of_weighing
 from aiocomm.moe.device_exchange import (
     DEVICE_HEAD_BYTES,
     PACKED,
@@ -24,7 +23,7 @@ from aiocomm.moe.exchange import LISTS
 from aiocomm.moe.memory import Lease, Tables
 from aiocomm.moe.reading import host_array, read_back
 from aiocomm.moe.routing import arrange, routed
-from aiocomm.moe.sources import MOVE_SOURCE, WEIGH, sums_source
+from aiocomm.moe.sources import MOVE_SOURCE, sums_source
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
 from aiocomm_native import _core
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ENTRY_BYTES", "DeviceCombine", "DeviceDispatch", "array_over"]
 
-_WEIGH = struct.Struct(WEIGH)
 ENTRY_BYTES = 16
 
 
@@ -386,15 +384,8 @@ class DeviceCombine(DeviceExchange):
         if own == starts[-1] or not outputs.hidden:
             return None
         self._slab = self._lend(travels)
-        counts = starts[rank], own, starts[-1], outputs.hidden
-        argument = _WEIGH.pack(
-            outputs.address,
-            *tables.of_terms,
-            self._slab.address,
-            *counts,
-            self._whole(outputs.address),
-            0,
-        )
+        numbers = starts[rank], own, starts[-1], outputs.hidden, self._whole(outputs.address)
+        argument = of_weighing((outputs.address, *tables.of_terms, self._slab.address), numbers)
         return self._entries[0], argument, outputs.nbytes, self._after
 
     async def _prepare(self, keys: list[int]) -> list[int]:

@@ -231,7 +231,7 @@ class Pool:
             address, after = self._returned.popleft()
             block = self._away.pop(address)
             block.after = after
-            if block.nbytes == size and (not after or block.idle(streams)):
+            if block.nbytes == size and block.idle(streams):
                 return block
             self.give_back(block)
         free = self._free.get(size, ())

@@ -32,7 +32,7 @@ _NONE: Final = "none"  # in place of a form
 
 def _pool_of(scope: Scope, described: Description) -> Pool | None:
     """Of the GPU of an array, where a call may be a repeat."""
-    pool = scope.pools.get(described[3] if described[3] >= 0 else device_of(described))
+    pool = scope.pools.get(device_of(described))
     return None if pool is None or not pool.repeats or pool.missed or scope._failed else pool
 
 

@@ -9,7 +9,6 @@ It decides nothing but plain success. Whatever has not come soon, or is wrong, b
 from __future__ import annotations
 
 import math
-import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,7 +19,7 @@ from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.moe import device_quick
-from aiocomm.moe.arguments import MOVE_BYTES, move
+from aiocomm.moe.arguments import MOVE_BYTES, move, of_weighing
 from aiocomm.moe.device_exchange import PIECE_BYTES, Matrix, kernels_may_read
 from aiocomm.moe.device_moving import array_over
 from aiocomm.moe.device_quick import (
@@ -40,7 +39,7 @@ from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import Lease, Tables, size_class
 from aiocomm.moe.rooms import LONG, Rooms
 from aiocomm.moe.routing import Routed
-from aiocomm.moe.sources import MOST_RANKS, WEIGH
+from aiocomm.moe.sources import MOST_RANKS
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -53,7 +52,6 @@ __all__ = ["Begun", "CombineRepeat", "DispatchRepeat"]
 
 ExpertCalls = _core.ExpertCalls
 _MORE: Final = 1.25  # that may come than in calls before, so that memory can be had before it is known
-_WEIGH: Final = struct.Struct(WEIGH)
 _NOTHING: Any = None  # yet
 
 
@@ -101,7 +99,7 @@ class _Repeat:
         self._engine = scope.comm._engine
         self.backend = scope.comm._backend.name
         self._entries = list(call._entries)
-        self._slot_bytes, self._slots_bytes = call._slot_bytes, call._slot_bytes * group.size
+        self._slots_bytes = call._slot_bytes * group.size
         self._others = frozenset(call._others())
         self._counted = f"{call.operation}/latency"
         if pool.calls is None:
@@ -152,7 +150,7 @@ class DispatchRepeat(_Repeat):
         super().__init__(call)
         tokens, group, placed = call._tokens, self._group, call._placed
         self._text = text
-        self._count, self._hidden, self._itemsize = tokens.rows, tokens.hidden, tokens.itemsize
+        self._count = tokens.rows
         self._width, self._nbytes = call._width, tokens.nbytes
         self._shape = call._shape(call._ids)
         self._choices = math.prod(self._shape)
@@ -332,7 +330,7 @@ class CombineRepeat(_Repeat):
             if slab is not None:
                 pool.give_back(slab)
             return None
-        ready, at = after[1], 0 if slab is None else slab.address
+        at = 0 if slab is None else slab.address
         number, under = self._begin(deadline)
         seconds = -1.0 if deadline is None else deadline
         native, form = self._native, self._native_form
@@ -343,7 +341,7 @@ class CombineRepeat(_Repeat):
         text = f"combine of dispatch {dispatched._number}: {self._text}"
         try:
             own = native.give_terms(
-                self._engine, form, seconds, followed, outputs, ready, found.lists, count, at
+                self._engine, form, seconds, followed, outputs, after[1], found.lists, count, at
             )
             if own is not None:  # while it runs, all that does not need it
                 if out is None:
@@ -359,10 +357,6 @@ class CombineRepeat(_Repeat):
                     header(text + " on GPUs"),
                     min(self._scope.calls) - 1,
                     device_quick.LINGER_S,
-                    outputs,
-                    ready,
-                    found.lists,
-                    count,
                     sent.rows,
                     region,
                     places,
@@ -394,6 +388,6 @@ class CombineRepeat(_Repeat):
         """The kernel that weighs this rank's terms. The extension has launched it."""
         rank, hidden, address = self._group.rank, self._hidden, outputs[1]
         straight = hidden % 8 == 0 and address % 16 == 0
-        counts = begins[rank], begins[rank + 1] - begins[rank], begins[-1], hidden, int(straight), 0
-        argument = _WEIGH.pack(address, *tables.of_terms, slab.address, *counts)
+        numbers = begins[rank], begins[rank + 1] - begins[rank], begins[-1], hidden, int(straight)
+        argument = of_weighing((address, *tables.of_terms, slab.address), numbers)
         return self._entries[0], argument, outputs[2], after

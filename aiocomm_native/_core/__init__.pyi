@@ -384,7 +384,7 @@ class ExpertCalls:
         As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """
 
-    def combine(self, engine: Engine, own: OwnKernel, form: CombineForm, tag: int, header: bytes, ended: int, seconds: float, outputs: tuple[Any, ...], ready: tuple[Any, ...], lists: object, count: int, sent: Sequence[int], region: int, places: list[Any], target: int, slots: object) -> tuple[Any, ...]:
+    def combine(self, engine: Engine, own: OwnKernel, form: CombineForm, tag: int, header: bytes, ended: int, seconds: float, sent: Sequence[int], region: int, places: list[Any], target: int, slots: object) -> tuple[Any, ...]:
         """The same of a combine, which has no stage 1."""
 
     def take_marks(self) -> list[int]:

@@ -9,14 +9,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <span>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -37,23 +35,11 @@ using Self = nb::pointer_and_handle<PyEngine>;
 using Heads = std::vector<ExpertHead>;  // by rank
 enum Stage : int { kGiving, kRefused, kSwapping, kPulling };
 
-// A call whose own kernel was launched: what is asked for later.
-struct OwnKernel {
-  nb::object engine;               // which outlives the launch
-  std::unique_ptr<Launch> launch;  // none: this rank gives nothing, or it was taken
-  uint64_t deadline_ns = 0;
-  // Of a dispatch: where its tokens are, and what it reads of experts and weights once that kernel has ended.
-  uint64_t source = 0;
-  nb::object ids, weights;
-  // Of a combine: what the next kernel follows, where there is none before it.
-  std::optional<Followed> followed;
-};
-
 // What a combine sums, as its kernels are told of it.
 struct Terms {
-  Terms(const CombineForm& form, nb::handle outputs, nb::handle ready, const SeenBytes& lists, size_t me,
-        size_t n, size_t count)
-      : given(outputs), tables(ready), begins(begins_of(lists, n)) {
+  Terms(const CombineForm& form, nb::handle outputs, nb::handle ready, nb::handle lists, size_t me, size_t n,
+        size_t tokens)
+      : given(outputs), tables(ready), held(lists), begins(begins_of(held, n)), count(tokens) {
     require(me < n);
     const SumTables at(given.rows, static_cast<size_t>(begins[n]), count, n);
     order = tables.address + at.order, starts = tables.address + at.first;
@@ -67,10 +53,25 @@ struct Terms {
     return {reinterpret_cast<const int64_t*>(lists.bytes()), n + 1};
   }
   Described given, tables;
+  SeenMemory held;
   std::span<const int64_t> begins;
+  size_t count;
   uint64_t order, starts, weights, rows_of;
   uint32_t first, own, rows, hidden;
   bool straight;
+};
+
+// A call whose own kernel was launched: what is asked for later.
+struct OwnKernel {
+  nb::object engine;               // which outlives the launch
+  std::unique_ptr<Launch> launch;  // none: this rank gives nothing, or it was taken
+  uint64_t deadline_ns = 0;
+  // Of a dispatch: where its tokens are, and what it reads of experts and weights once that kernel has ended.
+  uint64_t source = 0;
+  nb::object ids, weights;
+  // Of a combine: what it sums, and what the next kernel follows where there is none before it.
+  std::unique_ptr<Terms> terms;
+  Followed followed;
 };
 
 // What the calls of one rank in one group have in common.
@@ -100,8 +101,7 @@ class ExpertCalls {
                      uint64_t tables_at);
 
   nb::tuple combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
-                    const nb::bytes& header, uint64_t ended, double seconds, const nb::tuple& outputs,
-                    const nb::tuple& ready, nb::handle lists, size_t count, const std::vector<int64_t>& sent,
+                    const nb::bytes& header, uint64_t ended, double seconds, const std::vector<int64_t>& sent,
                     uint64_t region, const nb::list& places, uint64_t target, nb::object slots);
 
   // When the last call reached its stages; they are forgotten.
@@ -172,7 +172,9 @@ std::optional<OwnKernel> ExpertCalls::give_tokens(Self self, const DispatchForm&
   PyEngine& e = *self.p;
   if (!begin(e)) return std::nullopt;
   const auto& [kit_ids, kit_weights, seen_ids, seen_weights, ones, moves, moves_at] = kit;
-  OwnKernel own{nb::borrow(self.h), nullptr, deadline_of(e, deadline), Described(tokens).address, {}, {}, {}};
+  OwnKernel own;
+  own.engine = nb::borrow(self.h), own.deadline_ns = deadline_of(e, deadline);
+  own.source = Described(tokens).address;
   std::vector<uint64_t> numbers{0, 0, 0, form.width, slab_at, own.source, form.nbytes};
   uint64_t given_bytes = form.nbytes;
   auto bring = [&](nb::object array, uint64_t memory, const nb::object& seen) {
@@ -184,12 +186,8 @@ std::optional<OwnKernel> ExpertCalls::give_tokens(Self self, const DispatchForm&
   };
   own.ids = bring(std::move(ids), kit_ids, seen_ids);
   own.weights = weights.is_none() ? ones : bring(std::move(weights), kit_weights, seen_weights);
-  const KernelTuple give{form.function,
-                         blocks_of(given_bytes, form.piece, form.sm_budget),
-                         form.threads,
-                         move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers),
-                         {},
-                         given_bytes};
+  const KernelLaunch give{form.function, blocks_of(given_bytes, form.piece, form.sm_budget), form.threads,
+                          move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers), given_bytes};
   own.launch = std::make_unique<Launch>(self, give, followed, home_);
   own.launch->submit(rank(), channel_, own.deadline_ns);
   return own;
@@ -248,8 +246,8 @@ nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm&
   if (!extents) return swapped;
   Launch launch(
       self,
-      {form.function, blocks_of(nbytes, form.piece, form.sm_budget), form.threads, pull_argument, {}, nbytes},
-      home_);
+      {form.function, blocks_of(nbytes, form.piece, form.sm_budget), form.threads, pull_argument, nbytes},
+      Followed(), home_);
   const uint64_t entries = total;
   std::memcpy(launch.kernel().argument.data() + sizeof entries * (form.most_ranks + 2), &entries,
               sizeof entries);
@@ -286,9 +284,10 @@ std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& f
                                                  uint64_t slab_at) {
   PyEngine& e = *self.p;
   if (!begin(e)) return std::nullopt;
-  const SeenMemory of_lists(lists);
-  const Terms all(form, outputs, ready, of_lists, me_, ranks_.size(), count);
-  OwnKernel own{nb::borrow(self.h), nullptr, deadline_of(e, deadline), 0, {}, {}, {}};
+  OwnKernel own;
+  own.engine = nb::borrow(self.h), own.deadline_ns = deadline_of(e, deadline);
+  own.terms = std::make_unique<Terms>(form, outputs, ready, lists, me_, ranks_.size(), count);
+  const Terms& all = *own.terms;
   if (!slab_at) {
     own.followed = followed;
     return own;
@@ -296,9 +295,8 @@ std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& f
   Argument argument;
   argument.add(all.given.address, all.order, all.starts, all.weights, slab_at);
   argument.add(all.first, all.own, all.rows, all.hidden, uint32_t{all.straight}, uint32_t{0});
-  const KernelTuple weigh{form.weigh,   blocks_of(all.given.nbytes, form.piece, form.sm_budget),
-                          form.threads, argument.bytes(),
-                          {},           all.given.nbytes};
+  const KernelLaunch weigh{form.weigh, blocks_of(all.given.nbytes, form.piece, form.sm_budget), form.threads,
+                           argument.bytes(), all.given.nbytes};
   own.launch = std::make_unique<Launch>(self, weigh, followed, home_);
   own.launch->submit(rank(), channel_, own.deadline_ns);
   return own;
@@ -306,26 +304,24 @@ std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& f
 
 nb::tuple ExpertCalls::combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
                                const nb::bytes& header, uint64_t ended, double seconds,
-                               const nb::tuple& outputs, const nb::tuple& ready, nb::handle lists,
-                               size_t count, const std::vector<int64_t>& sent, uint64_t region,
-                               const nb::list& places, uint64_t target, nb::object slots) {
+                               const std::vector<int64_t>& sent, uint64_t region, const nb::list& places,
+                               uint64_t target, nb::object slots) {
   PyEngine& e = *self.p;
   const size_t n = ranks_.size();
   const std::unique_ptr<Launch> own = std::move(given.launch);
-  require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1);
+  require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1 && given.terms);
   const uint64_t deadline_ns = given.deadline_ns;
   auto soon = [&] { return e.engine->now() + static_cast<uint64_t>(seconds * 1e9); };
-  const SeenMemory of_lists(lists);
-  const Terms all(form, outputs, ready, of_lists, me_, n, count);
-  const uint64_t moved = count * form.hidden * form.itemsize * n;
+  const Terms& all = *given.terms;
+  const uint64_t moved = all.count * form.hidden * form.itemsize * n;
   Argument argument;
   argument.skip(sizeof(uint64_t) * form.most_ranks);
   argument.add(target, all.rows_of, all.given.address, all.order, all.starts, all.weights);
-  argument.add(all.first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_), static_cast<uint32_t>(count),
-               all.hidden, uint32_t{all.straight && target % 16 == 0});
-  const KernelTuple sums{
-      form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads, argument.bytes(), {}, moved};
-  Launch launch(self, sums, given.followed ? *given.followed : Followed(e, {}), home_);
+  argument.add(all.first, static_cast<uint32_t>(n), static_cast<uint32_t>(me_),
+               static_cast<uint32_t>(all.count), all.hidden, uint32_t{all.straight && target % 16 == 0});
+  const KernelLaunch sums{form.add, blocks_of(moved, form.piece, form.sm_budget), form.threads,
+                          argument.bytes(), moved};
+  Launch launch(self, sums, given.followed, home_);
   Swap swap(self, ranks_, me_, sum_messages(all.begins, form.row, me_, header, ended, region, places), slots,
             slot_bytes_);
   if (own && !own->look(soon())) return nb::make_tuple(int{kGiving}, own->transfer());
@@ -415,8 +411,8 @@ void bind_expert_calls(nb::module_& m) {
           "the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and "
           "what is known and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "own"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
-           "seconds"_a, "outputs"_a, "ready"_a, "lists"_a, "count"_a, "sent"_a, "region"_a, "places"_a,
-           "target"_a, "slots"_a, "The same of a combine, which has no stage 1.")
+           "seconds"_a, "sent"_a, "region"_a, "places"_a, "target"_a, "slots"_a,
+           "The same of a combine, which has no stage 1.")
       .def("take_marks", &ExpertCalls::take_marks,
            "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
            "kernel "

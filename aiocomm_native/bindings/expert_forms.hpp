@@ -74,8 +74,6 @@ struct CombineForm {
 
 // Memory for ids and weights, and how it is seen; weights that are all one; the list of rows, and where kernels see it.
 using DispatchKit = std::tuple<uint64_t, uint64_t, nb::object, nb::object, nb::object, nb::object, uint64_t>;
-// Its address and region, and what each rank needs in order to read it.
-using Slab = std::tuple<uint64_t, uint64_t, nb::object>;
 
 // The lists of an arrangement, one after the other.
 class Arranged {

@@ -54,7 +54,7 @@ std::tuple<nb::object, bool> launch(Self self, uint64_t function, uint32_t block
                                     const std::vector<FarTuple>& far, int peer, uint32_t channel,
                                     uint64_t nbytes, double deadline, double seconds) {
   PyEngine& e = *self.p;
-  Launch launch(self, {function, blocks, threads, argument, after, nbytes}, home);
+  Launch launch(self, {function, blocks, threads, argument, nbytes}, Followed(e, after), home);
   for (const FarTuple& one : far) launch.kernel().far.push_back(far_of(one, argument.size()));
   launch.submit(peer, channel, deadline_of(e, deadline));
   if (seconds > 0 && launch.look(e.engine->now() + static_cast<uint64_t>(seconds * 1e9)))

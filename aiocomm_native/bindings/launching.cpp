@@ -54,13 +54,10 @@ Followed::Followed(PyEngine& e, const std::vector<nb::tuple>& arrays) {
   }
 }
 
-Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nb::tuple& home)
-    : Launch(self, from, Followed(*self.p, std::get<4>(from)), home) {}
-
-Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelTuple& from, const Followed& behind,
+Launch::Launch(nb::pointer_and_handle<PyEngine> self, const KernelLaunch& from, const Followed& behind,
                const nb::tuple& home)
     : self_(self), e_(*self.p) {
-  const auto& [function, blocks, threads, argument, after, nbytes] = from;
+  const auto& [function, blocks, threads, argument, nbytes] = from;
   if (!function || !blocks || !threads) throw nb::value_error("no kernel that could be launched");
   nbytes_ = nbytes;
   auto kernel = std::make_unique<KernelCall>();

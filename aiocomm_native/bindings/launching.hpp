@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,9 +18,13 @@ namespace aiocomm::py {
 // left. For what is given up in the middle, by an exception: whatever it was given is kept until its end.
 void disown(nanobind::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* keep) noexcept;
 
-// Function, blocks, threads, argument, memory behind the work on whose streams it runs, bytes.
-using KernelTuple =
-    std::tuple<uint64_t, uint32_t, uint32_t, nanobind::bytes, std::vector<nanobind::tuple>, uint64_t>;
+// What is launched, and the bytes that it is about.
+struct KernelLaunch {
+  uint64_t function;
+  uint32_t blocks, threads;
+  nanobind::bytes argument;
+  uint64_t nbytes;
+};
 
 uint64_t deadline_of(PyEngine& e, double seconds);  // 0: none
 std::unique_ptr<DeviceBuffer> bound(PyEngine& e, nanobind::handle description);
@@ -30,6 +33,7 @@ void copy_on(uint64_t context, uint64_t stream, uint64_t to, uint64_t from, uint
 // Memory behind the work that its streams have now: one array of each stream.
 class Followed {
  public:
+  Followed() = default;  // no work
   Followed(PyEngine& e, const std::vector<nanobind::tuple>& arrays);
 
   // What is not yet done is waited for by a kernel.
@@ -47,9 +51,7 @@ class Followed {
 class Launch {
  public:
   // On the GPU of `home`. Throws where it cannot be launched at all.
-  Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelTuple& from, const nanobind::tuple& home);
-  // Behind work that was found before: `from` names none.
-  Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelTuple& from, const Followed& behind,
+  Launch(nanobind::pointer_and_handle<PyEngine> self, const KernelLaunch& from, const Followed& behind,
          const nanobind::tuple& home);
   ~Launch() { disown(self_, flight_, kept_.ptr()); }
   Launch(const Launch&) = delete;
