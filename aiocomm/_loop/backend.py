@@ -37,6 +37,9 @@ class Backend(Protocol):
     async def wait(self, future: concurrent.futures.Future[Any]) -> Any:
         """Await a thread's future; a cancelled wait cancels it."""
 
+    async def turn(self) -> None:
+        """Let other tasks run, once. The caller may be cancelled meanwhile."""
+
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         """Run on the loop's thread, soon. Any thread; does nothing once the loop is closed."""
 

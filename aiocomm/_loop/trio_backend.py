@@ -68,6 +68,9 @@ class TrioBackend:
             raise
         return future.result()
 
+    async def turn(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         try:
             self._token.run_sync_soon(callback)

@@ -17,7 +17,6 @@ import time
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
 import numpy as np
 
 from aiocomm.collectives import gpu, headers
@@ -222,7 +221,7 @@ class Call(Exchange):
                 self._local(step)
             self._end(index)
             if time.monotonic() > breath:
-                await anyio.lowlevel.checkpoint()
+                await self._scope.comm._backend.turn()
                 breath = time.monotonic() + _BREATH_S
 
     def _part(self, span: Span, first: bool, reduced: bool = False) -> Any:

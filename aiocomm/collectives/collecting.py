@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
 import numpy as np
 
 from aiocomm._operations import limit_of
@@ -67,7 +66,7 @@ class Collecting:
             begun: what `Repeats.attempt` has made of it, which has numbered it then.
         """
         if begun == shared.TURN:
-            await anyio.lowlevel.cancel_shielded_checkpoint()
+            await self._members()._comm._backend.turn()
             return
         group = self._members()
         shape = None
@@ -104,7 +103,7 @@ class Collecting:
             call.enter(number)
         await call.run()
         if not call.suspended:
-            await anyio.lowlevel.cancel_shielded_checkpoint()
+            await scope.comm._backend.turn()
         algorithm = request.plan.algorithm if request.plan is not None else "headers"
         group._comm._collective_calls[f"{operation}/{algorithm}"] += 1
         if request.result is not None:
@@ -136,7 +135,7 @@ async def _met(
     if arena.mean:
         _divide(out, scope.group)
     if outcome == shared.TURN:
-        await anyio.lowlevel.cancel_shielded_checkpoint()
+        await scope.comm._backend.turn()
     return True
 
 
@@ -156,7 +155,7 @@ async def _repeated(
     if prepared.mean:
         _divide(out, scope.group)
     if call is None and not counts[prepared.counted] % prepared.in_a_row:
-        await anyio.lowlevel.cancel_shielded_checkpoint()  # what never waits lets others run, too
+        await scope.comm._backend.turn()  # what never waits lets others run, too
     return True
 
 

@@ -18,7 +18,6 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 
 from aiocomm.collectives import headers
@@ -306,7 +305,7 @@ class SharedFlight(ArenaFlight):
                     raise await self._why_broken()
                 if self._result in (GOING_ON, OPEN):
                     moved = time.monotonic()
-                    await anyio.lowlevel.checkpoint()
+                    await self._scope.comm._backend.turn()
                 else:
                     stuck_s = time.monotonic() - moved
                     await anyio.sleep(0 if stuck_s < _WATCH_S else min(stuck_s / 10, 0.01))

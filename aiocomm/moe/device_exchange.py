@@ -18,7 +18,6 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import anyio.lowlevel
 import anyio.to_thread
 
 from aiocomm._device import itemsize_of
@@ -190,8 +189,9 @@ class DeviceExchange(Exchange):
             for memory in self._pinned:
                 self._pool.give_back_pinned(memory)
             self._scope.answer()
-        if self._pool.lets_others(self.suspended):
-            await anyio.lowlevel.cancel_shielded_checkpoint()
+        comm = self._scope.comm
+        if comm._engine.turn_due(self.suspended):
+            await comm._backend.turn()
 
     # ------------------------------------------------------------ of each operation
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,7 +48,6 @@ _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
 _KINDS: Final = 64  # of calls, of which something is kept
-_TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 
 
 def size_class(nbytes: int) -> int:
@@ -210,16 +208,7 @@ class Pool:
         self.repeats: dict[Any, Any] = {}  # calls that may be made again, by what they are found by
         self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
-        self._turned = time.monotonic()
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
-
-    def lets_others(self, did: bool) -> bool:
-        """Whether a call that has ended gives other tasks a turn now; `did`: they have had one meanwhile."""
-        now = time.monotonic()
-        due = not did and now - self._turned > _TURN_S
-        if did or due:
-            self._turned = now
-        return due
 
     def take(self, nbytes: int, streams: frozenset[int]) -> Block:
         """A block of at least so many bytes, not cleared, for a call on these streams."""

@@ -133,7 +133,7 @@ class _Repeat:
         if scope._asked:
             scope.answer()
         scope.comm._collective_calls[self._counted] += 1
-        return pool.lets_others(False)
+        return self._engine.turn_due(False)
 
     def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
         """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""

@@ -91,6 +91,11 @@ class Engine:
 
     def drain_express(self) -> int: ...
 
+    def turn_due(self, had: bool) -> bool:
+        """
+        Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.
+        """
+
     def bind_asyncio(self, loop: object, ready: object | None, bells: tuple[Any, ...] = ()) -> None: ...
 
     def bind_trio(self) -> None: ...

@@ -105,6 +105,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(),
                           out.owner.is_valid() ? out.owner : nb::none());
   number_ = number;
+  meeting_->turns = e.turns;
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
   Result result;
@@ -289,7 +290,7 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
   Engine& engine = *e.engine;
   const Meeting& m = *meeting_;
   const Arena& arena = *m.arena;
-  const uint64_t began = now_ns(), until = began + kTurnNs;
+  const uint64_t began = now_ns(), until = began + Turns::kNs;
   const bool brief = most_moved_ / kRate <= kLingerNs;
   uint64_t now = began, last = began;
   for (;;) {
@@ -322,10 +323,7 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
 
 DeviceCall::Result DeviceCall::finish() {
   meeting_->arena->set_done(meeting_->rank, number_);
-  const uint64_t now = now_ns();
-  if (now - meeting_->turn_began < kTurnNs) return kDone;
-  meeting_->turn_began = now;
-  return kDoneTurn;
+  return meeting_->turns->due(now_ns()) ? kDoneTurn : kDone;
 }
 
 void DeviceCall::over() {

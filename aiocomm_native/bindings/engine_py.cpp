@@ -9,6 +9,7 @@
 #include "bindings/collected.hpp"
 #include "bindings/spinner.hpp"
 #include "bindings/transfer.hpp"
+#include "core/clock.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
 
@@ -208,6 +209,15 @@ void bind_engine(nb::module_& m) {
           "links"_a, "numbers"_a, "texts"_a)
       .def("drain", drain, "budget"_a = 256)
       .def("drain_express", drain_express)
+      .def(
+          "turn_due",
+          [](PyEngine& e, bool had) {
+            if (!had) return e.turns->due(now_ns());
+            e.turns->had(now_ns());
+            return false;
+          },
+          "had"_a,
+          "Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.")
       .def(
           "bind_asyncio",
           [](PyEngine& e, nb::object loop, nb::object ready, nb::tuple bells) {

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/turns.hpp"
 #include "core/arena.hpp"
 #include "core/clock.hpp"
 #include "core/patience.hpp"
@@ -26,14 +27,13 @@ namespace aiocomm::py {
 
 namespace nb = nanobind;
 
-// In ns: how long others are waited for, the first of it without letting others have the core; after which other tasks
-// get a turn.
-inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kTurnNs = 1000000;
+// In ns: how long others are waited for, the first of it without letting others have the core.
+inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000;
 // kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
 inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
 // Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, and how much longer a call
 // stays open.
-inline constexpr uint64_t kYieldNs = 10000, kCrowdedNs = 10000000;
+inline constexpr uint64_t kYieldNs = 300000, kCrowdedNs = 10000000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -124,7 +124,7 @@ struct Meeting {
              Unlocked& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
-    const uint64_t longest = early ? kTurnNs : kMeetNs;
+    const uint64_t longest = early ? Turns::kNs : kMeetNs;
     closes_ns = began + longest + stays;
     has_arrived = false;
     if (arena->broken()) return Begun::not_met;
@@ -222,7 +222,7 @@ struct Meeting {
     std::shared_ptr<WayChoice> choice;
     size_t way = 0;
   } ran[2];
-  uint64_t turn_began = 0;
+  std::shared_ptr<Turns> turns;  // of who calls: there is one once a call has begun
 };
 
 }  // namespace aiocomm::py

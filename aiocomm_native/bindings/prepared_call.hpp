@@ -46,9 +46,9 @@ class PreparedCall {
                            nanobind::handle slots, nanobind::handle scratch, double deadline);
 
  private:
-  // In ns: how long news is looked for before the loop gets its turn, at most; of one call, after which other tasks get a
-  // turn; after which a large message that both sides have called for is under way.
-  static constexpr uint64_t kLingerNs = 100000, kTurnNs = 1000000, kAnswerNs = 15000;
+  // In ns: how long news is looked for before the loop gets its turn, at most; after which a large message that both sides
+  // have called for is under way.
+  static constexpr uint64_t kLingerNs = 100000, kAnswerNs = 15000;
   static constexpr uint64_t kLargeBytes = 8 << 20;  // to be received by GPUs: takes longer than a wake-up
 
   size_t size() const { return ranks_.size(); }
@@ -78,7 +78,7 @@ class PreparedCall {
     std::vector<Op*> others;  // ended meanwhile, of transfers
     {
       nanobind::gil_scoped_release release;
-      const uint64_t turn_ends = engine.now() + kTurnNs;
+      const uint64_t turn_ends = engine.now() + Turns::kNs;
       engine.host_copies(lingers);
       begin(engine);
       while (!trouble_ && !done()) {

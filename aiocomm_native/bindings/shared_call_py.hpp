@@ -78,10 +78,11 @@ class PySharedCall {
       if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
     const bool waits = loop_has_nothing_else(&e);
     number_ = number;
+    meeting_->turns = e.turns;
     Unlocked unlocked;
     if (rings_.moved() > kQuickBytes) unlocked.now();
     Result result = meet(waits, in.data, into.data, unlocked);
-    if (result == kPending) result = run(kTurnNs, unlocked);
+    if (result == kPending) result = run(Turns::kNs, unlocked);
     unlocked.over();
     if (result > kDoneTurn) {
       running_ = true;
@@ -115,7 +116,7 @@ class PySharedCall {
       nb::gil_scoped_release release;
       if (running_) give_up();
       for (const uint64_t began = now_ns(); !left();) {
-        if (now_ns() - began > kTurnNs) return false;
+        if (now_ns() - began > Turns::kNs) return false;
         sched_yield();
       }
       over.swap(arrays_);
@@ -261,7 +262,7 @@ class PySharedCall {
         if (arena.broken()) return kBroken;
       }
       if (now > until && !ended()) {
-        m.turn_began = now;
+        m.turns->had(now);
         return did ? kPending : kStuck;
       }
     }
@@ -272,9 +273,7 @@ class PySharedCall {
       if (m.rank == 0) m.ran[number_ % 2] = {choice_, direct_now_};
     }
     arena.set_done(m.rank, number_);
-    if (now - m.turn_began < kTurnNs) return kDone;
-    m.turn_began = now;
-    return kDoneTurn;
+    return m.turns->due(now) ? kDoneTurn : kDone;
   }
 
   const std::shared_ptr<Meeting> meeting_;

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "bindings/turns.hpp"
 #include "core/engine.hpp"
 
 namespace aiocomm::py {
@@ -52,6 +53,7 @@ class PyEngine {
   // By link, while somebody iterates its submissions() or completions().
   std::map<uint8_t, PyObject*> on_submit, on_complete;
   bool trio = false;
+  const std::shared_ptr<Turns> turns = std::make_shared<Turns>();
   Spinner* spinner = nullptr;                      // of a loop that spins
   std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
 };
