@@ -21,6 +21,7 @@
 #include "core/clock.hpp"
 #include "core/patience.hpp"
 #include "core/relax.hpp"
+#include "core/spread.hpp"
 #include "core/way_choice.hpp"
 
 namespace aiocomm::py {
@@ -33,14 +34,20 @@ inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000;
 inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
 // Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, and how much longer a call
 // stays open.
-inline constexpr uint64_t kYieldNs = 300000, kCrowdedNs = 10000000;
+inline constexpr uint64_t kYieldNs = 10000, kCrowdedNs = 10000000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
-inline size_t cores() {
+inline cpu_set_t usable() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? static_cast<size_t>(CPU_COUNT(&set)) : 1;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) CPU_ZERO(&set);
+  return set;
+}
+
+inline size_t cores() {
+  const cpu_set_t set = usable();
+  return std::max<size_t>(1, CPU_COUNT(&set));
 }
 
 inline constexpr uint64_t kQuickBytes =
@@ -59,6 +66,9 @@ class Unlocked {
   const bool already_;
   std::optional<nb::gil_scoped_release> lock_;
 };
+
+// Every so many calls a rank looks where it runs; it goes elsewhere if it had better a second time, and stays so long, in ns.
+inline constexpr uint64_t kPlaceCalls = 8, kStayNs = 5000000;
 
 // What the calls of one group on one channel have in common at this rank.
 struct Meeting {
@@ -108,6 +118,21 @@ struct Meeting {
   }
   bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
 
+  // Where the group needs all processors: sees to it that they are shared evenly.
+  void spread(uint64_t now) {
+    if (++calls % kPlaceCalls) return;
+    const int here = sched_getcpu();
+    if (here < 0) return;
+    if (place != static_cast<uint32_t>(here) + 1) arena->set_place(rank, place = here + 1);
+    auto better = [&] {
+      return better_processor(arena->ranks(), rank, allowed, [&](size_t of) { return arena->place(of); });
+    };
+    if (!std::exchange(uneven, better() >= 0) || !uneven || now < stays_until) return;
+    stays_until = now + kStayNs;
+    allowed = usable();  // by now
+    if (const int there = better(); there >= 0) go_to_processor(there, allowed);
+  }
+
   // Whether all ranks have ended all calls that met here, and whether this one may arrive; `early`: while others are in the
   // call before.
   bool clear() const { return arena->all_done(std::max(met[0], met[1])); }
@@ -124,6 +149,7 @@ struct Meeting {
              Unlocked& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
+    if (needs_all) spread(now);
     const uint64_t longest = early ? Turns::kNs : kMeetNs;
     closes_ns = began + longest + stays;
     has_arrived = false;
@@ -211,6 +237,11 @@ struct Meeting {
   std::vector<pid_t> processes;    // by rank; empty: not known yet
   bool looks = false, reaches = false;
   const bool crowded = arena->ranks() > cores();  // who waits keeps from running whom it waits for
+  const bool needs_all = arena->ranks() >= cores();
+  cpu_set_t allowed = usable();
+  uint32_t place = 0;
+  bool uneven = false;
+  uint64_t calls = 0, stays_until = 0;
   Patience patience;
   uint64_t met[2] = {};    // by each word, the last call that did
   uint64_t closes_ns = 0;  // of one that is open

@@ -190,7 +190,7 @@ class PySharedCall {
   void begin(const std::byte* in, std::byte* out) {
     Meeting& m = *meeting_;
     Arena& arena = *m.arena;
-    rings_.begin(arena, number_, m.clear(), in, out);
+    rings_.begin(arena, number_, in, out);
     if (!direct_.pays()) return;
     if (m.looks) m.look_for_others();
     const bool able = m.reaches && reachable(in, rings_.in_bytes(), seen_in_) &&

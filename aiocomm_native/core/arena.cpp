@@ -48,8 +48,9 @@ struct Arena::Control {
   uint64_t nonce = 0;
   std::atomic<uint32_t> broken{0}, crowded{0};
   Waiting bells[2];
+  std::atomic<uint32_t> places[kRanks] = {};  // seldom written
   Counter words[2];  // the number of a call, whether it is closed, how many have arrived
-  Counter done[kRanks], written[kRanks], entered[kRanks];
+  Counter done[kRanks], written[2][kRanks], entered[kRanks];
   Row read[kRanks];                     // by reader
   Row claimed[kRanks], pushed[kRanks];  // by writer
   Told told[2][kRanks];
@@ -71,7 +72,7 @@ uint64_t counter_of(uint64_t call, uint64_t chunks) { return call << Arena::kCou
 
 }  // namespace
 
-uint64_t Arena::bytes_for(size_t ranks) { return kControlBytes + ranks * kSlots * kChunk; }
+uint64_t Arena::bytes_for(size_t ranks) { return kControlBytes + ranks * (kSlots + 2) * kChunk; }
 
 Arena::Arena(void* base, uint64_t nbytes, int fd, size_t ranks)
     : base_(static_cast<std::byte*>(base)),
@@ -172,11 +173,11 @@ Arena::Meeting Arena::close(uint64_t call) {
 }
 
 uint64_t Arena::written(size_t rank, uint64_t call) const {
-  return of_call(control_->written[rank].value.load(std::memory_order_acquire), call);
+  return of_call(control_->written[call % 2][rank].value.load(std::memory_order_acquire), call);
 }
 
 void Arena::wrote(size_t rank, uint64_t call, uint64_t chunks) {
-  control_->written[rank].value.store(counter_of(call, chunks), std::memory_order_release);
+  control_->written[call % 2][rank].value.store(counter_of(call, chunks), std::memory_order_release);
 }
 
 uint64_t Arena::read(size_t reader, size_t writer, uint64_t call) const {
@@ -202,6 +203,14 @@ void Arena::set_done(size_t rank, uint64_t call) {
 }
 
 void Arena::set_crowded() { control_->crowded.store(1, std::memory_order_relaxed); }
+
+void Arena::set_place(size_t rank, uint32_t place) {
+  control_->places[rank].store(place, std::memory_order_relaxed);
+}
+
+uint32_t Arena::place(size_t rank) const {
+  return control_->places[rank].load(std::memory_order_relaxed);
+}
 
 uint32_t Arena::rung(Bell bell) const {
   return control_->bells[static_cast<size_t>(bell)].rung.load(std::memory_order_acquire);

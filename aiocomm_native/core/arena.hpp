@@ -5,7 +5,7 @@
 //     has the call `met`. Whoever will not wait any longer closes the call before that, and then all make it by messages.
 //     Compare-and-swap decides between the two, so no two ranks differ.
 //   - There are two words, and two of all that is told before a call has met: calls take them in turn, by their numbers, so
-//     that a rank arrives while others are still in the call before. Who touches a word has ended all of its earlier calls,
+//     that a rank arrives while others are still in the call before, with all of its stream where that is one chunk. Who touches a word has ended all of its earlier calls,
 //     and knows of all others that they have ended the last call that met by that word (`done`). So whoever waits at a
 //     call and finds its word at a later one knows that it was closed.
 //   - Counters carry the call's number: those of earlier calls count as 0.
@@ -60,6 +60,9 @@ class Arena {
   }
   std::byte* slot(size_t rank, uint64_t chunk) const {
     return rings_ + (rank * kSlots + chunk % kSlots) * kChunk;
+  }
+  std::byte* early(size_t rank, uint64_t call) const {  // of a stream of one chunk
+    return rings_ + (ranks_ * kSlots + call % 2 * ranks_ + rank) * kChunk;
   }
 
   enum class Way : uint32_t { rings, direct };
@@ -120,6 +123,10 @@ class Arena {
   uint32_t rung(Bell bell) const;                            // before looking for what may have happened
   void sleep(Bell bell, uint32_t since, uint64_t ns) const;  // unless it has rung since
   void ring(Bell bell);
+
+  // On which processor a rank runs, and one; 0: not known. A hint.
+  void set_place(size_t rank, uint32_t place);
+  uint32_t place(size_t rank) const;
 
   bool all_done(uint64_t call) const;
   void set_done(size_t rank, uint64_t call);

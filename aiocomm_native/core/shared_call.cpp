@@ -31,6 +31,7 @@ SharedCall::SharedCall(Kind kind, size_t rank, size_t ranks, size_t root, std::v
   std::partial_sum(sizes_.begin(), sizes_.end(), starts_.begin() + 1);
   const uint64_t total = starts_.back();
   small_ = kind == Kind::all_reduce && total <= kReducedByAll;
+  packed_ = kind == Kind::all_to_all && total <= Arena::kChunk;
   out_bytes_ = total;
   if (!in_place_ && kind != Kind::barrier && kind != Kind::broadcast)
     in_bytes_ = kind == Kind::all_gather ? sizes_[rank] : total;
@@ -41,8 +42,10 @@ SharedCall::SharedCall(Kind kind, size_t rank, size_t ranks, size_t root, std::v
       const Piece& piece = stream[index];
       if (writer != rank) {
         if (piece.to >= 0 && static_cast<size_t>(piece.to) != rank) continue;
-        takes_[writer].push_back({index, piece.target, piece.nbytes, piece.part});
-        moved_ += piece.nbytes;
+        const uint64_t nbytes = packed_ ? sizes_[rank] : piece.nbytes;
+        takes_[writer].push_back(
+            {index, piece.target, static_cast<uint32_t>(nbytes), piece.part, packed_ ? starts_[rank] : 0});
+        moved_ += nbytes;
         continue;
       }
       const bool from_out = piece.result || in_place_ || kind == Kind::broadcast;
@@ -81,6 +84,10 @@ std::vector<SharedCall::Piece> SharedCall::stream_of(size_t writer) const {
       to_all(sizes_[writer], in_place_ ? starts_[writer] : 0, starts_[writer], false);
       break;
     case Kind::all_to_all:
+      if (packed_) {
+        to_all(starts_.back(), 0, starts_[writer], false);
+        break;
+      }
       for (uint64_t at = 0; at < sizes_[0]; at += Arena::kChunk)
         for (size_t away = 1; away < ranks_; ++away) {
           const size_t to = (writer + away) % ranks_;
@@ -114,7 +121,7 @@ std::vector<SharedCall::Piece> SharedCall::stream_of(size_t writer) const {
   return stream;
 }
 
-void SharedCall::begin(Arena& arena, uint64_t call, bool clear, const std::byte* in, std::byte* out) {
+void SharedCall::begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out) {
   call_ = call;
   in_ = in;
   out_ = out;
@@ -125,7 +132,7 @@ void SharedCall::begin(Arena& arena, uint64_t call, bool clear, const std::byte*
   std::fill(taken_.begin(), taken_.end(), 0);
   left_ = gives_.size() + folds_.size() + (own_bytes_ + Arena::kChunk - 1) / Arena::kChunk;
   for (const auto& takes : takes_) left_ += takes.size();
-  if (clear && gives_.size() == 1) give(arena);
+  if (gives_.size() == 1) give(arena);
 }
 
 void SharedCall::copy(std::byte* to, const std::byte* from, size_t nbytes) const {
@@ -147,7 +154,7 @@ bool SharedCall::give(Arena& arena) {
     if (given_ >= free_) return false;
   }
   const std::byte* from = (next.from_out ? out_ : in_) + next.at;
-  copy_in_caches(arena.slot(rank_, given_), from, next.nbytes);
+  copy_in_caches(slot(arena, rank_, given_), from, next.nbytes);
   arena.wrote(rank_, call_, ++given_);
   if (next.also >= 0) copy(out_ + next.also, from, next.nbytes);
   --left_;
@@ -160,7 +167,7 @@ bool SharedCall::take(Arena& arena, size_t writer) {
   if (taken == takes.size()) return false;
   const Take& next = takes[taken];
   if (next.part || arena.written(writer, call_) <= next.index) return false;
-  copy(out_ + next.at, arena.slot(writer, next.index), next.nbytes);
+  copy(out_ + next.at, slot(arena, writer, next.index) + next.from, next.nbytes);
   ++taken;
   arena.has_read(rank_, writer, call_, taken == takes.size() ? lengths_[writer] : takes[taken].index);
   --left_;
@@ -179,7 +186,7 @@ bool SharedCall::fold(Arena& arena) {
   const Fold& next = folds_[folded_];
   const std::byte* own = (in_place_ ? out_ : in_) + next.at;
   auto part = [&](size_t rank) {
-    return rank == rank_ ? own : arena.slot(rank, takes_[rank][taken_[rank]].index);
+    return rank == rank_ ? own : slot(arena, rank, takes_[rank][taken_[rank]].index);
   };
   const std::byte* sum = part(0);
   for (size_t rank = 1; rank < ranks_; ++rank) {

@@ -27,8 +27,8 @@ class SharedCall {
   uint64_t out_bytes() const { return out_bytes_; }
   uint64_t moved() const { return moved_; }
 
-  // Before the ranks meet. `clear`: all have ended all earlier calls; puts a small stream where the others will look for it.
-  void begin(Arena& arena, uint64_t call, bool clear, const std::byte* in, std::byte* out);
+  // Before the ranks meet: a stream of one chunk is put where the others will look for it.
+  void begin(Arena& arena, uint64_t call, const std::byte* in, std::byte* out);
   // Goes on as far as it can at once; true: something was done.
   bool advance(Arena& arena);
   bool ended() const { return left_ == 0; }
@@ -45,7 +45,8 @@ class SharedCall {
     uint64_t index;  // in the stream
     uint64_t at;     // in `out`
     uint32_t nbytes;
-    bool part;  // of a reduction
+    bool part;          // of a reduction
+    uint64_t from = 0;  // in the chunk
   };
   struct Fold {
     uint64_t at;
@@ -60,6 +61,9 @@ class SharedCall {
     bool part, result;
   };
   std::vector<Piece> stream_of(size_t writer) const;
+  std::byte* slot(const Arena& arena, size_t writer, uint64_t index) const {
+    return lengths_[writer] == 1 ? arena.early(writer, call_) : arena.slot(writer, index);
+  }
   bool give(Arena& arena);
   bool take(Arena& arena, size_t writer);
   bool fold(Arena& arena);
@@ -74,6 +78,7 @@ class SharedCall {
   const uint64_t item_;
   const Reduction reduction_;
   bool small_ = false, streams_ = false;
+  bool packed_ = false;  // blocks for others are in one chunk
   uint64_t in_bytes_ = 0, out_bytes_ = 0, moved_ = 0;
   std::vector<Give> gives_;
   std::vector<std::vector<Take>> takes_;

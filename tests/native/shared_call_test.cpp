@@ -144,7 +144,7 @@ void history(size_t ranks) {
       auto* in = reinterpret_cast<std::byte*>(one.in.data());
       auto* into = reinterpret_cast<std::byte*>(one.out.data());
       if (rank == 0) arena.choose(one.next + 1, shape.direct ? Arena::Way::direct : Arena::Way::rings);
-      call.begin(arena, one.next + 1, arena.all_done(one.next), in, into);
+      call.begin(arena, one.next + 1, in, into);
       direct.begin(arena, one.next + 1, in, into);
       one.begun = true;
       one.met = arena.arrive(one.next + 1) == Meeting::met;
