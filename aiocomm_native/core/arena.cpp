@@ -208,9 +208,7 @@ void Arena::set_place(size_t rank, uint32_t place) {
   control_->places[rank].store(place, std::memory_order_relaxed);
 }
 
-uint32_t Arena::place(size_t rank) const {
-  return control_->places[rank].load(std::memory_order_relaxed);
-}
+uint32_t Arena::place(size_t rank) const { return control_->places[rank].load(std::memory_order_relaxed); }
 
 uint32_t Arena::rung(Bell bell) const {
   return control_->bells[static_cast<size_t>(bell)].rung.load(std::memory_order_acquire);

@@ -31,7 +31,7 @@ SharedCall::SharedCall(Kind kind, size_t rank, size_t ranks, size_t root, std::v
   std::partial_sum(sizes_.begin(), sizes_.end(), starts_.begin() + 1);
   const uint64_t total = starts_.back();
   small_ = kind == Kind::all_reduce && total <= kReducedByAll;
-  packed_ = kind == Kind::all_to_all && total <= Arena::kChunk;
+  packed_ = kind == Kind::all_to_all && ranks > 2 && total <= Arena::kChunk;
   out_bytes_ = total;
   if (!in_place_ && kind != Kind::barrier && kind != Kind::broadcast)
     in_bytes_ = kind == Kind::all_gather ? sizes_[rank] : total;

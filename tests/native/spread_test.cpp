@@ -30,11 +30,11 @@ void known() {
   const cpu_set_t two = of({0, 1});
   CHECK(better({1, 1}, 1, two) == 1 && better({1, 1}, 0, two) == -1);
   CHECK(better({1, 2}, 0, two) == -1 && better({1, 2}, 1, two) == -1);
-  CHECK(better({1, 1, 2}, 1, two) == -1);             // no more even
-  CHECK(better({1, 1, 2, 1}, 3, two) == 1);           // to where one is
-  CHECK(better({1, 1}, 1, of({0})) == -1);            // it may not
-  CHECK(better({1, 0, 1}, 2, two) == -1);             // one is not known
-  CHECK(better({1, 1u << 30, 1}, 2, two) == -1);      // nor this one
+  CHECK(better({1, 1, 2}, 1, two) == -1);         // no more even
+  CHECK(better({1, 1, 2, 1}, 3, two) == 1);       // to where one is
+  CHECK(better({1, 1}, 1, of({0})) == -1);        // it may not
+  CHECK(better({1, 0, 1}, 2, two) == -1);         // one is not known
+  CHECK(better({1, 1u << 30, 1}, 2, two) == -1);  // nor this one
   CHECK(better({8, 8, 8}, 2, of({7, 1000})) == 1000);
 }
 
