@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import select
+import selectors
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,10 @@ class AsyncioBackend:
         self._loop = loop
         selector = getattr(loop, "_selector", None)
         self._spin = selector if isinstance(selector, SpinSelector) else None
+        self._news: select.poll | None = None  # of the loop's descriptors, where all that a turn runs can be seen
+        if isinstance(loop, asyncio.SelectorEventLoop) and isinstance(selector, selectors.EpollSelector):
+            self._news = select.poll()
+            self._news.register(selector.fileno(), select.POLLIN)
 
     def attach(self, engine: Engine) -> None:
         self._loop.add_reader(engine.loop_fd, engine.drain)
@@ -61,7 +67,17 @@ class AsyncioBackend:
         return await asyncio.wrap_future(future)
 
     async def turn(self) -> None:
-        await asyncio.sleep(0)  # anyio's checkpoints take 25 µs longer
+        if not self._has_nothing():
+            await asyncio.sleep(0)  # anyio's checkpoints take 25 µs longer
+
+    def _has_nothing(self) -> bool:
+        """Whether a turn would run nothing, and so only take its 25 µs."""
+        if self._news is None:
+            return False
+        loop: Any = self._loop
+        timers = loop._scheduled
+        due = timers and timers[0].when() < loop.time() + loop._clock_resolution
+        return not (loop._ready or due or self._news.poll(0))
 
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         try:

@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Await a thread's future; a cancelled wait cancels it."""
 
     async def turn(self) -> None:
-        """Let other tasks run, once. The caller may be cancelled meanwhile."""
+        """Let other tasks run, once, if any can. The caller may be cancelled meanwhile."""
 
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         """Run on the loop's thread, soon. Any thread; does nothing once the loop is closed."""
