@@ -113,7 +113,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
     Unlocked unlocked;
     unlocked.now();
     const bool large = most_moved_ / kRate > kLingerNs;
-    const auto how = meeting_->meet(number_, header_, waits, false, large ? kLargeYieldNs : kAlways,
+    const auto how = meeting_->meet(number_, header_, waits, false, !large,
                                     (stays_ns_ + most_moved_ / kWaitBytes) >> 2 * misses_, unlocked,
                                     [&] { prepare(*e.engine); });
     result = begun(e, how, waits);
@@ -142,8 +142,7 @@ int DeviceCall::proceed(Self self, bool last) {
   {
     nb::gil_scoped_release release;
     if (open_)
-      result = begun(
-          e, meeting_->look(number_, header_, [&] { prepare(*e.engine); }, false, kLargeYieldNs), false);
+      result = begun(e, meeting_->look(number_, header_, [&] { prepare(*e.engine); }, false, false), false);
     else
       result = run(e, false);
   }

@@ -32,9 +32,9 @@ namespace nb = nanobind;
 inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000;
 // kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
 inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
-// Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, in a call of a few MiB and
-// in larger ones, and how much longer a call stays open.
-inline constexpr uint64_t kAlways = ~0ull, kYieldNs = 300000, kLargeYieldNs = 10000, kCrowdedNs = 10000000;
+// Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, and how much longer a call
+// stays open.
+inline constexpr uint64_t kYieldNs = 300000, kCrowdedNs = 10000000;
 // Others are waited for while other tasks run, too, where a call moves that many bytes: a ns for each so many.
 inline constexpr uint64_t kWorthWaiting = 4 << 20, kWaitBytes = 16;
 
@@ -85,13 +85,13 @@ struct Meeting {
       relax();
   }
 
-  // For what `bell` tells, which had rung `since` before it was looked for. `yields`, in ns: how long who waits only lets
-  // others have the core. That costs it its next turns; but to fall asleep and to wake, on a core that has halted
-  // meanwhile, takes as long as to copy hundreds of KiB. In a call that takes no longer than that all yield always: who does
-  // beside some that sleep would wait for these again and again.
+  // For what `bell` tells, which had rung `since` before it was looked for. To fall asleep and to wake, on a core that has
+  // halted meanwhile, takes as long as to copy hundreds of KiB: all let others have the core first, though that costs them
+  // their next turns. `brief`: in a call that takes no longer than that they do nothing else: those that do beside some that
+  // sleep would wait for these again and again.
   void wait_for(Arena::Bell bell, uint32_t since, uint64_t now, uint64_t began, uint64_t until,
-                uint64_t yields) const {
-    if (!crowded || now - began < yields)
+                bool brief) const {
+    if (!crowded || brief || now - began < kYieldNs)
       wait(now, began);
     else if (now < until)
       arena->sleep(bell, since, until - now);
@@ -142,12 +142,12 @@ struct Meeting {
   }
 
   enum class Begun : uint8_t { met, open, not_met };
-  // `text` is compared by all ranks. `early`, `yields`: see above. `waits`: others are waited for, if not for long. `stays`:
+  // `text` is compared by all ranks. `early`, `brief`: see above. `waits`: others are waited for, if not for long. `stays`:
   // in ns, how much longer the call may stay open while other tasks run; 0: it does not. `prepare` tells the others what
   // they need once all have met.
   template <typename Prepare>
-  Begun meet(uint64_t number, const std::string& text, bool waits, bool early, uint64_t yields,
-             uint64_t stays, Unlocked& unlocked, const Prepare& prepare) {
+  Begun meet(uint64_t number, const std::string& text, bool waits, bool early, bool brief, uint64_t stays,
+             Unlocked& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
     if (needs_all) spread(now);
@@ -160,14 +160,14 @@ struct Meeting {
       if (may_arrive(number, early)) break;
       unlocked.now();
       if (!waits || now - began > longest) return stays ? Begun::open : Begun::not_met;
-      wait_for(Arena::Bell::begins, rung, now, began, began + longest, yields);
+      wait_for(Arena::Bell::begins, rung, now, began, began + longest, brief);
       now = now_ns();
     }
     waits = waits && patience.may_spin(now);
     Arena::Meeting state = arrive(number, text, prepare);
     if (state == Arena::Meeting::open && waits) {
       unlocked.now();
-      state = await(number, began, began + longest, yields);
+      state = await(number, began, began + longest, brief);
       now = now_ns();
       if (state != Arena::Meeting::open || !stays)
         patience.spun(state == Arena::Meeting::met, false, began, now, longest);
@@ -179,7 +179,7 @@ struct Meeting {
 
   // Of a call that is open: whether all ranks have met by now; where they lack a core for that, a little later.
   template <typename Prepare>
-  Begun look(uint64_t number, const std::string& text, const Prepare& prepare, bool early, uint64_t yields) {
+  Begun look(uint64_t number, const std::string& text, const Prepare& prepare, bool early, bool brief) {
     const uint64_t began = now_ns();
     if (!has_arrived) {
       if (arena->broken()) return Begun::not_met;
@@ -190,7 +190,7 @@ struct Meeting {
       }
       arrive(number, text, prepare);
     }
-    Arena::Meeting state = crowded ? await(number, 0, began + kMeetNs, yields) : arena->look(number);
+    Arena::Meeting state = crowded ? await(number, 0, began + kMeetNs, brief) : arena->look(number);
     if (state == Arena::Meeting::open) {
       if (now_ns() < closes_ns) return Begun::open;
       state = arena->close(number);
@@ -199,13 +199,13 @@ struct Meeting {
   }
 
   // `began`: since when this rank waits.
-  Arena::Meeting await(uint64_t number, uint64_t began, uint64_t until, uint64_t yields) const {
+  Arena::Meeting await(uint64_t number, uint64_t began, uint64_t until, bool brief) const {
     for (;;) {
       const uint32_t rung = arena->rung(Arena::Bell::begins);
       const Arena::Meeting state = arena->look(number);
       const uint64_t now = now_ns();
       if (state != Arena::Meeting::open || now > until) return state;
-      wait_for(Arena::Bell::begins, rung, now, began, until, yields);
+      wait_for(Arena::Bell::begins, rung, now, began, until, brief);
     }
   }
 

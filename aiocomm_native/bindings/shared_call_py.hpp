@@ -212,13 +212,14 @@ class PySharedCall {
     const Meeting& m = *meeting_;
     const uint64_t beside = m.crowded ? kCrowdedNs >> 2 * misses_ : large();
     const uint64_t stays = beside && waits ? beside + (large() ? rings_.moved() / kWaitBytes : 0) : 0;
-    return begun(meeting_->meet(number_, header_, waits, m.crowded, yields(), stays, unlocked,
+    return begun(meeting_->meet(number_, header_, waits, m.crowded, !direct_.pays(), stays, unlocked,
                                 [&] { begin(in, out); }));
   }
 
   Result look() {
     return begun(meeting_->look(
-        number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }, meeting_->crowded, yields()));
+        number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }, meeting_->crowded,
+        !direct_.pays()));
   }
 
   Result begun(Meeting::Begun how) {
@@ -232,10 +233,6 @@ class PySharedCall {
     return kPending;
   }
 
-  uint64_t yields() const {
-    if (!direct_.pays()) return kAlways;
-    return rings_.moved() < kMostYielding ? kYieldNs : kLargeYieldNs;
-  }
   bool large() const { return rings_.moved() >= kWorthWaiting; }
 
   Result run(uint64_t ns, Unlocked& unlocked) {
@@ -257,7 +254,7 @@ class PySharedCall {
         if (std::exchange(tells, false))
           arena.ring(Arena::Bell::moves);
         else
-          m.wait_for(Arena::Bell::moves, rung, now, last, until, yields());
+          m.wait_for(Arena::Bell::moves, rung, now, last, until, !direct_.pays());
         rung = arena.rung(Arena::Bell::moves);
         now = now_ns();
         // Of a process that has ended others will tell; nobody else's memory has to be out of reach.
@@ -284,7 +281,6 @@ class PySharedCall {
   const SharedCall::Kind kind_;
   const uint64_t item_;
   static constexpr uint32_t kMisses = 5;
-  static constexpr uint64_t kMostYielding = 8 << 20;
   bool is_root_ = false;
   uint32_t misses_ = 0;  // in a row: others are not waited for as long
   SharedCall rings_;
