@@ -29,7 +29,7 @@ class AsyncioBackend:
         self._loop = loop
         selector = getattr(loop, "_selector", None)
         self._spin = selector if isinstance(selector, SpinSelector) else None
-        self._news: select.poll | None = None  # of the loop's descriptors, where all that a turn runs can be seen
+        self._news: select.poll | None = None  # of its descriptors, where all that a turn runs is seen
         if isinstance(loop, asyncio.SelectorEventLoop) and isinstance(selector, selectors.EpollSelector):
             self._news = select.poll()
             self._news.register(selector.fileno(), select.POLLIN)

@@ -216,8 +216,7 @@ void bind_engine(nb::module_& m) {
             e.turns->had(now_ns());
             return false;
           },
-          "had"_a,
-          "Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.")
+          "had"_a, "Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.")
       .def(
           "bind_asyncio",
           [](PyEngine& e, nb::object loop, nb::object ready, nb::tuple bells) {

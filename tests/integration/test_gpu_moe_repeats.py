@@ -85,7 +85,7 @@ async def test_what_goes_wrong_while_the_own_kernel_runs(
             raise aiocomm.LinkError("out of memory")
 
         monkeypatch.setattr(kind, "_slots", short)
-        while not failed:  # a call that others kept waiting is not made at once: of two ranks on one loop, one
+        while not failed:  # of two ranks on one loop, one is kept waiting by the other
             await all_call(members, lambda comm: layer(comm, 21, 16))
         monkeypatch.undo()
         await all_call(members, lambda comm: layer(comm, 21, 16))

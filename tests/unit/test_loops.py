@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
+import threading
 from typing import TYPE_CHECKING
 
+import anyio
 import anyio.lowlevel
 import pytest
 import uvloop
-from harness import BACKENDS, world
+from harness import BACKENDS, until, world
 
-from aiocomm._loop.asyncio_backend import ready_of
+from aiocomm._loop.asyncio_backend import AsyncioBackend, ready_of
+from aiocomm._loop.backend import current_backend
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -80,3 +85,78 @@ async def test_it_looks_for_ends_only_where_nobody_else_is_ready() -> None:
         a.send(b"x", 1)
         assert _core.linger([ours], _LONG_S)
         assert ours.done()
+
+
+def _called(ran: threading.Event) -> None:
+    asyncio.get_running_loop().call_soon(ran.set)
+
+
+def _called_from_a_thread(ran: threading.Event) -> None:
+    thread = threading.Thread(target=asyncio.get_running_loop().call_soon_threadsafe, args=(ran.set,))
+    thread.start()
+    thread.join()
+
+
+def _due(ran: threading.Event) -> None:
+    asyncio.get_running_loop().call_later(0, ran.set)
+
+
+def _readable(ran: threading.Event) -> None:
+    loop, (here, there) = asyncio.get_running_loop(), socket.socketpair()
+
+    def read() -> None:
+        loop.remove_reader(here)
+        here.close()
+        there.close()
+        ran.set()
+
+    loop.add_reader(here, read)
+    there.send(b"x")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("begin", [_called, _called_from_a_thread, _due, _readable])
+async def test_others_run_in_a_turn(anyio_backend_name: str, begin: Callable[[threading.Event], None]) -> None:
+    backend, ran = current_backend(), threading.Event()
+    if anyio_backend_name == "trio":
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_set, ran)
+            await backend.turn()
+            await backend.turn()
+        assert ran.is_set()
+        return
+    begin(ran)
+    for _ in range(2):  # a descriptor's callback is made ready by one turn, and runs in the next
+        await backend.turn()
+    assert ran.is_set()
+
+
+async def _set(ran: threading.Event) -> None:
+    ran.set()
+
+
+def test_a_turn_that_would_run_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        later = loop.call_later(1000, math.sqrt, 1)
+        await asyncio.sleep(0)  # what the runner has begun with
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        await AsyncioBackend(loop).turn()
+        assert slept == []
+        loop.call_soon(math.sqrt, 1)
+        await AsyncioBackend(loop).turn()
+        assert slept == [0]
+        later.cancel()
+
+    slept: list[float] = []
+    asyncio.run(main())
+
+
+@pytest.mark.anyio
+async def test_a_turn_is_due_after_a_while() -> None:
+    async with world(1) as (comm,):
+        assert not comm._engine.turn_due(True)  # others have had one
+        await until(lambda: comm._engine.turn_due(False))
