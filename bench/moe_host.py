@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "host_us", "stages"]
 
-_COMMON: Final = ("before", "own kernel", "send", "messages", "launch")
+_COMMON: Final = ("before", "own launch", "meanwhile", "own kernel", "send", "messages", "launch")
 STAGES: Final = {"dispatch": (*_COMMON, "lists", "rows", "after"), "combine": (*_COMMON, "rows", "after")}
 _EXPERTS, _CHOICES = 256, 8
 _HIDDEN: Final = 64  # what the host does depends on rows only; the simulated driver copies by itself
@@ -102,6 +102,7 @@ class _Replayed:
         from aiocomm_native import _core
 
         self._calls = _core.ExpertCalls(*how)
+        self._ranks = len(how[2])
         self._made: dict[str, Any] = {}
         self.take_marks = self._calls.take_marks
 
@@ -125,8 +126,8 @@ class _Replayed:
     def combine(self, *arguments: Any) -> Any:
         if not _Replayed.again:
             return self._keep("combine", self._calls.combine(*arguments))
-        made = self._made["combine"]
-        return (*made[:2], [arguments[3]] * len(made[2]), made[3])
+        arguments[-1]([arguments[3]] * self._ranks)  # all calls have ended at the others
+        return self._made["combine"]
 
 
 async def _timed(call: Callable[[], Awaitable[None]]) -> tuple[int, int]:

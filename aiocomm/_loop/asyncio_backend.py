@@ -29,14 +29,16 @@ class AsyncioBackend:
         self._loop = loop
         selector = getattr(loop, "_selector", None)
         self._spin = selector if isinstance(selector, SpinSelector) else None
+        self._rings: dict[int, Callable[[], object]] = {}  # what is to be done for a bell, by its descriptor
         self._news: select.poll | None = None  # of its descriptors, where all that a turn runs is seen
         if isinstance(loop, asyncio.SelectorEventLoop) and isinstance(selector, selectors.EpollSelector):
             self._news = select.poll()
             self._news.register(selector.fileno(), select.POLLIN)
 
     def attach(self, engine: Engine) -> None:
-        self._loop.add_reader(engine.loop_fd, engine.drain)
-        self._loop.add_reader(engine.express_fd, engine.drain_express)
+        self._rings = {engine.loop_fd: engine.drain, engine.express_fd: engine.drain_express}
+        for fd, ring in self._rings.items():
+            self._loop.add_reader(fd, ring)
         engine.bind_asyncio(self._loop, ready_of(self._loop), self._bells(engine))
         if self._spin is not None:
             self._spin.add(engine)
@@ -67,17 +69,28 @@ class AsyncioBackend:
         return await asyncio.wrap_future(future)
 
     async def turn(self) -> None:
-        if not self._has_nothing():
-            await asyncio.sleep(0)  # anyio's checkpoints take 25 µs longer
+        if self._has_nothing():
+            return
+        await asyncio.sleep(0)  # anyio's checkpoints take 25 µs longer
+        if self._news is not None and self._loop._ready:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)  # timers and descriptors that were found by that
 
     def _has_nothing(self) -> bool:
-        """Whether a turn would run nothing, and so only take its 25 µs."""
+        """Whether a turn would run nothing, and so only take its 25 µs. What the engine has is done."""
         if self._news is None:
             return False
         loop: Any = self._loop
         timers = loop._scheduled
-        due = timers and timers[0].when() < loop.time() + loop._clock_resolution
-        return not (loop._ready or due or self._news.poll(0))
+        if loop._ready or (timers and timers[0].when() < loop.time() + loop._clock_resolution):
+            return False
+        if not self._news.poll(0):
+            return True
+        found = selectors.EpollSelector.select(loop._selector, 0)
+        if any(key.fd not in self._rings for key, _ in found):
+            return False
+        for key, _ in found:
+            self._rings[key.fd]()
+        return not loop._ready
 
     def call_threadsafe(self, callback: Callable[[], object]) -> None:
         try:

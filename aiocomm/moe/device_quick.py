@@ -123,13 +123,6 @@ class _Quick(DeviceExchange):
         self._raise_trouble()
         return not await self._landed(keys)
 
-    def _hear(self, ended: list[int]) -> None:
-        """Note which calls the others had ended."""
-        heard, rank = self._pool.heard, self._group.rank
-        for peer, number in enumerate(ended):
-            if peer != rank:
-                heard(peer, number)
-
 
 class Kit:
     """Host memory of the dispatches of one kind, one after the other, and how it is seen."""
@@ -257,7 +250,7 @@ class QuickDispatch(_Quick, DeviceDispatch):
 
     def _keep(self, outcome: tuple[Any, ...]) -> None:
         *_, ended, total, count, lists, _, _ = outcome
-        self._hear(ended)
+        self._pool.heard_all(ended, self._group.rank)
         size, held = self._group.size, len(self._placed.held[self._group.rank])
         self.found = Listed(lists, size, held, total, count)
         assert self._spare is not None
@@ -370,10 +363,7 @@ class QuickCombine(_Quick, DeviceCombine):
         return outcome[0]
 
     def _is_done(self, outcome: tuple[Any, ...]) -> bool:
-        _, ended, pending = outcome
-        if pending is None:
-            self._hear(ended)
-        return pending is None
+        return outcome[-1] is None
 
     def _messages(self) -> list[bytes | None]:
         slab = self._slab
@@ -391,12 +381,9 @@ class QuickCombine(_Quick, DeviceCombine):
         return self._swapped
 
     async def _receive_quickly(self) -> bool:
-        if self._outcome is not None:
-            _, ended, pending = self._outcome
-            if await self._read(pending):
-                self._hear(ended)
-                self.may_repeat = True
-                return True
+        if self._outcome is not None and await self._read(self._outcome[-1]):
+            self.may_repeat = True
+            return True
         if not self._swapped or not self._row or (heads := self._read_heads()) is None:
             return False
         pulled = []

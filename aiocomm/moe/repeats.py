@@ -8,6 +8,7 @@ It decides nothing but plain success. Whatever has not come soon, or is wrong, b
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -122,12 +123,11 @@ class _Repeat:
         slots, pool.slots = pool.slots, None
         return slots
 
-    def _ended(self, number: int, slots: Any, slab: Block | None, ended: list[int]) -> bool:
+    def _ended(self, number: int, slots: Any, slab: Block | None) -> bool:
         """Note that a call is over, all well; returns whether other tasks are to have a turn."""
         scope, pool = self._scope, self._pool
         del scope.calls[number]
         pool.slots = slots
-        pool.heard_all(ended, self._group.rank)
         if slab is not None:
             pool.lend(number, slab, set(self._others))
         if scope._asked:
@@ -168,6 +168,7 @@ class DispatchRepeat(_Repeat):
             count, rows = int(_MORE * assignments), self._rows
             self._lists_bytes = 20 * count + 8 * (rows + self._held + group.size) + 64
         self._placed = placed
+        self._ahead: Any = None  # what `_to_give` and `_to_take` have returned, for the next call
         assert call._lease is not None
         form = tokens.description[5]
         shown = array_over(call._lease, self._pool.device, form, (1, tokens.hidden), tokens.itemsize)
@@ -193,22 +194,46 @@ class DispatchRepeat(_Repeat):
             kernels.stream,
         )
 
-    def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
-        """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
-        pool, streams, scope, group = self._pool, self._streams, self._scope, self._group
-        native, form = self._native, self._native_form
-        slab: Block | None = None
-        kit = Kit.taken(pool, self._kind, self._shape, self._rows)
-        try:  # streams first: what they have to tell takes a while
-            behind = [one for one in (tokens, ids, weights) if type(one) is tuple]
-            followed = _core.Followed(self._engine, behind)
-            slab = pool.take_sized(self._slab_size, streams)
-            region, places = slab.region, slab.places_for(group.ranks, group.rank)
-            whole = self._long.take(PART_BYTES * self._choices)
-        except Exception:  # as the usual call finds out, and says
+    def _to_give(self) -> tuple[Kit, Block, int, list[bytes | None], bytearray]:
+        """Memory that the own kernel writes, what others need to read it, and memory for what is told."""
+        pool, group = self._pool, self._group
+        kit, slab = Kit.taken(pool, self._kind, self._shape, self._rows), None
+        try:
+            slab = pool.take_sized(self._slab_size, self._streams)
+            places = slab.places_for(group.ranks, group.rank)
+            return kit, slab, slab.region, places, self._long.take(PART_BYTES * self._choices)
+        except BaseException:
             if slab is not None:
                 pool.give_back(slab)
             pool.give_back_kit(self._kind, kit)
+            raise
+
+    def _to_take(self) -> tuple[Lease, Tables, bytearray | None]:
+        """Memory for the rows that come, for what their sums will need, and for long lists of them."""
+        pool, streams = self._pool, self._streams
+        lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
+        tables = Tables.of_bytes(pool, self._table_bytes)
+        return lease, tables, self._long.take(self._lists_bytes) if self._lists_bytes else None
+
+    def go_ahead(self) -> None:
+        """Take memory for the next call now, when there is time for it."""
+        if self._ahead is None:
+            with contextlib.suppress(Exception):  # as the next call finds out
+                self._ahead = self._to_give(), self._to_take()
+
+    def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
+        """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
+        pool, scope, group = self._pool, self._scope, self._group
+        native, form = self._native, self._native_form
+        to_take = None
+        try:  # streams first: what they have to tell takes a while
+            behind = [one for one in (tokens, ids, weights) if type(one) is tuple]
+            followed = _core.Followed(self._engine, behind)
+            if self._ahead is None:
+                kit, slab, region, places, whole = self._to_give()
+            else:
+                ((kit, slab, region, places, whole), to_take), self._ahead = self._ahead, None
+        except Exception:  # as the usual call finds out, and says
             return None
         number, under = self._begin(deadline)
         seconds = -1.0 if deadline is None else deadline
@@ -221,8 +246,7 @@ class DispatchRepeat(_Repeat):
                 self._engine, form, seconds, followed, tokens, ids, weights, kit.seen, slab.address
             )
             if own is not None:  # while it runs, all that does not need it
-                lease = Lease(pool, pool.take_sized(self._room_size, streams), streams)
-                tables = Tables.of_bytes(pool, self._table_bytes)
+                lease, tables, lists = to_take or self._to_take()
                 slots = self._slots()
                 shown, width = self._shown
                 came = DeviceArray(lease, lease.address, 0, pool.device, shown, (0, width))
@@ -239,7 +263,7 @@ class DispatchRepeat(_Repeat):
                     places,
                     slots,
                     whole,
-                    self._long.take(self._lists_bytes) if self._lists_bytes else None,
+                    lists,
                     lease.address,
                     tables.bytes,
                     tables.address,
@@ -253,14 +277,16 @@ class DispatchRepeat(_Repeat):
             kernel = self._made(tokens, ids, weights, kit, slab)
             call.take_memory(kit, slab, lease, self._room, tables, kernel, part_over(whole, self._choices))
             return self._hand_over(call, (number, slots, outcome), under)
-        _, rows, assignments, _, ended, total, count, lists, _, _ = outcome
+        _, rows, assignments, _, ended, total, count, found, _, _ = outcome
         assert tables is not None
         tables.resize(count, total, self._count, group.size)
         came.nbytes, came.shape = total * self._width, (total, width)
         result._sent = RoutedOver(whole, self._choices, rows, assignments)
-        result._found = Listed(lists, group.size, self._held, total, count)
+        result._found = Listed(found, group.size, self._held, total, count)
         pool.give_back_kit(self._kind, kit)
-        return Begun(result, turn=self._ended(number, slots, slab, ended))
+        pool.last_dispatch = self
+        pool.heard_all(ended, group.rank)
+        return Begun(result, turn=self._ended(number, slots, slab))
 
     def _made(self, tokens: Description, ids: Any, weights: Any, kit: Kit, slab: Block) -> Kernel:
         """The kernel that brings this rank's arrays to where they are read; the extension has launched it."""
@@ -362,6 +388,7 @@ class CombineRepeat(_Repeat):
                     places,
                     target,
                     slots,
+                    self._meanwhile,
                 )
         except BaseException as error:
             outcome = _stopped(own, error)
@@ -375,7 +402,14 @@ class CombineRepeat(_Repeat):
             made = None if slab is None else self._made(outputs, begins, tables, slab, after)
             call.take_memory(slab, lease, target, made, after)
             return self._hand_over(call, (number, slots, outcome), under)
-        return Begun(result, turn=self._ended(number, slots, slab, outcome[2]))
+        return Begun(result, turn=self._ended(number, slots, slab))
+
+    def _meanwhile(self, ended: list[int]) -> None:
+        """While the last kernel runs, what does not need it."""
+        pool = self._pool
+        pool.heard_all(ended, self._group.rank)
+        if pool.last_dispatch is not None:
+            pool.last_dispatch.go_ahead()
 
     def _made(
         self,

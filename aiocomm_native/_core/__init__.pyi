@@ -389,12 +389,14 @@ class ExpertCalls:
         As far as it is usual, looking for each end for that long. Returns the stage that was reached (0: the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and what is known and under way by then.
         """
 
-    def combine(self, engine: Engine, own: OwnKernel, form: CombineForm, tag: int, header: bytes, ended: int, seconds: float, sent: Sequence[int], region: int, places: list[Any], target: int, slots: object) -> tuple[Any, ...]:
-        """The same of a combine, which has no stage 1."""
+    def combine(self, engine: Engine, own: OwnKernel, form: CombineForm, tag: int, header: bytes, ended: int, seconds: float, sent: Sequence[int], region: int, places: list[Any], target: int, slots: object, meanwhile: object) -> tuple[Any, ...]:
+        """
+        The same of a combine, which has no stage 1. `meanwhile` is called while the last kernel runs, with the calls that the others had ended.
+        """
 
     def take_marks(self) -> list[int]:
         """
-        When the last call was begun, its own kernel had ended, messages were sent, all had come, the kernel that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; nanoseconds of the monotonic clock. They are forgotten.
+        When the last call was begun, its own kernel was launched, the rest was asked for, that kernel had ended, messages were sent, all had come, the kernel that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; nanoseconds of the monotonic clock. They are forgotten.
         """
 
 DEVICE_HEAD_BYTES: int = 352

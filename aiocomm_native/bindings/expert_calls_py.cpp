@@ -102,7 +102,8 @@ class ExpertCalls {
 
   nb::tuple combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
                     const nb::bytes& header, uint64_t ended, double seconds, const std::vector<int64_t>& sent,
-                    uint64_t region, const nb::list& places, uint64_t target, nb::object slots);
+                    uint64_t region, const nb::list& places, uint64_t target, nb::object slots,
+                    const nb::object& meanwhile);
 
   // When the last call reached its stages; they are forgotten.
   std::vector<uint64_t> take_marks() { return std::exchange(marks_, {}); }
@@ -190,6 +191,7 @@ std::optional<OwnKernel> ExpertCalls::give_tokens(Self self, const DispatchForm&
                           move_argument(form.argument_bytes, form.most_ranks, me_, 0, numbers), given_bytes};
   own.launch = std::make_unique<Launch>(self, give, followed, home_);
   own.launch->submit(rank(), channel_, own.deadline_ns);
+  mark(e);
   return own;
 }
 
@@ -198,6 +200,7 @@ nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm&
                                 const nb::list& places, nb::object slots, nb::handle whole, nb::handle room,
                                 uint64_t into, nb::handle tables, uint64_t tables_at) {
   PyEngine& e = *self.p;
+  mark(e);
   const size_t n = ranks_.size();
   const std::unique_ptr<Launch> own = std::move(given.launch);
   require(own != nullptr);
@@ -290,6 +293,7 @@ std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& f
   const Terms& all = *own.terms;
   if (!slab_at) {
     own.followed = followed;
+    mark(e);
     return own;
   }
   Argument argument;
@@ -299,14 +303,16 @@ std::optional<OwnKernel> ExpertCalls::give_terms(Self self, const CombineForm& f
                            argument.bytes(), all.given.nbytes};
   own.launch = std::make_unique<Launch>(self, weigh, followed, home_);
   own.launch->submit(rank(), channel_, own.deadline_ns);
+  mark(e);
   return own;
 }
 
 nb::tuple ExpertCalls::combine(Self self, OwnKernel& given, const CombineForm& form, int64_t tag,
                                const nb::bytes& header, uint64_t ended, double seconds,
                                const std::vector<int64_t>& sent, uint64_t region, const nb::list& places,
-                               uint64_t target, nb::object slots) {
+                               uint64_t target, nb::object slots, const nb::object& meanwhile) {
   PyEngine& e = *self.p;
+  mark(e);
   const size_t n = ranks_.size();
   const std::unique_ptr<Launch> own = std::move(given.launch);
   require(header.size() == sizeof ExpertHead::header && sent.size() == n + 1 && given.terms);
@@ -344,9 +350,15 @@ nb::tuple ExpertCalls::combine(Self self, OwnKernel& given, const CombineForm& f
   }
   launch.submit(rank(), channel_, deadline_ns);
   mark(e);
+  const nb::list ended_there = ended_of(heads);
+  try {
+    meanwhile(ended_there);
+  } catch (nb::python_error& error) {  // what was launched goes on
+    error.discard_as_unraisable(meanwhile);
+  }
   nb::object pending = launch.look(soon()) ? nb::none() : launch.transfer();
   mark(e);
-  return nb::make_tuple(int{kPulling}, left, ended_of(heads), pending);
+  return nb::make_tuple(int{kPulling}, left, pending);
 }
 
 // The description of a GPU array whose interface is read here; else as aiocomm/_device.py gives it. None: there is none.
@@ -411,10 +423,13 @@ void bind_expert_calls(nb::module_& m) {
           "the own kernel, 1: routing, which is refused, 2: messages, 3: the kernel that reads rows) and "
           "what is known and under way by then.")
       .def("combine", &ExpertCalls::combine, "engine"_a, "own"_a, "form"_a, "tag"_a, "header"_a, "ended"_a,
-           "seconds"_a, "sent"_a, "region"_a, "places"_a, "target"_a, "slots"_a,
-           "The same of a combine, which has no stage 1.")
+           "seconds"_a, "sent"_a, "region"_a, "places"_a, "target"_a, "slots"_a, "meanwhile"_a,
+           "The same of a combine, which has no stage 1. `meanwhile` is called while the last kernel runs, "
+           "with "
+           "the calls that the others had ended.")
       .def("take_marks", &ExpertCalls::take_marks,
-           "When the last call was begun, its own kernel had ended, messages were sent, all had come, the "
+           "When the last call was begun, its own kernel was launched, the rest was asked for, that kernel "
+           "had ended, messages were sent, all had come, the "
            "kernel "
            "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it "
            "came; "

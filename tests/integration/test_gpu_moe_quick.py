@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import types
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from harness import all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
-from aiocomm.moe import device_exchange, device_quick, memory, repeats
+from aiocomm.moe import device_exchange, device_quick, repeats
 from aiocomm_native import _core
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
@@ -63,7 +62,6 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, too, may be patient."""
     monkeypatch.setattr(kernels, "compiled", kernels.compiled)
     monkeypatch.setattr(device_quick, "LINGER_S", device_quick.LINGER_S)
-    monkeypatch.setattr(memory.Pool, "lets_others", memory.Pool.lets_others)
     monkeypatch.setattr(repeats, "ExpertCalls", _core.ExpertCalls)
 
 
@@ -160,35 +158,27 @@ async def test_memory_that_is_not_there_is_not_read(gpu: Driver) -> None:
 
 
 async def _without_a_pause(comm: aiocomm.Communicator) -> None:
-    """Until the loop has gone round in a call that has not waited for anything, at each rank."""
+    """Until a timer that is due has run in the turn that a call gave up at its end, at each rank."""
     _patiently()
-    waited: list[bool] = []
-    turns: list[None] = []
-    lets_others = memory.Pool.lets_others
-    selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
-    select = selector.select
+    ran: list[None] = []
+    seen = False
+    loop, turn = asyncio.get_running_loop(), comm._backend.turn
 
-    def looking(*arguments: Any) -> Any:
-        turns.append(None)
-        return select(*arguments)
+    async def noted() -> None:
+        nonlocal seen
+        before = len(ran)
+        await turn()
+        seen = seen or len(ran) > before
 
-    def noting(pool: memory.Pool, did: bool) -> bool:
-        waited.append(did)
-        return lets_others(pool, did)
-
-    memory.Pool.lets_others = noting  # type: ignore[method-assign]
-    selector.select = looking
-    given, seen = on_gpu(comm.rank, np.zeros((4, 8), np.float32)), False
-    try:
-        for _ in range(3000):
-            given.write(np.full((4, 8), seen, np.float32))
-            before = len(turns)
-            came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
-            seen = seen or (len(turns) > before and not waited[-1])
-            if to_host(came.tokens, np.float32).all():  # all ranks see that in the same call
-                return
-    finally:
-        del selector.select
+    comm._backend.turn = noted  # type: ignore[method-assign]
+    given = on_gpu(comm.rank, np.zeros((4, 8), np.float32))
+    for _ in range(3000):
+        given.write(np.full((4, 8), seen, np.float32))
+        timer = loop.call_later(0, ran.append, None)
+        came = await comm.dispatch(given, np.tile([0, EXPERTS - 1], (4, 1)), experts=EXPERTS)
+        timer.cancel()
+        if to_host(came.tokens, np.float32).all():  # all ranks see that in the same call
+            return
     pytest.fail("calls that never wait leave no turn to others")
 
 
@@ -251,24 +241,13 @@ async def test_a_stream_that_is_gone(simulator: simulated.Simulator) -> None:
         await all_call(members, rank)
 
 
-async def test_when_other_tasks_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, turns = [100.0], []
+async def test_calls_one_by_one_leave_turns_too() -> None:
+    turns: list[None] = []
 
     async def turn() -> None:
-        turns.append(now[0])
+        turns.append(None)
 
     async with world(1, links=LINKS) as (comm,):
-        await layer(comm, 11, 8)
-        (pool,) = comm._members()._expert_scope(None)[0].pools.values()
-        clock = types.SimpleNamespace(monotonic=lambda: now[0])
-        monkeypatch.setattr(memory, "time", clock)
-        assert pool.lets_others(True) is False
-        now[0] += 1.9e-3
-        assert pool.lets_others(False) is False
-        now[0] += 0.2e-3
-        assert pool.lets_others(False) is True
-        assert pool.lets_others(False) is False
-        monkeypatch.setattr(device_exchange.anyio.lowlevel, "cancel_shielded_checkpoint", turn)
-        monkeypatch.setattr(pool, "lets_others", lambda _: True)
-        await layer(comm, 11, 8)
-        assert len(turns) == 2  # after dispatch and after combine
+        comm._backend.turn = turn  # type: ignore[method-assign]
+        while len(turns) < 2:
+            await layer(comm, 11, 8)

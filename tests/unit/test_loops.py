@@ -116,7 +116,9 @@ def _readable(ran: threading.Event) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("begin", [_called, _called_from_a_thread, _due, _readable])
-async def test_others_run_in_a_turn(anyio_backend_name: str, begin: Callable[[threading.Event], None]) -> None:
+async def test_others_run_in_a_turn(
+    anyio_backend_name: str, begin: Callable[[threading.Event], None]
+) -> None:
     backend, ran = current_backend(), threading.Event()
     if anyio_backend_name == "trio":
         async with anyio.create_task_group() as tasks:
