@@ -84,6 +84,8 @@ def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _foreign(array: Any) -> NDArray[Any]:
+    if type(array) is tuple and len(array) == 7 and hasattr(array[0], "__cuda_array_interface__"):
+        array = array[0]  # a description (aiocomm/_device.py): with `stream=`, where there is no GPU
     if hasattr(array, "__cuda_array_interface__") or _dlpack_device(array) not in (None, 1, 3):
         raise UsageError(
             f"{type(array).__name__} lies on a device that cannot be used here: the cuda link is not enabled "

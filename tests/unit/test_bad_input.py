@@ -174,9 +174,11 @@ async def test_it_is_refused(
     await _goes_on(pair)
 
 
-async def test_an_array_on_a_device_without_a_driver_is_refused(pair: Pair) -> None:
-    with pytest.raises(aiocomm.AiocommError, match=r"device|driver|GPU"):
-        await pair[0].send(OnADevice(), 1)
+@pytest.mark.parametrize("named", [{}, {"stream": 1}])
+async def test_an_array_on_a_device_without_a_driver_is_refused(pair: Pair, named: dict[str, int]) -> None:
+    for call in (pair[0].send, pair[0].recv):
+        with pytest.raises(aiocomm.UsageError, match="OnADevice lies on a device that cannot be used here"):
+            await call(OnADevice(), 1, **named)
     await _goes_on(pair)
 
 
