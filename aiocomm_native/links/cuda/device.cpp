@@ -344,7 +344,7 @@ bool Device::issue(bool by_thread) {
     } else if (!job.more) {
       touched |= static_cast<uint16_t>(1u << index);
     }
-    if (job.rows || job.followed) break;  // take the driver long: what has ended meanwhile is told before the next
+    if (job.rows || job.followed) break;  // these take long: what has ended meanwhile is told before the next
   }
   send_joined();
   for (size_t i = 0; i < kStreams; ++i)
