@@ -14,15 +14,16 @@ namespace {
 constexpr size_t kStreamFrom = 1 << 20;   // below this the receiver is likely to find the bytes in its caches
 constexpr size_t kVectorsFrom = 1 << 10;  // below this the library does well
 
-// Non-temporal stores: the destination is not read before it is overwritten, which saves a third of the traffic.
+// Non-temporal stores: the destination is not read before it is overwritten, which saves a third of the traffic. The source
+// is prefetched into all caches: past them (NTA) it comes at less than half the rate on a Xeon of 2023.
 __attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from, size_t nbytes) {
   size_t head = (32 - reinterpret_cast<uintptr_t>(to) % 32) % 32;
   std::memcpy(to, from, head);
   to += head, from += head, nbytes -= head;
   size_t blocks = nbytes / 128;
   for (size_t i = 0; i < blocks; ++i, to += 128, from += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(from) + 1024, _MM_HINT_NTA);
-    _mm_prefetch(reinterpret_cast<const char*>(from) + 1088, _MM_HINT_NTA);
+    _mm_prefetch(reinterpret_cast<const char*>(from) + 1024, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(from) + 1088, _MM_HINT_T0);
     __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + 1);
     __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + 2);
