@@ -28,8 +28,9 @@ namespace aiocomm::py {
 
 namespace nb = nanobind;
 
-// In ns: how long others are waited for, the first of it without letting others have the core.
-inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000;
+// In ns: how long others are waited for; the first of it without letting other threads have the core, for whom that may be
+// a time slice of milliseconds: longer where no rank waits for this core.
+inline constexpr uint64_t kMeetNs = 200000, kKeepCoreNs = 3000, kKeepOwnCoreNs = 100000;
 // kLeaveNs: for those who touch arrays that nobody owns any more. kNapNs: what who waits leaves a core that all need.
 inline constexpr uint64_t kLeaveNs = 1000000000, kNapNs = 20000;
 // Where ranks outnumber the cores: how long who waits lets others have its core before it sleeps, and how much longer a call
@@ -79,10 +80,18 @@ struct Meeting {
   void wait(uint64_t now, uint64_t began, bool large = false) const {
     if (large && crowded && now - began > kKeepCoreNs)
       std::this_thread::sleep_for(std::chrono::nanoseconds(kNapNs));
-    else if (crowded || now - began > kKeepCoreNs)
+    else if (crowded || now - began > kKeepOwnCoreNs || (now - began > kKeepCoreNs && shares_core()))
       sched_yield();
     else
       relax();
+  }
+
+  // Whether another rank was last seen on the processor that this one runs on.
+  bool shares_core() const {
+    const int here = sched_getcpu();
+    for (size_t other = 0; other < arena->ranks(); ++other)
+      if (other != rank && arena->place(other) == static_cast<uint32_t>(here) + 1) return true;
+    return here < 0;
   }
 
   // For what `bell` tells, which had rung `since` before it was looked for. To fall asleep and to wake, on a core that has
@@ -119,12 +128,13 @@ struct Meeting {
   }
   bool gone(size_t other) const { return !arena->is_rank(other, processes[other]); }
 
-  // Where the group needs all processors: sees to it that they are shared evenly.
+  // Tells the others where this rank runs; where the group needs all processors, sees to it that they are shared evenly.
   void spread(uint64_t now) {
-    if (++calls % kPlaceCalls) return;
+    if (calls++ % kPlaceCalls) return;
     const int here = sched_getcpu();
     if (here < 0) return;
     if (place != static_cast<uint32_t>(here) + 1) arena->set_place(rank, place = here + 1);
+    if (!needs_all) return;
     auto better = [&] {
       return better_processor(arena->ranks(), rank, allowed, [&](size_t of) { return arena->place(of); });
     };
@@ -150,7 +160,7 @@ struct Meeting {
              Unlocked& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
-    if (needs_all) spread(now);
+    spread(now);
     const uint64_t longest = early ? Turns::kNs : kMeetNs;
     closes_ns = began + longest + stays;
     has_arrived = false;
