@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator"]
 
+_POPULATED: Final = 16  # ranks, between which `warmup` takes the memory of all rings
 _ABANDON_S: Final = 1.0  # for which what failed to join is waited for
 
 
@@ -82,6 +83,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._world = world
         native = settings.native()
         numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
+        numbers["populates"] = float(world.warmup and (world.size or 0) <= _POPULATED)
         texts = {key: value for key, value in native.items() if isinstance(value, str)}
         for key in ("tls_cert", "tls_key", "tls_ca", "rdma_devices", "rdma_nodes", "libibverbs"):
             if (value := getattr(settings, key)) is not None:

@@ -266,7 +266,7 @@ def spawn(
         n: number of other processes.
         args: further arguments of `worker`; sent by cloudpickle.
         links: links that may be used, best first.
-        warmup: connect all pairs at the start.
+        warmup: as for `connect`.
         deadline: seconds within which all must have joined.
         grace_s: seconds that a worker which is asked to end may take before it is killed.
 

@@ -219,7 +219,7 @@ async def _all(batches: list[list[int]], port: int) -> Metrics:
     import aiocomm
 
     count = Driver(0).count()
-    world = aiocomm.spawn(layers, count - 1, batches, port, links=("shm", "cuda"))
+    world = aiocomm.spawn(layers, count - 1, batches, port, links=("shm", "cuda"), warmup=True)
     async with asyncio.timeout(240), world as comm:
         return {"gpus": float(count)} | await layers(comm, batches, port)
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["STAGES", "host_us", "stages"]
 
 _COMMON: Final = ("before", "own launch", "meanwhile", "own kernel", "send", "messages", "launch")
-STAGES: Final = {"dispatch": (*_COMMON, "lists", "rows", "after"), "combine": (*_COMMON, "rows", "after")}
+STAGES: Final = {
+    "dispatch": (*_COMMON[:4], "route", *_COMMON[4:], "lists", "rows", "after"),
+    "combine": (*_COMMON, "rows", "after"),
+}
 _EXPERTS, _CHOICES = 256, 8
 _HIDDEN: Final = 64  # what the host does depends on rows only; the simulated driver copies by itself
 _WELL: Final = 3  # stage
@@ -196,7 +199,7 @@ async def _main(sizes: list[int]) -> None:
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["AIOCOMM_LIBCUDA"] = str(simulated.build())
-    async with aiocomm.spawn(_measure, 1, sizes, links=("shm", "cuda")) as comm:
+    async with aiocomm.spawn(_measure, 1, sizes, links=("shm", "cuda"), warmup=True) as comm:
         await _measure(comm, sizes)
 
 

@@ -28,6 +28,7 @@ from aiocomm.collectives.kernels import THREADS
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.errors import LinkError, PeerError, UsageError
 from aiocomm.moe.exchange import HEAD_TAG, Exchange
+from aiocomm.moe.memory import TURN_S
 from aiocomm.moe.sources import MOST_RANKS
 from aiocomm.moe.wire import HEAD_BYTES, Head
 from aiocomm_native import _core
@@ -190,7 +191,7 @@ class DeviceExchange(Exchange):
                 self._pool.give_back_pinned(memory)
             self._scope.answer()
         comm = self._scope.comm
-        if comm._engine.turn_due(self.suspended):
+        if comm._engine.turn_due(self.suspended, TURN_S):
             await comm._backend.turn()
 
     # ------------------------------------------------------------ of each operation

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["Block", "Lease", "Pinned", "Pool", "Tables", "size_class"]
+__all__ = ["TURN_S", "Block", "Lease", "Pinned", "Pool", "Tables", "size_class"]
 
 _NONE: Final[frozenset[int]] = frozenset()
 _LEAST: Final = 64 << 10
@@ -47,6 +47,7 @@ _PORTABLE_MAPPED: Final = 3
 _NO_TIMING: Final = 2
 _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
+TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 _KINDS: Final = 64  # of calls, of which something is kept
 
 

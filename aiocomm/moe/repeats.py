@@ -37,7 +37,7 @@ from aiocomm.moe.device_quick import (
 )
 from aiocomm.moe.dispatched import Dispatched
 from aiocomm.moe.exchange import HEAD_TAG
-from aiocomm.moe.memory import Lease, Tables, size_class
+from aiocomm.moe.memory import TURN_S, Lease, Tables, size_class
 from aiocomm.moe.rooms import LONG, Rooms
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS
@@ -133,7 +133,7 @@ class _Repeat:
         if scope._asked:
             scope.answer()
         scope.comm._collective_calls[self._counted] += 1
-        return self._engine.turn_due(False)
+        return self._engine.turn_due(False, TURN_S)
 
     def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
         """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""

@@ -9,7 +9,7 @@ from aiocomm_native import _core
 
 __all__ = ["LONG", "Rooms"]
 
-LONG: Final = 128 << 10  # bytes, of which an allocator makes new pages
+LONG: Final = 4 << 10  # bytes: an allocator may give pages back, and get new ones
 _KEPT: Final = 4
 
 

@@ -91,9 +91,9 @@ class Engine:
 
     def drain_express(self) -> int: ...
 
-    def turn_due(self, had: bool) -> bool:
+    def turn_due(self, had: bool, seconds: float) -> bool:
         """
-        Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.
+        Whether a call that has ended is to let other tasks run now, which have not for that long. `had`: they did meanwhile.
         """
 
     def bind_asyncio(self, loop: object, ready: object | None, bells: tuple[Any, ...] = ()) -> None: ...
@@ -396,7 +396,7 @@ class ExpertCalls:
 
     def take_marks(self) -> list[int]:
         """
-        When the last call was begun, its own kernel was launched, the rest was asked for, that kernel had ended, messages were sent, all had come, the kernel that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; nanoseconds of the monotonic clock. They are forgotten.
+        When the last call was begun, its own kernel was launched, the rest was asked for, that kernel had ended, tokens were routed (of a dispatch), messages were sent, all had come, the kernel that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it came; nanoseconds of the monotonic clock. They are forgotten.
         """
 
 DEVICE_HEAD_BYTES: int = 352

@@ -211,12 +211,15 @@ void bind_engine(nb::module_& m) {
       .def("drain_express", drain_express)
       .def(
           "turn_due",
-          [](PyEngine& e, bool had) {
-            if (!had) return e.turns->due(now_ns());
+          [](PyEngine& e, bool had, double seconds) {
+            if (!had) return e.turns->due(now_ns(), static_cast<uint64_t>(seconds * 1e9));
             e.turns->had(now_ns());
             return false;
           },
-          "had"_a, "Whether a call that has ended is to let other tasks run now. `had`: they did meanwhile.")
+          "had"_a, "seconds"_a,
+          "Whether a call that has ended is to let other tasks run now, which have not for that long. `had`: "
+          "they "
+          "did meanwhile.")
       .def(
           "bind_asyncio",
           [](PyEngine& e, nb::object loop, nb::object ready, nb::tuple bells) {

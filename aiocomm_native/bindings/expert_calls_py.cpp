@@ -32,6 +32,13 @@ namespace aiocomm::py {
 namespace {
 
 using Self = nb::pointer_and_handle<PyEngine>;
+constexpr size_t kFetched = 64 << 10, kLine = 64;
+
+// What another device has just written is in no cache: all of it is asked for at once, as far as it is short.
+void fetch(const std::byte* from, size_t nbytes) {
+  for (size_t at = 0; at < std::min(nbytes, kFetched); at += kLine) __builtin_prefetch(from + at);
+}
+
 using Heads = std::vector<ExpertHead>;  // by rank
 enum Stage : int { kGiving, kRefused, kSwapping, kPulling };
 
@@ -209,17 +216,19 @@ nb::tuple ExpertCalls::dispatch(Self self, OwnKernel& given, const DispatchForm&
   const nb::object moves = std::get<5>(kit);
   const uint64_t moves_at = std::get<6>(kit);
   const SeenMemory of_tables(tables), of_moves(moves), of_slots(slots), of_owner(form.owner),
-      of_local(form.local);
+      of_local(form.local), of_ids(given.ids), of_weights(given.weights);
   const RoutedParts routed_into = parts_of(whole, form.choices);
   const nb::bytes pull_argument =
       move_argument(form.argument_bytes, form.most_ranks, me_, given.source, {into, moves_at, 0, form.width});
   if (!own->look(soon())) return nb::make_tuple(int{kGiving}, own->transfer());
   mark(e);
-  auto routed = route_messages(SeenMemory(given.ids), SeenMemory(given.weights), form.count, of_owner, me_,
-                               form.header, ended, region, form.nbytes, places, slot_bytes_, routed_into);
+  for (const SeenBytes* one : {&of_ids, &of_weights}) fetch(one->bytes(), one->nbytes());
+  auto routed = route_messages(of_ids, of_weights, form.count, of_owner, me_, form.header, ended, region,
+                               form.nbytes, places, slot_bytes_, routed_into);
   if (!routed) return nb::make_tuple(int{kRefused});
   auto& [rows, assignments, messages] = *routed;
   if (messages.is_none()) return nb::make_tuple(int{kRefused});
+  mark(e);
   Swap swap(self, ranks_, me_, nb::cast<nb::list>(messages), slots, slot_bytes_);
   swap.post(channel_, tag, deadline_ns);
   mark(e);
@@ -429,7 +438,7 @@ void bind_expert_calls(nb::module_& m) {
            "the calls that the others had ended.")
       .def("take_marks", &ExpertCalls::take_marks,
            "When the last call was begun, its own kernel was launched, the rest was asked for, that kernel "
-           "had ended, messages were sent, all had come, the "
+           "had ended, tokens were routed (of a dispatch), messages were sent, all had come, the "
            "kernel "
            "that reads rows was launched, lists were made (of a dispatch), and it had ended, as far as it "
            "came; "

@@ -9,11 +9,11 @@ namespace aiocomm::py {
 // Of one engine's calls, of all kinds: what they share is the loop. Any thread.
 class Turns {
  public:
-  static constexpr uint64_t kNs = 1000000;  // between two
+  static constexpr uint64_t kNs = 1000000;  // between two, at least
 
   // Whether other tasks are to have a turn, now that a call has ended; they have it then.
-  bool due(uint64_t now_ns) {
-    if (now_ns - last_ns_.load(std::memory_order_relaxed) < kNs) return false;
+  bool due(uint64_t now_ns, uint64_t after_ns = kNs) {
+    if (now_ns - last_ns_.load(std::memory_order_relaxed) < after_ns) return false;
     had(now_ns);
     return true;
   }

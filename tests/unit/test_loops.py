@@ -160,5 +160,5 @@ def test_a_turn_that_would_run_nothing_is_left_out(monkeypatch: pytest.MonkeyPat
 @pytest.mark.anyio
 async def test_a_turn_is_due_after_a_while() -> None:
     async with world(1) as (comm,):
-        assert not comm._engine.turn_due(True)  # others have had one
-        await until(lambda: comm._engine.turn_due(False))
+        assert not comm._engine.turn_due(True, 1e-3)  # others have had one
+        await until(lambda: comm._engine.turn_due(False, 1e-3))

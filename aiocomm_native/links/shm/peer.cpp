@@ -114,6 +114,10 @@ void ShmPeer::map_segment(int fd) {
     throw LinkFailure("the pair's segment is too small, or could shrink", EPROTO);
   void* base = mmap(nullptr, segment_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) throw LinkFailure("cannot map the pair's segment", errno);
+  // Page by page they would come in the middle of the first messages, some microseconds each.
+#ifdef MADV_POPULATE_WRITE
+  if (host_.setting("populates", 0)) madvise(base, segment_bytes_, MADV_POPULATE_WRITE);
+#endif
   segment_ = static_cast<std::byte*>(base);
   auto* controls = reinterpret_cast<RingControl*>(segment_);
   std::byte* rings = segment_ + kControlBytes;
