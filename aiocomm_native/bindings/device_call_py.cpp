@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "bindings/held.hpp"
+#include "bindings/spinner.hpp"
 #include "core/relax.hpp"
 
 using namespace nanobind::literals;
@@ -290,19 +291,22 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
   Engine& engine = *e.engine;
   const Meeting& m = *meeting_;
   const Arena& arena = *m.arena;
-  const uint64_t began = now_ns(), until = began + Turns::kNs;
-  const bool brief = most_moved_ / kRate <= kLingerNs;
+  const uint64_t began = now_ns(), takes = most_moved_ / kRate;
+  const bool brief = takes <= kLingerNs;
+  // To come back here from Python takes as long as to copy 10 MiB: a loop that would spin meanwhile does so here.
+  const bool spins = e.spinner && takes <= std::min(e.spinner->spin_ns(), kStayNs);
+  const uint64_t until = began + (spins ? kStayNs : Turns::kNs);
   uint64_t now = began, last = began;
   for (;;) {
     if (flight_.op) {
       take_ended(engine);
       if (!flight_.op) continue;
-      if (trouble_ || !lingers || !brief || !others_.empty() || engine.has_events() || now > until)
+      if (trouble_ || !lingers || !(brief || spins) || !others_.empty() || engine.has_events() || now > until)
         return kGoing;
-      const bool found = engine.linger(now + kLingerNs);
+      const bool found = engine.linger(now + kLingerNs, !brief);
       looked_ = true;
       now = last = now_ns();
-      if (!found) return kGoing;
+      if (!found && !spins) return kGoing;
       continue;
     }
     if (voted_down_) {

@@ -62,7 +62,8 @@ class DeviceCall {
   bool left(Self self);  // nobody touches our arrays any more
 
  private:
-  static constexpr uint64_t kLingerNs = 300000;  // for which ends of small parts are looked for
+  // In ns: for which ends of small parts are looked for, and of larger ones where the loop spins.
+  static constexpr uint64_t kLingerNs = 300000, kStayNs = 2000000;
   static constexpr uint32_t kMostMisses = 8;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 
