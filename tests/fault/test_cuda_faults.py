@@ -425,8 +425,8 @@ async def test_memory_freed_behind_the_back_of_a_transfer(simulator: Simulator) 
     async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
         source, said = DeviceArray(NBYTES), bytearray(20)
         sent = comm.send(source, 1, deadline=5.0)
-        await comm.send(b"x", 1, tag=1)
         source.close()
+        await comm.send(b"x", 1, tag=1)
         ended = await outcomes(lambda: sent, lambda: comm.recv(said, 1))
         assert isinstance(ended[0], aiocomm.AiocommError)
         assert ended[1] is None
