@@ -98,8 +98,6 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     for (size_t i = 0; i < kKernels; ++i)
       check(driver.cuStreamCreateWithPriority(&streams_[i].handle, CU_STREAM_NON_BLOCKING, 0),
             "make a stream");
-    check(aside_.make(driver, words_ + kStreams * kLine, words_at_ + kStreams * kLine * sizeof(uint32_t)),
-          "make a stream and an event");
     bell_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (bell_ < 0) throw LinkFailure("cannot make an eventfd", errno);
   } catch (...) {
@@ -399,7 +397,7 @@ void Device::tell(Stream& stream, bool by_thread) {
   }
 }
 
-// The same where more is to follow at once, by another stream. False: the driver refuses that.
+// The same where more is to follow at once, by an event. False: the driver refuses that.
 bool Device::tell_aside(Stream& stream) {
   if (aside_.tell(driver, stream.handle, stream.issued) != CUDA_SUCCESS) return false;
   stream.told = stream.issued;
@@ -424,7 +422,7 @@ bool Device::collect(uint64_t now, bool by_thread) {
     if (stream.inflight.empty()) continue;
     // acquire: what the copies wrote is there once the number is
     uint32_t done = __atomic_load_n(&word(i * kLine), __ATOMIC_ACQUIRE);
-    if (i == 0) done = aside_.latest(done);
+    if (i == 0 && !aside_.empty()) done = told_aside(done, by_thread);
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
       job.ended_ns = now;
@@ -437,6 +435,15 @@ bool Device::collect(uint64_t now, bool by_thread) {
   if (finished_.empty()) return false;
   finish();
   return true;
+}
+
+// The loop asks for no event while memory is given back: it would wait for that.
+uint32_t Device::told_aside(uint32_t done, bool by_thread) {
+  if (by_thread) return aside_.latest(driver, done);
+  const Reaper::Undisturbed undisturbed(Reaper::of_process());
+  if (!undisturbed) return done;
+  const Current current(*this);
+  return aside_.latest(driver, done);
 }
 
 void Device::finish() {

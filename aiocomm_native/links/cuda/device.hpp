@@ -117,6 +117,7 @@ class Device {
   void tell(Stream& stream, bool by_thread);
   bool tell_aside(Stream& stream);
   bool collect(uint64_t now, bool by_thread);
+  uint32_t told_aside(uint32_t done, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);
   void fail(Stream& stream, int error);
