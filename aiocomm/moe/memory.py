@@ -208,6 +208,7 @@ class Pool:
         self._kits: dict[tuple[int, ...], list[Any]] = {}  # by kind, what serves one call at a time
         self.repeats: dict[Any, Any] = {}  # calls that may be made again, by what they are found by
         self.last_dispatch: Any = None  # of those, the one that was made last
+        self.ahead: Any = None  # memory for the next one, and which that is
         self.slots: Bytes | None = None  # for the messages of one that is made at once
         self.settings: dict[Any, Any] = {}  # of calls before, by all that they follow from
         self.missed: Counter[int] = Counter()  # by rank of the group, kernels that did not reach its memory
@@ -346,7 +347,7 @@ class Pool:
         memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
         for kept in (*memory, self.settings, self.repeats):
             kept.clear()
-        self.slots = self.last_dispatch = None
+        self.slots = self.last_dispatch = self.ahead = None
 
     def upload(self, into: Block, data: Pinned, nbytes: int) -> None:
         """Queue a copy on the kernels' stream."""

@@ -8,7 +8,6 @@ It decides nothing but plain success. Whatever has not come soon, or is wrong, b
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -168,7 +167,6 @@ class DispatchRepeat(_Repeat):
             count, rows = int(_MORE * assignments), self._rows
             self._lists_bytes = 20 * count + 8 * (rows + self._held + group.size) + 64
         self._placed = placed
-        self._ahead: Any = None  # what `_to_give` and `_to_take` have returned, for the next call
         assert call._lease is not None
         form = tokens.description[5]
         shown = array_over(call._lease, self._pool.device, form, (1, tokens.hidden), tokens.itemsize)
@@ -203,10 +201,13 @@ class DispatchRepeat(_Repeat):
             places = slab.places_for(group.ranks, group.rank)
             return kit, slab, slab.region, places, self._long.take(PART_BYTES * self._choices)
         except BaseException:
-            if slab is not None:
-                pool.give_back(slab)
-            pool.give_back_kit(self._kind, kit)
+            self._give_back(kit, slab)
             raise
+
+    def _give_back(self, kit: Kit, slab: Block | None) -> None:
+        if slab is not None:
+            self._pool.give_back(slab)
+        self._pool.give_back_kit(self._kind, kit)
 
     def _to_take(self) -> tuple[Lease, Tables, bytearray | None]:
         """Memory for the rows that come, for what their sums will need, and for long lists of them."""
@@ -216,23 +217,34 @@ class DispatchRepeat(_Repeat):
         return lease, tables, self._long.take(self._lists_bytes) if self._lists_bytes else None
 
     def go_ahead(self) -> None:
-        """Take memory for the next call now, when there is time for it."""
-        if self._ahead is None:
-            with contextlib.suppress(Exception):  # as the next call finds out
-                self._ahead = self._to_give(), self._to_take()
+        """Take memory for the next call now, when there is time for it: for one at a time of a pool."""
+        if (ahead := self._taken_ahead()) is None:
+            try:
+                ahead = self._to_give(), self._to_take()
+            except Exception:  # as the next call finds out
+                return
+        self._pool.ahead = self, *ahead
+
+    def _taken_ahead(self) -> Any:
+        """What was taken for this call; what was for another goes back."""
+        ahead, self._pool.ahead = self._pool.ahead, None
+        if ahead is None:
+            return None
+        owner, to_give, to_take = ahead
+        if owner is self:
+            return to_give, to_take
+        owner._give_back(*to_give[:2])
+        return None
 
     def attempt(self, tokens: Description, ids: Any, weights: Any, deadline: float | None) -> Begun | None:
         """Make a dispatch, or as much of it as goes at once. None: memory is short, nothing was begun."""
         pool, scope, group = self._pool, self._scope, self._group
         native, form = self._native, self._native_form
-        to_take = None
         try:  # streams first: what they have to tell takes a while
             behind = [one for one in (tokens, ids, weights) if type(one) is tuple]
             followed = _core.Followed(self._engine, behind)
-            if self._ahead is None:
-                kit, slab, region, places, whole = self._to_give()
-            else:
-                ((kit, slab, region, places, whole), to_take), self._ahead = self._ahead, None
+            to_give, to_take = self._taken_ahead() or (self._to_give(), None)
+            kit, slab, region, places, whole = to_give
         except Exception:  # as the usual call finds out, and says
             return None
         number, under = self._begin(deadline)

@@ -106,7 +106,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(),
                           out.owner.is_valid() ? out.owner : nb::none());
   number_ = number;
-  meeting_->turns = e.turns;
+  if (!meeting_->turns) meeting_->turns = e.turns;
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
   Result result;
@@ -294,8 +294,8 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
   const uint64_t began = now_ns(), takes = most_moved_ / kRate;
   const bool brief = takes <= kLingerNs;
   // To come back here from Python takes as long as to copy 10 MiB: a loop that would spin meanwhile does so here.
-  const bool spins = e.spinner && takes <= std::min(e.spinner->spin_ns(), kStayNs);
-  const uint64_t until = began + (spins ? kStayNs : Turns::kNs);
+  const bool spins = e.spinner && takes <= std::min(e.spinner->spin_ns(), kSpinNs);
+  const uint64_t until = began + (spins ? kSpinNs : Turns::kNs);
   uint64_t now = began, last = began;
   for (;;) {
     if (flight_.op) {

@@ -63,7 +63,7 @@ class DeviceCall {
 
  private:
   // In ns: for which ends of small parts are looked for, and of larger ones where the loop spins.
-  static constexpr uint64_t kLingerNs = 300000, kStayNs = 2000000;
+  static constexpr uint64_t kLingerNs = 300000, kSpinNs = 2000000;
   static constexpr uint32_t kMostMisses = 8;
   static constexpr uint64_t kRate = 300;  // bytes per ns between devices, about
 

@@ -78,7 +78,7 @@ class PySharedCall {
       if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
     const bool waits = loop_has_nothing_else(&e);
     number_ = number;
-    meeting_->turns = e.turns;
+    if (!meeting_->turns) meeting_->turns = e.turns;
     Unlocked unlocked;
     if (rings_.moved() > kQuickBytes) unlocked.now();
     Result result = meet(waits, in.data, into.data, unlocked);

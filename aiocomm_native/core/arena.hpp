@@ -5,9 +5,9 @@
 //     has the call `met`. Whoever will not wait any longer closes the call before that, and then all make it by messages.
 //     Compare-and-swap decides between the two, so no two ranks differ.
 //   - There are two words, and two of all that is told before a call has met: calls take them in turn, by their numbers, so
-//     that a rank arrives while others are still in the call before, with all of its stream where that is one chunk. Who touches a word has ended all of its earlier calls,
-//     and knows of all others that they have ended the last call that met by that word (`done`). So whoever waits at a
-//     call and finds its word at a later one knows that it was closed.
+//     that a rank arrives while others are still in the call before, with all of its stream where that is one chunk. Who
+//     touches a word has ended all of its earlier calls, and knows of all others that they have ended the last call that met
+//     by that word (`done`). So whoever waits at a call and finds its word at a later one knows that it was closed.
 //   - Counters carry the call's number: those of earlier calls count as 0.
 //   - Bytes go by rings, or from array to array, as rank 0 has chosen before it arrived. In the ring of its own each rank
 //     writes its stream of chunks; a slot is written again only when all have read it, or have nothing to read in it.

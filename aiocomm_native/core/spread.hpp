@@ -1,4 +1,4 @@
-// On which processor a rank should run, where its group needs all of them: pure.
+// On which processor a rank should run, where its group needs all of them (pure), and how it gets there.
 //
 // Ranks that wait let others have their processor, but never sleep, or not for long: so the kernel may leave several of them
 // on one while another has fewer, for seconds. Who sees that, of those on the fullest the last rank, moves.

@@ -188,6 +188,28 @@ async def test_other_tasks_have_their_turn(gpu: Driver) -> None:
         await _without_a_pause(comm)
 
 
+async def _one_form_at_a_time(comm: aiocomm.Communicator) -> None:
+    """What was taken ahead for a call of another form goes back to the pool."""
+    _patiently()
+    owners = set()
+    for _ in range(6):
+        for tokens in (21, 30):
+            await layer(comm, tokens, 16)
+            (pool,) = comm._members()._expert_scope(None)[0].pools.values()
+            if pool.ahead is not None:
+                owner, (_, slab, *_), _ = pool.ahead
+                assert owner is pool.last_dispatch
+                assert slab not in pool._free.get(slab.nbytes, [])
+                owners.add(owner)
+    assert len(owners) == 2
+
+
+@in_processes
+async def test_memory_is_taken_ahead_for_one_form_at_a_time(gpu: Driver) -> None:
+    async with aiocomm.spawn(_one_form_at_a_time, n=1, links=LINKS) as comm:
+        await _one_form_at_a_time(comm)
+
+
 # ------------------------------------------------------------ on one loop, where others go on in between
 
 
