@@ -15,7 +15,7 @@ from harness import world
 
 import aiocomm
 from aiocomm.launch import WorkerError
-from aiocomm.pages import transfers
+from aiocomm.pages import mover, transfers
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -120,6 +120,7 @@ async def test_a_sender_that_is_cancelled_in_the_middle_ends_the_iteration(
         return sends(notes, layer)
 
     monkeypatch.setattr(transfers._Notes, "_send", cancelled)
+    monkeypatch.setattr(mover, "_BREATH_S", 0.0)  # it is cancelled in its next turn, and has one soon
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(send)
         with pytest.raises(aiocomm.TransferCancelled, match=r"rank 0 gave up before layer \d of 4"):
