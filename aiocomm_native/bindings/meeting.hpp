@@ -46,11 +46,6 @@ inline cpu_set_t usable() {
   return set;
 }
 
-inline size_t cores() {
-  const cpu_set_t set = usable();
-  return std::max<size_t>(1, CPU_COUNT(&set));
-}
-
 inline constexpr uint64_t kQuickBytes =
     64 << 10;  // moved by a call for which nobody else has to get the interpreter
 
@@ -247,9 +242,10 @@ struct Meeting {
   uint64_t word = arena->nonce();  // by which others know this process
   std::vector<pid_t> processes;    // by rank; empty: not known yet
   bool looks = false, reaches = false;
-  const bool crowded = arena->ranks() > cores();  // who waits keeps from running whom it waits for
-  const bool needs_all = arena->ranks() >= cores();
   cpu_set_t allowed = usable();
+  const size_t cores = std::max<size_t>(1, CPU_COUNT(&allowed));
+  const bool crowded = arena->ranks() > cores;  // who waits keeps from running whom it waits for
+  const bool needs_all = arena->ranks() >= cores;
   uint32_t place = 0;
   bool uneven = false;
   uint64_t calls = 0, stays_until = 0;

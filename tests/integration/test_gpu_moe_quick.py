@@ -263,13 +263,18 @@ async def test_a_stream_that_is_gone(simulator: simulated.Simulator) -> None:
         await all_call(members, rank)
 
 
-async def test_calls_one_by_one_leave_turns_too() -> None:
+async def test_when_other_tasks_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[None] = []
 
     async def turn() -> None:
         turns.append(None)
 
     async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 11, 8)
         comm._backend.turn = turn  # type: ignore[method-assign]
-        while len(turns) < 2:
-            await layer(comm, 11, 8)
+        for where in (device_exchange, repeats):
+            monkeypatch.setattr(where, "TURN_S", 0.0)
+        waited = property(lambda _: False, lambda *_: None)  # whatever the loop did
+        monkeypatch.setattr(device_exchange.DeviceExchange, "suspended", waited, raising=False)
+        await layer(comm, 11, 8)
+        assert len(turns) == 2  # after dispatch and after combine
