@@ -90,7 +90,9 @@ async def test_one_launch_for_what_has_no_stride(simulator: Simulator, pair: Pai
 
     assert await calls(ours, aiocomm.Pages(target), (give, take), 4) == [1, 0, 0]
     assert np.array_equal(target.numpy()[take], data[give])
-    assert await calls(ours, aiocomm.Pages(target), (give, take), None) == [0, 3, 0]
+    launches, batches, planes = await calls(ours, aiocomm.Pages(target), (give, take), None)
+    assert (launches, planes) == (0, 0)
+    assert 3 <= batches <= 10  # more, where there are cores for several threads
     rows = aiocomm.Pages(strided, page_axis=1), aiocomm.Pages(other, page_axis=1)
     assert await calls(*rows, ([3, 10, 0], [5, 0, 11]), 4) == [0, 0, 3]
     assert np.array_equal(other.numpy()[:, [5, 0, 11]], layers[:, [3, 10, 0]])

@@ -140,7 +140,7 @@ async def test_scattered_pages_are_batches(simulator: Simulator, pair: Pair) -> 
         before = [simulator.calls(name) for name in ("cuMemcpyBatchAsync", "cuMemcpyAsync")]
         await a.put_pages(ours, give, remote, take)
         after = [simulator.calls(name) for name in ("cuMemcpyBatchAsync", "cuMemcpyAsync")]
-        assert after[0] - before[0] == 3
+        assert 3 <= after[0] - before[0] <= 10  # more, where there are cores for several threads
         assert after[1] - before[1] <= 1
         assert np.array_equal(back(theirs)[0][take], data[0][give])
         into = on("gpu", [np.zeros_like(data[0])])
@@ -149,17 +149,18 @@ async def test_scattered_pages_are_batches(simulator: Simulator, pair: Pair) -> 
         assert np.array_equal(back(into)[0][give], data[0][give])
 
 
-async def test_a_failing_copy_ends_the_call(simulator: Simulator, pair: Pair) -> None:
+@pytest.mark.parametrize("count", [300, 5000])  # by one thread, and by several
+async def test_a_failing_copy_ends_the_call(simulator: Simulator, pair: Pair, count: int) -> None:
     a, b = pair
-    data = [np.random.default_rng(0).integers(1, 255, (300, 256)).astype(np.uint8)]
+    data = [np.random.default_rng(0).integers(1, 255, (count, 256)).astype(np.uint8)]
     ours, theirs = on("gpu", data), on("gpu", [np.zeros_like(data[0])], 1)
-    give = np.random.default_rng(1).permutation(300)
+    give = np.random.default_rng(1).permutation(count)
     lease = await b.lease_pages(theirs)
     remote = a.remote_pages(lease.handle)
     simulator.fail("cuMemcpyBatchAsync", 999)
     with pytest.raises(aiocomm.LinkError, match="999"):
-        await a.put_pages(ours, give, remote, np.arange(300))
-    await a.put_pages(ours, give, remote, np.arange(300))
+        await a.put_pages(ours, give, remote, np.arange(count))
+    await a.put_pages(ours, give, remote, np.arange(count))
     assert np.array_equal(back(theirs)[0], data[0][give])
     await lease.aclose()
 

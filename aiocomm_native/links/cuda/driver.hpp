@@ -169,6 +169,7 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
   X(cuStreamDestroy, 4000, CUresult(CUstream))                                                           \
   X(cuStreamQuery, 2000, CUresult(CUstream))                                                             \
   X(cuStreamSynchronize, 2000, CUresult(CUstream))                                                       \
+  X(cuStreamWaitEvent, 3020, CUresult(CUstream, CUevent, unsigned))                                      \
   X(cuStreamIsCapturing, 10000, CUresult(CUstream, int*))                                                \
   X(cuStreamWriteValue32, 12000, CUresult(CUstream, CUdeviceptr, uint32_t, unsigned))                    \
   X(cuStreamWriteValue64, 12000, CUresult(CUstream, CUdeviceptr, uint64_t, unsigned))                    \

@@ -7,8 +7,9 @@
 namespace aiocomm::cuda {
 
 namespace {
-constexpr size_t kBatch = 1024;             // copies per call: about what the driver queues without waiting
-constexpr int64_t kMostPitch = 0x7fffffff;  // CU_DEVICE_ATTRIBUTE_MAX_PITCH of every device there is
+constexpr size_t kBatch = 1024;  // copies per thread: about what the driver queues without waiting
+constexpr size_t kShared = 2 * RowThreads::kShare;  // from which threads share them
+constexpr int64_t kMostPitch = 0x7fffffff;          // CU_DEVICE_ATTRIBUTE_MAX_PITCH of every device there is
 // A 2-D copy costs 2.6 us and 0.1 us a row, a copy in a batch 0.6 us, one by itself 2.6 us.
 constexpr uint64_t kFewRows = 6;
 constexpr uint64_t kCopyNs = 500, kRowNs = 50;  // that a copy, or a row of a 2-D one, takes beside its bytes
@@ -102,6 +103,7 @@ void RowCopies::ended(const MoveJob& job) {
 }
 
 void RowCopies::clear(const Driver& driver) {
+  threads_.reset();
   for (auto& table : tables_) driver.cuMemFreeHost(table->host);
   tables_.clear();
 }
@@ -111,30 +113,31 @@ CUresult RowCopies::one(const Driver& driver, CUdeviceptr to, CUdeviceptr from, 
   to_.push_back(to);
   from_.push_back(from);
   nbytes_.push_back(nbytes);
-  return to_.size() < kBatch ? CUDA_SUCCESS : flush(driver, stream);
+  return to_.size() < kBatch * (1 + helpers_) ? CUDA_SUCCESS : flush(driver, stream);
 }
 
 CUresult RowCopies::flush(const Driver& driver, CUstream stream) {
+  Batch all{to_.data(), from_.data(), nbytes_.data(), to_.size()};
   CUresult code = CUDA_SUCCESS;
-  bool batch = to_.size() > 1 && driver.cuMemcpyBatchAsync && !no_batches_;
-  if (batch) {
-    CUmemcpyAttributes attributes{};
-    attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
-    attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
-    size_t first = 0, failed = 0;
-    code = driver.cuMemcpyBatchAsync(to_.data(), from_.data(), nbytes_.data(), to_.size(), &attributes,
-                                     &first, 1, &failed, stream);
-    // Its arguments are not to this driver's taste, and nothing was queued: one by one from now on.
+  const bool batches = all.count > 1 && driver.cuMemcpyBatchAsync && !no_batches_;
+  if (batches) {
+    const bool shared = helpers_ && all.count >= kShared;
+    code = shared ? threads(driver).send(all, stream) : queue_batch(driver, all, stream);
+    // Its arguments are not to this driver's taste: one by one from now on, also those that it may have taken.
     if (code == CUDA_ERROR_INVALID_VALUE || code == CUDA_ERROR_NOT_SUPPORTED) {
       no_batches_ = true;
-      batch = false;
       code = CUDA_SUCCESS;
     }
   }
-  for (size_t i = 0; !batch && i < to_.size() && code == CUDA_SUCCESS; ++i)
-    code = driver.cuMemcpyAsync(to_[i], from_[i], nbytes_[i], stream);
+  for (size_t i = 0; (!batches || no_batches_) && i < all.count && code == CUDA_SUCCESS; ++i)
+    code = driver.cuMemcpyAsync(all.to[i], all.from[i], all.nbytes[i], stream);
   to_.clear(), from_.clear(), nbytes_.clear();
   return code;
+}
+
+RowThreads& RowCopies::threads(const Driver& driver) {
+  if (!threads_) threads_ = std::make_unique<RowThreads>(driver, helpers_);
+  return *threads_;
 }
 
 }  // namespace aiocomm::cuda

@@ -9,6 +9,7 @@
 
 #include "core/device.hpp"
 #include "links/cuda/driver.hpp"
+#include "links/cuda/row_threads.hpp"
 
 namespace aiocomm::cuda {
 
@@ -39,11 +40,14 @@ class RowCopies {
   CUresult take_table(const Driver& driver, size_t rows, Table*& table);
   CUresult one(const Driver& driver, CUdeviceptr to, CUdeviceptr from, size_t nbytes, CUstream stream);
   CUresult flush(const Driver& driver, CUstream stream);
+  RowThreads& threads(const Driver& driver);
 
   std::vector<CUdeviceptr> to_, from_;  // of the batch that is being collected
   std::vector<size_t> nbytes_;
   bool no_batches_ = false;  // the driver has refused one
-  std::vector<Row> listed_;  // for the kernel
+  size_t helpers_ = RowThreads::helpers();
+  std::unique_ptr<RowThreads> threads_;  // once there were many copies
+  std::vector<Row> listed_;              // for the kernel
   std::vector<std::unique_ptr<Table>> tables_;
 };
 
