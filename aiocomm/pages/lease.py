@@ -155,7 +155,7 @@ class RemotePages:
         except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
-        return cls(number, layout, leased, regions, on_gpu, [on_gpu])
+        return cls(number, layout, leased, regions, on_gpu, [True])
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
         """Some of the arrays, e.g. those of one layer."""
@@ -174,11 +174,11 @@ class RemotePages:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows that lie apart may be moved as one operation, by a GPU's engine."""
+        """Whether this process's engines or adapters may move rows that lie apart, as one operation."""
         return self._by_rows[0]
 
     def refuse_rows(self) -> None:
-        """Note that no engine of this process reaches the pages."""
+        """Note that none of this process reaches the pages."""
         self._by_rows[0] = False
 
     @property

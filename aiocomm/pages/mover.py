@@ -125,7 +125,7 @@ class Mover:
         ended: Callable[[], object],
         instead: Callable[[], Iterator[Transfer[Any]]],
     ) -> Transfer[Any]:
-        """Submit a put of rows of GPU memory, as `put`.
+        """Submit a put of rows, as `put`.
 
         Args:
             gather: a kernel for rows without a common stride.
@@ -150,9 +150,13 @@ class Mover:
         self._flying[transfer], self._instead[transfer] = _nothing, instead
         return transfer
 
+    def takes_rows(self, remote: RemotePages) -> bool:
+        """Whether adapters of this process move rows to and from the pages by themselves."""
+        return remote.by_rows and self.comm._engine.takes_rows(remote.rank)
+
     def takes_lists(self, remote: RemotePages) -> bool:
         """Whether the owner moves many ranges of one message."""
-        return not remote.on_gpu and self.comm._engine.takes_lists(remote.rank)
+        return not remote.on_gpu and not self.takes_rows(remote)
 
     def put_listed(self, region: Any, message: Any, ended: Callable[[], object]) -> Transfer[Any]:
         """Submit a put of many ranges: see core/listed.hpp."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["ENTRY_BYTES", "Ranges", "plan_ranges", "plan_rows", "ranges_of"]
+__all__ = ["ENTRY_BYTES", "Ranges", "plan_far_rows", "plan_ranges", "plan_rows", "ranges_of"]
 
 T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
@@ -53,6 +53,7 @@ class Ranges:
 
 
 _kept_rows: Final[PlanCache[_core.Rows]] = PlanCache(64)
+_kept_far_rows: Final[dict[bool, PlanCache[_core.Rows]]] = {True: PlanCache(64), False: PlanCache(64)}
 _kept: Final[dict[bool, PlanCache[Ranges]]] = {True: PlanCache(64), False: PlanCache(64)}
 
 
@@ -79,6 +80,17 @@ async def plan_rows(
 ) -> _core.Rows:
     """Plan for engines that take rows, as `plan_ranges`."""
     return await _planned(_kept_rows, _rows_of, source, give, target, take)
+
+
+async def plan_far_rows(
+    source: Layout,
+    give: Sequence[int] | Integers,
+    target: Layout,
+    take: Sequence[int] | Integers,
+    at_target: bool,
+) -> _core.Rows:
+    """Plan for adapters that take rows, in the order in which these lie at the peer, as `plan_ranges`."""
+    return await _planned(_kept_far_rows[at_target], _far_rows_of, source, give, target, take, at_target)
 
 
 async def _planned(
@@ -111,6 +123,15 @@ def _rows_of(source: Layout, give: Integers, target: Layout, take: Integers) -> 
         copies.rows,
     )
     _kept_rows.keep(source, give, target, take, found)
+    return found
+
+
+def _far_rows_of(
+    source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool
+) -> _core.Rows:
+    ranges = ranges_of(source, give, target, take, at_target)
+    found = _core.Rows.of_ranges(ranges.far, ranges.first, ranges.near, ranges.rows, at_target)
+    _kept_far_rows[at_target].keep(source, give, target, take, found)
     return found
 
 

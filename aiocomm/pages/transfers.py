@@ -1,10 +1,12 @@
 """Moves pages between processes with the communicator's one-sided transfers.
 
 GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself, or with a budget
-of multiprocessors a kernel where they have no common stride. Else, or where that engine does not reach the
-peer's memory, one put or get per range that is contiguous at the peer; small ranges go many in a message, for
-which the peer's engine copies them to or from their places. Where the local side is scattered, rows of host
-memory are packed into (or unpacked from) staging memory, and rows of GPU memory are put or got by themselves.
+of multiprocessors a kernel where they have no common stride. Over RDMA likewise, of GPU and host memory: the
+adapter gathers or scatters several rows of ours in one request, about one stretch of the peer's memory. Else,
+or where these do not reach the peer's memory, one put or get per range that is contiguous at the peer; small
+ranges go many in a message, for which the peer's engine copies them to or from their places. Where the local
+side is scattered, rows of host memory are packed into (or unpacked from) staging memory, and rows of GPU
+memory are put or got by themselves.
 Several transfers are under way at once, across layers, too; a layer's note follows when all of the layer has
 ended, and the notification when all has.
 """
@@ -16,7 +18,7 @@ import itertools
 import secrets
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from aiocomm.pages.gather import gather_of
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.planner import page_list
-from aiocomm.pages.ranges import ENTRY_BYTES, plan_ranges, plan_rows, ranges_of
+from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
 from aiocomm_native import _core
 
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from aiocomm_native import Transfer
 
     Jobs = Iterator[Transfer[Any]]
+
+_LEAST_ROW: Final = 512  # bytes of rows of host memory that are better gathered by an adapter than packed
 
 __all__ = ["get_pages", "put_layers", "put_pages"]
 
@@ -80,7 +84,7 @@ async def put_pages(
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
     remote.check(take)
-    plan = await _planned(pages, remote, pages.layout, give, remote.layout, take, at_target=True)
+    plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
     mover.check(remote)
     await mover.run(_puts(mover, pages, remote, plan, stream, sm_budget, _nothing, _nothing))
     await mover.notify(remote, notify)
@@ -112,7 +116,8 @@ async def put_layers(
     planned = []
     for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
         remote.check(take)
-        planned.append(await _planned(pages, remote, pages.layout, give, remote.layout, take, at_target=True))
+        plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
+        planned.append(plan)
         mover.check(remote)
     notes = _Notes(mover, remotes[0], len(layers))
 
@@ -148,7 +153,7 @@ async def get_pages(
     remote.check(give)
     if not all(is_writable(pages.arrays[array]) for array in pages.layout.planes):
         raise UsageError("an array of the target pages is read-only: pages are got into writable ones")
-    plan = await _planned(pages, remote, remote.layout, give, pages.layout, take, at_target=False)
+    plan = await _planned(mover, pages, remote, remote.layout, give, pages.layout, take, at_target=False)
     mover.check(remote)
 
     def jobs() -> Jobs:
@@ -165,6 +170,7 @@ async def get_pages(
 
 
 async def _planned(
+    mover: Mover,
     pages: Pages,
     remote: RemotePages,
     source: Layout,
@@ -174,8 +180,14 @@ async def _planned(
     at_target: bool,
 ) -> _Plan:
     """Plan for the way that is to be tried first."""
-    if pages.on_gpu and remote.by_rows:
+    rows = None
+    if mover.takes_rows(remote):
+        rows = await plan_far_rows(source, give, target, take, at_target)
+        if not pages.on_gpu and rows.mean < _LEAST_ROW:
+            rows = None
+    elif remote.by_rows and pages.on_gpu and remote.on_gpu:
         rows = await plan_rows(source, give, target, take)
+    if rows is not None:
         return _Plan(rows, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
     return _Plan(None, lambda: ranges)

@@ -11,6 +11,11 @@ def cut_rows(rows: Sequence[tuple[int, int, int, int, int, int]], offset: int, n
     Bytes of a list of (from, to, from_step, to_step, nbytes, count), as rows.
     """
 
+def rdma_requests(rows: Sequence[tuple[int, int, int, int, int, int]], read: bool, offset: int, nbytes: int, most: int, most_pieces: int) -> tuple[list[tuple[int, list[tuple[int, int]]]], int]:
+    """
+    The same as requests of an adapter: where each begins at the peer, and its pieces (where, bytes) here; and their bytes.
+    """
+
 class Matcher:
     def __init__(self) -> None: ...
 

@@ -247,7 +247,7 @@ void bind_engine(nb::module_& m) {
           "link"_a, "callback"_a.none())
       .def("outgoing", outgoing)
       .def("link_of", [](PyEngine& e, int rank) { return e.engine->link_of(rank); })
-      .def("takes_lists", [](PyEngine& e, int rank) { return e.engine->takes_lists(rank); })
+      .def("takes_rows", [](PyEngine& e, int rank) { return e.engine->takes_rows(rank); })
       .def("process_of", [](PyEngine& e, int rank) { return e.engine->process_of(rank); })
       .def("rank_known", [](PyEngine& e, int rank) { return e.engine->rank_known(rank); })
       .def(

@@ -133,7 +133,7 @@ struct Start {
   nb::object submit() {
     t->tag = op->tag;
     uint64_t written = op->allocate ? 0 : op->nbytes;
-    const bool by_rows = op->gpu && op->gpu->rows;  // its memory is shared with others
+    const bool by_rows = op->rows != nullptr;  // its memory is shared with others
     PyObject* handle = reinterpret_cast<PyObject*>(t);
     Py_INCREF(handle);  // the engine's reference, until end_transfer
     if (!e.on_submit.empty()) report();
@@ -272,30 +272,41 @@ nb::object get_listed(Self self, nb::handle object, const Integers& list, int sr
   return start.submit();
 }
 
-// Rows between memory of ours and a region: each side shifts its memory to where they begin there.
-void take_rows(Start& start, nb::tuple description, bool outgoing, std::shared_ptr<PlacedRows> rows,
+// Rows between memory of ours, a GPU's (described) or the host's, and a region: each side shifts its memory to where they
+// begin there.
+void take_rows(Start& start, nb::handle memory, bool outgoing, std::shared_ptr<PlacedRows> rows,
                uint64_t region, uint64_t offset) {
-  start.t->keep = Py_NewRef(description.ptr());
-  DeviceView view;
-  if (!start.e.engine->mover()) {
-    PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
-    start.give_up();
-  }
-  if (!read_description(description.ptr(), view)) start.give_up();
+  Op& op = *start.op;
   const Cover &ours = outgoing ? rows->from : rows->to, &theirs = outgoing ? rows->to : rows->from;
-  if (ours.high > view.nbytes) {
+  const bool on_device = PyTuple_CheckExact(memory.ptr());
+  DeviceView view;
+  if (on_device) {
+    start.t->keep = Py_NewRef(memory.ptr());
+    if (!start.e.engine->mover()) {
+      PyErr_SetString(PyExc_ValueError, "rows of GPU memory");
+      start.give_up();
+    }
+    if (!read_description(memory.ptr(), view)) start.give_up();
+  } else {
+    start.buffer(memory.ptr(), !outgoing);
+  }
+  if (ours.high > (on_device ? view.nbytes : op.nbytes)) {
     PyErr_SetString(PyExc_ValueError, "rows outside the memory");
     start.give_up();
   }
-  view.address += ours.low;
-  view.nbytes = ours.high - ours.low;
-  start.device_memory(view);
-  Op& op = *start.op;
+  if (on_device) {
+    view.address += ours.low;
+    view.nbytes = ours.high - ours.low;
+    start.device_memory(view);
+  } else {
+    op.data += ours.low;
+  }
   op.region = region;
   op.offset = offset + theirs.low;
-  op.gpu->reach = theirs.high - theirs.low;
+  op.extent = ours.high - ours.low;
+  op.reach = theirs.high - theirs.low;
   op.nbytes = op.capacity = start.t->nbytes = rows->list.nbytes();
-  op.gpu->rows = std::shared_ptr<const RowList>(rows, &rows->list);
+  op.rows = std::shared_ptr<const RowList>(rows, &rows->list);
 }
 
 // (function, blocks, threads) of a kernel for rows without a common stride, or None.
@@ -308,23 +319,26 @@ void take_gather(Start& start, nb::handle how) {
     PyErr_SetString(PyExc_ValueError, "no kernel that could be launched");
     start.give_up();
   }
+  if (!start.op->gpu) {
+    PyErr_SetString(PyExc_ValueError, "a kernel for host memory");
+    start.give_up();
+  }
   start.op->gpu->gather = std::make_unique<Gather>(Gather{function, blocks, threads});
 }
 
-nb::object put_rows(Self self, nb::tuple description, int dst, uint32_t channel, uint64_t region,
-                    uint64_t offset, std::shared_ptr<PlacedRows> rows, nb::object notify, double deadline,
-                    nb::object gather) {
+nb::object put_rows(Self self, nb::handle memory, int dst, uint32_t channel, uint64_t region, uint64_t offset,
+                    std::shared_ptr<PlacedRows> rows, nb::object notify, double deadline, nb::object gather) {
   Start start(self, OpKind::put, dst, channel, deadline);
-  take_rows(start, description, true, std::move(rows), region, offset);
+  take_rows(start, memory, true, std::move(rows), region, offset);
   take_gather(start, gather);
   set_notification(start, notify);
   return start.submit();
 }
 
-nb::object get_rows(Self self, nb::tuple description, int src, uint32_t channel, uint64_t region,
-                    uint64_t offset, std::shared_ptr<PlacedRows> rows, double deadline, nb::object gather) {
+nb::object get_rows(Self self, nb::handle memory, int src, uint32_t channel, uint64_t region, uint64_t offset,
+                    std::shared_ptr<PlacedRows> rows, double deadline, nb::object gather) {
   Start start(self, OpKind::get, src, channel, deadline);
-  take_rows(start, description, false, std::move(rows), region, offset);
+  take_rows(start, memory, false, std::move(rows), region, offset);
   take_gather(start, gather);
   return start.submit();
 }

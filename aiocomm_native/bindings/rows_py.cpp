@@ -3,14 +3,19 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <tuple>
+#include <utility>
 #include <vector>
+
+#include "links/rdma/requests.hpp"
 
 namespace nb = nanobind;
 
@@ -54,10 +59,59 @@ std::shared_ptr<PlacedRows> placed_rows(const Integers& from, const Integers& fr
         made->list.add({static_cast<uint64_t>(at[i]) - made->from.low,
                         static_cast<uint64_t>(into[i]) - made->to.low, at_step[i], into_step[i],
                         static_cast<uint64_t>(bytes[i]), static_cast<uint64_t>(times[i])});
+      made->count = std::accumulate(times, times + size, uint64_t{0});
     }
   }
   if (!good) throw nb::value_error("rows that reach out of any memory");
   return made;
+}
+
+// Of ranges that are contiguous on the far side: where each begins there, its first row, and where these are here.
+std::shared_ptr<PlacedRows> rows_of_ranges(const Integers& far, const Integers& first, const Integers& near,
+                                           const Integers& nbytes, bool at_target) {
+  const size_t size = near.size();
+  bool good = nbytes.size() == size && first.size() == far.size() + 1 &&
+              first.data()[far.size()] == static_cast<int64_t>(size) && first.data()[0] == 0;
+  auto made = std::make_shared<PlacedRows>();
+  {
+    nb::gil_scoped_release release;
+    Cover here, there;
+    made->list.reserve(size);
+    made->count = size;
+    for (int turn = 0; turn < 2; ++turn)  // their covers first, from which they count
+      for (size_t range = 0; range < far.size() && good; ++range) {
+        int64_t at = far.data()[range];
+        const int64_t begin = first.data()[range], end = first.data()[range + 1];
+        good = 0 <= begin && begin <= end && end <= static_cast<int64_t>(size);
+        for (int64_t row = begin; row < end && good; ++row) {
+          const int64_t close = near.data()[row], length = nbytes.data()[row];
+          good = length > 0 && length < kMost && add(here, row == 0 && !turn, close, 0, 1, length) &&
+                 add(there, row == 0 && !turn, at, 0, 1, length);
+          if (turn && good) {
+            const uint64_t a = static_cast<uint64_t>(close) - here.low,
+                           b = static_cast<uint64_t>(at) - there.low;
+            made->list.add({at_target ? a : b, at_target ? b : a, 0, 0, static_cast<uint64_t>(length), 1});
+          }
+          at += length;
+        }
+      }
+    made->from = at_target ? here : there;
+    made->to = at_target ? there : here;
+  }
+  if (!good) throw nb::value_error("ranges that reach out of any memory");
+  return made;
+}
+
+using Tuple = std::tuple<uint64_t, uint64_t, int64_t, int64_t, uint64_t, uint64_t>;
+
+aiocomm::RowList list_of(const std::vector<Tuple>& rows, uint64_t offset, uint64_t nbytes) {
+  aiocomm::RowList list;
+  for (const auto& [from, to, from_step, to_step, width, count] : rows) {
+    if (!width || !count) throw nb::value_error("rows without bytes");
+    list.add({from, to, from_step, to_step, width, count});
+  }
+  if (offset > list.nbytes() || nbytes > list.nbytes() - offset) throw nb::value_error("outside the list");
+  return list;
 }
 
 }  // namespace
@@ -66,18 +120,16 @@ void bind_rows(nb::module_& m, nb::module_& pure) {
   nb::class_<PlacedRows>(m, "Rows", "Rows of a plan; see core/rows.hpp.")
       .def(nb::new_(&placed_rows), nb::arg("source"), nb::arg("source_stride"), nb::arg("target"),
            nb::arg("target_stride"), nb::arg("nbytes"), nb::arg("rows"))
+      .def_static("of_ranges", &rows_of_ranges, nb::arg("far"), nb::arg("first"), nb::arg("near"),
+                  nb::arg("rows"), nb::arg("at_target"), "Rows in the order in which they lie at the peer.")
+      .def_prop_ro(
+          "mean", [](const PlacedRows& self) { return self.count ? self.list.nbytes() / self.count : 0; },
+          "Bytes of a row, on average.")
       .def("__len__", [](const PlacedRows& self) { return self.list.size(); });
-  using Tuple = std::tuple<uint64_t, uint64_t, int64_t, int64_t, uint64_t, uint64_t>;
   pure.def(
       "cut_rows",
       [](const std::vector<Tuple>& rows, uint64_t offset, uint64_t nbytes) {
-        aiocomm::RowList list;
-        for (const auto& [from, to, from_step, to_step, width, count] : rows) {
-          if (!width || !count) throw nb::value_error("rows without bytes");
-          list.add({from, to, from_step, to_step, width, count});
-        }
-        if (offset > list.nbytes() || nbytes > list.nbytes() - offset)
-          throw nb::value_error("outside the list");
+        const aiocomm::RowList list = list_of(rows, offset, nbytes);
         std::vector<Tuple> found;
         list.cut(offset, nbytes, [&](const aiocomm::Rows& one) {
           found.emplace_back(one.from, one.to, one.from_step, one.to_step, one.nbytes, one.count);
@@ -86,4 +138,24 @@ void bind_rows(nb::module_& m, nb::module_& pure) {
       },
       nb::arg("rows"), nb::arg("offset"), nb::arg("nbytes"),
       "Bytes of a list of (from, to, from_step, to_step, nbytes, count), as rows.");
+  pure.def(
+      "rdma_requests",
+      [](const std::vector<Tuple>& rows, bool read, uint64_t offset, uint64_t nbytes, size_t most,
+         size_t most_pieces) {
+        const aiocomm::RowList list = list_of(rows, offset, nbytes);
+        const auto made = aiocomm::rdma::requests_of(list, read, offset, nbytes, 0, 0, most, most_pieces);
+        std::vector<std::pair<uint64_t, std::vector<std::pair<uint64_t, uint32_t>>>> found;
+        const aiocomm::rdma::Piece* piece = made.pieces.data();
+        for (const auto& request : made.requests) {
+          auto& [remote, pieces] = found.emplace_back(request.remote, 0);
+          for (size_t i = 0; i < request.pieces; ++i, ++piece)
+            pieces.emplace_back(piece->local, piece->nbytes);
+        }
+        return std::pair(found, made.nbytes);
+      },
+      nb::arg("rows"), nb::arg("read"), nb::arg("offset"), nb::arg("nbytes"), nb::arg("most"),
+      nb::arg("most_pieces"),
+      "The same as requests of an adapter: where each begins at the peer, and its pieces (where, bytes) "
+      "here; "
+      "and their bytes.");
 }

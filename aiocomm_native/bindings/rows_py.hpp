@@ -16,6 +16,7 @@ struct Cover {
 struct PlacedRows {
   RowList list;
   Cover from, to;
+  uint64_t count = 0;  // of rows
 };
 
 }  // namespace aiocomm::py

@@ -154,14 +154,12 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   std::byte* bounce = nullptr;
-  bool direct = false;                  // the adapters of the pair's link reach it
-  bool not_direct = false;              // they were tried, and do not
-  bool allocates = false;               // a receive whose memory is made once the message's size is known
-  std::shared_ptr<const RowList> rows;  // put, get: not all of the memory, but these rows of it
-  std::unique_ptr<KernelCall> kernel;   // instead of a copy; the op moves no bytes for anybody else
-  std::unique_ptr<Gather> gather;       // of `rows`, if multiprocessors may take part
-  bool by_rows = false;                 // the peer's op has rows of this memory
-  uint64_t reach = 0;  // bytes of the peer's memory that it is about; 0: as many as the op has
+  bool direct = false;                 // the adapters of the pair's link reach it
+  bool not_direct = false;             // they were tried, and do not
+  bool allocates = false;              // a receive whose memory is made once the message's size is known
+  std::unique_ptr<KernelCall> kernel;  // instead of a copy; the op moves no bytes for anybody else
+  std::unique_ptr<Gather> gather;      // of `rows`, if multiprocessors may take part
+  bool by_rows = false;                // the peer's op has rows of this memory
   uint64_t relay = 0;  // pushed: device memory of ours that the peer can write, where `data` is not
   std::vector<std::pair<uint64_t, uint64_t>> partial;  // stage_in: chunks that are arriving, offset and bytes
 };

@@ -202,7 +202,7 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     engine_.send_fin(peer, op.remote_op, Code::unreachable, 0);
     return engine_.finish(op, Code::unreachable);
   }
-  if (gpu.rows) return move_rows(op, peer, Role::pull);
+  if (op.rows) return move_rows(op, peer, Role::pull);
   if (makes_detour(op, peer)) return stage_in(op, peer, true);
   bool push = prefer_push(op, peer);
   if (push) {
@@ -310,7 +310,7 @@ void DeviceProtocol::stage_in(Op& op, Peer& peer, bool ask) {
 
 void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta) {
   DeviceBuffer& gpu = *op.gpu;
-  if (gpu.by_rows || (gpu.rows && !(header.flags & kDevice)))
+  if (gpu.by_rows || (op.rows && !(header.flags & kDevice)))
     throw ProtocolViolation("rows are moved by whoever asked for them");
   op.state = OpState::moving;
   op.started_ns = engine_.now();
@@ -332,7 +332,7 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
   if (gpu.role == Role::stage_out) return stage_out(op, peer);
-  if (gpu.rows) return move_rows(op, peer, Role::push);
+  if (op.rows) return move_rows(op, peer, Role::push);
   uint64_t within = gpu.theirs.address - gpu.theirs.base;
   bool sane = within <= gpu.theirs.extent && op.nbytes <= gpu.theirs.extent - within;
   if (!sane) return engine_.tear_down(peer, "protocol violation: a place outside its allocation");
@@ -358,7 +358,7 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
 void DeviceProtocol::move_rows(Op& op, Peer& peer, Role role) {
   DeviceBuffer& gpu = *op.gpu;
   uint64_t within = gpu.theirs.address - gpu.theirs.base;
-  if (within > gpu.theirs.extent || gpu.reach > gpu.theirs.extent - within)
+  if (within > gpu.theirs.extent || op.reach > gpu.theirs.extent - within)
     return engine_.tear_down(peer, "protocol violation: a place outside its allocation");
   Reach reach = mover_->reach(gpu.device, gpu.theirs, *peer.link, op.id);
   if (reach.state == Reach::State::opening) {

@@ -123,8 +123,8 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.lane = queue.lane;
     job.cls = chunk->cls;
     job.posted_ns = engine_.now();
-    const uint64_t skip = gpu.rows ? 0 : chunk->offset;
-    job.rows = gpu.rows.get();
+    const uint64_t skip = op->rows ? 0 : chunk->offset;
+    job.rows = op->rows.get();
     job.gather = gpu.gather.get();
     uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
     uint64_t other =

@@ -62,6 +62,9 @@ struct RemoteChunk {
   uint32_t registration = 0;  // of `local`, by Link::hold
   Location remote;
   uint64_t nbytes = 0;
+  const RowList* rows =
+      nullptr;  // of the op: its bytes from `offset` on; `local` and `remote` are where they begin
+  uint64_t offset = 0;
   uint8_t cls = 0;             // of its channel
   bool has_immediate = false;  // a write that tells the peer so when it is there
   uint32_t immediate = 0;

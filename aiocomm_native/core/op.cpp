@@ -35,6 +35,8 @@ Op* OpTable::take() {
       op->in_sched = false;
   op->listed = op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
   op->error = 0;
+  op->rows.reset();
+  op->extent = op->reach = 0;
   op->registration = op->offer = op->immediate = op->chunks = 0;
   op->data = nullptr;
   op->nbytes = op->capacity = op->moved = 0;

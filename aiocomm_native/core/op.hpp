@@ -98,10 +98,18 @@ struct Op {
   bool has_notify = false;
   void* cookie = nullptr;  // the binding's object; the core never looks at it
   uint64_t ready = ~0ull;  // bytes that may be read by now; less than all: the rest is being staged
+  // put, get: of memory that lies apart on both sides, which this side's device moves; else the op ends as `unreachable`.
+  // Its offsets count from `data`, within `extent` bytes, and from `offset`, within `reach`.
+  std::shared_ptr<const RowList> rows;
+  uint64_t extent = 0, reach = 0;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `data` is its address, which only devices may touch
   std::unique_ptr<std::byte[]> own;   // listed: the list that a get sends, or what the region's owner copies
   int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
+
+// Bytes from `data` on, and of a region from `offset` on, that an op is about.
+inline uint64_t extent_of(const Op& op) { return op.rows ? op.extent : op.nbytes; }
+inline uint64_t reach_of(const Op& op) { return op.rows ? op.reach : op.nbytes; }
 
 // What the pair's link moves of an op: its bytes, or host memory in place of device memory that no adapter reaches.
 inline std::byte* host_data(const Op& op) { return op.gpu && !op.gpu->direct ? op.gpu->bounce : op.data; }

@@ -74,7 +74,7 @@ Post Engine::access(Op& op, Peer& peer) {
 void Engine::begin_access(Op& op, Peer& peer, RegionKey& key) {
   bool write = op.kind == OpKind::put;
   if (key.revoked) return finish(op, Code::stale);
-  if (op.offset > key.nbytes || op.nbytes > key.nbytes - op.offset) return finish(op, Code::out_of_range);
+  if (op.offset > key.nbytes || reach_of(op) > key.nbytes - op.offset) return finish(op, Code::out_of_range);
   if (write && !key.writable) return finish(op, Code::read_only);
   op.path = write ? Path::write : Path::read;
   if (op.nbytes == 0 && !op.has_notify) return finish(op, Code::ok);

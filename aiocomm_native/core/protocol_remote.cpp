@@ -10,7 +10,7 @@ Engine::Hold Engine::hold(Op& op, Access access) {
   if (op.nbytes == 0) return Hold::ready;
   Link& link = *links_[op.link];
   try {
-    if (!op.registration) op.registration = link.hold(host_data(op), op.nbytes, access);
+    if (!op.registration) op.registration = link.hold(host_data(op), extent_of(op), access);
   } catch (const LinkFailure& failure) {
     cannot_hold(op, failure.code);
     return Hold::failed;
@@ -21,10 +21,10 @@ Engine::Hold Engine::hold(Op& op, Access access) {
 
 Engine::Hold Engine::reach(Op& op, Peer& peer, Access access) {
   DeviceBuffer& gpu = *op.gpu;
-  if (gpu.not_direct || gpu.rows || gpu.by_rows || op.nbytes == 0) return Hold::failed;
+  if (gpu.not_direct || gpu.by_rows || op.nbytes == 0) return Hold::failed;
   Link& link = *links_[op.link];
   try {
-    if (!op.registration) op.registration = link.hold_device(gpu.place, op.nbytes, access, *mover());
+    if (!op.registration) op.registration = link.hold_device(gpu.place, extent_of(op), access, *mover());
   } catch (const LinkFailure& failure) {
     device_.not_direct(op, peer, failure.what());
     return Hold::failed;
@@ -138,9 +138,12 @@ bool Engine::post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk) {
   RemoteChunk what;
   what.op = op.id;
   what.read = op.path == Path::read;
-  what.local = host_data(op) + chunk.offset;
+  const uint64_t skip = op.rows ? 0 : chunk.offset;
+  what.local = host_data(op) + skip;
   what.registration = op.registration;
-  what.remote = {op.source_address + chunk.offset, op.source_segment};
+  what.remote = {op.source_address + skip, op.source_segment};
+  what.rows = op.rows.get();
+  what.offset = chunk.offset;
   what.nbytes = chunk.nbytes;
   what.cls = chunk.cls;
   if (op.kind == OpKind::put) {

@@ -165,9 +165,10 @@ Post Engine::send_put(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) {
     Hold direct = reach(op, peer, Access::local);
     if (direct == Hold::pending) return Post::again;
-    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+    if (direct == Hold::failed || !by_key(op, peer)) return op.rows ? not_by_rows(op) : device_.refuse(op);
   }
   if (by_key(op, peer)) return access(op, peer);
+  if (op.rows && !op.gpu) return not_by_rows(op);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -189,9 +190,9 @@ Post Engine::send_put(Op& op, Peer& peer) {
     h.kind = FrameKind::put_rts;
     h.flags |= device_.describe(op, peer);
     h.payload_bytes = sizeof op.gpu->place;
-    if (op.gpu->rows) {
+    if (op.rows) {
       h.flags |= kRows;
-      h.address = op.gpu->reach;
+      h.address = op.reach;
     }
     payload = reinterpret_cast<const std::byte*>(&op.gpu->place);
   } else {
@@ -217,15 +218,16 @@ Post Engine::send_get(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) {
     Hold direct = reach(op, peer, Access::local);
     if (direct == Hold::pending) return Post::again;
-    if (direct == Hold::failed || !by_key(op, peer)) return device_.refuse(op);
+    if (direct == Hold::failed || !by_key(op, peer)) return op.rows ? not_by_rows(op) : device_.refuse(op);
   }
   if (by_key(op, peer)) return access(op, peer);
+  if (op.rows && !op.gpu) return not_by_rows(op);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
-  if (op.gpu && op.gpu->rows) {
+  if (op.rows) {
     h.flags |= kRows;
-    h.address = op.gpu->reach;
+    h.address = op.reach;
   }
   h.channel = channels_[op.channel].id;
   h.cls = channels_[op.channel].cls;
@@ -245,6 +247,12 @@ Post Engine::send_get(Op& op, Peer& peer) {
   ++counters_[op.link].frames_sent;
   op.started_ns = now();
   op.state = OpState::posted;
+  return Post::ok;
+}
+
+// No device of this side moves rows to or from this peer's memory.
+Post Engine::not_by_rows(Op& op) {
+  finish(op, Code::unreachable);
   return Post::ok;
 }
 

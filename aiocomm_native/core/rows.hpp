@@ -1,9 +1,10 @@
-// Many equal rows at equal distances, as one operation of device memory. Pure.
+// Many equal rows at equal distances, as one operation of copy engines and network adapters. Pure.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace aiocomm {
@@ -31,8 +32,15 @@ class RowList {
   size_t size() const { return rows_.size(); }
 
   // Calls `f(rows)` for what bytes [offset, offset + nbytes) consist of: whole rows together, cut ones by themselves.
+  // False from `f` ends that.
   template <class F>
   void cut(uint64_t offset, uint64_t nbytes, F&& f) const {
+    auto take_rows = [&](const Rows& rows) {
+      if constexpr (std::is_void_v<decltype(f(rows))>)
+        return f(rows), true;
+      else
+        return f(rows);
+    };
     auto at = static_cast<size_t>(std::upper_bound(before_.begin(), before_.end(), offset) - before_.begin());
     for (size_t i = at - 1; nbytes && i < rows_.size(); ++i) {
       const Rows& rows = rows_[i];
@@ -41,26 +49,26 @@ class RowList {
       offset += take;
       nbytes -= take;
       if (take == rows.nbytes * rows.count) {
-        f(rows);
+        if (!take_rows(rows)) return;
         continue;
       }
       auto part = [&](uint64_t row, uint64_t start, uint64_t width, uint64_t count) {
-        f(Rows{rows.from + row * static_cast<uint64_t>(rows.from_step) + start,
-               rows.to + row * static_cast<uint64_t>(rows.to_step) + start, rows.from_step, rows.to_step,
-               width, count});
+        return take_rows(Rows{rows.from + row * static_cast<uint64_t>(rows.from_step) + start,
+                              rows.to + row * static_cast<uint64_t>(rows.to_step) + start, rows.from_step,
+                              rows.to_step, width, count});
       };
       uint64_t row = skip / rows.nbytes, inside = skip % rows.nbytes;
       if (inside) {
         const uint64_t width = std::min(take, rows.nbytes - inside);
-        part(row++, inside, width, 1);
+        if (!part(row++, inside, width, 1)) return;
         take -= width;
       }
       if (uint64_t whole = take / rows.nbytes) {
-        part(row, 0, rows.nbytes, whole);
+        if (!part(row, 0, rows.nbytes, whole)) return;
         row += whole;
         take -= whole * rows.nbytes;
       }
-      if (take) part(row, 0, take, 1);
+      if (take && !part(row, 0, take, 1)) return;
     }
   }
 

@@ -20,11 +20,11 @@ uint8_t Engine::likely_link(Rank rank) {
   return links_.size() > 1 && rank != rank_ ? 1 : 0;  // "self" comes first
 }
 
-bool Engine::takes_lists(Rank rank) {
+bool Engine::takes_rows(Rank rank) {
   const uint8_t likely = likely_link(rank);
   Token token(*this, true);
   Peer* peer = find_peer(rank);
-  return peer && peer->state == Peer::State::up ? !peer->onesided : link_names_[likely] != "rdma";
+  return peer && peer->state == Peer::State::up ? peer->onesided != nullptr : link_names_[likely] == "rdma";
 }
 
 std::string Engine::why_lost(Rank rank) {

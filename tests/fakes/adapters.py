@@ -88,6 +88,11 @@ class Adapters:
         """Deregistrations that wait."""
         return int(self._library.fake_verbs_leaving())
 
+    @property
+    def requests(self) -> int:
+        """Requests that have been posted so far, of whatever kind."""
+        return int(self._library.fake_verbs_requests())
+
     def regions(self, nbytes: int) -> int:
         """Regions of that many bytes and more that are registered now, one per adapter."""
         return int(self._library.fake_verbs_regions(ctypes.c_size_t(nbytes)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from aiocomm_native import _core
 
 cut_rows = _core.pure.cut_rows
+rdma_requests = _core.pure.rdma_requests
 
 Rows: TypeAlias = tuple[int, int, int, int, int, int]
 
@@ -41,6 +42,42 @@ def test_a_cut_has_the_bytes_that_it_asks_for(given_rows: list[Rows], data: st.D
     found = cut_rows(given_rows, start, stop - start)
     assert pairs(found) == everything[start:stop]
     assert len(found) <= len(given_rows) + 2 * 2  # only at its ends are there parts of rows
+
+
+@given(st.lists(rows, min_size=1, max_size=5), st.booleans(), st.data())
+def test_requests_have_the_bytes_that_they_are_made_of(
+    given_rows: list[Rows], read: bool, data: st.DataObject
+) -> None:
+    everything = pairs(given_rows)
+    start = data.draw(st.integers(0, len(everything) - 1))
+    stop = data.draw(st.integers(start + 1, len(everything)))
+    most, most_pieces = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4))
+    found: list[tuple[int, int]] = []
+    while start + len(found) < stop:
+        rest = stop - start - len(found)
+        requests, nbytes = rdma_requests(given_rows, read, start + len(found), rest, most, most_pieces)
+        assert 0 < len(requests) <= most
+        moved = []
+        for remote, pieces in requests:
+            assert 0 < len(pieces) <= most_pieces
+            here = [at + i for at, length in pieces for i in range(length)]
+            there = range(remote, remote + len(here))
+            moved += list(zip(there, here, strict=True) if read else zip(here, there, strict=True))
+        assert len(moved) == nbytes
+        found += moved
+    assert found == everything[start:stop]
+
+
+def test_requests_are_as_few_as_can_be() -> None:
+    """What is close together there is one request of several pieces; what is so on both sides one piece."""
+    apart = [(0, 0, 100, 8, 8, 7)]
+    assert rdma_requests(apart, False, 0, 56, 9, 4) == (
+        [(0, [(0, 8), (100, 8), (200, 8), (300, 8)]), (32, [(400, 8), (500, 8), (600, 8)])],
+        56,
+    )
+    assert rdma_requests(apart, False, 0, 56, 1, 4)[1] == 32  # the rest is for the next call
+    assert rdma_requests([(0, 50, 8, 8, 8, 7)], True, 0, 56, 9, 4) == ([(0, [(50, 56)])], 56)
+    assert len(rdma_requests([(0, 0, 8, 100, 8, 7)], False, 0, 56, 9, 4)[0]) == 7  # apart at the peer
 
 
 def test_all_of_a_list_is_the_list() -> None:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <utility>
 
 #include "core/notes.hpp"
 #include "core/offers.hpp"
@@ -15,15 +16,17 @@ namespace aiocomm::rdma {
 namespace {
 constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kQuiet = 64;  // chunks for which nobody is woken; each uses up a receive of the peer's
-constexpr uint32_t kLaneChunks = Rail::kBulkDepth / 2;
+// In flight on a lane: half of what its queues have room for, so that those of another that has failed find room, too.
+constexpr uint32_t kLaneRequests = Rail::kBulkDepth / 2;
+constexpr uint32_t kRowRequests = 16;  // posted together
 }  // namespace
 
 Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {
   std::array<LaneLoad, kMaxRails> loads;
   for (size_t i = 0; i < lanes_.size(); ++i) {
     const Lane& lane = *lanes_[i];
-    loads[i] = {lane.state == Lane::State::up && lane.chunks < kLaneChunks, lane.rail.port().node, lane.bytes,
-                lane.rate};
+    loads[i] = {lane.state == Lane::State::up && lane.requests < kLaneRequests, lane.rail.port().node,
+                lane.bytes, lane.rate};
   }
   size_t best = choose_lane(loads.data(), lanes_.size(), nbytes, node);
   return best == kNoLane ? nullptr : lanes_[best].get();
@@ -73,10 +76,32 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   chunk.posted_ns = host_.now();
   chunk.parked = false;
   ++chunk.launches;
-  if (lane.outstanding.fetch_add(1, std::memory_order_relaxed) == 0)
-    lane.last_sign_ns.store(chunk.posted_ns, std::memory_order_relaxed);
-  ++lane.chunks;
-  lane.bytes += chunk.of.nbytes;
+  if (!chunk.of.rows) return hand_over(work_of(index, lane), lane, 1);
+  chunk.handed = 0;
+  chunk.posted.clear();
+  post_rows(index, lane);
+}
+
+// As many as there is room for, and at least some: with the end of those the next follow.
+void RdmaPeer::post_rows(uint32_t index, Lane& lane) {
+  Chunk& chunk = chunks_[index];
+  const RemoteChunk& of = chunk.of;
+  while (chunk.handed < of.nbytes &&
+         (chunk.posted.empty() || lane.requests + kRowRequests <= kLaneRequests)) {
+    Work work = work_of(index, lane);
+    work.rows = requests_of(*of.rows, of.read, of.offset + chunk.handed, of.nbytes - chunk.handed, work.local,
+                            work.remote, kRowRequests, lane.rail.most_pieces(of.read));
+    work.nbytes = static_cast<uint32_t>(work.rows.nbytes);
+    chunk.handed += work.nbytes;
+    if (chunk.handed < of.nbytes && of.has_immediate) work.opcode = IBV_WR_RDMA_WRITE;
+    const auto requests = static_cast<uint32_t>(work.rows.requests.size());
+    chunk.posted.push_back({requests, work.nbytes});
+    hand_over(std::move(work), lane, requests);
+  }
+}
+
+Work RdmaPeer::work_of(uint32_t index, Lane& lane) const {
+  const Chunk& chunk = chunks_[index];
   Work work;
   work.lane = &lane;
   work.qp = lane.pairs.bulk(lane.rail.transport().level[chunk.of.cls]);
@@ -94,7 +119,15 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   work.solicited = chunk.of.has_immediate && (is_note(work.immediate) || work.immediate & kLastChunk ||
                                               work.immediate % kQuiet == kQuiet - 1);
   work.chunk = index << kLaunchBits | (chunk.launches & ((1u << kLaunchBits) - 1));
-  lane.rail.post_bulk(work);
+  return work;
+}
+
+void RdmaPeer::hand_over(Work&& work, Lane& lane, uint32_t requests) {
+  if (lane.outstanding.fetch_add(1, std::memory_order_relaxed) == 0)
+    lane.last_sign_ns.store(host_.now(), std::memory_order_relaxed);
+  lane.requests += requests;
+  lane.bytes += work.nbytes;
+  lane.rail.post_bulk(std::move(work));
 }
 
 void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
@@ -113,8 +146,14 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
         lane.rail.name() + (done.refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
         done.refused || error == ECONNRESET ? Loss::pairs : Loss::path);
   }
-  --lane.chunks;
-  lane.bytes -= done.of.nbytes;
+  const RowsPosted part = done.of.rows ? done.posted.front() : RowsPosted{1, done.of.nbytes};
+  lane.requests -= part.requests;
+  lane.bytes -= part.nbytes;
+  if (done.of.rows) {
+    done.posted.pop_front();
+    post_rows(index, lane);
+    if (!done.posted.empty()) return;
+  }
   uint64_t now = host_.now();
   uint64_t elapsed = now - std::max(done.posted_ns, link_.last_done_ns);
   link_.last_done_ns = now;

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -63,7 +64,7 @@ struct Lane final : Completions {
   std::atomic<bool> stalled{false};
   State state = State::connecting;  // under the token, as what follows
   bool reachable = true;            // false: its ports have never met, and are not tried again
-  uint32_t chunks = 0;              // in flight
+  uint32_t requests = 0;            // in flight
   std::atomic<uint64_t> bytes{0};
   double rate = 1.0;  // bytes per ns, of late
   uint64_t last_done_ns = 0;
@@ -120,12 +121,18 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     uint32_t nbytes = 0;  // or errno
     std::string reason;
   };
+  struct RowsPosted {
+    uint32_t requests = 0;
+    uint64_t nbytes = 0;
+  };
   struct Chunk {
     RemoteChunk of;
     Keys local, remote;
     uint32_t lane = 0;
     uint64_t posted_ns = 0;
-    uint32_t launches = 0;  // so that word of an earlier one is told from that of the latest
+    uint64_t handed = 0;            // bytes of rows that were posted
+    std::deque<RowsPosted> posted;  // of those the parts that are in flight
+    uint32_t launches = 0;          // so that word of an earlier one is told from that of the latest
     bool busy = false;
     bool parked = false;   // its lane has failed
     bool refused = false;  // by the peer's device: told when the peer is known to live
@@ -153,6 +160,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void advance();
   void chunk(Lane& lane, uint32_t which, int error);
   void launch(uint32_t index, Lane& lane);
+  void post_rows(uint32_t index, Lane& lane);
+  Work work_of(uint32_t index, Lane& lane) const;
+  void hand_over(Work&& work, Lane& lane, uint32_t requests);
   void finish(uint32_t index, int error, uint64_t elapsed_ns);
   Lane* best_lane(uint64_t nbytes, int node);
   Lane* nearest_lane();  // to the memory of frames

@@ -22,6 +22,8 @@ namespace aiocomm::rdma {
 
 namespace {
 
+constexpr int kMostPieces = 8;  // of one request: room in the queues grows with it
+
 template <typename T>
 T* check(T* made, const std::string& rail, const char* what) {
   if (made) return made;
@@ -57,6 +59,10 @@ Rail::Rail(const Verbs& verbs, Port port, const Transport& transport)
     auto at_most = [](uint32_t wanted, int limit) {
       return limit > 0 ? std::min(wanted, static_cast<uint32_t>(limit)) : wanted;
     };
+    // Not all devices gather as many for a read as they scatter for a write; those that do not say take one.
+    most_pieces_ = static_cast<uint32_t>(std::clamp(limits.max_sge, 1, kMostPieces));
+    most_read_pieces_ =
+        std::min(most_pieces_, static_cast<uint32_t>(std::clamp(limits.max_sge_rd, 1, kMostPieces)));
     max_slots_ = at_most(kMaxSlots, limits.max_srq_wr) / kCredits * kCredits;
     immediates_ = at_most(kImmediates, limits.max_srq_wr);
     int depth = static_cast<int>(at_most(1 << 15, limits.max_cqe));
@@ -183,12 +189,13 @@ void Rail::add_slots(uint32_t count) {
   for (uint32_t i = 0; i < count; ++i) give_back(index * kCredits + i);
 }
 
-ibv_qp* Rail::make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t inline_bytes) {
+ibv_qp* Rail::make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t pieces,
+                        uint32_t inline_bytes) {
   ibv_qp_init_attr wanted{};
   wanted.qp_type = IBV_QPT_RC;
   wanted.send_cq = wanted.recv_cq = queue;
   wanted.srq = receives;
-  wanted.cap.max_send_sge = 1;
+  wanted.cap.max_send_sge = pieces;
   wanted.cap.max_send_wr = depth;
   wanted.cap.max_inline_data = inline_bytes;
   return verbs_.create_qp(domain_, &wanted);
@@ -203,16 +210,17 @@ QueuePairs Rail::open() {
       if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
     }
     // Devices do not tell what they take inline: ask for less until it fits.
-    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, max_inline_)) &&
+    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, 1, max_inline_)) &&
            max_inline_) {
       max_inline_ /= 2;
       if (max_inline_ < 64) max_inline_ = 0;
     }
     check(pairs.all[0], name(), "a queue pair");
     pairs.all[1] =
-        check(make_pair(frames_queue_, frames_srq_, kFrameDepth, max_inline_), name(), "a queue pair");
+        check(make_pair(frames_queue_, frames_srq_, kFrameDepth, 1, max_inline_), name(), "a queue pair");
     for (size_t level = 0; level < transport_.bulk.size(); ++level)
-      pairs.all[2 + level] = check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, 0), name(), "a queue pair");
+      pairs.all[2 + level] =
+          check(make_pair(bulk_queue_, bulk_srq_, kBulkDepth, most_pieces_, 0), name(), "a queue pair");
     for (size_t i = 0; i < pairs.all.size() && pairs.all[i]; ++i) {
       ibv_qp_attr attributes{};
       attributes.qp_state = IBV_QPS_INIT;

@@ -44,6 +44,7 @@
 
 #include "core/link.hpp"
 #include "links/rdma/port.hpp"
+#include "links/rdma/requests.hpp"
 #include "links/rdma/transport.hpp"
 
 namespace aiocomm::rdma {
@@ -92,6 +93,7 @@ struct Work {
   bool solicited = false;  // wakes the peer's poller
   uint64_t local = 0, remote = 0;
   uint32_t lkey = 0, rkey = 0, nbytes = 0, immediate = 0, chunk = 0;
+  Requests rows;  // instead of the stretch that `local`, `remote` and `nbytes` say
 };
 
 // While it lives, this thread looks at what it hands out itself, and rings nobody for it: `whom`, or everybody.
@@ -161,7 +163,9 @@ class Rail final : public Pollable {
   // Into the peer's memory, and nobody there is told.
   int write_frame(const QueuePairs& pairs, const FramePiece& frame, uint64_t remote, uint32_t rkey);
   // Posts at once where that takes no time: a frame's size, or by a device whose calls are quick.
-  void post_bulk(const Work& work);
+  void post_bulk(Work&& work);
+  // Stretches of this side's memory that one request is about.
+  uint32_t most_pieces(bool read) const { return read ? most_read_pieces_ : most_pieces_; }
   const std::byte* slot(uint32_t index) const;
   void give_back(uint32_t index);  // the slot may be written again
   // Hands out what has completed; returns how much. Any thread; 0 as well if another one is at it.
@@ -179,6 +183,7 @@ class Rail final : public Pollable {
   void run_poller();
   void run_poster();
   void post_now(const Work& work);
+  int post_rows(const Work& work, ibv_send_wr last);
   int post_piece(ibv_qp* qp, ibv_send_wr& request, const FramePiece& frame);
   void work_off(std::unique_lock<std::mutex>& lock);
   void arm_bulk();
@@ -188,7 +193,7 @@ class Rail final : public Pollable {
   void read_events();
   bool wait(bool expecting);
   void add_slots(uint32_t count);
-  ibv_qp* make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t inline_bytes);
+  ibv_qp* make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t pieces, uint32_t inline_bytes);
   void destroy(QueuePairs& pairs);
   void release_all();
 
@@ -200,6 +205,7 @@ class Rail final : public Pollable {
   ibv_comp_channel *channel_ = nullptr, *express_channel_ = nullptr;
   ibv_cq *express_queue_ = nullptr, *frames_queue_ = nullptr, *bulk_queue_ = nullptr;
   ibv_srq *frames_srq_ = nullptr, *bulk_srq_ = nullptr;
+  uint32_t most_pieces_ = 1, most_read_pieces_ = 1;
   uint32_t max_inline_ = 512, max_slots_ = kMaxSlots, immediates_ = kImmediates;
   int epoll_ = -1, wake_ = -1;
   std::atomic<bool> up_{true}, stopping_{false}, gone_{false};

@@ -50,7 +50,7 @@ int Rail::post_piece(ibv_qp* qp, ibv_send_wr& request, const FramePiece& frame) 
   return ibv_post_send(qp, &request, &bad);
 }
 
-void Rail::post_bulk(const Work& work) {
+void Rail::post_bulk(Work&& work) {
   if (work.nbytes <= kSlotBytes || posting_ns_.load(std::memory_order_relaxed) <= kQuickNs)
     if (std::unique_lock posting(*work.posting, std::try_to_lock); posting) {
       post_now(work);
@@ -61,7 +61,7 @@ void Rail::post_bulk(const Work& work) {
     std::lock_guard lock(queue_);
     auto before =
         std::find_if(work_.begin(), work_.end(), [&](const Work& other) { return other.cls < work.cls; });
-    work_.insert(before, work);
+    work_.insert(before, std::move(work));
   }
   queued_.notify_one();
 }
@@ -79,7 +79,7 @@ void Rail::run_poster() {
 void Rail::work_off(std::unique_lock<std::mutex>& lock) {
   poster_looks_.store(true);
   while (!work_.empty()) {
-    Work work = work_.front();
+    const Work work = std::move(work_.front());
     work_.pop_front();
     // Taken while the queue is locked: whoever removes the lane finds its work either queued or being posted.
     std::unique_lock posting(*work.posting);
@@ -112,9 +112,9 @@ void Rail::post_now(const Work& work) {
   request.wr.rdma.remote_addr = work.remote;
   request.wr.rdma.rkey = work.rkey;
   auto& counter = work.opcode == IBV_WR_RDMA_READ ? counters.reads : counters.writes;
-  counter.fetch_add(1, std::memory_order_relaxed);
+  counter.fetch_add(std::max<size_t>(1, work.rows.requests.size()), std::memory_order_relaxed);
   const uint64_t began = now_ns();
-  int error = ibv_post_send(work.qp, &request, &bad);
+  int error = work.rows.requests.empty() ? ibv_post_send(work.qp, &request, &bad) : post_rows(work, request);
   if (work.nbytes >
       kSlotBytes) {  // an average of the last few; threads that overwrite each other's do no harm
     uint64_t mean = posting_ns_.load(std::memory_order_relaxed);
@@ -122,6 +122,29 @@ void Rail::post_now(const Work& work) {
   }
   work.lane->chunk_posted();
   if (error) work.lane->chunk_done(work.chunk, error);
+}
+
+// `last` is what the last of them is to be: they complete in order, so its end is that of all.
+int Rail::post_rows(const Work& work, ibv_send_wr last) {
+  const size_t count = work.rows.requests.size();
+  std::vector<ibv_sge> pieces;
+  pieces.reserve(work.rows.pieces.size());
+  for (const Piece& piece : work.rows.pieces) pieces.push_back({piece.local, piece.nbytes, work.lkey});
+  std::vector<ibv_send_wr> requests(count, last);
+  ibv_sge* next = pieces.data();
+  for (size_t i = 0; i < count; ++i) {
+    ibv_send_wr& request = requests[i];
+    request.wr.rdma.remote_addr = work.rows.requests[i].remote;
+    request.sg_list = next;
+    request.num_sge = static_cast<int>(work.rows.requests[i].pieces);
+    next += request.num_sge;
+    if (i + 1 == count) break;
+    request.next = &requests[i + 1];
+    request.opcode = work.opcode == IBV_WR_RDMA_READ ? IBV_WR_RDMA_READ : IBV_WR_RDMA_WRITE;
+    request.send_flags = 0;
+  }
+  ibv_send_wr* bad;
+  return ibv_post_send(work.qp, requests.data(), &bad);
 }
 
 const std::byte* Rail::slot(uint32_t index) const {

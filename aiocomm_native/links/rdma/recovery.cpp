@@ -65,7 +65,7 @@ void RdmaPeer::lane_failed(Lane& lane, const std::string& reason, Loss loss) {
   lane.rail.remove(lane.pairs, lane.posting);
   link_.retire_rails();
   lane.outstanding.store(0);
-  lane.chunks = 0;
+  lane.requests = 0;
   lane.bytes = 0;
   for (Chunk& chunk : chunks_)
     if (chunk.busy && chunk.lane == lane.index) chunk.parked = true;
@@ -174,7 +174,7 @@ void RdmaPeer::probe(Lane& lane) {
   work.posting = &lane.posting;
   work.opcode = IBV_WR_RDMA_WRITE;
   work.chunk = kProbe;
-  lane.rail.post_bulk(work);
+  lane.rail.post_bulk(std::move(work));
 }
 
 void RdmaPeer::probed(Lane& lane, int error) {

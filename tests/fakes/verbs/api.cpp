@@ -46,17 +46,20 @@ int post_send(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) {
     send.immediate = wr->imm_data;
     send.remote = wr->wr.rdma.remote_addr;
     send.rkey = wr->wr.rdma.rkey;
-    if (wr->num_sge) {
-      send.local = wr->sg_list[0].addr;
-      send.nbytes = wr->sg_list[0].length;
-      send.lkey = wr->sg_list[0].lkey;
-    }
+    send.pieces.assign(wr->sg_list, wr->sg_list + wr->num_sge);
+    const size_t most = wr->opcode == IBV_WR_RDMA_READ ? kMostReadPieces : pair.most_pieces;
+    if (send.pieces.size() > most || pair.posted.size() == pair.depth) return ENOMEM;
+    for (const ibv_sge& piece : send.pieces) send.nbytes += piece.length;
     if (send.opcode == IBV_WR_SEND || send.flags & IBV_SEND_INLINE) {
-      if (!(send.flags & IBV_SEND_INLINE) && !reach(send.lkey, send.local, send.nbytes, 0)) return EINVAL;
-      auto data = reinterpret_cast<const std::byte*>(send.local);
-      send.data.assign(data, data + send.nbytes);
+      for (const ibv_sge& piece : send.pieces) {
+        if (!(send.flags & IBV_SEND_INLINE) && !reach(piece.lkey, piece.addr, piece.length, 0)) return EINVAL;
+        auto data = reinterpret_cast<const std::byte*>(piece.addr);
+        send.data.insert(send.data.end(), data, data + piece.length);
+      }
+      send.pieces.clear();
     }
     pair.posted.push_back(std::move(send));
+    machine().requests += 1;
   }
   if (pair.state == IBV_QPS_ERR) break_pair(pair);
   progress(pair);
@@ -136,6 +139,8 @@ EXPORT int ibv_query_device(ibv_context*, ibv_device_attr* attributes) {
   attributes->phys_port_cnt = 1;
   attributes->max_srq_wr = 1 << 14;
   attributes->max_cqe = 1 << 16;
+  attributes->max_sge = 5;
+  attributes->max_sge_rd = kMostReadPieces;
   return 0;
 }
 EXPORT int ibv_query_port(ibv_context* context, uint8_t, _compat_ibv_port_attr* out) {
@@ -296,6 +301,8 @@ EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
   pair->recv_cq = wanted->recv_cq;
   pair->srq = wanted->srq;
   pair->qp_type = wanted->qp_type;
+  pair->most_pieces = wanted->cap.max_send_sge;
+  pair->depth = wanted->cap.max_send_wr;
   std::lock_guard lock(machine().mutex);
   pair->qp_num = machine().next_pair++;
   machine().pairs[pair->qp_num] = pair;
@@ -366,6 +373,10 @@ EXPORT int fake_verbs_regions(size_t from) {  // there now, of `from` bytes and 
   int n = 0;
   for (auto& [key, region] : machine().regions) n += region->length >= from;
   return n;
+}
+EXPORT uint64_t fake_verbs_requests() {  // posted so far
+  std::lock_guard lock(machine().mutex);
+  return machine().requests;
 }
 EXPORT uint64_t fake_verbs_registered() {
   std::lock_guard lock(machine().mutex);

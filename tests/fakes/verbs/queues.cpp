@@ -91,20 +91,27 @@ bool execute(Pair& other, const Send& send, ibv_wc_status& status) {
     tell_receiver(other, send, receive, IBV_WC_RECV);
     return true;
   }
-  std::byte *local = nullptr, *remote = nullptr;
-  if (send.nbytes) {
-    local = send.flags & IBV_SEND_INLINE
-                ? const_cast<std::byte*>(send.data.data())
-                : reach(send.lkey, send.local, send.nbytes, read ? IBV_ACCESS_LOCAL_WRITE : 0);
+  std::byte* remote = nullptr;
+  std::vector<std::pair<std::byte*, size_t>> local;
+  if (send.flags & IBV_SEND_INLINE) local.emplace_back(const_cast<std::byte*>(send.data.data()), send.nbytes);
+  for (const ibv_sge& piece : send.pieces)
+    local.emplace_back(reach(piece.lkey, piece.addr, piece.length, read ? IBV_ACCESS_LOCAL_WRITE : 0),
+                       piece.length);
+  for (const auto& [bytes, length] : local)
+    if (!bytes) status = IBV_WC_LOC_PROT_ERR;
+  if (send.nbytes && status == IBV_WC_SUCCESS) {
     remote =
         reach(send.rkey, send.remote, send.nbytes, read ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE);
-    if (!local || !remote) status = local ? IBV_WC_REM_ACCESS_ERR : IBV_WC_LOC_PROT_ERR;
-    if (status != IBV_WC_SUCCESS) return true;
+    if (!remote) status = IBV_WC_REM_ACCESS_ERR;
   }
+  if (status != IBV_WC_SUCCESS) return true;
   Receive receive;
   bool immediate = send.opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
   if (immediate && !take_receive(other, receive)) return false;
-  if (send.nbytes) std::memcpy(read ? local : remote, read ? remote : local, send.nbytes);
+  for (const auto& [bytes, length] : local) {
+    std::memcpy(read ? bytes : remote, read ? remote : bytes, length);
+    remote += length;
+  }
   if (immediate) tell_receiver(other, send, receive, IBV_WC_RECV_RDMA_WITH_IMM);
   return true;
 }

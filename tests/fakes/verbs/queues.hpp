@@ -39,15 +39,19 @@ struct SharedReceives : ibv_srq {
 };
 
 struct Send {
-  uint64_t id = 0, remote = 0, local = 0;
-  uint32_t nbytes = 0, lkey = 0, rkey = 0, immediate = 0;
+  uint64_t id = 0, remote = 0;
+  uint32_t nbytes = 0, rkey = 0, immediate = 0;
+  std::vector<ibv_sge> pieces;  // whose bytes are `nbytes`
   ibv_wr_opcode opcode = IBV_WR_SEND;
   unsigned flags = 0;
   std::vector<std::byte> data;  // of a send: taken when it was posted
 };
 
+constexpr size_t kMostReadPieces = 3;  // of one request
+
 struct Pair : ibv_qp {
   uint32_t other = 0;
+  size_t most_pieces = 1, depth = 0;
   std::deque<Send> posted;  // what waits for a receive of the other side's, and what is behind it
 };
 
@@ -70,6 +74,7 @@ struct Machine {
   int waiting = 0;      // registrations
   int leaving = 0;      // deregistrations that wait
   uint64_t registered = 0;
+  uint64_t requests = 0;  // that were posted
 };
 Machine& machine();
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -286,6 +287,55 @@ async def test_a_notification_rides_on_the_last_write() -> None:
             assert device(b)["immediates_received"] - before[1]["immediates_received"] == 1
             assert frames(before[1], device(b)) == 1
             assert device(b)["reads"] == 0
+
+
+PIECES = 8  # stretches of memory that one request is about
+
+
+async def test_pages_that_lie_apart_are_gathered_and_scattered_by_the_device() -> None:
+    async with hosts(1) as (a, b):
+        data, target = random(60 * 4096).reshape(60, 4096), np.zeros((60, 4096), np.uint8)
+        give = np.random.default_rng(1).permutation(60)[:40]
+        async with await b.lease_pages(aiocomm.Pages(target)) as lease:
+            remote = a.remote_pages(lease.handle)
+            await a.put_pages(aiocomm.Pages(data), [0], remote, [0])  # the key, and its memory registered
+            before = device(a), device(b)
+            await a.put_pages(aiocomm.Pages(data), give, remote, np.arange(20, 60))
+            np.testing.assert_array_equal(target[20:60], data[give])
+            assert grown(device(a), before[0])["writes"] == 40 // PIECES
+            got, before = np.zeros_like(data), (device(a), device(b))
+            await a.get_pages(remote, np.arange(20, 60), aiocomm.Pages(got), give)
+            np.testing.assert_array_equal(got[give], data[give])
+            assert grown(device(a), before[0])["reads"] == 40 // PIECES
+            take = np.random.default_rng(2).permutation(60)[:40]
+            before = device(a), device(b)
+            await a.put_pages(aiocomm.Pages(data), give, remote, take)
+            np.testing.assert_array_equal(target[take], data[give])
+            assert grown(device(a), before[0])["writes"] <= 40
+            assert frames(before[1], device(b)) == 0
+
+
+async def test_a_rail_that_goes_down_under_scattered_pages() -> None:
+    async with hosts(2) as (a, b):
+        data = random(12_000 * 1024).reshape(12_000, 1024)
+        target = np.zeros_like(data)
+        give, take = (np.random.default_rng(seed).permutation(12_000)[:11_000] for seed in (1, 2))
+        async with await b.lease_pages(aiocomm.Pages(target)) as lease:
+            remote = a.remote_pages(lease.handle)
+            await a.put_pages(aiocomm.Pages(data), give[:10], remote, take[:10])
+            writes = device(a)["writes"]
+            async with anyio.create_task_group() as tasks:
+                put = partial(a.put_pages, aiocomm.Pages(data), give, remote, take, notify=b"there")
+                tasks.start_soon(put)
+                await until(lambda: device(a)["writes"] > writes + 500)
+                down("a0")
+            try:
+                assert (await anext(b.notifications())).payload == b"there"
+                np.testing.assert_array_equal(target[take], data[give])
+                assert device(a)["lanes_failed"] == 1
+            finally:
+                up("a0")
+        await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
 
 
 async def test_a_rail_that_goes_down_and_comes_back() -> None:
