@@ -6,7 +6,6 @@ import errno
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
 import numpy as np
 
 from aiocomm._operations import limit_of, overlapping
@@ -231,7 +230,7 @@ class Mover:
                     await self._gate.wait()
                 self._finish()
                 if time.monotonic() > breath:
-                    await anyio.lowlevel.checkpoint()
+                    await self.comm._backend.turn()
                     breath = time.monotonic() + _BREATH_S
         finally:
             for transfer in list(self._flying):
