@@ -180,12 +180,16 @@ FAKE_API cuMemGetHandleForAddressRange(void* out, CUdeviceptr address, size_t nb
   if (call) return call.code;
   if (type != CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD || address % kPage || nbytes % kPage || !nbytes)
     return CUDA_ERROR_INVALID_VALUE;
-  RangePtr range = sim().memory->find(address);
-  if (!range) range = sim().memory->find(address + kPage - 1);
+  RangePtr range;
+  for (CUdeviceptr at = address; at < address + nbytes && !range; at += 512) range = sim().memory->find(at);
   if (!range || range->on_host() || !range->backing || range->backing->fd < 0)
     return CUDA_ERROR_INVALID_VALUE;
+  // Allocations by cudaMalloc share pages with their neighbours, and are exported with what these have of them (driver
+  // 13.0, measured); others one at a time.
   uint64_t end = (range->start + range->size + kPage - 1) / kPage * kPage;
-  if (address + nbytes > end) return CUDA_ERROR_INVALID_VALUE;  // more than one allocation
+  if (range->origin == Origin::malloc)
+    end = range->start + (range->backing->bytes + range->backing->size - range->bytes);
+  if (address + nbytes > end) return CUDA_ERROR_INVALID_VALUE;
   int fd = open_of(getpid(), range->backing->fd);
   if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
   auto start = static_cast<off_t>(range->bytes - range->backing->bytes);
