@@ -100,7 +100,7 @@ def make_error(
                 errno.EXDEV,
                 "EXDEV",
             )
-        case _ if link == "cuda" or number == errno.EOPNOTSUPP:
+        case _ if link == "cuda":
             return _device_failure(what + over, number)
         case _:
             name = os.strerror(number) if number else "unknown"
@@ -114,14 +114,6 @@ def _device_failure(what: str, number: int) -> errors.LinkError:
     if number == -1:
         return errors.LinkError(
             f"{what}: there is no host memory for staging it; send smaller pieces", 12, "ENOMEM"
-        )
-    if number == errno.EOPNOTSUPP:
-        return errors.LinkError(
-            f"{what}: GPU memory takes part in put and get over the link rdma only where the adapters at its "
-            "side read and write it (see `aiocomm doctor`, and the Fallback event at the owner). "
-            "Send and receive it, or leave that link out: AIOCOMM_LINKS=shm,tcp,cuda",
-            number,
-            "EOPNOTSUPP",
         )
     if number <= 0:
         return errors.LinkError(

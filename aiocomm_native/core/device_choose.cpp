@@ -56,21 +56,9 @@ uint8_t DeviceProtocol::describe(Op& op, Peer& peer) {
   return kDevice | (gpu.gate.open() ? 0 : kNotYet);
 }
 
-Post DeviceProtocol::refuse(Op& op) {
-  fail(op, EOPNOTSUPP);
-  return Post::ok;
-}
-
 void DeviceProtocol::serve(Op& op, Peer& peer) {
   FrameHeader h{};
   h.rop = op.remote_op;
-  if (peer.link->takes_offers()) {
-    h.kind = FrameKind::get_fail;
-    h.code = static_cast<uint8_t>(Code::link_failed);
-    engine_.send_control(peer, h, Wake::loop);
-    op.error = EOPNOTSUPP;
-    return engine_.finish(op, Code::link_failed);
-  }
   if (op.gpu->by_rows) {  // nobody but the reader moves them, and it does not wait for our stream
     op.state = OpState::moving;
     if (wait_for_gate(op)) return;
@@ -90,7 +78,6 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
   op.source_address = header.address;
   op.source_segment = header.segment;
   const bool here = header.kind == FrameKind::eager || header.kind == FrameKind::put;  // in its frame
-  if (peer.link->takes_offers() && !here && op.region) return fail(op, EOPNOTSUPP);
   if (!op.gpu) {  // from a device to the host: the sender's process brings it to its host memory
     op.path = Path::stream;
     op.ready = 0;

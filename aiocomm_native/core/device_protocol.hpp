@@ -41,7 +41,6 @@ class DeviceProtocol final : public MoverHost {
   void go_another_way(Op& op, const std::string& reason);  // as it turned out when it was to be registered
   void held(Op& op, Peer& peer) { continue_receive(op, peer); }
   bool wait_for_gate(Op& op);
-  Post refuse(Op& op);             // on links whose devices reach registered host memory only
   void serve(Op& op, Peer& peer);  // answers a get of a region in device memory
   void start_kernel(Op& op);       // again after every wait
   // Makes the place of memory known to a peer for kernels of its own; false: it cannot reach it. Without the token.

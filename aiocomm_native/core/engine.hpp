@@ -384,7 +384,6 @@ class Engine final : public Host, public FrameSink {
   void on_key_revoked(Peer& peer, const FrameHeader& header);
   void revoke(uint64_t region, uint8_t flags);
   void ask_again(uint64_t region);
-  Code not_by_key(const RegionInfo& region, Rank rank, const std::string& reason);
   void forget_holder(uint64_t region, Rank rank);
   void forget_holder(Rank rank);
   void on_note(Peer& peer, const FrameHeader& header, const std::byte* payload);

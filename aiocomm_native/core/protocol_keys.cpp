@@ -27,7 +27,6 @@ namespace {
 
 constexpr uint64_t kMaxRegion = 1ull << 56;
 constexpr char kServed[] = "put and get served by the region's owner";
-constexpr char kUnreached[] = "put and get refused";
 
 FrameHeader about(FrameKind kind, uint64_t region) {
   FrameHeader h{};
@@ -103,12 +102,12 @@ void Engine::on_key(Peer& peer, const FrameHeader& header) {
   if (it == peer.onesided->keys.end() || it->second.state != RegionKey::State::asked)
     throw ProtocolViolation("a key that nobody asked for");
   auto code = static_cast<Code>(header.code);
-  if (code != Code::ok && code != Code::stale && code != Code::link_failed && code != Code::unreachable)
+  if (code != Code::ok && code != Code::stale && code != Code::link_failed)
     throw ProtocolViolation("unknown outcome");
   if (code == Code::ok && (header.nbytes > kMaxRegion || (header.nbytes && !header.segment)))
     throw ProtocolViolation("a key to no memory");
   std::vector<OpId> waiting = std::exchange(it->second.waiting, {});
-  if (code == Code::stale || code == Code::unreachable) {
+  if (code == Code::stale) {
     peer.onesided->keys.erase(it);
   } else {
     RegionKey& key = it->second;
@@ -125,9 +124,6 @@ void Engine::on_key(Peer& peer, const FrameHeader& header) {
       begin_access(*op, peer, it->second);
     } else if (code == Code::stale) {
       finish(*op, Code::stale);
-    } else if (code == Code::unreachable) {
-      op->error = EOPNOTSUPP;
-      finish(*op, Code::link_failed);
     } else {
       op->state = OpState::queued;
       if (send_header(*op, peer) != Post::again) continue;
@@ -218,7 +214,8 @@ void Engine::give_key(Peer& peer, uint64_t id) {
         return;
       }
     } catch (const LinkFailure& failure) {
-      code = not_by_key(*region, peer.rank, failure.what());
+      fallback(peer.rank, kServed, failure.what());
+      code = Code::link_failed;
     }
   }
   reply.code = static_cast<uint8_t>(code);
@@ -230,12 +227,6 @@ void Engine::give_key(Peer& peer, uint64_t id) {
     if (!holder_of(*region, peer.rank)) region->holders.push_back({peer.rank});
   }
   send_control(peer, reply, Wake::engine);
-}
-
-// Devices do not reach the region: its owner's CPU serves it, unless it is GPU memory.
-Code Engine::not_by_key(const RegionInfo& region, Rank rank, const std::string& reason) {
-  fallback(rank, region.gpu ? kUnreached : kServed, reason);
-  return region.gpu ? Code::unreachable : Code::link_failed;
 }
 
 // Its registration has been made, or (`error`) cannot be; or the region was closed meanwhile.
@@ -250,7 +241,8 @@ void Engine::answer_askers(uint64_t id, int error, const std::string& reason) {
       continue;
     }
     FrameHeader reply = about(FrameKind::key_is, id);
-    reply.code = static_cast<uint8_t>(not_by_key(region, rank, reason));
+    fallback(rank, kServed, reason);
+    reply.code = static_cast<uint8_t>(Code::link_failed);
     send_control(*peer, reply, Wake::engine);
   }
 }

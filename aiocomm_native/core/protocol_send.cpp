@@ -165,7 +165,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) {
     Hold direct = reach(op, peer, Access::local);
     if (direct == Hold::pending) return Post::again;
-    if (direct == Hold::failed || !by_key(op, peer)) return op.rows ? not_by_rows(op) : device_.refuse(op);
+    if (op.rows && !by_key(op, peer)) return not_by_rows(op);
   }
   if (by_key(op, peer)) return access(op, peer);
   if (op.rows && !op.gpu) return not_by_rows(op);
@@ -218,7 +218,7 @@ Post Engine::send_get(Op& op, Peer& peer) {
   if (op.gpu && peer.link->takes_offers()) {
     Hold direct = reach(op, peer, Access::local);
     if (direct == Hold::pending) return Post::again;
-    if (direct == Hold::failed || !by_key(op, peer)) return op.rows ? not_by_rows(op) : device_.refuse(op);
+    if (op.rows && !by_key(op, peer)) return not_by_rows(op);
   }
   if (by_key(op, peer)) return access(op, peer);
   if (op.rows && !op.gpu) return not_by_rows(op);

@@ -15,6 +15,10 @@ ARGUMENTS = (
     "tests/rdma_vm/guest",
     *(f"tests/links/test_{name}.py" for name in _LINKS),
     *(f"tests/links/test_gpu.py::test_{way}" for way in ("gpu_to_gpu", "gpu_to_host", "host_to_gpu")),
+    *(
+        f"tests/integration/test_gpu_between_hosts.py::test_{what}"
+        for what in ("pages_of_all_forms", "layers_are_told_as_they_come", "experts")
+    ),
 )
 LIMIT_S = 1200
 """For all of it, boot not included."""
