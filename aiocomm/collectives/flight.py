@@ -249,10 +249,20 @@ class Flight:
 
     async def _give_up(self, error: BaseException) -> None:
         """Tell the others if they cannot know, cancel all, and wait until nothing is touched any more."""
-        if not isinstance(error, UsageError) and self._aborted is None:
+        differs = isinstance(error, UsageError)
+        if not differs and self._aborted is None:
             self._scope.abort(self._number, error)
         self._over = True
         self._listen()
+        headers = [one for (is_header, _), one in self._flying.items() if is_header and one.kind == "send"]
+        kept = set(headers) if differs else set()  # the others have yet to hear what differs
         for transfer in list(self._flying.values()):
-            transfer.cancel()
-        await self._gate.wait_shielded(lambda: not self._flying)
+            if transfer not in kept:
+                transfer.cancel()
+        try:
+            while not kept.isdisjoint(self._flying.values()):
+                await self._gate.wait()
+        finally:
+            for transfer in list(self._flying.values()):
+                transfer.cancel()
+            await self._gate.wait_shielded(lambda: not self._flying)

@@ -19,6 +19,7 @@ from harness import world
 import aiocomm
 from aiocomm.collectives import headers, shared
 from aiocomm.collectives.algorithms import ALGORITHMS, BETWEEN_HOSTS, applicable
+from aiocomm.collectives.flight import Flight
 from aiocomm.group import Group
 from aiocomm.launch import WorkerError
 
@@ -605,6 +606,74 @@ async def test_a_rank_that_calls_differently_is_named_on_all(case: str) -> None:
     assert len(set(said)) == 1, said
     assert "rank 1 " in said[0]
     assert text in said[0]
+
+
+class Queued:
+    """A send that has not been handed to its link yet; until then `cancel` takes it back."""
+
+    def __init__(self, begin: Callable[[], Any], kind: str) -> None:
+        self.kind = kind
+        self._begin, self._begun, self._taken_back = begin, None, False
+        self._told: list[Callable[[Any], object]] = []
+
+    def go_on(self) -> None:
+        if not self._taken_back:
+            self._begun = self._begin()
+            self._begun.add_done_callback(lambda _: [tell(self) for tell in self._told])
+
+    def cancel(self) -> None:
+        self._taken_back = self._begun is None
+        if self._taken_back:
+            for tell in self._told:
+                tell(self)
+
+    def add_done_callback(self, tell: Callable[[Any], object]) -> None:
+        self._told.append(tell)
+
+    def done(self) -> bool:
+        return self._taken_back or (self._begun is not None and self._begun.done())
+
+    def cancelled(self) -> bool:
+        return self._taken_back
+
+    def exception(self) -> Any:
+        return self._begun.exception()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_who_has_heard_all_still_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 finds the difference while its header to rank 1 waits for the link: rank 1 hears it, too."""
+    queued: list[Queued] = []
+    give_up = Flight._give_up
+
+    async def giving_up(self: Flight, error: BaseException) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(give_up, self, error)
+            await anyio.wait_all_tasks_blocked()
+            while self._group.rank == 2 and queued:
+                queued.pop().go_on()
+
+    monkeypatch.setattr(Flight, "_give_up", giving_up)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        if comm.rank == 2:
+            send = comm._send
+
+            def later(data: Any, peer: int, *more: Any) -> Any:
+                if peer != 1:
+                    return send(data, peer, *more)
+                monkeypatch.setattr(comm, "_send", send)
+                queued.append(Queued(lambda: send(data, peer, *more), "send"))
+                return queued[0]
+
+            monkeypatch.setattr(comm, "_send", later)
+        with pytest.raises(aiocomm.UsageError, match="rank 1 "):
+            await comm.broadcast(F4.copy(), int(comm.rank == 1))
+
+    with anyio.fail_after(10):
+        async with world(3, warmup=True) as members:
+            await everyone(members, rank)
+    assert not queued
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

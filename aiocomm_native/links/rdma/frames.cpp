@@ -181,7 +181,7 @@ bool RdmaPeer::deliver(const std::byte* data, size_t length) {
     wrong = "unknown frame kind";
   else if (header.kind == FrameKind::heartbeat || (header.kind == FrameKind::data && header.meta_bytes))
     wrong = "a frame that does not belong here";
-  else if (header.meta_bytes > kMaxMeta || header.payload_bytes > 4096 ||
+  else if (header.meta_bytes > kMaxMeta || header.meta_bytes + header.payload_bytes > kMaxMeta + 4096 ||
            length != nbytes + header.meta_bytes + header.payload_bytes)
     wrong = "a frame of another length than it says";
   else if (prefix.consumed - consumed_there_ > sent_ - consumed_there_)
