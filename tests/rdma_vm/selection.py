@@ -4,7 +4,7 @@
 # on trio, too, which has its own way of it. README.md has the command for all of it on all loops.
 # Loops that spin have a way of their own for small messages: some of what test_spinning has.
 _SPINNING = "test_spinning and (random_traffic or both_directions_at_once or cancelling_the_task)"
-_LINKS = ("messages", "cancel", "onesided", "shared_arrays", "spinning")
+_LINKS = ("messages", "cancel", "onesided", "shared_arrays", "spinning", "calls")
 SELECTED = f"(guest or (rdma and (asyncio or (trio and test_cancel) or ({_SPINNING}))))"
 ARGUMENTS = (
     "-v",
