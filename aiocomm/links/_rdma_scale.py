@@ -19,7 +19,9 @@ CREDITS: Final = 32
 MAX_SLOTS: Final = 4096
 """Receive slots of a rail: from there on peers share them."""
 FRAME_DEPTH: Final = 128
-BULK_DEPTH: Final = 128
+BULK_DEPTH: Final = 160
+PIECES_NBYTES: Final = 8 * 16
+"""Of the pieces of memory that one request of bulk may be about."""
 IMMEDIATES: Final = 4096
 """Receives without memory that are posted per rail, for writes with immediate."""
 INLINE_NBYTES: Final = 512
@@ -91,7 +93,7 @@ def cost(world: int, connected: int | None = None, rails: int = 2) -> Cost:
         raise ValueError(f"{peers} of {others} peers over {rails} rails")
     slots = min(peers * CREDITS, MAX_SLOTS)
     frame_queue = FRAME_DEPTH * (REQUEST_NBYTES + INLINE_NBYTES)
-    per_peer_queues = 2 * frame_queue + BULK_DEPTH * REQUEST_NBYTES
+    per_peer_queues = 2 * frame_queue + BULK_DEPTH * (REQUEST_NBYTES + PIECES_NBYTES)
     shared_queues = (MAX_SLOTS + IMMEDIATES + 3 * COMPLETIONS) * REQUEST_NBYTES
     frames = -(-others // CARDS_PER_FRAME)
     told = others * CARD_NBYTES + frames * (HEADER_NBYTES + TAG_NBYTES)

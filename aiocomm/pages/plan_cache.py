@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PlanCache"]
 
 T = TypeVar("T")
+_MOST_PAGES: Final = 1 << 20  # in the lists of all plans that are kept: each takes some 100 bytes of a plan
 
 
 class PlanCache(Generic[T]):
@@ -34,6 +35,7 @@ class PlanCache(Generic[T]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._plans: OrderedDict[Any, tuple[Integers, Integers, T]] = OrderedDict()
+        self._pages = 0  # in the lists of all
         self._lock = threading.Lock()
         self.hits = 0
 
@@ -49,18 +51,24 @@ class PlanCache(Generic[T]):
             return found[2]
 
     def keep(self, source: Layout, give: Integers, target: Layout, take: Integers, plan: T) -> None:
-        """Keep a plan instead of the one that was not used for longest."""
+        """Keep a plan instead of those that were not used for longest: as many as it takes, but itself."""
         key = _key(source, give, target, take)
         with self._lock:
+            self._drop(self._plans.pop(key, None))
             self._plans[key] = give.copy(), take.copy(), plan
-            self._plans.move_to_end(key)
-            while len(self._plans) > self._most:
-                self._plans.popitem(last=False)
+            self._pages += len(give) + len(take)
+            while len(self._plans) > self._most or (self._pages > _MOST_PAGES and len(self._plans) > 1):
+                self._drop(self._plans.popitem(last=False)[1])
+
+    def _drop(self, kept: tuple[Integers, Integers, T] | None) -> None:
+        if kept is not None:
+            self._pages -= len(kept[0]) + len(kept[1])
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
             self._plans.clear()
+            self._pages = 0
 
 
 def _key(source: Layout, give: Integers, target: Layout, take: Integers) -> tuple[Any, ...]:

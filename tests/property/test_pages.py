@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiocomm.errors import UsageError
-from aiocomm.pages import Pages, planner
+from aiocomm.pages import Pages, plan_cache, planner
 from aiocomm.pages.planner import Copies, page_list, plan
 from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
 from aiocomm_native import _core
@@ -159,6 +159,30 @@ def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists() -> 
     third = plan(kv.planes([0]).layout, give, kv.planes([0]).layout, other)
     assert planner._kept.hits == hits + 1
     assert not np.array_equal(third.source, first.source) or not np.array_equal(third.target, first.target)
+
+
+def test_plans_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For so many plans, and for so many pages in all of them: a longer list takes the room of several."""
+    monkeypatch.setattr(plan_cache, "_MOST_PAGES", 1000)
+    layout, kept = pages(5000, 16).layout, plan_cache.PlanCache[int](5)
+
+    def found() -> list[int | None]:
+        return [kept.find(layout, np.arange(n), layout, np.arange(n)) for n in sizes]
+
+    sizes = [10, 20, 30, 40, 50, 60]
+    for n in sizes:
+        kept.keep(layout, np.arange(n), layout, np.arange(n), n)
+        kept.keep(layout, np.arange(n), layout, np.arange(n), n)  # once more takes no more room
+    assert found() == [None, 20, 30, 40, 50, 60]
+    kept.keep(layout, np.arange(400), layout, np.arange(400), 400)
+    assert found() == [None, None, None, None, None, 60]
+    kept.keep(layout, np.arange(900), layout, np.arange(900), 900)
+    assert found() == [None] * 6
+    assert kept.find(layout, np.arange(900), layout, np.arange(900)) == 900
+    kept.clear()
+    kept.keep(layout, np.arange(400), layout, np.arange(400), 400)
+    kept.keep(layout, np.arange(50), layout, np.arange(50), 50)
+    assert kept.find(layout, np.arange(400), layout, np.arange(400)) == 400
 
 
 @pytest.mark.anyio

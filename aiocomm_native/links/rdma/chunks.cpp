@@ -16,9 +16,10 @@ namespace aiocomm::rdma {
 namespace {
 constexpr uint32_t kLaunchBits = 12;
 constexpr uint32_t kQuiet = 64;  // chunks for which nobody is woken; each uses up a receive of the peer's
-// In flight on a lane: half of what its queues have room for, so that those of another that has failed find room, too.
-constexpr uint32_t kLaneRequests = Rail::kBulkDepth / 2;
 constexpr uint32_t kRowRequests = 16;  // posted together
+// In flight on a lane, before the last that are posted together: of what its queues have room for, half is for those of
+// another lane that has failed.
+constexpr uint32_t kLaneRequests = Rail::kBulkDepth / 2 - kRowRequests;
 }  // namespace
 
 Lane* RdmaPeer::best_lane(uint64_t nbytes, int node) {

@@ -121,7 +121,7 @@ class Rail final : public Pollable {
  public:
   static constexpr uint32_t kSlotBytes = 8448;
   static constexpr uint32_t kCredits = 32;  // slots per peer
-  static constexpr uint32_t kFrameDepth = 4 * kCredits, kBulkDepth = 128;
+  static constexpr uint32_t kFrameDepth = 4 * kCredits, kBulkDepth = 160;
   static constexpr uint32_t kMaxSlots = 4096, kImmediates = 4096;
   static constexpr int kLookMs = 20;
 
