@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._device import NO_STREAM, itemsize_of, part_of
 from aiocomm._operations import on_gpu
+from aiocomm.collectives import hierarchical
 from aiocomm.collectives.arrays import MEAN, check_operator
 from aiocomm.collectives.kernels import check_budget, device_of, kernels_of
 from aiocomm.errors import LinkError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiocomm._device import Description
     from aiocomm._operations import Operations
     from aiocomm.collectives.kernels import Kernels, Scratch
@@ -44,6 +47,7 @@ _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything
 _KERNEL_BYTES: Final = 8 << 20  # of two ranks' arrays, up to which few multiprocessors beat the copy engines
 _MANY_SMS: Final = 16
+_BY_HOST: Final = ("all_gather", "reduce", "reduce_scatter", "all_reduce")  # a chain crosses once by itself
 _REDUCTIONS: Final = ("reduce", "reduce_scatter", "all_reduce")
 SM_BUDGET: Final = 8
 
@@ -147,10 +151,20 @@ def flat(comm: Operations, x: Any, name: str, writable: bool, stream: Any) -> Gp
     return GpuArray(described)
 
 
-def choose(operation: str, size: int, nbytes: int) -> str:
-    """The algorithm for GPUs that reach each other directly; every rank chooses alike."""
+def choose(operation: str, size: int, nbytes: int, hosts: Sequence[int] = ()) -> str:
+    """The algorithm for GPUs; every rank chooses alike.
+
+    On each host they reach each other directly. Between hosts bytes should go once: adapters have a tenth of
+    the rate.
+
+    Args:
+        nbytes: of the whole vector: all blocks together, for all_to_all those of one rank.
+        hosts: a number for the host of each rank, where there are several.
+    """
     if operation == "all_reduce" and nbytes <= _ONE_SHOT:
         return "one_shot"
+    if operation in _BY_HOST and nbytes > _ONE_SHOT and hierarchical.useful(hosts):
+        return "hierarchical"
     if operation == "broadcast" and size > 2 and nbytes * (size - 1) >= _CHAIN_FROM:
         return "chain"
     return "direct"

@@ -126,7 +126,7 @@ def find_plan(
     if found is None:
         chosen = algorithm
         if chosen is None and on_gpu:
-            chosen = gpu.choose(operation, group.size, nbytes)
+            chosen = gpu.choose(operation, group.size, nbytes, group.hosts)
         elif chosen is None:
             chosen = cost.choose(operation, group.size, nbytes, group.link, group.hosts, among)
         eager = not vector and not on_gpu and group.size <= headers.DIRECT_MEMBERS

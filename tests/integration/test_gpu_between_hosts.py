@@ -19,6 +19,7 @@ from gpu_experts import layer, on_gpu
 from harness import all_call, world
 
 import aiocomm
+from aiocomm.group import Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,6 +162,47 @@ async def test_collectives(link: str, size: int, count: int) -> None:
 
 
 @NEEDS_HEADERS
+@pytest.mark.parametrize("hosts", [(0, 0, 1, 1), (0, 1, 0, 0)])
+@pytest.mark.parametrize("algorithm", [None, "hierarchical"])
+async def test_groups_on_several_hosts_go_by_host(
+    link: str, hosts: tuple[int, ...], algorithm: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is large crosses the network once; what is small goes directly unless it is asked for."""
+    monkeypatch.setattr(Group, "hosts", hosts)
+    async with members(link, 4) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            rank = comm.rank
+            for count in (3, 300_001):
+                blocks = [
+                    np.random.default_rng(r).integers(1, 4, 4 * count).astype(np.float32) for r in range(4)
+                ]
+                total = np.sum(blocks, axis=0)
+                mine = on_gpu(rank, blocks[rank])
+                every = on_gpu(rank, np.zeros(16 * count, np.float32))
+                await comm.all_gather(every, mine, algorithm=algorithm)
+                assert np.array_equal(every.numpy(), np.concatenate(blocks))
+                own = on_gpu(rank, np.zeros(count, np.float32))
+                await comm.reduce_scatter(own, mine, algorithm=algorithm)
+                assert np.array_equal(own.numpy(), total[rank * count :][:count])
+                summed = on_gpu(rank, blocks[rank])
+                await comm.reduce(summed, 2, algorithm=algorithm)
+                assert rank != 2 or np.array_equal(summed.numpy(), total)
+                for _ in range(2):
+                    summed = on_gpu(rank, blocks[rank])
+                    await comm.all_reduce(summed, algorithm=algorithm)
+                    assert np.array_equal(summed.numpy(), total)
+                given = on_gpu(rank, blocks[rank])
+                await comm.broadcast(given, 3, algorithm=algorithm)
+                assert np.array_equal(given.numpy(), blocks[3])
+
+        await all_call(comms, call)
+        calls = comms[0].statistics().collectives
+        for operation in ("all_gather", "reduce_scatter", "reduce", "all_reduce"):
+            assert calls[f"{operation}/hierarchical"] > 0
+        assert ("all_reduce/one_shot" in calls) == (algorithm is None)
+
+
 async def test_nothing_stays_registered(link: str) -> None:
     async with members(link, 2) as comms:
 
