@@ -254,8 +254,9 @@ class Flight:
             self._scope.abort(self._number, error)
         self._over = True
         self._listen()
-        headers = [one for (is_header, _), one in self._flying.items() if is_header and one.kind == "send"]
-        kept = set(headers) if differs else set()  # the others have yet to hear what differs
+        kept = set()
+        if differs:  # the others have yet to hear what
+            kept = {one for (header, _), one in self._flying.items() if header and one.kind == "send"}
         for transfer in list(self._flying.values()):
             if transfer not in kept:
                 transfer.cancel()

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -37,69 +36,65 @@ bool add(Cover& cover, bool first, int64_t at, int64_t step, int64_t count, int6
   return true;
 }
 
-std::shared_ptr<PlacedRows> placed_rows(const Integers& from, const Integers& from_step, const Integers& to,
-                                        const Integers& to_step, const Integers& nbytes,
-                                        const Integers& count) {
-  for (const Integers* one : {&from_step, &to, &to_step, &nbytes, &count})
-    if (one->size() != from.size()) throw nb::value_error("lists of one length");
+// `at(i)` is (from, from_step, to, to_step, nbytes, count).
+template <class At>
+std::shared_ptr<PlacedRows> placed(size_t size, At at) {
   auto made = std::make_shared<PlacedRows>();
-  const size_t size = from.size();
-  const int64_t *at = from.data(), *at_step = from_step.data(), *into = to.data(),
-                *into_step = to_step.data(), *bytes = nbytes.data(), *times = count.data();
   bool good = true;
   {
     nb::gil_scoped_release release;
-    for (size_t i = 0; i < size && good; ++i)
-      good = bytes[i] > 0 && bytes[i] < kMost && times[i] > 0 && times[i] < kMost &&
-             add(made->from, i == 0, at[i], at_step[i], times[i], bytes[i]) &&
-             add(made->to, i == 0, into[i], into_step[i], times[i], bytes[i]);
-    if (good) {
-      made->list.reserve(size);
-      for (size_t i = 0; i < size; ++i)
-        made->list.add({static_cast<uint64_t>(at[i]) - made->from.low,
-                        static_cast<uint64_t>(into[i]) - made->to.low, at_step[i], into_step[i],
-                        static_cast<uint64_t>(bytes[i]), static_cast<uint64_t>(times[i])});
-      made->count = std::accumulate(times, times + size, uint64_t{0});
+    for (size_t i = 0; i < size && good; ++i) {
+      const auto [from, from_step, to, to_step, nbytes, count] = at(i);
+      good = nbytes > 0 && nbytes < kMost && count > 0 && count < kMost &&
+             add(made->from, i == 0, from, from_step, count, nbytes) &&
+             add(made->to, i == 0, to, to_step, count, nbytes);
+    }
+    if (good) made->list.reserve(size);
+    for (size_t i = 0; i < size && good; ++i) {
+      const auto [from, from_step, to, to_step, nbytes, count] = at(i);
+      made->list.add({static_cast<uint64_t>(from) - made->from.low, static_cast<uint64_t>(to) - made->to.low,
+                      from_step, to_step, static_cast<uint64_t>(nbytes), static_cast<uint64_t>(count)});
+      made->count += static_cast<uint64_t>(count);
     }
   }
   if (!good) throw nb::value_error("rows that reach out of any memory");
   return made;
 }
 
+std::shared_ptr<PlacedRows> placed_rows(const Integers& from, const Integers& from_step, const Integers& to,
+                                        const Integers& to_step, const Integers& nbytes,
+                                        const Integers& count) {
+  for (const Integers* one : {&from_step, &to, &to_step, &nbytes, &count})
+    if (one->size() != from.size()) throw nb::value_error("lists of one length");
+  return placed(from.size(),
+                [at = from.data(), at_step = from_step.data(), into = to.data(), into_step = to_step.data(),
+                 bytes = nbytes.data(), times = count.data()](size_t i) {
+                  return std::tuple(at[i], at_step[i], into[i], into_step[i], bytes[i], times[i]);
+                });
+}
+
 // Of ranges that are contiguous on the far side: where each begins there, its first row, and where these are here.
 std::shared_ptr<PlacedRows> rows_of_ranges(const Integers& far, const Integers& first, const Integers& near,
                                            const Integers& nbytes, bool at_target) {
   const size_t size = near.size();
-  bool good = nbytes.size() == size && first.size() == far.size() + 1 &&
-              first.data()[far.size()] == static_cast<int64_t>(size) && first.data()[0] == 0;
-  auto made = std::make_shared<PlacedRows>();
-  {
-    nb::gil_scoped_release release;
-    Cover here, there;
-    made->list.reserve(size);
-    made->count = size;
-    for (int turn = 0; turn < 2; ++turn)  // their covers first, from which they count
-      for (size_t range = 0; range < far.size() && good; ++range) {
-        int64_t at = far.data()[range];
-        const int64_t begin = first.data()[range], end = first.data()[range + 1];
-        good = 0 <= begin && begin <= end && end <= static_cast<int64_t>(size);
-        for (int64_t row = begin; row < end && good; ++row) {
-          const int64_t close = near.data()[row], length = nbytes.data()[row];
-          good = length > 0 && length < kMost && add(here, row == 0 && !turn, close, 0, 1, length) &&
-                 add(there, row == 0 && !turn, at, 0, 1, length);
-          if (turn && good) {
-            const uint64_t a = static_cast<uint64_t>(close) - here.low,
-                           b = static_cast<uint64_t>(at) - there.low;
-            made->list.add({at_target ? a : b, at_target ? b : a, 0, 0, static_cast<uint64_t>(length), 1});
-          }
-          at += length;
-        }
-      }
-    made->from = at_target ? here : there;
-    made->to = at_target ? there : here;
+  if (nbytes.size() != size || first.size() != far.size() + 1)
+    throw nb::value_error("lists that do not fit together");
+  std::vector<int64_t> there(size);
+  size_t row = 0;
+  for (size_t range = 0; range < far.size(); ++range) {
+    if (first.data()[range] != static_cast<int64_t>(row) || first.data()[range + 1] < first.data()[range] ||
+        static_cast<size_t>(first.data()[range + 1]) > size)
+      throw nb::value_error("lists that do not fit together");
+    for (int64_t at = far.data()[range]; row < static_cast<size_t>(first.data()[range + 1]); ++row) {
+      there[row] = at;
+      at += std::clamp(nbytes.data()[row], int64_t{0}, kMost);
+    }
   }
-  if (!good) throw nb::value_error("ranges that reach out of any memory");
-  return made;
+  if (row != size) throw nb::value_error("lists that do not fit together");
+  const int64_t *from = at_target ? near.data() : there.data(), *to = at_target ? there.data() : near.data();
+  return placed(size, [=, bytes = nbytes.data()](size_t i) {
+    return std::tuple(from[i], int64_t{0}, to[i], int64_t{0}, bytes[i], int64_t{1});
+  });
 }
 
 using Tuple = std::tuple<uint64_t, uint64_t, int64_t, int64_t, uint64_t, uint64_t>;
@@ -156,6 +151,5 @@ void bind_rows(nb::module_& m, nb::module_& pure) {
       nb::arg("rows"), nb::arg("read"), nb::arg("offset"), nb::arg("nbytes"), nb::arg("most"),
       nb::arg("most_pieces"),
       "The same as requests of an adapter: where each begins at the peer, and its pieces (where, bytes) "
-      "here; "
-      "and their bytes.");
+      "here; and their bytes.");
 }

@@ -188,9 +188,8 @@ class Engine final : public Host, public FrameSink {
   std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
   std::vector<Op*> outgoing();     // sends and puts that have not ended
   std::string link_of(Rank rank);  // of a connected peer, else empty
-  bool takes_rows(
-      Rank rank);  // whether devices of ours move rows to and from its regions, of host memory, too
-  int process_of(Rank rank);        // whose private memory can be reached from here; -1: none
+  bool takes_rows(Rank rank);      // whether devices of ours move rows to and from its regions, also on hosts
+  int process_of(Rank rank);       // whose private memory can be reached from here; -1: none
   std::string why_lost(Rank rank);  // of a peer that is lost, or could not be connected; else empty
   uint8_t likely_link(Rank rank);   // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;

@@ -62,8 +62,7 @@ struct RemoteChunk {
   uint32_t registration = 0;  // of `local`, by Link::hold
   Location remote;
   uint64_t nbytes = 0;
-  const RowList* rows =
-      nullptr;  // of the op: its bytes from `offset` on; `local` and `remote` are where they begin
+  const RowList* rows = nullptr;  // its bytes from `offset` on; `local` and `remote` are where the rows begin
   uint64_t offset = 0;
   uint8_t cls = 0;             // of its channel
   bool has_immediate = false;  // a write that tells the peer so when it is there

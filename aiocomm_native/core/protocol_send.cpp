@@ -162,13 +162,10 @@ Post Engine::send_message(Op& op, Peer& peer) {
 }
 
 Post Engine::send_put(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) {
-    Hold direct = reach(op, peer, Access::local);
-    if (direct == Hold::pending) return Post::again;
-    if (op.rows && !by_key(op, peer)) return not_by_rows(op);
-  }
+  const bool by_adapters = peer.link->takes_offers();
+  if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && !op.gpu) return not_by_rows(op);
+  if (op.rows && (by_adapters || !op.gpu)) return not_by_rows(op);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -215,13 +212,10 @@ Post Engine::send_put(Op& op, Peer& peer) {
 }
 
 Post Engine::send_get(Op& op, Peer& peer) {
-  if (op.gpu && peer.link->takes_offers()) {
-    Hold direct = reach(op, peer, Access::local);
-    if (direct == Hold::pending) return Post::again;
-    if (op.rows && !by_key(op, peer)) return not_by_rows(op);
-  }
+  const bool by_adapters = peer.link->takes_offers();
+  if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && !op.gpu) return not_by_rows(op);
+  if (op.rows && (by_adapters || !op.gpu)) return not_by_rows(op);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;

@@ -77,10 +77,12 @@ void RdmaPeer::launch(uint32_t index, Lane& lane) {
   chunk.posted_ns = host_.now();
   chunk.parked = false;
   ++chunk.launches;
-  if (!chunk.of.rows) return hand_over(work_of(index, lane), lane, 1);
   chunk.handed = 0;
   chunk.posted.clear();
-  post_rows(index, lane);
+  if (chunk.of.rows)
+    post_rows(index, lane);
+  else
+    hand_over(chunk, work_of(index, lane), lane);
 }
 
 // As many as there is room for, and at least some: with the end of those the next follow.
@@ -93,11 +95,8 @@ void RdmaPeer::post_rows(uint32_t index, Lane& lane) {
     work.rows = requests_of(*of.rows, of.read, of.offset + chunk.handed, of.nbytes - chunk.handed, work.local,
                             work.remote, kRowRequests, lane.rail.most_pieces(of.read));
     work.nbytes = static_cast<uint32_t>(work.rows.nbytes);
-    chunk.handed += work.nbytes;
-    if (chunk.handed < of.nbytes && of.has_immediate) work.opcode = IBV_WR_RDMA_WRITE;
-    const auto requests = static_cast<uint32_t>(work.rows.requests.size());
-    chunk.posted.push_back({requests, work.nbytes});
-    hand_over(std::move(work), lane, requests);
+    if (chunk.handed + work.nbytes < of.nbytes && of.has_immediate) work.opcode = IBV_WR_RDMA_WRITE;
+    hand_over(chunk, std::move(work), lane);
   }
 }
 
@@ -123,7 +122,10 @@ Work RdmaPeer::work_of(uint32_t index, Lane& lane) const {
   return work;
 }
 
-void RdmaPeer::hand_over(Work&& work, Lane& lane, uint32_t requests) {
+void RdmaPeer::hand_over(Chunk& chunk, Work&& work, Lane& lane) {
+  const auto requests = static_cast<uint32_t>(std::max<size_t>(1, work.rows.requests.size()));
+  chunk.posted.push_back({requests, work.nbytes});
+  chunk.handed += work.nbytes;
   if (lane.outstanding.fetch_add(1, std::memory_order_relaxed) == 0)
     lane.last_sign_ns.store(host_.now(), std::memory_order_relaxed);
   lane.requests += requests;
@@ -147,14 +149,11 @@ void RdmaPeer::chunk(Lane& lane, uint32_t which, int error) {
         lane.rail.name() + (done.refused ? ": the peer refuses access to its memory" : ": a transfer failed"),
         done.refused || error == ECONNRESET ? Loss::pairs : Loss::path);
   }
-  const RowsPosted part = done.of.rows ? done.posted.front() : RowsPosted{1, done.of.nbytes};
-  lane.requests -= part.requests;
-  lane.bytes -= part.nbytes;
-  if (done.of.rows) {
-    done.posted.pop_front();
-    post_rows(index, lane);
-    if (!done.posted.empty()) return;
-  }
+  lane.requests -= done.posted.front().requests;
+  lane.bytes -= done.posted.front().nbytes;
+  done.posted.pop_front();
+  if (done.of.rows) post_rows(index, lane);
+  if (!done.posted.empty()) return;
   uint64_t now = host_.now();
   uint64_t elapsed = now - std::max(done.posted_ns, link_.last_done_ns);
   link_.last_done_ns = now;

@@ -121,7 +121,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     uint32_t nbytes = 0;  // or errno
     std::string reason;
   };
-  struct RowsPosted {
+  struct Posted {
     uint32_t requests = 0;
     uint64_t nbytes = 0;
   };
@@ -130,9 +130,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
     Keys local, remote;
     uint32_t lane = 0;
     uint64_t posted_ns = 0;
-    uint64_t handed = 0;            // bytes of rows that were posted
-    std::deque<RowsPosted> posted;  // of those the parts that are in flight
-    uint32_t launches = 0;          // so that word of an earlier one is told from that of the latest
+    uint64_t handed = 0;        // bytes that were posted
+    std::deque<Posted> posted;  // of those the parts that are in flight; without rows there is one
+    uint32_t launches = 0;      // so that word of an earlier one is told from that of the latest
     bool busy = false;
     bool parked = false;   // its lane has failed
     bool refused = false;  // by the peer's device: told when the peer is known to live
@@ -162,7 +162,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void launch(uint32_t index, Lane& lane);
   void post_rows(uint32_t index, Lane& lane);
   Work work_of(uint32_t index, Lane& lane) const;
-  void hand_over(Work&& work, Lane& lane, uint32_t requests);
+  void hand_over(Chunk& chunk, Work&& work, Lane& lane);
   void finish(uint32_t index, int error, uint64_t elapsed_ns);
   Lane* best_lane(uint64_t nbytes, int node);
   Lane* nearest_lane();  // to the memory of frames
