@@ -295,6 +295,11 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             self._left.discard(peer.rank)
         self._peers[peer.rank] = peer
         self._ranks = max(self._ranks, peer.rank + 1)
+        self._tell_scopes(peer.rank)
+
+    def _tell_scopes(self, rank: int) -> None:
+        for scope in list(self._scopes):
+            scope.look_for(rank)
 
     def _on_control_event(self, event: Event) -> None:
         self._told.append(event)
@@ -319,6 +324,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             peer = self._peers.get(event.rank)
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = replace(peer, alive=False)
+                self._tell_scopes(event.rank)
         self._log(self._rank, event)
         self._events.publish(event)
 

@@ -36,6 +36,7 @@ class Group(Collectives, ExpertOperations):
         self._ranks = tuple(ranks)
         self._rank = self._ranks.index(comm.rank)
         self._size = len(self._ranks)
+        self._incarnations = [comm._generation_of(rank) for rank in self._ranks]
         self._digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
         self._scopes: dict[str, Scope] = {}
         self._expert_scopes: dict[str, tuple[Scope, int]] = {}
@@ -180,7 +181,7 @@ class Group(Collectives, ExpertOperations):
             comm._refuse()
         self._shrinks += 1
         epoch = self._shrinks
-        alive = [r for r in self._ranks if r == comm.rank or comm._peers[r].alive]
+        alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
         index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
         left = await agree(comm, index, self._ranks, alive, epoch, deadline)
         return Group(comm, left, f"shrink {self._digest} {epoch} {left}")
@@ -209,6 +210,17 @@ class Group(Collectives, ExpertOperations):
             bulk = open_channel(f"\0rows {self._digest} {name}", int(priority), weight)
             found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
         return found
+
+    def _is_member(self, rank: int) -> bool:
+        """Whether who has a rank of the group now is who had it when the group was made."""
+        return self._comm._generation_of(rank) == self._incarnations[self._ranks.index(rank)]
+
+    def _is_lost(self, rank: int) -> bool:
+        """Whether a member is gone without having said goodbye, or has been replaced."""
+        comm = self._comm
+        if rank == comm.rank or rank not in self._ranks:
+            return False
+        return not self._is_member(rank) or not (comm._peers[rank].alive or rank in comm._left)
 
     def _check(self, channel: Channel | None) -> None:
         comm = self._comm

@@ -74,6 +74,12 @@ class Flight:
         self._quit.add(source)
         self._gate.ring()
 
+    def lose(self, rank: int) -> None:
+        """A rank of the world is lost: the others may not call any more, as far as they have not."""
+        if self._header_error is None:
+            self._header_error = PeerLostError(f"{self._group.name_of(rank)} is gone", rank)
+        self._gate.ring()
+
     # ------------------------------------------------------------ hooks
 
     def _header_ended(self, index: int) -> None:

@@ -1,7 +1,9 @@
 """One group on one channel: its native channel, its numbered calls, and news of calls that failed elsewhere.
 
 Calls are numbered as they begin; the number is part of every message's tag, so calls that overlap do not mix.
-A rank whose call fails tells the others, who may be waiting for a rank that waited for it.
+A rank whose call fails tells the others, who may be waiting for a rank that waited for it. Once a member is
+lost, the others may go on without this group: what waits for them to call fails, although all that the lost
+one had to send has come.
 """
 
 from __future__ import annotations
@@ -63,9 +65,12 @@ class Scope:
         self.shared: dict[Any, Shared | DeviceShared | None] = {}  # by the shape, likewise
         self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
         self.closed = False  # in the middle of a call
+        self._lost: tuple[int, int] | None = None  # a member, and the last call that does not fail for that
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)
         comm._scopes.add(self)
+        for rank in group.ranks:
+            self.look_for(rank)
         self.place: Place | None = None  # of the arena, once a call may go through it
         self._listen()
 
@@ -79,15 +84,32 @@ class Scope:
         if (error := self._failed.pop(number, None)) is not None:
             raise error
         if call is not None:
-            self.calls[number] = call
+            self.enter(number, call)
         return number
 
     def enter(self, number: int, call: Flight) -> None:
-        """Enter a call that was numbered without one, and tell it what was heard of it meanwhile."""
+        """Enter a call that was numbered, and tell it what has been heard of it, or concerns it."""
         self.calls[number] = call
+        if self._lost is not None and number > self._lost[1]:
+            call.lose(self._lost[0])
         for about, error, source in self._missed:
             if about == number:
                 call.abort(error, source)
+
+    def look_for(self, rank: int) -> None:
+        """Take notice of a rank of the world of which there is news: it may be a member that is lost."""
+        if self.group._is_lost(rank):
+            self.lose(rank)
+
+    def lose(self, rank: int, after: int = 0) -> None:
+        """A member is lost: calls after this one fail, unless all members are known to have called them."""
+        if rank not in self.group.ranks:
+            return
+        if self._lost is None or after < self._lost[1]:
+            self._lost = rank, after
+        for number, call in list(self.calls.items()):
+            if number > after:
+                call.lose(rank)
 
     def scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a call, not cleared; to be given back."""
@@ -110,7 +132,7 @@ class Scope:
         self._device_spare[memory.device].append(memory)
 
     def abort(self, number: int, error: BaseException) -> None:
-        """Tell the other members that a call has failed here."""
+        """Tell the other members that a call has failed here, also one that only another rank has lost."""
         why, lost = headers.Why.OTHER, -1
         if isinstance(error, DeadlineExceeded):
             why = headers.Why.DEADLINE
@@ -119,7 +141,7 @@ class Scope:
         text = str(error) if isinstance(error, AiocommError) else "cancelled"
         comm, message = self.comm, headers.abort_message(number, why, lost, text)
         for rank in self.group.ranks:
-            if rank not in (comm.rank, lost) and not comm.closed:
+            if rank != comm.rank and not comm.closed:
                 told = comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
                 told.add_done_callback(_look_away)
 
@@ -196,6 +218,8 @@ class Scope:
             self._missed.append((number, error, source))  # of a call that is being begun, maybe
         elif len(self._failed) < _REMEMBERED:
             self._failed[number] = error
+        if why is headers.Why.LOST:
+            self.lose(lost, number)
 
 
 def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> int | None:

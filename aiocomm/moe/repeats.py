@@ -88,6 +88,9 @@ class _Underway:
     def abort(self, error: AiocommError, source: int) -> None:
         self.told.append((error, source))
 
+    def lose(self, rank: int) -> None:
+        """See `Flight.lose`: the call that goes on hears of it as it is entered."""
+
 
 class _Repeat:
     """What repeats of one form have in common."""
@@ -137,7 +140,7 @@ class _Repeat:
     def _hand_over(self, call: Any, begun: Any, under: _Underway) -> Begun:
         """Let a call go on with what was begun: its number, its memory for messages, and the outcome."""
         number, slots, outcome = begun
-        self._scope.calls[number] = call
+        self._scope.enter(number, call)
         call.take_over(number, slots, outcome)
         for error, source in under.told:
             call.abort(error, source)

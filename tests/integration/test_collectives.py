@@ -654,6 +654,7 @@ async def test_who_has_heard_all_still_tells_the_others(monkeypatch: pytest.Monk
                 queued.pop().go_on()
 
     monkeypatch.setattr(Flight, "_give_up", giving_up)
+    monkeypatch.setattr(Flight, "_linger", lambda self: self._gate.rung)  # only of the engine's
 
     async def rank(comm: aiocomm.Communicator) -> None:
         if comm.rank == 2:
