@@ -31,7 +31,7 @@ __all__ = ["LINGER_S", "Flight"]
 
 LINGER_S: Final = 1e-4  # that is looked for news before the task is suspended, at most
 _BREATH_S: Final = 1e-3  # of that, after which other tasks get a turn
-_EXPLANATION_S: Final = 0.25  # that a peer's reason for giving up may come after its cancelled transfers
+_EXPLANATION_S: Final = 1.0  # that a peer's reason for giving up may come after its cancelled transfers
 
 
 class Flight:
@@ -211,7 +211,8 @@ class Flight:
 
     async def _wait(self) -> None:
         """Return when there is news."""
-        if not (self._judged and self._data_error is not None):
+        error = self._data_error if self._judged else self._header_error
+        if error is None:
             await self._news()
             return
         self._listen()
@@ -219,13 +220,13 @@ class Flight:
         with anyio.move_on_after(_EXPLANATION_S):
             await self._gate.wait()
             return
-        raise self._data_error
+        raise error
 
     # ------------------------------------------------------------ failures
 
     def _raise_header_trouble(self) -> None:
         """While headers are missing, what is known to be wrong."""
-        if self._header_error is not None:
+        if self._header_error is not None and not isinstance(self._header_error, TransferCancelled):
             raise self._explained(self._header_error)
         if self._aborted is not None:
             raise self._explained(self._aborted)

@@ -119,7 +119,7 @@ class Exchange(Flight):
                     self._settle_sends()
                     if self._wanted:
                         self._raise_header_trouble()
-                        await self._news()
+                        await self._wait()
                 self._for_heads = False
                 if not await self._receive_quickly():
                     self._heads = {peer: Head.unpack(self._slot(peer)) for peer in self._others()}

@@ -15,6 +15,7 @@ import pytest
 from harness import all_call, until, world
 
 import aiocomm
+from aiocomm.collectives import flight
 from aiocomm.launch import WorkerError
 
 if TYPE_CHECKING:
@@ -159,3 +160,56 @@ async def test_one_that_comes_back_is_not_the_member_it_was(child: Callable[...,
     await all_call(members, make)  # with the new one
     for comm in members[::-1]:
         await comm.aclose()
+
+
+class Withdrawn:
+    """A transfer that its peer has cancelled."""
+
+    kind = "recv"
+
+    def done(self) -> bool:
+        return True
+
+    def cancelled(self) -> bool:
+        return False
+
+    def exception(self) -> BaseException:
+        return aiocomm.TransferCancelled("the peer cancelled its side")
+
+
+@pytest.mark.parametrize("explained", [True, False])
+@pytest.mark.parametrize("what", ["all_reduce", "dispatch"])
+async def test_why_comes_after_what_was_withdrawn(
+    what: str, explained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank's word of why it gave a call up may come after its transfers have ended."""
+    if not explained:
+        monkeypatch.setattr(flight, "_EXPLANATION_S", 0.0)
+    async with world(2, warmup=True) as (comm, other):
+
+        async def call() -> None:
+            groups.append(await comm.group([0, 1]))
+            said = "rank 1 gave the call up: cancelled" if explained else "the peer cancelled its side"
+            with pytest.raises(aiocomm.TransferCancelled, match=said):
+                await _call(groups[0], what)
+
+        groups: list[aiocomm.Group] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            group = await other.group([0, 1])
+            await until(lambda: groups)
+            mine, theirs = (
+                one._expert_scope(None)[0] if what == "dispatch" else one._scope(None)
+                for one in (groups[0], group)
+            )
+            await until(lambda: mine.calls)
+            ((number, begun),) = mine.calls.items()
+            key = (True, 1)  # the header of rank 1
+            await until(lambda: key in begun._flying)
+            receive, begun._flying[key] = begun._flying[key], Withdrawn()  # type: ignore[assignment]
+            begun._ended(key, begun._flying[key])
+            receive.cancel()
+            await anyio.lowlevel.checkpoint()
+            if explained:
+                assert number in mine.calls
+                theirs.abort(number, anyio.get_cancelled_exc_class()())
