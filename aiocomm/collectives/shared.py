@@ -25,7 +25,7 @@ from aiocomm.collectives.flight import Flight
 from aiocomm.collectives.quick import operator_of
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv
-from aiocomm.errors import DeadlineExceeded, LinkError, TransferCancelled
+from aiocomm.errors import DeadlineExceeded, LinkError, PeerLostError, TransferCancelled
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class ArenaFlight(Flight):
     # ------------------------------------------------------------ news of others
 
     def _watch_others(self) -> None:
-        """Receive what is never sent: that ends where its sender is lost."""
+        """Receive what is never sent: that ends where its sender is lost, or leaves."""
         for peer in range(self._group.size):
             if peer != self._group.rank:
                 self._post(Recv, (True, peer), peer, bytearray(1), _NEVER, patient=True)
@@ -208,8 +208,11 @@ class ArenaFlight(Flight):
     def _raise_wrong(self) -> None:
         if self._aborted is not None:
             raise self._explained(self._aborted)
-        if self._header_error is not None:
-            raise self._explained(self._header_error)
+        if (error := self._header_error) is not None:
+            met = self._result != OPEN
+            if not (met and isinstance(error, PeerLostError) and error.peer in self._scope.comm._left):
+                raise self._explained(error)
+            self._header_error = None  # it had done its part
         if self._late() and self._result != OPEN:  # else the messages say who has not called
             raise self._explained(DeadlineExceeded("not done in time"))
 

@@ -14,10 +14,10 @@ import cloudpickle
 import numpy as np
 import pytest
 from fakes import secret
-from harness import BACKENDS
+from harness import BACKENDS, until, world
 
 import aiocomm
-from aiocomm.collectives.shared import NOT_MET, OPEN, TURN, Shared
+from aiocomm.collectives.shared import DONE, NOT_MET, OPEN, STUCK, TURN, Shared, SharedFlight
 from aiocomm.launch import WorkerError
 from aiocomm_native import _core
 
@@ -421,3 +421,40 @@ async def test_a_call_that_waits_for_the_end_of_the_last_one_has_its_arrays(
         first = calls[0].proceed(1e-3) if first > TURN else first
         second = calls[1].proceed(1e-3) if second > TURN else second
     assert (arrays[1] == 7).all()
+
+
+class Slow:
+    """A call that waits for a third rank until it is told to end."""
+
+    moved, error = 0, 0
+
+    def __init__(self) -> None:
+        self.result, self.looked = STUCK, 0
+
+    def proceed(self, seconds: float) -> int:
+        self.looked += 1
+        return self.result
+
+    def abandon(self) -> bool:
+        return True
+
+
+async def test_one_that_leaves_has_done_its_part() -> None:
+    async with world(2, warmup=True) as (comm, other):
+        scope = comm._members()._scope(None)
+        native: Any = Slow()
+        flight = SharedFlight(scope, "all_to_all", None, native, scope.begin(None), STUCK)
+        done: list[bool] = []
+
+        async def run() -> None:
+            done.append(await flight.run())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            await until(lambda: flight._flying)  # it watches who leaves
+            await other.aclose()
+            await until(lambda: not flight._flying)
+            looked = native.looked
+            await until(lambda: native.looked > looked + 3)
+            native.result = DONE
+        assert done == [True]
