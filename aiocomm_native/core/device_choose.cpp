@@ -335,8 +335,7 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
     return queue_move(op, Lane::peer, op.nbytes);
   }
   staged_because(peer, reach.reason);
-  gpu.role = Role::stage_out;
-  gpu.owes_moved = false;
+  gpu.role = Role::stage_out;  // `owes_moved` all the same: until bytes come the peer expects us to write
   gpu.can_pull = false;
   op.awaits_fin = true;
   stage_out(op, peer);

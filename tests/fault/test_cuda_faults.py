@@ -236,6 +236,49 @@ async def test_a_closed_gate_on_a_lost_device(simulator: Simulator) -> None:
 # ---------------------------------------------------------------- between processes
 
 
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+async def test_given_up_where_a_sender_cannot_write_after_all(simulator: Simulator, who: str) -> None:
+    """The receiver has answered with the place of its memory, which the sender cannot map after all."""
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        array = DeviceArray(NBYTES, device=1)
+        receiving = comm.recv(array, 0)
+        await comm.recv(bytearray(1), 0, tag=1)
+        if who == "receiver":
+            receiving.cancel()
+        await comm.send(b"x", 0, tag=2)
+        with pytest.raises((aiocomm.TransferCancelled, anyio.get_cancelled_exc_class())):
+            await receiving
+        await comm.send(b"x", 0, tag=3)
+        await comm.recv(array, 0)
+        await comm.send(array.numpy(), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        events = comm.events()
+        simulator.fail("cuIpcOpenMemHandle", 208, forever=True)
+        simulator.pause(0, Engine.TO_HOST)
+        data = random(NBYTES)
+        source = DeviceArray(NBYTES, device=0).write(data)
+        sent = comm.send(source, 1)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.TO_HOST)
+        if who == "sender":
+            sent.cancel()
+        await comm.send(b"x", 1, tag=1)
+        await comm.recv(bytearray(1), 1, tag=2)
+        simulator.resume(0, Engine.TO_HOST)
+        with anyio.fail_after(LIMIT_S):
+            await comm.recv(bytearray(1), 1, tag=3)
+        assert sent.cancelled() or isinstance(sent.exception(), aiocomm.TransferCancelled)
+        into = np.empty_like(data)
+        assert await outcomes(lambda: comm.send(source, 1), lambda: comm.recv(into, 1)) == [None, None]
+        assert (into == data).all()
+        simulator.heal()
+    lost = [event.reason async for event in events if isinstance(event, aiocomm.PeerLost)]
+    assert lost == ["left"]
+
+
 async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> None:
     """This process's engine is halfway into a copy to or from memory of a process that dies."""
 
