@@ -236,6 +236,27 @@ async def test_a_closed_gate_on_a_lost_device(simulator: Simulator) -> None:
 # ---------------------------------------------------------------- between processes
 
 
+async def test_memory_that_is_still_mapped_as_what_was_there_before(simulator: Simulator) -> None:
+    """What its owner has freed is closed a moment later; until then the driver maps nothing else there."""
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        array = DeviceArray(NBYTES, device=1)
+        await comm.recv(array, 0)
+        await comm.send(array.numpy(), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        simulator.fail("cuIpcOpenMemHandle", 208)
+        calls = simulator.calls("cuIpcOpenMemHandle")
+        data = random(NBYTES)
+        source, into = DeviceArray(NBYTES, device=0).write(data), np.empty_like(data)
+        assert await outcomes(lambda: comm.send(source, 1), lambda: comm.recv(into, 1)) == [None, None]
+        assert (into == data).all()
+        assert simulator.calls("cuIpcOpenMemHandle") == calls + 2
+        assert comm.links["cuda"].statistics().fallbacks == 0
+
+
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 async def test_given_up_where_a_sender_cannot_write_after_all(simulator: Simulator, who: str) -> None:
     """The receiver has answered with the place of its memory, which the sender cannot map after all."""

@@ -17,7 +17,8 @@ namespace aiocomm::cuda {
 namespace {
 constexpr int kRestFactor = 60;
 constexpr std::chrono::microseconds kLeastRest{2000}, kMostRest{20000};
-constexpr std::chrono::milliseconds kPatience{1000};
+constexpr std::chrono::milliseconds kPatience{1000}, kMoment{1};
+constexpr int kTries = 6;
 }  // namespace
 
 bool Helper::submit(std::function<void()> task) {
@@ -243,9 +244,14 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
     CUipcMemHandle handle;
     std::memcpy(handle.reserved, theirs.handle.data(), sizeof handle.reserved);
     CUdeviceptr base = 0;
-    if (attempt.tried("cuIpcOpenMemHandle",
-                      driver_.cuIpcOpenMemHandle(&base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)))
-      mapping->base = base;
+    CUresult code = CUDA_ERROR_ALREADY_MAPPED;
+    // What lay there before, and its owner has freed, is mapped until its last copy has ended and it was closed.
+    for (int tries = 0; tries < kTries && code == CUDA_ERROR_ALREADY_MAPPED; ++tries) {
+      if (tries) Reaper::of_process().wait(kPatience);
+      if (tries > 1) std::this_thread::sleep_for(kMoment);
+      code = driver_.cuIpcOpenMemHandle(&base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+    }
+    if (attempt.tried("cuIpcOpenMemHandle", code)) mapping->base = base;
   } else {
     map_blocks(attempt, *mapping, key.device, theirs, process);
   }
