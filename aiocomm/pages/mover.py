@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from aiocomm_native._core import Rows
 
     Bytes = NDArray[np.uint8]
+    Rows_ = tuple[Integers, Integers]
 
 __all__ = ["Mover"]
 
 _WINDOW: Final = 64  # transfers under way
 _STAGED: Final = 2 << 20  # bytes that these are packed in, about: what stays in a cache
+_BOUNCED: Final = 16 << 20  # bytes of GPU memory that are in host memory, about
 _STAGED_BY_ALL: Final = 256 << 20  # by all that one communicator moves
 _BREATH_S: Final = 1e-3  # of work after which other tasks get a turn
 
@@ -89,6 +91,7 @@ class Mover:
         self._later: list[Iterator[Transfer[Any]]] = []
         self._error: BaseException | None = None
         self._staging = Staging(comm)
+        self._bounced = 0  # bytes of GPU memory on their way through host memory
 
     def check(self, remote: RemotePages) -> None:
         """Refuse what no transfer of these pages could do."""
@@ -155,7 +158,7 @@ class Mover:
 
     def takes_lists(self, remote: RemotePages) -> bool:
         """Whether the owner moves many ranges of one message."""
-        return not remote.on_gpu and not self.takes_rows(remote)
+        return not self.takes_rows(remote)
 
     def put_listed(self, region: Any, message: Any, ended: Callable[[], object]) -> Transfer[Any]:
         """Submit a put of many ranges: see core/listed.hpp."""
@@ -172,6 +175,39 @@ class Mover:
         transfer = self.comm._engine.get_listed(into, ranges, *where, self._left())
         self._flying[transfer] = ended
         return transfer
+
+    def put_listed_from(
+        self, region: Any, memory: Any, ranges: Integers, rows: Rows_, ended: Callable[[], object]
+    ) -> Transfer[Any]:
+        """Submit a put of many ranges of GPU memory.
+
+        Args:
+            memory: as it is described.
+            ranges: their list, as it begins the message.
+            rows: where those of `memory` begin, and their bytes.
+        """
+        where = region.rank, self._index, region._number
+        transfer = self.comm._engine.put_listed_from(memory, ranges, *rows, *where, self._left())
+        self._flying[transfer] = self._on_device(int(rows[1].sum()), ended)
+        return transfer
+
+    def get_listed_into(
+        self, region: Any, memory: Any, ranges: Integers, rows: Rows_, ended: Callable[[], object]
+    ) -> Transfer[Any]:
+        """Submit a get of many ranges, (offset, bytes) each, into GPU memory; as `put_listed_from`."""
+        where = region.rank, self._index, region._number
+        transfer = self.comm._engine.get_listed_into(memory, ranges, *rows, *where, self._left())
+        self._flying[transfer] = self._on_device(int(rows[1].sum()), ended)
+        return transfer
+
+    def _on_device(self, nbytes: int, ended: Callable[[], object]) -> Callable[[], object]:
+        self._bounced += nbytes
+
+        def give_back() -> None:
+            ended()
+            self._bounced -= nbytes
+
+        return give_back
 
     def get(self, region: Any, far: int, into: Any, ended: Callable[[], object]) -> Transfer[Any]:
         """Submit a get, as `put`."""
@@ -242,7 +278,8 @@ class Mover:
 
     def _has_room(self) -> bool:
         # What has ended counts until it was dealt with: transfers may end as fast as they are submitted.
-        return len(self._flying) + len(self._ended) < _WINDOW and self._staging.has_room
+        few = len(self._flying) + len(self._ended) < _WINDOW
+        return few and self._staging.has_room and self._bounced < _BOUNCED
 
     def _next(self, jobs: Iterator[Transfer[Any]]) -> Transfer[Any] | None:
         while self._later:

@@ -27,6 +27,9 @@ T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
 _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
+# The same where GPU memory goes by way of host memory, where it is copied as often.
+_LISTED_ON_GPU: Final = 512 << 10
+_SMALL_ON_GPU: Final = 256 << 10
 ENTRY_BYTES: Final = 16  # bytes of a range in a list
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
 
@@ -42,6 +45,7 @@ class Ranges:
         near: where each row begins here, in bytes.
         rows: bytes of each row.
         groups: the first range of each group that may go in one message, and the number of all ranges.
+        groups_on_gpu: the same where an end is GPU memory.
     """
 
     far: Integers
@@ -50,6 +54,7 @@ class Ranges:
     near: Integers
     rows: Integers
     groups: list[int]
+    groups_on_gpu: list[int]
 
 
 _kept_rows: Final[PlanCache[_core.Rows]] = PlanCache(64)
@@ -149,18 +154,21 @@ def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at
     if not at_target:
         near, far = far, near
     starts, nbytes, first, at, rows = _core.far_ranges(*near, *far, copies.nbytes, copies.rows, _STAGED)
-    groups = _groups(nbytes, None if at_target else _core.MOST_IN_GET)
-    found = Ranges(starts, nbytes, first, at, rows, groups)
+    most = None if at_target else _core.MOST_IN_GET
+    groups = _groups(nbytes, most, _SMALL, _LISTED)
+    found = Ranges(
+        starts, nbytes, first, at, rows, groups, _groups(nbytes, most, _SMALL_ON_GPU, _LISTED_ON_GPU)
+    )
     kept.keep(source, give, target, take, found)
     return found
 
 
-def _groups(nbytes: Integers, most: int | None) -> list[int]:
-    """Where a message of small ranges ends, whose list has at most `most` entries."""
+def _groups(nbytes: Integers, most: int | None, least: int, listed: int) -> list[int]:
+    """Where a message of ranges below `least` ends: after `listed` bytes, or `most` entries of its list."""
     if not len(nbytes):
         return [0]
-    small = nbytes < _SMALL
-    message = np.cumsum(nbytes + ENTRY_BYTES) // _LISTED
+    small = nbytes < least
+    message = np.cumsum(nbytes + ENTRY_BYTES) // listed
     if most is not None:
         message = message * (len(nbytes) // most + 1) + np.arange(len(nbytes)) // most
     together = small[1:] & small[:-1] & (message[1:] == message[:-1])

@@ -4,9 +4,8 @@ GPU to GPU: one operation per pair of arrays, whose rows this side's engine move
 of multiprocessors a kernel where they have no common stride. Over RDMA likewise, of GPU and host memory: the
 adapter gathers or scatters several rows of ours in one request, about one stretch of the peer's memory. Else,
 or where these do not reach the peer's memory, one put or get per range that is contiguous at the peer; small
-ranges go many in a message, for which the peer's engine copies them to or from their places. Where the local
-side is scattered, rows of host memory are packed into (or unpacked from) staging memory, and rows of GPU
-memory are put or got by themselves.
+ranges go many in a message, which the peer's engine, or its GPU's, copies to or from their places. Where the
+local side is scattered, rows are packed into (or unpacked from) host memory, those of a GPU by its engine.
 Several transfers are under way at once, across layers, too; a layer's note follows when all of the layer has
 ended, and the notification when all has.
 """
@@ -36,6 +35,7 @@ from aiocomm_native import _core
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from aiocomm._device import Description
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
     from aiocomm.pages.gather import Gather
@@ -236,13 +236,9 @@ def _put_ranges(
 ) -> Jobs:
     ranges = plan.ranges()
     if isinstance(local, tuple):
-        for far, first, last in _each(ranges):
-            for at, length in _rows(ranges, first, last):
-                begun()
-                yield mover.put(region, far, part_of(local, at, length), None, ended)
-                far += length
+        yield from _put_from_gpu(mover, remote, region, local, ranges, begun, ended)
         return
-    for start, stop in _messages(ranges, mover.takes_lists(remote)):
+    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu):
         begun()
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1:
@@ -266,12 +262,9 @@ def _put_ranges(
 def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, plan: _Plan) -> Jobs:
     ranges = plan.ranges()
     if isinstance(local, tuple):
-        for far, first, last in _each(ranges):
-            for at, length in _rows(ranges, first, last):
-                yield mover.get(region, far, part_of(local, at, length), _nothing)
-                far += length
+        yield from _get_into_gpu(mover, remote, region, local, ranges)
         return
-    for start, stop in _messages(ranges, mover.takes_lists(remote)):
+    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu):
         first, last = ranges.first[start], ranges.first[stop]
         nbytes = int(ranges.nbytes[start:stop].sum())
         if last - first == 1:
@@ -289,9 +282,55 @@ def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, pl
             yield mover.get(region, int(ranges.far[start]), data, done)
 
 
-def _messages(ranges: Ranges, listed: bool) -> Iterator[tuple[int, int]]:
+def _put_from_gpu(
+    mover: Mover,
+    remote: RemotePages,
+    region: Any,
+    local: Description,
+    ranges: Ranges,
+    begun: Callable[[], object],
+    ended: Callable[[], object],
+) -> Jobs:
+    """By way of host memory: what is large in pieces; else a list, whose rows the GPU brings there."""
+    lists = mover.takes_lists(remote)
+    for start, stop in _messages(ranges, lists, on_gpu=True):
+        first, last = ranges.first[start], ranges.first[stop]
+        if last - first == 1 or not lists:
+            far = int(ranges.far[start])
+            for at, length in _rows(ranges, first, last):
+                begun()
+                yield mover.put(region, far, part_of(local, at, length), None, ended)
+                far += length
+            continue
+        begun()
+        message = np.empty(1 + 2 * (stop - start), np.int64)
+        message[0] = stop - start
+        _fill_list(message[1:].reshape(-1, 2), ranges, start, stop, region._start)
+        rows = ranges.near[first:last], ranges.rows[first:last]
+        yield mover.put_listed_from(region, local, message, rows, ended)
+
+
+def _get_into_gpu(mover: Mover, remote: RemotePages, region: Any, local: Description, ranges: Ranges) -> Jobs:
+    """As `_put_from_gpu`."""
+    lists = mover.takes_lists(remote)
+    for start, stop in _messages(ranges, lists, on_gpu=True):
+        first, last = ranges.first[start], ranges.first[stop]
+        if last - first == 1 or not lists:
+            far = int(ranges.far[start])
+            for at, length in _rows(ranges, first, last):
+                yield mover.get(region, far, part_of(local, at, length), _nothing)
+                far += length
+            continue
+        wanted = np.empty((stop - start, 2), np.int64)
+        _fill_list(wanted, ranges, start, stop, region._start)
+        rows = ranges.near[first:last], ranges.rows[first:last]
+        yield mover.get_listed_into(region, local, wanted.reshape(-1), rows, _nothing)
+
+
+def _messages(ranges: Ranges, listed: bool, on_gpu: bool) -> Iterator[tuple[int, int]]:
     """The first range of each message, and the first of the next."""
-    return itertools.pairwise(ranges.groups if listed else range(len(ranges.far) + 1))
+    together = ranges.groups_on_gpu if on_gpu else ranges.groups
+    return itertools.pairwise(together if listed else range(len(ranges.far) + 1))
 
 
 def _fill_list(into: Integers, ranges: Ranges, start: int, stop: int, base: int) -> None:
@@ -303,13 +342,6 @@ def _fill_list(into: Integers, ranges: Ranges, start: int, stop: int, base: int)
 def _check_notification(notify: bytes | None) -> None:
     if notify is not None and not (isinstance(notify, bytes) and len(notify) <= 4096):
         raise UsageError("notify takes at most 4,096 bytes")
-
-
-def _each(ranges: Ranges) -> Iterator[tuple[int, int, int]]:
-    """Where each range begins at the peer, its first row, and the first of the next."""
-    return zip(
-        ranges.far.tolist(), *(cut.tolist() for cut in (ranges.first[:-1], ranges.first[1:])), strict=True
-    )
 
 
 def _rows(ranges: Ranges, first: int, last: int) -> Iterator[tuple[int, int]]:

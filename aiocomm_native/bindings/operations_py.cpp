@@ -272,6 +272,65 @@ nb::object get_listed(Self self, nb::handle object, const Integers& list, int sr
   return start.submit();
 }
 
+// The memory of a list on a GPU: rows of it, which are close together in the message behind `list`, or without that.
+void take_listed(Start& start, nb::tuple memory, const Integers& list, const Integers& near,
+                 const Integers& nbytes, bool outgoing) {
+  DeviceView view;
+  Op& op = *start.op;
+  start.t->keep = Py_NewRef(memory.ptr());
+  if (!start.e.engine->mover() || near.size() != nbytes.size()) {
+    PyErr_SetString(PyExc_ValueError, "no rows of GPU memory");
+    start.give_up();
+  }
+  if (!read_description(memory.ptr(), view)) start.give_up();
+  const uint64_t head = list.size() * sizeof(int64_t), before = outgoing ? head : 0;
+  uint64_t total = 0;
+  Packing packing(outgoing, before);
+  for (size_t i = 0; i < near.size(); ++i) {
+    const auto at = static_cast<uint64_t>(near.data()[i]), row = static_cast<uint64_t>(nbytes.data()[i]);
+    if (at > view.nbytes || row > view.nbytes - at || row > kMostListed || total > kMostListed) {
+      PyErr_SetString(PyExc_ValueError, "rows outside the memory, or more than one message takes");
+      start.give_up();
+    }
+    packing.add(at, row);
+    total += row;
+  }
+  if (before + total > kMostListed || (!outgoing && head > 2 * kMostInGet * sizeof(int64_t))) {
+    PyErr_SetString(PyExc_ValueError, "more than one message takes");
+    start.give_up();
+  }
+  start.device_memory(view);
+  op.listed = true;
+  op.rows = packing.take();
+  op.nbytes = op.capacity = start.t->nbytes = before + total;
+  op.list_bytes = static_cast<uint32_t>(head);
+  op.own = std::make_unique_for_overwrite<std::byte[]>(head);
+  std::memcpy(op.own.get(), list.data(), head);
+}
+
+nb::object put_listed_from(Self self, nb::tuple memory, const Integers& list, const Integers& near,
+                           const Integers& nbytes, int dst, uint32_t channel, uint64_t region,
+                           double deadline) {
+  Start start(self, OpKind::put, dst, channel, deadline);
+  take_listed(start, memory, list, near, nbytes, true);
+  start.op->region = region;
+  return start.submit();
+}
+
+nb::object get_listed_into(Self self, nb::tuple memory, const Integers& list, const Integers& near,
+                           const Integers& nbytes, int src, uint32_t channel, uint64_t region,
+                           double deadline) {
+  Start start(self, OpKind::get, src, channel, deadline);
+  take_listed(start, memory, list, near, nbytes, false);
+  const std::span bytes(start.op->own.get(), start.op->list_bytes);
+  if (listed_bytes(bytes) != start.op->nbytes) {
+    PyErr_SetString(PyExc_ValueError, "a list that makes no sense");
+    start.give_up();
+  }
+  start.op->region = region;
+  return start.submit();
+}
+
 // Rows between memory of ours, a GPU's (described) or the host's, and a region: each side shifts its memory to where they
 // begin there.
 void take_rows(Start& start, nb::handle memory, bool outgoing, std::shared_ptr<PlacedRows> rows,
@@ -364,6 +423,8 @@ void bind_operations(nb::class_<PyEngine>& engine) {
       .def("get", get)
       .def("put_listed", put_listed)
       .def("get_listed", get_listed)
+      .def("put_listed_from", put_listed_from)
+      .def("get_listed_into", get_listed_into)
       .def("put_rows", put_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg().none(), nb::arg(), nb::arg().none())
       .def("get_rows", get_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

@@ -10,7 +10,8 @@
 //  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
 //    reader goes on as a receiver does.
 //  * An access to rows that lie apart (`rows`) is for whoever asks for it to do, with its own engine and both sides'
-//    memory mapped; if that cannot be, it ends as `unreachable`, and each row is put or got by itself.
+//    memory mapped; if that cannot be, it ends as `unreachable`, and lists are put or got.
+//  * Lists of ranges (listed.hpp) are packed into and unpacked from the bounce by rows.
 //  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
 //  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
 //    side is copying waits for that side's word.
@@ -148,6 +149,8 @@ struct DeviceBuffer {
   bool remote_writes = false;  // pushed: the peer has not yet said that it is done
   bool waiting = false;        // for a gate, a mapping or memory
   bool can_pull = false;       // stage_out: the peer reads the bounce by itself
+  bool packing = false;        // a list is being brought to the bounce: the peer has no part in it
+  bool on_demand = false;      // serve: its bytes go once the reader asks for them
   Lane lane = Lane::peer;
   uint32_t inflight = 0;  // chunks with the device
   uint64_t landed = 0;    // stage_in: bytes in device memory

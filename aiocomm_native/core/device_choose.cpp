@@ -383,6 +383,10 @@ void DeviceProtocol::go_on(const OpId* ops, size_t count) {
       continue;
     }
     if (op->state != OpState::moving) continue;
+    if (op->gpu->packing) {
+      pack(*op);
+      continue;
+    }
     Peer* peer = engine_.find_peer(op->peer);
     bool here = op->gpu->role == Role::stage_in && !op->gpu->from_device;
     Peer ghost;  // an eager message outlives its sender

@@ -127,8 +127,7 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.rows = op->rows.get();
     job.gather = gpu.gather.get();
     uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
-    uint64_t other =
-        queue.lane == Lane::peer ? gpu.remote + skip : reinterpret_cast<uint64_t>(gpu.bounce) + chunk->offset;
+    uint64_t other = (queue.lane == Lane::peer ? gpu.remote : reinterpret_cast<uint64_t>(gpu.bounce)) + skip;
     bool incoming = gpu.role == Role::pull || queue.lane == Lane::in;
     job.to = incoming ? ours : other;
     job.from = incoming ? other : ours;
@@ -150,6 +149,7 @@ void DeviceProtocol::cancel_move(Op& op) {
 }
 
 void DeviceProtocol::landing(Op& op, uint64_t offset, uint64_t nbytes) {
+  if (op.listed) return op.moved == op.nbytes ? unpack(op) : void();
   DeviceQueue& queue = queue_of(op.gpu->device, Lane::in);
   MoveJob job;
   job.op = op.id;
@@ -216,6 +216,9 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
     } else if (job.lane == Lane::in) {
       gpu.landed += job.nbytes;
       if (gpu.landed == op->nbytes) engine_.received(*op);
+    } else if (gpu.packing) {
+      gpu.landed += job.nbytes;
+      if (gpu.landed == op->rows->nbytes()) packed(*op);
     } else if (job.lane == Lane::out) {
       op->ready = job.offset + job.nbytes;  // one flow's chunks leave and end in order
       if (!gpu.can_pull) {

@@ -24,6 +24,7 @@ void DeviceProtocol::use(Mover* mover, uint8_t index, uint64_t preempt_ns) {
 // `error` 0: no host memory for staging.
 void DeviceProtocol::fail(Op& op, int error) {
   op.error = error ? error : -1;
+  if (op.kind == OpKind::serve && op.gpu->packing) return engine_.cannot_hold(op, op.error);
   if ((op.kind == OpKind::recv || op.kind == OpKind::get) && !(op.gpu && op.gpu->kernel)) {
     Peer* peer = engine_.find_peer(op.peer);
     if (op.gpu) {

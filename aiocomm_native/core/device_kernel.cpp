@@ -94,7 +94,7 @@ void DeviceProtocol::start_kernel(Op& op) {
 
 void DeviceProtocol::post_or_keep(Op& op, const MoveJob& job) {
   ++op.gpu->inflight;
-  DeviceQueue& queue = queue_of(op.gpu->device, Lane::peer);
+  DeviceQueue& queue = queue_of(op.gpu->device, job.lane);
   if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
 }
 

@@ -3,8 +3,8 @@
 // A receive's way:  deliver -> continue_receive (again after every wait) -> pull | pushed | stage_in
 // A send's way:     announce -> cts -> continue_send (again after every wait) -> push | stage_out
 //
-// One per engine, whose token guards it all. In four files: what is chosen (device_choose.cpp), chunks on their way
-// (device_chunks.cpp), kernels (device_kernel.cpp), and ends and progress (device_ends.cpp).
+// One per engine, whose token guards it all. In five files: what is chosen (device_choose.cpp), chunks on their way
+// (device_chunks.cpp), lists (device_listed.cpp), kernels (device_kernel.cpp), and ends and progress (device_ends.cpp).
 #pragma once
 
 #include <atomic>
@@ -57,6 +57,7 @@ class DeviceProtocol final : public MoverHost {
   // Bytes of a staged message have come to the bounce: on to the device.
   void landing(Op& op, uint64_t offset, uint64_t nbytes);
   void arriving(Op& op, const FrameHeader& header, uint64_t nbytes);
+  void pack(Op& op);  // a list of device memory: again after every wait
 
   // --- the loop's way into and out of sleep
   // A copy ends about then: the loop is woken, or the engine's thread does not sleep before.
@@ -127,6 +128,10 @@ class DeviceProtocol final : public MoverHost {
   void queue_move(Op& op, Lane lane, uint64_t nbytes);
   void pump(DeviceQueue& queue);
   void limit_window(DeviceQueue& queue);
+
+  // device_listed.cpp
+  void packed(Op& op);
+  void unpack(Op& op);
 
   // device_kernel.cpp
   void look_for_words(const KernelCall::Part& part);

@@ -363,7 +363,8 @@ void Engine::expire(uint64_t now) {
     Op* op = find(id);
     if (!op) continue;
     if (op->state == OpState::draining) {
-      if (op->gpu && op->gpu->kernel) continue;  // holds up nobody, and ends with its GPU's work
+      if (op->gpu && (op->gpu->kernel || op->gpu->packing))
+        continue;  // holds up nobody, and ends with its GPU's work
       if (Peer* peer = find_peer(op->peer))
         tear_down(*peer, "a cancelled transfer was not let go of within drain_timeout");
     } else {

@@ -279,6 +279,7 @@ class Engine final : public Host, public FrameSink {
 
   // protocol_send.cpp: from a submission to frames on a link
   void start(Op& op);
+  void go(Op& op);
   void start_on(Op& op, Peer& peer);
   bool fits_frame(const Op& op, const Peer& peer) const;
   Post send_header(Op& op, Peer& peer);
@@ -312,6 +313,7 @@ class Engine final : public Host, public FrameSink {
     bool operator==(const Held&) const = default;
   };
   void let_go(std::optional<Held> which);
+  void answer_get(Op& op, Peer& peer);
   void get_ready(Op& op, Peer& peer, bool pulls, bool on_device);
   void let_flow_go_on(Op& op);
   bool post_remote(Op& op, Peer& peer, const Scheduler::Chunk& chunk);

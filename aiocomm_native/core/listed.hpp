@@ -4,18 +4,22 @@
 //   get: (offset, nbytes) of each range; its answer is the bytes of all
 //
 // A list comes from the peer: it is looked through before a byte moves. Numbers are of 64 bits, and not aligned.
+// Of host memory it is copied here; of device memory it becomes rows, which a device moves.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 
 #include "core/op.hpp"
+#include "core/rows.hpp"
 
 namespace aiocomm {
 
-constexpr uint64_t kMostListed = 1 << 20;  // bytes of such a message: they are copied under the token
+// Bytes of such a message, which are copied under the token: a range of 1 MiB, and its list.
+constexpr uint64_t kMostListed = (1 << 20) + 4096;
 constexpr uint64_t kMostAtOnce = 1 << 30;  // bytes of those of one peer that are being moved
 constexpr size_t kMostInGet = 512;         // ranges of a get: its list rides in the frame
 
@@ -27,5 +31,28 @@ Code spread(std::span<const std::byte> message, std::span<std::byte> memory);
 
 // Copies ranges of `memory` close together. `into` has room for `listed_bytes(list)`.
 Code collect(std::span<const std::byte> list, std::span<const std::byte> memory, std::byte* into);
+
+// Rows that are apart in memory, and close together in a message.
+class Packing {
+ public:
+  // `from_memory`: they go into the message, else out of it. `start`: of the first, in the message.
+  Packing(bool from_memory, uint64_t start) : from_memory_(from_memory), next_(start) {}
+  void add(uint64_t at, uint64_t nbytes);
+  std::shared_ptr<const RowList> take();
+
+ private:
+  void flush();
+  const bool from_memory_;
+  uint64_t next_;      // where the next one is in the message
+  Rows run_;           // equal ones at equal distances, `from` in memory
+  uint64_t last_ = 0;  // where the last of them begins
+  std::shared_ptr<RowList> list_ = std::make_shared<RowList>();
+};
+
+// What `spread` copies, as rows of a device; null: out of range.
+std::shared_ptr<const RowList> rows_to_spread(std::span<const std::byte> message, uint64_t nbytes);
+
+// What `collect` copies, likewise.
+std::shared_ptr<const RowList> rows_to_collect(std::span<const std::byte> list, uint64_t nbytes);
 
 }  // namespace aiocomm

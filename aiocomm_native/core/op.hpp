@@ -99,7 +99,8 @@ struct Op {
   void* cookie = nullptr;  // the binding's object; the core never looks at it
   uint64_t ready = ~0ull;  // bytes that may be read by now; less than all: the rest is being staged
   // put, get: of memory that lies apart on both sides, which this side's device moves; else the op ends as `unreachable`.
-  // Its offsets count from `data`, within `extent` bytes, and from `offset`, within `reach`.
+  // Its offsets count from `data`, within `extent` bytes, and from `offset`, within `reach`. Of a list in device memory:
+  // those between it and the bounce.
   std::shared_ptr<const RowList> rows;
   uint64_t extent = 0, reach = 0;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `data` is its address, which only devices may touch
@@ -108,8 +109,8 @@ struct Op {
 };
 
 // Bytes from `data` on, and of a region from `offset` on, that an op is about.
-inline uint64_t extent_of(const Op& op) { return op.rows ? op.extent : op.nbytes; }
-inline uint64_t reach_of(const Op& op) { return op.rows ? op.reach : op.nbytes; }
+inline uint64_t extent_of(const Op& op) { return op.rows && !op.listed ? op.extent : op.nbytes; }
+inline uint64_t reach_of(const Op& op) { return op.rows && !op.listed ? op.reach : op.nbytes; }
 
 // What the pair's link moves of an op: its bytes, or host memory in place of device memory that no adapter reaches.
 inline std::byte* host_data(const Op& op) { return op.gpu && !op.gpu->direct ? op.gpu->bounce : op.data; }

@@ -116,7 +116,9 @@ void Engine::end_early(Op& op, Code code) {
     op.in_sched = false;
     if (op.has_key) drop_held_back(op);
     if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
-    if (op.state == OpState::queued && op.holding) {
+    // What comes after it has waited for its memory, or for what its device was to bring.
+    const bool kept_waiting = op.state == OpState::queued ? op.holding : op.ready < op.nbytes;
+    if (kept_waiting) {
       let_flow_go_on(op);
       ring_engine();  // which posts
     }

@@ -14,10 +14,14 @@ namespace aiocomm {
 namespace {
 
 // Our own peers have a few of them at a time; this stops one that has them without end.
-std::unique_ptr<std::byte[]> room_for_list(Peer& peer, uint64_t nbytes) {
+void count_list(Peer& peer, uint64_t nbytes) {
   if (peer.listed + nbytes > kMostAtOnce)
     throw ProtocolViolation("more lists than any process moves at once");
   peer.listed += nbytes;
+}
+
+std::unique_ptr<std::byte[]> room_for_list(Peer& peer, uint64_t nbytes) {
+  count_list(peer, nbytes);
   return std::make_unique_for_overwrite<std::byte[]>(nbytes);
 }
 
@@ -96,8 +100,8 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
   Code code = check_region(header.rop, offset, reach, true, &region);
-  if (code == Code::ok && (by_rows ? !region->gpu : listed && region->gpu)) code = Code::unreachable;
-  if (code == Code::ok && listed && header.kind == FrameKind::put)
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
+  if (code == Code::ok && listed && header.kind == FrameKind::put && !region->gpu)
     code = spread({payload, header.payload_bytes}, {region->base, region->nbytes});
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
   if (header.kind == FrameKind::put && (!region->gpu || header.nbytes == 0)) {
@@ -106,7 +110,11 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
     if (header.flags & kHasNotify) notify(peer.rank, meta, header.meta_bytes, header.nbytes);
     return send_fin(peer, header.sop, Code::ok, header.nbytes);
   }
-  std::unique_ptr<std::byte[]> own = listed ? room_for_list(peer, header.nbytes) : nullptr;
+  std::unique_ptr<std::byte[]> own;
+  if (listed && region->gpu)
+    count_list(peer, header.nbytes);
+  else if (listed)
+    own = room_for_list(peer, header.nbytes);
   Op* op = served_.take();
   op->live = true;
   op->kind = OpKind::recv;
@@ -119,7 +127,8 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->nbytes = op->capacity = header.nbytes;
   op->remote_op = header.sop;
   op->region = header.rop;
-  if ((op->listed = listed)) {
+  op->listed = listed;
+  if (own) {
     op->own = std::move(own);
     op->data = op->own.get();
   }
@@ -127,7 +136,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
   ++region->active;
   if (region->gpu && op->nbytes) {
-    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu = mover()->part(*region->gpu, offset, listed ? region->nbytes : reach);
     op->gpu->by_rows = by_rows;
   }
   if (op->gpu || from_device)
@@ -144,9 +153,13 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
     throw ProtocolViolation("a list that makes no sense");
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   Code code = check_region(header.sop, offset, reach, false, &region);
-  if (code == Code::ok && (by_rows ? !region->gpu : listed && region->gpu)) code = Code::unreachable;
+  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
   std::unique_ptr<std::byte[]> own;
-  if (code == Code::ok && listed) {
+  std::shared_ptr<const RowList> rows;
+  if (code == Code::ok && listed && region->gpu) {
+    rows = rows_to_collect(list, region->nbytes);
+    rows ? count_list(peer, header.nbytes) : void(code = Code::out_of_range);
+  } else if (code == Code::ok && listed) {
     own = room_for_list(peer, header.nbytes);
     code = collect(list, {region->base, region->nbytes}, own.get());
     if (code != Code::ok) peer.listed -= header.nbytes;
@@ -169,24 +182,33 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
   op->listed = listed;
   op->own = std::move(own);
-  op->data = listed ? op->own.get() : region->base + offset;
+  op->data = op->own ? op->own.get() : region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
+  op->rows = std::move(rows);
   op->remote_op = header.rop;
   op->region = header.sop;
   op->awaits_fin = true;
   ++region->active;
+  const bool pulls = header.code != static_cast<uint8_t>(Path::none), on_device = header.flags & kDevice;
   if (region->gpu && op->nbytes) {
-    op->gpu = mover()->part(*region->gpu, offset, reach);
+    op->gpu = mover()->part(*region->gpu, offset, listed ? region->nbytes : reach);
     op->gpu->by_rows = by_rows;
-    return device_.serve(*op, peer);
+    op->gpu->can_pull = pulls;
+    op->gpu->on_demand = on_device;
+    return listed ? device_.pack(*op) : device_.serve(*op, peer);
   }
-  if (hold(*op, Access::peer_reads) == Hold::ready)
-    get_ready(*op, peer, header.code != static_cast<uint8_t>(Path::none), header.flags & kDevice);
+  if (hold(*op, Access::peer_reads) == Hold::ready) get_ready(*op, peer, pulls, on_device);
+}
+
+// A list of device memory is packed.
+void Engine::answer_get(Op& op, Peer& peer) {
+  op.state = OpState::posted;
+  if (hold(op, Access::peer_reads) == Hold::ready) get_ready(op, peer, op.gpu->can_pull, op.gpu->on_demand);
 }
 
 // `pulls`: the reader reads the memory by itself. `on_device`: it has its bytes pushed only once it asks.
 void Engine::get_ready(Op& op, Peer& peer, bool pulls, bool on_device) {
-  Location at = peer.link->locate(op.data, op.nbytes);
+  Location at = peer.link->locate(host_data(op), op.nbytes);
   pulls = pulls || at.segment != 0;
   FrameHeader reply{};
   reply.kind = FrameKind::get_ready;
@@ -219,7 +241,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
-  if (op->rows && !on_device) throw ProtocolViolation("rows of host memory");
+  if (op->rows && !op->listed && !on_device) throw ProtocolViolation("rows of host memory");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);

@@ -333,9 +333,10 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
   }
   if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
   op->remote_op = header.rop;
-  if (op->gpu) return device_.on_cts(*op, peer, header, meta);
+  if (op->gpu && !op->listed) return device_.on_cts(*op, peer, header, meta);
   op->path = Path::stream;
-  if (peer.link->pull_path({}) == Path::cma && !readable(op->data, op->nbytes)) {  // it has been tried there
+  if (peer.link->pull_path({}) == Path::cma &&
+      !readable(host_data(*op), op->nbytes)) {  // it has been tried there
     op->error = EFAULT;
     return end_early(*op, Code::link_failed);
   }
@@ -393,7 +394,7 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes,
 void Engine::received(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (op.gpu && op.gpu->direct) mover()->flush(op.gpu->device);
-  if (op.listed && op.kind == OpKind::recv) {
+  if (op.listed && op.kind == OpKind::recv && !op.gpu) {
     const RegionInfo& region = regions_.at(op.region);
     const Code code = spread({op.data, op.nbytes}, {region.base, region.nbytes});
     if (code != Code::ok) {

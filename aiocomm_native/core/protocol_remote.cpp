@@ -21,7 +21,7 @@ Engine::Hold Engine::hold(Op& op, Access access) {
 
 Engine::Hold Engine::reach(Op& op, Peer& peer, Access access) {
   DeviceBuffer& gpu = *op.gpu;
-  if (gpu.not_direct || gpu.by_rows || op.nbytes == 0) return Hold::failed;
+  if (gpu.not_direct || gpu.by_rows || op.listed || op.nbytes == 0) return Hold::failed;
   Link& link = *links_[op.link];
   try {
     if (!op.registration) op.registration = link.hold_device(gpu.place, extent_of(op), access, *mover());
@@ -67,7 +67,7 @@ void Engine::on_held(Link& link, uint32_t id, int error, const std::string& reas
     if (!op || !op->live || !op->holding) continue;
     if (op->state == OpState::draining)
       op->holding = false;
-    else if (error && op->gpu)
+    else if (error && op->gpu && !op->listed)
       device_.go_another_way(*op, reason);
     else if (error)
       cannot_hold(*op, error);

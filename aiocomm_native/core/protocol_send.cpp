@@ -37,6 +37,11 @@ void Engine::start(Op& op) {
   if (op.deadline_ns) start_deadline(op);
   if (op.kind == OpKind::recv) return start_recv(op);
   if (op.gpu && op.gpu->kernel) return device_.start_kernel(op);
+  if (op.gpu && op.listed && op.kind == OpKind::put) return device_.pack(op);
+  go(op);
+}
+
+void Engine::go(Op& op) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state == Peer::State::lost) return finish(op, Code::peer_lost);
   if (peer->state == Peer::State::up && !peer->resting) return start_on(op, *peer);
@@ -106,7 +111,7 @@ Post Engine::send_header(Op& op, Peer& peer) {
 }
 
 bool Engine::fits_frame(const Op& op, const Peer& peer) const {
-  if (op.gpu) return op.nbytes == 0;
+  if (op.gpu && !op.listed) return op.nbytes == 0;
   return op.nbytes <= eager_max_ && op.nbytes + sizeof(FrameHeader) + kMaxMeta <= peer.link->frame_limit();
 }
 
@@ -165,7 +170,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (op.rows && !op.listed && (by_adapters || !op.gpu)) return not_by_rows(op);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -179,11 +184,12 @@ Post Engine::send_put(Op& op, Peer& peer) {
   h.rop = op.region;
   auto meta = reinterpret_cast<const std::byte*>(op.notify.data());
   bool inline_bytes = fits_frame(op, peer);
-  const std::byte* payload = inline_bytes ? op.data : nullptr;
+  const std::byte* payload = inline_bytes ? host_data(op) : nullptr;
   if (inline_bytes) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
-  } else if (op.gpu) {  // its place is the payload: the notification may take all that metadata can
+  } else if (op.gpu &&
+             !op.listed) {  // its place is the payload: the notification may take all that metadata can
     h.kind = FrameKind::put_rts;
     h.flags |= device_.describe(op, peer);
     h.payload_bytes = sizeof op.gpu->place;
@@ -195,7 +201,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   } else {
     if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
       return held == Hold::pending ? Post::again : Post::ok;
-    Location at = peer.link->locate(op.data, op.nbytes);
+    Location at = peer.link->locate(host_data(op), op.nbytes);
     h.kind = FrameKind::put_rts;
     h.address = at.address;
     h.segment = op.registration ? op.registration : at.segment;
@@ -215,11 +221,11 @@ Post Engine::send_get(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (op.rows && !op.listed && (by_adapters || !op.gpu)) return not_by_rows(op);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
-  if (op.rows) {
+  if (op.rows && !op.listed) {
     h.flags |= kRows;
     h.address = op.reach;
   }

@@ -300,6 +300,35 @@ async def test_given_up_where_a_sender_cannot_write_after_all(simulator: Simulat
     assert lost == ["left"]
 
 
+@pytest.mark.parametrize("links", [("tcp", "cuda"), ("shm", "cuda")])
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+async def test_what_follows_a_message_that_its_device_has_not_brought(
+    simulator: Simulator, who: str, links: tuple[str, ...]
+) -> None:
+    """Goes on once that is given up: a message of host memory, of which nothing else tells."""
+    nbytes = 3 << 20
+    async with world(2, links=links) as (a, b):
+        source = DeviceArray(nbytes, device=0)
+        into = np.zeros(nbytes, np.uint8)
+        await one_way(lambda: a.send(source, 1), lambda: b.recv(into, 0))
+        simulator.pause(0, Engine.TO_HOST)
+        sent, received = a.send(source, 1, tag=1), b.recv(into, 0, tag=1)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.TO_HOST)
+        data = random(nbytes)
+        following = a.send(data, 1, tag=2)
+        also = b.recv(got := np.zeros(nbytes, np.uint8), 0, tag=2)
+        await b.send(b"x", 0)  # and what is above has come to the other side
+        await a.recv(bytearray(1), 1)
+        (sent if who == "sender" else received).cancel()
+        with anyio.fail_after(LIMIT_S):
+            await also
+            await following
+        assert (got == data).all()
+        simulator.resume(0, Engine.TO_HOST)
+        with anyio.fail_after(LIMIT_S):
+            await until(lambda: sent.done() and received.done())
+
+
 async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> None:
     """This process's engine is halfway into a copy to or from memory of a process that dies."""
 
