@@ -385,7 +385,8 @@ Reach::State CudaLink::take_bounce(DeviceBuffer& buffer, uint64_t nbytes, OpId w
   mine.bounce = bounces.take(nbytes);
   if (mine.bounce) return Reach::State::ready;
   const bool pins = bounces.may_pin(nbytes);
-  const bool waits = pins && waiter && nbytes >= kEagerBounce;
+  // A row of a list that goes to ordinary memory takes the driver 10 us, and blocks it.
+  const bool waits = pins && waiter && (nbytes >= kEagerBounce || buffer.packing);
   // Small ones do not wait: what they ask for is for later ones, one at a time.
   if (waits || (pins && !state_->pinning.exchange(true)))
     state_->helper.submit([state = state_.get(), nbytes, device = mine.device, waiter = waits ? waiter : 0] {
