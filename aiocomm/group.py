@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._control.host import hostname
+from aiocomm._operations import limit_of
 from aiocomm.collectives.agreement import agree
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
-from aiocomm.errors import ClosedError, UsageError
+from aiocomm.errors import ClosedError, UsageError, UsageTypeError
 from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
@@ -74,6 +75,7 @@ class Group(Collectives, ExpertOperations):
                 comm._refuse(dst=rank)
         if comm.rank not in members:
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
+        limit_of(deadline)  # refuses; a number that one member skips would keep later groups from meeting
         who = _generations(comm, members)
         number = comm._groups[who] = comm._groups.get(who, 0) + 1
         group = cls(comm, members, f"group {who} {number}")
@@ -162,11 +164,19 @@ class Group(Collectives, ExpertOperations):
         return self
 
     async def _split(self, color: int | None, key: int, deadline: float | None) -> Group | None:
+        self._check(None)
+        for name, value in (("color", color), ("key", key)):
+            if value is not None and not hasattr(value, "__index__"):
+                raise UsageTypeError(f"{name}={value!r} is not an integer")
         if color is not None and color < 0:
             raise UsageError(f"color={color} is negative")
-        self._splits += 1
+        try:
+            mine = np.array([-1 if color is None else color, key], np.int64)
+        except (OverflowError, TypeError):
+            raise UsageError(f"color={color} and key={key} are integers of at most 64 bits") from None
+        limit_of(deadline)
+        self._splits += 1  # by those only who then call what the others wait for
         number = self._splits
-        mine = np.array([-1 if color is None else color, key], np.int64)
         everyone = np.empty((self.size, 2), np.int64)
         await self.all_gather(everyone, mine, deadline=deadline)
         if color is None:
@@ -179,9 +189,10 @@ class Group(Collectives, ExpertOperations):
         comm = self._comm
         if comm._closed or not comm._here():
             comm._refuse()
+        limit_of(deadline)
+        alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
         self._shrinks += 1
         epoch = self._shrinks
-        alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
         index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
         left = await agree(comm, index, self._ranks, alive, epoch, deadline)
         return Group(comm, left, f"shrink {self._digest} {epoch} {left}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
-from aiocomm.errors import ClosedError, StaleHandleError, UsageError
+from aiocomm.errors import ClosedError, StaleHandleError, UsageError, UsageTypeError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -170,9 +170,14 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
         comm._refuse()
     if not hasattr(with_, "__index__") or not 0 <= with_ < comm._ranks:
         comm._refuse(dst=with_)
+    if not isinstance(region, Region):
+        raise UsageTypeError(f"{type(region).__name__} is not a Region: exchange what comm.register() gives")
+    if region._comm is not comm:
+        raise UsageError("the region belongs to another communicator: register the memory with this one")
+    handle, theirs = region.handle, bytearray(_HANDLE.size)
+    # Only now is nothing left to refuse: a number that one side skips would shift all exchanges after it.
     peer = (with_, comm._generation_of(with_))
     number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1
-    handle, theirs = region.handle, bytearray(_HANDLE.size)
     receive = comm._recv(theirs, with_, comm._internal, _TAG + number, limit)
     try:
         await comm._send(handle, with_, comm._internal, _TAG + number, limit, 0)

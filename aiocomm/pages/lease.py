@@ -53,6 +53,8 @@ class PageLease:
         cls, comm: Operations, pages: Pages, indices: Sequence[int] | None, stream: Any = None
     ) -> PageLease:
         """Lease pages, and end the leases that hold any of them."""
+        if comm.closed or not comm._here():
+            comm._refuse()  # before it ends other leases
         wanted = np.arange(pages.count) if indices is None else np.asarray(indices, np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= pages.count):
             raise UsageError(f"pages are 0 to {pages.count - 1}")

@@ -10,10 +10,11 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import numpy as np
 import pytest
 import uvloop
-from harness import world
+from harness import all_call, world
 
 import aiocomm
 from aiocomm.errors import ClosedError, StaleHandleError, UsageError, UsageTypeError
@@ -318,6 +319,81 @@ async def test_what_waits_refuses_the_same(pair: Pair) -> None:
     with pytest.raises(UsageTypeError, match="channel='q' is no channel"):
         await a.barrier(channel="q")  # type: ignore[arg-type]
     await _goes_on(pair)
+
+
+async def test_exchanges_after_one_that_was_refused_are_of_the_same_regions(pair: Pair) -> None:
+    """What is refused takes no number, by which the two sides find each other."""
+    a, b = pair
+    got: dict[tuple[str, int], aiocomm.RemoteRegion] = {}
+    async with a.register(bytearray(1)) as closed:
+        pass
+    async with a.register(bytearray(1)) as mine, b.register(bytearray(3)) as theirs:
+        for refused, error, match in (
+            (np.ones(3), UsageTypeError, "ndarray is not a Region"),
+            (b.remote(mine.handle), UsageTypeError, "RemoteRegion is not a Region"),
+            (theirs, UsageError, "another communicator"),
+            (closed, ClosedError, "the region was closed"),
+        ):
+            with pytest.raises(error, match=match):
+                await a.exchange(refused, 1)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="deadline"):
+            await a.exchange(mine, 1, deadline=-1)
+        for name in ("first", "second"):
+
+            async def swap(comm: aiocomm.Communicator, region: aiocomm.Region, name: str = name) -> None:
+                got[name, comm.rank] = await comm.exchange(region, 1 - comm.rank)
+
+            async with a.register(bytearray(2)) as other, anyio.create_task_group() as tasks:
+                tasks.start_soon(swap, a, mine if name == "first" else other)
+                tasks.start_soon(swap, b, theirs)
+    assert {key: remote.nbytes for key, remote in got.items()} == {
+        ("first", 0): 3,
+        ("first", 1): 1,
+        ("second", 0): 3,
+        ("second", 1): 2,
+    }
+
+
+async def test_groups_after_calls_that_were_refused_meet(pair: Pair) -> None:
+    """Also what is made of them by `split` and `shrink`."""
+    a, _ = pair
+    with pytest.raises(UsageError, match="deadline=-1"):
+        await a.group([0, 1], deadline=-1)
+    groups: dict[int, aiocomm.Group] = {}
+
+    async def make(comm: aiocomm.Communicator) -> None:
+        groups[comm.rank] = await comm.group([0, 1])
+
+    await all_call([*pair], make)
+    refusals: list[tuple[Callable[[], Any], str]] = [
+        (lambda: groups[0].split(0, deadline=-1), "deadline=-1"),
+        (lambda: groups[0].split(-1), "color=-1 is negative"),
+        (lambda: groups[0].split("left"), "color='left' is not an integer"),  # type: ignore[call-overload]
+        (lambda: groups[0].split(0, key=1 << 70), "at most 64 bits"),
+        (lambda: groups[0].shrink(deadline=float("nan")), "deadline=nan"),
+    ]
+    for call, match in refusals:
+        with pytest.raises(UsageError, match=match):
+            await call()
+
+    async def go_on(comm: aiocomm.Communicator) -> None:
+        half = await groups[comm.rank].split(0)
+        assert half is not None
+        await half.barrier()
+        await (await half.shrink()).barrier()
+        await (await groups[comm.rank].shrink()).barrier()
+
+    await all_call([*pair], go_on)
+
+
+async def test_a_lease_that_is_refused_ends_no_other() -> None:
+    async with world(1) as (comm,):
+        pages = aiocomm.pages.Pages(np.zeros((4, 8), np.uint8))
+        lease = await comm.lease_pages(pages)
+        await comm.aclose()
+        with pytest.raises(ClosedError):
+            await comm.lease_pages(pages, [1])
+        assert lease.handle
 
 
 @pytest.mark.parametrize("opened", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
