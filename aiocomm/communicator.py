@@ -17,7 +17,7 @@ from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
 from aiocomm.collectives.operations import Collectives
-from aiocomm.errors import ClosedError, UsageError
+from aiocomm.errors import AiocommError, ClosedError, UsageError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
 from aiocomm.moe.operations import ExpertOperations
@@ -168,9 +168,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             await self._close(drain=False)
             return
         await self._close(drain=True)
-        if failures := [e for e in self._unretrieved if not isinstance(e, ClosedError)]:
-            self._unretrieved.clear()
-            raise ExceptionGroup("transfers failed and nobody awaited them", failures)  # type: ignore[type-var]
+        if failures := self._unawaited():
+            raise ExceptionGroup("transfers failed and nobody awaited them", failures)
 
     async def aclose(self) -> None:
         """Leave the world.
@@ -182,6 +181,14 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             UsageError: another event loop than the communicator's is running.
         """
         await self._close(drain=True)
+
+    def _unawaited(self) -> list[AiocommError]:
+        """Errors of transfers that nobody has looked at; they are told once."""
+        found = [
+            e for e in self._unretrieved if isinstance(e, AiocommError) and not isinstance(e, ClosedError)
+        ]
+        self._unretrieved.clear()
+        return found
 
     async def _close(self, drain: bool) -> None:
         if self._closed:

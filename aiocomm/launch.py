@@ -15,7 +15,7 @@ import cloudpickle
 
 from aiocomm._process import fresh_address, fresh_token
 from aiocomm.config import child_environment
-from aiocomm.errors import AiocommError, PeerError, UsageError
+from aiocomm.errors import AiocommError, PeerError, PeerLostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,6 +127,7 @@ class Spawn:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        unawaited: list[AiocommError] = []
         try:
             if error is None:
                 await self._wait_all_or_failure()
@@ -135,9 +136,9 @@ class Spawn:
                     await self._wait_any()  # it was lost because it ends, and is about to say why
             failures = self._failures()
         finally:
-            await self._stop()
+            unawaited = await self._stop(drain=error is None)
         if error is None:
-            self._raise(failures)
+            self._raise(_explained(failures, unawaited))
         elif failures and isinstance(error, PeerError):
             self._raise(failures, error)  # the peer's own report says why it was lost
         elif isinstance(error, Exception):
@@ -213,27 +214,35 @@ class Spawn:
             for worker in self._workers:
                 group.start_soon(wait, worker)
 
-    def _failures(self) -> list[WorkerError]:
+    def _failures(self) -> list[AiocommError]:
         """What went wrong in the workers that have ended."""
         ended = [worker for worker in self._workers if worker.process.poll() is not None]
         return [error for worker in ended if (error := worker.error()) is not None]
 
-    def _raise(self, failures: list[WorkerError], cause: BaseException | None = None) -> None:
-        if len(failures) == 1:
+    def _raise(self, failures: list[AiocommError], cause: BaseException | None = None) -> None:
+        workers = [error for error in failures if isinstance(error, WorkerError)]
+        if len(failures) == len(workers) == 1:
             raise failures[0] from (failures[0].__cause__ or cause)
+        if len(failures) > len(workers):
+            what = "transfers failed and nobody awaited them"
+            raise ExceptionGroup(f"workers failed, and {what}" if workers else what, failures) from cause
         if failures:
             raise ExceptionGroup("several workers failed", failures) from cause
 
-    async def _stop(self) -> None:
-        """End the workers that still run, and close the communicator, whatever happens meanwhile."""
+    async def _stop(self, drain: bool = False) -> list[AiocommError]:
+        """End the workers that still run, and close the communicator, whatever happens meanwhile.
+
+        Returns errors of transfers that nobody awaited.
+        """
         for worker in self._workers:
             if worker.process.poll() is None:
                 worker.stopped = True
                 worker.process.terminate()
         with anyio.CancelScope(shield=True):
             try:
-                if self._communicator is not None:
-                    await self._communicator.aclose()
+                comm = self._communicator
+                if comm is not None:
+                    await comm._close(drain)
             finally:
                 self._communicator = None
                 with anyio.move_on_after(self._grace_s):
@@ -244,6 +253,7 @@ class Spawn:
                     worker.process.wait()
                     worker.close()
                 self._workers.clear()
+        return [] if comm is None else comm._unawaited()
 
 
 def spawn(
@@ -259,7 +269,8 @@ def spawn(
 
     `async with spawn(worker, n=3) as comm:` gives this process's communicator. The end of the block waits for
     the workers; if the block fails they are terminated. A failed worker is raised there as `WorkerError`,
-    several as an `ExceptionGroup`. Works under asyncio and trio; the workers run on the same kind of loop.
+    several as an `ExceptionGroup`, as are transfers that failed and that nobody awaited. Works under asyncio
+    and trio; the workers run on the same kind of loop.
 
     Args:
         worker: coroutine function, also one defined in a notebook; takes the worker's communicator.
@@ -281,6 +292,21 @@ def spawn(
         raise UsageError(f"the worker must be a coroutine function, not {type(worker).__name__}")
     chosen = (links,) if isinstance(links, str) else links
     return Spawn(worker, args, n, {"links": chosen, "warmup": warmup}, deadline, grace_s)
+
+
+def _explained(failures: list[AiocommError], unawaited: list[AiocommError]) -> list[AiocommError]:
+    """What to raise. Transfers that were lost with a worker that failed are told as notes of its error."""
+    by_rank = {error.rank: error for error in failures if isinstance(error, WorkerError)}
+    left = []
+    for error in unawaited:
+        worker = (
+            by_rank.get(error.peer) if isinstance(error, PeerLostError) and error.peer is not None else None
+        )
+        if worker is None:
+            left.append(error)
+        else:
+            worker.add_note(f"nobody awaited this transfer: {error}")
+    return [*failures, *left]
 
 
 def _library() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -108,6 +109,56 @@ def test_several_failed_workers_are_a_group() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(main())
     assert sorted(error.__cause__.args for error in caught.value.exceptions) == [(1,), (2,), (3,)]  # type: ignore[union-attr]
+
+
+async def _unawaited(comm: aiocomm.Communicator) -> None:
+    """Let a transfer fail that nobody looks at."""
+    comm.recv(bytearray(1), 0, tag=9)
+    await comm.send(b"too long", 0, tag=9)
+
+
+def test_transfers_that_nobody_awaited_are_raised(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any) -> None:
+        pass
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1) as comm:
+            with contextlib.suppress(aiocomm.TruncationError):
+                await _unawaited(comm)
+
+    with pytest.raises(ExceptionGroup, match="transfers failed and nobody awaited them") as caught:
+        on_loop(main)
+    assert [type(error) for error in caught.value.exceptions] == [aiocomm.TruncationError]
+
+
+def test_workers_and_transfers_that_failed_are_both_raised(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any) -> None:
+        raise ValueError("the worker's")
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1) as comm:
+            with contextlib.suppress(aiocomm.TruncationError):
+                await _unawaited(comm)
+
+    with pytest.raises(ExceptionGroup, match="workers failed, and transfers") as caught:
+        on_loop(main)
+    assert [type(error) for error in caught.value.exceptions] == [WorkerError, aiocomm.TruncationError]
+
+
+def test_transfers_that_were_lost_with_a_worker_are_notes_of_its_error(
+    on_loop: Callable[[Any], None],
+) -> None:
+    async def worker(comm: Any) -> None:
+        raise ValueError("the worker's")
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 1) as comm:
+            comm.recv(bytearray(1), 1, tag=9)
+
+    with pytest.raises(WorkerError, match="the worker's") as caught:
+        on_loop(main)
+    (note,) = caught.value.__notes__
+    assert note.startswith("nobody awaited this transfer: recv of 1 bytes from rank 1")
 
 
 def test_an_exception_that_cannot_travel_is_told_as_text() -> None:
