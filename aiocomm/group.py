@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiocomm._control.host import hostname
 from aiocomm._operations import limit_of
-from aiocomm.collectives.agreement import agree
+from aiocomm.collectives.agreement import Agreement
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
-from aiocomm.errors import ClosedError, UsageError, UsageTypeError
+from aiocomm.errors import ClosedError, PeerLostError, UsageError, UsageTypeError
 from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
@@ -44,6 +45,7 @@ class Group(Collectives, ExpertOperations):
         self._plans: dict[Any, Any] = {}
         self._splits = 0
         self._shrinks = 0
+        self._given_up: list[Agreement] = []  # of shrinks, with which later ones go on
         self._closed = False
         self._link: str | None = None
         self._hosts: tuple[int, ...] | None = None
@@ -77,9 +79,14 @@ class Group(Collectives, ExpertOperations):
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
         limit_of(deadline)  # refuses; a number that one member skips would keep later groups from meeting
         who = _generations(comm, members)
-        number = comm._groups[who] = comm._groups.get(who, 0) + 1
-        group = cls(comm, members, f"group {who} {number}")
-        await group._meet(deadline)
+        ends = None if deadline is None else time.monotonic() + deadline
+        while True:
+            number = comm._groups[who] = comm._groups.get(who, 0) + 1
+            group = cls(comm, members, f"group {who} {number}")
+            if not group._scope(None).is_given_up(1):
+                break
+            group.close()  # a member did not wait so long, and tries again by the next number
+        await group._meet(None if ends is None else max(0.0, ends - time.monotonic()))
         return group
 
     async def _meet(self, deadline: float | None) -> None:
@@ -171,17 +178,18 @@ class Group(Collectives, ExpertOperations):
         if color is not None and color < 0:
             raise UsageError(f"color={color} is negative")
         try:
-            mine = np.array([-1 if color is None else color, key], np.int64)
+            mine = np.array([-1 if color is None else color, key, self._splits + 1], np.int64)
         except (OverflowError, TypeError):
             raise UsageError(f"color={color} and key={key} are integers of at most 64 bits") from None
         limit_of(deadline)
-        self._splits += 1  # by those only who then call what the others wait for
-        number = self._splits
-        everyone = np.empty((self.size, 2), np.int64)
+        self._splits += 1
+        everyone = np.empty((self.size, 3), np.int64)
         await self.all_gather(everyone, mine, deadline=deadline)
+        number = int(everyone[:, 2].max())  # some may have given up more splits before than others
+        self._splits = max(self._splits, number)
         if color is None:
             return None
-        chosen = [(int(k), r) for r, (c, k) in enumerate(everyone) if c == color]
+        chosen = [(int(k), r) for r, (c, k, _) in enumerate(everyone) if c == color]
         ranks = [self._ranks[r] for _, r in sorted(chosen)]
         return Group(self._comm, ranks, f"split {self._digest} {number} {color}")
 
@@ -191,11 +199,20 @@ class Group(Collectives, ExpertOperations):
             comm._refuse()
         limit_of(deadline)
         alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
-        self._shrinks += 1
-        epoch = self._shrinks
-        index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
-        left = await agree(comm, index, self._ranks, alive, epoch, deadline)
-        return Group(comm, left, f"shrink {self._digest} {epoch} {left}")
+        if self._given_up:
+            agreement = self._given_up.pop(0)
+        else:
+            self._shrinks += 1
+            index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
+            agreement = Agreement(comm, index, self._ranks, alive, self._shrinks)
+        try:
+            left = await agreement.reach(deadline)
+        except PeerLostError:
+            raise
+        except BaseException:
+            self._given_up.append(agreement)  # the others may have heard of it
+            raise
+        return Group(comm, left, f"shrink {self._digest} {agreement.epoch} {left}")
 
     def _scope(self, channel: Channel | None) -> Scope:
         self._check(channel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
@@ -20,6 +21,7 @@ __all__ = ["Region", "RemoteRegion", "exchange", "withdraw"]
 # Version, owner's rank and generation, region, first byte, bytes, writable.
 _HANDLE: Final = struct.Struct("<4sHIQQQQ?")
 _TAG: Final = 1 << 40  # of exchanges on the runtime's own channel
+_GIVE_UP_S: Final = 5.0  # for the word of one that is given up
 _MAGIC: Final = b"aioR"
 _VERSION: Final = 1
 
@@ -164,7 +166,9 @@ def withdraw(receive: Transfer[Any]) -> None:
 async def exchange(comm: Operations, region: Region, with_: int, limit: float) -> RemoteRegion:
     """Swap handles with a peer on the runtime's own channel.
 
-    Calls are numbered per peer, so that one that was cancelled on one side does not answer the next.
+    Calls are numbered per peer. Who has the other's handle confirms it, and waits for that of the other; who
+    gives a call up says so, by a message without bytes. The other, who may come to it later, or wait in it,
+    then goes on with the next.
     """
     if comm.closed or not comm._here():
         comm._refuse()
@@ -174,15 +178,36 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
         raise UsageTypeError(f"{type(region).__name__} is not a Region: exchange what comm.register() gives")
     if region._comm is not comm:
         raise UsageError("the region belongs to another communicator: register the memory with this one")
-    handle, theirs = region.handle, bytearray(_HANDLE.size)
+    handle = region.handle
+    ends = None if limit < 0 else time.monotonic() + limit
     # Only now is nothing left to refuse: a number that one side skips would shift all exchanges after it.
     peer = (with_, comm._generation_of(with_))
-    number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1
-    receive = comm._recv(theirs, with_, comm._internal, _TAG + number, limit)
+    while True:
+        number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1
+        where = with_, comm._internal, _TAG + number
+        try:
+            theirs = await _swap(comm, handle, where, ends)
+            if theirs and await _swap(comm, b"\1", where, ends):
+                return RemoteRegion.from_handle(comm, theirs)
+        except BaseException:
+            if not comm.closed:
+                comm._send(b"", *where, _GIVE_UP_S, 0).add_done_callback(_look_away)
+            raise
+
+
+async def _swap(comm: Operations, mine: bytes, where: tuple[int, int, int], ends: float | None) -> bytes:
+    """Send bytes, and receive as many of the other's; none: it has given the call up."""
+    left = -1.0 if ends is None else max(0.0, ends - time.monotonic())
+    theirs = bytearray(len(mine))
+    receive = comm._recv(theirs, *where, left)
     try:
-        await comm._send(handle, with_, comm._internal, _TAG + number, limit, 0)
-        await receive
+        await comm._send(mine, *where, left, 0)
+        return bytes(theirs[: (await receive).nbytes])
     except BaseException:
         withdraw(receive)
         raise
-    return RemoteRegion.from_handle(comm, bytes(theirs))
+
+
+def _look_away(transfer: Transfer[Any]) -> None:
+    if not transfer.cancelled():
+        transfer.exception()

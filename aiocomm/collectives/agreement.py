@@ -13,10 +13,12 @@ the result: shrink again.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
+
 from aiocomm._operations import limit_of
+from aiocomm.collectives.gate import Gate
 from aiocomm.errors import DeadlineExceeded, PeerLostError
 
 if TYPE_CHECKING:
@@ -25,82 +27,105 @@ if TYPE_CHECKING:
     from aiocomm.communicator import Communicator
     from aiocomm_native import Transfer
 
-__all__ = ["agree"]
+__all__ = ["Agreement"]
 
 _ROUND_BITS: Final = 16
+_FOREVER: Final = -1.0
 
 
-async def agree(
-    comm: Communicator,
-    index: int,
-    ranks: Sequence[int],
-    alive: Sequence[int],
-    epoch: int,
-    deadline: float | None,
-) -> list[int]:
-    """The ranks that are left, in the order of the group; the same at all of them.
+class Agreement:
+    """One rank's part of an agreement. Who gives it up can go on with it later: the others do not begin anew.
 
     Args:
         index: native channel that nothing else uses.
+        ranks: of the group.
         alive: the ranks that this one believes alive, itself among them.
         epoch: number of this agreement in the group.
-
-    Raises:
-        PeerLostError: the others have excluded this rank.
-        DeadlineExceeded: a survivor has not called in time.
     """
-    ends = None if deadline is None else time.monotonic() + deadline
-    view = set(alive)
-    for number in range(len(ranks) + 2):
-        tag = epoch << _ROUND_BITS | number
-        limit = limit_of(None if ends is None else max(0.0, ends - time.monotonic()))
-        sent = frozenset(view)
-        replies = await _round(comm, index, sorted(sent - {comm.rank}), _pack(False, ranks, sent), tag, limit)
-        decided = [theirs for final, theirs in _unpacked(replies, ranks) if final]
+
+    def __init__(
+        self, comm: Communicator, index: int, ranks: Sequence[int], alive: Sequence[int], epoch: int
+    ) -> None:
+        self.epoch = epoch
+        self._comm, self._index, self._ranks = comm, index, ranks
+        self._view = set(alive)
+        self._sent: frozenset[int] = frozenset()  # in this round
+        self._round = -1
+        self._waiting: dict[int, tuple[bytearray, Transfer[Any]]] = {}  # for the views of others
+        self._gate = Gate(comm._backend)
+
+    async def reach(self, deadline: float | None) -> list[int]:
+        """The ranks that are left, in the order of the group; the same at all of them.
+
+        Raises:
+            PeerLostError: the others have excluded this rank.
+            DeadlineExceeded: a survivor has not called in time.
+        """
+        limit_of(deadline)
+        with anyio.move_on_after(deadline):
+            while True:
+                if not self._waiting:
+                    self._begin_round()
+                await self._all_here()
+                if self._ends():
+                    self._tell()
+                    return [rank for rank in self._ranks if rank in self._view]
+        late = [rank for rank, (_, receive) in self._waiting.items() if not receive.done()]
+        who = f"rank {late[0]} has not called it" if late else "the survivors have not agreed"
+        raise DeadlineExceeded(f"shrink: {who} in time")
+
+    def _begin_round(self) -> None:
+        comm = self._comm
+        self._round += 1
+        self._sent = frozenset(self._view)
+        message = _pack(False, self._ranks, self._sent)
+        others = sorted(self._sent - {comm.rank})
+        for rank in others:
+            memory = bytearray(len(message))
+            receive = comm._recv(memory, rank, self._index, self._tag(0), _FOREVER)
+            self._waiting[rank] = memory, receive
+            receive.add_done_callback(lambda _: self._gate.ring())
+        for rank in others:
+            comm._send(message, rank, self._index, self._tag(0), _FOREVER, 0).add_done_callback(_look_away)
+
+    def _tag(self, later: int) -> int:
+        return self.epoch << _ROUND_BITS | self._round + later
+
+    async def _all_here(self) -> None:
+        while not all(receive.done() for _, receive in self._waiting.values()):
+            await self._gate.wait()
+
+    def _ends(self) -> bool:
+        """Whether the views of this round settle it."""
+        comm, replies = self._comm, {}
+        for rank, (memory, receive) in self._waiting.items():
+            error = None if receive.cancelled() else receive.exception()
+            if error is None and not receive.cancelled():
+                replies[rank] = bytes(memory)
+            elif not isinstance(error, PeerLostError):
+                raise error or PeerLostError("shrink was cut off", rank)
+        self._waiting = {}
+        views = _unpacked(replies, self._ranks)
+        decided = [theirs for final, theirs in views if final]
+        ends = bool(decided)
         if decided:
-            view = set(decided[0])
-            break
-        if all(theirs == sent for _, theirs in _unpacked(replies, ranks)) and len(replies) == len(sent) - 1:
-            break
-        view &= set(replies) | {comm.rank}
-        for _, theirs in _unpacked(replies, ranks):
-            view &= theirs
-        if comm.rank not in view:
+            self._view = set(decided[0])
+        elif all(theirs == self._sent for _, theirs in views) and len(replies) == len(self._sent) - 1:
+            ends = True
+        else:
+            self._view &= set(replies) | {comm.rank}
+            for _, theirs in views:
+                self._view &= theirs
+        if comm.rank not in self._view:
             raise PeerLostError("the other survivors have lost this rank, and shrink without it", comm.rank)
-    if comm.rank not in view:
-        raise PeerLostError("the other survivors have lost this rank, and shrink without it", comm.rank)
-    said = _pack(True, ranks, frozenset(view))
-    for rank in sorted(view - {comm.rank}):
-        told = comm._send(said, rank, index, tag + 1, limit, 0)
-        told.add_done_callback(_look_away)
-    return [rank for rank in ranks if rank in view]
+        return ends
 
-
-async def _round(
-    comm: Communicator, index: int, others: Sequence[int], message: bytes, tag: int, limit: float
-) -> dict[int, bytes]:
-    """Swap messages with all others; those that are lost are missing from the answer."""
-    pending: list[tuple[int, bytearray, Transfer[Any]]] = []
-    for rank in others:
-        memory = bytearray(len(message))
-        pending.append((rank, memory, comm._recv(memory, rank, index, tag, limit)))
-    for rank in others:
-        comm._send(message, rank, index, tag, limit, 0).add_done_callback(_look_away)
-    replies = {}
-    try:
-        for rank, memory, receive in pending:
-            try:
-                await receive
-            except PeerLostError:
-                continue
-            except DeadlineExceeded:
-                raise DeadlineExceeded(f"shrink: rank {rank} has not called it in time") from None
-            replies[rank] = bytes(memory)
-    finally:
-        for _, _, receive in pending:
-            receive.cancel()
-            receive.add_done_callback(_look_away)
-    return replies
+    def _tell(self) -> None:
+        comm = self._comm
+        said = _pack(True, self._ranks, frozenset(self._view))
+        for rank in sorted(self._view - {comm.rank}):
+            told = comm._send(said, rank, self._index, self._tag(1), _FOREVER, 0)
+            told.add_done_callback(_look_away)
 
 
 def _pack(final: bool, ranks: Sequence[int], view: frozenset[int]) -> bytes:

@@ -41,7 +41,7 @@ TAG_BITS: Final = 24  # of a tag: the message within its call; the rest is the c
 _ABORT_TAG: Final = 0
 _ABORT_S: Final = 5.0
 _KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call: first touch is slow
-_REMEMBERED: Final = 256
+_REMEMBERED: Final = 4096
 _MISSED: Final = 16
 _LOOK_S: Final = 0.01  # after which it is looked whether others are gone
 
@@ -86,6 +86,10 @@ class Scope:
         if call is not None:
             self.enter(number, call)
         return number
+
+    def is_given_up(self, number: int) -> bool:
+        """Whether another rank has given up a call that this one has not begun."""
+        return number in self._failed
 
     def enter(self, number: int, call: Flight) -> None:
         """Enter a call that was numbered, and tell it what has been heard of it, or concerns it."""
@@ -190,15 +194,29 @@ class Scope:
 
     def _listen(self) -> None:
         self._news = bytearray(headers.ABORT_BYTES)
-        receive = self.comm._recv(self._news, -1, self.index, _ABORT_TAG, -1.0)
+        while True:
+            receive = self.comm._recv(self._news, -1, self.index, _ABORT_TAG, -1.0)
+            if not receive.done():
+                self.comm._engine.begin_submitted()
+            if not receive.done():
+                break
+            # Said before this rank was here: calls that it begins now must know.
+            if not self._take(receive):
+                return
         receive.add_done_callback(self._heard)
 
     def _heard(self, receive: Transfer[Any]) -> None:
+        if self._take(receive):
+            self._listen()
+
+    def _take(self, receive: Transfer[Any]) -> bool:
+        """Take in what another member says. False: nobody will say more."""
         if receive.cancelled() or receive.exception() is not None:
-            return  # closed, or nobody is left who could send
-        source = receive.result().source
-        number, why, lost, text = headers.parse_abort(self._news)
-        self._listen()
+            return False  # closed, or nobody is left who could send
+        self._news_of(receive.result().source, *headers.parse_abort(self._news))
+        return True
+
+    def _news_of(self, source: int, number: int, why: headers.Why, lost: int, text: str) -> None:
         if why is headers.Why.ASKS:
             self._asked.append((number, source))
             return self.answer()

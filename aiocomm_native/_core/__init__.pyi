@@ -101,6 +101,9 @@ class Engine:
 
     def drain(self, budget: int = 256) -> int: ...
 
+    def begin_submitted(self) -> None:
+        """Have what was submitted begin, and take what has ended."""
+
     def drain_express(self) -> int: ...
 
     def turn_due(self, had: bool, seconds: float) -> bool:

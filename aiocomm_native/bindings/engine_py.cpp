@@ -208,6 +208,16 @@ void bind_engine(nb::module_& m) {
           },
           "links"_a, "numbers"_a, "texts"_a)
       .def("drain", drain, "budget"_a = 256)
+      .def(
+          "begin_submitted",
+          [](PyEngine& e) {
+            {
+              nb::gil_scoped_release release;
+              e.engine->begin_submitted();
+            }
+            if (e.drain(256) < 0) throw nb::python_error();
+          },
+          "Have what was submitted begin, and take what has ended.")
       .def("drain_express", drain_express)
       .def(
           "turn_due",

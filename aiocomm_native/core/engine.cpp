@@ -207,6 +207,8 @@ bool Engine::submit(Op* op) {
   return false;
 }
 
+void Engine::begin_submitted() { Token token(*this, true); }
+
 bool Engine::cancel(Op* op, Code why) {
   Token token(*this, true);
   if (!op->live) return false;

@@ -144,6 +144,7 @@ class Engine final : public Host, public FrameSink {
   void release(Op* op) { ops_.give_back(op); }
   // Starts the op; true: it has ended already, inside the call. Afterwards take_connect_wanted() may name peers.
   bool submit(Op* op);
+  void begin_submitted();         // also what was submitted while another thread held the token
   bool cancel(Op* op, Code why);  // false: too late, the op has ended
   // Makes progress as far as it goes without waiting; `rung`: the doorbell is to be cleared.
   void progress(bool rung, bool may_linger = true);
