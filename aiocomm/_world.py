@@ -12,7 +12,8 @@ answer.
 The first that matches counts. (torchrun's own store holds `MASTER_PORT`.) Where all processes are on one host
 they meet at an abstract Unix socket named after the job, which needs no token. `AIOCOMM_ADDRESS` and
 `AIOCOMM_PORT` override the address and the port in each case. Under no launcher, `AIOCOMM_ADDRESS` names an
-elastic world, and without it the process is a world of its own.
+elastic world, and without it the process is a world of its own; unless one of these launchers is there in
+part: that is an error, as each process would otherwise be alone without a word.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["World", "detect", "first_host"]
 
+_OWN: Final = ("AIOCOMM_RANK", "AIOCOMM_SIZE", "AIOCOMM_ADDRESS")
 _SLURM_PORTS: Final = range(20000, 32000)  # below Linux's ephemeral ports
 
 
@@ -87,7 +89,38 @@ def detect(env: Mapping[str, str], *, uid: int, parent: int) -> World:
         if world is not None:
             return world
     address = env.get("AIOCOMM_ADDRESS")
-    return World(address=address) if address else World(rank=0, size=1)
+    if address:
+        return World(address=address)
+    _refuse_half(env)
+    return World(rank=0, size=1)
+
+
+def _refuse_half(env: Mapping[str, str]) -> None:
+    """Raise if a launcher's variables are there in part, so that this process would be alone by mistake."""
+    if env.get("AIOCOMM_RANK") or env.get("AIOCOMM_SIZE"):
+        _refuse_half_own(env)
+    if env.get("RANK") and env.get("WORLD_SIZE") not in (None, "", "1"):  # either alone may be anybody's
+        _refuse_missing(env, "RANK and WORLD_SIZE are", ("MASTER_ADDR", "MASTER_PORT"))
+    for names in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        for name in names:
+            if name in env:
+                _refuse_missing(env, f"{name} is", names)
+
+
+def _refuse_half_own(env: Mapping[str, str]) -> None:
+    given = [name for name in ("AIOCOMM_RANK", "AIOCOMM_SIZE") if env.get(name)]
+    numbers = [_integer(env, name) for name in given]
+    if numbers != [0, 1]:  # a world of one needs no address
+        _refuse_missing(env, " and ".join(given) + (" is" if len(given) == 1 else " are"), _OWN)
+
+
+def _refuse_missing(env: Mapping[str, str], there: str, needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if not env.get(name)]
+    if missing:
+        raise UsageError(
+            f"{there} set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: "
+            "this process would be a world of its own"
+        )
 
 
 def _own(env: Mapping[str, str], uid: int, parent: int) -> World | None:

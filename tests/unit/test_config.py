@@ -145,6 +145,42 @@ def test_environments_that_make_no_sense(env: dict[str, str], complaint: str) ->
 
 
 @pytest.mark.parametrize(
+    ("env", "complaint"),
+    [
+        ({"AIOCOMM_RANK": "1", "AIOCOMM_SIZE": "2"}, "AIOCOMM_SIZE are set, but AIOCOMM_ADDRESS is not"),
+        ({"AIOCOMM_RANK": "0"}, "AIOCOMM_RANK is set, but AIOCOMM_SIZE and AIOCOMM_ADDRESS are not"),
+        ({"AIOCOMM_RANK": "a"}, "AIOCOMM_RANK must be a whole number"),
+        ({"AIOCOMM_SIZE": "2"}, "AIOCOMM_SIZE is set, but AIOCOMM_RANK and AIOCOMM_ADDRESS are not"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT are not"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "but MASTER_PORT is not"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "but OMPI_COMM_WORLD_SIZE is not"),
+        ({"PMI_RANK": "1"}, "but PMI_SIZE is not"),
+        ({"PMI_SIZE": "2"}, "but PMI_RANK is not"),
+    ],
+)
+def test_half_a_launcher_is_no_world_of_one(env: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        found(env)
+    assert found({**env, **SLURM}).size == 8  # beside a whole launcher it does not matter
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"MASTER_ADDR": "h", "MASTER_PORT": "1"},
+        {"AIOCOMM_RANK": "0", "AIOCOMM_SIZE": "1"},
+        {"AIOCOMM_RANK": "", "AIOCOMM_SIZE": ""},
+    ],
+)
+def test_what_is_not_half_a_launcher_is_a_world_of_one(env: dict[str, str]) -> None:
+    assert found(env) == World(rank=0, size=1)
+
+
+@pytest.mark.parametrize(
     ("nodes", "host"),
     [
         ("node1", "node1"),
