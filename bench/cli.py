@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each is measured (default: 5)")
     parser.add_argument("--peers", default="", metavar="A,B", help="only these (see --list)")
     parser.add_argument("--sizes", default="", metavar="8,64KiB", help="only these message sizes, in `pairs`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="result file (results/MACHINE-DATE.json)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="result file (a new results/MACHINE-DATE.json)"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 unless all that must hold does")
     parser.add_argument("--show", type=Path, metavar="FILE", help="show an earlier result, measure nothing")
     parser.add_argument("--list", action="store_true", help="list suites, peers, and what to install")
@@ -56,8 +59,11 @@ def main(args: argparse.Namespace) -> int:
     today = datetime.date.today().isoformat()
     samples, missing, interrupted = _measure(suites, options)
     result = record.Record(here.to_json(), today, options, tuple(samples), missing)
-    out = args.out or _results_folder() / f"{here.kind}-{today}.json"
     status = _report(console, result, suites, args.check)
+    if not any(sample.metrics for sample in samples):
+        print(f"aiocomm bench: {_why_nothing(samples, missing)}; no file is written", file=sys.stderr)
+        return 130 if interrupted else 1
+    out = args.out or _unused(_results_folder(), here.kind, today)
     verdicts = [v for suite in suites for v in checks.judge_all(suite.rules, samples)]
     record.save(out, result, verdicts)
     console.print(f"written to {out}")
@@ -75,6 +81,8 @@ def _understand(args: argparse.Namespace) -> tuple[Options, list[Suite]]:
     rounds_wanted = args.rounds if args.rounds is not None else 2 if args.quick else 5
     if rounds_wanted < 1:
         raise ValueError("--rounds must be at least 1")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be more than 0 seconds, not {args.timeout:g}")
     options = Options(
         rounds=rounds_wanted,
         quick=args.quick,
@@ -139,3 +147,21 @@ def _list(console: Console) -> None:
 def _results_folder() -> Path:
     """Results are kept in the repository when run from it."""
     return Path("bench/results") if Path("bench/cli.py").exists() else Path("results")
+
+
+def _unused(folder: Path, machine: str, date: str) -> Path:
+    """The name of a file that is not there yet: what was measured earlier in the day is kept."""
+    names = (f"{machine}{f'-{number}' if number > 1 else ''}-{date}.json" for number in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _why_nothing(samples: list[Sample], missing: dict[str, str]) -> str:
+    """Why a run has no figures, for people."""
+    if samples:
+        return (
+            f"nothing was measured: each of the {len(samples)} tries failed, the last by: {samples[-1].error}"
+        )
+    if missing:
+        name, reason = next(iter(missing.items()))
+        return f"nothing that was asked for can be measured here ({name}: {reason})"
+    return "nothing was measured"

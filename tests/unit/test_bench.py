@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 from dataclasses import replace
@@ -13,6 +14,7 @@ from aiocomm_bench import (
     checks,
     cli,
     figures,
+    machine,
     pair,
     peers,
     perftest,
@@ -274,7 +276,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     cli.add_arguments(parser)
     assert cli.main(parser.parse_args(["--list"])) == 0
     assert "blocking-unix" in capsys.readouterr().out
-    for wrong in (["nosuite"], ["--peers", "nobody"], ["--sizes", "x"], ["--rounds", "0"]):
+    zero, nan = ["--timeout", "0"], ["--timeout", "nan"]
+    for wrong in (["nosuite"], ["--peers", "nobody"], ["--sizes", "x"], ["--rounds", "0"], zero, nan):
         assert cli.main(parser.parse_args(wrong)) == 2
     out = tmp_path / "result.json"
     line = [
@@ -293,6 +296,37 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(parser.parse_args(["pairs", "--show", str(out)])) == 0
     assert cli.main(parser.parse_args(["pairs", "--show", str(out), "--check"])) == 1, "ours was not measured"
     assert "blocking-unix" in capsys.readouterr().out
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, what: Suite) -> int:
+    """The exit status of `aiocomm bench` in an empty folder, for one suite."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "SUITES", {what.name: what})
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.main(parser.parse_args(["--rounds", "1"]))
+
+
+def test_earlier_results_of_the_day_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (1, 2, 3):
+        assert command(monkeypatch, tmp_path, suite()) == 0
+        assert len(list(tmp_path.glob("results/*.json"))) == count
+    kind, date = machine.describe().kind, datetime.date.today().isoformat()
+    assert (tmp_path / "results" / f"{kind}-3-{date}.json").exists()
+
+
+def test_a_run_that_measured_nothing_fails_and_writes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str, options: Options) -> dict[str, float]:
+        raise RuntimeError("no such thing")
+
+    assert command(monkeypatch, tmp_path, suite(fail)) == 1
+    assert "nothing was measured: each of the 4 tries failed, the last by: no such" in capsys.readouterr().err
+    absent = replace(suite(), subjects=lambda options: SUBJECTS[-1:])
+    assert command(monkeypatch, tmp_path, absent) == 1
+    assert "nothing that was asked for can be measured here (absent: not inst" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 BANDWIDTH = """\
