@@ -13,6 +13,7 @@ import cloudpickle
 
 from aiocomm._process import die_with_parent
 from aiocomm.config import take_worker
+from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ def main() -> int:
     payload, outcome, parent = take_worker()
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # blocked by `spawn`, for the imports above
     try:
         sys.path[:], worker, arguments, library = cloudpickle.loads(_read(payload))
         os.close(payload)
@@ -41,8 +43,12 @@ def _run(worker: Callable[..., Any], arguments: tuple[Any, ...], library: str) -
     async def work() -> None:
         async with aiocomm.connect() as comm:
             result = worker(comm, *arguments)
-            if inspect.isawaitable(result):
-                await result
+            if not inspect.isawaitable(result):
+                raise UsageError(
+                    f"the worker must be a coroutine function: it returned {type(result).__name__}, "
+                    "which cannot be awaited"
+                )
+            await result
 
     if library == "trio":
         import trio

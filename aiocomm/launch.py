@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -150,8 +152,13 @@ class Spawn:
         try:
             content = cloudpickle.dumps((sys.path, self._worker, self._arguments, _library()))
             _write_all(payload, content)
-            for rank in range(1, self._n + 1):
-                self._start_one(rank, payload, address, token)
+            # Workers start with SIGINT blocked, until they ignore it: a Ctrl-C within their imports is ours.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+            try:
+                for rank in range(1, self._n + 1):
+                    self._start_one(rank, payload, address, token)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         finally:
             os.close(payload)
 
@@ -282,14 +289,21 @@ def spawn(
         grace_s: seconds that a worker which is asked to end may take before it is killed.
 
     Raises:
-        UsageError: `n` is less than 1, or `worker` cannot be called.
+        UsageError: `n` is less than 1, `grace_s` is negative, or `worker` is a function without `async`.
+
+    A partial, a lambda or an object with `__call__` is taken, and fails in the worker if what it returns
+    cannot be awaited.
 
     Cancellation while entering or leaving terminates the workers and leaves no process behind.
     """
     if n < 1:
         raise UsageError(f"cannot spawn {n} workers")
+    if not grace_s >= 0:  # also catches NaN
+        raise UsageError(f"grace_s must not be negative, but is {grace_s}")
     if not callable(worker):
         raise UsageError(f"the worker must be a coroutine function, not {type(worker).__name__}")
+    if _is_plain(worker):
+        raise UsageError(f"the worker must be a coroutine function (async def), and {worker.__name__} is not")
     chosen = (links,) if isinstance(links, str) else links
     return Spawn(worker, args, n, {"links": chosen, "warmup": warmup}, deadline, grace_s)
 
@@ -307,6 +321,14 @@ def _explained(failures: list[AiocommError], unawaited: list[AiocommError]) -> l
         else:
             worker.add_note(f"nobody awaited this transfer: {error}")
     return [*failures, *left]
+
+
+def _is_plain(worker: Callable[..., Any]) -> bool:
+    """Whether this is a function without `async`, and does not wrap one with it."""
+    function = inspect.unwrap(worker)
+    if not (inspect.isfunction(function) or inspect.ismethod(function)) or function.__name__ == "<lambda>":
+        return False
+    return not (inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(function))
 
 
 def _library() -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import trio
 
 import aiocomm
+from aiocomm._process import fresh_address, fresh_token
 from aiocomm.launch import WorkerError
 
 if TYPE_CHECKING:
@@ -275,8 +278,77 @@ def test_cancelling_ends_the_workers() -> None:
     asyncio.run(main())
 
 
+def test_whatever_returns_an_awaitable_is_a_worker(on_loop: Callable[[Any], None]) -> None:
+    async def worker(comm: Any, factor: float) -> None:
+        await comm.send(np.full(1, factor), dst=0)
+
+    @functools.wraps(worker)
+    def wrapper(comm: Any, factor: float) -> Any:
+        return worker(comm, factor)
+
+    class Caller:
+        def __call__(self, comm: Any, factor: float) -> Any:
+            return worker(comm, factor)
+
+    async def main() -> None:
+        for what in (wrapper, Caller(), functools.partial(wrapper), lambda comm, f: worker(comm, f)):
+            async with aiocomm.spawn(what, 1, 2.0) as comm:
+                assert await comm.recv_array(src=1) == 2.0
+
+    on_loop(main)
+
+
+def test_a_worker_that_returns_no_awaitable_fails() -> None:
+    async def main() -> None:
+        with pytest.raises(WorkerError, match="must be a coroutine function: it returned int, which cannot"):
+            async with aiocomm.spawn(lambda comm: 3, 1):
+                pass
+
+    asyncio.run(main())
+
+
+def _is_deaf(pid: int) -> bool:
+    """Whether a process has SIGINT blocked, or ignores it."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigBlk", "SigIgn"))]
+    return any(mask >> (signal.SIGINT - 1) & 1 for mask in masks)
+
+
+def test_an_interruption_is_not_the_workers() -> None:
+    """Ctrl-C goes to the whole group, also while a worker still imports."""
+
+    async def worker(comm: Any) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def main() -> None:
+        spawned = aiocomm.spawn(worker, 1)
+        spawned._start(fresh_address(), fresh_token())  # what it does first
+        try:
+            assert _is_deaf(spawned._workers[0].process.pid)
+            assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        finally:
+            await spawned._stop()
+        async with aiocomm.spawn(worker, 1):
+            pass
+
+    asyncio.run(main())
+
+
 def test_mistakes() -> None:
     with pytest.raises(aiocomm.UsageError, match="cannot spawn 0 workers"):
         aiocomm.spawn(lambda comm: None, 0)
     with pytest.raises(aiocomm.UsageError, match="must be a coroutine function"):
         aiocomm.spawn(3, 1)  # type: ignore[arg-type]
+
+    def worker(comm: Any) -> None:
+        pass
+
+    with pytest.raises(
+        aiocomm.UsageError, match=r"must be a coroutine function \(async def\), and worker is"
+    ):
+        aiocomm.spawn(worker, 1)
+    for grace_s in (-1.0, float("nan")):
+        with pytest.raises(aiocomm.UsageError, match="grace_s must not be negative"):
+            aiocomm.spawn(lambda comm: None, 1, grace_s=grace_s)
