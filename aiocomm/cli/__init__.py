@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
+
+from aiocomm.cli._streams import OutputLost, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +29,24 @@ _COMMANDS: Final = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line; returns the exit status.
+
+    130 after Ctrl-C; 141 once nobody reads the output any more; 1, and a sentence, if it cannot be written.
+    """
+    try:
+        with guarded():
+            return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OutputLost as lost:
+        if lost.broken:
+            return 128 + signal.SIGPIPE
+        with contextlib.suppress(OSError):
+            os.write(2, f"aiocomm: {lost}\n".encode())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="aiocomm", description="Awaitable communication between processes, for LLM serving."
     )

@@ -1,20 +1,26 @@
 """`aiocomm run`: start the processes of one world on this host, and stand for them.
 
-One thread and one selector: pipes of the children, their ends (pidfds), and signals. Rules:
-1. A line of output is written whole, after its rank; stdout and stderr stay apart.
+One thread and one selector: pipes of the children, their ends (pidfds), our own output, and signals. Rules:
+1. A line of output is written whole, after its rank; stdout and stderr stay apart. What is not read waits, up
+   to `_BACKLOG` bytes; then the children wait, as at any full pipe. Signals and the children's ends do not.
 2. Signals are passed on to every child's process group; a third interruption kills.
 3. The first child that fails decides the exit status; the others are asked to end, and killed after a while.
-4. If this process is killed, so are its children.
+4. What the children have written is written before this process ends, however long its reader takes; but if
+   one has failed it is given up after `--grace` without progress, after an interruption after `_DRAIN_S`.
+5. If this process is killed, so are its children.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import select
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -22,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Final
 
 from aiocomm._process import die_with_parent, fresh_address, fresh_token
+from aiocomm.cli._streams import OutputLost
 from aiocomm.config import child_environment, resolve_world
 from aiocomm.errors import AiocommError, UsageError
 
@@ -33,7 +40,10 @@ __all__ = ["add_arguments", "main"]
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PIECE: Final = 64 * 1024
 _LONGEST_LINE: Final = 1 << 20
+_LARGEST_PIPE: Final = 1 << 20
+_BACKLOG: Final = 1 << 20
 _DRAIN_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 3600.0  # poll() takes no longer ones than 24 days
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +97,55 @@ class _Child:
         os.close(self.pidfd)
 
 
+class _Sink:
+    """Our own stdout or stderr, written without waiting; what it does not take yet waits here.
+
+    The open file may be shared with others, who would find a non-blocking one strange. Pipes and sockets that
+    are ready take `PIPE_BUF` bytes at once; a terminal is opened anew, non-blocking.
+    """
+
+    def __init__(self, descriptor: int, stack: contextlib.ExitStack) -> None:
+        self.number = self.descriptor = descriptor
+        self.waiting = bytearray()
+        self.written = 0
+        self._piece = _PIECE if stat.S_ISREG(os.fstat(descriptor).st_mode) else select.PIPE_BUF
+        if os.isatty(descriptor):
+            with contextlib.suppress(OSError):
+                self.descriptor = os.open(
+                    os.ttyname(descriptor), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+                )
+                stack.callback(os.close, self.descriptor)
+        self._poll = select.poll()
+        self._poll.register(self.descriptor, select.POLLOUT)
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more should come before some of it has left."""
+        return len(self.waiting) >= _BACKLOG
+
+    def write(self) -> None:
+        """Write while it can be done at once.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        try:
+            while self.waiting and self._poll.poll(0):  # each time: stdout and stderr may be one pipe
+                count = os.write(self.descriptor, self.waiting[: self._piece])
+                self.written += count
+                del self.waiting[:count]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise OutputLost(self.number, error) from error
+
+
 @dataclass(eq=False)
 class _Output:
     """One pipe of a child, and the part of a line that has come so far."""
 
     source: IO[bytes]
-    target: int
+    sink: _Sink
     prefix: bytes
     part: bytearray = field(default_factory=bytearray)
 
@@ -111,6 +164,13 @@ class _Output:
             self._emit(whole or len(self.part))
         return True
 
+    def finish(self) -> None:
+        """Move what is there, to the end of what was written so far."""
+        for _ in range(_LARGEST_PIPE // _PIECE):
+            if not self.pump():
+                return
+        self._emit(len(self.part))
+
     def _emit(self, nbytes: int) -> None:
         if not nbytes:
             return
@@ -120,9 +180,7 @@ class _Output:
             lines += b"\n"
         if self.prefix:
             lines = b"".join(self.prefix + line + b"\n" for line in lines[:-1].split(b"\n"))
-        view = memoryview(lines)
-        while view:
-            view = view[os.write(self.target, view) :]
+        self.sink.waiting += lines
 
 
 class _Launcher:
@@ -130,6 +188,8 @@ class _Launcher:
         self._args = args
         if args.processes < 1:
             raise UsageError(f"cannot start {args.processes} processes")
+        if not args.grace >= 0:  # also catches NaN
+            raise UsageError(f"--grace must not be negative, but is {args.grace:g}")
         size = args.size if args.size is not None else args.first_rank + args.processes
         if not 0 <= args.first_rank <= size - args.processes:
             raise UsageError(
@@ -141,8 +201,9 @@ class _Launcher:
         self._address = args.address or fresh_address()
         self._token = resolve_world(self._address).token or (None if args.address else fresh_token())
         self._children: list[_Child] = []
-        self._selector = selectors.DefaultSelector()
-        self._outputs = 0
+        self._selector = selectors.PollSelector()  # files, too; epoll refuses those
+        self._outputs: set[_Output] = set()
+        self._sinks: dict[int, _Sink] = {}
         self._status = 0
         self._kill_at: float | None = None
         self._signals: list[int] = []
@@ -151,18 +212,45 @@ class _Launcher:
     def run(self) -> int:
         with contextlib.ExitStack() as stack:
             stack.callback(self._selector.close)
+            self._sinks = {descriptor: _Sink(descriptor, stack) for descriptor in (1, 2)}
             self._catch_signals(stack)
             for rank in range(self._args.first_rank, self._args.first_rank + self._args.processes):
                 self._start(rank, stack)
             try:
                 while any(child.process.returncode is None for child in self._children):
                     self._turn(self._pause())
-                end = time.monotonic() + _DRAIN_S  # a grandchild may hold a pipe open for ever
-                while self._outputs and (pause := end - time.monotonic()) > 0:
-                    self._turn(pause)
-            except BrokenPipeError:  # nobody reads our output any more
-                self._status = self._status or 128 + signal.SIGPIPE
+                self._drain()
+            except OutputLost as lost:
+                if not lost.broken:
+                    raise
+                self._status = self._status or 128 + signal.SIGPIPE  # nobody reads our output any more
         return self._status
+
+    def _drain(self) -> None:
+        """Write what the children have left (rule 4)."""
+        end = time.monotonic() + _DRAIN_S  # a grandchild may hold a pipe open for ever
+        while self._outputs and (pause := end - time.monotonic()) > 0:
+            self._turn(pause)
+        for output in list(self._outputs):
+            output.finish()
+            self._forget(output)
+        written, since = -1, time.monotonic()
+        while any(sink.waiting for sink in self._sinks.values()):
+            total = sum(sink.written for sink in self._sinks.values())
+            if total != written:
+                written, since = total, time.monotonic()
+            patience = self._args.grace if self._status else math.inf
+            if self._interruptions:
+                patience = _DRAIN_S
+            pause = since + patience - time.monotonic()
+            if pause <= 0:
+                break
+            self._turn(min(_LONGEST_PAUSE_S, pause))
+
+    def _forget(self, output: _Output) -> None:
+        self._outputs.remove(output)
+        if output.source in self._selector.get_map():
+            self._selector.unregister(output.source)
 
     def _start(self, rank: int, stack: contextlib.ExitStack) -> None:
         args, parent = self._args, os.getpid()
@@ -199,17 +287,18 @@ class _Launcher:
         for pipe, target in ((process.stdout, 1), (process.stderr, 2)):
             stack.enter_context(pipe)
             os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ, _Output(pipe, target, prefix))
-            self._outputs += 1
+            self._outputs.add(_Output(pipe, self._sinks[target], prefix))
 
     def _turn(self, pause: float | None) -> None:
         """Wait for something, and handle all that is there."""
+        self._choose()
         for key, _ in self._selector.select(pause):
             match key.data:
                 case _Output():
                     if not key.data.pump():
-                        self._selector.unregister(key.fileobj)
-                        self._outputs -= 1
+                        self._forget(key.data)
+                case _Sink():
+                    key.data.write()
                 case _Child():
                     self._selector.unregister(key.fileobj)
                     self._ended(key.data)
@@ -224,8 +313,24 @@ class _Launcher:
             for child in self._children:
                 child.signal(signal.SIGKILL)
 
+    def _choose(self) -> None:
+        """Look at pipes whose sink has room, and at sinks for which something waits."""
+        for output in self._outputs:
+            self._look(output.source, selectors.EVENT_READ, output, not output.sink.full)
+        for sink in self._sinks.values():
+            self._look(sink.descriptor, selectors.EVENT_WRITE, sink, bool(sink.waiting))
+
+    def _look(self, file: IO[bytes] | int, events: int, data: _Output | _Sink, wanted: bool) -> None:
+        if wanted != (file in self._selector.get_map()):
+            if wanted:
+                self._selector.register(file, events, data)
+            else:
+                self._selector.unregister(file)
+
     def _pause(self) -> float | None:
-        return None if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
+        if self._kill_at is None:
+            return None
+        return min(_LONGEST_PAUSE_S, max(0.0, self._kill_at - time.monotonic()))
 
     def _ended(self, child: _Child) -> None:
         code = child.process.wait()
@@ -235,8 +340,7 @@ class _Launcher:
         others = [other for other in self._children if other.process.returncode is None]
         what = f"exited with status {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
         also = "; stopping the others" if others else ""
-        with contextlib.suppress(OSError):
-            os.write(2, f"[aiocomm] rank {child.rank} {what}{also}\n".encode())
+        self._sinks[2].waiting += f"[aiocomm] rank {child.rank} {what}{also}\n".encode()
         for other in others:
             other.signal(signal.SIGTERM)
         self._kill_at = time.monotonic() + self._args.grace

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,76 @@ def test_output_that_nobody_reads_ends_the_run(script: Callable[[str], str]) -> 
         assert process.wait(PATIENCE_S) == 128 + signal.SIGPIPE
 
 
+def full(process: subprocess.Popen[bytes]) -> None:
+    """Wait until no more fits into the pipe that is not read."""
+    assert process.stdout is not None
+    writer = os.open(f"/proc/self/fd/{process.stdout.fileno()}", os.O_WRONLY)
+    wait_unwritable(writer)
+    os.close(writer)
+
+
+def wait_unwritable(descriptor: int) -> None:
+    while select.select([], [descriptor], [], 0)[1]:
+        time.sleep(0.01)  # nothing tells of this
+
+
+ENDLESS = """
+    def note(signum, frame):
+        os.write(2, f"{os.getpid()}\\n".encode())
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    note(0, None)
+    while True:
+        print("x" * 100)
+"""
+
+
+def test_signals_are_heard_while_nobody_reads(script: Callable[[str], str]) -> None:
+    with running("-n", "2", script(ENDLESS)) as process:
+        assert process.stderr is not None
+        both = {process.stderr.readline() for _ in range(2)}
+        full(process)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            assert {process.stderr.readline() for _ in range(2)} == both
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
+
+
+def test_a_failing_rank_is_noticed_while_nobody_reads(script: Callable[[str], str]) -> None:
+    with running("-n", "2", "--grace", "0.5", script(ENDLESS)) as process:
+        assert process.stderr is not None
+        pids = dict(process.stderr.readline().split() for _ in range(2))
+        full(process)
+        os.kill(int(pids[b"[1]"]), signal.SIGSEGV)
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGSEGV
+        assert b"rank 1 was ended by SIGSEGV" in process.stderr.read()
+
+
+def test_a_slow_reader_gets_everything(script: Callable[[str], str]) -> None:
+    program = script("print('x' * 400_000); print('end')")
+    with running("-n", "2", program) as process:
+        full(process)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)  # longer than it looks for what a child's children write
+        assert process.stdout is not None
+        assert len(process.stdout.read()) == 2 * (400_000 + len("[0] \n[0] end\n"))
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_terminal_that_is_not_read_holds_nothing_up(script: Callable[[str], str]) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "aiocomm", "run", "-n", "1", script("while True: print('x' * 100)")]
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as process:
+        assert os.read(ours, 4) == b"[0] "
+        wait_unwritable(theirs)
+        assert os.get_blocking(theirs)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    os.close(ours)
+    os.close(theirs)
+
+
 # What the processes are told
 
 
@@ -178,6 +249,8 @@ def test_modules_and_other_programs(tmp_path: Path) -> None:
         (["-n", "0", "x.py"], "cannot start 0 processes"),
         (["-n", "2", "--size", "1", "x.py"], "exceed size 1"),
         (["-n", "2", "--size", "4", "x.py"], "need --address"),
+        (["-n", "2", "--grace", "-1", "x.py"], "--grace must not be negative"),
+        (["-n", "2", "--grace", "nan", "x.py"], "--grace must not be negative"),
         (["-n", "1", "--no-python", "/does/not/exist"], "No such file"),
     ],
 )
