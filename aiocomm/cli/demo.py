@@ -5,6 +5,7 @@ Exit status: 0 if the split gives the tokens of one process, 1 if not or if it f
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -24,14 +25,13 @@ from aiocomm.demo.model import KVCache, ModelConfig, Transformer
 from aiocomm.demo.report import Report
 
 if TYPE_CHECKING:
-    import argparse
-
     from numpy.typing import NDArray
 
 __all__ = ["add_arguments", "main"]
 
 _ROUNDS = 3000  # a 99th percentile of a few hundred is the worst three
 _CASE_LIMIT_S = 0.4
+_TOKEN_NBYTES = 2048  # of the receive that is posted for each token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         metavar="N",
-        type=_positive,
+        type=_context,
         default=8192,
         help="bytes of the prompt to use at most (%(default)s)",
     )
     parser.add_argument(
         "--threads", metavar="N", type=_positive, help="BLAS threads per process (default: half of the cores)"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the weights (%(default)s)")
+    parser.add_argument("--seed", metavar="N", type=_natural, default=0, help="of the weights (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         model = ModelConfig.sized(args.layers, args.dim, args.seed)
         prompt = _read_prompt(args.prompt)
-    except (OSError, ValueError) as error:
+        _refuse_too_large(model, min(len(prompt), args.context), args.tokens)
+    except (OSError, ValueError, OverflowError) as error:
         errors.print(f"aiocomm demo: {error}", markup=False, soft_wrap=True)
         return 2
     if len(prompt) > args.context:
@@ -135,8 +136,38 @@ def _read_prompt(path: Path | None) -> NDArray[np.uint8]:
     return prompt
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
+def _refuse_too_large(model: ModelConfig, prompt: int, tokens: int) -> None:
+    """Raise if two processes of it do not fit into the memory that is free: it would be filled first."""
+    capacity = prompt + tokens
+    work = 4 * prompt * (4 * model.dim + 3 * model.ffn)  # of a layer's prefill
+    each = model.weights_nbytes + capacity * model.kv_nbytes_per_token + tokens * _TOKEN_NBYTES + work
+    free = _free_memory()
+    if 2 * each > free:
+        raise ValueError(
+            f"{model.layers:,} layers of width {model.dim:,} for {prompt:,} + {tokens:,} tokens take "
+            f"{2 * each // 10**9:,} GB in two processes, and {free // 10**9:,} GB are free "
+            "(see --tokens, --layers, --dim)"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
     return value
+
+
+_natural = functools.partial(_at_least, 0)
+_positive = functools.partial(_at_least, 1)
+_context = functools.partial(_at_least, 2)  # one byte to prefill, one to decode

@@ -84,6 +84,13 @@ class ModelConfig:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * 4 * self.layers * self.kv_heads * self.head_dim
 
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all weights."""
+        projections = (self.heads + 2 * self.kv_heads) * self.head_dim + self.dim
+        layer = self.dim * (projections + 3 * self.ffn + 2)
+        return 4 * (self.layers * layer + (VOCABULARY + 1) * self.dim)
+
 
 class LayerKV(NamedTuple):
     """The new tokens' keys and values of one layer: contiguous views, [tokens, kv_heads, head_dim] each."""

@@ -58,7 +58,13 @@ def test_own_prompt(tmp_path: Path) -> None:
     [
         (("--dim", "100"), "multiple of 128"),
         (("--prompt", "/nowhere/prompt"), "No such file"),
-        (("--tokens", "0"), "--tokens"),
+        (("--tokens", "0"), "argument --tokens: must be at least 1, not 0"),
+        (("--tokens", "many"), "argument --tokens: must be a whole number, not 'many'"),
+        (("--tokens", "99999999999"), "GB are free (see --tokens, --layers, --dim)"),
+        (("--layers", "99999999"), "GB are free (see --tokens, --layers, --dim)"),
+        (("--dim", "12800000"), "GB are free (see --tokens, --layers, --dim)"),
+        (("--context", "1"), "argument --context: must be at least 2, not 1"),
+        (("--seed", "-1"), "argument --seed: must be at least 0, not -1"),
         (("--link", "pigeon"), "--link"),
     ],
 )

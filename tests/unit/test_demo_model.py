@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -181,3 +182,10 @@ def test_impossible_shapes_are_refused(kwargs: dict[str, int], message: str) -> 
 def test_bytes_per_token() -> None:
     cache = KVCache(CONFIG, 10)
     assert cache.keys.nbytes + cache.values.nbytes == 10 * CONFIG.kv_nbytes_per_token
+
+
+def test_bytes_of_the_weights() -> None:
+    config = ModelConfig.sized(3, 256)
+    model = Transformer(config)
+    layers = [weights for layer in model.layers for weights in dataclasses.astuple(layer)]
+    assert config.weights_nbytes == sum(w.nbytes for w in (model.embedding, model.norm, *layers))
