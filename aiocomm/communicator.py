@@ -17,7 +17,8 @@ from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
 from aiocomm.collectives.operations import Collectives
-from aiocomm.errors import AiocommError, ClosedError, UsageError
+from aiocomm.config import variable
+from aiocomm.errors import AiocommError, ClosedError, LinkError, UsageError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
 from aiocomm.moe.operations import ExpertOperations
@@ -95,8 +96,15 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         if wanted and not set(wanted) - {"cuda"}:
             wanted += ["shm", "tcp"]  # it moves memory beside another link
         self._engine = _core.Engine(wanted, numbers, texts)
-        if "cuda" in wanted:
-            self._engine.devices()  # raises where it cannot work: it was asked for
+        try:
+            if "cuda" in wanted:
+                self._engine.devices()  # raises where it cannot work: it was asked for
+            if settings.tls_cert is not None and "tcp" in self._engine.link_names():
+                _check_tls(settings)
+        except AiocommError:
+            self._engine.close()
+            self._engine.release_descriptors()
+            raise
         self._plane = ControlPlane(world, self._engine, settings, self._on_control_event)
         self._rank = 0
         self._size: int | None = None
@@ -357,6 +365,17 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                 case 6:
                     if (region := self._regions.pop(number, None)) is not None:
                         region._freed()
+
+
+def _check_tls(settings: Settings) -> None:
+    """Read the files now: a pair that cannot be made later would look like a peer that is lost."""
+    try:
+        _core.check_tls(settings.tls_cert or "", settings.tls_key or "", settings.tls_ca or "")
+    except LinkError as error:
+        name, _, what = str(error).partition(":")
+        if name in ("tls_cert", "tls_key", "tls_ca"):
+            raise UsageError(f"{variable(name)}:{what}") from None
+        raise
 
 
 async def _ended(transfer: Transfer[Any]) -> None:

@@ -40,6 +40,11 @@ def available_links() -> list[str]:
 def describe_device_error(code: int) -> str:
     """Name, number and text of an error of the CUDA driver."""
 
+def check_tls(certificate: str, key: str, authorities: str) -> None:
+    """
+    Read files as the tcp link will. `LinkError` says what cannot be used, and begins with its setting.
+    """
+
 def allocate_shared(nbytes: int) -> Memory:
     """Memory in a shared segment that peers on this host can map."""
 
@@ -143,7 +148,8 @@ class Engine:
 
     def has_mover(self) -> bool: ...
 
-    def devices(self) -> int: ...
+    def devices(self) -> int:
+        """GPUs that can be used. `LinkError` says why none can."""
 
     def link_names(self) -> list[str]: ...
 

@@ -12,6 +12,7 @@
 #include "core/clock.hpp"
 #include "core/segments.hpp"
 #include "links/cuda/driver.hpp"
+#include "links/tcp/tls.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -183,6 +184,13 @@ void bind_engine(nb::module_& m) {
       "describe_device_error", [](int code) { return cuda::Driver::of_process().describe(code); }, "code"_a,
       "Name, number and text of an error of the CUDA driver.");
   m.def(
+      "check_tls",
+      [](std::string certificate, std::string key, std::string authorities) {
+        tcp::TlsContext::load({std::move(certificate), std::move(key), std::move(authorities)});
+      },
+      "certificate"_a, "key"_a, "authorities"_a,
+      "Read files as the tcp link will. `LinkError` says what cannot be used, and begins with its setting.");
+  m.def(
       "allocate_shared",
       [](uint64_t nbytes) {
         auto segment = Segments::of_process().allocate(nbytes);
@@ -278,7 +286,16 @@ void bind_engine(nb::module_& m) {
           },
           release_gil())
       .def("has_mover", [](PyEngine& e) { return e.engine->mover() != nullptr; })
-      .def("devices", [](PyEngine& e) { return e.engine->mover() ? e.engine->mover()->devices() : 0; })
+      .def(
+          "devices",
+          [](PyEngine& e) {
+            if (e.engine->mover()) return e.engine->mover()->devices();
+            const cuda::Driver& driver = cuda::Driver::of_process();
+            throw LinkFailure(
+                driver.usable() ? "no GPU is shown to this process: see `aiocomm doctor`" : driver.refusal,
+                driver.error);
+          },
+          "GPUs that can be used. `LinkError` says why none can.")
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
       .def("link_streams",
            [](PyEngine& e, const std::string& link) {

@@ -24,7 +24,7 @@ namespace {
 
 // A machine with one device that nothing but this test knows, so the kernel tells nothing of its addresses.
 struct Machine {
-  bool device = true, opens = true;
+  bool module = true, device = true, opens = true;
   ibv_port_state state = IBV_PORT_ACTIVE;
   uint8_t layer = IBV_LINK_LAYER_INFINIBAND;
   bool address = true;
@@ -37,7 +37,8 @@ Verbs pretended() {
   Verbs verbs{};
   verbs.get_device_list = [](int* count) {
     *count = g_machine.device;
-    return list;
+    errno = ENOSYS;
+    return g_machine.module ? list : nullptr;
   };
   verbs.free_device_list = [](ibv_device**) {};
   verbs.get_device_name = [](ibv_device*) -> const char* { return "test_0"; };
@@ -95,6 +96,9 @@ void one_machine() {
   CHECK(choose({{"test_0:1"}}).size() == 1);
   complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"test_0:2"}}); });
   complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"other"}}); });
+  g_machine = {.module = false};
+  complains(ENODEV, {"no verbs device (no kernel module", "rdma link add", "aiocomm doctor"},
+            [&] { choose(); });
   g_machine = {.device = false};
   complains(ENODEV, {"no verbs device", "rdma link add"}, [&] { choose(); });
   g_machine = {.opens = false};

@@ -150,3 +150,49 @@ def test_without_a_driver_in_a_container(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda, "in_container", lambda: False)
     assert "install NVIDIA's driver" in cuda._no_driver(True)
     assert cuda._no_driver(False) == ""
+
+
+ASKS = """
+import asyncio, sys
+import aiocomm
+
+async def nothing(comm):
+    pass
+
+async def main(how, links):
+    try:
+        if how == "spawn":
+            async with aiocomm.spawn(nothing, 1, links=links):
+                pass
+        else:
+            await (await aiocomm.connect(size=1, links=links)).aclose()
+    except aiocomm.LinkError as error:
+        print("refused:", error)
+    else:
+        print("joined")
+
+asyncio.run(main(sys.argv[1], sys.argv[2].split(",") if sys.argv[2] else None))
+"""
+
+
+@pytest.mark.parametrize("how", ["connect", "spawn", "variable"])
+@pytest.mark.parametrize("links", ["", "cuda", "shm,cuda"])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_link_to_gpus_that_is_asked_for_and_cannot_work_is_refused(
+    how: str, links: str, has_gpu: bool
+) -> None:
+    env = os.environ | {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "0" if has_gpu else ""}
+    env.pop("AIOCOMM_LIBCUDA", None)
+    if has_gpu:
+        env["AIOCOMM_LIBCUDA"] = str(simulated.build())
+    if how == "variable":
+        env["AIOCOMM_LINKS"] = links
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ASKS, how, "" if how == "variable" else links],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.stderr, done.stderr
+    assert done.stdout.startswith("refused: " if links and not has_gpu else "joined"), done.stdout

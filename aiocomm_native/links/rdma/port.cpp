@@ -119,12 +119,23 @@ size_t place(const Selection& selection, const Port& port) {
   return selection.names.size();
 }
 
+[[noreturn]] void refuse_all(const std::string& why) {
+  throw LinkFailure("rdma: this machine has no verbs device" + (why.empty() ? why : " (" + why + ")") +
+                        "; soft-RoCE serves for trying: rdma link add rxe0 type rxe netdev eth0; see "
+                        "`aiocomm doctor`",
+                    ENODEV);
+}
+
 }  // namespace
 
 std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
   int count = 0;
   ibv_device** list = verbs.get_device_list(&count);
-  if (!list) throw LinkFailure("verbs devices cannot be listed: " + std::string(strerror(errno)), errno);
+  if (!list && errno == ENOSYS) refuse_all("no kernel module of one is loaded");
+  if (!list)
+    throw LinkFailure(
+        "rdma: verbs devices cannot be listed: " + std::string(strerror(errno)) + "; see `aiocomm doctor`",
+        errno);
   std::unique_ptr<ibv_device*, void (*)(ibv_device**)> owned(list, verbs.free_device_list);
   std::vector<Port> ports;
   std::string reasons;
@@ -167,10 +178,7 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
   if (!ports.empty()) return ports;
   if (!reasons.empty()) throw LinkFailure("rdma: no port can be used: " + reasons, error);
   if (count > 0) throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names none of this machine's devices", ENODEV);
-  throw LinkFailure(
-      "rdma: this machine has no verbs device; soft-RoCE serves for trying: rdma link add rxe0 type rxe "
-      "netdev eth0",
-      ENODEV);
+  refuse_all("");
 }
 
 std::string describe(const Address& address) {
