@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +26,7 @@ __all__ = ["NO_DEADLINE", "Operations", "limit_of", "on_gpu", "overlapping"]
 
 _SYNCHRONOUS, _NO_WAIT = 1, 2
 _NOT_GIVEN: Final = object()
+_GPUS: Final = 1 << 31  # more than there can be
 NO_DEADLINE = -1.0
 
 
@@ -203,12 +203,18 @@ class Operations:
         if not fine:
             self._refuse(src=src, tag=tag)
         index = 0 if channel is None else self._index_of(channel)
-        if device is not None:
-            try:
-                return self._engine.recv_on(src, index, tag, limit_of(deadline), device)
-            except (TypeError, ValueError) as error:
-                raise UsageError(str(error)) from None
-        return self._recv(None, src, index, tag, limit_of(deadline))
+        limit = limit_of(deadline)
+        if device is None:
+            return self._recv(None, src, index, tag, limit)
+        if not hasattr(device, "__index__"):
+            raise UsageTypeError(f"device={device!r} is not the index of a GPU: pass an integer, such as 0")
+        number = device.__index__()
+        if not 0 <= number < _GPUS:
+            raise UsageError(f"device={device!r} is not the index of a GPU")
+        try:
+            return self._engine.recv_on(src, index, tag, limit, number)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def channel(self, name: str, *, priority: Priority = Priority.NORMAL, weight: float = 1.0) -> Channel:
         """Open a channel: a matching scope of its own, with a scheduling class. Both ends open it by name.
@@ -430,9 +436,9 @@ def on_gpu(engine: Engine, array: Any, writable: bool, stream: Any) -> Descripti
 
 
 def _seconds(deadline: float) -> float:
-    if not isinstance(deadline, int | float) or math.isnan(deadline) or deadline < 0:
+    if not isinstance(deadline, int | float) or not deadline >= 0:  # also NaN
         raise UsageError(f"deadline={deadline!r}: seconds from now, 0 or more")
-    return min(float(deadline), 1e9)
+    return float(min(deadline, 1e9))  # an integer may be larger than any float
 
 
 def limit_of(deadline: float | None) -> float:

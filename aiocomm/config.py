@@ -423,12 +423,20 @@ def _read(name: str, kind: str, unit: str, text: str) -> Any:
         if kind == "float":
             return _seconds(text) if unit == "seconds" else float(text)
     except ValueError:
-        raise UsageError(f"{variable(name)} must be a number of {unit}, not {text!r}") from None
+        raise UsageError(f"{variable(name)} must be {_number(kind, unit)}, not {text!r}") from None
     if kind.startswith("tuple"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if name == "log_level":
         return text.upper()
     return text
+
+
+def _number(kind: str, unit: str) -> str:
+    if unit == "fraction":
+        return "a fraction, such as 0.05"
+    if unit in ("", "index"):
+        return "a whole number" if kind == "int" else "a number"
+    return f"a number of {unit}"
 
 
 def _size(text: str) -> int:
@@ -459,7 +467,12 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
             )
     if "pattern" in limits and value is not None and not re.fullmatch(limits["pattern"], value):
         raise UsageError(f"{variable(name)} must be like {limits['example']!r}, not {value!r}")
+    unit = limits["unit"] if limits["unit"] not in ("fraction", "index") else ""
     if "low" in limits and not value >= limits["low"]:  # also catches NaN
-        raise UsageError(f"{variable(name)} must be at least {limits['low']} {limits['unit']}, not {value}")
+        raise UsageError(
+            f"{variable(name)} must be at least {limits['low']} {unit}".rstrip() + f", not {value}"
+        )
     if "high" in limits and value > limits["high"]:
-        raise UsageError(f"{variable(name)} must be at most {limits['high']} {limits['unit']}, not {value}")
+        raise UsageError(
+            f"{variable(name)} must be at most {limits['high']} {unit}".rstrip() + f", not {value}"
+        )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aiocomm._operations import limit_of
 from aiocomm.communicator import Communicator
 from aiocomm.config import Settings, resolve_world
+from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from types import TracebackType
 
     from aiocomm._world import World
 
-__all__ = ["Connecting", "connect"]
+__all__ = ["Connecting", "connect", "joining_s", "names_of_links"]
 
 
 def connect(
@@ -23,7 +25,7 @@ def connect(
     size: int | None = None,
     name: str | None = None,
     token: str | None = None,
-    links: tuple[str, ...] | list[str] | None = None,
+    links: str | Sequence[str] | None = None,
     warmup: bool = False,
     deadline: float | None = None,
 ) -> Connecting:
@@ -38,7 +40,8 @@ def connect(
         size: processes in the world; None: elastic, ranks grow and are never reused.
         name: shown to the peers.
         token: the group's secret. Without one only processes of the same user on the same host are accepted.
-        links: links that may be used, e.g. `("tcp",)`; default: all that work, the cheapest first.
+        links: links that may be used, e.g. `"tcp"` or `("shm", "tcp")`; default: all that work, the
+            cheapest first.
         warmup: connect with all peers now instead of on first use, and, of up to 16 ranks, take the memory of
             their rings now.
         deadline: seconds that joining may take, by default AIOCOMM_TIMEOUT_S.
@@ -50,17 +53,57 @@ def connect(
 
     Cancelling the await leaves the world again and releases everything.
     """
+    for what, value in (("address", address), ("name", name), ("token", token)):
+        if value is not None and not isinstance(value, str):
+            raise UsageTypeError(f"{what}= takes a string, not {type(value).__name__}")
     world = resolve_world(
         address,
-        rank=rank,
-        size=size,
+        rank=_integer("rank", rank),
+        size=_integer("size", size),
         name=name,
         token=token,
-        links=tuple(links) if links is not None else None,
+        links=names_of_links(links),
         warmup=warmup,
-        timeout_s=deadline,
+        timeout_s=joining_s(deadline),
     )
     return Connecting(world, Settings.from_environment())
+
+
+def joining_s(deadline: float | None) -> float | None:
+    """Seconds that joining may take, as a caller gives them.
+
+    Raises:
+        UsageError: they are none.
+    """
+    if deadline is None:
+        return None
+    if not isinstance(deadline, int | float) or not deadline > 0:  # also NaN
+        raise UsageError(f"deadline={deadline!r}: seconds that joining may take, more than 0")
+    return limit_of(deadline)
+
+
+def names_of_links(links: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Links as a caller names them: one, or several.
+
+    Raises:
+        UsageTypeError: they are not names.
+    """
+    if links is None:
+        return None
+    if isinstance(links, str):
+        return (links,)
+    names = tuple(links) if hasattr(links, "__iter__") else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise UsageTypeError(f"links={links!r}: names of links, such as ('shm', 'tcp')")
+    return names  # type: ignore[return-value]
+
+
+def _integer(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if not hasattr(value, "__index__"):
+        raise UsageTypeError(f"{name}={value!r} is not an integer")
+    return value.__index__()
 
 
 class Connecting:

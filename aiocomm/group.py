@@ -77,9 +77,9 @@ class Group(Collectives, ExpertOperations):
                 comm._refuse(dst=rank)
         if comm.rank not in members:
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
-        limit_of(deadline)  # refuses; a number that one member skips would keep later groups from meeting
+        limit = limit_of(deadline)  # refuses; a number that one member skips would keep later groups apart
         who = _generations(comm, members)
-        ends = None if deadline is None else time.monotonic() + deadline
+        ends = None if deadline is None else time.monotonic() + limit
         while True:
             number = comm._groups[who] = comm._groups.get(who, 0) + 1
             group = cls(comm, members, f"group {who} {number}")

@@ -17,6 +17,7 @@ import cloudpickle
 
 from aiocomm._process import fresh_address, fresh_token
 from aiocomm.config import child_environment
+from aiocomm.connecting import connect, joining_s, names_of_links
 from aiocomm.errors import AiocommError, PeerError, PeerLostError, UsageError
 
 if TYPE_CHECKING:
@@ -97,8 +98,6 @@ class Spawn:
         self._communicator: Communicator | None = None
 
     async def __aenter__(self) -> Communicator:
-        from aiocomm.connecting import connect
-
         address, token = fresh_address(), fresh_token()
         try:
             self._start(address, token)
@@ -175,7 +174,7 @@ class Spawn:
             }
             links = self._options.get("links")
             if links is not None:
-                variables["AIOCOMM_LINKS"] = ",".join([links] if isinstance(links, str) else links)
+                variables["AIOCOMM_LINKS"] = ",".join(links)
             process = subprocess.Popen(
                 # -P: what lies in the working folder is not the worker's to import before it knows our path.
                 [sys.executable, "-P", "-m", "aiocomm._worker"],
@@ -289,7 +288,8 @@ def spawn(
         grace_s: seconds that a worker which is asked to end may take before it is killed.
 
     Raises:
-        UsageError: `n` is less than 1, `grace_s` is negative, or `worker` is a function without `async`.
+        UsageError: `n` is less than 1, `grace_s` is negative, `worker` is a function without `async`, or an
+            option makes no sense.
 
     A partial, a lambda or an object with `__call__` is taken, and fails in the worker if what it returns
     cannot be awaited.
@@ -304,8 +304,8 @@ def spawn(
         raise UsageError(f"the worker must be a coroutine function, not {type(worker).__name__}")
     if _is_plain(worker):
         raise UsageError(f"the worker must be a coroutine function (async def), and {worker.__name__} is not")
-    chosen = (links,) if isinstance(links, str) else links
-    return Spawn(worker, args, n, {"links": chosen, "warmup": warmup}, deadline, grace_s)
+    options = {"links": names_of_links(links), "warmup": warmup}
+    return Spawn(worker, args, n, options, joining_s(deadline) or _READY_S, grace_s)
 
 
 def _explained(failures: list[AiocommError], unawaited: list[AiocommError]) -> list[AiocommError]:

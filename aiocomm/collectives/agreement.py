@@ -61,8 +61,8 @@ class Agreement:
             PeerLostError: the others have excluded this rank.
             DeadlineExceeded: a survivor has not called in time.
         """
-        limit_of(deadline)
-        with anyio.move_on_after(deadline):
+        limit = limit_of(deadline)
+        with anyio.move_on_after(None if deadline is None else limit):
             while True:
                 if not self._waiting:
                     self._begin_round()

@@ -76,7 +76,7 @@ class Collecting:
             if shape is None and (found := on_gpus(group, out, given, stream, what)) is not None:
                 shape, out, given = found
         if deadline is not None:
-            limit_of(deadline)
+            deadline = limit_of(deadline)
         scope = group._scope(channel)
         number = 0 if begun == NOT_BEGUN else scope.repeats.last
         if shape is not None and (arena := scope.shared.get(shape)) is not None:

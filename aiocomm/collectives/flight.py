@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from aiocomm._operations import limit_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv, Send
@@ -44,7 +45,7 @@ class Flight:
         self._group = scope.group
         self._operation = operation
         self._deadline_s = deadline
-        self._ends = None if deadline is None else time.monotonic() + deadline
+        self._ends = None if deadline is None else time.monotonic() + limit_of(deadline)
         self._gate = Gate(scope.comm._backend)
         self._flying: dict[tuple[bool, int], Transfer[Any]] = {}
         self._header_error: BaseException | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm._device import DeviceArray
+from aiocomm._operations import limit_of
 from aiocomm.collectives.gpu import form_of, itemsize_in
 from aiocomm.collectives.headers import header
 from aiocomm.collectives.kernels import THREADS
@@ -251,7 +252,7 @@ class DispatchRepeat(_Repeat):
         except Exception:  # as the usual call finds out, and says
             return None
         number, under = self._begin(deadline)
-        seconds = -1.0 if deadline is None else deadline
+        seconds = limit_of(deadline)
         lease: Lease | None = None
         tables: Tables | None = None
         own = slots = None
@@ -373,7 +374,7 @@ class CombineRepeat(_Repeat):
             return None
         at = 0 if slab is None else slab.address
         number, under = self._begin(deadline)
-        seconds = -1.0 if deadline is None else deadline
+        seconds = limit_of(deadline)
         native, form = self._native, self._native_form
         lease: Lease | None = None
         target = 0 if out is None else out[1]

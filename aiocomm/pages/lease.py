@@ -97,7 +97,7 @@ class PageLease:
             DeadlineExceeded, ClosedError: the deadline passed, or the lease has ended.
         """
         if deadline is not None:
-            limit_of(deadline)
+            deadline = limit_of(deadline)
         return self._notes.layers(sources, deadline)
 
     async def aclose(self) -> None:

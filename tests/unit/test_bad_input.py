@@ -42,6 +42,56 @@ class OnADevice:
     }
 
 
+CONNECTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "an address that is a number": ({"address": 123}, UsageTypeError, "address= takes a string, not int"),
+    "a rank in words": ({"rank": "0", "size": 1}, UsageTypeError, "rank='0' is not an integer"),
+    "a size in words": ({"rank": 0, "size": "1"}, UsageTypeError, "size='1' is not an integer"),
+    "a token that is a number": ({"token": 123}, UsageTypeError, "token= takes a string, not int"),
+    "a name that is a number": ({"name": 5}, UsageTypeError, "name= takes a string, not int"),
+    "a deadline that is past": ({"deadline": -1}, UsageError, "deadline=-1: seconds that joining may take"),
+    "no time": ({"deadline": 0}, UsageError, "deadline=0: .* more than 0"),
+    "a deadline in words": ({"deadline": "soon"}, UsageError, "deadline='soon'"),
+    "an unknown link": ({"links": "pigeon"}, UsageError, "unknown link 'pigeon': this build has"),
+    "a link that is a number": ({"links": 5}, UsageTypeError, "links=5: names of links"),
+    "links that are numbers": ({"links": [5]}, UsageTypeError, r"links=\[5\]: names of links"),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"), [pytest.param(*case, id=name) for name, case in CONNECTS.items()]
+)
+async def test_connect_refuses(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        await aiocomm.connect(**options)
+    if set(options) <= {"links", "deadline"}:
+        with pytest.raises(error, match=match):
+            async with aiocomm.spawn(print, 1, **options):
+                pass
+
+
+async def test_a_link_may_be_named_alone() -> None:
+    async with world(2, links="shm", warmup=True) as (a, _):
+        assert set(a.links) == {"shm", "self"}
+
+
+async def test_a_deadline_may_be_as_far_off_as_one_likes(pair: Pair) -> None:
+    far = 10**400
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        for _ in range(3):
+            await comm.barrier(deadline=far)
+        x = np.ones(4, np.float32)
+        for _ in range(3):
+            await comm.all_reduce(x, deadline=far)
+        await (await comm.shrink(deadline=far)).barrier()
+
+    await all_call([*pair], call)
+    async with aiocomm.connect(size=1, deadline=far) as comm:
+        sent = comm.send(b"x", 0, deadline=far)
+        await comm.recv(bytearray(1), 0, deadline=far)
+        await sent
+
+
 async def _goes_on(pair: Pair) -> None:
     """The pair works after the refusal, and no message of a refused call is under way."""
     a, b = pair
@@ -126,6 +176,16 @@ RECEIVES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "channel='q' is no channel",
     ),
     "recv_array of a rank that is none": (lambda c: c.recv_array(src=5), UsageError, "no rank 5"),
+    "recv_array on a GPU that is named": (
+        lambda c: c.recv_array(src=0, device="cuda:0"),
+        UsageTypeError,
+        "device='cuda:0' is not the index of a GPU: pass an integer",
+    ),
+    "recv_array on a GPU beyond 64 bits": (
+        lambda c: c.recv_array(src=0, device=1 << 70),
+        UsageError,
+        "not the index of a GPU",
+    ),
     "recv_array with a bad tag": (lambda c: c.recv_array(src=0, tag=-5), UsageError, "tag -5"),
 }
 
