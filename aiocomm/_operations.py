@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm._device import describe, is_read_only, part_of
+from aiocomm._queues import Share
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
@@ -14,11 +15,12 @@ from aiocomm.region import Region, RemoteRegion, exchange
 from aiocomm.types import ANY_SOURCE, ANY_TAG, MAX_TAG, Notification, Peer, Priority, Status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from aiocomm._device import Description
     from aiocomm._queues import Mailbox
     from aiocomm.pages.streaming import LayerNotes
+    from aiocomm.types import Feed
     from aiocomm_native import Transfer
     from aiocomm_native._core import Engine
 
@@ -378,9 +380,9 @@ class Operations:
             raise UsageError(f"channel {channel.name!r} belongs to another communicator")
         return channel._index
 
-    def notifications(self) -> AsyncIterator[Notification]:
+    def notifications(self) -> Feed[Notification]:
         """Notifications of peers' puts, in the order of their arrival; each is given to one iterator only."""
-        return self._notes
+        return Share(self._notes)
 
     # ------------------------------------------------------------ refusals
 

@@ -41,7 +41,7 @@ from aiocomm.types import (
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from aiocomm._control.plane import Welcome
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from aiocomm.config import Settings
     from aiocomm.pages.streaming import LayerNotes
     from aiocomm.region import Region
+    from aiocomm.types import Feed
     from aiocomm_native import Transfer
 
 __all__ = ["Communicator"]
@@ -277,7 +278,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
     # ------------------------------------------------------------ events and statistics
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> Feed[Event]:
         """What happens in the world from now on: peers that come and go, links, fallbacks. See `Event`."""
         return self._events.subscribe()
 

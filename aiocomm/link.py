@@ -9,8 +9,7 @@ from aiocomm.statistics import LinkStatistics
 from aiocomm.types import Completion, Submission
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
+    from aiocomm.types import Feed
     from aiocomm_native._core import Engine
 
 __all__ = ["LinkHandle"]
@@ -19,25 +18,25 @@ __all__ = ["LinkHandle"]
 class LinkHandle:
     """One link's executor. `comm.links["shm"]`.
 
-    Observing costs a little per operation, and only while somebody iterates; close an iterator with
-    `aclose()`.
+    Observing costs a little per operation, and only while there is an iterator; close it with `aclose()`, or
+    let it go.
     """
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
         self._engine = engine
-        self._submissions: Broadcast[Submission] = Broadcast()
-        self._completions: Broadcast[Completion] = Broadcast()
+        self._submissions: Broadcast[Submission] = Broadcast(lambda: engine.on_submit(name, None))
+        self._completions: Broadcast[Completion] = Broadcast(lambda: engine.on_complete(name, None))
 
-    def submissions(self) -> AsyncIterator[Submission]:
+    def submissions(self) -> Feed[Submission]:
         """Operations that this process submits from now on, as they are submitted."""
-        box = self._submissions.subscribe(lambda: self._engine.on_submit(self.name, None))
+        box = self._submissions.subscribe()
         self._engine.on_submit(self.name, self._submitted)
         return box
 
-    def completions(self) -> AsyncIterator[Completion]:
+    def completions(self) -> Feed[Completion]:
         """Operations that end on this link from now on, as they end, in whichever way."""
-        box = self._completions.subscribe(lambda: self._engine.on_complete(self.name, None))
+        box = self._completions.subscribe()
         self._engine.on_complete(self.name, self._completed)
         return box
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
 from aiocomm_native import Status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
 
 __all__ = [
     "ANY_SOURCE",
@@ -15,6 +18,7 @@ __all__ = [
     "Completion",
     "Event",
     "Fallback",
+    "Feed",
     "LinkDown",
     "LinkUp",
     "Notification",
@@ -33,6 +37,22 @@ ANY_TAG: Final = -1
 """Receive a message with any tag."""
 MAX_TAG: Final = 2**62 - 1
 """The largest tag."""
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Feed(Protocol[T_co]):
+    """What happens, as it happens, for `async for`. It keeps, while it lives, what was not looked at."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]:
+        """Itself."""
+
+    def __anext__(self) -> Awaitable[T_co]:
+        """What comes next. Cancelling the await loses nothing."""
+
+    async def aclose(self) -> None:
+        """End the iteration, and stop keeping."""
 
 
 class Priority(enum.IntEnum):

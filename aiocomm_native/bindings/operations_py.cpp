@@ -160,11 +160,13 @@ struct Start {
     static const char* names[] = {"send", "recv", "put", "get"};
     auto observer = e.on_submit.find(op->gpu ? e.engine->executor_of(*op) : e.engine->likely_link(op->peer));
     if (observer == e.on_submit.end()) return;
+    PyObject* callback = Py_NewRef(observer->second);  // which may end its own observation
     PyObject* r = PyObject_CallFunction(
-        observer->second, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
+        callback, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
         op->peer, e.engine->channel(op->channel).name.c_str(), static_cast<unsigned long long>(op->nbytes));
-    if (!r) PyErr_WriteUnraisable(observer->second);
+    if (!r) PyErr_WriteUnraisable(callback);
     Py_XDECREF(r);
+    Py_DECREF(callback);
   }
 };
 

@@ -118,13 +118,15 @@ void report_completion(Transfer* t, const Op& op) {
   auto observer = engine->on_complete.find(engine->engine->executor_of(op));
   if (observer == engine->on_complete.end()) return;
   uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
+  PyObject* callback = Py_NewRef(observer->second);  // which may end its own observation
   PyObject* r = PyObject_CallFunction(
-      observer->second, "KsisKidd", static_cast<unsigned long long>(op.id), kind_name(op.kind), op.peer,
+      callback, "KsisKidd", static_cast<unsigned long long>(op.id), kind_name(op.kind), op.peer,
       engine->engine->channel(op.channel).name.c_str(), static_cast<unsigned long long>(op.moved),
       static_cast<int>(op.code == Code::ok), static_cast<double>(began - op.submitted_ns) * 1e-9,
       static_cast<double>(op.ended_ns - began) * 1e-9);
-  if (!r) PyErr_WriteUnraisable(observer->second);
+  if (!r) PyErr_WriteUnraisable(callback);
   Py_XDECREF(r);
+  Py_DECREF(callback);
 }
 
 }  // namespace
