@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["DeviceArray", "as_buffer", "empty"]
+
+S = TypeVar("S", bound=np.generic)
+
+
+@overload
+def empty(shape: int | tuple[int, ...]) -> NDArray[np.float32]: ...
+
+
+@overload
+def empty(shape: int | tuple[int, ...], dtype: type[S] | np.dtype[S]) -> NDArray[S]: ...
+
+
+@overload
+def empty(shape: int | tuple[int, ...], dtype: DTypeLike = ...) -> NDArray[Any]: ...
 
 
 def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:

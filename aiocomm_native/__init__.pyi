@@ -1,8 +1,9 @@
 # Written by hand: these are plain CPython types, of which nanobind knows the names only. A test compares the members.
+from asyncio import Future
 from collections.abc import Callable, Generator
 from contextvars import Context
 from types import GenericAlias
-from typing import Any, Generic, Literal, TypeVar, final
+from typing import Any, Literal, TypeVar, final
 
 from _typeshed import structseq
 
@@ -27,7 +28,9 @@ class Status(structseq[int], tuple[int, int, int]):
         """Bytes that came; the buffer may be larger."""
 
 @final
-class Transfer(Generic[T]):
+# asyncio takes it for a future, and has no other type for what it takes. It is no instance of that, and covariant, since
+# nobody but its runtime sets it.
+class Transfer(Future[T]):  # type: ignore[type-var]
     """An operation under way: submitted at the call, awaitable any number of times.
 
     Ends exactly once: done, failed or cancelled. Use it wherever asyncio takes a Future (`gather`, `wait`,

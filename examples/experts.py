@@ -17,7 +17,8 @@ SPREAD = [2, 0, 1, 2, 0, 1, 2, 0]  # the rank of each expert
 
 
 def expert(number: int, x: np.ndarray) -> np.ndarray:
-    return np.maximum(x @ MATRICES[number], 0)
+    y: np.ndarray = np.maximum(x @ MATRICES[number], 0)
+    return y
 
 
 def choose(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +46,8 @@ async def layer(comm: aiocomm.Communicator, x: np.ndarray, placement: list[int] 
     for number in came.experts:
         mine = came.of(number)
         outputs[mine] = expert(number, came.tokens[came.rows[mine]])
-    return await comm.combine(outputs, came, deadline=5.0)
+    y: np.ndarray = await comm.combine(outputs, came, deadline=5.0)
+    return y
 
 
 async def work(comm: aiocomm.Communicator) -> None:

@@ -13,11 +13,13 @@ STAGES, BATCHES, ROWS, WIDTH = 4, 8, 64, 128
 
 
 def weights(stage: int) -> np.ndarray:
-    return np.random.default_rng(stage).normal(size=(WIDTH, WIDTH)) / WIDTH**0.5
+    w: np.ndarray = np.random.default_rng(stage).normal(size=(WIDTH, WIDTH)) / WIDTH**0.5
+    return w
 
 
 def layer(x: np.ndarray, stage: int) -> np.ndarray:
-    return np.tanh(x @ weights(stage))
+    y: np.ndarray = np.tanh(x @ weights(stage))
+    return y
 
 
 def batches() -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.collecting import Collecting
@@ -38,6 +38,17 @@ class Collectives(Collecting):
     - A call succeeds only when all ranks have called it.
     - Cancelling the awaiting task ends the call on all ranks; the await ends once nothing touches the arrays.
     """
+
+    @overload
+    async def split(self, color: int, key: int = 0, *, deadline: float | None = None) -> Group: ...
+
+    @overload
+    async def split(self, color: None, key: int = 0, *, deadline: float | None = None) -> None: ...
+
+    @overload
+    async def split(
+        self, color: int | None, key: int = 0, *, deadline: float | None = None
+    ) -> Group | None: ...
 
     async def split(self, color: int | None, key: int = 0, *, deadline: float | None = None) -> Group | None:
         """Divide the group: ranks that name one colour become a group. All ranks of this group call it.

@@ -67,6 +67,62 @@ def test_program_runs(page: Path, name: str, text: str, command: list[str], tmp_
     assert not done.stderr, done.stderr
 
 
+USES = """
+import asyncio
+from typing import assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+import aiocomm
+
+
+async def main() -> None:
+    async with aiocomm.connect(links="shm") as comm, comm.register(bytearray(8)) as region:
+        send, recv = comm.send(b"x", 0), comm.recv(bytearray(1), 0)
+        assert_type(await asyncio.gather(send, recv), tuple[None, aiocomm.Status])
+        await asyncio.gather(*[send, recv])
+        done, _ = await asyncio.wait([send, recv], timeout=1)
+        await asyncio.wait_for(send, 1)
+        for link in comm.links.values():
+            await link.submissions().aclose()
+            await link.completions().aclose()
+        notes = comm.notifications()
+        assert_type((await anext(notes)).payload, bytes)
+        await notes.aclose()
+        async for event in comm.events():
+            assert_type(event, aiocomm.Event)
+        assert_type(await comm.split(1), aiocomm.Group)
+        assert_type(await comm.split(None), None)
+        assert_type(aiocomm.empty(3, np.float64), NDArray[np.float64])
+        assert_type(aiocomm.empty((2, 3)), NDArray[np.float32])
+        await comm.exchange(region, 0)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_it_is_well_typed(tmp_path: Path) -> None:
+    """All programs, the examples, and what else is said to work, for those who check their types."""
+    pytest.importorskip("mypy")
+    (tmp_path / "uses.py").write_text(USES)
+    for _, name, text, _ in programs():
+        (tmp_path / name).write_text(text)
+    examples = [path for path in (PAGES.parents[1] / "examples").glob("*.py") if "gpu" not in path.name]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "mypy", "--strict", "--follow-imports=silent"),
+            *("--config-file=", f"--cache-dir={tmp_path}/cache"),
+            *sorted(tmp_path.glob("*.py")),
+            *examples,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("page", notebooks(), ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq", "ignore::DeprecationWarning:jupyter_client")
 def test_cells_run(page: Path) -> None:
