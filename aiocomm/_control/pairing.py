@@ -141,8 +141,11 @@ class Pairing:
         pair.wanted = True
         self._call_if_needed(pair)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self, all_stay: bool) -> None:
         """Wait until all peers that are known now are connected.
+
+        Args:
+            all_stay: whether a peer that goes meanwhile is a failure.
 
         Raises:
             ConnectionError: a pair could not be made.
@@ -150,7 +153,19 @@ class Pairing:
         pairs = list(self._pairs.values())
         for pair in pairs:
             self.want(pair.card.rank)
-        await asyncio.gather(*(asyncio.shield(pair.connected) for pair in pairs))
+        await asyncio.gather(*(self._connected(pair, all_stay) for pair in pairs))
+
+    async def _connected(self, pair: _Pair, all_stay: bool) -> None:
+        try:
+            await asyncio.shield(pair.connected)
+        except ConnectionError:
+            if all_stay:
+                raise
+            # Calls to one that goes may fail before there is word of that, which ends the next future.
+            await asyncio.wait([pair.connected], timeout=self._timeout_s)
+            gone = self._pairs.get(pair.card.rank) is not pair
+            if not gone and not (pair.connected.done() and pair.connected.exception() is None):
+                raise
 
     async def aclose(self) -> None:
         """Give up every call."""

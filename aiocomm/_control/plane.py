@@ -104,7 +104,7 @@ class ControlPlane:
         self._thread.call(self._want, rank)
 
     def warm_up(self) -> concurrent.futures.Future[None]:
-        """Connect with all peers.
+        """Connect with all peers; in an elastic world, with those who stay.
 
         Raises (from the future):
             PeerLostError: a pair could not be made; the message says which and why.
@@ -277,7 +277,7 @@ class ControlPlane:
         if self._pairing is None:
             return
         try:
-            await self._pairing.warm_up()
+            await self._pairing.warm_up(all_stay=self._world.size is not None)
         except ConnectionError as error:
             raise PeerLostError(str(error)) from error
 

@@ -501,6 +501,26 @@ def test_an_elastic_world_grows_and_shrinks(rendezvous: str, members: Callable[.
     connected(first, third)
 
 
+def test_a_newcomer_connects_with_those_who_stay(
+    members: Callable[..., Member], processes: Callable[..., tuple[subprocess.Popen[bytes], int, int]]
+) -> None:
+    """Whoever dies while a newcomer warms up is no reason not to join an elastic world."""
+    address = fresh_address()
+    host = members(address, 0)
+    host.joined()
+    process, rank, generation = processes(address)
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    newcomer = members(address)
+    assert {peer.rank for peer in newcomer.joined().peers} == {0, rank}
+    warm = newcomer.plane.warm_up()
+    connected(host, newcomer)
+    assert not warm.done()
+    process.kill()
+    warm.result(PATIENCE_S)
+    assert (rank, generation) in newcomer.engine.lost
+
+
 def test_rank_zero_can_host_an_elastic_world(members: Callable[..., Member]) -> None:
     address = fresh_address()
     guest = members(address)

@@ -1,0 +1,68 @@
+"""Connections that cannot be made: what a newcomer that warms up makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aiocomm._control.messages import PeerCard
+from aiocomm._control.pairing import Pairing
+from aiocomm._control.testing import RecordingEngine
+
+if TYPE_CHECKING:
+    from aiocomm._control.stream import Stream
+
+
+def card(rank: int) -> PeerCard:
+    return PeerCard(rank, 1, None, "here", "here", 1, "", 1, (), ("shm",), ("unix://@nobody",))
+
+
+class Failing(RecordingEngine):
+    """Says on the loop when a call was given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gave_up = asyncio.Event()
+
+    def fail_connect(self, rank: int, reason: str) -> None:
+        super().fail_connect(rank, reason)
+        self.gave_up.set()
+
+
+async def refusing(card: PeerCard, kind: str | None) -> Stream:
+    raise ConnectionRefusedError("nobody listens")
+
+
+def pairing(engine: RecordingEngine, timeout_s: float) -> Pairing:
+    found = Pairing(card(0), engine, refusing, timeout_s, lambda *_: None)
+    found.add(card(1))
+    return found
+
+
+async def _told(warm: asyncio.Task[Any]) -> str:
+    with pytest.raises(ConnectionError) as caught:
+        await warm
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["goes", "stays", "all stay", "closes"])
+def test_calls_that_fail_before_there_is_word_that_a_peer_is_gone(how: str) -> None:
+    async def main() -> None:
+        engine = Failing()
+        pairs = pairing(engine, 0.01 if how == "stays" else 30.0)
+        warm = asyncio.create_task(pairs.warm_up(all_stay=how == "all stay"))
+        await engine.gave_up.wait()
+        match how:
+            case "goes":
+                pairs.drop(1, 1, "left")
+                await warm
+            case "closes":
+                await pairs.aclose()
+                assert "no connection with rank 1" in await _told(warm)
+            case _:
+                assert "no connection with rank 1 (here, process 1): nobody listens" in await _told(warm)
+        await pairs.aclose()
+
+    asyncio.run(main())
