@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.errors import ClosedError, UsageError
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ThreadedCommunicator"]
 
+_LOOK_S: Final = 0.2  # after which it is looked whether the loop has ended
+
 
 class ThreadedCommunicator:
     """`comm.from_thread`: each call blocks its thread until the operation has ended, and returns its result.
 
     The loop must be running: it submits the operation. Arguments and errors are those of the communicator's
-    method.
+    method; `ClosedError` also if the loop has ended, or ends meanwhile.
     """
 
     def __init__(self, comm: Communicator, backend: Backend) -> None:
@@ -73,5 +75,14 @@ class ThreadedCommunicator:
             except BaseException as error:
                 outcome.set_exception(error)
 
-        self._backend.call_threadsafe(start)
+        submitted = self._backend.call_threadsafe(start)
+        while submitted and not outcome.done():
+            try:
+                return outcome.result(_LOOK_S)
+            except TimeoutError:  # or the operation's own error
+                submitted = not self._backend.has_ended()  # which nothing here is told of
+        if not outcome.done():
+            raise ClosedError(
+                "the event loop of the communicator has ended, and with it all that would end this operation"
+            )
         return outcome.result()

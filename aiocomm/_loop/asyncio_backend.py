@@ -92,12 +92,17 @@ class AsyncioBackend:
             self._rings[key.fd]()
         return not loop._ready
 
-    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+    def call_threadsafe(self, callback: Callable[[], object]) -> bool:
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
+            return False
+        return True
+
+    def has_ended(self) -> bool:
+        return self._loop.is_closed()
 
 
 def ready_of(loop: asyncio.AbstractEventLoop) -> Any:

@@ -40,8 +40,11 @@ class Backend(Protocol):
     async def turn(self) -> None:
         """Let other tasks run, once, if any can. The caller may be cancelled meanwhile."""
 
-    def call_threadsafe(self, callback: Callable[[], object]) -> None:
-        """Run on the loop's thread, soon. Any thread; does nothing once the loop is closed."""
+    def call_threadsafe(self, callback: Callable[[], object]) -> bool:
+        """Run on the loop's thread, soon. Any thread; False, and nothing is done, once the loop has ended."""
+
+    def has_ended(self) -> bool:
+        """Whether the loop will never run again: what was to be called then may not have been. Any thread."""
 
 
 def import_early() -> None:

@@ -26,6 +26,7 @@ class TrioBackend:
         self._thread = threading.get_ident()
         self._scopes: list[trio.CancelScope] = []
         self._watching = 0
+        self._ended = False
 
     def attach(self, engine: Engine) -> None:
         engine.bind_trio()
@@ -42,6 +43,7 @@ class TrioBackend:
                     await trio.lowlevel.wait_readable(fd)
                     engine.drain()
         finally:
+            self._ended = self._ended or not scope.cancel_called  # by the end of the run, which cancels all
             self._watching -= 1
             if not self._watching:
                 engine.release_descriptors()
@@ -71,8 +73,12 @@ class TrioBackend:
     async def turn(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+    def call_threadsafe(self, callback: Callable[[], object]) -> bool:
         try:
             self._token.run_sync_soon(callback)
         except trio.RunFinishedError:
-            return
+            return False
+        return True
+
+    def has_ended(self) -> bool:
+        return self._ended

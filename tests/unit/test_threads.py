@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conftest import Pair
+    from harness import Child
 
 pytestmark = pytest.mark.anyio
 
@@ -97,3 +98,49 @@ async def test_a_closed_channel_ends_the_calls_on_it(pair: Pair) -> None:
         while not a.statistics().posted_receives:
             await anyio.lowlevel.checkpoint()
         channel.close()
+
+
+ENDS = """
+import asyncio, sys, threading
+import aiocomm, anyio, trio, uvloop
+
+told = []
+
+def call(comm, *, deadline=None):
+    try:
+        comm.from_thread.recv(bytearray(1), 0, deadline=deadline)
+    except aiocomm.ClosedError as error:
+        told.append(str(error))
+
+async def main():
+    comm = await aiocomm.connect(size=1)
+    threads = [threading.Thread(target=call, args=(comm,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while comm.statistics().posted_receives < len(threads):
+        await anyio.lowlevel.checkpoint()
+    return comm, threads
+
+if sys.argv[1] == "trio":
+    comm, threads = trio.run(main)
+else:
+    factory = uvloop.new_event_loop if sys.argv[1] == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        comm, threads = runner.run(main())
+for thread in threads:
+    thread.join()
+print(len(told), flush=True)
+call(comm)
+print(*set(told), flush=True)
+"""
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+async def test_calls_end_with_the_loop(child: Callable[..., Child], loop: str) -> None:
+    """Also one that was not closed: nothing would ever end them."""
+    process = child(ENDS, loop)
+    assert await process.line() == "2"
+    assert "the event loop of the communicator has ended, and with it" in await process.line()
+    status, errors = await anyio.to_thread.run_sync(process.close)
+    assert (status, errors) == (0, "")
