@@ -146,7 +146,8 @@ class Operations:
         Args:
             out: writable host or GPU array, or buffer, contiguous in C order, no smaller than the message.
                 Only bytes are matched: its dtype and shape are not compared with it.
-            src: rank of the sender, or ANY_SOURCE.
+            src: rank of the sender, or ANY_SOURCE, which fails once all other members are lost, but in an
+                elastic world waits for whoever joins.
             tag: the message's tag, by default 0 as for `send`, or ANY_TAG.
             stream: of a GPU array: nothing is written before the work that this stream has now is done.
                 Default: the current stream of the array's library. When the await returns, every stream sees

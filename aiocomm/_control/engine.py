@@ -13,6 +13,9 @@ class Engine(Protocol):
     def set_identity(self, rank: int, generation: int) -> None:
         """This process's own rank and generation."""
 
+    def set_open(self, is_open: bool) -> None:
+        """Whether somebody may still join: a receive from any source waits for them, too. At first nobody."""
+
     def link_names(self) -> list[str]:
         """Enabled links, cheapest first."""
 

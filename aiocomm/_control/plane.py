@@ -174,6 +174,7 @@ class ControlPlane:
         pair_key = derive_key(secret, f"pair {welcome.world}")
         card = self._card(welcome.rank, welcome.generation, endpoints.addresses)
         self._engine.set_identity(welcome.rank, welcome.generation)
+        self._engine.set_open(welcome.size is None)
         self._pairing = Pairing(
             card,
             self._engine,
@@ -261,6 +262,7 @@ class ControlPlane:
         """Nothing more will be told: peers go on with what they have."""
         if self._closed:
             return
+        self._engine.set_open(False)
         host_card = self._peers.get(self._host_rank) if self._host_rank is not None else None
         if host_card is not None:
             self.on_gone(host_card.rank, host_card.generation, graceful, reason)

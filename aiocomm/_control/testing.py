@@ -54,6 +54,7 @@ class RecordingEngine:
     broken: frozenset[str] = frozenset()
     label: bytes = b""
     identity: tuple[int, int] | None = None
+    is_open: bool = False
     peers: dict[int, int] = field(default_factory=dict)
     attached: dict[int, Attachment] = field(default_factory=dict)
     started: dict[int, str] = field(default_factory=dict)
@@ -90,6 +91,10 @@ class RecordingEngine:
     def set_identity(self, rank: int, generation: int) -> None:
         """Record it."""
         self._note(lambda: setattr(self, "identity", (rank, generation)))
+
+    def set_open(self, is_open: bool) -> None:
+        """Record it."""
+        self._note(lambda: setattr(self, "is_open", is_open))
 
     def link_names(self) -> list[str]:
         """The links given."""

@@ -285,6 +285,8 @@ void bind_engine(nb::module_& m) {
             e.engine->start_pair(rank, generation);
           },
           release_gil())
+      .def(
+          "set_open", [](PyEngine& e, bool open) { e.engine->set_open(open); }, release_gil())
       .def("has_mover", [](PyEngine& e) { return e.engine->mover() != nullptr; })
       .def(
           "devices",

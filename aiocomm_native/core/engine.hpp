@@ -122,6 +122,7 @@ class Engine final : public Host, public FrameSink {
 
   // --- control plane; any thread
   void set_identity(Rank rank, uint64_t generation);
+  void set_open(bool open);  // whether somebody may still join: receives from any source wait for them, too
   std::vector<std::string> link_names() const;
   Link& link(const std::string& name);
   void add_peer(Rank rank, uint64_t generation);
@@ -449,6 +450,7 @@ class Engine final : public Host, public FrameSink {
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;
+  bool open_ = false;
   std::vector<std::string> link_names_;
   std::vector<std::unique_ptr<Link>> links_;
   std::vector<std::unique_ptr<Scheduler>> schedulers_;

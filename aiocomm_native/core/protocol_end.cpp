@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/engine.hpp"
+#include "core/token.hpp"
 
 namespace aiocomm {
 
@@ -293,8 +294,15 @@ void Engine::drop_announced(Peer& peer) {
   }
 }
 
-// A wildcard receive can still be served while anybody is left; with nobody left it would wait for ever.
+void Engine::set_open(bool open) {
+  Token token(*this);
+  open_ = open;
+  fail_hopeless_receives();
+}
+
+// A wildcard receive can still be served while anybody is left, or may come; else it would wait for ever.
 void Engine::fail_hopeless_receives() {
+  if (open_) return;
   bool lost = false;
   for (auto& peer : peers_) {
     if (!peer || peer->rank == rank_) continue;

@@ -128,6 +128,7 @@ def test_four_members_and_all_their_pairs(kind: str, tmp_path: Path, members: Ca
         assert [peer.rank for peer in welcome.peers] == [rank for rank in range(4) if rank != welcome.rank]
         assert set(member.engine.peers) == {peer.rank for peer in welcome.peers}
         assert member.engine.identity == (welcome.rank, welcome.generation)
+        assert not member.engine.is_open
     for warm in [member.plane.warm_up() for member in world]:
         warm.result(PATIENCE_S)
     for one, other in itertools.combinations(world, 2):
@@ -544,6 +545,7 @@ def test_a_lost_rendezvous_leaves_the_peers_alone() -> None:
         # Arrivals are told a little later, several together.
         world[0].engine.wait(lambda engine: second in engine.peers)
         world[1].engine.wait(lambda engine: first in engine.peers)
+        assert all(member.engine.is_open for member in world)
         process.kill()
     for member in world:
         events = member.engine.wait(
@@ -551,6 +553,7 @@ def test_a_lost_rendezvous_leaves_the_peers_alone() -> None:
         )
         assert (events[0].link, events[0].rank) == ("rendezvous", -1)
         assert "died" in events[0].reason
+        assert not member.engine.is_open  # nobody can join any more
     world[0].plane.request_pair(world[1].joined().rank)
     world[0].engine.wait(lambda engine: engine.attached)
     for member in world:

@@ -36,6 +36,18 @@ async def main():
 asyncio.run(main())
 """
 
+HOST = """
+import asyncio
+import aiocomm
+
+async def main():
+    async with aiocomm.connect(rank=0) as comm:
+        await comm.recv_array()
+        input()
+
+asyncio.run(main())
+"""
+
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
@@ -113,6 +125,43 @@ async def test_members_come_and_go_under_transfers(child: Callable[..., Child]) 
     assert [other.rank for other in host.peers if other.alive] == [peer.rank]
     await peer.aclose()
     await host.aclose()
+
+
+async def test_a_server_waits_for_its_next_client() -> None:
+    """Although all whom it has ever known are gone."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    async with aiocomm.connect(address, rank=0) as server:
+        waiting = server.recv_array(tag=1)
+        events = server.events()
+        for turn in range(3):
+            async with aiocomm.connect(address) as client:
+                await client.send(bytes([turn]), 0, tag=1)
+            assert bytes(await waiting) == bytes([turn])
+            waiting = server.recv_array(tag=1)
+            async for event in events:
+                if isinstance(event, aiocomm.PeerLost):
+                    break
+            assert not waiting.done()
+        waiting.cancel()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_nobody_can_join_a_world_without_its_rendezvous(
+    killed: bool, child: Callable[..., Child]
+) -> None:
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    host = child(HOST, AIOCOMM_ADDRESS=address)
+    async with aiocomm.connect(address) as client:
+        waiting = client.recv_array()
+        await client.send(b"", 0)
+        if killed:
+            host.kill()
+        else:
+            host.tell("leave")
+        with pytest.raises(aiocomm.PeerLostError):
+            await waiting
+        with pytest.raises(aiocomm.PeerLostError):
+            await client.recv_array()
 
 
 async def test_a_peer_whose_end_is_told_before_its_coming_is_not_alive() -> None:
