@@ -49,9 +49,13 @@ def connect(
     Raises:
         UsageError: arguments and environment contradict themselves or the world.
         AuthenticationError: the other side does not know the token.
-        DeadlineExceeded: not all came in time.
+        DeadlineExceeded: not all came in time; this process may try again.
+        PeerLostError: rank 0 gave up before all had come.
 
     Cancelling the await leaves the world again and releases everything.
+
+    A process that has left a world of fixed size by `aclose()` waits for the next world at the address, since
+    rank 0 may be just about to leave the old one. Another process can take its rank in that.
     """
     for what, value in (("address", address), ("name", name), ("token", token)):
         if value is not None and not isinstance(value, str):

@@ -27,9 +27,11 @@ __all__ = ["Client", "Follower", "read_address_file", "remove_address_file", "wr
 _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 _GOODBYE_S: Final = 1.0
+_GIVE_UP_S: Final = 0.5
 
 _left: Final[deque[str]] = deque(maxlen=16)
-"""Worlds of fixed size that this process has left; a new world at the same address is not one of them."""
+"""Worlds of fixed size that this process was in and has left. It will not join them again: it asks for the next
+one at the same address, while rank 0 may still be closing the old one."""
 
 
 class Follower(Protocol):
@@ -123,10 +125,13 @@ class Client:
     async def aclose(self) -> None:
         """Say goodbye and close. Does not wait long for an answer."""
         self._leaving = True
-        if self.welcome is not None and self.welcome.size is not None:
-            _left.append(self.welcome.world)
         if self._stream is None:
             return
+        assert self.welcome is not None
+        if self._following is None:
+            await self._give_up()
+        elif self.welcome.size is not None:
+            _left.append(self.welcome.world)
         await _cancel(self._beating)  # before the goodbye: a stream has one writer at a time
         if self._following is not None and not self._following.done():
             with contextlib.suppress(OSError, TimeoutError):
@@ -135,6 +140,15 @@ class Client:
                     await self._farewell.wait()
         await _cancel(self._following)
         self._stream.close()
+
+    async def _give_up(self) -> None:
+        """Say goodbye to a world that is not ready: once that is answered, the rank is free again."""
+        assert self._stream is not None
+        with contextlib.suppress(OSError, ProtocolError, AuthenticationError):
+            async with asyncio.timeout(_GIVE_UP_S):
+                await self._stream.send(messages.Goodbye())
+                while not isinstance(await self._stream.receive(), messages.Farewell):
+                    pass
 
     async def _reach(self) -> Stream:
         address = self._address

@@ -205,7 +205,9 @@ class Rendezvous:
             if self._closing:
                 raise JoinRefusedError("this world is closing", retry=True)
             if self.members.size is not None and self.world in join.left:
-                raise JoinRefusedError("this process has already left this world", retry=True)
+                raise JoinRefusedError(
+                    "this process has left the world there, and can only join the next one", retry=True
+                )
             card, announcements = self.members.admit(join.rank, join.size, join.card)
         except JoinRefusedError as refusal:
             await stream.send(messages.Refused(str(refusal)[: wire.MAX_TEXT // 4], refusal.retry))

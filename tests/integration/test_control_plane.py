@@ -174,6 +174,37 @@ def test_an_incomplete_world_names_who_is_missing(members: Callable[..., Member]
             member.joined()
 
 
+def test_who_gave_up_can_try_again(members: Callable[..., Member]) -> None:
+    """Also at once, in the same process and world."""
+    address = fresh_address()
+    host = members(address, 0, 3)
+    for _ in range(3):
+        hasty = members(address, 1, 3, timeout_s=1.0)
+        with pytest.raises(DeadlineExceeded, match="1 of 3 processes did not come"):
+            hasty.joined()
+        hasty.close()
+    patient, last = members(address, 1, 3), members(address, 2, 3)
+    for member in (host, patient, last):
+        assert len(member.joined().peers) == 2
+    patient.plane.request_pair(0)
+    connected(patient, host)
+
+
+def test_who_has_left_waits_for_the_next_world(members: Callable[..., Member]) -> None:
+    """Rank 0 may be about to leave the old one."""
+    address = fresh_address()
+    host, other = members(address, 0, 2), members(address, 1, 2)
+    host.joined()
+    other.joined()
+    other.close()
+    with pytest.raises(DeadlineExceeded, match="has left the world there, and can only join the next one"):
+        members(address, 1, 2, timeout_s=1.0).joined()
+    again = members(address, 1, 2)
+    host.close()
+    next_host = members(address, 0, 2)
+    assert again.joined().generation in [peer.generation for peer in next_host.joined().peers]
+
+
 def test_nobody_listens(members: Callable[..., Member]) -> None:
     with pytest.raises(DeadlineExceeded, match="is rank 0 running"):
         members(fresh_address(), 1, 2, timeout_s=0.2).joined()
