@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from aiocomm._loop.backend import Backend
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
 
@@ -47,6 +50,11 @@ class Group(Collectives, ExpertOperations):
         self._shrinks = 0
         self._given_up: list[Agreement] = []  # of shrinks, with which later ones go on
         self._closed = False
+        self._indices: list[int] = []  # of its channels
+        self._at_end = weakref.finalize(
+            self, _collected, comm._backend, partial(_close_channels, weakref.ref(comm), self._indices)
+        )
+        self._at_end.atexit = False
         self._link: str | None = None
         self._hosts: tuple[int, ...] | None = None
         whole = self._ranks == tuple(range(len(self._ranks)))
@@ -112,10 +120,14 @@ class Group(Collectives, ExpertOperations):
         return self._ranks
 
     def close(self) -> None:
-        """End this rank's operations in the group with `ClosedError`. Idempotent; closing is optional."""
+        """End this rank's operations in the group with `ClosedError`. Idempotent.
+
+        Closing is optional: a group that nobody has any more, and whose calls have ended, closes by itself.
+        """
         if self._closed:
             return
         self._closed = True
+        self._at_end.detach()
         for scope in self._scopes.values():
             scope.repeats.clear()
         if not self._comm.closed:
@@ -221,6 +233,7 @@ class Group(Collectives, ExpertOperations):
         if scope is None:
             priority, weight = (channel.priority, channel.weight) if channel else (Priority.NORMAL, 1.0)
             index = self._comm._engine.open_channel(f"\0group {self._digest} {name}", int(priority), weight)
+            self._indices.append(index)
             scope = self._scopes[name] = Scope(self._comm, self, index)
         return scope
 
@@ -236,6 +249,7 @@ class Group(Collectives, ExpertOperations):
                 f"\0experts {self._digest} {name}", int(max(priority, Priority.HIGH)), weight
             )
             bulk = open_channel(f"\0rows {self._digest} {name}", int(priority), weight)
+            self._indices += [urgent, bulk]
             found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
         return found
 
@@ -263,6 +277,20 @@ class Group(Collectives, ExpertOperations):
 
     def __repr__(self) -> str:
         return f"<aiocomm.Group rank={self.rank} of {list(self._ranks)}>"
+
+
+def _collected(backend: Backend, close: Callable[[], object]) -> None:
+    # On whatever thread, and in the middle of whatever: what it had is closed by the loop, soon.
+    backend.call_threadsafe(close)
+
+
+def _close_channels(owner: weakref.ref[Communicator], indices: list[int]) -> None:
+    comm = owner()
+    if comm is None or comm.closed:
+        return
+    for index in indices:
+        comm._engine.close_channel(index)
+    comm._engine.drain()
 
 
 def _generations(comm: Communicator, ranks: Sequence[int]) -> str:

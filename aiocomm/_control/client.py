@@ -30,8 +30,8 @@ _GOODBYE_S: Final = 1.0
 _GIVE_UP_S: Final = 0.5
 
 _left: Final[deque[str]] = deque(maxlen=16)
-"""Worlds of fixed size that this process was in and has left. It will not join them again: it asks for the next
-one at the same address, while rank 0 may still be closing the old one."""
+"""Worlds of fixed size that this process was in and has left. It joins none of them again, but the next one at
+the same address: rank 0 may still be closing the old one."""
 
 
 class Follower(Protocol):

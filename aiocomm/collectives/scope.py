@@ -8,7 +8,9 @@ one had to send has come.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -147,7 +149,7 @@ class Scope:
         for rank in self.group.ranks:
             if rank != comm.rank and not comm.closed:
                 told = comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
-                told.add_done_callback(_look_away)
+                told.add_done_callback(self._told)
 
     # ------------------------------------------------------------ before leaving
 
@@ -190,7 +192,12 @@ class Scope:
     def _tell(self, message: bytes, rank: int) -> None:
         if not self.comm.closed:
             told = self.comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
-            told.add_done_callback(_look_away)
+            told.add_done_callback(self._told)
+
+    def _told(self, transfer: Transfer[Any]) -> None:
+        """A word of this scope's has ended. Until then it is kept, although nobody may need it any more."""
+        if not transfer.cancelled():
+            transfer.exception()
 
     def _listen(self) -> None:
         self._news = bytearray(headers.ABORT_BYTES)
@@ -203,14 +210,16 @@ class Scope:
             # Said before this rank was here: calls that it begins now must know.
             if not self._take(receive):
                 return
-        receive.add_done_callback(self._heard)
+        # A group that is only listened for may be collected.
+        receive.add_done_callback(partial(_heard, weakref.ref(self)))
 
-    def _heard(self, receive: Transfer[Any]) -> None:
+    def hear(self, receive: Transfer[Any]) -> None:
+        """Take word of another rank, and listen for the next."""
         if self._take(receive):
             self._listen()
 
     def _take(self, receive: Transfer[Any]) -> bool:
-        """Take in what another member says. False: nobody will say more."""
+        """Take word of another rank. False: nobody will say more."""
         if receive.cancelled() or receive.exception() is not None:
             return False  # closed, or nobody is left who could send
         self._news_of(receive.result().source, *headers.parse_abort(self._news))
@@ -246,6 +255,8 @@ def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> 
     return min(fitting)[1] if fitting else None
 
 
-def _look_away(transfer: Transfer[Any]) -> None:
-    if not transfer.cancelled():
-        transfer.exception()
+def _heard(listening: weakref.ref[Scope], receive: Transfer[Any]) -> None:
+    if receive.cancelled() or receive.exception() is not None:
+        return  # closed, or nobody is left who could send
+    if (scope := listening()) is not None:
+        scope.hear(receive)

@@ -92,7 +92,12 @@ class Place:
         told = _PLACE.pack(*(_NOWHERE if self.arena is None else self.arena.place))
         for rank in group.ranks[1:]:
             sent = scope.comm._send(told, rank, scope.index, _TAG, -1.0, 0)
-            sent.add_done_callback(_look_away)
+            sent.add_done_callback(self._sent)
+
+    def _sent(self, told: Any) -> None:
+        """Until then the scope is kept, although nobody may need it any more."""
+        if not told.cancelled():
+            told.exception()
 
     def _found(self, receive: Any) -> None:
         self.expected = False
@@ -366,8 +371,3 @@ def option_of(algorithm: str | None, sm_budget: int | None) -> Any:
     if sm_budget is None:
         return algorithm
     return sm_budget if algorithm is None else (algorithm, sm_budget)
-
-
-def _look_away(transfer: Any) -> None:
-    if not transfer.cancelled():
-        transfer.exception()
