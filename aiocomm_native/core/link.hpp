@@ -33,6 +33,12 @@ enum class Post : uint8_t {
   lost,     // the pair is gone; on_lost was or will be called
 };
 
+// What is to be done where EMFILE is an operation's end.
+inline constexpr char kOutOfFiles[] =
+    "out of file descriptors: raise the limit of open files (ulimit -n, LimitNOFILE= in a unit, --ulimit "
+    "nofile= for "
+    "a container)";
+
 // A link or device failed; `code` is errno or the driver's.
 struct LinkFailure : std::runtime_error {
   LinkFailure(const std::string& what, int error) : std::runtime_error(what), code(error) {}

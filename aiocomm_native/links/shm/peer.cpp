@@ -25,7 +25,8 @@ constexpr uint64_t kControlBytes = 4096;
 constexpr uint64_t kPollBytes =
     512 << 10;  // per turn: the token is not held for longer than this takes to copy
 constexpr uint64_t kDataRecord =
-    64 << 10;  // streamed chunks are cut so that both sides copy at the same time
+    64 << 10;                   // streamed chunks are cut so that both sides copy at the same time
+constexpr size_t kMostFds = 8;  // in one message
 constexpr uint64_t kMinRing = 64 << 10, kMaxRing = 1 << 30;
 
 uint64_t probe_word =
@@ -46,7 +47,7 @@ bool keeps_size(int fd, uint64_t nbytes) {
 
 bool send_with_fds(int socket, const void* data, size_t nbytes, const int* fds, int count) {
   iovec iov{const_cast<void*>(data), nbytes};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 8)] = {};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMostFds)] = {};
   msghdr message{};
   message.msg_iov = &iov;
   message.msg_iovlen = 1;
@@ -145,7 +146,7 @@ void ShmPeer::read_socket() {
     char data[sizeof(Hello)];
     static_assert(sizeof(SegmentNote) <= sizeof data);
     size_t want = ready_ ? sizeof(SegmentNote) : sizeof(Hello);
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 8)];
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMostFds)];
     iovec iov{data, want};
     msghdr message{};
     message.msg_iov = &iov;
@@ -164,9 +165,15 @@ void ShmPeer::read_socket() {
       }
     if (n <= 0) return lost("its process ended (connection hung up)");
     // Notes are smaller than a socket buffer's atomic unit, so they come whole.
-    if (static_cast<size_t>(n) != want || (message.msg_flags & MSG_CTRUNC)) {
+    const bool cut = message.msg_flags & MSG_CTRUNC;  // there were more descriptors
+    if (static_cast<size_t>(n) != want || (cut && fds.size() >= kMostFds)) {
       close_all(fds);
       return lost("protocol violation on the pair's socket");
+    }
+    if (cut) {
+      close_all(fds);
+      if (!ready_) return give_up(EMFILE, kOutOfFiles);
+      continue;  // without its mapping a segment is reached by cross-memory attach, or streamed
     }
     if (!ready_) {
       Hello hello;
@@ -205,7 +212,7 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
     peer_page_ = static_cast<WakePage*>(page);
   } catch (const LinkFailure& failure) {
     close_all(fds);
-    return lost(failure.what());
+    return failure.code == EPROTO ? lost(failure.what()) : give_up(failure.code, failure.what());
   }
   ::close(fds[0]);
   peer_loop_fd_ = fds[1];
@@ -233,6 +240,8 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
 ShmPeer::Mapping::~Mapping() { munmap(base, nbytes); }
 
 void ShmPeer::on_segment(const SegmentNote& note, std::vector<int>& fds) {
+  if (note.error && !note.id && !note.nbytes && !note.base && fds.empty())
+    return refused(static_cast<int>(note.error));
   if (note.nbytes == 0 && fds.empty()) {
     std::lock_guard lock(mappings_mutex_);
     mappings_.erase(note.id);
@@ -407,6 +416,29 @@ int ShmPeer::poll(int budget) {
 
 void ShmPeer::lost(const std::string& reason) {
   if (!closed_) host_.sink().on_lost(*this, reason);
+}
+
+// The peer lives, but this end cannot take what it has sent: the pair is to be made anew.
+void ShmPeer::give_up(int error, const std::string& reason) {
+  SegmentNote note{0, static_cast<uint32_t>(error), 0, 0};
+  send_with_fds(socket_, &note, sizeof note, nullptr, 0);  // else the other end sees a hang-up: a loss
+  failure = error;
+  lost(reason);
+}
+
+void ShmPeer::refused(int error) {
+  // What was posted lies in the ring from its beginning, and nobody takes it in.
+  const int mine = initiator_ ? 0 : 1;
+  Consumer sent;
+  sent.open(reinterpret_cast<RingControl*>(segment_) + mine, segment_ + kControlBytes + mine * ring_bytes_,
+            ring_bytes_);
+  failure = error;
+  FrameHeader header;
+  const std::byte* body;
+  for (bool broken = false; sent.peek(header, body, broken) && !broken; sent.pop())
+    host_.sink().on_unsure(*this, header);
+  lost(std::string("the other end cannot take the pair: ") +
+       (error == EMFILE ? kOutOfFiles : std::strerror(error)));
 }
 
 void ShmPeer::close() {

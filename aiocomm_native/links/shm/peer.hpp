@@ -34,7 +34,7 @@ struct Hello {
 
 struct SegmentNote {
   uint32_t id;
-  uint32_t reserved;
+  uint32_t error;   // not 0, and the rest is: the sender cannot take the pair, and has taken no frame in
   uint64_t nbytes;  // 0, and no descriptor: the segment was freed
   uint64_t base;    // in the owner's address space
 };
@@ -80,6 +80,8 @@ class ShmPeer final : public LinkPeer, public Pollable {
   void tell_freed_segments();
   void wake_peer(Wake wake);
   void lost(const std::string& reason);
+  void give_up(int error, const std::string& reason);
+  void refused(int error);
 
   Host& host_;
   int socket_;

@@ -1,0 +1,62 @@
+"""A process at its limit of open files: what fails says so, gives all back, and can be tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+import pytest
+from harness import LIMIT_S, world
+
+import aiocomm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.anyio
+
+
+def is_open(number: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.fstat(number) is not None
+    return False
+
+
+@contextlib.contextmanager
+def room_for(descriptors: int) -> Iterator[None]:
+    """So many can be opened, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {number for number in map(int, os.listdir("/proc/self/fd")) if is_open(number)}
+    limit = 0  # above the last number that may be had; those that are open may lie above it
+    while descriptors or limit in used:
+        descriptors -= limit not in used
+        limit += 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_pair_that_could_not_greet_is_made_anew() -> None:
+    failures = []
+    data = np.arange(200_000.0)
+    for room in range(14):
+        async with world(2) as (a, b):
+            with room_for(room):
+                transfers = [a.send(data, 1, deadline=1.0), b.recv_array(0, deadline=1.0)]
+                for transfer in transfers:
+                    try:
+                        await transfer
+                    except aiocomm.AiocommError as error:
+                        failures.append(error)
+            assert [peer.alive for comm in (a, b) for peer in comm.peers] == [True, True], room
+            with anyio.fail_after(LIMIT_S):
+                receiving = b.recv_array(0, tag=1)
+                await a.send(data, 1, tag=1)
+                assert (await receiving == data).all()
+    assert any("raise the limit of open files" in str(error) for error in failures)
