@@ -159,8 +159,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
     async def _abandon(self) -> None:
         self._closed = True
-        self._plane.close().add_done_callback(lambda _: None)
         try:
+            self._plane.close().add_done_callback(lambda _: None)
             with anyio.move_on_after(_ABANDON_S, shield=True):
                 await self._backend.wait(self._plane.ended)
         finally:

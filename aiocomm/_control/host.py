@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import socket
 from pathlib import Path
 
-__all__ = ["host_id", "hostname", "open_pidfd", "outward_address", "pid_namespace", "start_time"]
+__all__ = [
+    "host_id",
+    "hostname",
+    "open_pidfd",
+    "outward_address",
+    "pid_namespace",
+    "start_time",
+    "what_to_do",
+]
 
 
 @functools.cache
@@ -78,3 +87,17 @@ def _namespace(kind: str) -> int:
         return os.stat(f"/proc/self/ns/{kind}").st_ino
     except OSError:
         return 0
+
+
+def what_to_do(error: Exception) -> str:
+    """What the system has refused, and the remedy if it is a limit of this process."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    # What asyncio and socket add to it is said better by who asks.
+    text = os.strerror(error.errno) if error.errno and error.errno in errno.errorcode else error.strerror
+    if error.errno != errno.EMFILE:
+        return text
+    return (
+        f"{text}: raise the limit of open files (ulimit -n, LimitNOFILE= in a unit, "
+        "--ulimit nofile= for a container)"
+    )

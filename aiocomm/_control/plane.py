@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
 from aiocomm._control.wire import ProtocolError
 from aiocomm._world import World
-from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, UsageError
+from aiocomm.errors import ClosedError, DeadlineExceeded, LinkError, PeerLostError, UsageError
 from aiocomm.types import Event, Fallback, LinkDown, Peer, PeerJoined
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ControlPlane:
             UsageError: the world differs from what this process expects, or cannot be had like this.
             AuthenticationError: the rendezvous belongs to another group.
             DeadlineExceeded: it was not complete within `timeout_s`.
-            LinkError: the address cannot be listened at.
+            LinkError: the address cannot be listened at, or there are no descriptors left.
         """
         return self._thread.submit(self._start())
 
@@ -115,7 +116,10 @@ class ControlPlane:
 
     def close(self) -> concurrent.futures.Future[None]:
         """Say goodbye, close everything, end the thread. Idempotent."""
-        if self._closing is None:
+        if self._closing is None and not self._thread.started:
+            self._thread.stop()
+            self._closing = self._thread.ended
+        elif self._closing is None:
             work = self._thread.submit(self._close())
             closing: concurrent.futures.Future[None] = concurrent.futures.Future()
             self._closing = closing
@@ -151,6 +155,10 @@ class ControlPlane:
             raise PeerLostError(
                 f"the world at {world.address} broke up while it was joined: {error}"
             ) from error
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0)
+            message = f"could not join {world.address}: {host.what_to_do(error)}"
+            raise LinkError(message, error.errno, code) from error
 
     async def _join(self, text: str) -> Welcome:
         world = self._world

@@ -7,10 +7,12 @@
 #pragma once
 
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 namespace aiocomm {
 
@@ -28,6 +30,31 @@ struct WakePage {
   std::atomic<uint64_t> load[kDevices] = {};
   std::atomic<uint32_t> loop_spins{
       0};  // the loop may spin before it sleeps: it is told early of what is to come
+};
+
+struct UnmapPage {
+  void operator()(WakePage* page) const { munmap(page, 4096); }
+};
+
+// A descriptor that is closed with its owner.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  ~Descriptor() { close(); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  Descriptor& operator=(int fd) {
+    close();
+    fd_ = fd;
+    return *this;
+  }
+  operator int() const { return fd_; }
+  void close() {
+    if (int open = std::exchange(fd_, -1); open >= 0) ::close(open);
+  }
+
+ private:
+  int fd_ = -1;
 };
 
 enum class Wake : uint8_t { none, loop, engine };

@@ -26,7 +26,11 @@ double number(const EngineConfig& config, const std::string& name, double fallba
 }
 
 int open_or_throw(int fd, const char* what) {
-  if (fd < 0) throw LinkFailure(std::string("cannot make ") + what, errno);
+  if (fd < 0) {
+    const int error = errno;
+    throw LinkFailure(
+        std::string("cannot make ") + what + (error == EMFILE ? std::string(": ") + kOutOfFiles : ""), error);
+  }
   return fd;
 }
 }  // namespace
@@ -47,7 +51,7 @@ Engine::Engine(EngineConfig config)
   fcntl(page_fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);  // peers map it only so
   void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, page_fd_, 0);
   if (page == MAP_FAILED) throw LinkFailure("cannot map a shared page", errno);
-  page_ = new (page) WakePage;
+  page_.reset(new (page) WakePage);
   loop_fd_ = open_or_throw(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "an eventfd");
   engine_fd_ = open_or_throw(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "an eventfd");
   engine_epoll_ = open_or_throw(epoll_create1(EPOLL_CLOEXEC), "an epoll set");
@@ -96,7 +100,6 @@ Engine::~Engine() {
   retired_.clear();
   links_.clear();
   release_descriptors();
-  munmap(page_, 4096);
 }
 
 void Engine::release_descriptors() {
@@ -105,8 +108,7 @@ void Engine::release_descriptors() {
   retired_.clear();  // close() has ended the threads that could be inside one of them
   for (auto& peer : peers_)
     if (peer) peer->link.reset();
-  for (int* fd : {&loop_fd_, &engine_fd_, &engine_epoll_, &express_epoll_, &page_fd_})
-    if (int open = std::exchange(*fd, -1); open >= 0) ::close(open);
+  for (Descriptor* fd : {&loop_fd_, &engine_fd_, &engine_epoll_, &express_epoll_, &page_fd_}) fd->close();
 }
 
 void Engine::close() {

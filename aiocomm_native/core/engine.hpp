@@ -424,9 +424,9 @@ class Engine final : public Host, public FrameSink {
   size_t queue_depth_;
 
   // wake-up
-  int page_fd_ = -1, loop_fd_ = -1, engine_fd_ = -1, engine_epoll_ = -1, express_epoll_ = -1;
+  Descriptor page_fd_, loop_fd_, engine_fd_, engine_epoll_, express_epoll_;
   std::atomic<int> express_watched_{0}, express_polled_{0};
-  WakePage* page_ = nullptr;
+  std::unique_ptr<WakePage, UnmapPage> page_;
   std::atomic<bool> stopping_{false};
   bool closed_ = false;
   std::thread thread_;

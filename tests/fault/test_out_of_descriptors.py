@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import numpy as np
 import pytest
-from harness import LIMIT_S, world
+from harness import LIMIT_S, until, world
 
 import aiocomm
 
@@ -40,6 +40,27 @@ def room_for(descriptors: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def count() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_connect_gives_all_back_and_says_what_to_do() -> None:
+    failures = []
+    async with aiocomm.connect():
+        pass  # what is opened once for the process
+    for room in range(20):
+        before = count()
+        try:
+            with room_for(room):
+                comm = await aiocomm.connect()
+                await comm.aclose()
+        except aiocomm.LinkError as error:
+            failures.append(str(error))
+        await until(lambda before=before: count() <= before)  # type: ignore[misc]
+    assert 3 < len(failures) < 20
+    assert all("raise the limit of open files" in failure for failure in failures)
 
 
 async def test_a_pair_that_could_not_greet_is_made_anew() -> None:
