@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from aiocomm._control import messages
 from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
+from aiocomm._control.host import what_to_do
 from aiocomm._control.stream import Stream, connect, how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AuthenticationError, UsageError
@@ -28,10 +29,11 @@ _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 _GOODBYE_S: Final = 1.0
 _GIVE_UP_S: Final = 0.5
+_SILENT: Final = "what listens there does not answer as a rendezvous would"
 
 _left: Final[deque[str]] = deque(maxlen=16)
-"""Worlds of fixed size that this process was in and has left. It joins none of them again, but the next one at
-the same address: rank 0 may still be closing the old one."""
+"""Worlds of fixed size that this process was in and has left. It joins none of them again: it waits for the
+next one at the same address, while rank 0 may still be closing the old one."""
 
 
 class Follower(Protocol):
@@ -94,8 +96,10 @@ class Client:
                 if not isinstance(self._address, FileAddress):
                     raise
                 self.trouble = str(error)  # the file may still be the one of an earlier run
+            except TimeoutError:
+                self.trouble = _SILENT
             except (OSError, ProtocolError) as error:
-                self.trouble = str(error)
+                self.trouble = what_to_do(error)
             else:
                 welcome = await self._ask(stream, make_card)
                 if welcome is not None:
@@ -157,6 +161,7 @@ class Client:
             self.key = self.key if token is None or self._world.token is not None else token
         assert isinstance(address, (TcpAddress, UnixAddress))
         stream = await connect(address)
+        self.trouble = _SILENT  # should the time be over in the middle of this
         try:
             async with asyncio.timeout(self._settings.handshake_timeout_s):
                 await stream.authenticate_caller(self.key, Purpose.CONTROL)
@@ -176,7 +181,7 @@ class Client:
                 answer = await stream.receive()
         except (OSError, ProtocolError) as error:
             stream.close()
-            self.trouble = str(error) or "it does not answer"
+            self.trouble = _SILENT if isinstance(error, TimeoutError) else what_to_do(error)
             return None
         except BaseException:
             stream.close()

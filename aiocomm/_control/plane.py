@@ -20,7 +20,7 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiocomm._control import host
 from aiocomm._control.address import TcpAddress, parse
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from aiocomm.config import Settings
 
 __all__ = ["ControlPlane", "PeerCard", "Welcome", "World", "peer_of"]
+
+_TAKEN_S: Final = 5.0
+"""For which an address that is taken is tried: the rendezvous of a world that is just closing may have it."""
+_TAKEN_PART: Final = 0.9
+"""Of the time to join, at most: why it cannot be had is to be told, not that the time is over."""
 
 OnEvent: TypeAlias = Callable[[Event], None]
 
@@ -167,7 +172,7 @@ class ControlPlane:
         if world.rank == 0:
             hosting = Host(world.size, address, key, self._settings, host_rank=0)
             self._stack.push_async_callback(hosting.aclose)
-            address, key = await hosting.start(world.timeout_s)
+            address, key = await hosting.start(min(_TAKEN_S, _TAKEN_PART * world.timeout_s))
         if key is None and isinstance(address, TcpAddress):
             raise UsageError(
                 f"{address} needs a token: set AIOCOMM_TOKEN (or token=) to the same secret everywhere"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from aiocomm._control import messages, wire
 from aiocomm._control.address import UnixAddress
 from aiocomm._control.auth import Purpose
+from aiocomm._control.host import what_to_do
 from aiocomm._control.listener import Listener, bind
 from aiocomm._control.membership import Announcement, Became, Came, JoinRefusedError, Membership, Went
 from aiocomm._control.stream import how_it_broke
@@ -156,9 +157,11 @@ class Rendezvous:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
                     code = errno.errorcode.get(error.errno or 0)
-                    message = f"rank 0 cannot listen at {address}: {error.strerror or error}"
+                    message = f"rank 0 cannot listen at {address}: {what_to_do(error)}"
+                    if error.errno == errno.EADDRINUSE:
+                        message += "; end the program that listens there, or choose another address"
                     raise LinkError(message, error.errno, code) from error
-            await asyncio.sleep(_BIND_RETRY_S)
+            await asyncio.sleep(min(_BIND_RETRY_S, max(0.0, deadline - loop.time())))
         if isinstance(bound, UnixAddress) and not bound.is_abstract:
             self._socket_file = bound.path
         limits = self._settings

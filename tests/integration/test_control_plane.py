@@ -227,8 +227,21 @@ def test_a_taken_address(members: Callable[..., Member]) -> None:
     members(address, 0, 1 + 1, token="t")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises((LinkError, DeadlineExceeded), match=r"cannot listen|is taken"):
-            members(f"tcp://127.0.0.1:{port}", 0, 2, token="t", timeout_s=0.3).joined()
+        world = [members(f"tcp://127.0.0.1:{port}", rank, 2, token="t", timeout_s=1.0) for rank in range(2)]
+        with pytest.raises(LinkError, match=r"rank 0 cannot listen at .*: Address already in use; .* choose"):
+            world[0].joined()
+        with pytest.raises(DeadlineExceeded, match="does not answer as a rendezvous would"):
+            world[1].joined()
+
+
+def test_a_taken_address_is_not_waited_for_until_the_time_is_over(
+    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiocomm._control.plane._TAKEN_S", 0.1)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        member = members(f"tcp://127.0.0.1:{taken.getsockname()[1]}", 0, 2, token="t")
+        with pytest.raises(LinkError, match="Address already in use"):
+            member.joined()
 
 
 # Who may join
