@@ -56,13 +56,17 @@ class Region:
 
         If it is cancelled, the region is closed all the same, but accesses may still be under way.
         """
+        self._refuse()
+        await self._free.wait()
+
+    def _refuse(self) -> None:
+        """Refuse new accesses."""
         if not self._closed:
             self._closed = True
             comm = self._comm
             if comm.closed or comm._engine.close_region(self._number):
                 comm._regions.pop(self._number, None)
                 self._freed()
-        await self._free.wait()
 
     def _freed(self) -> None:
         self._keep = None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
 
+    from numpy.typing import NDArray
+
     from aiocomm._operations import Operations
     from aiocomm.pages.layout import Pages
     from aiocomm.region import Region, RemoteRegion
@@ -39,20 +41,24 @@ _VERSION: Final = 3
 class PageLease:
     """Pages that a peer may read and write. Made by `comm.lease_pages`; `async with`, or `aclose()`."""
 
-    def __init__(self, comm: Operations, pages: Pages, indices: Sequence[int], regions: list[Region]) -> None:
+    def __init__(self, comm: Operations, pages: Pages, indices: NDArray[np.int64]) -> None:
         self._number = secrets.randbits(64)
-        self._notes = comm._layer_notes[self._number] = LayerNotes()
+        self._notes = LayerNotes()
         self._comm = comm
         self._pages = pages
-        self._indices = np.asarray(indices, np.int64)
-        self._regions = regions
+        self._indices = indices
+        self._regions: list[Region] = []
         self._closed = False
 
     @classmethod
     async def assign(
         cls, comm: Operations, pages: Pages, indices: Sequence[int] | None, stream: Any = None
     ) -> PageLease:
-        """Lease pages, and end the leases that hold any of them."""
+        """Lease pages, and end the leases that hold any of them, also those that still wait to begin.
+
+        So the last call has the pages; it waits for what is under way through any earlier lease, since these
+        are known until they have ended, whoever ends them.
+        """
         if comm.closed or not comm._here():
             comm._refuse()  # before it ends other leases
         wanted = np.arange(pages.count) if indices is None else np.asarray(indices, np.int64).reshape(-1)
@@ -60,13 +66,45 @@ class PageLease:
             raise UsageError(f"pages are 0 to {pages.count - 1}")
         if len(np.unique(wanted)) != len(wanted):
             raise UsageError("a page comes twice")
-        for lease in list(pages._leases):
-            if np.isin(wanted, lease._indices).any():
-                await lease.aclose()
-        regions = [comm.register(pages.arrays[plane], stream=stream) for plane in pages.layout.planes]
-        lease = cls(comm, pages, wanted.tolist(), regions)
-        pages._leases.append(lease)
+        if comm.closed or not comm._here():
+            comm._refuse()
+        lease, leases = cls(comm, pages, wanted.copy()), pages._leases
+        held = np.zeros(pages.count, bool)
+        held[wanted] = True
+        leases[:] = [one for one in leases if not one._ended]
+        earlier = [one for one in leases if held[one._indices].any()]
+        leases.append(lease)
+        try:
+            for one in earlier:
+                one._refuse()
+            for one in earlier:
+                await one.aclose()
+            if not lease._closed:
+                lease._begin(stream)
+        except BaseException:
+            lease._refuse()
+            raise
+        finally:
+            lease._forget_ended()
         return lease
+
+    def _begin(self, stream: Any) -> None:
+        for plane in self._pages.layout.planes:
+            self._regions.append(self._comm.register(self._pages.arrays[plane], stream=stream))
+        self._comm._layer_notes[self._number] = self._notes
+
+    def _refuse(self) -> None:
+        """Refuse new accesses, to all arrays at once."""
+        self._closed = True
+        self._notes.close()
+        self._comm._layer_notes.pop(self._number, None)
+        for region in self._regions:
+            region._refuse()
+
+    @property
+    def _ended(self) -> bool:
+        """Whether no access is under way, nor can begin."""
+        return self._closed and all(region._free.is_set() for region in self._regions)
 
     @property
     def handle(self) -> bytes:
@@ -101,14 +139,19 @@ class PageLease:
         return self._notes.layers(sources, deadline)
 
     async def aclose(self) -> None:
-        """End it: new accesses are refused; waits for those under way. Idempotent."""
-        self._closed = True
-        self._notes.close()
-        self._comm._layer_notes.pop(self._number, None)
-        if self in self._pages._leases:
-            self._pages._leases.remove(self)
+        """End it: new accesses are refused; waits for those under way. Idempotent.
+
+        If it is cancelled, new accesses are refused all the same, but some may still be under way: another
+        call waits for them, and `lease_pages` of these pages does.
+        """
+        self._refuse()
         for region in self._regions:
             await region.aclose()
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        if self._ended and self in self._pages._leases:
+            self._pages._leases.remove(self)
 
     async def __aenter__(self) -> Self:
         return self

@@ -24,8 +24,9 @@ class PageOperations:
     ) -> PageLease:
         """Let peers reach pages of this process, and end the leases that held any of them.
 
-        Waits for accesses under way through those; afterwards what their holders send is refused with
-        `StaleHandleError`.
+        Waits for accesses under way through those, also if their end was begun elsewhere and is not over;
+        afterwards what their holders send is refused with `StaleHandleError`. Of calls that wait for one page
+        at a time the last has it: the leases that the others return have ended.
 
         Args:
             indices: pages; default: all.
