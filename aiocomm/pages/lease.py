@@ -11,17 +11,18 @@ import json
 import secrets
 import struct
 from dataclasses import asdict
+from operator import index
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from aiocomm._operations import limit_of
-from aiocomm.errors import ClosedError, UsageError
+from aiocomm.errors import ClosedError, UsageError, UsageTypeError
 from aiocomm.pages.layout import Layout
 from aiocomm.pages.streaming import LayerNotes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -119,10 +120,13 @@ class PageLease:
 
     def layers(
         self, sources: int | Sequence[int] | None = None, *, deadline: float | None = None
-    ) -> AsyncIterator[int]:
+    ) -> AsyncGenerator[int, None]:
         """Iterate over the layers that `put_layers` of peers brings, in their order: their data is in place.
 
-        Ends after the last layer. One iteration per `put_layers`, also if several follow each other.
+        Ends after the last layer. One iteration per `put_layers`, also if several follow each other, or some
+        were stopped: an iteration that has heard of all its sources has had a call of each, and what more
+        comes of those is not the next one's. Of calls that nobody iterates over, the newest 256 of each
+        source are kept.
 
         Args:
             sources: the rank that sends, or all that do, each its part of every layer: a layer is there when
@@ -133,10 +137,25 @@ class PageLease:
             TransferCancelled: a source gave up in the middle.
             PeerLostError: a source is gone (without `sources`, only once it has been heard of).
             DeadlineExceeded, ClosedError: the deadline passed, or the lease has ended.
+            UsageError: `sources` are no ranks of this world, none at all, or one comes twice; nobody waits.
         """
         if deadline is not None:
             deadline = limit_of(deadline)
-        return self._notes.layers(sources, deadline)
+        return self._notes.layers(None if sources is None else self._ranks(sources), deadline)
+
+    def _ranks(self, sources: int | Sequence[int]) -> list[int]:
+        try:
+            wanted: list[int] = [sources] if isinstance(sources, int | np.integer) else list(sources)
+        except TypeError:
+            raise UsageTypeError(f"sources={sources!r}: a rank, or a list of ranks") from None
+        for rank in wanted:
+            if not hasattr(rank, "__index__") or not 0 <= rank < self._comm._ranks:
+                self._comm._refuse(dst=rank)
+        if len(set(wanted)) != len(wanted):
+            raise UsageError(f"sources={wanted}: a rank comes twice")
+        if not wanted:
+            raise UsageError("sources has no rank: leave it out for the rank that is heard of first")
+        return [index(rank) for rank in wanted]
 
     async def aclose(self) -> None:
         """End it: new accesses are refused; waits for those under way. Idempotent.

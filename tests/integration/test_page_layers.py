@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -131,6 +132,49 @@ async def test_a_sender_that_is_cancelled_in_the_middle_ends_the_iteration(
     await a.put_layers(ours.layers(), give, remote.layers(), take)
     assert [layer async for layer in lease.layers(0)] == list(range(LAYERS))
     assert all(array[take].all() and not array[1::2].any() for array in theirs.arrays)
+
+
+async def test_an_iteration_that_was_stopped_has_had_its_call(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+
+    async def put(page: int) -> None:
+        await a.put_layers(ours.layers(arrays=2), [page], remote.layers(arrays=2), [page])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(put, 0)
+        async with aclosing(lease.layers(0, deadline=5.0)) as layers:
+            assert await anext(layers) == 0
+    for page in (1, 2):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(put, page)
+            async for layer in lease.layers(0, deadline=5.0):
+                for array in (2 * layer, 2 * layer + 1):
+                    assert np.array_equal(theirs.arrays[array][page], ours.arrays[array][page])
+    await lease.aclose()
+
+
+async def test_sources_are_ranks(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    for wrong, why in (
+        ([], "no rank"),
+        ([0, np.int64(0)], "comes twice"),
+        (2, "no rank 2 in this world"),
+        ([0, -1], "no rank -1"),
+        (0.0, "a rank, or a list of ranks"),
+        ("0", "not an integer"),
+        ([None], "not an integer"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=why):
+            lease.layers(wrong)  # type: ignore[arg-type]
+    for sources in (np.int64(0), [np.int32(0)], np.array([0]), (0,), range(1)):
+        await a.put_layers(ours.layers(), [0], remote.layers(), [0])
+        assert [layer async for layer in lease.layers(sources, deadline=5.0)] == list(range(2 * LAYERS))  # type: ignore[arg-type]
 
 
 async def test_waits_end_by_deadline_and_with_the_lease(pair: Pair) -> None:

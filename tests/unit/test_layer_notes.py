@@ -1,0 +1,141 @@
+"""Notes of layers become iterations: one for each call, whatever was stopped, given up, lost or forgotten."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import pytest
+
+import aiocomm
+from aiocomm.pages import streaming
+from aiocomm.pages.streaming import LayerNotes
+
+pytestmark = pytest.mark.anyio
+
+
+def bring(notes: LayerNotes, call: int, *layers: int | None, source: int = 0, of: int = 3) -> None:
+    for layer in layers:
+        notes.put(source, call, layer, of)
+
+
+async def iterated(notes: LayerNotes, sources: list[int] | None = None) -> list[int]:
+    return [layer async for layer in notes.layers(sources, 5.0)]
+
+
+def nothing_waits(notes: LayerNotes) -> bool:
+    return not any(of.waiting or of.taken for of in notes._sources.values())
+
+
+@pytest.mark.parametrize("end", ["break", "close", "deadline", "cancel"])
+async def test_what_comes_of_a_stopped_iteration_is_not_the_next_ones(end: str) -> None:
+    notes = LayerNotes()
+    bring(notes, 7, 0)
+    kept: list[Any] = []
+    if end in ("break", "close"):
+        async for layer in (layers := notes.layers([0], None)):
+            assert layer == 0
+            break
+        kept.append(layers)  # a break leaves the generator to the collector
+        if end == "close":
+            await layers.aclose()
+    elif end == "deadline":
+        layers = notes.layers([0], 0.001)
+        assert await anext(layers) == 0
+        with pytest.raises(aiocomm.DeadlineExceeded, match="layer 1 of 3 has not come"):
+            await anext(layers)
+    else:
+        with anyio.CancelScope() as scope:
+            async for layer in notes.layers([0], None):
+                assert layer == 0
+                scope.cancel()
+    bring(notes, 7, 2, 1)
+    with pytest.raises(aiocomm.DeadlineExceeded, match="no layer has come from rank 0"):
+        await anext(notes.layers([0], 0.0))
+    bring(notes, 8, 0, 2, 1)
+    assert await iterated(notes) == [0, 1, 2]
+    assert nothing_waits(notes)
+    for layers in kept:
+        await layers.aclose()
+
+
+async def test_a_sender_that_gives_up_after_its_last_layer_is_no_news() -> None:
+    notes = LayerNotes()
+    bring(notes, 7, 0, 1, 2)
+    assert await iterated(notes) == [0, 1, 2]
+    bring(notes, 7, None)
+    bring(notes, 8, 0, 1, 2, None)
+    bring(notes, 9, 0, None)
+    assert await iterated(notes) == [0, 1, 2]
+    with pytest.raises(aiocomm.TransferCancelled, match="gave up before layer 1 of 3"):
+        await iterated(notes)
+    assert nothing_waits(notes)
+
+
+async def test_iterations_at_a_time_have_a_call_each() -> None:
+    notes = LayerNotes()
+    found = []
+
+    async def look() -> None:
+        found.append(await iterated(notes, [0]))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(look)
+        await anyio.lowlevel.checkpoint()
+        bring(notes, 1, 0)
+        bring(notes, 2, 0, 1, of=2)
+        await anyio.lowlevel.checkpoint()
+        bring(notes, 1, 1, 2)
+    assert sorted(found) == [[0, 1], [0, 1, 2]]
+
+
+async def test_an_iteration_takes_nothing_before_it_has_heard_of_all_its_sources() -> None:
+    notes = LayerNotes()
+    bring(notes, 5, 0, source=1)
+    with pytest.raises(aiocomm.DeadlineExceeded, match="no layer has come from rank 0"):
+        await anext(notes.layers([0, 1], 0.0))
+    bring(notes, 6, 0, 1, 2, source=0)
+    bring(notes, 5, 1, 2, source=1)
+    bring(notes, 4, 0, 1, source=0, of=2)
+    assert await iterated(notes, [0, 1]) == [0, 1, 2]
+    bring(notes, 3, 0, source=1, of=1)
+    assert await iterated(notes) == [0, 1], "the rank that was heard of first"
+    assert await iterated(notes) == [0]
+
+
+async def test_of_calls_that_nobody_looks_at_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_WAITING", 3)
+    monkeypatch.setattr(streaming, "_REMEMBERED", 4)
+    notes = LayerNotes()
+    bring(notes, 100, 0)  # and is forgotten before it has ended
+    for call in range(1, 51):
+        bring(notes, call, *range(call), of=call)
+    of = notes._sources[0]
+    assert len(of.waiting) == 3
+    assert len(of.past) <= 4
+    assert list(of.taken) == [100]
+    bring(notes, 100, 1, 2)
+    for call in (48, 49, 50):
+        assert await iterated(notes) == list(range(call))
+    assert nothing_waits(notes)
+
+
+async def test_a_lost_source_ends_what_it_had_begun_also_if_it_is_back_at_once() -> None:
+    notes = LayerNotes()
+    bring(notes, 1, 0, 1, 2)
+    bring(notes, 2, 0)
+    bring(notes, 3, 0)
+    async with aclosing(notes.layers([0], 5.0)) as layers:
+        assert await anext(layers) == 0
+    notes.lose(0)
+    bring(notes, 4, 0, 1, 2)  # of its next incarnation
+    for _ in range(2):
+        with pytest.raises(aiocomm.PeerLostError, match="rank 0 is gone before layer 1 of 3"):
+            await iterated(notes)
+    assert await iterated(notes) == [0, 1, 2]
+    notes.lose(0)
+    with pytest.raises(aiocomm.PeerLostError, match="rank 0 is gone before the first layer"):
+        await iterated(notes, [0])
+    assert nothing_waits(notes)
