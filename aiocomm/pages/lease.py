@@ -18,6 +18,7 @@ import numpy as np
 
 from aiocomm._operations import limit_of
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError
+from aiocomm.pages.indices import own_list, page_list
 from aiocomm.pages.layout import Layout
 from aiocomm.pages.streaming import LayerNotes
 
@@ -62,14 +63,14 @@ class PageLease:
         """
         if comm.closed or not comm._here():
             comm._refuse()  # before it ends other leases
-        wanted = np.arange(pages.count) if indices is None else np.asarray(indices, np.int64).reshape(-1)
+        wanted = np.arange(pages.count) if indices is None else own_list(indices)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= pages.count):
             raise UsageError(f"pages are 0 to {pages.count - 1}")
         if len(np.unique(wanted)) != len(wanted):
             raise UsageError("a page comes twice")
         if comm.closed or not comm._here():
             comm._refuse()
-        lease, leases = cls(comm, pages, wanted.copy()), pages._leases
+        lease, leases = cls(comm, pages, wanted), pages._leases
         held = np.zeros(pages.count, bool)
         held[wanted] = True
         leases[:] = [one for one in leases if not one._ended]
@@ -252,7 +253,7 @@ class RemotePages:
 
     def check(self, pages: Any) -> None:
         """Refuse pages that are not part of the lease."""
-        wanted = np.asarray(pages, np.int64).reshape(-1)
+        wanted = page_list(pages)
         inside = wanted[(wanted >= 0) & (wanted < self.layout.count)]  # the rest is the planner's to name
         if len(inside) and not self._leased[inside].all():
             raise UsageError(f"page {inside[~self._leased[inside]][0]} is not part of the lease")

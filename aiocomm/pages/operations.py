@@ -59,7 +59,7 @@ class PageOperations:
         """Write pages into a peer's pages; ends when all bytes are in place there.
 
         Args:
-            give: pages of this process.
+            give: pages of this process: integers, in a list or a NumPy array, which is copied first.
             take: the peer's pages, for each page of `give`; with other page sizes, for as many tokens.
             notify: at most 4,096 bytes that the owner gets from `notifications()` after all data.
             stream: of GPU pages: nothing is read before the work that this stream has when it is submitted is
@@ -69,8 +69,8 @@ class PageOperations:
                 first use.
 
         Raises:
-            UsageError: an index is out of range or not leased, a target comes twice, the layouts do not fit,
-                or a kernel cannot be compiled; nothing was written.
+            UsageError: an index is no integer, out of range or not leased, a target comes twice, the layouts
+                do not fit, or a kernel cannot be compiled; nothing was written.
             StaleHandleError: a page was assigned to somebody else, or the lease has ended.
 
         Cancelling stops between chunks; pages that were under way are undefined.

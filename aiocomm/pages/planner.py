@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from aiocomm.errors import UsageError
+from aiocomm.pages.indices import page_list
 from aiocomm.pages.plan_cache import PlanCache
 from aiocomm_native import _core
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Copies", "alike", "one_pair", "page_list", "plan"]
+__all__ = ["Copies", "alike", "one_pair", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,6 @@ def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
     if len(source.planes) != len(target.planes):
         _do_not_fit(source, target)
     return _single(source), _single(target)
-
-
-def page_list(pages: Sequence[int] | Integers) -> Integers:
-    """A list of pages as the planner takes it."""
-    if type(pages) is list and (found := _core.integers(pages)) is not None:
-        return found  # in a fraction of the time of NumPy, which judges what is no list of integers
-    return np.ascontiguousarray(pages, np.int64).reshape(-1)
 
 
 @functools.lru_cache(1024)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import anyio.to_thread
 import numpy as np
 
+from aiocomm.pages.indices import page_list
 from aiocomm.pages.plan_cache import PlanCache
-from aiocomm.pages.planner import alike, one_pair, page_list
+from aiocomm.pages.planner import alike, one_pair
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -107,7 +108,10 @@ async def _planned(
     take: Sequence[int] | Integers,
     *more: bool,
 ) -> T:
-    """A plan that is kept, or is made, on another thread where that takes longer than handing it over."""
+    """A plan that is kept, or is made, on another thread where that takes longer than handing it over.
+
+    Nobody may change the lists meanwhile: see `own_list`.
+    """
     from_, to = page_list(give), page_list(take)
     source, target = alike(source, target)
     if (found := kept.find(source, from_, target, to)) is not None:

@@ -25,9 +25,9 @@ from aiocomm._device import part_of
 from aiocomm.collectives.kernels import check_budget
 from aiocomm.errors import AiocommError, UsageError
 from aiocomm.pages.gather import gather_of
+from aiocomm.pages.indices import own_list
 from aiocomm.pages.memory import bytes_of, is_writable
 from aiocomm.pages.mover import Mover
-from aiocomm.pages.planner import page_list
 from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
 from aiocomm_native import _core
@@ -79,7 +79,7 @@ async def put_pages(
     sm_budget: int | None,
 ) -> None:
     """See `Communicator.put_pages`."""
-    give, take = page_list(give), page_list(take)
+    give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
@@ -107,7 +107,7 @@ async def put_layers(
         raise UsageError(
             f"{len(layers)} layers here and {len(remotes)} at the peer: one each, in their order"
         )
-    give, take = page_list(give), page_list(take)
+    give, take = own_list(give), own_list(take)
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
     check_budget(sm_budget)
@@ -147,7 +147,7 @@ async def get_pages(
     sm_budget: int | None,
 ) -> None:
     """See `Communicator.get_pages`."""
-    give, take = page_list(give), page_list(take)
+    give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     remote.check(give)
@@ -174,9 +174,9 @@ async def _planned(
     pages: Pages,
     remote: RemotePages,
     source: Layout,
-    give: Sequence[int] | Integers,
+    give: Integers,
     target: Layout,
-    take: Sequence[int] | Integers,
+    take: Integers,
     at_target: bool,
 ) -> _Plan:
     """Plan for the way that is to be tried first."""
@@ -188,7 +188,7 @@ async def _planned(
     elif remote.by_rows and pages.on_gpu and remote.on_gpu:
         rows = await plan_rows(source, give, target, take)
     if rows is not None:
-        return _Plan(rows, lambda: ranges_of(source, page_list(give), target, page_list(take), at_target))
+        return _Plan(rows, lambda: ranges_of(source, give, target, take, at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
     return _Plan(None, lambda: ranges)
 

@@ -6,11 +6,13 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
 from harness import world
 
 import aiocomm
+from aiocomm.pages import ranges
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -193,12 +195,49 @@ async def test_bad_lists_are_refused_before_a_byte_moves(pair: Pair) -> None:
         ([0], [99], "target page 99"),
         ([0, 1], [2, 2], "comes twice"),
         ([0, 1], [2], "2 source pages"),
+        ([False, True], [1, 2], "integers, not bool"),
+        ([0], ["1"], "integers, not str"),
     ):
         with pytest.raises(aiocomm.UsageError, match=message):
-            await a.put_pages(ours, give, remote, take)
-    with pytest.raises(aiocomm.UsageError, match="a page comes twice"):
-        await b.lease_pages(theirs, [1, 1])
+            await a.put_pages(ours, give, remote, take)  # type: ignore[arg-type]
+        with pytest.raises(aiocomm.UsageError):
+            await a.put_layers(ours.layers(), give, remote.layers(), take)  # type: ignore[arg-type]
+    with pytest.raises(aiocomm.UsageError, match="integers, not float"):
+        await a.get_pages(remote, [1], ours, [0.0])  # type: ignore[list-item]
+    for pages, message in (([1, 1], "a page comes twice"), ([1.5], "not float"), ([False, True], "not bool")):
+        with pytest.raises(aiocomm.UsageError, match=message):
+            await b.lease_pages(theirs, pages)  # type: ignore[arg-type]
+    await a.put_pages(ours, [], remote, np.array([]))  # type: ignore[arg-type]
     assert not theirs.arrays[0].any()
+
+
+@pytest.mark.parametrize("when", ["before it is planned for", "before the plan is kept"])
+async def test_a_list_that_changes_during_a_call_spoils_neither_it_nor_later_ones(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    a, b = pair
+    count = 6000  # are planned for on another thread
+    ours = aiocomm.Pages(np.arange(2 * count, dtype=np.int32).reshape(count, 2))
+    theirs = aiocomm.Pages(np.zeros((count, 2), np.int32))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    rng = np.random.default_rng()  # no plan is kept for these
+    one, two = rng.permutation(count), rng.permutation(count)
+    give, take = one.copy(), np.arange(count)
+    where, name = (anyio.to_thread, "run_sync") if when == "before it is planned for" else (ranges, "_groups")
+    then = getattr(where, name)
+
+    def change(*arguments: Any) -> Any:
+        give[:] = two
+        return then(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, change)
+        await a.put_pages(ours, give, remote, take)
+    assert (give == two).all()
+    assert (theirs.arrays[0] == ours.arrays[0][one]).all()
+    for wanted in (two, one):
+        await a.put_pages(ours, wanted, remote, take)
+        assert (theirs.arrays[0] == ours.arrays[0][wanted]).all()
 
 
 async def test_layouts_that_cannot_be_mapped_are_refused_before_a_byte_moves(pair: Pair) -> None:

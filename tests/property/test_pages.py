@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
+from collections import deque
 from typing import Any
 
 import anyio.to_thread
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 
 from aiocomm.errors import UsageError
 from aiocomm.pages import Pages, plan_cache, planner
-from aiocomm.pages.planner import Copies, page_list, plan
+from aiocomm.pages.indices import own_list, page_list
+from aiocomm.pages.planner import Copies, plan
 from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
 from aiocomm_native import _core
 
@@ -215,12 +219,55 @@ def test_a_list_of_pages_is_an_array(values: list[int]) -> None:
     assert found.tolist() == values
 
 
-def test_what_is_no_list_of_integers_is_numpys_to_judge() -> None:
-    for odd in ([True, False], (1, 2), range(3), np.arange(4, dtype=np.int32), [np.int64(5), 6]):
-        assert page_list(odd).tolist() == np.asarray(odd, np.int64).tolist()  # type: ignore[arg-type]
-    for wrong in ([2**63], ["a"], [None]):
-        with pytest.raises((OverflowError, TypeError, ValueError)):
-            page_list(wrong)  # type: ignore[arg-type]
+def test_all_that_holds_integers_is_a_list_of_pages() -> None:
+    for fine in (
+        (1, 2),
+        range(3),
+        [np.int64(5), 6],
+        [np.uint64(5), np.int8(-1)],
+        deque([1, 2]),
+        array("i", [4]),
+        np.array([3, 4], object),
+        *(np.arange(4).astype(kind) for kind in ("i1", "u2", "i4", ">i8", "u8")),
+        np.arange(8)[::-2],
+    ):
+        assert page_list(fine).tolist() == list(fine)  # type: ignore[arg-type]
+        assert page_list(fine).dtype == np.int64  # type: ignore[arg-type]
+    assert page_list(np.arange(4).reshape(2, 2)).tolist() == [0, 1, 2, 3]
+    for empty in ([], (), np.array([]), np.zeros(0, bool), range(0)):
+        assert page_list(empty).dtype == np.int64  # type: ignore[arg-type]
+        assert page_list(empty).shape == (0,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            [True, False],
+            [1, True],
+            (1, np.True_),
+            np.array([True, False]),
+            np.array([1, True], object),
+            True,
+        ),
+        *([1.9], [1, 1.0], np.array([1.9]), [math.nan], np.array([1.0]), 1.0, [1j]),
+        *(["1"], "1", b"1", np.array(["1"]), [None], None, [[0, 1]], {1}, slice(0, 1), iter([0])),
+        *([2**63], [2**70], [-(2**63) - 1], np.array([2**63], np.uint64), [np.uint64(2**63), 1]),
+        *(range(2**70, 2**70 + 2), np.array([2**70], object), np.array([1], "m8[s]")),
+    ],
+    ids=repr,
+)
+def test_what_are_no_integers_is_refused(wrong: Any) -> None:
+    """NumPy makes integers of floats, strings and masks."""
+    with pytest.raises(UsageError, match="page indices are integers"):
+        page_list(wrong)
+
+
+def test_an_own_list_shares_nothing_with_the_callers() -> None:
+    for ours in (np.arange(4), np.arange(4, dtype=np.int32), array("q", range(4)), [0, 1, 2, 3]):
+        own = own_list(ours)  # type: ignore[arg-type]
+        ours[0] = 9
+        assert own.tolist() == [0, 1, 2, 3]
 
 
 def test_ranges_hold_every_row_once() -> None:
