@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.errors import UsageError
-from aiocomm.pages.memory import form_of
+from aiocomm.errors import UsageError, UsageTypeError
+from aiocomm.pages.memory import form_of, is_writable, overlap, span_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +53,9 @@ class Layout:
         Raises:
             UsageError: there is no such plane.
         """
-        places = tuple(planes)
+        if not isinstance(planes, Iterable):
+            raise UsageTypeError(f"planes={planes!r}: a list of numbers of arrays")
+        places = tuple(_integer("a plane", plane) for plane in planes)
         if not places or any(not 0 <= p < len(self.planes) for p in places):
             raise UsageError(f"planes {list(places)} are not among the {len(self.planes)} there are")
         return replace(self, planes=tuple(self.planes[p] for p in places))
@@ -62,6 +66,7 @@ class Layout:
         Raises:
             UsageError: it is the page axis, the token axis or none, or the range is outside.
         """
+        axis, start, stop = _integer("axis", axis), _integer("start", start), _integer("stop", stop)
         if axis == self.page_axis or not 0 <= axis <= len(self.shape):
             raise UsageError(f"axis {axis} is the page axis, or none of {len(self.shape) + 1} axes")
         at = axis - (axis > self.page_axis)
@@ -79,12 +84,23 @@ class Layout:
             UsageError: planes are left over, or the axis cannot be cut.
         """
         if axis is not None:
+            axis = _integer("axis", axis)
             at = axis - (axis > self.page_axis)
             count = self.shape[at] if 0 <= at < len(self.shape) else 1
             return [self.sliced(axis, layer, layer + 1) for layer in range(count)]
+        arrays = _integer("arrays", arrays)
         if arrays < 1 or len(self.planes) % arrays:
             raise UsageError(f"{len(self.planes)} arrays do not divide into layers of {arrays}")
         return [self.chosen(range(n, n + arrays)) for n in range(0, len(self.planes), arrays)]
+
+    def check_target(self) -> None:
+        """Refuse to have pages written into, where one would overwrite another.
+
+        Raises:
+            UsageError: a plane comes twice.
+        """
+        if len(set(self.planes)) != len(self.planes):
+            raise UsageError(f"planes {list(self.planes)} of the target: one comes twice")
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +123,7 @@ class Pages:
 
     Args:
         arrays: an array, or several of one shape and dtype, contiguous in C order: all NumPy's, or all GPU
-            arrays of any library. Read-only ones can be sources only.
+            arrays of any library. Read-only ones, and those that overlap each other, can be sources only.
         page_axis: the axis that counts pages.
         token_axis: the axis that counts tokens in a page, if such pages are to be matched.
     """
@@ -136,6 +152,8 @@ class Pages:
             page,
         )
         self._leases: list[PageLease] = []  # shared with all views
+        self._spans = [span_of(array) for array in self.arrays]
+        self._apart = not overlap(self._spans)
 
     def planes(self, planes: Sequence[int]) -> Pages:
         """A view of some of the arrays, e.g. of one layer."""
@@ -159,6 +177,18 @@ class Pages:
         view.__dict__.update(self.__dict__)
         view.layout = layout
         return view
+
+    @property
+    def _writable(self) -> list[int]:
+        """The planes into which pages may be got."""
+        return [plane for plane in self.layout.planes if is_writable(self.arrays[plane])]
+
+    def _check_target(self) -> None:
+        """Refuse to have pages written into, where one would overwrite another."""
+        planes = self._writable
+        apart = self._apart and len(set(planes)) == len(planes)
+        if not apart and overlap([self._spans[plane] for plane in planes]):
+            raise UsageError("arrays of the target pages overlap: name memory that is written only once")
 
     @property
     def count(self) -> int:
@@ -191,7 +221,15 @@ def _common_form(arrays: Sequence[Any]) -> Form:
     return first
 
 
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise UsageTypeError(f"{name}: {value!r} is not an integer") from None
+
+
 def _axis(name: str, axis: int, ndim: int) -> int:
+    axis = _integer(name, axis)
     if not -ndim <= axis < ndim:
         raise UsageError(f"{name}={axis} for arrays of {ndim} axes")
     return axis % ndim

@@ -70,6 +70,7 @@ class PageLease:
             raise UsageError("a page comes twice")
         if comm.closed or not comm._here():
             comm._refuse()
+        pages._check_target()
         lease, leases = cls(comm, pages, wanted), pages._leases
         held = np.zeros(pages.count, bool)
         held[wanted] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -11,11 +12,13 @@ from aiocomm._device import describe, is_read_only, itemsize_of
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from aiocomm._device import Description
 
-__all__ = ["Bytes", "Form", "bytes_of", "form_of", "is_writable"]
+__all__ = ["Bytes", "Form", "bytes_of", "form_of", "is_writable", "overlap", "span_of"]
 
 Bytes: TypeAlias = "NDArray[np.uint8] | Description"
 """All bytes of an array: flat host memory, or a description of GPU memory."""
@@ -60,6 +63,23 @@ def form_of(array: Any) -> Form:
 def is_writable(array: Any) -> bool:
     """Whether pages may be got into it."""
     return bool(array.flags.writeable) if isinstance(array, np.ndarray) else not is_read_only(array)
+
+
+def span_of(array: Any) -> tuple[int, int]:
+    """Where its memory begins and ends."""
+    if isinstance(array, np.ndarray):
+        begin, nbytes = array.__array_interface__["data"][0], array.nbytes
+    else:
+        described = describe(array, False)
+        assert described is not None  # as when its form was looked at
+        begin, nbytes = described[1], described[2]
+    return begin, begin + nbytes
+
+
+def overlap(spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether two have bytes in common."""
+    filled = sorted(span for span in spans if span[0] < span[1])
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(filled))
 
 
 def bytes_of(array: Any, writable: bool, stream: Any) -> Bytes:

@@ -23,10 +23,10 @@ import numpy as np
 
 from aiocomm._device import part_of
 from aiocomm.collectives.kernels import check_budget
-from aiocomm.errors import AiocommError, UsageError
+from aiocomm.errors import AiocommError, UsageError, UsageTypeError
 from aiocomm.pages.gather import gather_of
 from aiocomm.pages.indices import own_list
-from aiocomm.pages.memory import bytes_of, is_writable
+from aiocomm.pages.memory import bytes_of
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
@@ -83,6 +83,7 @@ async def put_pages(
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     _check_notification(notify)
+    remote.layout.check_target()
     remote.check(take)
     plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
     mover.check(remote)
@@ -115,6 +116,7 @@ async def put_layers(
     _check_notification(notify)
     planned = []
     for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
+        remote.layout.check_target()
         remote.check(take)
         plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
         planned.append(plan)
@@ -151,8 +153,9 @@ async def get_pages(
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
     remote.check(give)
-    if not all(is_writable(pages.arrays[array]) for array in pages.layout.planes):
+    if len(pages._writable) < len(pages.layout.planes):
         raise UsageError("an array of the target pages is read-only: pages are got into writable ones")
+    pages._check_target()
     plan = await _planned(mover, pages, remote, remote.layout, give, pages.layout, take, at_target=False)
     mover.check(remote)
 
@@ -340,7 +343,9 @@ def _fill_list(into: Integers, ranges: Ranges, start: int, stop: int, base: int)
 
 
 def _check_notification(notify: bytes | None) -> None:
-    if notify is not None and not (isinstance(notify, bytes) and len(notify) <= 4096):
+    if notify is not None and not isinstance(notify, bytes):
+        raise UsageTypeError(f"notify takes bytes, not {type(notify).__name__}")
+    if notify is not None and len(notify) > 4096:
         raise UsageError("notify takes at most 4,096 bytes")
 
 

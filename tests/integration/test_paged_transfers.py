@@ -274,6 +274,78 @@ async def test_layouts_that_cannot_be_mapped_are_refused_before_a_byte_moves(pai
     assert {name: link.submitted for name, link in a.statistics().links.items()} == submitted
 
 
+async def test_memory_that_comes_twice_is_a_source_only(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(5)), aiocomm.Pages(cache(None))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    once, twice = ours.planes([0, 1]), remote.planes([2, 2])
+    with pytest.raises(aiocomm.UsageError, match="one comes twice"):
+        await a.put_pages(once, [0], twice, [1])
+    with pytest.raises(aiocomm.UsageError, match="one comes twice"):
+        await a.put_layers([ours.planes([0]), once], [0], [remote.planes([2]), twice], [1])
+    x = np.ones((12, 4, 2, 64), np.float16)
+    memory = np.zeros((13, 4, 2, 64), np.float16)
+    shared = aiocomm.Pages([x, memory[:12], memory[1:], x])
+    overlapping = ([0, 3], [1, 2], [0, 1, 2], [1, 1])
+    for planes in overlapping:
+        with pytest.raises(aiocomm.UsageError, match="arrays of the target pages overlap"):
+            await a.get_pages(remote.planes(range(len(planes))), [1], shared.planes(planes), [0])
+        with pytest.raises(aiocomm.UsageError, match="arrays of the target pages overlap"):
+            await b.lease_pages(shared.planes(planes))
+    assert not any(array.any() for array in (*theirs.arrays, memory))
+    await a.put_pages(shared.planes([0, 0]), [0], remote.planes([0, 1]), [1])
+    await a.put_pages(shared.planes([0, 3]), [0], remote.planes([2, 3]), [1])
+    assert all((array[1] == 1).all() for array in theirs.arrays[:4])
+    into = shared.planes([2, 0])  # which are apart
+    await a.get_pages(remote.planes([0, 0]), [1], into, [3])
+    assert (memory[4] == 1).all()
+    await (await b.lease_pages(into)).aclose()
+    x.flags.writeable = False
+    lease = await b.lease_pages(shared.planes([0, 3]))  # peers only read it
+    again = aiocomm.Pages(cache(None))
+    await a.get_pages(a.remote_pages(lease.handle), [0], again.planes([4, 5]), [7])
+    assert (again.arrays[4][7] == 1).all()
+
+
+async def test_what_is_no_notification_is_refused(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(5)), aiocomm.Pages(cache(None))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    for wrong, why in (
+        ("hello", "takes bytes, not str"),
+        (bytearray(1), "not bytearray"),
+        (b"x" * 4097, "4,096"),
+    ):
+        with pytest.raises(aiocomm.UsageError, match=why):
+            await a.put_pages(ours, [0], remote, [0], notify=wrong)  # type: ignore[arg-type]
+        with pytest.raises(aiocomm.UsageError, match=why):
+            await a.put_layers(ours.layers(), [0], remote.layers(), [0], notify=wrong)  # type: ignore[arg-type]
+
+
+async def test_views_take_integers_of_any_kind_and_nothing_else(pair: Pair) -> None:
+    a, b = pair
+    kv = aiocomm.Pages(cache(5), np.int64(0), np.int8(1))  # type: ignore[arg-type]
+    one = np.int64(1)
+    cut = kv.planes(np.array([1, 0])).slice(np.int32(2), np.int64(0), one)  # type: ignore[arg-type]
+    remote = a.remote_pages((await b.lease_pages(cut)).handle)
+    for pages in (kv, remote):
+        for wrong in (
+            lambda pages=pages: pages.slice(2, None, 1),
+            lambda pages=pages: pages.slice(2, 0, 1.0),
+            lambda pages=pages: pages.slice("2", 0, 1),
+            lambda pages=pages: pages.planes([0.0]),
+            lambda pages=pages: pages.layers(2.0),
+            lambda pages=pages: pages.layers(arrays=None),
+        ):
+            with pytest.raises(aiocomm.UsageError, match="is not an integer"):
+                wrong()
+        with pytest.raises(aiocomm.UsageError, match="a list of numbers of arrays"):
+            pages.planes(0)  # type: ignore[arg-type]
+    for arguments in ((0.0,), (None,), (0, 1.0), (0, "1")):
+        with pytest.raises(aiocomm.UsageError, match=r"_axis: .* is not an integer"):
+            aiocomm.Pages(cache(None), *arguments)  # type: ignore[arg-type]
+
+
 def test_hostile_handles_are_refused() -> None:
     async def main() -> None:
         async with aiocomm.connect() as comm:
