@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -30,6 +31,7 @@ _SYNCHRONOUS, _NO_WAIT = 1, 2
 _NOT_GIVEN: Final = object()
 _GPUS: Final = 1 << 31  # more than there can be
 NO_DEADLINE = -1.0
+_REAL: Final = (int, float, Real)  # NumPy's are the last
 
 
 class Operations:
@@ -439,9 +441,9 @@ def on_gpu(engine: Engine, array: Any, writable: bool, stream: Any) -> Descripti
 
 
 def _seconds(deadline: float) -> float:
-    if not isinstance(deadline, int | float) or not deadline >= 0:  # also NaN
+    if not isinstance(deadline, _REAL) or not deadline >= 0:  # which nothing is that is not a number
         raise UsageError(f"deadline={deadline!r}: seconds from now, 0 or more")
-    return float(min(deadline, 1e9))  # an integer may be larger than any float
+    return float(min(deadline, 1e9))
 
 
 def limit_of(deadline: float | None) -> float:

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["MEAN", "OPERATORS", "check_operator", "dtype_name", "flat", "operator"]
+__all__ = [
+    "MEAN",
+    "OPERATORS",
+    "array_of",
+    "check_name",
+    "check_operator",
+    "dtype_name",
+    "flat",
+    "operator",
+]
 
 MEAN: Final = "mean"
 OPERATORS: Final[dict[str, np.ufunc]] = {
@@ -39,13 +48,33 @@ def flat(x: Any, name: str, writable: bool = False) -> Array:
         view = np.asarray(as_buffer(x, writable))
         dtype = _lost_dtype(x)
         return view.reshape(-1) if dtype is None else view.reshape(-1).view(dtype)
+    _check_unmasked(x, name)
     if x.dtype.hasobject:
         raise UsageTypeError(f"{name} holds Python objects, which are addresses in this process")
     if not x.flags.c_contiguous:
         raise UsageError(f"{name} is not contiguous in C order: pass numpy.ascontiguousarray({name})")
     if writable and not x.flags.writeable:
         raise UsageError(f"{name} is read-only")
-    return x.reshape(-1)
+    return np.asarray(x).reshape(-1)  # a matrix has two dimensions for ever
+
+
+def _check_unmasked(x: Any, name: str) -> None:
+    """Refuse an array of which the mask would not travel."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise UsageTypeError(f"{name} is a masked array, and masks do not travel: pass {name}.filled()")
+
+
+def array_of(x: Any, name: str) -> Array:
+    """An array of the host, or nested sequences, as an array.
+
+    Raises:
+        UsageError: rows are of different lengths, it has a mask, or is no array of the host.
+    """
+    _check_unmasked(x, name)
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} cannot be made an array: pass rows of one length ({error})") from error
 
 
 def _lost_dtype(x: Any) -> Any:
@@ -66,6 +95,18 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype.name if getattr(dtype, "isnative", True) else dtype.str)
 
 
+def check_name(op: Any) -> None:
+    """Refuse what names no reduction.
+
+    Raises:
+        UsageError: unknown, or no name.
+    """
+    if not isinstance(op, str):
+        raise UsageTypeError(f"op={op!r} is not a name: choose from {', '.join(OPERATORS)}")
+    if op not in OPERATORS:
+        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+
+
 def check_operator(op: str, dtype: str, whole: bool) -> None:
     """Refuse what no array of the dtype can be reduced by, wherever it lies.
 
@@ -75,8 +116,7 @@ def check_operator(op: str, dtype: str, whole: bool) -> None:
     Raises:
         UsageError: unknown, or the result would be of another dtype.
     """
-    if op not in OPERATORS:
-        raise UsageError(f"unknown reduction {op!r}: choose from {', '.join(OPERATORS)}")
+    check_name(op)
     if op == MEAN and whole:
         raise UsageError(f"mean of {dtype} is not of {dtype}: use sum, or a floating dtype")
 

@@ -71,12 +71,16 @@ class Collecting:
         group = self._members()
         shape = None
         passed = given, out
-        if what is not None:
+        if what is not None and _can_be_found(what):
             shape = shape_of(out, given, *what) if stream is None else None
             if shape is None and (found := on_gpus(group, out, given, stream, what)) is not None:
                 shape, out, given = found
+        wrong: UsageError | None = None
         if deadline is not None:
-            deadline = limit_of(deadline)
+            try:
+                deadline = limit_of(deadline)
+            except UsageError as error:
+                wrong, deadline, shape = error, None, None
         scope = group._scope(channel)
         number = 0 if begun == NOT_BEGUN else scope.repeats.last
         if shape is not None and (arena := scope.shared.get(shape)) is not None:
@@ -94,14 +98,23 @@ class Collecting:
             number = number or scope.begin(None)
             if await _repeated(scope, prepared, number, given, out, deadline):
                 return
+        unforeseen: Exception | None = None
         try:
+            if wrong is not None:
+                raise wrong
             request = make(group)
-        except UsageError as error:
+        except Exception as error:  # the others wait, whatever is wrong
             request = requests.refused(operation, error)
+            unforeseen = None if isinstance(error, UsageError) else error
         call = Call(scope, request, deadline)
         if number:
             call.enter(number)
-        await call.run()
+        try:
+            await call.run()
+        except UsageError:
+            if unforeseen is not None:
+                raise unforeseen from None
+            raise
         if not call.suspended:
             await scope.comm._backend.turn()
         algorithm = request.plan.algorithm if request.plan is not None else "headers"
@@ -121,6 +134,15 @@ class Collecting:
                 scope.shared[shape] = device_shared.prepare(scope, request)
             else:
                 scope.shared[shape] = shared.prepare(scope, request, dtype)
+
+
+def _can_be_found(what: tuple[Any, ...]) -> bool:
+    """Whether calls can be looked up by such arguments; others are wrong, which `make` finds out."""
+    try:
+        hash(what)
+    except TypeError:
+        return False
+    return True
 
 
 async def _met(

@@ -14,6 +14,8 @@ import struct
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from aiocomm.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,6 +29,7 @@ __all__ = [
     "header",
     "judge",
     "parse_abort",
+    "refusal",
     "unpaired",
 ]
 
@@ -52,11 +55,17 @@ class Why(enum.IntEnum):
 
 def header(text: str) -> bytes:
     """The text in a fixed number of bytes; a long one is cut, and ends with a digest of all of it."""
-    encoded = text.encode()
+    encoded = text.encode(errors="backslashreplace")
     if len(encoded) > HEADER_BYTES:
         digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).hexdigest().encode()
         encoded = encoded[: HEADER_BYTES - len(digest) - 1] + b"#" + digest
     return encoded.ljust(HEADER_BYTES, b"\0")
+
+
+def refusal(error: Exception) -> bytes:
+    """The header of a call that its own rank refused."""
+    what = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+    return header(f"{REFUSED}{what}")
 
 
 def _text(one: bytes) -> str:
@@ -101,7 +110,7 @@ def unpaired(vectors: Sequence[Sequence[int]], names: Sequence[str]) -> str | No
 
 def abort_message(number: int, why: Why, lost: int, text: str) -> bytes:
     """Tell the others that call `number` has failed here. `lost`: the world rank that is gone, or -1."""
-    return _ABORT.pack(number, why, lost, text.encode()[:_REASON_BYTES])
+    return _ABORT.pack(number, why, lost, text.encode(errors="backslashreplace")[:_REASON_BYTES])
 
 
 def parse_abort(message: bytes | bytearray) -> tuple[int, Why, int, str]:

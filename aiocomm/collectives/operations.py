@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.collecting import Collecting
 from aiocomm.collectives.shared import DONE, option_of
+from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,9 +57,17 @@ class Collectives(Collecting):
 
         Args:
             color: 0 or more; None: this rank joins none, and gets None.
-            key: orders the ranks of the new group; equal keys keep this group's order.
+            key: orders the ranks of the new group; equal keys keep this group's order. Both are of 64 bits.
         """
-        return await self._members()._split(color, key, deadline)
+        group = self._members()
+        try:
+            chosen = None if color is None else requests.color_of(color)
+            order = requests.key_of(key)
+        except UsageError as error:
+            group._splits += 1  # as at the others, whose call it fails
+            await self._collect("split", partial(_refuse, error), None, deadline)
+            raise
+        return await group._split(chosen, order, deadline)
 
     async def shrink(self, *, deadline: float | None = None) -> Group:
         """Make a group of the members that are left. All of them call it, after whatever failed.
@@ -126,7 +136,7 @@ class Collectives(Collecting):
             out: one block.
             x: `size` blocks, in the order of the ranks; at the root only.
         """
-        given = x if self._members().rank == root else None
+        given = x if requests.is_root(self._members(), root) else None
         await self._collect(
             "scatter",
             lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
@@ -180,7 +190,7 @@ class Collectives(Collecting):
             out: `size` blocks, in the order of the ranks; at the root only, elsewhere None.
             x: one block; at the root it may be its own block of `out`.
         """
-        into = out if self._members().rank == root else None
+        into = out if requests.is_root(self._members(), root) else None
         await self._collect(
             "gather",
             lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
@@ -352,7 +362,7 @@ class Collectives(Collecting):
             out: the result; at the root only.
         """
         into = None
-        if self._members().rank == root:
+        if requests.is_root(self._members(), root):
             into = x if out is None else out
         given = None if into is x else x
         await self._collect(
@@ -463,3 +473,7 @@ class Collectives(Collecting):
             stream,
             begun=begun,
         )
+
+
+def _refuse(error: UsageError, _group: Group) -> NoReturn:
+    raise error

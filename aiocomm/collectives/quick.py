@@ -23,7 +23,6 @@ from aiocomm.collectives.gpu import GpuArray
 from aiocomm.collectives.plan import Eager
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import IN, OUT, TMP, Copy, Recv, Reduce, Send, Span
-from aiocomm.errors import UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -245,7 +244,7 @@ def on_gpus(
             described.append(None if array is None else on_gpu(engine, array, writable, stream))
             if described[-1] is None and array is not None:
                 return None
-    except UsageError:
+    except Exception:
         return None
     into, source = described
     form = [None if one is None else (one[5], one[2]) for one in described]  # arrays are seen as flat

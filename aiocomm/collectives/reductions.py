@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm.collectives import gpu
-from aiocomm.collectives.arrays import MEAN, dtype_name, operator
+from aiocomm.collectives.arrays import MEAN, check_name, dtype_name, operator
 from aiocomm.collectives.narrow import ONCE, Partials, check_algorithm, is_narrow
 from aiocomm.collectives.requests import (
     Request,
@@ -48,6 +48,7 @@ def reduced(
     """reduce, all_reduce, reduce_scatter."""
     size, rank = group.size, group.rank
     root = root_of(group, root)
+    check_name(op)
     gets = operation != "reduce" or rank == root
     in_place = out is None
     source = flat_anywhere(group, x, "x", in_place and gets, stream)

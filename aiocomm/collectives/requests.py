@@ -13,10 +13,11 @@ import numpy as np
 from aiocomm.collectives import cost, gpu, headers
 from aiocomm.collectives.arrays import dtype_name, flat
 from aiocomm.collectives.gpu import GpuArray
-from aiocomm.collectives.headers import REFUSED, header
+from aiocomm.collectives.headers import header, refusal
+from aiocomm.collectives.numbers import integer, integers
 from aiocomm.collectives.plan import Plan, make_plan
 from aiocomm.collectives.steps import IN, OUT, Problem
-from aiocomm.errors import UsageError
+from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,9 +34,12 @@ __all__ = [
     "Request",
     "barrier",
     "bytes_of",
+    "color_of",
     "counts_of",
     "find_plan",
     "flat_anywhere",
+    "is_root",
+    "key_of",
     "moved",
     "overlap",
     "refused",
@@ -76,9 +80,9 @@ class Request:
         return replace(self, views={}, result=None)
 
 
-def refused(operation: str, error: UsageError) -> Request:
+def refused(operation: str, error: Exception) -> Request:
     """A call that is wrong by itself: the others learn of it instead of waiting."""
-    return Request(operation, header(f"{REFUSED}{error}"))
+    return Request(operation, refusal(error))
 
 
 def barrier() -> Request:
@@ -119,6 +123,8 @@ def find_plan(
     Args:
         among: the algorithms to choose from; empty: all.
     """
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise UsageTypeError(f"algorithm={algorithm!r}: pass its name, or leave it out")
     if on_gpu:
         text += " on GPUs"  # all ranks' arrays are, or none's: their small data travel differently
     key = (operation, algorithm, problem, text)
@@ -140,15 +146,38 @@ def find_plan(
     return found
 
 
-def root_of(group: Group, root: int) -> int:
-    if not isinstance(root, int) or not 0 <= root < group.size:
-        raise UsageError(f"root={root!r}: ranks of this group are 0 to {group.size - 1}")
-    return root
+def root_of(group: Group, root: Any) -> int:
+    found = integer("root", root)
+    if not 0 <= found < group.size:
+        raise UsageError(f"root={found}: ranks of this group are 0 to {group.size - 1}")
+    return found
 
 
-def counts_of(name: str, counts: Sequence[int], size: int, available: int) -> tuple[int, ...]:
+def is_root(group: Group, root: Any) -> bool:
+    """Whether this rank is the root; nobody is what `root_of` refuses."""
+    try:
+        return integer("root", root) == group.rank
+    except UsageError:
+        return False
+
+
+def color_of(color: Any) -> int:
+    found = key_of(color, "color")
+    if found < 0:
+        raise UsageError(f"color={found} is negative: 0 or more, or None to join no group")
+    return found
+
+
+def key_of(key: Any, name: str = "key") -> int:
+    found = integer(name, key)
+    if not -(1 << 63) <= found < 1 << 63:
+        raise UsageError(f"{name}={found} has more than 64 bits")
+    return found
+
+
+def counts_of(name: str, counts: Sequence[int] | None, size: int, available: int) -> tuple[int, ...]:
     """Counts in elements, checked against the array."""
-    found = tuple(int(count) for count in counts)
+    found = integers(name, counts, "rank")
     if len(found) != size:
         raise UsageError(f"{name} has {len(found)} entries for {size} ranks")
     if any(count < 0 for count in found):
@@ -294,20 +323,20 @@ def _vectors(
     if kind == "all_to_all":
         assert source is not None
         assert target is not None
-        give = list(counts_of("send_counts", send_counts or (), size, source.shape[0]))
-        take = list(counts_of("recv_counts", counts or (), size, target.shape[0]))
+        give = list(counts_of("send_counts", send_counts, size, source.shape[0]))
+        take = list(counts_of("recv_counts", counts, size, target.shape[0]))
         if give[rank] != take[rank]:
             raise UsageError(f"gives itself {give[rank]} elements and expects {take[rank]}")
     elif kind == "gather":
         assert source is not None
         give[root] = source.shape[0]
         if target is not None:
-            take = list(counts_of("counts", counts or (), size, target.shape[0]))
+            take = list(counts_of("counts", counts, size, target.shape[0]))
     else:
         assert target is not None
         take[root] = target.shape[0]
         if source is not None:
-            give = list(counts_of("counts", counts or (), size, source.shape[0]))
+            give = list(counts_of("counts", counts, size, source.shape[0]))
     return give, take
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiocomm._device import NO_STREAM, describe
 from aiocomm._operations import on_gpu
 from aiocomm._streams import LEGACY
+from aiocomm.collectives.arrays import array_of
 from aiocomm.collectives.kernels import check_budget, device_of
 from aiocomm.errors import LinkError, UsageError, UsageTypeError
 from aiocomm.moe.device_exchange import Matrix, Setting
@@ -105,8 +106,8 @@ def dispatch(
     options: Options, text: str, tokens: Matrix, expert_ids: Any, weights: Any, where: Placement
 ) -> QuickDispatch:
     """The call of a rank whose tokens are on a GPU."""
-    ids = _small(options, expert_ids)
-    found = _small(options, weights)
+    ids = _small(options, expert_ids, "expert_ids")
+    found = None if weights is None else _small(options, weights, "weights")
     on_gpus = [one for one in (ids, found) if isinstance(one, tuple)]
     setting = options.setting([tokens.description, *on_gpus])
     return QuickDispatch(options.scope, setting, text, tokens, where, ids, found)
@@ -145,9 +146,13 @@ def combine(
     return QuickCombine(options.scope, setting, text, outputs, dispatched, wire, target, result)
 
 
-def _small(options: Options, array: Any) -> Any:
-    """The description of a GPU array, or a host array as it is."""
-    if not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
-        return array
-    described = describe(array, False, options.stream)
-    return array if described is None else described
+def _small(options: Options, array: Any, name: str) -> Any:
+    """The description of a GPU array, or a host array.
+
+    Raises:
+        UsageError: it is none.
+    """
+    described = None
+    if hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__"):
+        described = describe(array, False, options.stream)
+    return array_of(array, name) if described is None else described

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm.collectives.headers import REFUSED, header
+from aiocomm.collectives.headers import header, refusal
 from aiocomm.errors import PeerError
 from aiocomm.moe.exchange import LISTS, ROWS, Exchange
 from aiocomm.moe.routing import arrange
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm.collectives.scope import Scope
-    from aiocomm.errors import UsageError
     from aiocomm.moe.dispatched import Dispatched
     from aiocomm.moe.placement import Placement
     from aiocomm.moe.routing import Arrangement, Part
@@ -33,9 +32,9 @@ class Refused(Exchange):
     """A call that is wrong by itself: the others learn of it instead of waiting."""
 
     def __init__(
-        self, scope: Scope, bulk: int, operation: str, error: UsageError, deadline: float | None
+        self, scope: Scope, bulk: int, operation: str, error: Exception, deadline: float | None
     ) -> None:
-        super().__init__(scope, bulk, operation, header(f"{REFUSED}{error}"), None, (), "auto", deadline)
+        super().__init__(scope, bulk, operation, refusal(error), None, (), "auto", deadline)
 
     async def _send(self) -> None:
         for peer in self._others():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -89,13 +89,13 @@ class ExpertOperations:
             placement: the rank of each expert; default: contiguous blocks of nearly one size.
         """
         group = self._members()
-        scope, bulk = _begin(group, channel, deadline)
-        call: Dispatch | QuickDispatch | None = None
+        scope, bulk = group._expert_scope(channel)
+        limit, wrong = _limit(deadline)
+        call: Dispatch | QuickDispatch
         parts: list[Part] = []
-        refused: UsageError | None = None
-        if scope.pools:
+        if scope.pools and wrong is None:
             again = repeating.dispatch(
-                scope, tokens, expert_ids, weights, experts, placement, path, deadline, stream, sm_budget
+                scope, tokens, expert_ids, weights, experts, placement, path, limit, stream, sm_budget
             )
             if again is not None:
                 if again.call is not None:
@@ -104,27 +104,23 @@ class ExpertOperations:
                     await scope.comm._backend.turn()
                 return again.result  # type: ignore[no-any-return]
         try:
-            _check_path(path)
-            options = Options(scope, bulk, path, deadline, stream, sm_budget)
+            _check(wrong, path)
+            options = Options(scope, bulk, path, limit, stream, sm_budget)
             on_gpu = matrix_of(options, tokens, "tokens")
             given = _matrix(tokens, "tokens") if on_gpu is None else on_gpu
             where = place(experts, placement, group.size)
             hidden = given.shape[1] if isinstance(given, np.ndarray) else given.hidden
             dtype = dtype_name(given.dtype) if isinstance(given, np.ndarray) else given.dtype
-            text = f"dispatch {dtype} hidden {hidden}, {experts} experts"
+            text = f"dispatch {dtype} hidden {hidden}, {where.experts} experts"
             if placement is not None:
                 text += f" placed {where.digest}"
             if isinstance(given, np.ndarray):
                 parts = routed(len(given), expert_ids, weights, where)
-                call = Dispatch(scope, bulk, text, given, where, parts, path, deadline)
+                call = Dispatch(scope, bulk, text, given, where, parts, path, limit)
             else:
                 call = device_calls.dispatch(options, text, given, expert_ids, weights, where)
-        except UsageError as error:
-            refused = error
-        if call is None:
-            assert refused is not None
-            await Refused(scope, bulk, "dispatch", refused, deadline).run()
-            raise refused  # alone in its group
+        except Exception as error:  # the others wait, whatever is wrong
+            await _refuse(Refused(scope, bulk, "dispatch", error, limit), error)
         if isinstance(call, QuickDispatch):
             came = await _dispatched(group, call)
             repeating.keep_dispatch(call, text, placement is not None, path, sm_budget)
@@ -165,14 +161,12 @@ class ExpertOperations:
             without experts.
         """
         group = self._members()
-        scope, bulk = _begin(group, channel, deadline)
-        call: Combine | QuickCombine | None = None
-        refused: UsageError | None = None
+        scope, bulk = group._expert_scope(channel)
+        limit, wrong = _limit(deadline)
+        call: Combine | QuickCombine
         result: Any = None
-        if scope.pools:
-            again = repeating.combine(
-                scope, outputs, dispatched, out, wire, path, deadline, stream, sm_budget
-            )
+        if scope.pools and wrong is None:
+            again = repeating.combine(scope, outputs, dispatched, out, wire, path, limit, stream, sm_budget)
             if again is not None:
                 if again.call is not None:
                     return await _combined(group, again.call, out)
@@ -180,8 +174,8 @@ class ExpertOperations:
                     await scope.comm._backend.turn()
                 return again.result
         try:
-            _check_path(path)
-            options = Options(scope, bulk, path, deadline, stream, sm_budget)
+            _check(wrong, path)
+            options = Options(scope, bulk, path, limit, stream, sm_budget)
             if not isinstance(dispatched, Dispatched) or dispatched._group is not group:
                 raise UsageError("dispatched is not what a dispatch of this group returned")
             on_gpu = matrix_of(options, outputs, "outputs")
@@ -208,23 +202,19 @@ class ExpertOperations:
                 if result.shape != shape:
                     raise UsageError(f"out has shape {result.shape}, the result {shape}")
                 _check_floating("out", result.dtype)
-                more = given, dispatched, np.dtype(travels), result, path, deadline
+                more = given, dispatched, np.dtype(travels), result, path, limit
                 call = Combine(scope, bulk, text, *more)
             else:
                 call = device_calls.combine(options, text, given, dispatched, travels, out)
-        except UsageError as error:
-            refused = error
-        if call is None:
-            assert refused is not None
-            await Refused(scope, bulk, "combine", refused, deadline).run()
-            raise refused  # alone in its group
+        except Exception as error:  # likewise
+            await _refuse(Refused(scope, bulk, "combine", error, limit), error)
         if isinstance(call, QuickCombine):
             result = await _combined(group, call, out)
             repeating.keep_combine(call, kind, wire, path, sm_budget)
             return result
         await call.run()
         _count(group, call)
-        return result
+        return result if out is None else out
 
 
 async def _dispatched(group: Group, call: QuickDispatch) -> Dispatched:
@@ -240,18 +230,37 @@ async def _combined(group: Group, call: QuickCombine, out: Any) -> Any:
     return call.result if out is None else out
 
 
-def _begin(group: Group, channel: Channel | None, deadline: float | None) -> Any:
-    if deadline is not None:
-        limit_of(deadline)
-    return group._expert_scope(channel)
+def _limit(deadline: float | None) -> tuple[float | None, UsageError | None]:
+    """Seconds, and what is wrong with them."""
+    try:
+        return None if deadline is None else limit_of(deadline), None
+    except UsageError as error:
+        return None, error
+
+
+async def _refuse(call: Refused, error: Exception) -> NoReturn:
+    """Tell all ranks what is wrong with a call.
+
+    Raises:
+        UsageError: the same on all.
+        Exception: as it came, if it is of another kind.
+    """
+    try:
+        await call.run()
+    except UsageError:
+        if isinstance(error, UsageError):
+            raise
+    raise error
 
 
 def _count(group: Group, call: Exchange) -> None:
     group._comm._collective_calls[f"{call.operation}/{'latency' if call.rode else 'bandwidth'}"] += 1
 
 
-def _check_path(path: str) -> None:
-    if path not in PATHS:
+def _check(wrong: UsageError | None, path: str) -> None:
+    if wrong is not None:
+        raise wrong
+    if not isinstance(path, str) or path not in PATHS:
         raise UsageError(f"unknown path {path!r}: choose from {', '.join(PATHS)}")
 
 
@@ -265,7 +274,7 @@ def _wire(wire: Any, dtype: str) -> str:
         return str(wire).removeprefix("torch.")
     try:
         return dtype_name(np.dtype(wire))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageTypeError(f"wire={wire!r} is no dtype: {error}") from error
 
 

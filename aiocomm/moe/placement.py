@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm.collectives.arrays import array_of
+from aiocomm.collectives.numbers import integer
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
@@ -74,17 +76,17 @@ def place(experts: Any, placement: Sequence[int] | None, size: int) -> Placement
     Raises:
         UsageError: the map has another length, or names a rank that the group has not.
     """
-    if not hasattr(experts, "__index__"):
-        raise UsageTypeError(f"experts={experts!r} is not an integer")
+    experts = integer("experts", experts)
     if not 1 <= experts <= 1 << 20:
         raise UsageError(f"experts={experts}: 1 to {1 << 20}")
     if placement is None:
-        return _even(int(experts), size)
-    owner = np.asarray(placement)
+        return _even(experts, size)
+    owner = array_of(placement, "placement")
     if owner.dtype.kind not in "iu":
         raise UsageTypeError(f"placement holds {owner.dtype}: the rank of each expert is an integer")
     if owner.shape != (experts,):
         raise UsageError(f"placement has shape {owner.shape}, and there are {experts} experts")
-    if owner.min() < 0 or owner.max() >= size:
-        raise UsageError(f"placement names rank {owner.max()}: ranks of this group are 0 to {size - 1}")
+    wrong = owner[(owner < 0) | (owner >= size)]
+    if wrong.size:
+        raise UsageError(f"placement names rank {wrong[0]}: ranks of this group are 0 to {size - 1}")
     return _given(owner.astype(np.int64).tobytes(), size)

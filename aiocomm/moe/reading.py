@@ -10,6 +10,7 @@ import numpy as np
 
 from aiocomm._device import NO_STREAM
 from aiocomm.collectives.gpu import name_of
+from aiocomm.errors import UsageTypeError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -56,4 +57,8 @@ def host_array(described: Description, memory: Bytes) -> Any:
     data = memory[: described[2]]
     if name == "bfloat16":  # which NumPy has not by itself
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(described[6])
-    return data.view(np.dtype(name)).reshape(described[6])
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        raise UsageTypeError(f"an array of {name} holds neither numbers of experts nor weights") from None
+    return data.view(dtype).reshape(described[6])

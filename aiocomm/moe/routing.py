@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aiocomm.collectives.arrays import array_of
 from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm_native import _core
 
@@ -127,9 +128,9 @@ def checked(
     """The arguments of a dispatch as two-dimensional arrays.
 
     Raises:
-        UsageError: shapes do not fit, or an expert is out of range.
+        UsageError: they are no arrays, shapes do not fit, or an expert is out of range.
     """
-    ids = np.asarray(expert_ids)
+    ids = array_of(expert_ids, "expert_ids")
     if ids.dtype.kind not in "iu":
         raise UsageTypeError(f"expert_ids holds {ids.dtype}, not integers")
     if ids.ndim == 1:
@@ -145,8 +146,8 @@ def checked(
         )
     if weights is None:
         return ids, np.ones(ids.shape, np.float32)
-    found = np.asarray(weights)
-    if found.dtype.kind not in "fiuV":
+    found = array_of(weights, "weights")
+    if found.dtype.kind not in "fiuV" or found.dtype.names is not None:
         raise UsageTypeError(f"weights holds {found.dtype}, not numbers")
     if found.ndim == 1:
         found = found[:, None]
@@ -161,10 +162,10 @@ def routed(count: int, expert_ids: Any, weights: Any, placement: Placement) -> l
     Raises:
         UsageError: as `checked`, which is asked only where something is unusual.
     """
-    ids = np.asarray(expert_ids)
+    ids = array_of(expert_ids, "expert_ids")
     plain = ids.ndim == 2 and len(ids) == count and ids.dtype.kind == "i" and ids.shape[1] <= MOST_CHOICES
     if plain and weights is not None:
-        weights = np.asarray(weights)
+        weights = array_of(weights, "weights")
         plain = weights.shape == ids.shape and weights.dtype.kind in "fiu"
     if plain:
         with contextlib.suppress(ValueError):  # an expert that is not there: `checked` says which

@@ -586,6 +586,55 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(F4.copy(), algorithm="magic"),
         "choose from",
     ),
+    "counts that are none": (
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2]),
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), 5),
+        "counts=5: pass one integer per rank",
+    ),
+    "counts that are not whole": (
+        lambda c: c.all_to_allv(np.zeros(3), np.zeros(3), [1, 1, 1], [1, 1, 1]),
+        lambda c: c.all_to_allv(np.zeros(3), np.zeros(3), [1.9, 1.1, 1.0], np.ones(3, int)),
+        "recv_counts=[1.9, 1.1, 1.0]",
+    ),
+    "counts that are no numbers": (
+        lambda c: c.reduce_scatter(np.zeros(2), np.zeros(6), counts=[2, 2, 2]),
+        lambda c: c.reduce_scatter(np.zeros(2), np.zeros(6), counts=[2, 2, float("nan")]),
+        "one integer per rank",
+    ),
+    "missing counts": (
+        lambda c: c.gatherv(None, np.zeros(2), root=1),
+        lambda c: c.gatherv(np.zeros(6), np.zeros(2), root=1),
+        "counts is missing",
+    ),
+    "a list for a root": (lambda c: c.reduce(F4.copy()), lambda c: c.reduce(F4.copy(), [0]), "root=[0]"),
+    "an array for a root": (
+        lambda c: c.scatter(np.zeros(2), np.zeros(6)),
+        lambda c: c.scatter(np.zeros(2), np.zeros(6), np.array([0, 1])),
+        "root=array([0, 1])",
+    ),
+    "a list for an op": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), ["sum"]),
+        "op=['sum'] is not a name",
+    ),
+    "a list for an algorithm": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), algorithm=["ring"]),
+        "algorithm=['ring']",
+    ),
+    "a mask": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(np.ma.masked_array(F4.copy())),
+        "masked array",
+    ),
+    "a deadline that has passed": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), deadline=-1),
+        "deadline=-1",
+    ),
+    "a negative color": (lambda c: c.split(0), lambda c: c.split(-1), "color=-1"),
+    "a color that is none": (lambda c: c.split(0), lambda c: c.split("red"), "color='red'"),
+    "a long key": (lambda c: c.split(0), lambda c: c.split(0, 1 << 70), "more than 64 bits"),
 }
 
 
@@ -606,6 +655,73 @@ async def test_a_rank_that_calls_differently_is_named_on_all(case: str) -> None:
     assert len(set(said)) == 1, said
     assert "rank 1 " in said[0]
     assert text in said[0]
+
+
+class Broken:
+    """An array library's own mistake."""
+
+    @property
+    def dtype(self) -> Any:
+        raise RuntimeError("no dtype today")
+
+    def __buffer__(self, flags: int) -> memoryview:
+        raise RuntimeError("no memory today")
+
+    @property
+    def __array_interface__(self) -> Any:
+        raise RuntimeError("no memory today")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_whatever_is_wrong_at_one_rank_is_told_to_all() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for _ in range(3):
+            if comm.rank == 1:
+                with pytest.raises(RuntimeError, match="today"):
+                    await comm.all_reduce(Broken())
+            else:
+                with pytest.raises(aiocomm.UsageError, match="rank 1 refused its call: RuntimeError: no"):
+                    await comm.all_reduce(F4.copy())
+            await comm.barrier()
+
+    with anyio.fail_after(10):
+        async with world(2) as members:
+            await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_numbers_may_be_those_of_numpy() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        two, root = np.full(2, 2), np.int64(1)
+        deadline: Any = np.float32(30)
+        for _ in range(3):  # also as repeats
+            x, out = np.arange(4.0) + comm.rank, np.zeros(4)
+            await comm.broadcast(x, root, deadline=deadline)
+            assert x[0] == 1
+            await comm.all_to_allv(out, x, two, two)
+            assert np.array_equal(out.reshape(2, 2), [x[2 * comm.rank :][:2]] * 2)
+            await comm.gatherv(out if comm.rank == 1 else None, x[:2], two, root)
+            await comm.scatterv(out[:2], x if comm.rank == 1 else None, two, root)
+            assert np.array_equal(out[:2], x[2 * comm.rank :][:2])
+        part = await comm.split(np.int64(0), np.int32(-comm.rank), deadline=deadline)
+        assert part is not None
+        assert part.ranks == (1, 0)
+
+    async with world(2) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_split_that_was_refused_does_not_number_the_next_differently() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        with pytest.raises(aiocomm.UsageError, match="rank 1 refused its call: color=-1"):
+            await comm.split(-comm.rank)
+        part = await comm.split(0, deadline=10)
+        assert part is not None
+        await part.barrier(deadline=10)
+
+    async with world(2) as members:
+        await everyone(members, rank)
 
 
 class Queued:

@@ -37,6 +37,9 @@ async def test_bad_calls_are_named_on_all() -> None:
                 ({"expert_ids": on_gpu(comm.rank, np.array([0, 3]))}, "for 3 tokens"),
                 ({"expert_ids": on_gpu(comm.rank, np.zeros(3, np.float32))}, "not integers"),
                 ({"weights": on_gpu(comm.rank, np.zeros((3, 2), np.float32))}, "weights has shape"),
+                ({"expert_ids": [[0], [3, 4], [4]]}, "expert_ids cannot be made an array"),
+                ({"weights": [[0], [3, 4], [4]]}, "weights cannot be made an array"),
+                ({"deadline": -1}, "rank 1 refused its call: deadline=-1"),
                 ({"sm_budget": 0}, "sm_budget=0"),
                 ({"path": "fast"}, "unknown path"),
             ]

@@ -96,6 +96,13 @@ async def _unlike(comm: aiocomm.Communicator) -> None:
     x, ids, weights = batch(comm.rank, 30, 16)
     with pytest.raises(aiocomm.UsageError, match="all ranks must call alike"):
         await comm.dispatch(on_gpu(comm.rank, x), ids, weights, experts=EXPERTS + comm.rank)
+    ragged = [[0], *ids.tolist()[1:]]
+    for name in ("expert_ids", "weights"):
+        call: dict[str, Any] = {"expert_ids": ids, "weights": weights}
+        with pytest.raises(aiocomm.UsageError, match=f"rank 1 refused its call: {name} cannot be made"):
+            await comm.dispatch(
+                on_gpu(comm.rank, x), experts=EXPERTS, **(call | {name: ragged} if comm.rank else call)
+            )
     if comm.rank:
         ids = ids.copy()
         ids[3, 1] = EXPERTS

@@ -193,6 +193,27 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "path": (lambda c: c.dispatch(X, IDS, experts=6, path="magic"), "choose from"),
     "nothing dispatched": (lambda c: c.combine(X, None), "not what a dispatch"),
     "not contiguous": (lambda c: c.dispatch(X[:, ::2], IDS, experts=6), "contiguous"),
+    "ragged numbers": (lambda c: c.dispatch(X, [[0], [1, 2], [3]], experts=6), "expert_ids cannot be made"),
+    "ragged weights": (lambda c: c.dispatch(X, IDS, [[1], [1, 2], [1]], experts=6), "weights cannot be made"),
+    "masked numbers": (
+        lambda c: c.dispatch(X, np.ma.masked_array(IDS), experts=6),
+        "expert_ids is a masked array",
+    ),
+    "ragged placement": (
+        lambda c: c.dispatch(X, IDS, experts=2, placement=[[0], [0, 1]]),
+        "placement cannot be made",
+    ),
+    "a rank that there is not": (
+        lambda c: c.dispatch(X, IDS, experts=6, placement=[-1, 0, 0, 1, 1, 2]),
+        "placement names rank -1",
+    ),
+    "an array of experts": (
+        lambda c: c.dispatch(X, IDS, experts=np.array([6])),
+        "experts=array([6]) is not an integer",
+    ),
+    "a list for a path": (lambda c: c.dispatch(X, IDS, experts=6, path=["auto"]), "unknown path ['auto']"),
+    "a deadline that has passed": (lambda c: c.dispatch(X, IDS, experts=6, deadline=-1), "deadline=-1"),
+    "a deadline of a combine": (lambda c: c.combine(X, None, deadline="soon"), "deadline='soon'"),
 }
 
 
@@ -213,6 +234,45 @@ async def test_a_rank_that_calls_differently_is_named_on_all(case: str) -> None:
     assert len(set(said)) == 1, said
     assert "rank 1 " in said[0]
     assert text in said[0]
+
+
+class Broken:
+    """An array library's own mistake."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory today")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_whatever_is_wrong_at_one_rank_is_told_to_all() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        if comm.rank == 1:
+            with pytest.raises(RuntimeError, match="today"):
+                await comm.dispatch(X, Broken(), experts=6)
+        else:
+            with pytest.raises(aiocomm.UsageError, match="rank 1 refused its call: RuntimeError: no memory"):
+                await comm.dispatch(X, IDS, experts=6)
+        await layer(comm, 20, 8)
+
+    with anyio.fail_after(10):
+        async with world(2) as members:
+            await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_numbers_may_be_those_of_numpy_and_out_is_returned() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        deadline: Any = np.float32(30)
+        out = np.zeros((3, 4), np.float32)
+        for placement in (None, np.array([1, 0, 1])):
+            came = await comm.dispatch(
+                X + 1, IDS, experts=np.int64(3), placement=placement, deadline=deadline
+            )
+            assert await comm.combine(came.inputs, came, out=out, deadline=deadline) is out
+            assert np.array_equal(out, X + 1)
+
+    async with world(2) as members:
+        await everyone(members, rank)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

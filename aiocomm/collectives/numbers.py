@@ -1,0 +1,42 @@
+"""Whole numbers among the arguments of a call: Python's, NumPy's, or of any library that has an index."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+from aiocomm.errors import UsageTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["integer", "integers"]
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument as a number.
+
+    Raises:
+        UsageError: it is none, or would have to be rounded.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageTypeError(f"{name}={value!r} is not an integer") from None
+
+
+def integers(name: str, values: Iterable[Any] | None, of_what: str) -> tuple[int, ...]:
+    """An argument as numbers.
+
+    Args:
+        of_what: what each of them is of, for the message.
+
+    Raises:
+        UsageError: it is no sequence of them, or they would have to be rounded.
+    """
+    if values is None:
+        raise UsageTypeError(f"{name} is missing: one integer per {of_what}")
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        raise UsageTypeError(f"{name}={values!r}: pass one integer per {of_what}") from None
