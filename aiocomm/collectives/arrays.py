@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 MEAN: Final = "mean"
+_LONGEST_NAME: Final = 60  # of the fields of a dtype, in full
 OPERATORS: Final[dict[str, np.ufunc]] = {
     "sum": np.add,
     "prod": np.multiply,
@@ -91,8 +93,27 @@ def _lost_dtype(x: Any) -> Any:
 
 @functools.cache
 def dtype_name(dtype: Any) -> str:
-    """The name that all ranks compare; another byte order is another dtype."""
-    return str(dtype.name if getattr(dtype, "isnative", True) else dtype.str)
+    """The name that all ranks compare; another byte order is another dtype, and so are other fields."""
+    if getattr(dtype, "names", None) is None:
+        return str(dtype.name if getattr(dtype, "isnative", True) else dtype.str)
+    fields = _fields(dtype)
+    if len(fields) > _LONGEST_NAME:
+        fields = hashlib.blake2b(fields.encode(errors="backslashreplace"), digest_size=8).hexdigest()
+    return f"{dtype.name} of {fields}"
+
+
+def _fields(dtype: np.dtype[Any]) -> str:
+    """What a structured dtype is made of, and where that lies."""
+    if dtype.subdtype is not None:
+        item, shape = dtype.subdtype
+        return f"{shape}{_fields(item)}"
+    if dtype.names is None or dtype.fields is None:
+        return dtype_name(dtype)
+    parts = []
+    for name in dtype.names:
+        item, at, *_ = dtype.fields[name]
+        parts.append(f"{at} {name!r} {_fields(item)}")
+    return f"{{{', '.join(parts)}}} {dtype.itemsize}"
 
 
 def check_name(op: Any) -> None:

@@ -538,6 +538,8 @@ async def test_a_repeat_fails_at_once_where_a_rank_is_lost(count: int) -> None:
 # ---------------------------------------------------------------- bad calls
 
 F4 = np.zeros(6, np.float32)
+MANY = np.dtype([(f"a long name {i}", ">i4", (2, 3)) for i in range(20)])
+MORE = np.dtype([(f"a long name {i}", ">i4" if i < 19 else "<i4", (2, 3)) for i in range(20)])
 WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
     "shape": (lambda c: c.all_reduce(F4.copy()), lambda c: c.all_reduce(np.zeros(5, np.float32)), "(5)"),
     "shape of large": (
@@ -585,6 +587,16 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(F4.copy()),
         lambda c: c.all_reduce(F4.copy(), algorithm="magic"),
         "choose from",
+    ),
+    "fields": (
+        lambda c: c.broadcast(np.zeros(3, "i4, f4")),
+        lambda c: c.broadcast(np.zeros(3, "f4, i4")),
+        "void64 of {0 'f0' float32, 4 'f1' int32}",
+    ),
+    "names of many fields": (
+        lambda c: c.all_gather(np.zeros(3, MANY), np.zeros(1, MANY)),
+        lambda c: c.all_gather(np.zeros(3, MORE), np.zeros(1, MORE)),
+        f"void{8 * MANY.itemsize} of ",
     ),
     "counts that are none": (
         lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2]),
