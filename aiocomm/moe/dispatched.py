@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from aiocomm.collectives.scope import Scope
     from aiocomm.group import Group
     from aiocomm.moe.memory import Tables
     from aiocomm.moe.placement import Placement
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["Dispatched"]
+__all__ = ["Dispatched", "named"]
+
+
+def named(scope: Scope) -> str:
+    """The channel of a scope of dispatches, for messages; of the default one there is nothing to say."""
+    for name, (one, _) in scope.group._expert_scopes.items():
+        if one is scope and name:
+            return f" on channel {name!r}"
+    return ""
 
 
 class Dispatched:
@@ -39,6 +48,7 @@ class Dispatched:
         tokens: Any,
         found: Arrangement,
         tables: Tables | None = None,
+        where: str = "",
     ) -> None:
         self._group = group
         self._number = number
@@ -48,6 +58,12 @@ class Dispatched:
         self._found = found
         self._tokens = tokens
         self._tables = tables  # of tokens on a GPU
+        self._where = where
+
+    @property
+    def _label(self) -> str:
+        """Which dispatch of the group it was, for all ranks to compare: every channel numbers its own."""
+        return f"dispatch {self._number}{self._where}"
 
     @property
     def tokens(self) -> Any:

@@ -12,7 +12,7 @@ from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm.moe import device_calls, repeating
 from aiocomm.moe.device_calls import Options, matrix_of
 from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
-from aiocomm.moe.dispatched import Dispatched
+from aiocomm.moe.dispatched import Dispatched, named
 from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
 from aiocomm.moe.placement import place
@@ -127,7 +127,8 @@ class ExpertOperations:
             return came
         await call.run()
         _count(group, call)
-        return Dispatched(group, call.number, where, parts, call.count, call.tokens, call.found)
+        more = where, parts, call.count, call.tokens, call.found
+        return Dispatched(group, call.number, *more, where=named(scope))
 
     async def combine(
         self,
@@ -193,7 +194,7 @@ class ExpertOperations:
             dtype = dtype_name(given.dtype) if isinstance(given, np.ndarray) else given.dtype
             travels = _wire(wire, dtype)
             kind = f"{dtype} hidden {hidden} as {travels}"
-            text = f"combine of dispatch {dispatched._number}: {kind}"
+            text = f"combine of {dispatched._label}: {kind}"
             if isinstance(given, np.ndarray):
                 for name, floating in (("outputs", given.dtype), ("wire", np.dtype(travels))):
                     _check_floating(name, floating)
@@ -221,7 +222,7 @@ async def _dispatched(group: Group, call: QuickDispatch) -> Dispatched:
     await call.run()
     _count(group, call)
     more = call.placed, call.parts, call.count, call.tokens, call.found, call.tables
-    return Dispatched(group, call.number, *more)
+    return Dispatched(group, call.number, *more, named(call._scope))
 
 
 async def _combined(group: Group, call: QuickCombine, out: Any) -> Any:

@@ -35,7 +35,7 @@ from aiocomm.moe.device_quick import (
     RoutedOver,
     part_over,
 )
-from aiocomm.moe.dispatched import Dispatched
+from aiocomm.moe.dispatched import Dispatched, named
 from aiocomm.moe.exchange import HEAD_TAG
 from aiocomm.moe.memory import TURN_S, Lease, Tables, size_class
 from aiocomm.moe.rooms import LONG, Rooms
@@ -165,6 +165,7 @@ class DispatchRepeat(_Repeat):
             _core.sum_tables(int(_MORE * assignments), self._rows, self._count, group.size)[-1]
         )
         self._held = len(placed.held[group.rank])
+        self._named = named(self._scope)
         self._long = Rooms()
         self._lists_bytes = 0
         if assignments * 20 >= LONG:  # lists of so many take as many bytes, and more
@@ -266,7 +267,8 @@ class DispatchRepeat(_Repeat):
                 slots = self._slots()
                 shown, width = self._shown
                 came = DeviceArray(lease, lease.address, 0, pool.device, shown, (0, width))
-                result = Dispatched(group, number, self._placed, (), self._count, came, _NOTHING, tables)
+                more = self._placed, (), self._count, came, _NOTHING, tables, self._named
+                result = Dispatched(group, number, *more)
                 outcome = native.dispatch(
                     self._engine,
                     own,
@@ -380,7 +382,7 @@ class CombineRepeat(_Repeat):
         target = 0 if out is None else out[1]
         own = slots = result = None
         outcome: Any = (NOT_BEGUN,)
-        text = f"combine of dispatch {dispatched._number}: {self._text}"
+        text = f"combine of {dispatched._label}: {self._text}"
         try:
             own = native.give_terms(
                 self._engine, form, seconds, followed, outputs, after[1], found.lists, count, at

@@ -64,6 +64,8 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
             await layer(comm, 21, 16, sm_budget=2)
             await layer(comm, 21, 16, placement=[1, 0] * (EXPERTS // 2))
             await layer(comm, 21, 16, deadline=100.0)
+            for _ in range(6):
+                await layer(comm, 21, 16, channel=comm.channel("another"))
 
         await all_call(members, rank)
 

@@ -296,6 +296,22 @@ async def test_outputs_that_do_not_fit_are_named_on_all() -> None:
         await everyone(members, rank)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_combines_of_dispatches_on_different_channels_are_told_apart() -> None:
+    """Both are the first of their channel."""
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        came = [await comm.dispatch(X, IDS, experts=6, channel=comm.channel(name)) for name in ("one", "two")]
+        for channel in (None, comm.channel("one")):
+            with pytest.raises(aiocomm.UsageError, match="dispatch 1 on channel 'two'"):
+                await comm.combine(came[comm.rank].inputs, came[comm.rank], channel=channel)
+            for one in came:
+                await comm.combine(one.inputs, one, channel=channel)
+
+    async with world(2) as members:
+        await everyone(members, rank)
+
+
 async def test_a_rank_that_never_calls_is_named() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
         x, ids, _ = batch(comm.rank, 800, 128, np.float32)
