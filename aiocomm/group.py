@@ -13,6 +13,7 @@ import numpy as np
 from aiocomm._control.host import hostname
 from aiocomm._operations import limit_of
 from aiocomm.collectives.agreement import Agreement
+from aiocomm.collectives.closing import close
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
 from aiocomm.errors import ClosedError, PeerLostError, UsageError, UsageTypeError
@@ -122,7 +123,9 @@ class Group(Collectives, ExpertOperations):
     def close(self) -> None:
         """End this rank's operations in the group with `ClosedError`. Idempotent.
 
-        Closing is optional: a group that nobody has any more, and whose calls have ended, closes by itself.
+        What other ranks wait for this one to do, or have it do next on a channel that it has used, ends with
+        `TransferCancelled`. Closing is optional: a group that nobody has any more, and whose calls have ended,
+        closes by itself.
         """
         if self._closed:
             return
@@ -131,14 +134,11 @@ class Group(Collectives, ExpertOperations):
         for scope in self._scopes.values():
             scope.repeats.clear()
         if not self._comm.closed:
-            channels = [scope.index for scope in self._scopes.values()]
+            for scope in self._scopes.values():
+                close(scope, [scope.index])
             for scope, rows in self._expert_scopes.values():
                 # Others may ask whether calls have ended, which read memory of theirs.
-                channels += [rows] if scope.pools and not scope.calls else [scope.index, rows]
-                scope.closed = bool(scope.calls)
-            for index in channels:
-                self._comm._engine.close_channel(index)
-            self._comm._engine.drain()
+                close(scope, [rows] if scope.pools else [scope.index, rows])
 
     @property
     def closed(self) -> bool:

@@ -20,7 +20,7 @@ from aiocomm._operations import limit_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv, Send
-from aiocomm.errors import DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
+from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -243,6 +243,8 @@ class Flight:
         """The error of one transfer as one of the whole call."""
         if error is self._aborted:
             return error
+        if isinstance(error, ClosedError) and isinstance(self._aborted, ClosedError):
+            return self._aborted  # the group was closed, and with it the channel of this transfer
         what = f"{self._operation} (call {self._number} of {self._group.label})"
         if isinstance(error, DeadlineExceeded):
             within = f"within {self._deadline_s:g} s"

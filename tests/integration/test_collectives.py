@@ -14,7 +14,7 @@ import anyio
 import cloudpickle
 import numpy as np
 import pytest
-from harness import world
+from harness import until, world
 
 import aiocomm
 from aiocomm.collectives import headers, shared
@@ -878,6 +878,65 @@ async def test_a_cancelled_rank_ends_the_call_on_all() -> None:
                 await comm.all_reduce(x)
         await comm.barrier()
         await comm.all_reduce(x)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+CLOSED: dict[str, Callable[[Group], Any]] = {
+    "barrier": lambda g: g.barrier(),
+    "small": lambda g: g.all_reduce(np.zeros(10)),
+    "large": lambda g: g.all_reduce(np.zeros(1 << 20)),
+    "experts": lambda g: g.dispatch(np.zeros((2, 4)), [[0], [1]], experts=2),
+    "many rows": lambda g: g.dispatch(np.zeros((4000, 200)), np.zeros((4000, 1), int), experts=2),
+}
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+@pytest.mark.parametrize("case", CLOSED)
+async def test_a_group_that_one_rank_closes_ends_calls_on_all(case: str, repeats: int) -> None:
+    call = CLOSED[case]
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for closing in (0, 1):  # ranks of the group; the other rank waits, and never waits alone
+            group = await comm.group([1, 0, 2])
+            for _ in range(repeats + 1):
+                await call(group)
+            if group.rank == 2:
+                await comm.barrier()  # this one comes once the group is closed
+                with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
+                    await call(group)
+            else:
+
+                async def calling(group: Group = group, closing: int = closing) -> None:
+                    ours = group.rank == closing
+                    kind = aiocomm.ClosedError if ours else aiocomm.TransferCancelled
+                    with pytest.raises(kind, match="the group was closed" + "$" * ours):
+                        await call(group)
+
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(calling)
+                    await anyio.wait_all_tasks_blocked()
+                    if group.rank == closing:
+                        group.close()
+                await comm.barrier()
+            with pytest.raises(aiocomm.ClosedError if group.rank == closing else aiocomm.TransferCancelled):
+                await call(group)  # which the one that closed it had not begun
+            await comm.barrier()
+
+    with anyio.fail_after(20):
+        async with world(3) as members:
+            await everyone(members, rank)
+
+
+async def test_a_group_that_is_closed_by_all_is_no_failure() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for _ in range(20):
+            group = await comm.group([0, 1, 2])
+            await group.all_reduce(np.zeros(10))
+            group.close()
+        await comm.barrier()
+        await until(lambda: comm.statistics().in_flight == 1)  # of the world's own group
 
     async with world(3) as members:
         await everyone(members, rank)
