@@ -309,17 +309,15 @@ def spawn(
 
 
 def _explained(failures: list[AiocommError], unawaited: list[AiocommError]) -> list[AiocommError]:
-    """What to raise. Transfers that were lost with a worker that failed are told as notes of its error."""
+    """What to raise. Transfers with workers that failed, or were stopped for that, are notes of the error."""
     by_rank = {error.rank: error for error in failures if isinstance(error, WorkerError)}
     left = []
     for error in unawaited:
-        worker = (
-            by_rank.get(error.peer) if isinstance(error, PeerLostError) and error.peer is not None else None
-        )
-        if worker is None:
-            left.append(error)
+        if failures and isinstance(error, PeerLostError):
+            told = by_rank.get(-1 if error.peer is None else error.peer, failures[0])
+            told.add_note(f"nobody awaited this transfer: {error}")
         else:
-            worker.add_note(f"nobody awaited this transfer: {error}")
+            left.append(error)
     return [*failures, *left]
 
 

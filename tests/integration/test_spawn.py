@@ -151,16 +151,21 @@ def test_workers_and_transfers_that_failed_are_both_raised(on_loop: Callable[[An
 def test_transfers_that_were_lost_with_a_worker_are_notes_of_its_error(
     on_loop: Callable[[Any], None],
 ) -> None:
+    """Also one with a worker that is stopped for that, if its end is seen before this one's."""
+
     async def worker(comm: Any) -> None:
+        if comm.rank == 2:
+            signal.pause()
         raise ValueError("the worker's")
 
     async def main() -> None:
-        async with aiocomm.spawn(worker, 1) as comm:
+        async with aiocomm.spawn(worker, 2, grace_s=0.2) as comm:
             comm.recv(bytearray(1), 1, tag=9)
+            comm.recv(bytearray(1), 2, tag=9)
 
     with pytest.raises(WorkerError, match="the worker's") as caught:
         on_loop(main)
-    (note,) = caught.value.__notes__
+    note = caught.value.__notes__[0]
     assert note.startswith("nobody awaited this transfer: recv of 1 bytes from rank 1")
 
 
