@@ -124,8 +124,8 @@ class Group(Collectives, ExpertOperations):
         """End this rank's operations in the group with `ClosedError`. Idempotent.
 
         What other ranks wait for this one to do, or have it do next on a channel that it has used, ends with
-        `TransferCancelled`. Closing is optional: a group that nobody has any more, and whose calls have ended,
-        closes by itself.
+        `TransferCancelled`. Closing is optional: a group that nobody has any more, and whose calls have
+        ended, closes by itself.
         """
         if self._closed:
             return

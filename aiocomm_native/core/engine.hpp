@@ -226,7 +226,6 @@ class Engine final : public Host, public FrameSink {
   void fallback(Rank rank, const std::string& path, const std::string& reason) override;
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;
-
   MoverHost& mover_host() override { return device_; }
   Mover* mover() { return device_.mover(); }
   bool share(Rank rank, DeviceBuffer& buffer) { return device_.share(rank, buffer); }
@@ -428,7 +427,7 @@ class Engine final : public Host, public FrameSink {
   std::atomic<int> express_watched_{0}, express_polled_{0};
   std::unique_ptr<WakePage, UnmapPage> page_;
   std::atomic<bool> stopping_{false};
-  bool closed_ = false;
+  bool closed_ = false, open_ = false;
   std::thread thread_;
 
   // spin.cpp
@@ -450,7 +449,6 @@ class Engine final : public Host, public FrameSink {
   Op* inline_op_ = nullptr;
   Rank rank_ = 0;
   uint64_t generation_ = 0;
-  bool open_ = false;
   std::vector<std::string> link_names_;
   std::vector<std::unique_ptr<Link>> links_;
   std::vector<std::unique_ptr<Scheduler>> schedulers_;
