@@ -45,9 +45,10 @@ class Rows:
 
 
 def batch(rank: int, tokens: int, hidden: int, dtype: Any = np.float32) -> tuple[Array, Array, Array]:
-    """What a rank dispatches: no other rank has it."""
+    """What a rank dispatches: no other rank has it. Some of it is zero, which has no exponent."""
     seeded = np.random.default_rng((rank, tokens))
     x = seeded.normal(size=(tokens, hidden)).astype(dtype)
+    x[1::4] = 0
     return x, seeded.integers(-1, EXPERTS, (tokens, 3)), seeded.random((tokens, 3), np.float32)
 
 

@@ -99,6 +99,25 @@ async def test_reduce_and_reduce_scatter(comms: list[aiocomm.Communicator], coun
     await all_call(comms, call)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_every_number_of_half_precision(gpu: Driver) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[~np.isnan(every)]
+    others = [np.zeros_like(every), np.negative(every[::-1]), every]
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        for other in others:
+            blocks = [every, other]
+            with np.errstate(invalid="ignore", over="ignore"):
+                expected = (every.astype("f4") + other.astype("f4")).astype("f2")
+            x = on_gpu(comm.rank, blocks[comm.rank])
+            await comm.all_reduce(x)
+            np.testing.assert_array_equal(x.numpy(), expected)
+
+    async with world(2, links=LINKS, warmup=True) as comms:
+        await all_call(comms, call)
+
+
 @pytest.mark.parametrize("op", ["sum", "prod", "min", "max", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 async def test_operators_and_dtypes(gpu: Driver, dtype: str, op: str) -> None:

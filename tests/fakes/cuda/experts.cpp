@@ -77,6 +77,7 @@ uint16_t to_half(float value) {
   const float size = std::fabs(value);
   if (std::isnan(value)) return sign | 0x7e00;
   if (size >= 65520) return sign | 0x7c00;
+  if (size == 0) return sign;  // which has no exponent
   int exponent = 0;
   std::frexp(size, &exponent);
   const int step = std::max(exponent - 11, -24);

@@ -24,6 +24,7 @@ uint16_t float_to_half(float value) {
   const float size = std::fabs(value);
   if (std::isnan(value)) return 0x7fff;
   if (size >= 65520.0f) return sign | 0x7c00;
+  if (size == 0) return sign;  // which has no exponent
   int exponent = 0;
   std::frexp(size, &exponent);
   const int step = std::max(exponent - 11, -24);
