@@ -16,7 +16,7 @@ from aiocomm.collectives.agreement import Agreement
 from aiocomm.collectives.closing import close
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
-from aiocomm.errors import ClosedError, PeerLostError, UsageError, UsageTypeError
+from aiocomm.errors import ClosedError, PeerLostError, UsageError
 from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
@@ -183,18 +183,8 @@ class Group(Collectives, ExpertOperations):
         return self
 
     async def _split(self, color: int | None, key: int, deadline: float | None) -> Group | None:
-        self._check(None)
-        for name, value in (("color", color), ("key", key)):
-            if value is not None and not hasattr(value, "__index__"):
-                raise UsageTypeError(f"{name}={value!r} is not an integer")
-        if color is not None and color < 0:
-            raise UsageError(f"color={color} is negative")
-        try:
-            mine = np.array([-1 if color is None else color, key, self._splits + 1], np.int64)
-        except (OverflowError, TypeError):
-            raise UsageError(f"color={color} and key={key} are integers of at most 64 bits") from None
-        limit_of(deadline)
         self._splits += 1
+        mine = np.array([-1 if color is None else color, key, self._splits], np.int64)
         everyone = np.empty((self.size, 3), np.int64)
         await self.all_gather(everyone, mine, deadline=deadline)
         number = int(everyone[:, 2].max())  # some may have given up more splits before than others

@@ -64,7 +64,6 @@ class Collectives(Collecting):
             chosen = None if color is None else requests.color_of(color)
             order = requests.key_of(key)
         except UsageError as error:
-            group._splits += 1  # as at the others, whose call it fails
             await self._collect("split", partial(_refuse, error), None, deadline)
             raise
         return await group._split(chosen, order, deadline)
