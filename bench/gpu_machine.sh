@@ -40,7 +40,7 @@ suite() { # NAME OPTIONS...
 tests() {
   logs=$(mktemp -d)
   where="-o faulthandler_timeout=60" # a thread that is stuck in the driver is not reached by a signal
-  for file in links/test_gpu links/test_gpu_giving_back links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages \
+  for file in links/test_gpu links/test_gpu_giving_back links/test_gpu_onesided links/test_gpu_arrays integration/test_gpu_pages integration/test_gpu_lists \
     integration/test_gpu_collectives integration/test_gpu_repeats integration/test_gpu_pushed integration/test_gpu_words \
     integration/test_gpu_moe integration/test_gpu_moe_ends integration/test_gpu_moe_repeats fault/test_cuda_faults; do
     for loop in asyncio uvloop trio; do
@@ -50,7 +50,7 @@ tests() {
   done
   # What no loop is named for.
   timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
-    tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_collectives.py \
+    tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_lists.py tests/integration/test_gpu_collectives.py \
     tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py tests/integration/test_gpu_pushed.py \
     tests/integration/test_gpu_words.py tests/integration/test_gpu_moe*.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &

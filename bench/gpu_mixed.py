@@ -1,7 +1,12 @@
 """Suite `gpu-mixed`: messages with host memory at one end, or with a network between, against the slower leg.
 
 Each leg is measured in the same processes: pinned copies to and from the device, and host memory to host
-memory over the link that carries the message.
+memory over the link that carries the message. Scattered pages, put from rank 0, beside the same from host to
+host.
+
+Metrics of pages (of one call, its median):
+    pages_gbytes_s/WAY: of 32 KiB.
+    pages_us/WAY: microseconds for a page of 1 KiB.
 """
 
 from __future__ import annotations
@@ -12,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import pair, work
+from . import gpu_blocks, pair, work
 from .gpu_driver import Driver
 from .model import Column, Rule, Subject, Suite
 from .peers import ours
-from .sizes import MIB
+from .sizes import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,14 +30,17 @@ if TYPE_CHECKING:
     from .model import Metrics, Options
 
 _NAME = "aiocomm-gpu"
+_Way = tuple[str, str, str, tuple[str, ...]]
 # Name, what is sent, what is received into, and the legs between.
-_WAYS = (
+_WAYS: tuple[_Way, ...] = (
     ("gpu_to_host", "gpu", "host", ("out", "shm")),
     ("host_to_gpu", "host", "gpu", ("shm", "in")),
     ("gpu_to_gpu_tcp", "gpu", "gpu", ("out", "tcp", "in")),
     ("gpu_to_host_tcp", "gpu", "host", ("out", "tcp")),
     ("host_to_gpu_tcp", "host", "gpu", ("tcp", "in")),
 )
+_PAGED: tuple[_Way, ...] = (*_WAYS, ("host_to_host", "host", "host", ("shm",)))
+_PAGES, _OF = 2048, 4096  # that are put, and that an array has
 
 
 def _missing() -> str:
@@ -76,6 +84,30 @@ async def _time(comm: Any, role: int, array: Any) -> float:
     return time.perf_counter() - start
 
 
+async def _pages(comm: Any, role: int, array: Any, nbytes: int, repeats: int) -> float:
+    """Seconds of a put of scattered pages of so many bytes from rank 0 to rank 1."""
+    import aiocomm
+
+    shaped = (
+        array.shaped(_OF, nbytes) if hasattr(array, "shaped") else array[: _OF * nbytes].reshape(_OF, nbytes)
+    )
+    pages = aiocomm.Pages(shaped)
+    if role == 1:
+        async with await comm.lease_pages(pages) as lease:
+            await comm.send(lease.handle, 0)
+            await comm.barrier()
+        return 0.0
+    remote = comm.remote_pages((await comm.recv_array(1)).tobytes())
+    give, take = (gpu_blocks.pages(_PAGES, _OF, seed) for seed in (1, 2))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        await comm.put_pages(pages, give, remote, take)
+        times.append(time.perf_counter() - start)
+    await comm.barrier()
+    return statistics.median(times[1:])
+
+
 async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
     nbytes, repeats = int(arguments["nbytes"]), int(arguments["repeats"])
     gpu = driver.allocate(nbytes)
@@ -105,6 +137,13 @@ async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[s
                 found[f"gbytes_s/{name}"] = nbytes / statistics.median(times) / 1e9
                 found[f"of_leg/{name}"] = statistics.median(ratios)
             found[f"leg_gbytes_s/{carrier}"] = nbytes / statistics.median(leg_times) / 1e9
+            for name, source, into, between in _PAGED:
+                if carrier in between:
+                    array = arrays[into if role else source]
+                    large = await _pages(comm, role, array, 32 * KIB, repeats)
+                    small = await _pages(comm, role, array, KIB, repeats)
+                    found[f"pages_gbytes_s/{name}"] = _PAGES * 32 * KIB / max(large, 1e-9) / 1e9
+                    found[f"pages_us/{name}"] = small / _PAGES * 1e6
         finally:
             await comm.aclose()
     return found | {f"leg_gbytes_s/{leg}": rate for leg, rate in legs.items()}
@@ -123,6 +162,11 @@ _COLUMNS = (
         for name, *_ in _WAYS
         for metric, unit, digits in (("gbytes_s", "GB/s", 1), ("of_leg", "÷ slower leg", 2))
     ),
+    *(
+        Column(f"pages_gbytes_s/{name}", f"{name.replace('_', ' ')}\npages 32 KiB, GB/s", 1, "higher")
+        for name, *_ in _PAGED
+    ),
+    *(Column(f"pages_us/{name}", f"{name.replace('_', ' ')}\npage of 1 KiB, µs") for name, *_ in _PAGED),
 )
 
 SUITE = Suite(

@@ -28,9 +28,9 @@ T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
 _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
-# The same where GPU memory goes by way of host memory, where it is copied as often.
-_LISTED_ON_GPU: Final = 512 << 10
-_SMALL_ON_GPU: Final = 256 << 10
+# The same where GPU memory goes by way of host memory, where it is copied as often by itself.
+_LISTED_ON_GPU: Final = 256 << 10
+_SMALL_ON_GPU: Final = 128 << 10
 ENTRY_BYTES: Final = 16  # bytes of a range in a list
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
 

@@ -77,7 +77,7 @@ async def test_many_pages_are_few_messages(
         target = a.remote_pages(lease.handle)
         calls, before = simulator.calls("cuMemcpyAsync"), messages(a)
         await a.put_pages(ours, give, target, take, deadline=LIMIT_S)
-        few = 2 + count * (nbytes + 16) // (400 << 10)
+        few = 2 + count * (nbytes + 16) // (200 << 10)
         assert messages(a) - before <= few
         expected = np.zeros_like(data)
         expected[take] = data[give]
