@@ -68,8 +68,6 @@ class PageLease:
             raise UsageError(f"pages are 0 to {pages.count - 1}")
         if len(np.unique(wanted)) != len(wanted):
             raise UsageError("a page comes twice")
-        if comm.closed or not comm._here():
-            comm._refuse()
         pages._check_target()
         lease, leases = cls(comm, pages, wanted), pages._leases
         held = np.zeros(pages.count, bool)

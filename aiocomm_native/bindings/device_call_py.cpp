@@ -19,6 +19,11 @@ using namespace nanobind::literals;
 
 namespace aiocomm::py {
 
+namespace {
+constexpr uint64_t kDeclined =
+    64;  // calls that are made by messages after one that not all could take part in
+}
+
 // Called under the engine's token.
 struct DeviceCall::Word final : Company {
   Word(std::shared_ptr<Arena> in, size_t own, uint64_t number)
@@ -87,7 +92,7 @@ bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into) {
 }
 
 int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
-  if (running_ || declined_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
+  if (running_ || number < resumes_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
   Mover* mover = e.engine->mover();
   std::array<Bound, 2> arrays;
   if (!mover || !bind(*mover, given, arrays[kIn]) || !bind(*mover, out, arrays[kOut])) return kNotMet;
@@ -351,7 +356,7 @@ void DeviceCall::withdraw() {
   let_go();
   meeting_->arena->set_done(meeting_->rank, number_);
   voted_down_ = running_ = false;
-  declined_ = true;
+  resumes_ = number_ + kDeclined;  // as at the others, who have had the same number
 }
 
 void DeviceCall::give_up() {

@@ -104,8 +104,8 @@ class DeviceCall {
   uint64_t most_moved_ = 0;  // bytes of the largest part, and of all
 
   // Of the call that runs.
-  uint32_t misses_ = 0;    // calls in a row for which not all ranks have come
-  bool declined_ = false;  // for good: not all reach each other's arrays
+  uint32_t misses_ = 0;   // calls in a row for which not all ranks have come
+  uint64_t resumes_ = 0;  // the call from which it is tried again, since not all reached each other's arrays
   bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false,
        looked_ = false;
   uint64_t number_ = 0, words_ = 0;  // of the call, and of those that have words

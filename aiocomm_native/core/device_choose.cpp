@@ -246,6 +246,7 @@ void DeviceProtocol::go_another_way(Op& op, const std::string& reason) {
 // Counted for every message, told once.
 void DeviceProtocol::staged_because(Peer& peer, const std::string& reason) {
   ++engine_.counters_[index_].fallbacks;
+  peer.staged_ns = engine_.now();
   if (std::exchange(peer.told_staged, true)) return;
   engine_.emit({EngineEvent::Kind::fallback, peer.rank, 0, "staged", reason});
 }

@@ -16,7 +16,8 @@ namespace aiocomm {
 namespace {
 // That a kernel takes beside its bytes, and bytes per ns of the fastest: an end is looked for rather too early than too late.
 constexpr uint64_t kLaunchNs = 5000, kKernelRate = 2000;
-constexpr uint64_t kMomentNs = 5000;  // for which it is not worth to look at anything else
+constexpr uint64_t kMomentNs = 5000;       // for which it is not worth to look at anything else
+constexpr uint64_t kStagedNs = 100000000;  // after memory that was not reached, for which none is offered
 constexpr uint64_t kFewBytes =
     256 << 10;  // of a copy that goes along with others, rather than at the same time
 }  // namespace
@@ -24,7 +25,8 @@ constexpr uint64_t kFewBytes =
 bool DeviceProtocol::share(Rank rank, DeviceBuffer& buffer) {
   Engine::Token token(engine_, true);
   Peer* peer = engine_.find_peer(rank);
-  if (!peer || peer->state != Peer::State::up || !peer->link || peer->told_staged) return false;
+  if (!peer || peer->state != Peer::State::up || !peer->link) return false;
+  if (peer->staged_ns && engine_.now() < peer->staged_ns + kStagedNs) return false;
   mover_->offer(buffer, *peer->link);
   return buffer.place.exported == Export::ipc;
 }

@@ -213,6 +213,34 @@ async def test_between_processes(
         await work(comm)
 
 
+async def test_arrays_that_could_not_be_mapped_once(
+    gpu: Driver, anyio_backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls with other arrays of that shape, and of other shapes, are pushed again after a while."""
+    if anyio_backend_name == "trio":
+        pytest.skip("spawn's parent is the same on every loop: once is enough")
+    if simulated.choose() is None:
+        pytest.skip("needs a driver that refuses to map")
+    monkeypatch.setenv("FAKE_CUDA_FAIL", ",".join(f"cuIpcOpenMemHandle:{nth}:1" for nth in range(1, 9)))
+
+    async def work(comm: aiocomm.Communicator) -> None:
+        import numpy as np
+
+        device = comm.rank % driver().count
+        for count in (5000, 7000):
+            pushed, before = np.zeros(1, np.int64), comm.statistics().collectives.get("all_gather/pushed", 0)
+            while not pushed[0]:
+                x, out = (DeviceArray(n, np.float32, device=device) for n in (count, 2 * count))
+                for _ in range(40):
+                    await comm.all_gather(out, x)
+                pushed[0] = comm.statistics().collectives.get("all_gather/pushed", 0) - before
+                await comm.all_reduce(pushed, op="min")
+        assert comm.statistics().links["cuda"].fallbacks or comm.rank == 0
+
+    async with aiocomm.spawn(work, n=1, links=LINKS) as comm:
+        await work(comm)
+
+
 async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: str) -> None:
     """In a call whose ranks have met: the others hear of it, and go on without it."""
     if anyio_backend_name == "trio":
