@@ -75,7 +75,8 @@ def test_an_interruption_ends_a_command_quietly(
 
 def test_the_demo_ends_quietly_when_interrupted() -> None:
     """As in a terminal: the signal goes to the whole group, at a moment when the worker imports."""
-    command = [sys.executable, "-m", "aiocomm", "demo"]
+    # What a shell runs in the background ignores interruptions, and these tests may be run so.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "aiocomm", "demo"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, process_group=0) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not children.read_text():
