@@ -161,6 +161,12 @@ class RemoteRegion:
         return f"<aiocomm.RemoteRegion rank={self.rank} {self.nbytes} bytes at {self._start}>"
 
 
+def look_away(transfer: Transfer[Any]) -> None:
+    """What is called at the end of a transfer of the runtime's own that nobody waits for."""
+    if not transfer.cancelled():
+        transfer.exception()
+
+
 def withdraw(receive: Transfer[Any]) -> None:
     """Give up a receive of the runtime's own; a failure of its own is no news."""
     if not receive.cancel() and not receive.cancelled():
@@ -195,7 +201,7 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
                 return RemoteRegion.from_handle(comm, theirs)
         except BaseException:
             if not comm.closed:
-                comm._send(b"", *where, _GIVE_UP_S, 0).add_done_callback(_look_away)
+                comm._send(b"", *where, _GIVE_UP_S, 0).add_done_callback(look_away)
             raise
 
 
@@ -210,8 +216,3 @@ async def _swap(comm: Operations, mine: bytes, where: tuple[int, int, int], ends
     except BaseException:
         withdraw(receive)
         raise
-
-
-def _look_away(transfer: Transfer[Any]) -> None:
-    if not transfer.cancelled():
-        transfer.exception()

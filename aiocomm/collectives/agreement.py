@@ -20,6 +20,7 @@ import anyio
 from aiocomm._operations import limit_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.errors import DeadlineExceeded, PeerLostError
+from aiocomm.region import look_away
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,7 @@ class Agreement:
             self._waiting[rank] = memory, receive
             receive.add_done_callback(lambda _: self._gate.ring())
         for rank in others:
-            comm._send(message, rank, self._index, self._tag(0), _FOREVER, 0).add_done_callback(_look_away)
+            comm._send(message, rank, self._index, self._tag(0), _FOREVER, 0).add_done_callback(look_away)
 
     def _tag(self, later: int) -> int:
         return self.epoch << _ROUND_BITS | self._round + later
@@ -125,7 +126,7 @@ class Agreement:
         said = _pack(True, self._ranks, frozenset(self._view))
         for rank in sorted(self._view - {comm.rank}):
             told = comm._send(said, rank, self._index, self._tag(1), _FOREVER, 0)
-            told.add_done_callback(_look_away)
+            told.add_done_callback(look_away)
 
 
 def _pack(final: bool, ranks: Sequence[int], view: frozenset[int]) -> bytes:
@@ -137,8 +138,3 @@ def _unpacked(replies: dict[int, bytes], ranks: Sequence[int]) -> list[tuple[boo
         (bool(reply[0]), frozenset(rank for rank, there in zip(ranks, reply[1:], strict=True) if there))
         for reply in replies.values()
     ]
-
-
-def _look_away(transfer: Transfer[Any]) -> None:
-    if not transfer.cancelled():
-        transfer.exception()

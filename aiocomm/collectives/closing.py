@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiocomm.collectives.headers import Why, abort_message
-from aiocomm.collectives.scope import _ABORT_S, _ABORT_TAG
 from aiocomm.errors import ClosedError
+from aiocomm.region import look_away
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +26,7 @@ def close(scope: Scope, channels: Sequence[int]) -> None:
     for number, call in list(scope.calls.items()):
         scope.abort(number, error)
         call.abort(error, comm.rank)
-    message = abort_message(scope.repeats.last + 1, Why.OTHER, -1, str(error))
-    others = [rank for rank in scope.group.ranks if rank != comm.rank]
-    words = [comm._send(message, rank, scope.index, _ABORT_TAG, _ABORT_S, 0) for rank in others]
+    words = scope.abort(scope.repeats.last + 1, error)
     comm._engine.drain()
     untold = {word for word in words if not word.done()}
     for word in words:
@@ -40,8 +37,7 @@ def close(scope: Scope, channels: Sequence[int]) -> None:
 
 
 def _told(scope: Scope, channels: Sequence[int], untold: set[Any], word: Any) -> None:
-    if not word.cancelled():
-        word.exception()  # nobody has to know
+    look_away(word)
     if word in untold:
         untold.remove(word)
         if not untold:

@@ -20,6 +20,7 @@ from aiocomm.collectives import headers
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.kernels import Scratch
 from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
+from aiocomm.region import look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ class Scope:
         self.prepared: dict[Any, Prepared | None] = {}  # by the shape of the call; None: not a quick one
         self.shared: dict[Any, Shared | DeviceShared | None] = {}  # by the shape, likewise
         self.pools: dict[int, Pool] = {}  # by GPU, of dispatch and combine
-        self.closed = False  # in the middle of a call
         self._lost: tuple[int, int] | None = None  # a member, and the last call that does not fail for that
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)
@@ -137,7 +137,7 @@ class Scope:
         """Keep memory for the next call: freeing it would wait for all that the GPU does."""
         self._device_spare[memory.device].append(memory)
 
-    def abort(self, number: int, error: BaseException) -> None:
+    def abort(self, number: int, error: BaseException) -> list[Transfer[Any]]:
         """Tell the other members that a call has failed here, also one that only another rank has lost."""
         why, lost = headers.Why.OTHER, -1
         if isinstance(error, DeadlineExceeded):
@@ -145,19 +145,15 @@ class Scope:
         elif isinstance(error, PeerLostError) and error.peer is not None:
             why, lost = headers.Why.LOST, error.peer
         text = str(error) if isinstance(error, AiocommError) else "cancelled"
-        comm, message = self.comm, headers.abort_message(number, why, lost, text)
-        for rank in self.group.ranks:
-            if rank != comm.rank and not comm.closed:
-                told = comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
-                told.add_done_callback(self._told)
+        message = headers.abort_message(number, why, lost, text)
+        others = [rank for rank in self.group.ranks if rank != self.comm.rank]
+        return [] if self.comm.closed else [self._send(message, rank) for rank in others]
 
     # ------------------------------------------------------------ before leaving
 
     async def settle(self) -> None:
         """Wait until no other member reads memory that was lent to it; for as long as it is there."""
         comm = self.comm
-        if self.closed:
-            return
         for pool in self.pools.values():
             for number, ranks in pool.lent():
                 message = headers.abort_message(number, headers.Why.ASKS, -1, "")
@@ -191,13 +187,16 @@ class Scope:
 
     def _tell(self, message: bytes, rank: int) -> None:
         if not self.comm.closed:
-            told = self.comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
-            told.add_done_callback(self._told)
+            self._send(message, rank)
+
+    def _send(self, message: bytes, rank: int) -> Transfer[Any]:
+        told = self.comm._send(message, rank, self.index, _ABORT_TAG, _ABORT_S, 0)
+        told.add_done_callback(self._told)
+        return told
 
     def _told(self, transfer: Transfer[Any]) -> None:
         """A word of this scope's has ended. Until then it is kept, although nobody may need it any more."""
-        if not transfer.cancelled():
-            transfer.exception()
+        look_away(transfer)
 
     def _listen(self) -> None:
         self._news = bytearray(headers.ABORT_BYTES)
@@ -256,7 +255,7 @@ def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> 
 
 
 def _heard(listening: weakref.ref[Scope], receive: Transfer[Any]) -> None:
-    if receive.cancelled() or receive.exception() is not None:
-        return  # closed, or nobody is left who could send
     if (scope := listening()) is not None:
         scope.hear(receive)
+    else:
+        look_away(receive)

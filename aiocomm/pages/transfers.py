@@ -30,6 +30,7 @@ from aiocomm.pages.memory import bytes_of
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
+from aiocomm.region import look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -299,11 +300,9 @@ def _put_from_gpu(
     for start, stop in _messages(ranges, lists, on_gpu=True):
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1 or not lists:
-            far = int(ranges.far[start])
-            for at, length in _rows(ranges, first, last):
+            for far, piece in _pieces(local, ranges, start, first, last):
                 begun()
-                yield mover.put(region, far, part_of(local, at, length), None, ended)
-                far += length
+                yield mover.put(region, far, piece, None, ended)
             continue
         begun()
         message = np.empty(1 + 2 * (stop - start), np.int64)
@@ -319,10 +318,8 @@ def _get_into_gpu(mover: Mover, remote: RemotePages, region: Any, local: Descrip
     for start, stop in _messages(ranges, lists, on_gpu=True):
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1 or not lists:
-            far = int(ranges.far[start])
-            for at, length in _rows(ranges, first, last):
-                yield mover.get(region, far, part_of(local, at, length), _nothing)
-                far += length
+            for far, piece in _pieces(local, ranges, start, first, last):
+                yield mover.get(region, far, piece, _nothing)
             continue
         wanted = np.empty((stop - start, 2), np.int64)
         _fill_list(wanted, ranges, start, stop, region._start)
@@ -349,8 +346,15 @@ def _check_notification(notify: bytes | None) -> None:
         raise UsageError("notify takes at most 4,096 bytes")
 
 
-def _rows(ranges: Ranges, first: int, last: int) -> Iterator[tuple[int, int]]:
-    return zip(ranges.near[first:last].tolist(), ranges.rows[first:last].tolist(), strict=True)
+def _pieces(
+    local: Description, ranges: Ranges, start: int, first: int, last: int
+) -> Iterator[tuple[int, Description]]:
+    """Where each row of a range begins at the peer, and what it is here."""
+    far = int(ranges.far[start])
+    rows = ranges.near[first:last].tolist(), ranges.rows[first:last].tolist()
+    for at, length in zip(*rows, strict=True):
+        yield far, part_of(local, at, length)
+        far += length
 
 
 def _nothing() -> None:
@@ -396,9 +400,4 @@ class _Notes:
         if not self._mover.comm.closed:
             self._mover.forever()
             with contextlib.suppress(AiocommError):
-                self._send(None).add_done_callback(_look_away)
-
-
-def _look_away(transfer: Transfer[Any]) -> None:
-    if not transfer.cancelled():
-        transfer.exception()
+                self._send(None).add_done_callback(look_away)

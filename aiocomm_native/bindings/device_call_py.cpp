@@ -20,9 +20,9 @@ using namespace nanobind::literals;
 namespace aiocomm::py {
 
 namespace {
-constexpr uint64_t kDeclined =
-    64;  // calls that are made by messages after one that not all could take part in
-}
+// Calls that are made by messages after one that not all could take part in.
+constexpr uint64_t kDeclined = 64;
+}  // namespace
 
 // Called under the engine's token.
 struct DeviceCall::Word final : Company {

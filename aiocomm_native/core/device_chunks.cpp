@@ -150,7 +150,6 @@ void DeviceProtocol::cancel_move(Op& op) {
 
 void DeviceProtocol::landing(Op& op, uint64_t offset, uint64_t nbytes) {
   if (op.listed) return op.moved == op.nbytes ? unpack(op) : void();
-  DeviceQueue& queue = queue_of(op.gpu->device, Lane::in);
   MoveJob job;
   job.op = op.id;
   job.offset = offset;
@@ -161,8 +160,7 @@ void DeviceProtocol::landing(Op& op, uint64_t offset, uint64_t nbytes) {
   job.posted_ns = engine_.now();
   job.to = reinterpret_cast<uint64_t>(op.data) + offset;
   job.from = (op.gpu->bounce ? reinterpret_cast<uint64_t>(op.gpu->bounce) : op.gpu->relay) + offset;
-  ++op.gpu->inflight;
-  if (!queue.overflow.empty() || !mover_->post(job)) queue.overflow.push_back(job);
+  post_or_keep(op, job);
 }
 
 // Part of a streamed chunk is in the bounce; the device takes whole chunks.

@@ -108,9 +108,13 @@ struct Op {
   int16_t allocate_on = -1;           // receive with `allocate`: device, -1: host memory
 };
 
+// Whether it is moved as memory of a device, or as rows. A list's message is neither: it lies in host memory.
+inline bool is_on_device(const Op& op) { return op.gpu && !op.listed; }
+inline bool has_rows(const Op& op) { return op.rows && !op.listed; }
+
 // Bytes from `data` on, and of a region from `offset` on, that an op is about.
-inline uint64_t extent_of(const Op& op) { return op.rows && !op.listed ? op.extent : op.nbytes; }
-inline uint64_t reach_of(const Op& op) { return op.rows && !op.listed ? op.reach : op.nbytes; }
+inline uint64_t extent_of(const Op& op) { return has_rows(op) ? op.extent : op.nbytes; }
+inline uint64_t reach_of(const Op& op) { return has_rows(op) ? op.reach : op.nbytes; }
 
 // What the pair's link moves of an op: its bytes, or host memory in place of device memory that no adapter reaches.
 inline std::byte* host_data(const Op& op) { return op.gpu && !op.gpu->direct ? op.gpu->bounce : op.data; }

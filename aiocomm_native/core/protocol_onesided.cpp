@@ -241,7 +241,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
-  if (op->rows && !op->listed && !on_device) throw ProtocolViolation("rows of host memory");
+  if (has_rows(*op) && !on_device) throw ProtocolViolation("rows of host memory");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);

@@ -333,7 +333,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
   }
   if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
   op->remote_op = header.rop;
-  if (op->gpu && !op->listed) return device_.on_cts(*op, peer, header, meta);
+  if (is_on_device(*op)) return device_.on_cts(*op, peer, header, meta);
   op->path = Path::stream;
   if (peer.link->pull_path({}) == Path::cma &&
       !readable(host_data(*op), op->nbytes)) {  // it has been tried there

@@ -67,7 +67,7 @@ void Engine::on_held(Link& link, uint32_t id, int error, const std::string& reas
     if (!op || !op->live || !op->holding) continue;
     if (op->state == OpState::draining)
       op->holding = false;
-    else if (error && op->gpu && !op->listed)
+    else if (error && is_on_device(*op))
       device_.go_another_way(*op, reason);
     else if (error)
       cannot_hold(*op, error);

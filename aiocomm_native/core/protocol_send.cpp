@@ -111,7 +111,7 @@ Post Engine::send_header(Op& op, Peer& peer) {
 }
 
 bool Engine::fits_frame(const Op& op, const Peer& peer) const {
-  if (op.gpu && !op.listed) return op.nbytes == 0;
+  if (is_on_device(op)) return op.nbytes == 0;
   return op.nbytes <= eager_max_ && op.nbytes + sizeof(FrameHeader) + kMaxMeta <= peer.link->frame_limit();
 }
 
@@ -170,7 +170,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && !op.listed && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (has_rows(op) && (by_adapters || !op.gpu)) return not_by_rows(op);
   const ChannelInfo& channel = channels_[op.channel];
   FrameHeader h{};
   h.channel = channel.id;
@@ -188,8 +188,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   if (inline_bytes) {
     h.kind = FrameKind::put;
     h.payload_bytes = static_cast<uint32_t>(op.nbytes);
-  } else if (op.gpu &&
-             !op.listed) {  // its place is the payload: the notification may take all that metadata can
+  } else if (is_on_device(op)) {  // its place is the payload: the notification may take all that metadata can
     h.kind = FrameKind::put_rts;
     h.flags |= device_.describe(op, peer);
     h.payload_bytes = sizeof op.gpu->place;
@@ -221,11 +220,11 @@ Post Engine::send_get(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (op.rows && !op.listed && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (has_rows(op) && (by_adapters || !op.gpu)) return not_by_rows(op);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
-  if (op.rows && !op.listed) {
+  if (has_rows(op)) {
     h.flags |= kRows;
     h.address = op.reach;
   }
