@@ -123,6 +123,14 @@ async def all_call(comms: list[aiocomm.Communicator], call: Callable[[aiocomm.Co
                 tasks.start_soon(call, comm)
 
 
+async def messages_pass(a: aiocomm.Communicator, b: aiocomm.Communicator, times: int = 1) -> None:
+    """Messages go from rank 0 to rank 1: what was sent and posted before has had its turns."""
+    for _ in range(times):
+        receiving = b.recv(bytearray(1), 0)
+        await a.send(b"x", 1)
+        await receiving
+
+
 async def held_up(
     comms: list[aiocomm.Communicator],
     call: Callable[[aiocomm.Communicator], Any],
@@ -133,10 +141,7 @@ async def held_up(
     async with anyio.create_task_group() as tasks:
         for comm in comms:
             tasks.start_soon(call, comm)
-        for _ in range(3):
-            receiving = comms[1].recv(bytearray(1), 0)
-            await comms[0].send(b"x", 1)
-            await receiving
+        await messages_pass(comms[0], comms[1], times=3)
         assert not (gates and ended)
         for gate in gates:
             gate.open()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Stream
 from fakes.simulated import Engine
-from harness import LIMIT_S, world
+from harness import LIMIT_S, messages_pass, world
 
 import aiocomm
 
@@ -189,9 +189,7 @@ async def test_cancelled_in_the_middle(simulator: Simulator, way: tuple[Pair, st
         await anyio.to_thread.run_sync(simulator.wait_ready, device, engine)
         tasks.start_soon(close)
         scope.cancel()
-        receiving = b.recv(bytearray(1), 0)
-        await a.send(b"x", 1)
-        await receiving
+        await messages_pass(a, b)
         assert not (ended if ours_works else closed).is_set()
         simulator.resume(device, engine)
         with anyio.fail_after(LIMIT_S):
@@ -228,10 +226,7 @@ async def test_pages_wait_for_their_stream(way: tuple[Pair, str, str]) -> None:
                 done.set()
 
             tasks.start_soon(put)
-            for _ in range(3):
-                receiving = b.recv(bytearray(1), 0)
-                await a.send(b"x", 1)
-                await receiving
+            await messages_pass(a, b, times=3)
             assert not done.is_set()
             gate.open()
             with anyio.fail_after(LIMIT_S):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Kind, Stream, driver
 from fakes.simulated import Engine
-from harness import LIMIT_S, world
+from harness import LIMIT_S, messages_pass, world
 
 import aiocomm
 
@@ -200,10 +200,7 @@ async def test_pages_wait_for_their_stream(pair: Pair) -> None:
             done.set()
 
         tasks.start_soon(put)
-        for _ in range(3):
-            receiving = b.recv(bytearray(1), 0)
-            await a.send(b"x", 1)
-            await receiving
+        await messages_pass(a, b, times=3)
         assert not done.is_set()
         gate.open()
         with anyio.fail_after(LIMIT_S):
@@ -278,9 +275,7 @@ async def test_cancelled_in_the_middle(simulator: Simulator, pair: Pair, kind: s
         await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.PEER)
         tasks.start_soon(close)
         scope.cancel()
-        receiving = b.recv(bytearray(1), 0)
-        await a.send(b"x", 1)
-        await receiving
+        await messages_pass(a, b)
         assert not ended.is_set()
         assert not closed.is_set()
         simulator.resume(0, Engine.PEER)
