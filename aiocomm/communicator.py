@@ -210,7 +210,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         finally:
             self._closed = True
             for scope in self._scopes:
-                scope.repeats.clear()
+                scope.forget(all_memory=True)
             closing = self._plane.close()
             try:
                 await self._backend.wait(closing)

@@ -132,7 +132,7 @@ class Group(Collectives, ExpertOperations):
         self._closed = True
         self._at_end.detach()
         for scope in self._scopes.values():
-            scope.repeats.clear()
+            scope.forget(all_memory=True)
         if not self._comm.closed:
             for scope in self._scopes.values():
                 close(scope, [scope.index])

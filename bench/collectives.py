@@ -113,12 +113,12 @@ def _floor(ranks: int) -> Calls:
 
 
 async def _measure(
-    calls: Calls, role: int, ranks: int, cases: list[list[int]], checked: bool = True
+    calls: Calls, role: int, ranks: int, cases: list[list[int]], checked: bool = True, empty: Any = np.empty
 ) -> Metrics:
     found: Metrics = {}
     for nbytes, count in cases:
-        x, out = np.zeros(nbytes, np.uint8), np.zeros(nbytes * ranks, np.uint8)
-        x[:] = role + 1
+        x, out = empty(nbytes, np.uint8), empty(nbytes * ranks, np.uint8)
+        x[:], out[:] = role + 1, 0
         await calls["all_gather"](out, x)
         if checked and (out[0], out[-1]) != (1, ranks):
             raise RuntimeError("what was gathered is not what was given")
@@ -149,8 +149,11 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
 
     async def main() -> Metrics:
         if peer.kind == "ours":
+            import aiocomm
+
             comm = await ours.connect(role, control, "shm")
-            found = await _measure(_aiocomm(comm), role, ranks, cases)
+            empty = aiocomm.empty if "empty" in peer.name else np.empty
+            found = await _measure(_aiocomm(comm), role, ranks, cases, empty=empty)
             await ours.Ours(comm).finish(control)
             return found
         transport = await peer.open(role, control)
@@ -190,7 +193,7 @@ _COLUMNS = tuple(
 _PEERS = ("gloo", "mpi4py")
 _SLEEPERS = ("gloo",)
 _FLOOR = ("memcpy-floor",)
-_OURS = ("aiocomm-shm", "aiocomm-shm-spin")
+_OURS = ("aiocomm-shm", "aiocomm-shm-spin", "aiocomm-shm-empty", "aiocomm-shm-empty-spin")
 _WORDS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -203,6 +206,7 @@ def _rules(ranks: int) -> tuple[Rule, ...]:
             # Like with like: MPI burns a core per process while it waits; Gloo sleeps.
             for subject, how, against in (
                 ("aiocomm-shm-spin", "spinning", _PEERS),
+                ("aiocomm-shm-empty-spin", "aiocomm.empty(), spinning", _PEERS),
                 ("aiocomm-shm", "sleeping", _SLEEPERS),
             ):
                 metric = f"us/{operation}/{show(n)}"

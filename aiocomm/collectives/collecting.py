@@ -123,9 +123,7 @@ class Collecting:
             _divide(request.result, group)
         if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
             if len(scope.prepared) >= _SHAPES:
-                scope.prepared.clear()
-                scope.shared.clear()
-                scope.repeats.clear()
+                scope.forget()
             some = out if out is not None else given
             plain = some is None or request.on_gpu
             dtype = np.dtype(np.uint8) if plain else some.dtype

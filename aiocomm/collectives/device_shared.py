@@ -104,7 +104,7 @@ class DeviceShared:
         else:
             extra, option = more if operation == "broadcast" else (None, *more)
         counted = self.counted
-        self._scope.repeats.add(operation, out, given, extra, self._native, counted, counted, option)
+        self._scope.repeats.add(operation, out, given, extra, self._native, (counted,), option)
 
     def flight(self, number: int, result: int, deadline: float | None) -> DeviceFlight:
         """What goes on with a call that was begun."""

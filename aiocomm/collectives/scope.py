@@ -175,6 +175,20 @@ class Scope:
                 self._asked.remove((number, source))
                 self._tell(headers.abort_message(number, headers.Why.ENDED, -1, ""), source)
 
+    def forget(self, all_memory: bool = False) -> None:
+        """Keep no calls that repeat.
+
+        Args:
+            all_memory: none for them either: no call begins any more.
+        """
+        self.repeats.clear()
+        self.shared.clear()
+        self.prepared.clear()
+        if all_memory:
+            self._spare.clear()
+            if self.place is not None:
+                self.place.arena = None
+
     def close(self) -> None:
         """Give memory back; no call is under way any more."""
         for pool in self.pools.values():

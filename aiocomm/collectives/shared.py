@@ -62,6 +62,7 @@ _KINDS: Final = {"barrier": 0, "broadcast": 1, "all_gather": 2, "all_to_all": 3,
 _IN_ORDER: Final = ("one_shot", "direct")  # reduce in the order of the ranks, as an arena does
 _TAG: Final = 1  # of no call: calls are numbered from 1
 _NEVER: Final = (1 << TAG_BITS) - 1  # of messages that nobody sends
+_WAYS: Final = ("shared", "mapped", "cma")  # by numbers of the extension
 _PLACE: Final = struct.Struct("<iiQ")
 _NOWHERE: Final = (-1, -1, 0)
 _CHUNK_BYTES: Final = 32 << 10
@@ -118,7 +119,7 @@ class Shared:
         self._scope, self._request, self._dtype = scope, request.without_arrays(), dtype
         self._native: _core.SharedCall | None = None
         self._registered = False
-        self._counted = f"{request.operation}/shared", f"{request.operation}/cma"
+        self._counted = tuple(f"{request.operation}/{way}" for way in _WAYS)
         self.mean = request.result is not None
 
     def attempt(self, number: int, given: Any, out: Any) -> int:
@@ -138,7 +139,7 @@ class Shared:
     @property
     def counted(self) -> str:
         """Under which name the statistics count the call that has met last."""
-        return self._counted[self._native is not None and self._native.direct]
+        return self._counted[0 if self._native is None else self._native.way]
 
     def register(self, what: tuple[Any, ...], given: Any, out: Any) -> None:
         """Have calls with such arrays, and without options, found by the extension."""
@@ -147,7 +148,7 @@ class Shared:
             return
         self._registered = True
         extra = more[0] if more else None
-        self._scope.repeats.add(operation, out, given, extra, self._native, *self._counted)
+        self._scope.repeats.add(operation, out, given, extra, self._native, self._counted)
 
     def _made(self) -> _core.SharedCall | None:
         place = self._scope.place

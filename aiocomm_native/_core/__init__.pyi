@@ -291,9 +291,9 @@ class SharedCall:
         """Errno of memory that cannot be reached after all; 0: none."""
 
     @property
-    def direct(self) -> bool:
+    def way(self) -> int:
         """
-        Whether the call that has met last went from array to array, by cross-memory attach.
+        How the call that has met last went. 0: by rings; from array to array, 1: of shared segments, 2: others among them.
         """
 
     @property
@@ -352,9 +352,9 @@ class Repeats:
         Number and do a call, if it is one that repeats. -1: nothing was begun; else as `SharedCall.attempt`.
         """
 
-    def add(self, operation: str, out: object | None, given: object | None, extra: object | None, call: object, by_rings: str, directly: str, option: object | None = None) -> None:
+    def add(self, operation: str, out: object | None, given: object | None, extra: object | None, call: object, names: tuple[Any, ...], option: object | None = None) -> None:
         """
-        Keep a call for others with such arrays, and the names that it is counted by.
+        Keep a call for others with such arrays, and the names that it is counted by: one for each `way`.
         """
 
     def clear(self) -> None:

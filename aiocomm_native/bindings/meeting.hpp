@@ -19,6 +19,7 @@
 #include "bindings/turns.hpp"
 #include "core/arena.hpp"
 #include "core/clock.hpp"
+#include "core/others_segments.hpp"
 #include "core/patience.hpp"
 #include "core/relax.hpp"
 #include "core/spread.hpp"
@@ -241,6 +242,7 @@ struct Meeting {
   const size_t rank;
   uint64_t word = arena->nonce();  // by which others know this process
   std::vector<pid_t> processes;    // by rank; empty: not known yet
+  OthersSegments segments{arena->ranks()};
   bool looks = false, reaches = false;
   cpu_set_t allowed = usable();
   const size_t cores = std::max<size_t>(1, CPU_COUNT(&allowed));

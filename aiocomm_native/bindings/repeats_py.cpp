@@ -82,19 +82,20 @@ class Repeats {
     if (it == found_.end() || !nb::cast<bool>(here_())) return kNotBegun;
     Entry& entry = it->second;
     int outcome;
-    bool direct = false;
+    int way = 0;
     if (entry.on_device) {
       outcome = entry.on_device->attempt(*engine_, take(), arrays.given, arrays.out);
     } else {
       outcome = entry.call->attempt(*engine_, take(), given, out);
-      direct = entry.call->direct();
+      way = entry.call->way();
     }
-    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn) count(entry.names[direct]);
+    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn)
+      count(nb::borrow<nb::str>(entry.names[way]));
     return outcome;
   }
 
   void add(nb::str operation, nb::object out, nb::object given, nb::object extra, nb::object call,
-           nb::str by_rings, nb::str directly, nb::object option) {
+           nb::tuple names, nb::object option) {
     Key key{operation.ptr(), extra.ptr(), option.ptr()};
     Arrays arrays;
     if (!describe(out, given, key, arrays)) return;
@@ -105,8 +106,7 @@ class Repeats {
     for (const nb::object& array : {out, given})
       if (is_plain(array)) types.append(array.attr("dtype"));
     found_.insert_or_assign(
-        key,
-        Entry{host, on_device, {by_rings, directly}, nb::make_tuple(operation, extra, option, types, call)});
+        key, Entry{host, on_device, std::move(names), nb::make_tuple(operation, extra, option, types, call)});
   }
 
   void clear() { found_.clear(); }
@@ -128,7 +128,7 @@ class Repeats {
   struct Entry {
     PySharedCall* call;
     DeviceCall* on_device;  // instead
-    nb::str names[2];
+    nb::tuple names;
     nb::object keeps;  // what the key and the call are
   };
 
@@ -218,9 +218,10 @@ void bind_repeats(nb::module_& m) {
            "option"_a.none(), "channel"_a.none(), "deadline"_a.none(), "stream"_a.none(),
            "Number and do a call, if it is one that repeats. -1: nothing was begun; else as "
            "`SharedCall.attempt`.")
-      .def("add", &Repeats::add, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(), "call"_a,
-           "by_rings"_a, "directly"_a, "option"_a = nb::none(),
-           "Keep a call for others with such arrays, and the names that it is counted by.")
+      .def(
+          "add", &Repeats::add, "operation"_a, "out"_a.none(), "given"_a.none(), "extra"_a.none(), "call"_a,
+          "names"_a, "option"_a = nb::none(),
+          "Keep a call for others with such arrays, and the names that it is counted by: one for each `way`.")
       .def("clear", &Repeats::clear, "Keep none.");
 }
 

@@ -51,7 +51,7 @@ class PySharedCall {
         rings_(checked(kind, *meeting_, root, sizes, item), meeting_->rank, meeting_->arena->ranks(), root,
                sizes, in_place, item, find_reduction(format, op)),
         direct_(kind_, meeting_->rank, meeting_->arena->ranks(), root, sizes, in_place, item,
-                find_reduction(format, op), meeting_->processes) {
+                find_reduction(format, op), meeting_->processes, meeting_->segments) {
     if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
     if (kind_ == SharedCall::Kind::all_reduce && !find_reduction(format, op))
       throw nb::value_error("a reduction that is not done here");
@@ -124,7 +124,9 @@ class PySharedCall {
     return true;
   }
 
-  bool direct() const { return direct_now_; }
+  // How the call went that has met last: by rings; from array to array, all in shared segments, or others among them.
+  enum Way : int { kRings, kMapped, kAttached };
+  int way() const { return way_ == kMapped && direct_.attached() ? kAttached : way_; }
   // The errno of memory that could not be read or written, though it could before; 0: there was none.
   int error() const { return direct_now_ && direct_.error() != ESRCH ? direct_.error() : 0; }
   uint64_t moved() const { return rings_.moved(); }
@@ -229,6 +231,7 @@ class PySharedCall {
     if (how == Meeting::Begun::not_met) return kNotMet;
     const Arena& arena = *meeting_->arena;
     direct_now_ = direct_.pays() && arena.way(number_) == Arena::Way::direct && arena.all_told(number_);
+    way_ = !direct_now_ ? kRings : arena.all_shared(number_) ? kMapped : kAttached;
     if (direct_.pays()) met_ns_ = now_ns();
     return kPending;
   }
@@ -287,6 +290,7 @@ class PySharedCall {
   DirectCall direct_;
   const std::shared_ptr<WayChoice> choice_ = std::make_shared<WayChoice>();  // rank 0's
   bool direct_now_ = false;
+  Way way_ = kRings;
   uint64_t met_ns_ = 0;
   Seen seen_in_, seen_out_;
   std::mutex mutex_;  // who goes on with a call, and who gives it up

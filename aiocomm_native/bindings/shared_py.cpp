@@ -54,8 +54,10 @@ void bind_shared(nb::module_& m) {
            "Give it up, for all ranks. False: another one still touches the arrays, call again.")
       .def_prop_ro("error", &PySharedCall::error,
                    "Errno of memory that cannot be reached after all; 0: none.")
-      .def_prop_ro("direct", &PySharedCall::direct,
-                   "Whether the call that has met last went from array to array, by cross-memory attach.")
+      .def_prop_ro(
+          "way", &PySharedCall::way,
+          "How the call that has met last went. 0: by rings; from array to array, 1: of shared segments, "
+          "2: others among them.")
       .def_prop_ro("moved", &PySharedCall::moved, "Bytes that it copies to or from the arena here.");
 }
 

@@ -4,7 +4,6 @@
 #include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/random.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,6 +16,7 @@
 
 #include "core/cma.hpp"
 #include "core/link.hpp"
+#include "core/shared_memory.hpp"
 
 namespace aiocomm {
 
@@ -29,7 +29,8 @@ struct Arena::Control {
     std::atomic<uint64_t> of[kRanks] = {};
   };
   struct alignas(64) Told {
-    std::atomic<uint64_t> given{0}, out{0}, took{0};
+    Arrays arrays;
+    std::atomic<uint64_t> took{0};
     std::atomic<uint32_t> way{0};
   };
   struct alignas(64) Process {
@@ -112,19 +113,9 @@ std::shared_ptr<Arena> Arena::create(size_t ranks) {
 }
 
 std::shared_ptr<Arena> Arena::open(pid_t owner, int fd, uint64_t nonce, size_t ranks) {
-  const std::string path = "/proc/" + std::to_string(owner) + "/fd/" + std::to_string(fd);
-  const int here = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK);
-  if (here < 0) return nullptr;
   const uint64_t nbytes = bytes_for(ranks);
-  struct stat info;
-  const int seals = fcntl(here, F_GET_SEALS);
-  void* base = MAP_FAILED;
-  // Touching memory that its owner has cut off would be our end.
-  if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(here, &info) == 0 &&
-      static_cast<uint64_t>(info.st_size) >= nbytes)
-    base = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, here, 0);
-  ::close(here);
-  if (base == MAP_FAILED) return nullptr;
+  void* base = map_of_process(owner, fd, nbytes);
+  if (!base) return nullptr;
   std::shared_ptr<Arena> found(new Arena(base, nbytes, -1, ranks));
   return found->nonce() == nonce ? found : nullptr;  // else that process's descriptor is another's by now
 }
@@ -240,20 +231,23 @@ Arena::Way Arena::way(uint64_t call) const {
   return control_->told[call % 2][0].way.load(std::memory_order_relaxed) ? Way::direct : Way::rings;
 }
 
-void Arena::tell(size_t rank, uint64_t call, Arrays arrays) {
-  Control::Told& told = control_->told[call % 2][rank];
-  told.given.store(arrays.given, std::memory_order_relaxed);
-  told.out.store(arrays.out, std::memory_order_relaxed);
+void Arena::tell(size_t rank, uint64_t call, const Arrays& arrays) {
+  control_->told[call % 2][rank].arrays = arrays;
 }
 
-Arena::Arrays Arena::told(size_t rank, uint64_t call) const {
-  const Control::Told& told = control_->told[call % 2][rank];
-  return {told.given.load(std::memory_order_relaxed), told.out.load(std::memory_order_relaxed)};
-}
+Arena::Arrays Arena::told(size_t rank, uint64_t call) const { return control_->told[call % 2][rank].arrays; }
 
 bool Arena::all_told(uint64_t call) const {
   for (size_t rank = 0; rank < ranks_; ++rank)
-    if (!told(rank, call).out) return false;
+    if (!control_->told[call % 2][rank].arrays.out) return false;
+  return true;
+}
+
+bool Arena::all_shared(uint64_t call) const {
+  for (size_t rank = 0; rank < ranks_; ++rank) {
+    const Arrays& arrays = control_->told[call % 2][rank].arrays;
+    if (!arrays.given_in.id || !arrays.out_in.id) return false;
+  }
   return true;
 }
 

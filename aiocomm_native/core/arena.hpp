@@ -76,12 +76,20 @@ class Arena {
   void has_read(size_t reader, size_t writer, uint64_t call, uint64_t chunks);
 
   // From array to array. `probe`: the address of a word of the rank's process that has the arena's nonce.
-  struct Arrays {
-    uint64_t given, out;
+  struct Holder {     // a shared segment in which an array is
+    uint32_t id = 0;  // 0: it is in none
+    int fd = -1;      // of the rank's process, which keeps it until the call has ended
+    uint64_t base = 0, nbytes = 0;
   };
-  void tell(size_t rank, uint64_t call, Arrays arrays);  // before it arrives
-  Arrays told(size_t rank, uint64_t call) const;
+  struct Arrays {
+    uint64_t given = 0, out = 0;
+    Holder given_in = {}, out_in = {};
+    uint64_t releases = 0;  // of shared segments by the rank's process
+  };
+  void tell(size_t rank, uint64_t call, const Arrays& arrays);  // before it arrives
+  Arrays told(size_t rank, uint64_t call) const;                // once the call has met
   bool all_told(uint64_t call) const;
+  bool all_shared(uint64_t call) const;  // arrays are in shared segments
   void set_probe(size_t rank, uint64_t address);
   uint64_t probe(size_t rank) const;               // 0: not told
   bool is_rank(size_t rank, pid_t process) const;  // it lives, and its memory can be read

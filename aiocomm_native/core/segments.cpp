@@ -22,7 +22,7 @@ struct Segments::Impl {
 };
 
 Segment::~Segment() {
-  if (base) munmap(base, nbytes);
+  if (base) munmap(base, mapped_bytes(nbytes));
   if (fd >= 0) ::close(fd);
 }
 
@@ -35,7 +35,7 @@ Segments& Segments::of_process() {
 
 std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
   auto segment = std::make_shared<Segment>();
-  uint64_t room = nbytes ? (nbytes + 4095) / 4096 * 4096 : 4096;
+  const uint64_t room = (Segment::mapped_bytes(nbytes) + 4095) / 4096 * 4096;
   segment->fd = memfd_create("aiocomm-array", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (segment->fd < 0) throw LinkFailure("cannot make a shared segment (memfd_create)", errno);
   if (ftruncate(segment->fd, static_cast<off_t>(room)) != 0)
@@ -46,7 +46,7 @@ std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
   if (base == MAP_FAILED)
     throw LinkFailure("cannot map a shared segment of " + std::to_string(room) + " bytes", errno);
   segment->base = static_cast<std::byte*>(base);
-  segment->nbytes = room;
+  segment->nbytes = room - sizeof(Segment::End);
   madvise(base, room, MADV_HUGEPAGE);
   std::lock_guard lock(impl_->mutex);
   segment->id = impl_->next_id++;
@@ -60,6 +60,8 @@ void Segments::release(const std::byte* base) {
   std::lock_guard lock(impl_->mutex);
   auto it = impl_->by_base.find(base);
   if (it == impl_->by_base.end()) return;
+  const Segment& freed = *it->second;
+  Segment::end_of(freed.base, freed.nbytes).freed.store(1, std::memory_order_relaxed);
   impl_->ids.erase(it->second->id);
   impl_->by_base.erase(it);
   count_.fetch_sub(1, std::memory_order_relaxed);

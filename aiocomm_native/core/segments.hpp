@@ -1,7 +1,8 @@
 // Shared segments of this process: memory made by `aiocomm.empty()`, which peers on the host can map.
 //
 // A segment is an anonymous memfd, so nothing is left behind by a crash. Ids are never reused, hence a peer's mapping
-// of a freed segment is stale but never wrong. Peers are told of freed ones when next there is something to tell them.
+// of a freed segment is stale but never wrong. Peers are told of freed ones when next there is something to tell them;
+// whoever has one mapped sees it at the end of its memory, too.
 #pragma once
 
 #include <atomic>
@@ -12,6 +13,12 @@
 namespace aiocomm {
 
 struct Segment {
+  struct End {  // behind the bytes
+    std::atomic<uint32_t> freed{0};
+  };
+  static End& end_of(std::byte* base, uint64_t nbytes) { return *reinterpret_cast<End*>(base + nbytes); }
+  static uint64_t mapped_bytes(uint64_t nbytes) { return nbytes + sizeof(End); }
+
   uint32_t id = 0;
   int fd = -1;
   std::byte* base = nullptr;

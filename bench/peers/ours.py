@@ -84,6 +84,12 @@ PEERS = [
     _peer("aiocomm-shm-spin", loop="aiocomm", note="aiocomm.run(spin=50e-6)"),
     _peer("aiocomm-shm-uvloop", loop="uvloop"),
     _peer("aiocomm-shm-empty", empty=True, note="arrays of aiocomm.empty()"),
+    _peer(
+        "aiocomm-shm-empty-spin",
+        loop="aiocomm",
+        empty=True,
+        note="arrays of aiocomm.empty(), aiocomm.run(spin=50e-6)",
+    ),
     _peer("aiocomm-shm-bounce", note="cross-memory attach off", AIOCOMM_CMA="off"),
     _peer("aiocomm-tcp", link="tcp"),
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,13 +27,16 @@ from aiocomm_native import _core
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
 pytestmark = pytest.mark.anyio
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers of spawn cannot import this module
 SIZES = {"one": 1, "small": 700, "chunks": 90_001, "large": 500_000}  # elements of float64
+WAYS = ("shared", "cma", "mapped")
 MOST = 3000  # calls among which some must meet, however busy the machine is
 
 
-def met(comm: aiocomm.Communicator, operation: str, ways: tuple[str, ...] = ("shared", "cma")) -> int:
+def met(comm: aiocomm.Communicator, operation: str, ways: tuple[str, ...] = WAYS) -> int:
     """Calls that met, by their ways: the same number on all ranks, which agree on each."""
     counts = comm.statistics().collectives
     return sum(counts.get(f"{operation}/{way}", 0) for way in ways)
@@ -41,7 +47,13 @@ def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
     return ((np.arange(count) * 7 + rank * 13 + turn) % 50).astype(np.float64)
 
 
-async def _broadcast(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+def arrays_of(comm: aiocomm.Communicator, n: int, empty: Callable[..., Any]) -> Arrays:
+    """One block, and twice one for each rank."""
+    return empty(n, np.float64), empty((comm.size, n), np.float64), empty((comm.size, n), np.float64)
+
+
+async def _broadcast(comm: aiocomm.Communicator, n: int, turn: int, arrays: Arrays) -> None:
+    x, _, _ = arrays
     root = comm.size - 1
     x[:] = block(comm.rank, turn, n)
     await comm.barrier()  # so that all come at nearly one time
@@ -49,7 +61,8 @@ async def _broadcast(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out:
     assert np.array_equal(x, block(root, turn, n))
 
 
-async def _all_gather(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+async def _all_gather(comm: aiocomm.Communicator, n: int, turn: int, arrays: Arrays) -> None:
+    x, out, _ = arrays
     x[:] = block(comm.rank, turn, n)
     out[:] = -1
     await comm.barrier()  # so that all come at nearly one time
@@ -58,17 +71,20 @@ async def _all_gather(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out
         assert np.array_equal(one, block(rank, turn, n))
 
 
-async def _all_to_all(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+async def _all_to_all(comm: aiocomm.Communicator, n: int, turn: int, arrays: Arrays) -> None:
+    _, out, more = arrays
     size, me = comm.size, comm.rank
-    blocks = np.stack([block(me * size + rank, turn, n) for rank in range(size)])
+    for rank in range(size):
+        more[rank] = block(me * size + rank, turn, n)
     out[:] = -1
     await comm.barrier()  # so that all come at nearly one time
-    await comm.all_to_all(out, blocks)
+    await comm.all_to_all(out, more)
     for rank, one in enumerate(out):
         assert np.array_equal(one, block(rank * size + me, turn, n))
 
 
-async def _all_reduce(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+async def _all_reduce(comm: aiocomm.Communicator, n: int, turn: int, arrays: Arrays) -> None:
+    x, _, more = arrays
     x[:] = block(comm.rank, turn, n)
     total = sum(block(rank, turn, n) for rank in range(comm.size))
     await comm.barrier()  # so that all come at nearly one time
@@ -76,12 +92,12 @@ async def _all_reduce(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out
         await comm.all_reduce(x)
         assert np.array_equal(x, total)
         return
-    given, x[:] = x.copy(), -1
-    await comm.all_reduce(given, out=x)
+    more[0], x[:] = x, -1
+    await comm.all_reduce(more[0], out=x)
     assert np.array_equal(x, total)
 
 
-async def _barrier(comm: aiocomm.Communicator, n: int, turn: int, x: Any, out: Any) -> None:
+async def _barrier(comm: aiocomm.Communicator, n: int, turn: int, arrays: Arrays) -> None:
     await comm.barrier()
 
 
@@ -94,36 +110,90 @@ OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
 }
 
 
-async def _everything(comm: aiocomm.Communicator, until_met: bool, directly: bool = True) -> None:
+async def _everything(comm: aiocomm.Communicator, until_met: bool, way: str = "cma") -> None:
+    """Do all of it in all sizes.
+
+    Args:
+        until_met: go on until calls have met.
+        way: of large calls, where they meet.
+    """
+    empty = aiocomm.empty if way == "mapped" else np.empty
     for n in SIZES.values():
-        x, out = np.empty(n), np.empty((comm.size, n))
+        arrays = arrays_of(comm, n, empty)
         for operation, do in OPERATIONS.items():
             before = met(comm, operation)
             for turn in range(MOST):
-                await do(comm, n, turn, x, out)
+                await do(comm, n, turn, arrays)
                 enough = met(comm, operation) > before or not until_met
                 if turn >= 5 and enough:  # decided alike by all
                     break
             if until_met:
                 assert met(comm, operation) > before, (operation, n)
     for operation in OPERATIONS:
-        by_arrays = met(comm, operation, ("cma",))
-        if not directly or operation == "barrier":
-            assert by_arrays == 0
-        elif until_met:
-            assert by_arrays > 0, operation
+        for other in ("cma", "mapped"):
+            if other != way or operation == "barrier":
+                assert met(comm, operation, (other,)) == 0
+            elif until_met:
+                assert met(comm, operation, (other,)) > 0, operation
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("cma", ["allow", "off"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_what_repeats_goes_through_shared_memory(
-    size: int, cma: str, monkeypatch: pytest.MonkeyPatch
+    size: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AIOCOMM_CMA", cma)
-    directly = cma != "off"
-    async with aiocomm.spawn(_everything, size - 1, True, directly, links="shm") as comm:
-        await _everything(comm, True, directly)
+    monkeypatch.setenv("AIOCOMM_CMA", "off" if way == "shared" else "allow")
+    async with aiocomm.spawn(_everything, size - 1, True, way, links="shm") as comm:
+        await _everything(comm, True, way)
+
+
+async def _arrays_of_both_kinds(comm: aiocomm.Communicator) -> None:
+    """Rank 0 has its arrays for itself; whether others' are shared differs from call to call."""
+    n = SIZES["chunks"]
+    for turn in range(60):
+        empty = aiocomm.empty if comm.rank and turn // 3 % 2 else np.empty
+        arrays = arrays_of(comm, n, empty)
+        for operation in ("broadcast", "all_gather", "all_to_all", "all_reduce"):
+            await OPERATIONS[operation](comm, n, turn, arrays)
+    assert met(comm, "broadcast", ("cma",)) > 0
+    assert met(comm, "broadcast", ("mapped",)) == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_arrays_of_both_kinds_may_be_mixed() -> None:
+    async with aiocomm.spawn(_arrays_of_both_kinds, 2, links="shm") as comm:
+        await _arrays_of_both_kinds(comm)
+
+
+def _mapped() -> int:
+    """Shared arrays that this process has mapped, its own among them."""
+    return Path("/proc/self/maps").read_text().count("memfd:aiocomm-array")
+
+
+async def _arrays_that_end(comm: aiocomm.Communicator) -> None:
+    n, before, most = SIZES["chunks"], _mapped(), 0
+    for turn in range(200):
+        x = aiocomm.empty(n, np.float64)
+        x[:] = turn if comm.rank == 0 else -1
+        await comm.broadcast(x)
+        assert (x == turn).all()
+        most = max(most, _mapped() - before)
+        del x
+    assert met(comm, "broadcast", ("mapped",)) > 0
+    await comm.barrier()
+    # Its own, those of the others, and what these have freed since they said so last.
+    assert 2 <= most <= 2 * comm.size
+    assert comm.rank != 0 or _mapped() - before <= most
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_shared_arrays_that_were_freed_are_not_kept_by_others() -> None:
+    before = _mapped()
+    async with aiocomm.spawn(_arrays_that_end, 2, links="shm") as comm:
+        await _arrays_that_end(comm)
+    gc.collect()
+    assert _mapped() == before
 
 
 async def _out_of_reach(comm: aiocomm.Communicator, x: np.ndarray[Any, Any]) -> None:
@@ -257,31 +327,37 @@ async def test_calls_that_differ_are_found_by_all() -> None:
         await _differing(comm)
 
 
-WAYS = pytest.mark.parametrize("direct", [False, True], ids=["rings", "direct"], indirect=True)
+GOING = pytest.mark.parametrize(
+    "going",
+    [("shared", "all_reduce"), *itertools.product(("cma", "mapped"), ("all_reduce", "broadcast"))],
+    ids="-".join,
+    indirect=True,
+)
 COUNT = 4_000_000  # elements that take more than one turn
 
 
 @pytest.fixture
-def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether calls go from array to array: those that come first do, where they may."""
-    monkeypatch.setenv("AIOCOMM_CMA", "allow" if request.param else "off")
-    return bool(request.param)
+def going(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Way and operation: calls that come first go from array to array, where they may."""
+    monkeypatch.setenv("AIOCOMM_CMA", "off" if request.param[0] == "shared" else "allow")
+    return request.param
 
 
 async def _until_one_goes_on(
-    comm: aiocomm.Communicator, direct: bool, instead: Any, or_waits: bool = False
+    comm: aiocomm.Communicator, going: tuple[str, str], instead: Any, or_waits: bool = False
 ) -> None:
     """Call until a large call has met that goes that way, and `instead` goes on with it.
 
     Args:
         or_waits: also with one that waits for others to come.
     """
+    way, operation = going
     flight = Shared.flight
     begun: list[int] = []
 
     def other(self: Shared, number: int, result: int, deadline: float | None) -> Any:
         ours = flight(self, number, result, deadline)
-        goes_on = result in (3, 4) and self.counted.endswith("cma") == direct
+        goes_on = result in (3, 4) and self.counted == f"{operation}/{way}"
         if goes_on or (or_waits and result == 6):
             run = ours.run
 
@@ -294,22 +370,23 @@ async def _until_one_goes_on(
         return ours
 
     Shared.flight = other  # type: ignore[method-assign]
-    x = np.zeros(COUNT)
+    x = (aiocomm.empty if way == "mapped" else np.empty)(COUNT, np.float64)
+    x[:] = 0
     try:
         for _ in range(MOST):
-            await comm.all_reduce(x, deadline=30)
+            await getattr(comm, operation)(x, deadline=30)
     finally:
         Shared.flight = flight  # type: ignore[method-assign]
     raise AssertionError("no call met")
 
 
-async def _killed(comm: aiocomm.Communicator, direct: bool) -> None:
+async def _killed(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
     async def die(flight: Any) -> None:
         if comm.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(aiocomm.PeerLostError) as lost:
-        await _until_one_goes_on(comm, direct, die)
+        await _until_one_goes_on(comm, going, die)
     assert lost.value.peer == 1
     left = await comm._members().shrink(deadline=10)
     for _ in range(20):
@@ -318,17 +395,17 @@ async def _killed(comm: aiocomm.Communicator, direct: bool) -> None:
         assert (x == 2).all()
 
 
-@WAYS
+@GOING
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on(direct: bool) -> None:
+async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on(going: tuple[str, str]) -> None:
     with pytest.raises(WorkerError) as caught:
-        async with aiocomm.spawn(_killed, 2, direct, links="shm") as comm:
-            await _killed(comm, direct)
+        async with aiocomm.spawn(_killed, 2, going, links="shm") as comm:
+            await _killed(comm, going)
     assert caught.value.rank == 1
     assert caught.value.exit_code == -signal.SIGKILL
 
 
-async def _cancelled(comm: aiocomm.Communicator, direct: bool) -> None:
+async def _cancelled(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
     with anyio.CancelScope() as scope:
 
         async def cancel(flight: Any) -> None:
@@ -336,9 +413,9 @@ async def _cancelled(comm: aiocomm.Communicator, direct: bool) -> None:
                 scope.cancel()
 
         if comm.rank == 1:
-            await _until_one_goes_on(comm, direct, cancel)
+            await _until_one_goes_on(comm, going, cancel)
         with pytest.raises(aiocomm.TransferCancelled, match="cancelled"):
-            await _until_one_goes_on(comm, direct, cancel)
+            await _until_one_goes_on(comm, going, cancel)
     assert scope.cancelled_caught == (comm.rank == 1)
     before = met(comm, "all_reduce")
     for _ in range(20):
@@ -348,15 +425,15 @@ async def _cancelled(comm: aiocomm.Communicator, direct: bool) -> None:
     assert met(comm, "all_reduce") == before, "what has failed once is not used again"
 
 
-@WAYS
+@GOING
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all(direct: bool) -> None:
-    async with aiocomm.spawn(_cancelled, 2, direct, links="shm") as comm:
-        await _cancelled(comm, direct)
+async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all(going: tuple[str, str]) -> None:
+    async with aiocomm.spawn(_cancelled, 2, going, links="shm") as comm:
+        await _cancelled(comm, going)
 
 
-async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
-    """All have met; then the deadline of one passes, while another stands still."""
+async def _late(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
+    """The deadline of one passes while another stands still, once all have met."""
 
     async def be_late(flight: Any) -> None:
         if comm.rank == 0:
@@ -366,19 +443,19 @@ async def _late(comm: aiocomm.Communicator, direct: bool) -> None:
                 await flight._gate.wait()
 
     error = aiocomm.DeadlineExceeded if comm.rank == 0 else aiocomm.AiocommError
-    with pytest.raises(error, match="all_reduce"):
-        await _until_one_goes_on(comm, direct, be_late, or_waits=comm.rank == 0)
+    with pytest.raises(error, match=going[1]):
+        await _until_one_goes_on(comm, going, be_late, or_waits=comm.rank == 0)
     for _ in range(20):
         x = np.full(COUNT // 100, comm.rank)
         await comm.all_reduce(x)
         assert (x == sum(range(comm.size))).all()
 
 
-@WAYS
+@pytest.mark.parametrize("going", [(way, "all_reduce") for way in WAYS], ids="-".join, indirect=True)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_deadline_that_passes_in_a_call_ends_it_at_all(direct: bool) -> None:
-    async with aiocomm.spawn(_late, 2, direct, links="shm") as comm:
-        await _late(comm, direct)
+async def test_a_deadline_that_passes_in_a_call_ends_it_at_all(going: tuple[str, str]) -> None:
+    async with aiocomm.spawn(_late, 2, going, links="shm") as comm:
+        await _late(comm, going)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

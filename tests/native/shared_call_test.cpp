@@ -1,9 +1,11 @@
-// needs: core/arena.cpp core/cma.cpp core/copy.cpp core/direct_call.cpp core/reduce.cpp core/shared_call.cpp
+// needs: core/arena.cpp core/cma.cpp core/copy.cpp core/direct_call.cpp core/others_segments.cpp core/reduce.cpp
+// needs: core/segments.cpp core/shared_call.cpp core/shared_memory.cpp
 //
 // Collectives through an arena, as several ranks of one process: in any order of their steps every call ends, with what it
 // must, also where some ranks are in the next call already, by rings and from array to array. Whoever arrives, waits or
 // gives up: all say the same of a call. And who gives up has its arrays for itself.
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,11 +16,14 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <thread>
 #include <vector>
 
 #include "core/cma.hpp"
 #include "core/direct_call.hpp"
+#include "core/others_segments.hpp"
+#include "core/segments.hpp"
 #include "core/way_choice.hpp"
 #include "seeded.hpp"
 
@@ -53,7 +58,9 @@ struct Shape {
   std::vector<std::unique_ptr<SharedCall>> calls;
   std::vector<std::unique_ptr<DirectCall>> directs;
 
-  Shape(Kind kind, size_t ranks, size_t items, std::mt19937& random) : kind(kind), ranks(ranks) {
+  Shape(Kind kind, size_t ranks, size_t items, std::vector<std::unique_ptr<OthersSegments>>& segments,
+        std::mt19937& random)
+      : kind(kind), ranks(ranks) {
     root = random() % ranks;
     direct = kind != Kind::barrier && random() % 2;
     if (kind == Kind::barrier) items = 0;
@@ -68,7 +75,7 @@ struct Shape {
       const auto sum = find_reduction("u4", "sum");
       calls.push_back(std::make_unique<SharedCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum));
       directs.push_back(std::make_unique<DirectCall>(kind, rank, ranks, root, sizes, in_place[rank], 4, sum,
-                                                     std::vector<pid_t>(ranks, getpid())));
+                                                     std::vector<pid_t>(ranks, getpid()), *segments[rank]));
     }
   }
 
@@ -79,13 +86,41 @@ struct Shape {
   }
 };
 
+// Of this process alone, or in a shared segment.
+class Array {
+ public:
+  Array() = default;
+  Array(size_t items, bool shared) : own_(shared ? 0 : items) {
+    items_ = own_;
+    if (!shared) return;
+    segment_ = Segments::of_process().allocate(64 + 4 * items);
+    items_ = {reinterpret_cast<uint32_t*>(segment_->base + 64), items};
+  }
+  Array(Array&& other) noexcept = default;
+  Array& operator=(Array&& other) noexcept {
+    std::swap(own_, other.own_), std::swap(items_, other.items_), std::swap(segment_, other.segment_);
+    return *this;
+  }
+  ~Array() {
+    if (segment_) Segments::of_process().release(segment_->base);
+  }
+  std::span<uint32_t> items() const { return items_; }
+  std::byte* bytes() const { return reinterpret_cast<std::byte*>(items_.data()); }
+  bool shared() const { return segment_ != nullptr; }
+
+ private:
+  std::vector<uint32_t> own_;
+  std::shared_ptr<Segment> segment_;
+  std::span<uint32_t> items_;
+};
+
 struct Rank {
   size_t next = 0;  // call
   bool begun = false, met = false;
-  std::vector<uint32_t> in, out;
+  Array in, out;
 };
 
-void check(const Shape& shape, size_t call, size_t rank, const std::vector<uint32_t>& out) {
+void check(const Shape& shape, size_t call, size_t rank, std::span<const uint32_t> out) {
   const size_t per = shape.sizes[0] / 4;
   for (size_t i = 0; i < out.size(); ++i) {
     uint32_t must = 0;
@@ -111,13 +146,17 @@ void check(const Shape& shape, size_t call, size_t rank, const std::vector<uint3
 void history(size_t ranks) {
   std::mt19937 random(g_seed);
   auto all = arenas(ranks);
+  std::vector<std::unique_ptr<OthersSegments>> segments;
+  for (size_t rank = 0; rank < ranks; ++rank) segments.push_back(std::make_unique<OthersSegments>(ranks));
   constexpr size_t kCalls = 12;
+  const bool all_shared = random() % 2;
   std::vector<Shape> shapes;
   for (size_t call = 0; call < kCalls; ++call) {
     const size_t most = random() % 3   ? 3000
                         : random() % 4 ? 8192 * 24
                                        : 8192 * 64 * ranks;  // many chunks of either way
-    shapes.emplace_back(static_cast<Kind>(random() % 5), ranks, 1 + random() % (most / ranks), random);
+    shapes.emplace_back(static_cast<Kind>(random() % 5), ranks, 1 + random() % (most / ranks), segments,
+                        random);
   }
   std::vector<Rank> at(ranks);
   size_t ended = 0;
@@ -134,15 +173,17 @@ void history(size_t ranks) {
     if (!one.begun) {
       if (!arena.all_done(one.next ? one.next - 1 : 0)) continue;  // others may be in the call before
       const size_t given = shape.given(), out = call.out_bytes() / 4;
-      one.in.resize(given);
-      for (size_t i = 0; i < given; ++i) one.in[i] = value(one.next, rank, i);
-      one.out.assign(out, 0xdeadbeef);
+      if (one.in.items().size() != given || random() % 4 == 0)  // else the one of the call before
+        one.in = Array(given, all_shared || random() % 2);
+      if (one.out.items().size() != out || random() % 4 == 0)
+        one.out = Array(out, all_shared || random() % 2);
+      for (size_t i = 0; i < given; ++i) one.in.items()[i] = value(one.next, rank, i);
+      std::ranges::fill(one.out.items(), 0xdeadbeef);
       if (shape.kind == Kind::broadcast ? rank == shape.root : shape.in_place[rank])
-        std::copy(one.in.begin(), one.in.end(),
-                  one.out.begin() + (shape.kind == Kind::all_gather ? rank * given : 0));
+        std::ranges::copy(one.in.items(),
+                          one.out.items().begin() + (shape.kind == Kind::all_gather ? rank * given : 0));
       CHECK(call.in_bytes() == 0 || call.in_bytes() == 4 * given);
-      auto* in = reinterpret_cast<std::byte*>(one.in.data());
-      auto* into = reinterpret_cast<std::byte*>(one.out.data());
+      std::byte *in = one.in.bytes(), *into = one.out.bytes();
       if (rank == 0) arena.choose(one.next + 1, shape.direct ? Arena::Way::direct : Arena::Way::rings);
       call.begin(arena, one.next + 1, in, into);
       direct.begin(arena, one.next + 1, in, into);
@@ -164,7 +205,8 @@ void history(size_t ranks) {
     if (!over()) continue;
     idle = 0;
     arena.set_done(rank, one.next + 1);
-    check(shape, one.next, rank, one.out);
+    check(shape, one.next, rank, one.out.items());
+    CHECK(!by_arrays || !all_shared || !direct.attached());
     one.begun = one.met = false;
     if (++one.next == kCalls) ++ended;
   }
@@ -250,8 +292,9 @@ void claims() {
 void gone() {
   auto all = arenas(2);
   std::vector<uint32_t> x(100000, 7);
-  for (size_t rank = 0; rank < 2; ++rank) all[rank]->tell(rank, 1, {1 << 20, 1 << 20});
-  DirectCall call(Kind::broadcast, 1, 2, 0, {4 * x.size()}, false, 4, nullptr, {1 << 30, getpid()});
+  for (size_t rank = 0; rank < 2; ++rank) all[rank]->tell(rank, 1, {.given = 1 << 20, .out = 1 << 20});
+  OthersSegments segments(2);
+  DirectCall call(Kind::broadcast, 1, 2, 0, {4 * x.size()}, false, 4, nullptr, {1 << 30, getpid()}, segments);
   call.begin(*all[1], 1, nullptr, reinterpret_cast<std::byte*>(x.data()));
   CHECK(all[0]->arrive(1) == Meeting::open && all[1]->arrive(1) == Meeting::met);
   for (int turn = 0; turn < 3; ++turn) {
@@ -321,6 +364,44 @@ void failures() {
   CHECK(read_process(1 << 30, 8, &byte, 1) == ESRCH);
 }
 
+// Of another's segments what is in them is found, until they are freed and that is told; nothing else is.
+void segments() {
+  auto mapped = [](const void* at) {  // there, in this process
+    unsigned char page;
+    return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(at) / 4096 * 4096), 1, &page) == 0;
+  };
+  Segments& own = Segments::of_process();
+  auto segment = own.allocate(3 << 20);
+  const auto base = reinterpret_cast<uint64_t>(segment->base);
+  const Arena::Holder holder{segment->id, segment->fd, base, segment->nbytes};
+  OthersSegments others(2);
+  CHECK(!others.find(1, getpid(), {}, base, 1));
+  std::byte* there = others.find(1, getpid(), holder, base + 5, 100);
+  CHECK(there && there != segment->base + 5 && mapped(there));
+  segment->base[5] = std::byte{42};
+  CHECK(there[0] == std::byte{42} && others.find(1, getpid(), holder, base, 1) == there - 5);
+  CHECK(others.find(1, getpid(), holder, base, segment->nbytes) == there - 5);
+  CHECK(!others.find(1, getpid(), holder, base, segment->nbytes + 1));
+  CHECK(!others.find(1, getpid(), holder, base + segment->nbytes + 1, 0));
+  CHECK(!others.find(1, getpid(), holder, base - 1, 1) && !others.find(1, getpid(), holder, base + 1, ~0ull));
+  // What is said to be there is not: no descriptor, a smaller one, one that may shrink, and no process.
+  CHECK(!others.find(1, getpid(), {1001, 99999, base, 4096}, base, 1));
+  CHECK(!others.find(1, getpid(), {1002, segment->fd, base, uint64_t{1} << 40}, base, 1));
+  CHECK(!others.find(1, getpid(), {1003, segment->fd, base, ~0ull}, base, 1));
+  const int other = memfd_create("may shrink", MFD_CLOEXEC);
+  CHECK(other >= 0 && ftruncate(other, 1 << 20) == 0);
+  CHECK(!others.find(1, getpid(), {1004, other, base, 4096}, base, 1));
+  close(other);
+  CHECK(!others.find(0, 1 << 30, holder, base, 1));
+  others.forget_freed(1, 7);  // something else
+  CHECK(mapped(there));
+  own.release(segment->base);
+  others.forget_freed(1, 7);
+  CHECK(mapped(there));  // it is not said yet that something was freed
+  others.forget_freed(1, 8);
+  CHECK(!mapped(there));
+}
+
 void choices() {
   WayChoice choice;
   std::vector<size_t> tried;
@@ -352,6 +433,7 @@ int main() {
   bells();
   gone();
   failures();
+  segments();
   choices();
   for (g_seed = 1; g_seed <= 40; ++g_seed) history(2 + g_seed % 5);
   for (g_seed = 41; g_seed <= 44; ++g_seed) history(16);

@@ -52,10 +52,11 @@ def sanitize(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _needs(source: Path) -> list[Path]:
-    """The sources named in a line `// needs: core/link.cpp links/tcp/*.cpp`; else all but the bindings."""
-    for line in source.read_text().splitlines()[:10]:
-        if line.startswith("// needs:"):
-            return sorted(path for pattern in line.split()[2:] for path in NATIVE.glob(pattern))
+    """The sources named in lines `// needs: core/link.cpp links/tcp/*.cpp`; else all but the bindings."""
+    lines = [line for line in source.read_text().splitlines()[:10] if line.startswith("// needs:")]
+    if lines:
+        patterns = [pattern for line in lines for pattern in line.split()[2:]]
+        return sorted(path for pattern in patterns for path in NATIVE.glob(pattern))
     return sorted([*NATIVE.glob("core/*.cpp"), *NATIVE.glob("links/*/*.cpp")])
 
 

@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include "core/cma.hpp"
 #include "core/copy.hpp"
 #include "core/segments.hpp"
+#include "core/shared_memory.hpp"
 
 namespace aiocomm::shm {
 
@@ -35,14 +35,6 @@ uint64_t probe_word =
 void close_all(std::vector<int>& fds) {
   for (int fd : fds) ::close(fd);
   fds.clear();
-}
-
-// Whether shared memory has that size, and cannot lose it: touching what a peer has cut off would be our end.
-bool keeps_size(int fd, uint64_t nbytes) {
-  struct stat info;
-  int seals = fcntl(fd, F_GET_SEALS);
-  return seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &info) == 0 &&
-         static_cast<uint64_t>(info.st_size) >= nbytes;
 }
 
 bool send_with_fds(int socket, const void* data, size_t nbytes, const int* fds, int count) {
