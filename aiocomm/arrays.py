@@ -32,7 +32,9 @@ def empty(shape: int | tuple[int, ...], dtype: DTypeLike = ...) -> NDArray[Any]:
 
 
 def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-    """Make an uninitialised array in shared memory, which peers on this host read with a single copy.
+    """Make an uninitialised array in shared memory.
+
+    Peers on this host read it with a single copy, and collectives there write it so, too, without the kernel.
 
     Args:
         shape: as for `numpy.empty`.
