@@ -80,9 +80,11 @@ void DeviceCall::combine(uint64_t function, int device, uint32_t blocks, uint32_
   combining_ = {function, device, blocks, threads, static_cast<uint32_t>(item_), divide_by};
 }
 
-bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into) {
+bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into, uint64_t waited) {
   if (!lent.owner.is_valid()) return true;
-  if (!(into.gpu = bind_device(mover, lent.view))) {
+  DeviceView view = lent.view;
+  if (view.stream == waited) view.stream = Mover::kNoStream;
+  if (!(into.gpu = bind_device(mover, view))) {
     PyErr_Clear();  // the call as it is made the first time says what is wrong
     return false;
   }
@@ -95,7 +97,10 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   if (running_ || number < resumes_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
   Mover* mover = e.engine->mover();
   std::array<Bound, 2> arrays;
-  if (!mover || !bind(*mover, given, arrays[kIn]) || !bind(*mover, out, arrays[kOut])) return kNotMet;
+  if (!mover || !bind(*mover, given, arrays[kIn], Mover::kNoStream)) return kNotMet;
+  // What both are on is asked about, and waited for, once: each time costs the driver a microsecond.
+  const uint64_t waited = arrays[kIn].gpu ? given.view.stream : Mover::kNoStream;
+  if (!bind(*mover, out, arrays[kOut], waited)) return kNotMet;
   for (size_t i = 0; i < arrays.size(); ++i)
     if (arrays[i].nbytes != needs_[i] || arrays[i].address % item_) return kNotMet;
   const Bound &in = arrays[kIn], &into = arrays[kOut];

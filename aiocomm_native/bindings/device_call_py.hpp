@@ -109,7 +109,8 @@ class DeviceCall {
   bool running_ = false, open_ = false, entered_ = false, trouble_ = false, voted_down_ = false,
        looked_ = false;
   uint64_t number_ = 0, words_ = 0;  // of the call, and of those that have words
-  static bool bind(Mover& mover, const DeviceLent& lent, Bound& into);
+  // `waited`: a stream that the call waits for in any case.
+  static bool bind(Mover& mover, const DeviceLent& lent, Bound& into, uint64_t waited);
   std::array<Bound, 2> arrays_;
   nb::object keeps_;
   std::vector<Arena::Places> places_;

@@ -137,23 +137,34 @@ class DeviceView:
         self.__cuda_array_interface__ = interface | {"typestr": "<i4", "shape": shape}
 
 
+@pytest.mark.parametrize("named", ["by argument", "by both arrays", "by what is given", "by out"])
 @pytest.mark.parametrize("count", [8, 100_000])
-async def test_a_repeat_waits_for_its_stream(gpu: Driver, count: int) -> None:
+async def test_a_repeat_waits_for_its_stream(gpu: Driver, count: int, named: str) -> None:
     async with world(2, links=LINKS, warmup=True) as comms:
         streams = [Stream(rank % driver().count) for rank in range(2)]
         arrays = [on_gpu(rank, np.zeros(count, np.uint8)) for rank in range(2)]
         outs = [on_gpu(rank, np.zeros(2 * count, np.uint8)) for rank in range(2)]
         ended: list[int] = []
 
+        for rank, stream in enumerate(streams):
+            idle = Stream(rank % driver().count).handle
+            arrays[rank].stream = idle if named == "by out" else stream.handle
+            outs[rank].stream = idle if named == "by what is given" else stream.handle
+
         async def call(comm: aiocomm.Communicator) -> None:
-            await comm.all_gather(outs[comm.rank], arrays[comm.rank], stream=streams[comm.rank])
+            stream = streams[comm.rank] if named == "by argument" else None
+            await comm.all_gather(outs[comm.rank], arrays[comm.rank], stream=stream)
             ended.append(comm.rank)
 
         await all_call(comms, call)
         ended.clear()
+        if named == "by out":
+            for rank, stream in enumerate(streams):
+                stream.fill(arrays[rank], rank + 1)
+                stream.synchronize()
         gates = [stream.gate() for stream in streams]
-        for rank, stream in enumerate(streams):
-            stream.fill(arrays[rank], rank + 1)
+        for rank, stream in enumerate(streams):  # which would undo what comes too early
+            stream.fill(*((outs[rank], 0) if named == "by out" else (arrays[rank], rank + 1)))
         await held_up(comms, call, gates, ended)
         for out in outs:
             assert np.array_equal(out.numpy(), np.repeat(np.array([1, 2], np.uint8), count))
