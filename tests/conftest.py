@@ -62,7 +62,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What takes long once, before the first test: building the simulated driver, or making real contexts."""
+    """What takes long once, before the first test: building the simulated driver, or making real contexts.
+
+    And what has been collected stays: thousands of items would be gone through each time that garbage is
+    looked for, which tests do that count what is left.
+    """
+    gc.collect()
+    gc.freeze()
     wanted = {"gpu", "simulated_library"}
     if not any(wanted & set(getattr(item, "fixturenames", ())) for item in session.items):
         return

@@ -13,11 +13,12 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+import anyio
 import numpy as np
 import pytest
 from fault.fuzzing import resident, seeds
 from fault.rawpeer import CONTROL_BYTES, HELLO, MAGIC, Frame, Kind, RawPeer, default_channel, memfd
-from harness import held, reach_each_other, until, world
+from harness import LIMIT_S, held, reach_each_other, until, world
 
 import aiocomm
 from aiocomm.types import Peer
@@ -55,10 +56,11 @@ def bound(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 async def pair(bound: int) -> AsyncIterator[Pair]:
     async with world(2, warmup=True) as (a, b):
+        await reach_each_other((a, b))  # either side has all of the pair by then
         before, memory = held(), resident()
         yield a, b
-        after = held()
-        assert after["descriptors"] <= before["descriptors"]
+        with anyio.fail_after(LIMIT_S):  # the engine's thread closes them
+            await until(lambda: held()["descriptors"] <= before["descriptors"])
         assert resident() - memory < bound
 
 

@@ -33,6 +33,7 @@ CHANNEL = default_channel()
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     async with world(2, warmup=True) as (a, b):
+        await others_go_on((a, b))  # either side has all of the pair by then
         before = held()
         yield a, b
         # By the engine's thread and the control thread, in their time.
