@@ -24,7 +24,7 @@ def on_gpu(rank: int, values: Array, **how: Any) -> DeviceArray:
 
 def block(rank: int, turn: int, count: int) -> Array:
     """What a rank gives."""
-    return np.random.default_rng((rank, turn)).integers(0, 256, count).astype("u1")
+    return np.random.default_rng((rank, turn)).integers(0, 256, count, np.uint8)
 
 
 def gathered(size: int, turn: int, count: int) -> Array:

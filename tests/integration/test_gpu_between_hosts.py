@@ -76,7 +76,7 @@ async def test_pages_of_all_forms(link: str, local: str, remote: str) -> None:
     async with members(link, 2) as (a, b):
         for _ in range(12):
             heads, tokens, ratio = (int(n) for n in rng.integers(1, (5, 4, 3)))
-            source = rng.integers(1, 255, (10, tokens * ratio, heads + 2, 16)).astype(np.uint8)
+            source = rng.integers(1, 255, (10, tokens * ratio, heads + 2, 16), np.uint8)
             first = int(rng.integers(0, 3))
             give = rng.permutation(10)[: int(rng.integers(1, 10))]
             take = rng.permutation(30)[: len(give) * ratio]
@@ -137,7 +137,9 @@ async def test_experts(link: str, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("count", [5, (1 << 20) + 3])
 async def test_collectives(link: str, size: int, count: int) -> None:
-    blocks = [np.random.default_rng(rank).integers(1, 4, count).astype(np.float32) for rank in range(size)]
+    blocks = [
+        np.random.default_rng(rank).integers(1, 4, count, np.uint8).astype(np.float32) for rank in range(size)
+    ]
     total = np.sum(blocks, axis=0)
     async with members(link, size) as comms:
 
@@ -175,7 +177,8 @@ async def test_groups_on_several_hosts_go_by_host(
             rank = comm.rank
             for count in (3, 300_001):
                 blocks = [
-                    np.random.default_rng(r).integers(1, 4, 4 * count).astype(np.float32) for r in range(4)
+                    np.random.default_rng(r).integers(1, 4, 4 * count, np.uint8).astype(np.float32)
+                    for r in range(4)
                 ]
                 total = np.sum(blocks, axis=0)
                 mine = on_gpu(rank, blocks[rank])

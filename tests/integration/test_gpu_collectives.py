@@ -28,7 +28,7 @@ async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[li
 
 
 def block(rank: int, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng((seed, rank)).integers(0, 1 << 15, count).astype(np.int16)
+    return np.random.default_rng((seed, rank)).integers(0, 1 << 15, count, np.int16)
 
 
 def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:

@@ -44,7 +44,7 @@ def on_gpu(array: np.ndarray[Any, Any], device: int = 0) -> DeviceArray:
 
 
 def blocks(count: int, nbytes: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(1, 255, (count, nbytes)).astype(np.uint8)
+    return np.random.default_rng(seed).integers(1, 255, (count, nbytes), np.uint8)
 
 
 def order(count: int, of: int, seed: int) -> Any:
@@ -77,7 +77,7 @@ async def test_one_launch_for_what_has_no_stride(simulator: Simulator, pair: Pai
     names = ("cuLaunchKernel", "cuMemcpyBatchAsync", "cuMemcpy2DAsync")
     data = blocks(3000, 256)
     ours, target = aiocomm.Pages(on_gpu(data)), on_gpu(np.zeros_like(data), 1)
-    layers = np.random.default_rng(0).integers(1, 255, (20, 12, 128)).astype(np.uint8)
+    layers = np.random.default_rng(0).integers(1, 255, (20, 12, 128), np.uint8)
     strided, other = on_gpu(layers), on_gpu(np.zeros_like(layers), 1)
     give, take = order(2500, 3000, 1), order(2500, 3000, 2)
 
@@ -149,7 +149,7 @@ async def test_between_processes(gpu: Driver, anyio_backend_name: str) -> None:
 
         if simulates:
             kernels.compiled = lambda source, architecture: source.encode() + b"\0"
-        data = np.random.default_rng(0).integers(1, 255, (400, 3000)).astype(np.uint8)
+        data = np.random.default_rng(0).integers(1, 255, (400, 3000), np.uint8)
         give, take = (np.random.default_rng(seed).permutation(400)[:300] for seed in (1, 2))
         mine = DeviceArray(data.shape, np.uint8, device=comm.rank % driver().count)
         mine.write(np.zeros_like(data) if comm.rank else data)
@@ -208,7 +208,7 @@ def test_the_gather_kernel_copies_every_byte_of_every_row(tmp_path: Path) -> Non
     library = as_library(gather.SOURCE, run, tmp_path)
     rng = np.random.default_rng(0)
     for blocks_, threads in ((1, 32), (3, 64), (8, 512)):
-        source = rng.integers(0, 255, 1 << 20).astype(np.uint8)
+        source = rng.integers(0, 255, 1 << 20, np.uint8)
         target = np.zeros_like(source)
         expected = np.zeros_like(source)
         rows, at = [], 0

@@ -42,7 +42,7 @@ def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:
 
 def block(rank: int, turn: int, count: int, dtype: str = "f4") -> np.ndarray[Any, Any]:
     """Small whole numbers, whose sums are exact."""
-    return np.random.default_rng((rank, turn)).integers(1, 9, count).astype(dtype)
+    return np.random.default_rng((rank, turn)).integers(1, 9, count, np.uint8).astype(dtype)
 
 
 def total(size: int, turn: int, count: int, dtype: str = "f4") -> np.ndarray[Any, Any]:
@@ -85,7 +85,9 @@ async def test_repeats(comms: list[aiocomm.Communicator], count: int) -> None:
 @pytest.mark.usefixtures("patient")
 async def test_operators_dtypes_and_places(gpu: Driver, dtype: str, op: str, offset: int) -> None:
     async with world(3, links=LINKS, warmup=True) as comms:
-        blocks = [np.random.default_rng(rank).integers(1, 4, 1001).astype(dtype) for rank in range(3)]
+        blocks = [
+            np.random.default_rng(rank).integers(1, 4, 1001, np.uint8).astype(dtype) for rank in range(3)
+        ]
         ufunc = {"prod": np.multiply, "min": np.minimum, "max": np.maximum}.get(op, np.add)
         expected = ufunc.reduce(np.stack(blocks), dtype=np.dtype(dtype))
         if op == "mean":

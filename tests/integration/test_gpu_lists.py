@@ -57,7 +57,7 @@ def some(seed: int, count: int = PAGES // 2) -> np.ndarray[Any, Any]:
 
 
 def random_pages(nbytes: int, pages: int = PAGES) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0).integers(1, 255, (pages, nbytes)).astype(np.uint8)
+    return np.random.default_rng(0).integers(1, 255, (pages, nbytes), np.uint8)
 
 
 def messages(*comms: aiocomm.Communicator) -> int:

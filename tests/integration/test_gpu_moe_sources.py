@@ -33,14 +33,14 @@ def test_the_source_that_moves_rows(tmp_path: Path) -> None:
     library = as_library(sources.MOVE_SOURCE, run, tmp_path)
     rng = np.random.default_rng(0)
     for width, blocks, threads in ((16, 1, 32), (10_000, 3, 64), (7, 2, 512), (4096, 2, 64)):
-        given = [rng.integers(0, 255, (20, width)).astype(np.uint8) for _ in range(3)]
+        given = [rng.integers(0, 255, (20, width), np.uint8) for _ in range(3)]
         count = 50
         table = np.zeros((count, 4), np.uint32)
         table[:, 0], table[:, 1] = rng.integers(0, 3, count), rng.integers(0, 20, count)
         table[:, 2] = rng.permutation(count)
         target, plain = np.zeros((count, width), np.uint8), [np.zeros(5001, np.uint8) for _ in range(2)]
         base = [one.ctypes.data for one in given] + [0] * (sources.MOST_RANKS - 3)
-        more = rng.integers(0, 255, 5001).astype(np.uint8)
+        more = rng.integers(0, 255, 5001, np.uint8)
         runs = [plain[0].ctypes.data, more.ctypes.data, 5001, plain[1].ctypes.data, more.ctypes.data, 16]
         rest = [target.ctypes.data, table.ctypes.data, count, width, *runs, *([0] * 6)]
         argument = np.array([*base, *rest], np.uint64).tobytes()

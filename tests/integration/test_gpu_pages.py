@@ -87,7 +87,7 @@ async def test_random_views(pair: Pair, local: str, remote: str) -> None:
     for _ in range(20):
         heads, tokens = int(rng.integers(1, 5)), int(rng.integers(1, 4))
         ratio = int(rng.integers(1, 3))
-        source = rng.integers(1, 255, (10, tokens * ratio, heads + 2, 16)).astype(np.uint8)
+        source = rng.integers(1, 255, (10, tokens * ratio, heads + 2, 16), np.uint8)
         target = np.zeros((30, tokens, heads, 16), np.uint8)
         first = int(rng.integers(0, 3))
         give = rng.permutation(10)[: int(rng.integers(1, 10))]
@@ -113,7 +113,7 @@ async def test_equal_strides_are_one_copy(simulator: Simulator, pair: Pair) -> N
     """One page of all layers, K and V, is one 2-D copy: no batch, no single copies."""
     a, b = pair
     shape = (8, 2, PAGES, 512)  # layers, K and V, pages
-    data = np.random.default_rng(0).integers(1, 255, shape).astype(np.uint8)
+    data = np.random.default_rng(0).integers(1, 255, shape, np.uint8)
     ours = aiocomm.Pages(DeviceArray(shape).write(data), page_axis=2)
     theirs = aiocomm.Pages(DeviceArray(shape, device=1).write(np.zeros(shape, np.uint8)), page_axis=2)
     calls = ("cuMemcpy2DAsync", "cuMemcpyBatchAsync", "cuMemcpyAsync")
@@ -132,7 +132,7 @@ async def test_equal_strides_are_one_copy(simulator: Simulator, pair: Pair) -> N
 
 async def test_scattered_pages_are_batches(simulator: Simulator, pair: Pair) -> None:
     a, b = pair
-    data = [np.random.default_rng(0).integers(1, 255, (3000, 256)).astype(np.uint8)]
+    data = [np.random.default_rng(0).integers(1, 255, (3000, 256), np.uint8)]
     ours, theirs = on("gpu", data), on("gpu", [np.zeros_like(data[0])], 1)
     give, take = (np.random.default_rng(seed).permutation(3000)[:2500] for seed in (1, 2))
     async with await b.lease_pages(theirs) as lease:
@@ -152,7 +152,7 @@ async def test_scattered_pages_are_batches(simulator: Simulator, pair: Pair) -> 
 @pytest.mark.parametrize("count", [300, 5000])  # by one thread, and by several
 async def test_a_failing_copy_ends_the_call(simulator: Simulator, pair: Pair, count: int) -> None:
     a, b = pair
-    data = [np.random.default_rng(0).integers(1, 255, (count, 256)).astype(np.uint8)]
+    data = [np.random.default_rng(0).integers(1, 255, (count, 256), np.uint8)]
     ours, theirs = on("gpu", data), on("gpu", [np.zeros_like(data[0])], 1)
     give = np.random.default_rng(1).permutation(count)
     lease = await b.lease_pages(theirs)
@@ -250,7 +250,7 @@ async def test_a_cancelled_put_leaves_nothing_under_way(pair: Pair) -> None:
 async def test_cancelled_in_the_middle(simulator: Simulator, pair: Pair, kind: str) -> None:
     """The call ends, and the lease, only when the engine has let go of what it was at."""
     a, b = pair
-    data = [np.random.default_rng(0).integers(1, 255, (300, 4096)).astype(np.uint8)]
+    data = [np.random.default_rng(0).integers(1, 255, (300, 4096), np.uint8)]
     ours, theirs = on("gpu", data), on("gpu", [np.zeros_like(data[0])], 1)
     give = np.random.default_rng(1).permutation(300)
     lease = await b.lease_pages(theirs)
@@ -340,7 +340,7 @@ async def test_between_two_processes(gpu: Driver, kind: Kind) -> None:
             await comm.recv(bytearray(1), 0)
 
     async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
-        data = np.random.default_rng(0).integers(1, 255, shape).astype(np.uint8)
+        data = np.random.default_rng(0).integers(1, 255, shape, np.uint8)
         remote = comm.remote_pages((await comm.recv_array(1)).tobytes())
         ours = aiocomm.Pages(DeviceArray(shape, kind=kind).write(data))
         give, take = (np.random.default_rng(seed).permutation(40) for seed in (1, 2))

@@ -47,7 +47,7 @@ async def comms(request: pytest.FixtureRequest, gpu: Driver) -> AsyncIterator[li
 
 def block(rank: int, count: int, dtype: str = "f4") -> np.ndarray[Any, Any]:
     """Small whole numbers, whose sums and products of four are exact in every dtype."""
-    return np.random.default_rng(rank).integers(1, 4, count).astype(dtype)
+    return np.random.default_rng(rank).integers(1, 4, count, np.uint8).astype(dtype)
 
 
 def on_gpu(rank: int, values: np.ndarray[Any, Any], **how: Any) -> DeviceArray:

@@ -61,7 +61,7 @@ def empty(rank: int, count: int) -> DeviceArray:
 
 
 def block(rank: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng((rank, turn)).integers(0, 1 << 30, count).astype(np.int32)
+    return np.random.default_rng((rank, turn)).integers(0, 1 << 30, count, np.int32)
 
 
 @pytest.mark.parametrize("count", [3, 100_000])

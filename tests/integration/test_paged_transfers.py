@@ -55,7 +55,7 @@ async def test_many_scattered_pages(link: str, nbytes: int) -> None:
     async with world(2, links=(link,) if link != "self" else ("shm",), warmup=True) as comms:
         a, b = comms if link != "self" else (comms[0], comms[0])
         count = 2000 if nbytes < 10_000 else 200
-        data = rng.integers(1, 255, (2 * count, nbytes)).astype(np.uint8)
+        data = rng.integers(1, 255, (2 * count, nbytes), np.uint8)
         ours, theirs = aiocomm.Pages(data), aiocomm.Pages(np.zeros_like(data))
         lease = await b.lease_pages(theirs)
         remote = a.remote_pages(lease.handle)
@@ -90,7 +90,7 @@ async def test_many_scattered_pages(link: str, nbytes: int) -> None:
 
 async def test_small_and_large_ranges_mixed(pair: Pair) -> None:
     a, b = pair
-    data = np.random.default_rng(0).integers(1, 255, (3000, 1000)).astype(np.uint8)
+    data = np.random.default_rng(0).integers(1, 255, (3000, 1000), np.uint8)
     ours, theirs = aiocomm.Pages(data), aiocomm.Pages(np.zeros_like(data))
     remote = a.remote_pages((await b.lease_pages(theirs)).handle)
     # Single pages, stretches of 20 and 100 that are contiguous at the peer, and some that are so here, too.

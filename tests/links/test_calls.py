@@ -21,7 +21,9 @@ EXPERTS = 9
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("count", [5, 300_007])
 async def test_collectives(variant: Variant, size: int, count: int) -> None:
-    blocks = [np.random.default_rng(rank).integers(1, 9, count).astype(np.float32) for rank in range(size)]
+    blocks = [
+        np.random.default_rng(rank).integers(1, 9, count, np.uint8).astype(np.float32) for rank in range(size)
+    ]
 
     async def call(comm: aiocomm.Communicator) -> None:
         mine, out = variant.array(count, np.float32), variant.array(size * count, np.float32)

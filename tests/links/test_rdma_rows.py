@@ -42,7 +42,7 @@ async def pair(adapters: Adapters) -> AsyncIterator[Pair]:
 
 
 def blocks(count: int, nbytes: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(1, 255, (count, nbytes)).astype(np.uint8)
+    return np.random.default_rng(seed).integers(1, 255, (count, nbytes), np.uint8)
 
 
 def some(count: int, of: int, seed: int) -> np.ndarray[Any, Any]:

@@ -188,7 +188,7 @@ def test_hosts_of_any_size_get_the_right_bytes_in_any_order(operation: str, data
 
 
 @pytest.mark.parametrize("operation", BETWEEN_HOSTS)
-@pytest.mark.parametrize("counts", [(8, 8), (16, 16, 16, 16), (1, 2, 5), (32, 32), (1,) * 9 + (4,)])
+@pytest.mark.parametrize("counts", [(8, 8), (8, 8, 8, 8), (1, 2, 5), (16, 16), (1,) * 9 + (4,)])
 def test_what_a_host_needs_crosses_the_network_once(operation: str, counts: tuple[int, ...]) -> None:
     hosts = tuple(host for host, n in enumerate(counts) for _ in range(n))
     size, block = len(hosts), 64
