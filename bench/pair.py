@@ -51,7 +51,7 @@ class Pair:
         size: int = 2,
     ) -> None:
         self._size = size
-        self._folder = Path(tempfile.mkdtemp(prefix="aiocomm-bench-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="bench-aiocomm-"))
         child = [
             sys.executable,
             "-P",  # a checkout's own package, if that is the working folder, has no extension module

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import hypothesis
 import pytest
+from fakes import adapters, simulated
 from fakes import gpu as gpus
-from fakes import simulated
 from harness import BACKENDS, LIMIT_S, Child, world
 
 from aiocomm.collectives import kernels
@@ -38,6 +38,36 @@ hypothesis.settings.register_profile(
     "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("project")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of `pytest`: two for all tests, none besides this one for those that are named.
+
+    Much of the time goes to children and to waiting, so that one process leaves a core idle. On GPUs there is
+    one: two would share their memory. The simulated drivers are built here, once, before there are several.
+    """
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not everything or len(os.sched_getaffinity(0)) < 2 or simulated.choose() is None:
+        return 0
+    if adapters.HEADERS:
+        adapters.build()
+    return 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes the longest files start first: the virtual machine, and what is compiled."""
+    if hasattr(config, "workerinput"):
+        first = ("test_rdma_vm.py", "test_native.py")
+        items.sort(key=lambda item: item.path.name not in first)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell what went on inside the virtual machine, since it counts as one test."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, told in report.user_properties:
+                if name == "guest" and report.when == "call":
+                    terminalreporter.write_line(told)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -437,7 +437,7 @@ Texts make_certificates() {
       "openssl req $n -subj /CN=peer -keyout $ca.peer.key -out $ca.csr; "
       "openssl x509 -req -in $ca.csr -CA $ca.pem -CAkey $ca.key -CAcreateserial -days 2 -out $ca.peer.pem; "
       "done";
-  char folder[] = "/tmp/aiocomm-tls-XXXXXX";
+  char folder[] = "/tmp/tls-aiocomm-XXXXXX";
   CHECK(mkdtemp(folder) && chdir(folder) == 0);
   const bool made = std::system(("exec 2>/dev/null >/dev/null; " + std::string(commands)).c_str()) == 0;
   std::atexit([] { std::filesystem::remove_all(std::filesystem::current_path()); });

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-NEEDED = ("aiocomm", "pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "trio", "uvloop", "anyio")
+NEEDED = (
+    *("aiocomm", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"),
+    *("hypothesis", "trio", "uvloop", "anyio"),
+)
 """Distributions, and what these depend on."""
 
 _LEFT_OUT = (

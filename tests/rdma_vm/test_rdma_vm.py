@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import initramfs
 import selection
 import vm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 REQUIRED = os.environ.get("AIOCOMM_REQUIRE_RDMA_VM", "") not in ("", "0")
 inside = pytest.mark.skipif(bool(os.environ.get("AIOCOMM_RDMA_GUEST")), reason="this is the guest")
@@ -40,7 +44,7 @@ def read_junit(path: Path) -> tuple[Counter[str], list[str], list[str]]:
 
 @inside
 @pytest.mark.timeout(selection.LIMIT_S + vm.BOOT_S + 30)
-def test_what_needs_rdma_devices(tmp_path: Path, record_guest: dict[str, str]) -> None:
+def test_what_needs_rdma_devices(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     lacks = vm.missing()
     if lacks:
         text = f"RDMA tests need a virtual machine; missing: {', '.join(lacks)}. {vm.advice(lacks)}"
@@ -52,7 +56,7 @@ def test_what_needs_rdma_devices(tmp_path: Path, record_guest: dict[str, str]) -
         pytest.fail(outcome.explained(), pytrace=False)
     counts, failed, skipped = read_junit(outcome.junit)
     told = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-    record_guest["summary"] = f"{told} in the RDMA guest, {outcome.wall_s:.0f} s with its boot"
+    record_property("guest", f"{told} in the RDMA guest, {outcome.wall_s:.0f} s with its boot")
     if outcome.status or failed:
         names = "\n".join(failed)
         pytest.fail(f"{told} inside\n{names}\n{outcome.explained()}", pytrace=False)
