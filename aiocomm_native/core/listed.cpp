@@ -1,78 +1,74 @@
 #include "core/listed.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 namespace aiocomm {
 
-namespace {
-
-struct Range {
-  uint64_t offset, nbytes;
-};
-
-size_t count_of(std::span<const std::byte> list) { return list.size() / sizeof(Range); }
-
-Range range_of(std::span<const std::byte> list, size_t i) {
-  Range range;
-  std::memcpy(&range, list.data() + i * sizeof range, sizeof range);
-  return range;
+Ranges::Ranges(std::span<const std::byte> list) : ranges_(list.size() / sizeof(Range)) {
+  if (!ranges_.empty()) std::memcpy(ranges_.data(), list.data(), ranges_.size() * sizeof(Range));
 }
 
-bool all_inside(std::span<const std::byte> list, uint64_t nbytes) {
-  for (size_t i = 0; i < count_of(list); ++i) {
-    const Range range = range_of(list, i);
-    if (range.offset > nbytes || range.nbytes > nbytes - range.offset) return false;
+std::optional<Ranges> Ranges::taken(std::span<const std::byte> list) {
+  if (list.size() % sizeof(Range)) return {};
+  Ranges ranges(list);
+  for (const Range& range : ranges.ranges_) {
+    if (range.nbytes > kMostListed) return {};  // so that no sum overflows
+    ranges.nbytes_ += range.nbytes;
   }
-  return true;
+  return ranges;
 }
 
-}  // namespace
+bool Ranges::all_inside(uint64_t nbytes) const {
+  return std::all_of(ranges_.begin(), ranges_.end(), [&](const Range& range) {
+    return range.offset <= nbytes && range.nbytes <= nbytes - range.offset;
+  });
+}
 
 std::optional<uint64_t> listed_bytes(std::span<const std::byte> list) {
-  if (list.size() % sizeof(Range)) return {};
-  uint64_t total = 0;
-  for (size_t i = 0; i < count_of(list); ++i) {
-    const uint64_t nbytes = range_of(list, i).nbytes;
-    if (nbytes > kMostListed) return {};  // so that no sum overflows
-    total += nbytes;
-  }
-  return total;
+  const auto ranges = Ranges::taken(list);
+  return ranges ? std::optional(ranges->nbytes()) : std::nullopt;
 }
 
 namespace {
 
-// The list of a put's message; what it carries begins behind it. None: it makes no sense for memory of so many bytes.
-std::optional<std::span<const std::byte>> list_of(std::span<const std::byte> message, uint64_t nbytes) {
+// A put's message.
+struct Message {
+  Ranges ranges;
+  uint64_t begins;  // what it carries, behind the list
+};
+
+// None: it makes no sense for memory of so many bytes.
+std::optional<Message> message_of(std::span<const std::byte> message, uint64_t nbytes) {
   uint64_t count = 0;
   if (message.size() < sizeof count) return {};
   std::memcpy(&count, message.data(), sizeof count);
-  message = message.subspan(sizeof count);
-  if (count > message.size() / sizeof(Range)) return {};
-  const auto list = message.first(count * sizeof(Range));
-  if (listed_bytes(list) != message.size() - list.size() || !all_inside(list, nbytes)) return {};
-  return list;
+  const auto behind = message.subspan(sizeof count);
+  if (count > behind.size() / sizeof(Range)) return {};
+  auto ranges = Ranges::taken(behind.first(count * sizeof(Range)));
+  const uint64_t begins = sizeof count + count * sizeof(Range);
+  if (!ranges || ranges->nbytes() != message.size() - begins || !ranges->all_inside(nbytes)) return {};
+  return Message{std::move(*ranges), begins};
 }
 
 }  // namespace
 
 Code spread(std::span<const std::byte> message, std::span<std::byte> memory) {
-  const auto list = list_of(message, memory.size());
-  if (!list) return Code::out_of_range;
-  const std::byte* from = list->data() + list->size();
-  for (size_t i = 0; i < count_of(*list); ++i) {
-    const Range range = range_of(*list, i);
-    std::memcpy(memory.data() + range.offset, from, range.nbytes);
+  const auto whole = message_of(message, memory.size());
+  if (!whole) return Code::out_of_range;
+  const std::byte* from = message.data() + whole->begins;
+  for (const Range& range : whole->ranges) {
+    if (range.nbytes) std::memcpy(memory.data() + range.offset, from, range.nbytes);
     from += range.nbytes;
   }
   return Code::ok;
 }
 
-Code collect(std::span<const std::byte> list, std::span<const std::byte> memory, std::byte* into) {
-  if (!all_inside(list, memory.size())) return Code::out_of_range;
-  for (size_t i = 0; i < count_of(list); ++i) {
-    const Range range = range_of(list, i);
-    std::memcpy(into, memory.data() + range.offset, range.nbytes);
+Code collect(const Ranges& ranges, std::span<const std::byte> memory, std::byte* into) {
+  if (!ranges.all_inside(memory.size())) return Code::out_of_range;
+  for (const Range& range : ranges) {
+    if (range.nbytes) std::memcpy(into, memory.data() + range.offset, range.nbytes);
     into += range.nbytes;
   }
   return Code::ok;
@@ -109,23 +105,17 @@ std::shared_ptr<const RowList> Packing::take() {
 }
 
 std::shared_ptr<const RowList> rows_to_spread(std::span<const std::byte> message, uint64_t nbytes) {
-  const auto list = list_of(message, nbytes);
-  if (!list) return nullptr;
-  Packing packing(false, static_cast<uint64_t>(list->data() + list->size() - message.data()));
-  for (size_t i = 0; i < count_of(*list); ++i) {
-    const Range range = range_of(*list, i);
-    packing.add(range.offset, range.nbytes);
-  }
+  const auto whole = message_of(message, nbytes);
+  if (!whole) return nullptr;
+  Packing packing(false, whole->begins);
+  for (const Range& range : whole->ranges) packing.add(range.offset, range.nbytes);
   return packing.take();
 }
 
-std::shared_ptr<const RowList> rows_to_collect(std::span<const std::byte> list, uint64_t nbytes) {
-  if (!all_inside(list, nbytes)) return nullptr;
+std::shared_ptr<const RowList> rows_to_collect(const Ranges& ranges, uint64_t nbytes) {
+  if (!ranges.all_inside(nbytes)) return nullptr;
   Packing packing(true, 0);
-  for (size_t i = 0; i < count_of(list); ++i) {
-    const Range range = range_of(list, i);
-    packing.add(range.offset, range.nbytes);
-  }
+  for (const Range& range : ranges) packing.add(range.offset, range.nbytes);
   return packing.take();
 }
 

@@ -148,8 +148,9 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   RegionInfo* region = nullptr;
   auto offset = static_cast<uint64_t>(header.tag);
   const bool by_rows = header.flags & kRows, listed = header.flags & kListed;
-  const std::span list(payload, listed ? header.payload_bytes : 0);
-  if (listed && (by_rows || header.nbytes > kMostListed || listed_bytes(list) != header.nbytes || offset))
+  const auto list = listed ? Ranges::taken({payload, header.payload_bytes}) : std::nullopt;
+  if (listed &&
+      (by_rows || header.nbytes > kMostListed || !list || list->nbytes() != header.nbytes || offset))
     throw ProtocolViolation("a list that makes no sense");
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   Code code = check_region(header.sop, offset, reach, false, &region);
@@ -157,11 +158,11 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   std::unique_ptr<std::byte[]> own;
   std::shared_ptr<const RowList> rows;
   if (code == Code::ok && listed && region->gpu) {
-    rows = rows_to_collect(list, region->nbytes);
+    rows = rows_to_collect(*list, region->nbytes);
     rows ? count_list(peer, header.nbytes) : void(code = Code::out_of_range);
   } else if (code == Code::ok && listed) {
     own = room_for_list(peer, header.nbytes);
-    code = collect(list, {region->base, region->nbytes}, own.get());
+    code = collect(*list, {region->base, region->nbytes}, own.get());
     if (code != Code::ok) peer.listed -= header.nbytes;
   }
   FrameHeader reply{};
