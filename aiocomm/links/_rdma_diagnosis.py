@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Problem", "choose_gid", "pair_problems", "port_problems", "rail_problems"]
 
 FULL_MEMBER: Final = 0x8000
-_MTUS: Final = (256, 512, 1024, 2048, 4096)
 _ROCE_HEADERS: Final = 96
 """Bytes of IPv6, UDP, transport headers and checksum that the interface's MTU must hold besides."""
 _SMALL_MTU: Final = 1024

@@ -17,7 +17,7 @@ struct DeviceView {
   PyObject* shape = nullptr;  // a tuple; of read_interface a new reference
 };
 
-enum class Found : uint8_t { error, nothing, view, ask };
+enum class Found : uint8_t { error, view, ask };
 
 // Reads `__cuda_array_interface__` of a contiguous array, or a contiguous tensor of torch, whose interface is slow and
 // names no stream. `ask`: it takes aiocomm/_device.py to tell (strides, dtypes without a buffer format, the first tensor

@@ -267,7 +267,6 @@ void bind_engine(nb::module_& m) {
       .def("link_of", [](PyEngine& e, int rank) { return e.engine->link_of(rank); })
       .def("takes_rows", [](PyEngine& e, int rank) { return e.engine->takes_rows(rank); })
       .def("process_of", [](PyEngine& e, int rank) { return e.engine->process_of(rank); })
-      .def("rank_known", [](PyEngine& e, int rank) { return e.engine->rank_known(rank); })
       .def(
           "open_channel",
           [](PyEngine& e, const std::string& name, int cls, double weight) {

@@ -40,7 +40,6 @@ class PreparedCall {
 
   // Bytes of `slots`: what comes from each rank, then what is sent to each.
   uint64_t slot_bytes() const { return ranks_.size() * (width_ + most_); }
-  uint64_t scratch_bytes() const { return needs_[kTmp]; }
 
   nanobind::object attempt(Self self, int64_t tag, nanobind::handle given, nanobind::handle out,
                            nanobind::handle slots, nanobind::handle scratch, double deadline);

@@ -125,7 +125,6 @@ void bind_schedule(nb::module_& m) {
            nb::arg("header_tag"), nb::arg("sends"), nb::arg("receives"), nb::arg("eager"), nb::arg("writes"),
            nb::arg("steps"), nb::arg("item"), nb::arg("format"), nb::arg("op"), nb::arg("on_gpu") = false)
       .def_prop_ro("slot_bytes", &PreparedCall::slot_bytes)
-      .def_prop_ro("scratch_bytes", &PreparedCall::scratch_bytes)
       .def("attempt", &PreparedCall::attempt, nb::arg("engine"), nb::arg("tag"), nb::arg("given").none(),
            nb::arg("out").none(), nb::arg("slots"), nb::arg("scratch").none(), nb::arg("deadline"),
            "Do the call. None: it is done; False: nothing was begun; else what is under way.");

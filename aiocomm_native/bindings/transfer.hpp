@@ -15,7 +15,7 @@
 
 namespace aiocomm::py {
 
-// Python callables that the package installs once (aiocomm/_native_hooks.py).
+// Python callables that the package installs once (aiocomm/_outcome.py).
 struct Hooks {
   PyObject* make_error = nullptr;         // (transfer, code, error, link, capacity, reason) -> exception
   PyObject* make_array = nullptr;         // (memory, format, shape) -> array

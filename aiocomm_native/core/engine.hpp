@@ -181,9 +181,6 @@ class Engine final : public Host, public FrameSink {
   uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable,
                       std::unique_ptr<DeviceBuffer> gpu = nullptr);
   bool close_region(uint64_t id);  // true: free at once; else region_free follows
-  bool rank_known(Rank rank) const {
-    return rank >= 0 && rank < known_ranks_.load(std::memory_order_acquire);
-  }
 
   LinkCounters counters(const std::string& link);
   std::map<std::string, double> gauges(const std::string& link);
@@ -457,7 +454,6 @@ class Engine final : public Host, public FrameSink {
   std::vector<LinkPeer*> polled_;
   // Closed; freed when no call into them can be on the stack.
   std::vector<std::shared_ptr<LinkPeer>> retired_;
-  std::atomic<Rank> known_ranks_{1};
   struct Flow {
     Rank rank;
     uint32_t channel;

@@ -165,15 +165,6 @@ class LinkPeer {
   // The peer's process as the kernel tells it, where it is on this host; -1: elsewhere, or not known.
   virtual int process() const { return -1; }
   virtual WakePage* page() { return nullptr; }  // the peer's, where it is mapped here
-  // Passes a descriptor that the peer takes by the same key; false: not on this link.
-  virtual bool pass_descriptor(uint64_t key, int fd) {
-    (void)key, (void)fd;
-    return false;
-  }
-  virtual int take_descriptor(uint64_t key) {  // the caller's to close; -1: it has not come
-    (void)key;
-    return -1;
-  }
   // The last write into a receive has come before others of the same: whoever takes them in is to be woken for each, until
   // as many calls have said that none is due.
   virtual void expect_writes(bool due) { (void)due; }

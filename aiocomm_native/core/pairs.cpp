@@ -20,7 +20,6 @@ void Engine::add_peer(Rank rank, uint64_t generation) {
   slot = std::make_unique<Peer>();
   slot->rank = rank;
   slot->generation = generation;
-  if (rank >= known_ranks_.load()) known_ranks_.store(rank + 1, std::memory_order_release);
 }
 
 void Engine::attach(Rank rank, uint64_t generation, const std::string& name, const std::vector<int>& fds,

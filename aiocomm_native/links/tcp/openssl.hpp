@@ -43,6 +43,6 @@ constexpr unsigned long kIgnoreUnexpectedEof = 1ul << 7;  // unused in 1.1.1
 constexpr long kPartialWrite = 1, kMovingBuffer = 2, kReleaseBuffers = 16;
 constexpr long kTls13 = 0x0304;
 constexpr int kPem = 1, kVerifyPeer = 1, kVerifyRequired = 2;
-constexpr int kErrorSsl = 1, kErrorWantRead = 2, kErrorWantWrite = 3, kErrorSyscall = 5, kErrorZeroReturn = 6;
+constexpr int kErrorWantRead = 2, kErrorWantWrite = 3, kErrorSyscall = 5, kErrorZeroReturn = 6;
 
 }  // namespace aiocomm::tcp
