@@ -1,7 +1,5 @@
 // Calls on GPU arrays through an arena: see device_call_py.hpp.
 
-#include "bindings/device_call_py.hpp"
-
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -11,6 +9,7 @@
 #include <cstring>
 #include <utility>
 
+#include "bindings/device_call_py.hpp"
 #include "bindings/held.hpp"
 #include "bindings/spinner.hpp"
 #include "core/relax.hpp"
@@ -121,7 +120,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   const bool waits = loop_has_nothing_else(&e);
   Result result;
   {
-    Unlocked unlocked;
+    LateUnlock unlocked;
     unlocked.now();
     const bool large = most_moved_ / kRate > kLingerNs;
     const auto how = meeting_->meet(number_, header_, waits, false, !large,

@@ -51,9 +51,9 @@ inline constexpr uint64_t kQuickBytes =
     64 << 10;  // moved by a call for which nobody else has to get the interpreter
 
 // Lets others have the interpreter, once this thread waits: what takes less than a microsecond does not.
-class Unlocked {
+class LateUnlock {
  public:
-  explicit Unlocked(bool already = false) : already_(already) {}
+  explicit LateUnlock(bool already = false) : already_(already) {}
   void now() {
     if (!already_ && !lock_) lock_.emplace();
   }
@@ -153,7 +153,7 @@ struct Meeting {
   // they need once all have met.
   template <typename Prepare>
   Begun meet(uint64_t number, const std::string& text, bool waits, bool early, bool brief, uint64_t stays,
-             Unlocked& unlocked, const Prepare& prepare) {
+             LateUnlock& unlocked, const Prepare& prepare) {
     const uint64_t began = now_ns();
     uint64_t now = began;
     spread(now);

@@ -79,7 +79,7 @@ class PySharedCall {
     const bool waits = loop_has_nothing_else(&e);
     number_ = number;
     if (!meeting_->turns) meeting_->turns = e.turns;
-    Unlocked unlocked;
+    LateUnlock unlocked;
     if (rings_.moved() > kQuickBytes) unlocked.now();
     Result result = meet(waits, in.data, into.data, unlocked);
     if (result == kPending) result = run(Turns::kNs, unlocked);
@@ -101,7 +101,7 @@ class PySharedCall {
       std::lock_guard lock(mutex_);
       if (!running_) return result;
       result = open_ ? look() : kPending;
-      Unlocked nothing{true};
+      LateUnlock nothing{true};
       if (result == kPending) result = run(static_cast<uint64_t>(seconds * 1e9), nothing);
       running_ = result > kDoneTurn;
       if (!running_) over.swap(arrays_);
@@ -210,7 +210,7 @@ class PySharedCall {
   }
 
   // kPending: all ranks have met.
-  Result meet(bool waits, const std::byte* in, std::byte* out, Unlocked& unlocked) {
+  Result meet(bool waits, const std::byte* in, std::byte* out, LateUnlock& unlocked) {
     const Meeting& m = *meeting_;
     const uint64_t beside = m.crowded ? kCrowdedNs >> 2 * misses_ : large();
     const uint64_t stays = beside && waits ? beside + (large() ? rings_.moved() / kWaitBytes : 0) : 0;
@@ -238,7 +238,7 @@ class PySharedCall {
 
   bool large() const { return rings_.moved() >= kWorthWaiting; }
 
-  Result run(uint64_t ns, Unlocked& unlocked) {
+  Result run(uint64_t ns, LateUnlock& unlocked) {
     Meeting& m = *meeting_;
     Arena& arena = *m.arena;
     uint64_t now = now_ns(), last = now;

@@ -86,7 +86,7 @@ template <class Sum>
 using Tile = std::array<Sum, kTile>;
 
 template <class Sum>
-void put(const Tile<Sum>& tile, size_t width, Rows out, int64_t row, size_t hidden, size_t column) {
+void put(const Tile<Sum>& tile, size_t width, SumRows out, int64_t row, size_t hidden, size_t column) {
   with_kind(out.kind, [&](auto kind) {
     auto* to = row_of<kind.value>(out.data, row, hidden, column);
     for (size_t i = 0; i < width; ++i) to[i] = store<kind.value, Sum>(tile[i]);
@@ -95,7 +95,7 @@ void put(const Tile<Sum>& tile, size_t width, Rows out, int64_t row, size_t hidd
 
 template <class Sum>
 void weigh(ConstRows terms, size_t hidden, const int64_t* order, const int64_t* first, const float* weights,
-           int64_t begin, int64_t end, Rows sums) {
+           int64_t begin, int64_t end, SumRows sums) {
   Tile<Sum> tile;
   for (int64_t row = begin; row < end; ++row) {
     for (size_t column = 0; column < hidden; column += kTile) {
@@ -118,7 +118,7 @@ void weigh(ConstRows terms, size_t hidden, const int64_t* order, const int64_t* 
 }
 
 template <class Sum>
-void add(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, Rows out) {
+void add(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, SumRows out) {
   Tile<Sum> tile;
   std::vector<size_t> next(parts.size(), 0);  // of each part, the first row that has not been added
   for (int64_t token = 0; token < tokens; ++token) {
@@ -150,7 +150,7 @@ size_t float_bytes(FloatKind kind) {
 }
 
 void weigh_rows(ConstRows terms, size_t hidden, const int64_t* order, const int64_t* first,
-                const float* weights, int64_t begin, int64_t end, Rows sums) {
+                const float* weights, int64_t begin, int64_t end, SumRows sums) {
   if (terms.kind == FloatKind::f64) {
     weigh<double>(terms, hidden, order, first, weights, begin, end, sums);
   } else {
@@ -158,7 +158,7 @@ void weigh_rows(ConstRows terms, size_t hidden, const int64_t* order, const int6
   }
 }
 
-void add_rows(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, bool wide, Rows out) {
+void add_rows(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, bool wide, SumRows out) {
   if (wide) {
     add<double>(parts, tokens, hidden, out);
   } else {

@@ -19,7 +19,7 @@ struct ConstRows {
   const std::byte* data;
   FloatKind kind;
 };
-struct Rows {
+struct SumRows {
   std::byte* data;
   FloatKind kind;
 };
@@ -27,7 +27,7 @@ struct Rows {
 // sums[r - begin] = weights[a0] * terms[a0] + weights[a1] * terms[a1] + ..., for the rows r from `begin` to `end`,
 // where a0, a1, ... are order[first[r]] to order[first[r + 1] - 1].
 void weigh_rows(ConstRows terms, size_t hidden, const int64_t* order, const int64_t* first,
-                const float* weights, int64_t begin, int64_t end, Rows sums);
+                const float* weights, int64_t begin, int64_t end, SumRows sums);
 
 struct PartialSums {
   std::span<const int64_t> tokens;  // ascending
@@ -35,6 +35,6 @@ struct PartialSums {
 };
 
 // out[t] = the sum of the rows of `parts` for token t, in the order of the parts; zeros where there is none.
-void add_rows(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, bool wide, Rows out);
+void add_rows(std::span<const PartialSums> parts, int64_t tokens, size_t hidden, bool wide, SumRows out);
 
 }  // namespace aiocomm
