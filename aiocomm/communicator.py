@@ -229,6 +229,9 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                     self._engine.on_unretrieved,
                 ):
                     hook(None)
+                for region in self._regions.values():  # nothing touches them any more, and nobody says so again
+                    region._freed()
+                self._regions.clear()
                 self._notes.close()
                 self._events.close()
                 for link in self._links.values():

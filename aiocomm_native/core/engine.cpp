@@ -148,7 +148,9 @@ void Engine::close() {
   // What a device or a peer was working on has been let go of with its link.
   std::vector<Op*> left;
   ops_.for_each_live([&](Op& op) { left.push_back(&op); });
+  served_.for_each_live([&](Op& op) { left.push_back(&op); });  // whoever closes their region waits for them
   for (Op* op : left) {
+    if (!op->live) continue;
     drop_inflight(*op);
     op->awaits_fin = false;
     settle(*op);
