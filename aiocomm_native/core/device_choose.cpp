@@ -440,7 +440,8 @@ void DeviceProtocol::on_staged(Peer& peer, const FrameHeader& header) {
   if (op->gpu ? op->gpu->role != Role::stage_in : op->ready == ~0ull) return;
   if (header.nbytes > op->nbytes || (op->ready != 0 && header.nbytes <= op->ready))
     throw ProtocolViolation("more staged than the message has");
-  bool first = op->ready == 0;
+  const bool first = op->ready == 0;
+  if (first && (op->moved || op->inflight)) throw ProtocolViolation("staged, after bytes of it were sent");
   op->ready = header.nbytes;
   op->source_address = header.address;
   op->source_segment = 0;

@@ -358,6 +358,7 @@ class Engine final : public Host, public FrameSink {
   // protocol_onesided.cpp
   void on_put(Peer& peer, const FrameHeader& header, const std::byte* meta, const std::byte* payload);
   void on_get(Peer& peer, const FrameHeader& header, const std::byte* payload);
+  bool asked_for(const Op& op, const Peer& peer) const;
   void on_get_ready(Peer& peer, const FrameHeader& header, const std::byte* meta);
   void on_get_fail(Peer& peer, const FrameHeader& header);
   Code check_region(uint64_t id, uint64_t offset, uint64_t nbytes, bool write, RegionInfo** out);
@@ -389,6 +390,7 @@ class Engine final : public Host, public FrameSink {
 
   // protocol_rest.cpp: idle pairs
   bool is_idle(const Peer& peer);
+  bool is_under_way(const Peer& peer);
   void look_at_rest(Peer& peer, uint64_t now, uint64_t heartbeat_ns);
   void on_rest(Peer& peer);
   void on_resting(Peer& peer, const FrameHeader& header);

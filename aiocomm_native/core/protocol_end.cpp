@@ -186,7 +186,7 @@ void Engine::on_unsure(LinkPeer& to, const FrameHeader& header) {
 void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
   Peer* peer = peer_of(link_peer);
   if (!peer) return;
-  if (peer->resting && !peer->leaving) return rest(*peer);
+  if (peer->resting && !peer->leaving && !is_under_way(*peer)) return rest(*peer);
   if (link_peer.failure && !peer->leaving) return break_pair(*peer, reason);
   end_peer(*peer, peer->leaving ? kLeft : reason);
 }

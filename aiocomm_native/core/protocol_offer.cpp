@@ -159,6 +159,7 @@ void Engine::on_withdrawn(Peer& peer, const FrameHeader& header) {
   for (OpId id : outcome.dropped) ops_.find(id)->offer = 0;
   Op* op = ops_.find(header.rop);
   if (!op || op->peer != peer.rank || op->kind != OpKind::recv || op->state != OpState::draining) return;
+  if (!(key_of(*op) == key)) throw ProtocolViolation("an answer to another question");
   if (!op->matched) {
     matcher_.cancel_recv(op->id);
     peer.offers->made.unposted(key);

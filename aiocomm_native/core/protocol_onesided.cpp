@@ -207,6 +207,11 @@ void Engine::answer_get(Op& op, Peer& peer) {
   if (hold(op, Access::peer_reads) == Hold::ready) get_ready(op, peer, op.gpu->can_pull, op.gpu->on_demand);
 }
 
+// Our get, of which the region's owner has been asked by a frame, and has not answered.
+bool Engine::asked_for(const Op& op, const Peer& peer) const {
+  return op.kind == OpKind::get && op.state == OpState::posted && !op.has_key && !by_key(op, peer);
+}
+
 // `pulls`: the reader reads the memory by itself. `on_device`: it has its bytes pushed only once it asks.
 void Engine::get_ready(Op& op, Peer& peer, bool pulls, bool on_device) {
   Location at = peer.link->locate(host_data(op), op.nbytes);
@@ -231,7 +236,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (header.meta_bytes != (on_device ? sizeof(DevicePlace) : 0))
     throw ProtocolViolation("device memory without its place");
   Op* op = ops_.find(header.rop);
-  bool overtaken = op && op->state == OpState::moving && op->path == Path::stream;
+  const bool overtaken = op && op->state == OpState::moving && op->path == Path::stream;
   if (!op || op->kind != OpKind::get || op->peer != peer.rank ||
       (op->state != OpState::posted && !overtaken)) {
     FrameHeader h{};  // we gave up meanwhile: let the owner's memory go
@@ -240,6 +245,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
     return send_control(peer, h, Wake::engine);
   }
   if (header.nbytes != op->nbytes) throw ProtocolViolation("answer to a get of another size");
+  if (!overtaken && !asked_for(*op, peer)) throw ProtocolViolation("an answer to no question");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
   if (has_rows(*op) && !on_device) throw ProtocolViolation("rows of host memory");
@@ -254,9 +260,12 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
 
 void Engine::on_get_fail(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.rop);
-  if (!op || op->kind != OpKind::get || op->peer != peer.rank) return;
+  if (!op || op->kind != OpKind::get || op->peer != peer.rank || op->state == OpState::draining) return;
   auto code = static_cast<Code>(header.code);
   if (code == Code::ok || code > kLastCode) throw ProtocolViolation("unknown outcome");
+  // Once its bytes are coming, somebody works on its buffer.
+  if (!asked_for(*op, peer))
+    throw ProtocolViolation("a get is refused that nobody asked, or that has been answered");
   finish(*op, code);
 }
 

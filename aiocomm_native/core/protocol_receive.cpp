@@ -27,6 +27,7 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
   ++counters_[peer->link_index].frames_received;
   if (header.kind != FrameKind::rest) peer->used = true;
   try {
+    if (header.meta_bytes > kMaxMeta) throw ProtocolViolation("oversized metadata");
     switch (header.kind) {
       case FrameKind::eager:
       case FrameKind::rts:
@@ -332,6 +333,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
     return;  // cancelled meanwhile
   }
   if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
+  if (op->path == Path::eager || !op->nbytes) throw ProtocolViolation("a push of what was in its frame");
   op->remote_op = header.rop;
   if (is_on_device(*op)) return device_.on_cts(*op, peer, header, meta);
   op->path = Path::stream;
@@ -346,7 +348,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
 Op* Engine::streaming_to(Rank source, OpId rop) {
   Op* op = find(rop);
   if (!op || op->peer != source || (op->kind != OpKind::recv && op->kind != OpKind::get)) return nullptr;
-  if (op->kind == OpKind::get && op->state == OpState::posted) {
+  if (Peer* peer = find_peer(source); peer && !op->gpu && asked_for(*op, *peer)) {
     // Its first bytes have overtaken the answer, on a lane of their own.
     op->path = Path::stream;
     op->started_ns = now();
@@ -363,10 +365,16 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
   return op->state == OpState::moving && op->path == Path::stream ? op : nullptr;
 }
 
+namespace {
+bool has_room(const Op& op, const FrameHeader& data) {
+  return data.address <= op.nbytes && data.payload_bytes <= op.nbytes - data.address;
+}
+}  // namespace
+
 std::byte* Engine::data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) {
   Op* op = streaming_to(from.rank, header.rop);
   if (!op) return nullptr;
-  if (header.address > op->nbytes || header.payload_bytes > op->nbytes - header.address) return nullptr;
+  if (!has_room(*op, header) || header.payload_bytes - done > op->nbytes - op->moved) return nullptr;
   ++op->inflight;
   return host_data(*op) + header.address + done;
 }
@@ -382,11 +390,13 @@ void Engine::on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes,
   Peer* peer = peer_of(from);
   if (!peer) return;
   counters_[peer->link_index].bytes_received += nbytes;
-  Op* op = into && nbytes ? streaming_to(from.rank, header.rop) : nullptr;
-  if (!op) return;
-  op->moved += nbytes;
+  Op* op = nbytes ? streaming_to(from.rank, header.rop) : nullptr;
+  if (!op || (!into && !has_room(*op, header))) return;
+  op->moved += into ? nbytes : 0;
   op->remote_op = header.sop;
-  if (op->moved > op->nbytes) return tear_down(*peer, "protocol violation: more bytes than the message has");
+  // All have come, and another lane is still writing: a repetition, as is what had a place but no room was left for.
+  if (!into || op->moved > op->nbytes || (op->moved == op->nbytes && op->inflight))
+    return tear_down(*peer, "protocol violation: more bytes than the message has");
   if (op->gpu) return device_.arriving(*op, header, nbytes);
   if (op->moved == op->nbytes) received(*op);
 }
@@ -415,9 +425,9 @@ void Engine::received(Op& op) {
 void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   Op* op = find(header.sop);
   if (!op || op->peer != peer.rank || !op->awaits_fin) return;
-  op->awaits_fin = false;
   auto code = static_cast<Code>(header.code);
   if (code > kLastCode) throw ProtocolViolation("unknown outcome");
+  op->awaits_fin = false;
   if (op->gpu) {
     op->path = op->gpu->direct ? Path::read : op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {
@@ -432,7 +442,9 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   }
   if (code == Code::ok) {
     op->moved = op->nbytes;
-    if (op->inflight == 0 && !op->in_sched) return finish(*op, Code::ok);
+    // Else it was said too early, and the buffer is still being read.
+    const bool staging = op->gpu && (op->gpu->inflight || op->gpu->in_sched);
+    if (op->inflight == 0 && !op->in_sched && !staging) return finish(*op, Code::ok);
   }
   end_early(*op, code);
 }
@@ -467,6 +479,8 @@ void Engine::on_stop(Peer& peer, const FrameHeader& header) {
   }
   Op* op = find(header.sop);
   if (!op || op->peer != peer.rank) return;
+  if (op->kind == OpKind::recv || op->kind == OpKind::get || op->state == OpState::queued)
+    throw ProtocolViolation("a message is given up that was never sent");
   op->awaits_fin = false;
   if (op->state == OpState::draining)
     settle(*op);

@@ -29,7 +29,7 @@ bool Engine::is_idle(const Peer& peer) {
 
 void Engine::look_at_rest(Peer& peer, uint64_t now, uint64_t heartbeat_ns) {
   if (peer.resting) {
-    if (now > peer.used_ns + kPatience * heartbeat_ns) rest(peer);
+    if (now > peer.used_ns + kPatience * heartbeat_ns && !is_under_way(peer)) rest(peer);
     return;
   }
   if (std::exchange(peer.used, false) || !peer.used_ns) peer.used_ns = now;
@@ -54,9 +54,24 @@ void Engine::on_rest(Peer& peer) {
 
 void Engine::on_resting(Peer& peer, const FrameHeader& header) {
   if (!peer.resting) throw ProtocolViolation("an answer to no question");
+  if (header.code == static_cast<uint8_t>(Code::ok) && is_under_way(peer))
+    throw ProtocolViolation("a pair is idle that carries something");
   if (header.code == static_cast<uint8_t>(Code::ok)) return rest(peer);
   peer.resting = false;
   begin_waiting(peer);
+}
+
+// Whether the two ends have begun anything that would not end without the pair. None has that both said were idle.
+bool Engine::is_under_way(const Peer& peer) {
+  bool found = false;
+  auto look = [&](Op& op) {
+    if (op.peer != peer.rank || (op.state != OpState::posted && op.state != OpState::moving)) return;
+    const bool alone = op.gpu && (op.gpu->kernel || (op.gpu->packing && op.kind == OpKind::put));
+    found = found || (op.kind == OpKind::recv ? op.matched : !alone);
+  };
+  ops_.for_each_live(look);
+  served_.for_each_live(look);
+  return found;
 }
 
 // Closes the pair; nothing is lost by it.

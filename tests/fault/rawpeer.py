@@ -64,6 +64,8 @@ class Kind(enum.IntEnum):
     STAGED = 24
     SOON = 30
     FREED = 31
+    REST = 32
+    RESTING = 33
 
 
 @dataclass

@@ -106,6 +106,7 @@ NONSENSE: dict[str, Callable[[], Frame]] = {
         Kind.GET, flags=LISTED, nbytes=0, sop=1, payload=ranges((0, 2**63), (0, 2**63))
     ),
     "an answer without a place": lambda: Frame(Kind.GET_READY, flags=2, nbytes=10, rop=1, sop=1),
+    "a notification that is too long": lambda: Frame(Kind.PUT, flags=1, nbytes=0, rop=1, meta=bytes(5000)),
     "credit for nothing": lambda: Frame(Kind.CREDIT, nbytes=2**63),
 }
 

@@ -195,10 +195,9 @@ bool RdmaPeer::deliver(const std::byte* data, size_t length) {
     if (prefix.keys && header.segment) remote_keys_[header.segment] = head.keys;
     heard_of_ring(head);
     if (header.kind == FrameKind::data) {
-      if (std::byte* into = host_.sink().data_target(*this, header, 0)) {
-        std::memcpy(into, data + nbytes, header.payload_bytes);
-        host_.sink().on_data(*this, header, header.payload_bytes, into);
-      }
+      std::byte* into = host_.sink().data_target(*this, header, 0);
+      if (into) std::memcpy(into, data + nbytes, header.payload_bytes);
+      host_.sink().on_data(*this, header, header.payload_bytes, into);
     } else if (header.kind != FrameKind::link_private)
       host_.sink().on_frame(*this, header, data + nbytes, data + nbytes + header.meta_bytes);
   }
