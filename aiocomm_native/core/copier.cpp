@@ -2,14 +2,16 @@
 
 #include <pthread.h>
 
+#include <cerrno>
+#include <exception>
 #include <utility>
 
 #include "core/slice.hpp"
 
 namespace aiocomm {
 
-Copier::Copier(int threads, std::function<void(CopyJob&)> finish)
-    : threads_(threads), finish_(std::move(finish)) {}
+Copier::Copier(int threads, std::function<void(CopyJob&)> finish, std::function<void()> helpless)
+    : threads_(threads), finish_(std::move(finish)), helpless_(std::move(helpless)) {}
 
 Copier::~Copier() { stop(); }
 
@@ -37,8 +39,13 @@ void Copier::rouse() {
     std::lock_guard lock(mutex_);
     if (queue_.empty()) return;
     // Threads are started on first use: most processes never move a large message.
-    if (sleeping_ == 0 && workers_.size() < static_cast<size_t>(threads_) && !stopping_)
-      workers_.emplace_back([this] { work(); });
+    bool any = true;
+    if (sleeping_ == 0 && workers_.size() < static_cast<size_t>(threads_) && !stopping_) try {
+        workers_.emplace_back([this] { work(); });
+      } catch (const std::exception&) {  // the system gives no more: those that there are see to it
+        any = !workers_.empty();
+      }
+    if (!any) helpless_();
     if (sleeping_ == 0) return;
   }
   ++told_;
@@ -58,7 +65,11 @@ bool Copier::run_one() {
 }
 
 void Copier::run(CopyJob& job) {
-  job.error = job.peer->pull(job.from, job.into, job.nbytes);
+  try {
+    job.error = job.peer->pull(job.from, job.into, job.nbytes);
+  } catch (const std::exception&) {
+    job.error = ENOMEM;
+  }
   finish_(job);
 }
 

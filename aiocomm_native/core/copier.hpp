@@ -30,8 +30,9 @@ struct CopyJob {
 
 class Copier {
  public:
-  // `finish` is called by the thread that ran a job, without any lock of the copier's held.
-  Copier(int threads, std::function<void(CopyJob&)> finish);
+  // `finish` is called by the thread that ran a job, without any lock of the copier's held; it does not throw. `helpless`:
+  // no thread can be started, so that somebody is to call run_one().
+  Copier(int threads, std::function<void(CopyJob&)> finish, std::function<void()> helpless);
   ~Copier();
   void stop();  // waits for running jobs; drops none: the queue must be empty or its jobs are run
   // `wake` false: the caller is about to call run_one(), or rouse() where it will not.
@@ -46,6 +47,7 @@ class Copier {
 
   const int threads_;
   const std::function<void(CopyJob&)> finish_;
+  const std::function<void()> helpless_;
   std::mutex mutex_;
   // Not a condition variable: glibc's, before 2.41, may lose a wake-up where several threads wait (its bug 25847).
   std::atomic<uint32_t> told_{0};

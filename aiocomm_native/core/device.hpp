@@ -222,6 +222,7 @@ class MoverHost {
   virtual bool urgent_lately()
       const = 0;  // messages of urgent channels have come or gone. Any thread, without locks
   virtual void freed(const Gone* memory, size_t count) = 0;  // of this process: peers are told
+  virtual void failed(const char* why) noexcept = 0;         // as Host::failed
 
  protected:
   ~MoverHost() = default;

@@ -105,6 +105,8 @@ void DeviceProtocol::finish_writers() {
   }
 }
 
+void DeviceProtocol::failed(const char* why) noexcept { engine_.failed(why); }
+
 void DeviceProtocol::stop() {
   if (mover_) mover_->stop();
 }
@@ -138,10 +140,11 @@ bool DeviceProtocol::assist() {
     awake(engine_.page_->engine);
   if (engine_.loop_spins()) return false;  // it looks by itself
   if (!engine_.token_.try_lock()) return false;
-  engine_.drain_submissions();
-  int did = engine_.closed_ ? 0 : engine_.poll_links();
-  engine_.token_.unlock();
-  engine_.after_unlock();
+  int did = 0;
+  engine_.guarded([&] {
+    Engine::Token token(engine_, std::adopt_lock, false);
+    if (!engine_.closed_) did = engine_.poll_links();
+  });
   return did > 0;
 }
 
@@ -170,12 +173,10 @@ void DeviceProtocol::linger() {
   awake(engine_.page_->loop);
   do {
     if (engine_.token_.try_lock()) {
-      engine_.in_loop_thread_ = true;
-      engine_.drain_submissions();
-      engine_.poll_links();
-      engine_.in_loop_thread_ = false;
-      engine_.token_.unlock();
-      engine_.after_unlock();
+      engine_.guarded([&] {
+        Engine::Token token(engine_, std::adopt_lock, true);
+        engine_.poll_links();
+      });
     }
     relax();
   } while (!engine_.has_completed() && !engine_.has_events() && engine_.now() < until);

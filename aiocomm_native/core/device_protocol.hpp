@@ -108,6 +108,7 @@ class DeviceProtocol final : public MoverHost {
   void prepare_end(OpId op) override;
   bool urgent_lately() const override;
   void freed(const Gone* memory, size_t count) override;
+  void failed(const char* why) noexcept override;
 
  private:
   // device_choose.cpp

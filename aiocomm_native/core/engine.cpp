@@ -60,7 +60,8 @@ Engine::Engine(EngineConfig config)
   epoll_ctl(engine_epoll_, EPOLL_CTL_ADD, engine_fd_, &event);
 
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
-  copier_ = std::make_unique<Copier>(threads, [this](CopyJob& job) { job_done(job); });
+  copier_ = std::make_unique<Copier>(
+      threads, [this](CopyJob& job) { guarded([&] { job_done(job); }); }, [this] { ring_engine(); });
 
   const auto preempt_ns = static_cast<uint64_t>(number(config_, "preempt_s", 100e-6) * 1e9);
   SchedConfig sched;
@@ -90,7 +91,7 @@ Engine::Engine(EngineConfig config)
     for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
   }
   counters_.resize(links_.size());
-  thread_ = std::thread([this] { run(); });
+  thread_ = std::thread([this] { guarded([this] { run(); }); });
 }
 
 Engine::~Engine() {
@@ -192,16 +193,12 @@ bool Engine::submit(Op* op) {
   // A send_nowait is answered by its call: it waits the microseconds for which another thread holds the token.
   if (op->no_wait) token_.lock_first();
   if (op->no_wait || token_.try_lock()) {
-    in_loop_thread_ = true;
-    drain_submissions();
+    Token token(*this, std::adopt_lock, true);
     inline_op_ = op;
     op->live = true;
     start(*op);
-    bool ended = op->state == OpState::ended;
+    const bool ended = op->state == OpState::ended;
     inline_op_ = nullptr;
-    in_loop_thread_ = false;
-    token_.unlock();
-    after_unlock();
     return ended;
   }
   while (!submissions_.push(op)) {
@@ -226,12 +223,15 @@ void Engine::progress(bool rung, bool may_linger) {
   prepare_sleep(page_->loop);  // what comes after this look rings
   bool more = true;
   for (int round = 0; more && round < kTurns; ++round) {
-    Token token(*this, true);
-    if (!round && !page_->loop_spins.load(std::memory_order_relaxed))
-      tell_peers_of_sleep();  // else the loop will say so
-    more = poll_links() >= kPollBudget;
-    if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
-      dispatch_fds(express_epoll_, 0, true);
+    more = false;
+    guarded([&] {
+      Token token(*this, true);
+      if (!round && !page_->loop_spins.load(std::memory_order_relaxed))
+        tell_peers_of_sleep();  // else the loop will say so
+      more = poll_links() >= kPollBudget;
+      if (has_express() || express_polled_.load(std::memory_order_relaxed) > 0)
+        dispatch_fds(express_epoll_, 0, true);
+    });
   }
   if (more) return ring(page_->loop, loop_fd_);
   if (may_linger) device_.linger();
@@ -293,18 +293,15 @@ void Engine::close_channel(uint32_t index) {
 
 // ---------------------------------------------------------------- progress
 
-void Engine::drain_submissions() {
+void Engine::drain_submissions() noexcept {
   Op* op;
   while (submissions_.pop(op)) {
     op->live = true;
-    if (closed_)
-      finish(*op, Code::closed);
-    else
-      start(*op);
+    start(*op);
   }
 }
 
-void Engine::after_unlock() {
+void Engine::after_unlock() noexcept {
   // Pairs with submit(): either its try_lock saw the token free, or this look sees its op.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   while (!submissions_.empty() && token_.try_lock()) {
@@ -317,10 +314,10 @@ void Engine::after_unlock() {
 bool Engine::look() {
   if (stopping_.load(std::memory_order_acquire)) return true;
   if (!token_.try_lock()) return false;
-  drain_submissions();
-  if (!closed_) poll_links();
-  token_.unlock();
-  after_unlock();
+  guarded([this] {
+    Token token(*this, std::adopt_lock, false);
+    if (!closed_) poll_links();
+  });
   return true;
 }
 

@@ -224,6 +224,7 @@ class Engine final : public Host, public FrameSink {
   void part_down(Rank rank, const std::string& part, const std::string& reason) override;
   void part_up(Rank rank, const std::string& part) override;
   MoverHost& mover_host() override { return device_; }
+  void failed(const char* why) noexcept override;
   Mover* mover() { return device_.mover(); }
   bool share(Rank rank, DeviceBuffer& buffer) { return device_.share(rank, buffer); }
   // The link whose counters an op belongs to.
@@ -253,15 +254,16 @@ class Engine final : public Host, public FrameSink {
  private:
   static constexpr int kPollBudget = 64;  // frames per peer and turn: the loop breathes between turns
   class Token;                            // scoped lock that empties the submission queue before and after
-  friend class Token;
   friend class DeviceProtocol;
 
   // engine.cpp: threads, queues, time
   void run();
   int poll_links();
   void tell_peers_of_sleep();
-  void drain_submissions();
-  void after_unlock();
+  void drain_submissions() noexcept;
+  void after_unlock() noexcept;
+  void guarded(auto&& f) noexcept;            // token.hpp
+  void break_down(const char* why) noexcept;  // everything ends with that, and nothing begins any more
   void ring_engine() {
     if (device_.assisted() || loop_spins())
       ring_fd(engine_fd_);  // they keep the word awake, but set no timers
@@ -276,7 +278,7 @@ class Engine final : public Host, public FrameSink {
   void start_timer(uint64_t id, uint64_t at_ns);
 
   // protocol_send.cpp: from a submission to frames on a link
-  void start(Op& op);
+  void start(Op& op) noexcept;
   void go(Op& op);
   void start_on(Op& op, Peer& peer);
   bool fits_frame(const Op& op, const Peer& peer) const;
@@ -427,6 +429,7 @@ class Engine final : public Host, public FrameSink {
   std::unique_ptr<WakePage, UnmapPage> page_;
   std::atomic<bool> stopping_{false};
   bool closed_ = false, open_ = false;
+  std::string fault_;  // why the engine broke down
   std::thread thread_;
 
   // spin.cpp

@@ -214,6 +214,8 @@ class Host {
   virtual void leave_token() = 0;
   virtual void enter_token() = 0;
   virtual MoverHost& mover_host() = 0;
+  // By a thread of a link's own that ends with an exception; without the token. The engine ends, and says why.
+  virtual void failed(const char* why) noexcept { (void)why; }
   virtual void fallback(Rank rank, const std::string& path,
                         const std::string& reason) = 0;  // counted, evented, once
   // A part of a pair's link (a rail) is gone, or there again; the rest goes on.

@@ -4,6 +4,7 @@
 // buffer any more. `end_early` decides an outcome before that is so; `settle` finishes what it left draining.
 
 #include <algorithm>
+#include <cerrno>
 #include <utility>
 
 #include "core/engine.hpp"
@@ -163,6 +164,47 @@ void Engine::end_early(Op& op, Code code) {
   if (op.kind == OpKind::send && op.path == Path::write) op.owes_word = reachable;
   if (!settle(op)) drain(op);
 }
+
+// ---------------------------------------------------------------- the engine itself
+
+// A thread of ours has ended with an exception: what it was at may be half done, so nothing goes on. Where ending what is
+// under way fails, too, close() ends it.
+void Engine::break_down(const char* why) noexcept {
+  if (closed_ || !fault_.empty()) return;
+  auto attempt = [](auto&& f) {
+    try {
+      f();
+    } catch (...) {
+    }
+  };
+  attempt([&] { fault_ = std::string("this process's engine has failed: ") + why; });
+  if (fault_.empty()) fault_ = "no memory";  // it needs none of its own
+  for (auto& peer : peers_)
+    if (peer && peer->state != Peer::State::lost)
+      attempt([&] {
+        peer->state = Peer::State::lost;
+        peer->lost_reason = fault_;
+        peer->waiting.clear();
+        if (peer->link) {
+          peer->link->failure = ENOTRECOVERABLE;
+          end_link(*peer, true);
+        }
+        drop_announced(*peer);
+        if (peer->rank != rank_)
+          emit({EngineEvent::Kind::peer_lost, peer->rank, peer->generation, fault_, {}});
+      });
+  auto end = [&](Op& op) { attempt([&] { end_early(op, Code::link_failed); }); };
+  ops_.for_each_live(end);
+  served_.for_each_live(end);
+  attempt([&] { ring(page_->loop, loop_fd_); });
+}
+
+void Engine::failed(const char* why) noexcept {
+  Token token(*this);
+  break_down(why);
+}
+
+// ---------------------------------------------------------------- draining
 
 // Its outcome is decided; whoever holds its buffer has this long to let go.
 void Engine::drain(Op& op) {

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "core/cma.hpp"
 #include "core/engine.hpp"
@@ -103,6 +104,8 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
     }
   } catch (const ProtocolViolation& violation) {
     tear_down(*peer, std::string("protocol violation: ") + violation.what());
+  } catch (const std::bad_alloc&) {
+    tear_down(*peer, "there is no memory for what it sends");
   }
 }
 

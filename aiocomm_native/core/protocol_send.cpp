@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 
 #include "core/engine.hpp"
 
@@ -31,14 +32,19 @@ Op* Engine::find(OpId id) {
   return served_.find(id);
 }
 
-void Engine::start(Op& op) {
-  if (closed_) return finish(op, Code::closed);
-  if (!channels_[op.channel].open) return finish(op, Code::closed);
-  if (op.deadline_ns) start_deadline(op);
-  if (op.kind == OpKind::recv) return start_recv(op);
-  if (op.gpu && op.gpu->kernel) return device_.start_kernel(op);
-  if (op.gpu && op.listed && op.kind == OpKind::put) return device_.pack(op);
-  go(op);
+void Engine::start(Op& op) noexcept {
+  try {
+    if (closed_) return finish(op, Code::closed);
+    if (!fault_.empty()) return finish(op, Code::link_failed);
+    if (!channels_[op.channel].open) return finish(op, Code::closed);
+    if (op.deadline_ns) start_deadline(op);
+    if (op.kind == OpKind::recv) return start_recv(op);
+    if (op.gpu && op.gpu->kernel) return device_.start_kernel(op);
+    if (op.gpu && op.listed && op.kind == OpKind::put) return device_.pack(op);
+    go(op);
+  } catch (const std::exception& error) {
+    break_down(error.what());
+  }
 }
 
 void Engine::go(Op& op) {

@@ -47,14 +47,13 @@ bool Engine::look_spinning() {
     covers_engine_ = true;
   }
   if (!token_.try_lock_last()) return false;  // a thread that ended what is waited for may be one that asks
-  in_loop_thread_ = true;
-  drain_submissions();
-  for (size_t i = 0; i < polled_.size(); ++i) met_ |= polled_[i]->poll_spinning(kPollBudget) > 0;
-  if (has_express()) dispatch_fds(express_epoll_, 0, true);
-  in_loop_thread_ = false;
-  const bool copies = std::exchange(spin_copies_, false);
-  token_.unlock();
-  after_unlock();
+  bool copies = false;
+  guarded([&] {
+    Token token(*this, std::adopt_lock, true);
+    for (size_t i = 0; i < polled_.size(); ++i) met_ |= polled_[i]->poll_spinning(kPollBudget) > 0;
+    if (has_express()) dispatch_fds(express_epoll_, 0, true);
+    copies = std::exchange(spin_copies_, false);
+  });
   const bool copied = copies && copier_->run_one();
   device_.turn();
   return copied;

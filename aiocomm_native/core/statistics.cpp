@@ -29,6 +29,7 @@ bool Engine::takes_rows(Rank rank) {
 
 std::string Engine::why_lost(Rank rank) {
   Token token(*this, true);
+  if (!fault_.empty()) return fault_;
   Peer* peer = find_peer(rank);
   return peer && peer->state != Peer::State::up ? peer->lost_reason : std::string();
 }

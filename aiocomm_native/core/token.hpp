@@ -1,5 +1,8 @@
-// Scoped ownership of the engine's token; see engine.hpp.
+// Scoped ownership of the engine's token, and what becomes of an exception that a thread of ours ends with; see engine.hpp.
 #pragma once
+
+#include <exception>
+#include <mutex>
 
 #include "core/engine.hpp"
 
@@ -12,9 +15,10 @@ class Engine::Token {
       engine_.token_.lock_first();
     else
       engine_.token_.lock(engine.spin_tries_);
-    engine_.in_loop_thread_ = loop_thread;
-    engine_.drain_submissions();
+    begin(loop_thread);
   }
+  // It is this thread's by now, as by try_lock().
+  Token(Engine& engine, std::adopt_lock_t, bool loop_thread) : engine_(engine) { begin(loop_thread); }
   ~Token() {
     engine_.in_loop_thread_ = false;
     engine_.token_.unlock();
@@ -24,7 +28,22 @@ class Engine::Token {
   Token& operator=(const Token&) = delete;
 
  private:
+  void begin(bool loop_thread) {
+    engine_.in_loop_thread_ = loop_thread;
+    engine_.drain_submissions();
+  }
   Engine& engine_;
 };
+
+// Without the token. What `f` throws ends what the engine does, and not the process.
+void Engine::guarded(auto&& f) noexcept {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    failed(error.what());
+  } catch (...) {
+    failed("an unknown error");
+  }
+}
 
 }  // namespace aiocomm

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <utility>
 
@@ -110,7 +111,13 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
     throw;
   }
   for (auto i = static_cast<uint32_t>(kWords); i-- > kFirstGate;) free_gates_.push_back(i);
-  thread_ = std::thread([this] { run(); });
+  thread_ = std::thread([this] {
+    try {
+      run();
+    } catch (const std::exception& error) {
+      host_.failed(error.what());
+    }
+  });
 }
 
 Device::~Device() {

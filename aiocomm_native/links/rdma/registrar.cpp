@@ -124,7 +124,13 @@ void Registrar::register_all() {
     wanted_.pop_front();
     ++working_;
     lock.unlock();
-    register_now(verbs_, job);
+    try {
+      register_now(verbs_, job);
+    } catch (const std::exception& error) {
+      deregister(verbs_, std::exchange(job.regions, {}));
+      job.error = ENOMEM;
+      job.reason = error.what();
+    }
     job.segment.reset();  // unmapping takes long, too
     lock.lock();
     done_.push_back(std::move(job));

@@ -1,0 +1,297 @@
+// needs: core/c[lm]*.cpp core/copier.cpp core/de*.cpp core/engine.cpp core/fair_queue.cpp core/li[ns]*.cpp core/match.cpp
+// needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/sched*.cpp core/spin.cpp
+// needs: core/statistics.cpp
+//
+// The engine beside a link that is made by hand: it says what the other end would, when it is polled, and throws where it
+// is told to. What no honest peer says closes the pair before anything is done by it; what a thread of the engine throws
+// ends its operations, with the reason, and not the process.
+
+#include "core/engine.hpp"
+
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+
+using namespace aiocomm;
+
+namespace {
+
+class HandPeer final : public LinkPeer {
+ public:
+  explicit HandPeer(Host& host) : host(host) {}
+  Post post(const FrameHeader& header, const std::byte*, const std::byte*, Wake) override {
+    if (throws_in_post) throw std::runtime_error("posting is broken");
+    sent.push_back(header);
+    return Post::ok;
+  }
+  Post post_data(const FrameHeader&, const std::byte*, Wake) override {
+    return Post::pending;
+  }  // and stays so
+  int poll(int) override {
+    if (!says) return 0;
+    const auto what = std::exchange(says, nullptr);
+    what(*this);
+    return 1;
+  }
+  void close() override { closed = true; }
+
+  Host& host;
+  std::deque<FrameHeader> sent;
+  std::function<void(HandPeer&)> says;  // by the next poll, under the token
+  bool throws_in_post = false, closed = false;
+};
+
+std::shared_ptr<HandPeer> hand;  // the last one
+
+class HandLink final : public Link {
+ public:
+  explicit HandLink(Host& host) : host_(host) {}
+  std::string_view name() const override { return "hand"; }
+  StreamNeed streams() const override { return {}; }
+  bool polled() const override { return true; }
+  std::shared_ptr<LinkPeer> attach(Rank, uint64_t, const std::vector<int>&, std::string_view, bool) override {
+    return hand = std::make_shared<HandPeer>(host_);
+  }
+
+ private:
+  Host& host_;
+};
+
+const LinkRegistration kHand{
+    "hand", 1, [](Host& host) -> std::unique_ptr<Link> { return std::make_unique<HandLink>(host); }};
+
+// An engine, and rank 1 at the other end of a pair.
+struct World {
+  Engine engine{EngineConfig{{"hand"}, {{"drain_timeout_s", 0.01}}, {}}};
+  uint32_t channel;
+  World() {
+    engine.set_identity(0, 1);
+    channel = engine.open_channel("", 1, 1.0);
+    engine.add_peer(1, 2);
+    engine.attach(1, 2, "hand", {}, "", true);
+    engine.start_pair(1, 2);
+  }
+  Op* begin(OpKind kind, std::vector<std::byte>& memory, bool synchronous = false) {
+    Op* op = engine.new_op();
+    op->kind = kind;
+    op->peer = 1;
+    op->channel = channel;
+    op->data = memory.data();
+    op->nbytes = op->capacity = memory.size();
+    op->synchronous = synchronous;
+    op->region = kind == OpKind::get || kind == OpKind::put ? 1 : 0;
+    if (engine.submit(op)) ended.push_back(op);
+    return op;
+  }
+  void look() {
+    engine.progress(false, false);
+    for (Op* op; engine.take_completed(op);) ended.push_back(op);
+    for (EngineEvent& event : engine.take_events()) events.push_back(std::move(event));
+  }
+  void say(std::function<void(HandPeer&)> what) {
+    hand->says = std::move(what);
+    while (hand->says) look();
+    look();
+  }
+  void say(const FrameHeader& header) {
+    say([&](HandPeer& peer) { peer.host.sink().on_frame(peer, header, nullptr, nullptr); });
+  }
+  bool has_ended(const Op* op) const { return std::find(ended.begin(), ended.end(), op) != ended.end(); }
+  bool violated() { return engine.why_lost(1).starts_with(kViolation); }
+  std::vector<Op*> ended;
+  std::vector<EngineEvent> events;
+};
+
+FrameHeader frame(FrameKind kind, uint64_t sop, uint64_t rop, uint64_t nbytes) {
+  FrameHeader header{};
+  header.kind = kind;
+  header.sop = sop;
+  header.rop = rop;
+  header.nbytes = nbytes;
+  return header;
+}
+
+FrameHeader data(uint64_t rop, uint64_t at, uint32_t nbytes) {
+  FrameHeader header = frame(FrameKind::data, 7, rop, 0);
+  header.address = at;
+  header.payload_bytes = nbytes;
+  return header;
+}
+
+constexpr uint64_t kBytes = 300000;
+
+// A get that is answered, and refused while a chunk of it is being taken in.
+void a_get_that_is_refused_late() {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::get, memory);
+  const OpId id = op->id;
+  world.say(frame(FrameKind::get_ready, 7, id, kBytes));
+  FrameHeader refused = frame(FrameKind::get_fail, 0, id, 0);
+  refused.code = static_cast<uint8_t>(Code::stale);
+  world.say([&](HandPeer& peer) {
+    FrameSink& sink = peer.host.sink();
+    std::byte* into = sink.data_target(peer, data(id, 0, 1000), 0);
+    CHECK(into == memory.data());
+    sink.on_frame(peer, refused, nullptr, nullptr);
+    CHECK(op->live && op->state == OpState::draining);  // its buffer is being written
+    sink.on_data(peer, data(id, 0, 1000), 1000, into);
+    CHECK(!op->live);
+  });
+  CHECK(world.has_ended(op) && op->code == Code::peer_lost && world.violated());
+}
+
+// All bytes have come, by their number, while one lane has yet to write: some of them have come twice.
+void a_chunk_that_comes_twice() {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::get, memory);
+  const OpId id = op->id;
+  world.say(frame(FrameKind::get_ready, 7, id, kBytes));
+  world.say([&](HandPeer& peer) {
+    FrameSink& sink = peer.host.sink();
+    const FrameHeader half = data(id, 0, kBytes / 2);
+    std::byte* targets[3];
+    for (std::byte*& into : targets) into = sink.data_target(peer, half, 0);
+    sink.on_data(peer, half, kBytes / 2, targets[0]);
+    CHECK(op->live && op->state == OpState::moving);
+    sink.on_data(peer, half, kBytes / 2, targets[1]);
+    CHECK(op->live && op->state == OpState::draining);
+    sink.on_data(peer, half, kBytes / 2, targets[2]);
+    CHECK(!op->live);
+  });
+  CHECK(world.has_ended(op) && op->code == Code::peer_lost && world.violated());
+}
+
+// More bytes than are left have no place to go to.
+void a_chunk_without_room() {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::get, memory);
+  const OpId id = op->id;
+  world.say(frame(FrameKind::get_ready, 7, id, kBytes));
+  world.say([&](HandPeer& peer) {
+    FrameSink& sink = peer.host.sink();
+    const FrameHeader most = data(id, 0, kBytes - 10), more = data(id, 100, 11);
+    sink.on_data(peer, most, kBytes - 10, sink.data_target(peer, most, 0));
+    CHECK(op->live && !sink.data_target(peer, more, 0));
+    CHECK(sink.data_target(peer, more, 1));  // of one whose first byte has come
+    sink.on_data(peer, more, 0, memory.data());
+    sink.on_data(peer, more, 11, nullptr);
+  });
+  CHECK(world.has_ended(op) && world.violated());
+}
+
+// Answers to what was not asked, or not so.
+void answers_that_make_no_sense() {
+  for (int which = 0; which < 4; ++which) {
+    World world;
+    std::vector<std::byte> memory(which == 3 ? 100 : kBytes);
+    Op* op = world.begin(which < 2 ? OpKind::get : OpKind::send, memory, true);
+    const OpId id = op->id;
+    FrameHeader refused = frame(FrameKind::get_fail, 0, id, 0);
+    refused.code = static_cast<uint8_t>(Code::stale);
+    if (which == 0) {  // answered, then refused
+      world.say(frame(FrameKind::get_ready, 7, id, kBytes));
+      CHECK(!world.has_ended(op));
+      world.say(refused);
+    } else if (which == 1) {  // a message is given up that is none
+      world.say(frame(FrameKind::stop, id, 0, 0));
+    } else if (which == 2) {  // an outcome that does not exist
+      FrameHeader fin = frame(FrameKind::fin, id, 0, 0);
+      fin.code = 200;
+      world.say(fin);
+    } else {  // its bytes were in the frame
+      world.say(frame(FrameKind::cts, id, 9, 0));
+    }
+    CHECK(world.has_ended(op) && op->code == Code::peer_lost && world.violated());
+  }
+}
+
+// Both ends were idle, and then one begins something, and has the pair closed under it.
+void a_pair_that_rests_and_carries() {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  const uint64_t region = world.engine.add_region(memory.data(), kBytes, true);
+  world.say(frame(FrameKind::rest, 0, 0, 0));
+  CHECK(hand->sent.back().kind == FrameKind::resting && hand->sent.back().code == 0);
+  world.say(frame(FrameKind::put_rts, 7, region, kBytes));
+  CHECK(hand->sent.back().kind == FrameKind::cts);
+  CHECK(!world.engine.close_region(region));
+  world.say(frame(FrameKind::resting, 0, 0, 0));
+  CHECK(world.violated());
+  CHECK(std::any_of(world.events.begin(), world.events.end(),
+                    [](const EngineEvent& event) { return event.kind == EngineEvent::Kind::region_free; }));
+}
+
+// A chunk of what a peer reads is at its lane when the engine closes: the region is free all the same.
+void a_region_that_is_read_at_the_end() {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  const uint64_t region = world.engine.add_region(memory.data(), kBytes, true);
+  world.say(frame(FrameKind::get, region, 9, kBytes));
+  CHECK(hand->sent.back().kind == FrameKind::get_ready);
+  CHECK(!world.engine.close_region(region));
+  world.engine.close();
+  const auto events = world.engine.take_events();
+  CHECK(std::any_of(events.begin(), events.end(),
+                    [](const EngineEvent& event) { return event.kind == EngineEvent::Kind::region_free; }));
+}
+
+void broken_by(std::function<void(World&)> what, const char* why) {
+  World world;
+  std::vector<std::byte> memory(kBytes);
+  Op* before = world.begin(OpKind::get, memory);
+  Op* receive = world.begin(OpKind::recv, memory);
+  what(world);
+  for (int turns = 0; !world.has_ended(before) || !world.has_ended(receive); ++turns) {
+    CHECK(turns < 100000);
+    world.look();
+    std::this_thread::yield();
+  }
+  CHECK(before->code == Code::link_failed && receive->code == Code::link_failed);
+  CHECK(world.engine.why_lost(1).find(why) != std::string::npos);
+  Op* after = world.begin(OpKind::get, memory);
+  CHECK(world.has_ended(after) && after->code == Code::link_failed);
+  CHECK(hand->closed);
+  world.engine.close();
+}
+
+// By the loop's thread as it submits, as it looks, and by the engine's own.
+void what_a_thread_throws() {
+  broken_by(
+      [](World& world) {
+        hand->throws_in_post = true;
+        std::vector<std::byte> memory(8);
+        Op* op = world.begin(OpKind::put, memory);
+        CHECK(world.has_ended(op) && op->code == Code::link_failed);
+      },
+      "posting is broken");
+  broken_by(
+      [](World& world) { world.say([](HandPeer&) { throw std::invalid_argument("looking is broken"); }); },
+      "looking is broken");
+  broken_by(
+      [](World& world) {
+        hand->says = [](HandPeer&) { throw std::bad_alloc(); };
+        world.engine.set_open(true);  // takes the token: what is written here is seen by the thread
+        while (world.engine.why_lost(1).empty()) ring_fd(world.engine.engine_fd());
+      },
+      std::bad_alloc().what());
+}
+
+}  // namespace
+
+int main() {
+  a_get_that_is_refused_late();
+  a_chunk_that_comes_twice();
+  a_chunk_without_room();
+  answers_that_make_no_sense();
+  a_pair_that_rests_and_carries();
+  a_region_that_is_read_at_the_end();
+  what_a_thread_throws();
+}
