@@ -52,6 +52,7 @@ class PySharedCall {
                sizes, in_place, item, find_reduction(format, op)),
         direct_(kind_, meeting_->rank, meeting_->arena->ranks(), root, sizes, in_place, item,
                 find_reduction(format, op), meeting_->processes, meeting_->segments) {
+    let_go_of_kept();
     if (header_.size() > Arena::kHeader) throw nb::value_error("a header that is too long");
     if (kind_ == SharedCall::Kind::all_reduce && !find_reduction(format, op))
       throw nb::value_error("a reduction that is not done here");
@@ -59,9 +60,16 @@ class PySharedCall {
 
   ~PySharedCall() {
     if (!arrays_) return;
-    nb::gil_scoped_release release;
-    if (running_) give_up();
-    for (const uint64_t began = now_ns(); !left() && now_ns() - began < kLeaveNs;) sched_yield();
+    bool left;
+    {
+      nb::gil_scoped_release release;
+      if (running_) give_up();
+      const uint64_t began = now_ns();
+      while (!(left = all_left(*meeting_)) && now_ns() - began < kLeaveNs) sched_yield();
+    }
+    if (left) return;
+    std::lock_guard lock(kept_mutex());
+    kept().push_back({meeting_, std::move(arrays_)});
   }
 
   int attempt(PyEngine& e, uint64_t number, nb::handle given, nb::handle out) {
@@ -115,7 +123,7 @@ class PySharedCall {
     {
       nb::gil_scoped_release release;
       if (running_) give_up();
-      for (const uint64_t began = now_ns(); !left();) {
+      for (const uint64_t began = now_ns(); !all_left(*meeting_);) {
         if (now_ns() - began > Turns::kNs) return false;
         sched_yield();
       }
@@ -169,9 +177,32 @@ class PySharedCall {
     running_ = false;
   }
 
+  // Arrays of a call that nobody has any more, and that a rank which stands still has entered: it may go on later, and write
+  // there. They are looked at whenever a call is made; where it never goes on, this process keeps them to its end.
+  struct Kept {
+    std::shared_ptr<Meeting> meeting;
+    std::unique_ptr<Arrays> arrays;
+  };
+  static std::vector<Kept>& kept() {
+    static auto* all = new std::vector<Kept>;
+    return *all;
+  }
+  static std::mutex& kept_mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static void let_go_of_kept() {
+    std::vector<Kept> over;  // which runs code of Python's: without the lock
+    std::lock_guard lock(kept_mutex());
+    std::erase_if(kept(), [&](Kept& one) {
+      const bool left = all_left(*one.meeting);
+      if (left) over.push_back(std::move(one));
+      return left;
+    });
+  }
+
   // A broken arena is entered by nobody any more, so who is in there is a moment from leaving it, or killed.
-  bool left() const {
-    const Meeting& m = *meeting_;
+  static bool all_left(const Meeting& m) {
     if (!m.reaches) return true;  // nobody was told where they are
     for (size_t other = 0; other < m.arena->ranks(); ++other)
       if (other != m.rank && m.arena->entered(other) && !m.gone(other)) return false;
