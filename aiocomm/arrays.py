@@ -47,7 +47,8 @@ def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArra
     if any(dim < 0 for dim in dims):
         raise UsageError(f"negative dimension in shape {dims}")
     kind = np.dtype(dtype)
-    memory = _core.allocate_shared(max(1, math.prod(dims) * kind.itemsize))
+    nbytes = max(1, math.prod(dims) * kind.itemsize)
+    memory = _core.allocate_shared(min(nbytes, 1 << 63))  # that much is refused
     return np.ndarray(dims, kind, memoryview(memory))
 
 

@@ -132,7 +132,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
         engine.on_connect_wanted(self._plane.request_pair)
-        engine.on_events(self._on_native_events)
+        engine.on_events(self._on_native_event)
         engine.on_unretrieved(self._unretrieved.append)
         # Bound once: they are looked up for every message.
         self._send = engine.send
@@ -229,7 +229,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
                     self._engine.on_unretrieved,
                 ):
                     hook(None)
-                for region in self._regions.values():  # nothing touches them any more, and nobody says so again
+                for region in self._regions.values():  # nobody says so any more
                     region._freed()
                 self._regions.clear()
                 self._notes.close()
@@ -347,28 +347,28 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._log(self._rank, event)
         self._events.publish(event)
 
-    def _on_native_events(self, events: list[tuple[int, int, int, Any, str]]) -> None:
-        for kind, rank, number, text, more in events:
-            match kind:
-                case 0:
-                    if (layer := streaming.parse(text)) is None:
-                        self._notes.put(Notification(rank, text, number))
-                    elif (notes := self._layer_notes.get(layer[0])) is not None:
-                        notes.put(rank, *layer[1:])
-                case 1:
-                    self._on_event(PeerLost(rank, number, text))
-                case 2:
-                    self._on_event(LinkUp(text, rank))
-                case 3:
-                    self._on_event(LinkDown(text, rank, more))
-                case 4:
-                    link = self._engine.link_of(rank) or "none"
-                    self._on_event(Fallback(link, rank, text, more))
-                case 5:
-                    self._on_event(Undelivered(rank, text, number, more))
-                case 6:
-                    if (region := self._regions.pop(number, None)) is not None:
-                        region._freed()
+    def _on_native_event(self, event: tuple[int, int, int, Any, str]) -> None:
+        kind, rank, number, text, more = event
+        match kind:
+            case 0:
+                if (layer := streaming.parse(text)) is None:
+                    self._notes.put(Notification(rank, text, number))
+                elif (notes := self._layer_notes.get(layer[0])) is not None:
+                    notes.put(rank, *layer[1:])
+            case 1:
+                self._on_event(PeerLost(rank, number, text))
+            case 2:
+                self._on_event(LinkUp(text, rank))
+            case 3:
+                self._on_event(LinkDown(text, rank, more))
+            case 4:
+                link = self._engine.link_of(rank) or "none"
+                self._on_event(Fallback(link, rank, text, more))
+            case 5:
+                self._on_event(Undelivered(rank, text, number, more))
+            case 6:
+                if (region := self._regions.pop(number, None)) is not None:
+                    region._freed()
 
 
 def _check_tls(settings: Settings) -> None:

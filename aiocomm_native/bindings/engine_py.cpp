@@ -50,32 +50,28 @@ void PyEngine::forget() {
   }
 }
 
-bool PyEngine::deliver_events() {
-  if (!engine->has_events() || !on_events) return true;
+void PyEngine::deliver_events() {
+  if (!engine->has_events() || !on_events) return;
+  // What is taken is told, whatever one of them makes of it: nobody else knows of the rest.
+  auto tell = [](PyObject* hook, PyObject* what) {
+    PyObject* r = what ? PyObject_CallOneArg(hook, what) : nullptr;
+    if (!r) PyErr_WriteUnraisable(hook);
+    Py_XDECREF(r);
+    Py_XDECREF(what);
+  };
+  const nb::object connects = nb::borrow(on_connect),
+                   hears = nb::borrow(on_events);  // which may take them back
   if (engine->connect_wanted())
-    for (Rank rank : engine->take_connect_wanted()) {
-      PyObject* r = on_connect ? PyObject_CallFunction(on_connect, "i", rank) : Py_NewRef(Py_None);
-      if (!r) return false;
-      Py_DECREF(r);
-    }
-  auto events = engine->take_events();
-  if (events.empty()) return true;
-  PyObject* list = PyList_New(0);
-  if (!list) return false;
-  for (auto& event : events) {
+    for (Rank rank : engine->take_connect_wanted())
+      if (connects) tell(connects.ptr(), PyLong_FromLong(rank));
+  for (auto& event : engine->take_events()) {
     bool binary = event.kind == EngineEvent::Kind::notification;
     PyObject* tuple =
         Py_BuildValue(binary ? "(iiKy#s)" : "(iiKs#s)", static_cast<int>(event.kind), event.rank,
                       static_cast<unsigned long long>(event.number), event.text.data(),
                       static_cast<Py_ssize_t>(event.text.size()), event.more.c_str());
-    bool added = tuple && PyList_Append(list, tuple) == 0;
-    Py_XDECREF(tuple);
-    if (!added) return Py_DECREF(list), false;
+    tell(hears.ptr(), tuple);
   }
-  PyObject* r = PyObject_CallOneArg(on_events, list);
-  Py_DECREF(list);
-  Py_XDECREF(r);
-  return r != nullptr;
 }
 
 int PyEngine::drain(int budget) {
@@ -90,14 +86,15 @@ int PyEngine::drain(int budget) {
   }
   if (done == budget && engine->has_completed())
     ring_fd(engine->loop_fd());  // let the loop breathe, then go on
-  return deliver_events() ? done : -1;
+  deliver_events();
+  return done;
 }
 
 // What a submission may have caused beside its own op.
-bool PyEngine::after_submit() {
-  if (!engine->has_completed() && !engine->has_events()) return true;
+void PyEngine::after_submit() {
+  if (!engine->has_completed() && !engine->has_events()) return;
   ended_outside = true;
-  return drain(256) >= 0;
+  drain(256);
 }
 
 namespace {
@@ -223,7 +220,7 @@ void bind_engine(nb::module_& m) {
               nb::gil_scoped_release release;
               e.engine->begin_submitted();
             }
-            if (e.drain(256) < 0) throw nb::python_error();
+            e.drain(256);
           },
           "Have what was submitted begin, and take what has ended.")
       .def("drain_express", drain_express)

@@ -32,7 +32,7 @@ void look_for_ends(PyEngine& e, uint64_t until_ns, Done done) {
         nanobind::gil_scoped_acquire acquire;
         for (Op* op : std::exchange(others, {})) end_transfer(static_cast<Transfer*>(op->cookie));
         e.ended_outside = true;
-        if (!e.deliver_events()) PyErr_WriteUnraisable(nullptr);
+        e.deliver_events();
         lingers = lingers && loop_has_nothing_else(&e);
         continue;
       }
@@ -44,7 +44,7 @@ void look_for_ends(PyEngine& e, uint64_t until_ns, Done done) {
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
     if (looked && !e.spinner) engine.loop_sleeps();
   }
-  if (!e.after_submit()) PyErr_WriteUnraisable(nullptr);
+  e.after_submit();
 }
 
 }  // namespace aiocomm::py

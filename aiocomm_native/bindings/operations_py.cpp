@@ -87,10 +87,9 @@ struct Start {
     Found found = PyTuple_CheckExact(object) ? Found::ask : read_interface(object, writable, view);
     if (found == Found::error) give_up();
     if (found == Found::view) {
+      const nb::object shape = nb::steal(view.shape);
       t->keep = Py_NewRef(object);
-      device_memory(view);
-      Py_DECREF(view.shape);
-      return;
+      return device_memory(view);
     }
     PyObject* description = PyTuple_CheckExact(object)
                                 ? Py_NewRef(object)
@@ -152,7 +151,7 @@ struct Start {
       t->tracked = true;
     }
     nb::object result = nb::steal(handle);
-    if (!e.after_submit()) throw nb::python_error();
+    e.after_submit();
     return result;
   }
 

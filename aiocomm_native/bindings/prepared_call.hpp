@@ -86,7 +86,7 @@ class PreparedCall {
           nanobind::gil_scoped_acquire acquire;
           for (Op* op : std::exchange(others, {})) end_transfer(static_cast<Transfer*>(op->cookie));
           e.ended_outside = true;
-          if (!e.deliver_events()) PyErr_WriteUnraisable(nullptr);
+          e.deliver_events();
           lingers = lingers && loop_has_nothing_else(&e);
           sweep(engine);
           continue;

@@ -76,7 +76,7 @@ nb::object PreparedCall::attempt(nb::pointer_and_handle<PyEngine> self, int64_t 
   running_ = false;
   if (e.engine->has_completed() || e.engine->has_events()) {
     e.ended_outside = true;
-    if (e.drain(256) < 0) PyErr_WriteUnraisable(self.h.ptr());
+    e.drain(256);
   }
   sweep(*e.engine);
   if (done()) return nb::none();

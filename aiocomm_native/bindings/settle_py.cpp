@@ -28,7 +28,7 @@ bool look_for_news(PyEngine* engine, double seconds, bool is_long) {
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
     if (!engine->spinner) something = engine->engine->loop_sleeps() || something;
   }
-  if (engine->drain(64) < 0) throw nb::python_error();
+  engine->drain(64);
   return something;
 }
 

@@ -1,5 +1,6 @@
 #include "bindings/transfer.hpp"
 
+#include <nanobind/nanobind.h>
 #include <structmember.h>
 #include <structseq.h>
 
@@ -7,6 +8,8 @@
 #include <cstring>
 
 #include "bindings/spinner.hpp"
+
+namespace nb = nanobind;
 
 namespace aiocomm::py {
 
@@ -106,7 +109,7 @@ PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
       if (message != Py_None) Py_XSETREF(t->cancel_message, Py_NewRef(message));
   int drained;
   do {
-    if ((drained = engine->drain(256)) < 0) return nullptr;
+    drained = engine->drain(256);
   } while (!going && drained && t->outcome == Outcome::pending);
   if (t->outcome == Outcome::done || t->outcome == Outcome::failed) Py_RETURN_FALSE;
   Py_RETURN_TRUE;
@@ -129,10 +132,12 @@ PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* k
     t->callback = Py_NewRef(callback);
     t->context = own_context;
   } else {
-    if (!t->more && !(t->more = PyList_New(0))) return nullptr;
-    PyObject* pair = Py_BuildValue("(ON)", callback, own_context);
-    if (!pair || PyList_Append(t->more, pair) < 0) return nullptr;
-    Py_DECREF(pair);
+    PyObject* pair = PyTuple_Pack(2, callback, own_context);
+    Py_DECREF(own_context);
+    if (!t->more) t->more = PyList_New(0);
+    const bool added = pair && t->more && PyList_Append(t->more, pair) == 0;
+    Py_XDECREF(pair);
+    if (!added) return nullptr;
   }
   Py_RETURN_NONE;
 }
@@ -141,19 +146,30 @@ PyObject* transfer_remove_done_callback(PyObject* self, PyObject* callback) {
   Transfer* t = cast(self);
   long removed = 0;
   if (t->callback) {
-    int same = PyObject_RichCompareBool(t->callback, callback, Py_EQ);
+    const nb::object one = nb::borrow(t->callback);
+    const int same = PyObject_RichCompareBool(one.ptr(), callback, Py_EQ);
     if (same < 0) return nullptr;
-    if (same) {
+    if (same && t->callback == one.ptr()) {
       Py_CLEAR(t->callback);
       Py_CLEAR(t->context);
       ++removed;
     }
   }
-  for (Py_ssize_t i = t->more ? PyList_GET_SIZE(t->more) : 0; i-- > 0;) {
-    int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(PyList_GET_ITEM(t->more, i), 0), callback, Py_EQ);
+  if (!t->more) return PyLong_FromLong(removed);
+  // Comparing calls into Python, which may add, remove and end meanwhile: what there was is gone through, and what is still
+  // there is removed.
+  const nb::object all = nb::steal(PyList_AsTuple(t->more));
+  if (!all) return nullptr;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()); ++i) {
+    PyObject* pair = PyTuple_GET_ITEM(all.ptr(), i);
+    const int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(pair, 0), callback, Py_EQ);
     if (same < 0) return nullptr;
-    if (same && PyList_SetSlice(t->more, i, i + 1, nullptr) < 0) return nullptr;
-    removed += same;
+    for (Py_ssize_t at = same && t->more ? PyList_GET_SIZE(t->more) : 0; at-- > 0;) {
+      if (PyList_GET_ITEM(t->more, at) != pair) continue;
+      if (PyList_SetSlice(t->more, at, at + 1, nullptr) < 0) return nullptr;
+      ++removed;
+      break;
+    }
   }
   return PyLong_FromLong(removed);
 }
@@ -271,7 +287,9 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(t->more);
   Py_VISIT(t->result);
   Py_VISIT(t->exception);
+  Py_VISIT(t->cancel_message);
   Py_VISIT(t->keep);
+  if (t->has_view) Py_VISIT(t->view.obj);
   return 0;
 }
 

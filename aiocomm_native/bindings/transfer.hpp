@@ -35,10 +35,10 @@ class PyEngine {
   explicit PyEngine(EngineConfig config) : engine(std::make_unique<Engine>(std::move(config))) {}
   ~PyEngine();
 
-  int drain(int budget);  // -1: a Python error is set
-  bool deliver_events();
+  int drain(int budget);       // returns how many have ended
+  void deliver_events();       // to hooks, whose errors nobody can be told of
   bool ended_outside = false;  // operations, since the loop has last called for what has ended
-  bool after_submit();
+  void after_submit();
   int traverse(visitproc visit, void* arg);
   void forget();
 
@@ -48,7 +48,7 @@ class PyEngine {
   PyObject* ready = nullptr;           // the loop's queue of ready callbacks, where it shows one
   PyObject* bells = nullptr;           // a tuple: those of its handles that only call for what has ended here
   PyObject* on_connect = nullptr;      // (rank)
-  PyObject* on_events = nullptr;       // (list of tuples)
+  PyObject* on_events = nullptr;       // (a tuple: an event)
   PyObject* on_unretrieved = nullptr;  // (exception): a failure that nobody looked at
   // By link, while somebody iterates its submissions() or completions().
   std::map<uint8_t, PyObject*> on_submit, on_complete;

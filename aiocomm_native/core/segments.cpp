@@ -34,6 +34,11 @@ Segments& Segments::of_process() {
 }
 
 std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
+  constexpr uint64_t kMost = 1ull << 47;  // of any address space: what is added to that does not overflow
+  if (nbytes > kMost)
+    throw LinkFailure(
+        "cannot make a shared segment of " + std::to_string(nbytes) + " bytes: no process has as many",
+        ENOMEM);
   auto segment = std::make_shared<Segment>();
   const uint64_t room = (Segment::mapped_bytes(nbytes) + 4095) / 4096 * 4096;
   segment->fd = memfd_create("aiocomm-array", MFD_CLOEXEC | MFD_ALLOW_SEALING);

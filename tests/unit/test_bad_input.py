@@ -17,7 +17,7 @@ import uvloop
 from harness import all_call, world
 
 import aiocomm
-from aiocomm.errors import ClosedError, StaleHandleError, UsageError, UsageTypeError
+from aiocomm.errors import ClosedError, LinkError, StaleHandleError, UsageError, UsageTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,6 +215,8 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "channel='q' is no channel",
     ),
     "a negative dimension": (lambda c: aiocomm.empty((2, -1)), UsageError, "negative dimension"),
+    "bytes that cannot be counted": (lambda c: aiocomm.empty(2**62), LinkError, "no process has as many"),
+    "nearly 2^64 bytes": (lambda c: aiocomm.empty(2**64 - 1, "u1"), LinkError, "no process has as many"),
     "an unknown link": (lambda c: c.links["carrier pigeon"], KeyError, "carrier pigeon"),
 }
 

@@ -123,6 +123,62 @@ async def test_callbacks_run_once_on_the_loop(pair: Pair) -> None:
     assert called == [transfer] * 4
 
 
+@pytest.mark.parametrize("meanwhile", ["remove", "end"])
+async def test_callbacks_that_change_while_they_are_compared(pair: Pair, meanwhile: str) -> None:
+    """`__eq__` of a callback may remove others, or have the transfer end, which calls them all."""
+    a, b = pair
+    transfer = b.recv(bytearray(1), 0)
+    called: list[Any] = []
+    others: list[Any] = [lambda _, i=i: called.append(i) for i in range(10)]
+    left = [*others]
+
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            if meanwhile == "end":
+                transfer.cancel()
+            while meanwhile == "remove" and left:
+                transfer.remove_done_callback(left.pop())
+            return other is self
+
+        def __hash__(self) -> int:
+            return 0
+
+        def __call__(self, done: Any) -> None:
+            called.append(self)
+
+    odd = Odd()
+    transfer.add_done_callback(others[0])
+    for one in [*others[1:5], odd, *others[5:]]:
+        transfer.add_done_callback(one)
+    removed = transfer.remove_done_callback(Odd())
+    assert removed == 0
+    transfer.cancel()
+    await until(lambda: transfer.done())
+    await until(lambda: called)
+    assert called.count(odd) == 1
+    assert len(called) == (1 if meanwhile == "remove" else 11)
+    await a.send(b"x", 1)
+    await b.recv(bytearray(1), 0)
+
+
+async def test_a_transfer_is_collected_with_what_names_it(pair: Pair) -> None:
+    """By the message of its cancelling, and by the memory that it holds."""
+    _, b = pair
+    gone: list[weakref.ref[Any]] = []
+
+    class Message:
+        transfer: Any = None
+
+    message = Message()
+    message.transfer = transfer = b.recv(bytearray(1), 0, tag=3)
+    transfer.cancel(message)
+    await until(transfer.done)
+    gone.append(weakref.ref(message))
+    del message, transfer
+    gc.collect()
+    assert gone[0]() is None
+
+
 async def test_callbacks_run_in_their_context(pair: Pair) -> None:
     a, b = pair
     variable = contextvars.ContextVar("variable", default="outside")
