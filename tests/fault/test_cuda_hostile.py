@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,3 +111,18 @@ async def test_bytes_in_the_place_of_rows_are_not_written(comm: aiocomm.Communic
             peer.send(Frame(Kind.MOVED, rop=answer.rop, nbytes=51))
             assert "another size" in await lost(comm)
     assert (whole.numpy() == 3).all()
+
+
+async def test_what_describes_refused_memory_is_given_back(comm: aiocomm.Communicator) -> None:
+    class NoMemory:
+        __cuda_array_interface__ = DeviceArray(NBYTES).__cuda_array_interface__ | {
+            "shape": (shape := tuple([1, 2, 3])),
+            "data": (8, False),
+        }
+
+    counts = []
+    for _ in range(5):
+        with pytest.raises(aiocomm.AiocommError):
+            await comm.send(NoMemory(), 0)
+        counts.append(sys.getrefcount(NoMemory.shape))
+    assert counts == counts[:1] * 5

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import mmap
 import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -498,6 +500,38 @@ async def test_a_call_that_waits_for_the_end_of_the_last_one_has_its_arrays(
         first = calls[0].proceed(1e-3) if first > TURN else first
         second = calls[1].proceed(1e-3) if second > TURN else second
     assert (arrays[1] == 7).all()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_arrays_are_kept_while_somebody_who_stands_still_is_inside(
+    pair: tuple[aiocomm.Communicator, aiocomm.Communicator],
+) -> None:
+    """Their call is collected, and given up by that: whoever was stopped goes on later, and writes."""
+    nbytes = 8 << 20
+    arena = _core.Arena.create(2)
+    process, fd, _ = place = arena.place
+    entered = 3456 + 64  # of rank 1: Arena::Control in core/arena.cpp
+    for one in (arenas := [arena, _core.Arena.open(place, 1, 2)]):
+        one.set_processes([process, process])
+    calls = [_core.SharedCall(one, 1, 0, [nbytes], False, 1, "u1", "", b"broadcast") for one in arenas]
+    array = np.zeros(nbytes, np.uint8)
+    kept = weakref.ref(array)
+    result, number = NOT_MET, 0
+    while result == NOT_MET:  # the loop had something else to do
+        await anyio.lowlevel.checkpoint()
+        number += 1
+        result = calls[0].attempt(pair[0]._engine, number, None, array)
+    assert result == OPEN
+    del array
+    with mmap.mmap(fd, 0) as memory:
+        memory[entered] = 1
+        del calls[0]
+        gc.collect()
+        assert kept() is not None
+        memory[entered] = 0
+    _core.SharedCall(arena, 1, 0, [nbytes], False, 1, "u1", "", b"broadcast")
+    gc.collect()
+    assert kept() is None
 
 
 class Slow:

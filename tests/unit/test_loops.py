@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -162,3 +163,27 @@ async def test_a_turn_is_due_after_a_while() -> None:
     async with world(1) as (comm,):
         assert not comm._engine.turn_due(True, 1e-3)  # others have had one
         await until(lambda: comm._engine.turn_due(False, 1e-3))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_events_that_come_with_one_whose_hook_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are told, and each error is: there is nobody to whom it could be raised."""
+    told: list[object] = []
+    unraisable: list[object] = []
+
+    def hook(event: tuple[object, ...]) -> None:
+        told.append(event[3])
+        raise ValueError
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: unraisable.append(raised.exc_type))
+    async with world(2, warmup=True) as (a, b), a.register(bytearray(1)) as region:
+        a._engine.on_events(hook)
+        remote = b.remote(region.handle)
+        puts = [b.put(b"x", remote, notify=bytes([i])) for i in range(5)]
+        await until(lambda: len(told) == 5)
+        for put in puts:
+            await put
+        a._engine.on_events(a._on_native_event)
+    assert told == [bytes([i]) for i in range(5)]
+    assert unraisable == [ValueError] * 5

@@ -134,10 +134,10 @@ async def test_callbacks_that_change_while_they_are_compared(pair: Pair, meanwhi
 
     class Odd:
         def __eq__(self, other: object) -> bool:
-            if meanwhile == "end":
-                transfer.cancel()
-            while meanwhile == "remove" and left:
+            while other is others[7] and meanwhile == "remove" and left:
                 transfer.remove_done_callback(left.pop())
+            if other is others[7] and meanwhile == "end":
+                transfer.cancel()
             return other is self
 
         def __hash__(self) -> int:
