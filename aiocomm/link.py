@@ -29,7 +29,11 @@ class LinkHandle:
         self._completions: Broadcast[Completion] = Broadcast(lambda: engine.on_complete(name, None))
 
     def submissions(self) -> Feed[Submission]:
-        """Operations that this process submits from now on, as they are submitted."""
+        """Operations that this process submits from now on, as they are submitted.
+
+        An operation shows on the link that its peer has or has had; with a peer that was never connected, and
+        of any source, on the first that is enabled. It may end on another.
+        """
         box = self._submissions.subscribe()
         self._engine.on_submit(self.name, self._submitted)
         return box

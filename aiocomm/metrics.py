@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Metrics"]
 
 _COUNTERS: Final = {
-    "submitted": "Operations submitted.",
+    "submitted": "Operations submitted, once their link is known: receives with their messages.",
     "completed": "Operations that ended well.",
-    "failed": "Operations that failed.",
+    "failed": "Operations that failed, and calls of send_nowait that were refused.",
     "cancelled": "Operations cancelled by this side.",
     "would_block": "Calls of send_nowait that were refused.",
     "fallbacks": "Times that a slower path or link was taken.",
@@ -84,8 +84,8 @@ class Metrics(Collector):
                     family.add_metric([*values, link.link], getattr(link, name))
                 yield family
         for by_path, text in (
-            ("messages_by_path", "Messages completed."),
-            ("bytes_by_path", "Bytes completed."),
+            ("messages_by_path", "Messages completed, accesses of peers among them."),
+            ("bytes_by_path", "Bytes of completed messages."),
         ):
             family = CounterMetricFamily(f"aiocomm_link_{by_path}", text, labels=[*names, "path"])
             for link in links:

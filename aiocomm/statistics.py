@@ -19,11 +19,28 @@ __all__ = ["LinkStatistics", "Statistics"]
 class LinkStatistics:
     """Counters of one link since the communicator was opened.
 
+    `submitted`, `completed`, `failed` and `cancelled` count this process's operations, each on one link;
+    accesses of peers to regions are counted where they were submitted. `submitted` less the other three is
+    what is under way on the link. An operation counts as submitted once its link is known: a receive when its
+    message comes (until then it is one of `posted_receives`), others when they are connected. One that ends
+    before counts on the link that its peer has had or, where there was none or the receive is of any source,
+    on the first that is enabled. `failed` includes the calls of `send_nowait` that were refused,
+    `would_block`.
+
+    `bytes_sent` and `bytes_received` count payload when it goes over this link, whoever moves it and whatever
+    comes of its message: what one end has sent the other has received. Three things only one end knows of:
+    what the RDMA device of a peer reads from a region, or writes into it; what kernels and copies of
+    collectives write into other ranks' GPU memory; and what a receive or `get` had fetched before it was
+    given up.
+
     `messages_by_path` and `bytes_by_path` show how messages moved: `eager` (copied through the ring or
     socket), `mapped` (one copy between shared segments), `cma` (one copy by cross-memory attach), `stream`
     (through the ring or the sockets, chunk by chunk), `read` and `write` (by the RDMA device of the receiver,
     of the sender), `device` (by a copy engine between two GPUs), `staged` (GPU memory by a detour). A message
-    is counted at both ends.
+    is counted at both ends, accesses to regions as well, once it has ended well there. A small `send` has
+    done so when it is handed over, unless it is `synchronous`: `eager` messages that nobody receives, or that
+    are truncated, count at their sender alone. An end in GPU memory counts at `cuda`, the other at its own
+    link.
 
     `device` has counters of the link's own, for `rdma` of what was posted to devices and what came of it, in
     all and by device; see the how-to page on RDMA. For `cuda` it tells where the time of small copies between

@@ -115,7 +115,7 @@ void take_success(Transfer* t, Op& op) {
 
 void report_completion(Transfer* t, const Op& op) {
   PyEngine* engine = t->engine;
-  auto observer = engine->on_complete.find(engine->engine->executor_of(op));
+  auto observer = engine->on_complete.find(op.counted_by);
   if (observer == engine->on_complete.end()) return;
   uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
   PyObject* callback = Py_NewRef(observer->second);  // which may end its own observation

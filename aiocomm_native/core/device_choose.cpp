@@ -42,7 +42,7 @@ Post DeviceProtocol::announce(Op& op, Peer& peer) {
   Post posted = peer.link->post(h, meta.data(), nullptr, Wake::engine);
   if (posted != Post::ok) return posted;
   if (peer.offers) peer.offers->held.sent(engine_.key_of(op));
-  ++engine_.counters_[index_].frames_sent;
+  ++engine_.counters_[op.link].frames_sent;
   op.started_ns = op.submitted_ns;
   op.state = OpState::posted;
   op.awaits_fin = true;

@@ -37,7 +37,7 @@ void DeviceProtocol::start_kernel(Op& op) {
   if (op.state == OpState::queued) {
     op.state = OpState::moving;
     op.started_ns = engine_.now();
-    ++engine_.counters_[index_].submitted;
+    engine_.count_submitted(op, index_);
   }
   for (const Gate& gate : kernel.gates) {
     if (gate.open()) continue;

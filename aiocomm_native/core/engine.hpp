@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "core/copier.hpp"
+#include "core/counters.hpp"
 #include "core/device.hpp"
 #include "core/device_protocol.hpp"
 #include "core/link.hpp"
@@ -74,23 +75,6 @@ struct EngineEvent {
   uint64_t number = 0;  // notification: bytes; region_free: its id; peer_lost: generation; undelivered: tag
   std::string text;     // payload, reason or path
   std::string more;
-};
-
-// How many operations took how long: slot i counts those of at least 2^(i-1) and less than 2^i ns.
-class DurationHistogram {
- public:
-  static constexpr size_t kSlots = 42;  // the last one is open: more than half an hour
-  void add(uint64_t ns) { ++counts[std::min<size_t>(std::bit_width(ns), kSlots - 1)]; }
-  std::array<uint64_t, kSlots> counts{};
-};
-
-struct LinkCounters {
-  uint64_t submitted = 0, completed = 0, failed = 0, cancelled = 0;
-  uint64_t frames_sent = 0, frames_received = 0, bytes_sent = 0, bytes_received = 0;
-  uint64_t fallbacks = 0, would_block = 0, violations = 0;
-  std::map<std::string, uint64_t> device;  // of the link itself
-  std::array<uint64_t, static_cast<size_t>(Path::count)> path_messages{}, path_bytes{};
-  DurationHistogram queued, moved;  // of completed operations: until the first byte moved, and from then on
 };
 
 // A peer that has a region's key.
@@ -227,7 +211,7 @@ class Engine final : public Host, public FrameSink {
   void failed(const char* why) noexcept override;
   Mover* mover() { return device_.mover(); }
   bool share(Rank rank, DeviceBuffer& buffer) { return device_.share(rank, buffer); }
-  // The link whose counters an op belongs to.
+  // The link that moves an op.
   uint8_t executor_of(const Op& op) const { return op.gpu ? device_.index() : op.link; }
 
   // Whether the caller, the loop's thread, is to issue copies that it has just submitted: by issue(), which calls the
@@ -276,6 +260,10 @@ class Engine final : public Host, public FrameSink {
   void emit(EngineEvent event);
   void start_deadline(Op& op);
   void start_timer(uint64_t id, uint64_t at_ns);
+
+  // statistics.cpp
+  uint8_t usual_link(Rank rank);
+  void count_submitted(Op& op, uint8_t link);
 
   // protocol_send.cpp: from a submission to frames on a link
   void start(Op& op) noexcept;

@@ -35,6 +35,7 @@ Op* OpTable::take() {
       op->in_sched = false;
   op->listed = op->awaits_fin = op->owes_word = op->has_notify = op->has_key = op->holding = false;
   op->error = 0;
+  op->counted_by = kNoLink;
   op->rows.reset();
   op->extent = op->reach = 0;
   op->registration = op->offer = op->immediate = op->chunks = 0;

@@ -47,6 +47,7 @@ constexpr Code kLastCode = Code::unreachable;
 enum class Path : uint8_t { none, eager, mapped, cma, stream, device, staged, read, write, count };
 
 constexpr size_t kMaxDims = 8;
+constexpr uint8_t kNoLink = 0xff;
 
 struct Op {
   OpId id = 0;
@@ -70,9 +71,10 @@ struct Op {
   bool listed = false;     // put, get: of many ranges; see listed.hpp
   bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
-  Rank peer = -1;        // as asked for; kAnySource until matched
-  uint32_t channel = 0;  // index into the engine's channels
-  int32_t error = 0;     // errno or driver code behind link_failed
+  uint8_t counted_by = kNoLink;  // the link whose counters it belongs to, once that is known
+  Rank peer = -1;                // as asked for; kAnySource until matched
+  uint32_t channel = 0;          // index into the engine's channels
+  int32_t error = 0;             // errno or driver code behind link_failed
   Tag tag = 0;
   std::byte* data = nullptr;
   uint64_t nbytes = 0;  // of the message; for a receive its capacity until matched

@@ -31,26 +31,7 @@ void Engine::finish(Op& op, Code code) {
   op.state = OpState::ended;
   op.live = false;
   op.ended_ns = now();
-  LinkCounters& counters = counters_[executor_of(op)];
-  if (code == Code::ok) {
-    ++counters.completed;
-    const uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
-    if (op.kind != OpKind::serve) {
-      counters.queued.add(began - std::min(began, op.submitted_ns));
-      counters.moved.add(op.ended_ns - std::min(op.ended_ns, began));
-    }
-    auto path = static_cast<size_t>(op.path);
-    ++counters.path_messages[path];
-    counters.path_bytes[path] += op.moved;
-    if (op.path == Path::eager) {
-      bool out = op.kind == OpKind::send || op.kind == OpKind::put;
-      (out ? counters.bytes_sent : counters.bytes_received) += op.moved;
-    }
-  } else if (code == Code::cancelled) {
-    ++counters.cancelled;
-  } else {
-    ++counters.failed;
-  }
+  if (code == Code::ok) counters_[executor_of(op)].came(op.path, op.moved);
   if (served_.find(op.id) != nullptr || (op.id >> 62) != 0) {
     uint64_t region = op.region;
     if (Peer* peer = find_peer(op.peer); op.listed && peer)
@@ -58,6 +39,9 @@ void Engine::finish(Op& op, Code code) {
     served_.give_back(&op);
     return region_idle(region);
   }
+  // It may have ended before any link had it: unmatched, or unconnected.
+  count_submitted(op, op.gpu || op.link ? executor_of(op) : usual_link(op.peer));
+  counters_[op.counted_by].ended(op);
   if (&op == inline_op_) return;
   if (!overflow_.empty() || !completed_.push(&op)) {
     overflow_.push_back(&op);

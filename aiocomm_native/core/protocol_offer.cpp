@@ -76,6 +76,7 @@ void Engine::offer(Op& op, Peer& peer) {
 void Engine::taken(Op& op) {
   matcher_.cancel_recv(op.id);
   op.matched = true;
+  count_submitted(op, op.link);
   op.path = Path::write;
   op.capacity = op.nbytes;
   op.started_ns = now();

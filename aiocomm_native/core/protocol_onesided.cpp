@@ -97,6 +97,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   const bool by_rows = header.flags & kRows, listed = header.flags & kListed;
   if (listed && (from_device || header.nbytes > kMostListed || offset))
     throw ProtocolViolation("a list that makes no sense");
+  if (header.kind == FrameKind::put) counters_[peer.link_index].bytes_received += header.payload_bytes;
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
   Code code = check_region(header.rop, offset, reach, true, &region);
@@ -106,7 +107,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
   if (header.kind == FrameKind::put && (!region->gpu || header.nbytes == 0)) {
     if (header.payload_bytes && !listed) std::memcpy(region->base + offset, payload, header.payload_bytes);
-    counters_[peer.link_index].bytes_received += header.payload_bytes;
+    counters_[peer.link_index].came(Path::eager, header.nbytes);
     if (header.flags & kHasNotify) notify(peer.rank, meta, header.meta_bytes, header.nbytes);
     return send_fin(peer, header.sop, Code::ok, header.nbytes);
   }
@@ -252,7 +253,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);
-  op->path = Path::stream;
+  op->path = op->nbytes ? Path::stream : Path::eager;
   op->started_ns = now();
   op->state = OpState::moving;
   if (op->nbytes == 0) received(*op);

@@ -166,6 +166,7 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
     throw ProtocolViolation("device memory without its place");
   if (header.kind == FrameKind::eager && header.payload_bytes != header.nbytes)
     throw ProtocolViolation("eager message without all of its bytes");
+  counters_[peer.link_index].bytes_received += header.payload_bytes;
   MessageKey key{header.channel, header.tag};
   if (peer.offers)
     for (OpId id : peer.offers->made.arrived(key, Place::unpacked(header.rop))) taken(*ops_.find(id));
@@ -233,6 +234,7 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
   op.capacity = op.nbytes;
   op.remote_op = header.sop;
   op.link = peer.link_index;
+  if (op.gpu || op.link || op.peer == rank_) count_submitted(op, executor_of(op));  // else its sender is gone
   size_t place = header.flags & kDevice ? sizeof(DevicePlace) : 0;
   op.meta_bytes = static_cast<uint16_t>(header.meta_bytes - place);
   std::memcpy(op.meta.data(), meta, op.meta_bytes);
@@ -431,12 +433,21 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   auto code = static_cast<Code>(header.code);
   if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   op->awaits_fin = false;
+  const bool fetched =
+      op->path == Path::none || (is_on_device(*op) && op->gpu->role == Role::stage_out && op->gpu->can_pull);
   if (op->gpu) {
     op->path = op->gpu->direct ? Path::read : op->gpu->role == Role::stage_out ? Path::staged : Path::device;
   } else if (op->path == Path::none) {
-    bool read = peer.link->pull_path({}) == Path::read;
-    Path pulled = op->source_segment ? Path::mapped : Path::cma;  // where it was not, a `cts` has said so
-    op->path = fits_frame(*op, peer) ? Path::eager : read ? Path::read : pulled;
+    // The peer has fetched it: where it cannot, a `cts` has said so.
+    const Path reach = peer.link->pull_path({});
+    const bool as_is = reach == Path::read || reach == Path::mapped;
+    op->path = op->nbytes == 0 ? Path::eager
+               : as_is         ? reach
+                               : (op->source_segment ? Path::mapped : Path::cma);
+  }
+  if (fetched) {
+    const uint8_t carrier = op->path == Path::device ? device_.index() : op->link;
+    counters_[carrier].bytes_sent += code == Code::ok ? op->nbytes : std::min(header.nbytes, op->nbytes);
   }
   if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
   if (op->state == OpState::draining) {

@@ -198,7 +198,7 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint
   --op->inflight;
   op->inflight_bytes -= nbytes;
   LinkCounters& counters = counters_[link_index];
-  (op->path == Path::read ? counters.bytes_received : counters.bytes_sent) += nbytes;
+  (op->path == Path::read ? counters.bytes_received : counters.bytes_sent) += error ? 0 : nbytes;
   if (error && op->state != OpState::draining) {
     op->error = error;
     // The owner's device refuses a key that was revoked.

@@ -67,7 +67,7 @@ void Engine::want_connection(Peer& peer) {
 void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
   peer.used = true;
-  ++counters_[executor_of(op)].submitted;
+  count_submitted(op, executor_of(op));
   // Its receiver may have said where it goes.
   if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
     peer.link->poll(16);
@@ -100,7 +100,6 @@ void Engine::queue_header(Op& op, Peer& peer) {
 }
 
 Post Engine::would_block(Op& op) {
-  ++counters_[op.link].would_block;
   finish(op, Code::would_block);
   return Post::ok;
 }
@@ -151,6 +150,7 @@ Post Engine::send_message(Op& op, Peer& peer) {
     peer.eager_unconsumed += op.nbytes + kHeaderCost;
     op.path = Path::eager;
     op.moved = op.nbytes;
+    counters_[op.link].bytes_sent += op.nbytes;
   } else {
     if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
       return held == Hold::pending ? Post::again : Post::ok;
@@ -218,7 +218,10 @@ Post Engine::send_put(Op& op, Peer& peer) {
   op.started_ns = now();
   op.state = OpState::posted;
   op.awaits_fin = true;
-  if (inline_bytes) op.path = Path::eager;
+  if (inline_bytes) {
+    op.path = Path::eager;
+    counters_[op.link].bytes_sent += op.nbytes;
+  }
   return Post::ok;
 }
 

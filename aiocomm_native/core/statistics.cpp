@@ -13,11 +13,34 @@ uint8_t Engine::link_index(const std::string& link) const {
   throw std::invalid_argument("no link named '" + link + "' is enabled");
 }
 
+void LinkCounters::ended(const Op& op) {
+  if (op.code != Code::ok) {
+    ++(op.code == Code::cancelled ? cancelled : failed);
+    if (op.code == Code::would_block) ++would_block;
+    return;
+  }
+  ++completed;
+  const uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
+  queued.add(began - std::min(began, op.submitted_ns));
+  moved.add(op.ended_ns - std::min(op.ended_ns, began));
+}
+
+void Engine::count_submitted(Op& op, uint8_t link) {
+  if (op.counted_by != kNoLink) return;
+  op.counted_by = link;
+  ++counters_[link].submitted;
+}
+
+// The link that an operation with this rank will use; of any rank, or one that was never connected, the first.
+uint8_t Engine::usual_link(Rank rank) {
+  Peer* peer = find_peer(rank);
+  if (rank == rank_ || (peer && peer->link_index)) return peer ? peer->link_index : 0;
+  return links_.size() > 1 ? 1 : 0;  // "self" comes first
+}
+
 uint8_t Engine::likely_link(Rank rank) {
   Token token(*this, true);
-  Peer* peer = find_peer(rank);
-  if (peer && peer->state == Peer::State::up) return peer->link_index;
-  return links_.size() > 1 && rank != rank_ ? 1 : 0;  // "self" comes first
+  return usual_link(rank);
 }
 
 bool Engine::takes_rows(Rank rank) {
