@@ -53,6 +53,7 @@ class Operations:
     _layer_notes: dict[int, LayerNotes]  # by lease
     _channels: dict[str, Channel]
     _exchanges: dict[tuple[int, int | None], int]  # calls so far, by rank and generation
+    _close_channel: Callable[[Channel], None]  # and what is under way on it
 
     @property
     def rank(self) -> int:

@@ -97,15 +97,19 @@ class Channel:
         return self._closed
 
     def close(self) -> None:
-        """End this side's operations on the channel with `ClosedError`. Idempotent."""
+        """End this side's operations on the channel with `ClosedError`, and refuse new ones. Idempotent.
+
+        Collective operations, dispatches and combines on it, which other ranks wait for this one to do, or
+        have it do next, end with `TransferCancelled` there, in all groups that have used it. Once it is
+        opened again by its name, calls meet again.
+        """
         if self._closed:
             return
         if self._index == 0:
             raise ClosedError("the default channel closes with its communicator")
         self._closed = True
         if not self._comm.closed:
-            self._comm._engine.close_channel(self._index)
-            self._comm._engine.drain()
+            self._comm._close_channel(self)
 
     def __repr__(self) -> str:
         return f"<aiocomm.Channel {self.name!r} {self.priority.name} weight={self.weight:g}>"

@@ -16,6 +16,7 @@ from aiocomm._loop.backend import current_backend, import_early
 from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
 from aiocomm.channel import Channel
+from aiocomm.collectives.closing import pause
 from aiocomm.collectives.operations import Collectives
 from aiocomm.config import variable
 from aiocomm.errors import AiocommError, ClosedError, LinkError, UsageError
@@ -315,6 +316,13 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._peers[peer.rank] = peer
         self._ranks = max(self._ranks, peer.rank + 1)
         self._tell_scopes(peer.rank)
+
+    def _close_channel(self, channel: Channel) -> None:
+        for scope in list(self._scopes):
+            if scope.channel is not None and scope.channel.name == channel.name:
+                pause(scope, channel)
+        self._engine.close_channel(channel._index)
+        self._engine.drain()
 
     def _tell_scopes(self, rank: int) -> None:
         for scope in list(self._scopes):

@@ -12,8 +12,8 @@ import numpy as np
 
 from aiocomm._control.host import hostname
 from aiocomm._operations import limit_of
+from aiocomm.collectives import closing
 from aiocomm.collectives.agreement import Agreement
-from aiocomm.collectives.closing import close
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.scope import Scope
 from aiocomm.errors import ClosedError, PeerLostError, UsageError
@@ -135,10 +135,10 @@ class Group(Collectives, ExpertOperations):
             scope.forget(all_memory=True)
         if not self._comm.closed:
             for scope in self._scopes.values():
-                close(scope, [scope.index])
+                closing.close(scope, [scope.index])
             for scope, rows in self._expert_scopes.values():
                 # Others may ask whether calls have ended, which read memory of theirs.
-                close(scope, [rows] if scope.pools else [scope.index, rows])
+                closing.close(scope, [rows] if scope.pools else [scope.index, rows])
 
     @property
     def closed(self) -> bool:
@@ -225,6 +225,10 @@ class Group(Collectives, ExpertOperations):
             index = self._comm._engine.open_channel(f"\0group {self._digest} {name}", int(priority), weight)
             self._indices.append(index)
             scope = self._scopes[name] = Scope(self._comm, self, index)
+            scope.channel = channel
+        if channel is not None and (channel.closed or scope.channel is not channel):
+            native = f"\0group {self._digest} {name}", scope.index, int(channel.priority)
+            self._use(scope, channel, [native])
         return scope
 
     def _expert_scope(self, channel: Channel | None) -> tuple[Scope, int]:
@@ -241,7 +245,22 @@ class Group(Collectives, ExpertOperations):
             bulk = open_channel(f"\0rows {self._digest} {name}", int(priority), weight)
             self._indices += [urgent, bulk]
             found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
+            found[0].channel = channel
+        scope, bulk = found
+        if channel is not None and (channel.closed or scope.channel is not channel):
+            high = int(max(channel.priority, Priority.HIGH))
+            natives = [
+                (f"\0experts {self._digest} {name}", scope.index, high),
+                (f"\0rows {self._digest} {name}", bulk, int(channel.priority)),
+            ]
+            self._use(scope, channel, natives)
         return found
+
+    def _use(self, scope: Scope, channel: Channel, natives: Sequence[tuple[str, int, int]]) -> None:
+        """Use a scope after its channel was closed, which may be open again."""
+        if channel.closed:
+            closing.refuse(scope, channel)
+        closing.resume(scope, channel, natives)
 
     def _is_member(self, rank: int) -> bool:
         """Whether who has a rank of the group now is who had it when the group was made."""
@@ -262,8 +281,6 @@ class Group(Collectives, ExpertOperations):
             raise ClosedError(f"{self.label} was closed")
         if channel is not None:
             comm._index_of(channel)
-            if channel.closed:
-                raise ClosedError(f"channel {channel.name!r} was closed")
 
     def __repr__(self) -> str:
         return f"<aiocomm.Group rank={self.rank} of {list(self._ranks)}>"

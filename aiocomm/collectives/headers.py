@@ -51,6 +51,7 @@ class Why(enum.IntEnum):
     DEADLINE = 2
     ASKS = 3  # no failure: the sender, who is about to leave, asks whether the call has ended
     ENDED = 4  # and is told so
+    CLOSED = 5  # nor will the sender make any later call that a rank waits in beside this one
 
 
 def header(text: str) -> bytes:

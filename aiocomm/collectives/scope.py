@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from aiocomm.channel import Channel
     from aiocomm.collectives.device_shared import DeviceShared
     from aiocomm.collectives.flight import Flight
     from aiocomm.collectives.kernels import Kernels
@@ -56,6 +57,9 @@ class Scope:
         self.comm = comm
         self.group = group
         self.index = index
+        self.channel: Channel | None = None  # on which it is used
+        self.given_up = 0  # the last call that was given up in advance, when that was closed
+        self.words: list[Transfer[Any]] = []  # to others, of that
         self.calls: dict[int, Flight] = {}
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self.repeats = _core.Repeats(
@@ -74,7 +78,7 @@ class Scope:
         for rank in group.ranks:
             self.look_for(rank)
         self.place: Place | None = None  # of the arena, once a call may go through it
-        self._listen()
+        self.listen()
 
     def begin(self, call: Flight | None) -> int:
         """Number a call; without one, it ends before anything else runs, or enters itself in `calls`.
@@ -137,9 +141,15 @@ class Scope:
         """Keep memory for the next call: freeing it would wait for all that the GPU does."""
         self._device_spare[memory.device].append(memory)
 
-    def abort(self, number: int, error: BaseException) -> list[Transfer[Any]]:
+    def drop_failed(self, number: int) -> None:
+        """A call that others may have given up counts as made here."""
+        self._failed.pop(number, None)
+
+    def abort(
+        self, number: int, error: BaseException, why: headers.Why = headers.Why.OTHER
+    ) -> list[Transfer[Any]]:
         """Tell the other members that a call has failed here, also one that only another rank has lost."""
-        why, lost = headers.Why.OTHER, -1
+        lost = -1
         if isinstance(error, DeadlineExceeded):
             why = headers.Why.DEADLINE
         elif isinstance(error, PeerLostError) and error.peer is not None:
@@ -212,7 +222,8 @@ class Scope:
         """A word of this scope's has ended. Until then it is kept, although nobody may need it any more."""
         look_away(transfer)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Take word of the others from now on, also of what they have said before."""
         self._news = bytearray(headers.ABORT_BYTES)
         while True:
             receive = self.comm._recv(self._news, -1, self.index, _ABORT_TAG, -1.0)
@@ -229,7 +240,7 @@ class Scope:
     def hear(self, receive: Transfer[Any]) -> None:
         """Take word of another rank, and listen for the next."""
         if self._take(receive):
-            self._listen()
+            self.listen()
 
     def _take(self, receive: Transfer[Any]) -> bool:
         """Take word of another rank. False: nobody will say more."""
@@ -254,6 +265,10 @@ class Scope:
             error = TransferCancelled(f"{self.group.name_of(source)} gave the call up: {text}", source)
         if call is not None:
             call.abort(error, source)
+            if why is headers.Why.CLOSED:
+                for later, other in [one for one in self.calls.items() if one[0] > number]:
+                    self.abort(later, error)
+                    other.abort(error, source)
         elif number <= self.repeats.last:
             self._missed.append((number, error, source))  # of a call that is being begun, maybe
         elif len(self._failed) < _REMEMBERED:
