@@ -9,6 +9,7 @@ import numpy as np
 
 from aiocomm.collectives import gpu
 from aiocomm.collectives.arrays import MEAN, check_name, dtype_name, operator
+from aiocomm.collectives.kernels import check_budget
 from aiocomm.collectives.narrow import ONCE, Partials, check_algorithm, is_narrow
 from aiocomm.collectives.requests import (
     Request,
@@ -49,6 +50,7 @@ def reduced(
     size, rank = group.size, group.rank
     root = root_of(group, root)
     check_name(op)
+    check_budget(sm_budget)  # of host arrays, too: what is wrong does not depend on where they are
     gets = operation != "reduce" or rank == root
     in_place = out is None
     source = flat_anywhere(group, x, "x", in_place and gets, stream)

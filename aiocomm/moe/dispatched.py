@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aiocomm.collectives.numbers import integer
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,15 +125,22 @@ class Dispatched:
         Raises:
             UsageError: it is held by another rank.
         """
-        placement = self._placement
+        placement, expert = self._placement, integer("expert", expert)
         if not 0 <= expert < placement.experts or placement.owner[expert] != self._group.rank:
             raise UsageError(f"expert {expert} is not one of this rank's: {self.experts.tolist()}")
         local = int(placement.local[expert])
         return slice(int(self.offsets[local]), int(self.offsets[local + 1]))
 
     def routed_to(self, rank: int) -> Integers:
-        """This rank's tokens, by index, that have an expert on a rank of the group; ascending."""
-        return self._sent[rank].tokens
+        """This rank's tokens, by index, that have an expert on a rank of the group; ascending.
+
+        Raises:
+            UsageError: there is no such rank.
+        """
+        place = integer("rank", rank)
+        if not 0 <= place < len(self._sent):
+            raise UsageError(f"rank={place}: ranks of this group are 0 to {len(self._sent) - 1}")
+        return self._sent[place].tokens
 
     def __repr__(self) -> str:
         return (
