@@ -15,6 +15,7 @@ from aiocomm._operations import limit_of
 from aiocomm.collectives import closing
 from aiocomm.collectives.agreement import Agreement
 from aiocomm.collectives.operations import Collectives
+from aiocomm.collectives.requests import barrier, swapped
 from aiocomm.collectives.scope import Scope
 from aiocomm.errors import ClosedError, PeerLostError, UsageError
 from aiocomm.moe.operations import ExpertOperations
@@ -100,7 +101,7 @@ class Group(Collectives, ExpertOperations):
 
     async def _meet(self, deadline: float | None) -> None:
         try:
-            await self.barrier(deadline=deadline)
+            await self._collect("group", lambda _: barrier("group"), None, deadline)
         except BaseException:
             self.close()
             raise
@@ -186,7 +187,7 @@ class Group(Collectives, ExpertOperations):
         self._splits += 1
         mine = np.array([-1 if color is None else color, key, self._splits], np.int64)
         everyone = np.empty((self.size, 3), np.int64)
-        await self.all_gather(everyone, mine, deadline=deadline)
+        await self._collect("split", lambda g: swapped(g, "split", everyone, mine), None, deadline)
         number = int(everyone[:, 2].max())  # some may have given up more splits before than others
         self._splits = max(self._splits, number)
         if color is None:

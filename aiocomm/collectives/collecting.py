@@ -138,7 +138,7 @@ def _can_be_found(what: tuple[Any, ...]) -> bool:
     """Whether calls can be looked up by such arguments; others are wrong, which `make` finds out."""
     try:
         hash(what)
-    except TypeError:
+    except Exception:  # whatever comes of looking at them
         return False
     return True
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 from aiocomm.collectives import reductions, requests
 from aiocomm.collectives.collecting import Collecting
 from aiocomm.collectives.shared import DONE, option_of
-from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +31,8 @@ class Collectives(Collecting):
       only moves uses none.
     - `root` is a rank of the group.
     - `algorithm`: instead of the one that the cost model chooses; the same on all ranks.
-    - `channel`: whose priority and weight apply, default `comm.default`.
+    - `channel`: whose priority and weight apply, default `comm.default`. One that is none, or another
+      communicator's, is refused at this rank only, which cannot know where the others wait for it.
     - `deadline`: seconds from now; `DeadlineExceeded` then names the ranks that have not called.
     - `UsageError`, the same on all ranks, if they differ in operation, dtype, counts, root or algorithm, or
       if one rank's arguments are wrong. The contents of outputs are undefined then.
@@ -63,7 +63,7 @@ class Collectives(Collecting):
         try:
             chosen = None if color is None else requests.color_of(color)
             order = requests.key_of(key)
-        except UsageError as error:
+        except Exception as error:  # the others wait, whatever is wrong
             await self._collect("split", partial(_refuse, error), None, deadline)
             raise
         return await group._split(chosen, order, deadline)
@@ -441,7 +441,8 @@ class Collectives(Collecting):
     ) -> None:
         """Reduce the arrays of all ranks, elementwise, to all ranks, which get the same bits.
 
-        The order of the reduction depends on the algorithm and the group only, not on timing.
+        The order of the reduction depends on the algorithm and the group only, not on timing. Sign and
+        payload of a NaN may differ.
 
         Args:
             x: becomes the result, unless there is `out`.
@@ -474,5 +475,5 @@ class Collectives(Collecting):
         )
 
 
-def _refuse(error: UsageError, _group: Group) -> NoReturn:
+def _refuse(error: Exception, _group: Group) -> NoReturn:
     raise error

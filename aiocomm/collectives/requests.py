@@ -45,6 +45,7 @@ __all__ = [
     "refused",
     "root_of",
     "same_dtype",
+    "swapped",
 ]
 
 _PLANS = 256  # kept per group
@@ -85,9 +86,15 @@ def refused(operation: str, error: Exception) -> Request:
     return Request(operation, refusal(error))
 
 
-def barrier() -> Request:
+def barrier(operation: str = "barrier") -> Request:
     """Nothing but headers."""
-    return Request("barrier", header("barrier"))
+    return Request(operation, header(operation))
+
+
+def swapped(group: Group, operation: str, everyone: NDArray[Any], mine: NDArray[Any]) -> Request:
+    """An all_gather that is part of another operation, by whose name all ranks know it."""
+    request = moved(group, "all_gather", everyone, mine)
+    return replace(request, operation=operation, header=header(operation))
 
 
 def bytes_of(array: Array) -> Any:
@@ -154,10 +161,10 @@ def root_of(group: Group, root: Any) -> int:
 
 
 def is_root(group: Group, root: Any) -> bool:
-    """Whether this rank is the root; nobody is what `root_of` refuses."""
+    """Whether this rank is the root; nobody is what `root_of` refuses, or what cannot be looked at."""
     try:
         return integer("root", root) == group.rank
-    except UsageError:
+    except Exception:  # which `root_of` meets, too, and tells all
         return False
 
 

@@ -46,7 +46,8 @@ class ExpertOperations:
       Of GPU arrays: the others' kernels read up to 256 MiB of a rank where they are, more is got by copy
       engines; `"latency"` and `"bandwidth"` force the one or the other.
     - `channel`: whose priority and weight apply to rows that follow the counts; messages with counts go on an
-      urgent channel.
+      urgent channel. One that is none, or another communicator's, is refused at this rank only, which cannot
+      know where the others wait for it.
     - `stream`: of GPU arrays, which all ranks pass or none: whose queued work is waited for by the GPU;
       default: the current stream of the array's library.
     - `sm_budget`: streaming multiprocessors that a kernel for GPU arrays may take, default 64.
