@@ -129,6 +129,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._world_group: Group | None = None
         self._collective_calls: Counter[str] = Counter()
         self._scopes: WeakSet[Scope] = WeakSet()
+        self._standing: set[Transfer[Any]] = set()  # receives, while there are groups
         self._lenders: set[Scope] = set()  # whose memory others may read after a call
         self._links: dict[str, LinkHandle] = {}
         engine = self._engine
@@ -288,7 +289,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
     def statistics(self) -> Statistics:
         """Counters of every link and of matching, as of now."""
-        return Statistics.collect(self._engine, self._links, self._collective_calls)
+        standing = sum(not receive.done() for receive in list(self._standing))
+        return Statistics.collect(self._engine, self._links, self._collective_calls, standing)
 
     async def group(self, ranks: Sequence[int], *, deadline: float | None = None) -> Group:
         """Make a group of some ranks; exactly these call it, each with the same list.

@@ -103,7 +103,7 @@ class Statistics:
     """Counters of a communicator: matching, and every link.
 
     `collectives` counts calls of collective operations that this rank has completed, by operation and
-    algorithm, e.g. `all_reduce/ring`.
+    algorithm, e.g. `all_reduce/ring`. What groups listen for all the time is not in flight.
     """
 
     in_flight: int
@@ -114,12 +114,18 @@ class Statistics:
     collectives: Mapping[str, int]
 
     @classmethod
-    def collect(cls, engine: Engine, links: Iterable[str], collectives: Mapping[str, int]) -> Self:
-        """Read the native counters."""
+    def collect(
+        cls, engine: Engine, links: Iterable[str], collectives: Mapping[str, int], standing: int
+    ) -> Self:
+        """Read the native counters.
+
+        Args:
+            standing: receives that the runtime has posted for its own use.
+        """
         gauges = engine.gauges("self")
         return cls(
-            in_flight=int(gauges["in_flight"]),
-            posted_receives=int(gauges["posted_receives"]),
+            in_flight=max(0, int(gauges["in_flight"]) - standing),
+            posted_receives=max(0, int(gauges["posted_receives"]) - standing),
             unexpected_messages=int(gauges["unexpected_messages"]),
             unexpected_bytes=int(gauges["unexpected_bytes"]),
             links={name: LinkStatistics.collect(engine, name) for name in links},

@@ -234,8 +234,10 @@ class Scope:
             # Said before this rank was here: calls that it begins now must know.
             if not self._take(receive):
                 return
+        standing = self.comm._standing
+        standing.add(receive)
         # A group that is only listened for may be collected.
-        receive.add_done_callback(partial(_heard, weakref.ref(self)))
+        receive.add_done_callback(partial(_heard, weakref.ref(self), standing))
 
     def hear(self, receive: Transfer[Any]) -> None:
         """Take word of another rank, and listen for the next."""
@@ -283,7 +285,8 @@ def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> 
     return min(fitting)[1] if fitting else None
 
 
-def _heard(listening: weakref.ref[Scope], receive: Transfer[Any]) -> None:
+def _heard(listening: weakref.ref[Scope], standing: set[Transfer[Any]], receive: Transfer[Any]) -> None:
+    standing.discard(receive)
     if (scope := listening()) is not None:
         scope.hear(receive)
     else:
