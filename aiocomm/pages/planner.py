@@ -152,7 +152,7 @@ def _planned(source: Layout, give: Integers, target: Layout, take: Integers) -> 
             raise UsageError(f"target page {page} is outside 0 to {target.count - 1}")
         case 3:
             raise UsageError(f"target page {page} comes twice")
-    if not len(take):
+    if not len(take) or not source.nbytes:  # engines take no rows of no bytes
         return Copies(*(np.empty(0, np.int64) for _ in range(8)))
     return _lower((from_, to, nbytes), equal, (rows_from, rows_to))
 
