@@ -24,6 +24,8 @@ def page_list(pages: Sequence[int] | Integers) -> Integers:
     Raises:
         UsageError: it holds something else than integers of 64 bits.
     """
+    if isinstance(pages, bytes | bytearray):
+        _refuse(type(pages).__name__)
     if isinstance(pages, tuple | range):
         pages = list(pages)
     if type(pages) is list and (found := _core.integers(pages)) is not None:

@@ -212,7 +212,8 @@ class RemotePages:
             indices = np.frombuffer(handle, np.int64, count, start)
             start += indices.nbytes
             parts = [handle[at : at + handle_bytes] for at in range(start, len(handle), handle_bytes)]
-            if len(parts) != len(layout.planes) or (len(indices) and indices.min() < 0):
+            cut_off = len(handle) - start != len(layout.planes) * handle_bytes
+            if cut_off or len(parts) != len(layout.planes) or (len(indices) and indices.min() < 0):
                 raise ValueError("regions")
             leased = np.zeros(layout.count, bool)
             leased[indices] = True

@@ -45,6 +45,8 @@ def form_of(array: Any) -> Form:
         UsageError: it is not contiguous.
         UsageTypeError: it holds Python objects, or is no array that can be used.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        raise UsageTypeError("the array is masked, and masks do not travel: pass x.filled()")
     if isinstance(array, np.ndarray):
         if array.dtype.hasobject:
             raise UsageTypeError("the array holds Python objects, which are addresses in this process")

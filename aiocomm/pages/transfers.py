@@ -26,10 +26,13 @@ from aiocomm.collectives.kernels import check_budget
 from aiocomm.errors import AiocommError, UsageError, UsageTypeError
 from aiocomm.pages.gather import gather_of
 from aiocomm.pages.indices import own_list
+from aiocomm.pages.layout import Pages
+from aiocomm.pages.lease import RemotePages
 from aiocomm.pages.memory import bytes_of
 from aiocomm.pages.mover import Mover
 from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
+from aiocomm.pages.within import check_apart
 from aiocomm.region import look_away
 from aiocomm_native import _core
 
@@ -40,8 +43,7 @@ if TYPE_CHECKING:
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
     from aiocomm.pages.gather import Gather
-    from aiocomm.pages.layout import Layout, Pages
-    from aiocomm.pages.lease import RemotePages
+    from aiocomm.pages.layout import Layout
     from aiocomm.pages.memory import Bytes
     from aiocomm.pages.planner import Integers
     from aiocomm.pages.ranges import Ranges
@@ -80,6 +82,7 @@ async def put_pages(
     sm_budget: int | None,
 ) -> None:
     """See `Communicator.put_pages`."""
+    _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
@@ -88,6 +91,7 @@ async def put_pages(
     remote.check(take)
     plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
     mover.check(remote)
+    check_apart(comm, [(pages, remote, plan.ranges)])
     await mover.run(_puts(mover, pages, remote, plan, stream, sm_budget, _nothing, _nothing))
     await mover.notify(remote, notify)
 
@@ -109,6 +113,8 @@ async def put_layers(
         raise UsageError(
             f"{len(layers)} layers here and {len(remotes)} at the peer: one each, in their order"
         )
+    for pages, remote in zip(layers, remotes, strict=True):
+        _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
@@ -122,6 +128,10 @@ async def put_layers(
         plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
         planned.append(plan)
         mover.check(remote)
+    check_apart(
+        comm,
+        [(pages, remote, plan.ranges) for pages, remote, plan in zip(layers, remotes, planned, strict=True)],
+    )
     notes = _Notes(mover, remotes[0], len(layers))
 
     def jobs() -> Jobs:
@@ -150,6 +160,7 @@ async def get_pages(
     sm_budget: int | None,
 ) -> None:
     """See `Communicator.get_pages`."""
+    _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
     mover = Mover(comm, channel, deadline)
@@ -159,6 +170,7 @@ async def get_pages(
     pages._check_target()
     plan = await _planned(mover, pages, remote, remote.layout, give, pages.layout, take, at_target=False)
     mover.check(remote)
+    check_apart(comm, [(pages, remote, plan.ranges)])
 
     def jobs() -> Jobs:
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
@@ -337,6 +349,13 @@ def _fill_list(into: Integers, ranges: Ranges, start: int, stop: int, base: int)
     """See core/listed.hpp."""
     np.add(ranges.far[start:stop], base, out=into[:, 0])
     into[:, 1] = ranges.nbytes[start:stop]
+
+
+def _check_sides(pages: Any, remote: Any) -> None:
+    if not isinstance(pages, Pages):
+        raise UsageTypeError(f"{type(pages).__name__} in place of Pages of this process")
+    if not isinstance(remote, RemotePages):
+        raise UsageTypeError(f"{type(remote).__name__} in place of RemotePages: comm.remote_pages(handle)")
 
 
 def _check_notification(notify: bytes | None) -> None:
