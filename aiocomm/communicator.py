@@ -213,6 +213,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             self._closed = True
             for scope in self._scopes:
                 scope.forget(all_memory=True)
+            for notes in self._layer_notes.values():  # before peers are seen to leave: it is not they who do
+                notes.close("the communicator was closed")
             closing = self._plane.close()
             try:
                 await self._backend.wait(closing)

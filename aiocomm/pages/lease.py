@@ -23,7 +23,7 @@ from aiocomm.pages.layout import Layout
 from aiocomm.pages.streaming import LayerNotes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aiocomm._operations import Operations
     from aiocomm.pages.layout import Pages
     from aiocomm.region import Region, RemoteRegion
+    from aiocomm.types import Feed
 
 __all__ = ["PageLease", "RemotePages"]
 
@@ -120,7 +121,7 @@ class PageLease:
 
     def layers(
         self, sources: int | Sequence[int] | None = None, *, deadline: float | None = None
-    ) -> AsyncGenerator[int, None]:
+    ) -> Feed[int]:
         """Iterate over the layers that `put_layers` of peers brings, in their order: their data is in place.
 
         Ends after the last layer. One iteration per `put_layers`, also if several follow each other, or some
@@ -128,15 +129,18 @@ class PageLease:
         comes of those is not the next one's. Of calls that nobody iterates over, the newest 256 of each
         source are kept.
 
+        Cancelling a wait for a layer loses nothing: the iteration may be taken up again. Once it has failed,
+        it fails again with the same error.
+
         Args:
             sources: the rank that sends, or all that do, each its part of every layer: a layer is there when
                 all have brought it. Default: the rank that is heard of first.
-            deadline: seconds from now for all layers.
+            deadline: seconds from now, the call, for all layers.
 
         Raises:
             TransferCancelled: a source gave up in the middle.
             PeerLostError: a source is gone (without `sources`, only once it has been heard of).
-            DeadlineExceeded, ClosedError: the deadline passed, or the lease has ended.
+            DeadlineExceeded, ClosedError: the deadline passed, or the lease has ended, or the communicator.
             UsageError: `sources` are no ranks of this world, none at all, or one comes twice; nobody waits.
         """
         if deadline is not None:

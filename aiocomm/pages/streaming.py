@@ -7,23 +7,29 @@ ranks into one lease do not mix.
 An iteration takes a call of each of its sources when it begins, and nothing gives it back: so there is one
 for each call, wherever it was stopped, and notes that come later are known as a call's that is over. A sender
 that is cancelled after its last note may say that it gave up when all layers are there: that is not news.
+
+An iteration is an object, and no async generator: a wait that is cancelled would finish a generator, which
+then ends as if all layers had come.
 """
 
 from __future__ import annotations
 
 import itertools
 import struct
+import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from copy import copy
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import anyio
+import anyio.lowlevel
 
-from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, TransferCancelled
+from aiocomm.errors import AiocommError, ClosedError, DeadlineExceeded, PeerLostError, TransferCancelled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["LayerNotes", "note", "parse"]
+__all__ = ["LayerNotes", "Layers", "note", "parse"]
 
 _MAGIC: Final = b"\0aiocomm layer\0"
 _NOTE: Final = struct.Struct("<QQII")  # lease, call, layer, layers
@@ -91,7 +97,7 @@ class LayerNotes:
     def __init__(self) -> None:
         self._sources: dict[int, _Source] = {}
         self._calls = itertools.count()
-        self._closed = False
+        self._closed: str | None = None  # why
         self._news = anyio.Event()
 
     def put(self, source: int, number: int, layer: int | None, layers: int) -> None:
@@ -110,7 +116,7 @@ class LayerNotes:
         else:
             call.came.add(layer)
         of.look(number)
-        self._ring()
+        self.ring()
 
     def lose(self, rank: int) -> None:
         """A peer is gone."""
@@ -119,71 +125,126 @@ class LayerNotes:
         for number, call in [*of.taken.items(), *of.waiting.items()]:
             call.lost = True
             of.look(number)
-        self._ring()
+        self.ring()
 
-    def close(self) -> None:
-        """The lease has ended."""
-        self._closed = True
-        self._ring()
+    def close(self, why: str = "the lease has ended") -> None:
+        """No more notes will come. What is told is why that was so first."""
+        self._closed = self._closed or why
+        self.ring()
 
-    def _of(self, rank: int) -> _Source:
-        return self._sources.setdefault(rank, _Source())
-
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Have all that wait look again."""
         news, self._news = self._news, anyio.Event()
         news.set()
 
-    async def layers(
-        self, sources: Sequence[int] | None, deadline: float | None
-    ) -> AsyncGenerator[int, None]:
+    def layers(self, sources: Sequence[int] | None, deadline: float | None) -> Layers:
         """See `PageLease.layers`.
 
         Args:
             sources: ranks, at least one, none twice.
         """
-        ends = None if deadline is None else anyio.current_time() + deadline
-        wanted, calls = await self._taken(sources, ends)
-        layers = min(call.layers for call in calls)
-        for layer in range(layers):
-            for rank, call in zip(wanted, calls, strict=True):
-                while layer not in call.came:
-                    if call.gave_up:
-                        why = f"rank {rank} gave up before layer {layer} of {layers}: its pages are undefined"
-                        raise TransferCancelled(why, rank)
-                    if call.lost:
-                        _gone(rank, f"before layer {layer} of {layers}")
-                    await self._wait(ends, f"layer {layer} of {layers} has not come from rank {rank}")
-            yield layer
+        return Layers(self, sources, deadline)
 
-    async def _taken(
-        self, sources: Sequence[int] | None, ends: float | None
-    ) -> tuple[Sequence[int], list[_Call]]:
-        """The next call of each source, once all have one; of any source: the call that is heard of first."""
-        while True:
-            wanted = self._first_of_all() if sources is None else sources
-            missing = next((rank for rank in wanted if not self._of(rank).waiting), None)
-            if wanted and missing is None:
-                return wanted, [self._of(rank).take() for rank in wanted]
-            if missing is not None and self._of(missing).lost:
+    def take(self, sources: Sequence[int] | None) -> tuple[Sequence[int], list[_Call]] | str:
+        """The next call of each source, once all have one; of any source: the call that is heard of first.
+
+        Returns:
+            The sources and their calls, or what is missing.
+        """
+        wanted = self._first_of_all() if sources is None else sources
+        missing = next((rank for rank in wanted if not self._of(rank).waiting), None)
+        if missing is not None:
+            if self._of(missing).lost:
                 _gone(missing, "before the first layer")
-            await self._wait(ends, "no layer has come" + ("" if missing is None else f" from rank {missing}"))
+            return f"no layer has come from rank {missing}"
+        return (wanted, [self._of(rank).take() for rank in wanted]) if wanted else "no layer has come"
+
+    async def wait(self, ends: float | None, what: str) -> None:
+        """Return when there is news.
+
+        Args:
+            ends: when the wait fails, by `time.monotonic()`.
+            what: is missing, for messages.
+        """
+        if self._closed is not None:
+            raise ClosedError(f"{self._closed}, and {what}")
+        news = self._news
+        if ends is None:
+            await news.wait()
+            return
+        with anyio.move_on_after(max(0.0, ends - time.monotonic())):
+            await news.wait()
+            return
+        raise DeadlineExceeded(f"{what} in time")
+
+    def _of(self, rank: int) -> _Source:
+        return self._sources.setdefault(rank, _Source())
 
     def _first_of_all(self) -> list[int]:
         waiting = [(next(iter(of.waiting.values())).at, r) for r, of in self._sources.items() if of.waiting]
         return [min(waiting)[1]] if waiting else []
 
-    async def _wait(self, ends: float | None, what: str) -> None:
-        if self._closed:
-            raise ClosedError(f"the lease has ended, and {what}")
-        news = self._news
-        if ends is None:
-            await news.wait()
-            return
-        with anyio.CancelScope(deadline=ends):
-            await news.wait()
-            return
-        raise DeadlineExceeded(f"{what} in time")
+
+class Layers:
+    """One iteration. A wait that is cancelled is for the same layer when it is taken up again."""
+
+    def __init__(self, notes: LayerNotes, sources: Sequence[int] | None, deadline: float | None) -> None:
+        self._notes = notes
+        self._sources = sources
+        self._ends = None if deadline is None else time.monotonic() + deadline
+        self._calls: list[tuple[int, _Call]] = []  # the sources and what each brings, once they are taken
+        self._next = 0
+        self._layers = 0
+        self._left = False
+        self._error: AiocommError | None = None  # without its traceback, which would keep who was told
+
+    def __aiter__(self) -> Layers:
+        return self
+
+    async def __anext__(self) -> int:
+        if self._error is not None:
+            await anyio.lowlevel.checkpoint()  # who asks again and again must not stop the loop
+            raise copy(self._error)
+        try:
+            while not self._left:
+                missing = self._missing()
+                if missing is None:
+                    break
+                await self._notes.wait(self._ends, missing)
+        except AiocommError as error:
+            self._error = copy(error)
+            raise
+        if self._left or self._next == self._layers:
+            raise StopAsyncIteration
+        self._next += 1
+        return self._next - 1
+
+    def _missing(self) -> str | None:
+        """What keeps the next layer, or the end, from being told."""
+        if not self._calls:
+            taken = self._notes.take(self._sources)
+            if isinstance(taken, str):
+                return taken
+            self._calls = list(zip(*taken, strict=True))
+            self._layers = min(call.layers for _, call in self._calls)
+        if self._next == self._layers:
+            return None
+        which = f"layer {self._next} of {self._layers}"
+        for rank, call in self._calls:
+            if self._next in call.came:
+                continue
+            if call.gave_up:
+                raise TransferCancelled(f"rank {rank} gave up before {which}: its pages are undefined", rank)
+            if call.lost:
+                _gone(rank, f"before {which}")
+            return f"{which} has not come from rank {rank}"
+        return None
+
+    async def aclose(self) -> None:
+        """Stop iterating; what is still to come of its calls is not another iteration's."""
+        self._left = True
+        self._notes.ring()
 
 
-def _gone(rank: int, when: str) -> None:
+def _gone(rank: int, when: str) -> NoReturn:
     raise PeerLostError(f"rank {rank} is gone {when}: its pages are undefined", rank)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import aclosing
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -11,6 +13,9 @@ import pytest
 import aiocomm
 from aiocomm.pages import streaming
 from aiocomm.pages.streaming import LayerNotes
+
+if TYPE_CHECKING:
+    from aiocomm.pages.streaming import Layers
 
 pytestmark = pytest.mark.anyio
 
@@ -139,3 +144,82 @@ async def test_a_lost_source_ends_what_it_had_begun_also_if_it_is_back_at_once()
     with pytest.raises(aiocomm.PeerLostError, match="rank 0 is gone before the first layer"):
         await iterated(notes, [0])
     assert nothing_waits(notes)
+
+
+async def give_up(layers: Layers) -> None:
+    """Wait for a layer that has not come, and be cancelled."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(layers.__anext__)
+        await anyio.lowlevel.checkpoint()
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_wait_that_was_given_up_is_for_the_same_layer_when_it_is_taken_up() -> None:
+    notes = LayerNotes()
+    layers, seen = notes.layers([0], None), []
+    await give_up(layers)
+    for layer in range(3):
+        bring(notes, 7, layer)
+        seen.append(await anext(layers))
+        if layer < 2:
+            await give_up(layers)
+    assert seen == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(StopAsyncIteration):
+            await anext(layers)
+    bring(notes, 8, 0, 1, 2)
+    assert await iterated(notes) == [0, 1, 2], "what was given up has had one call"
+    assert nothing_waits(notes)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("why", ["deadline", "gave up", "lost", "closed"])
+async def test_what_has_failed_fails_again_and_does_not_end(why: str, after: int) -> None:
+    notes = LayerNotes()
+    bring(notes, 7, *range(after))
+    layers = notes.layers([0], 0.0 if why == "deadline" else None)
+    for layer in range(after):
+        assert await anext(layers) == layer
+    expected: type[aiocomm.AiocommError] = aiocomm.DeadlineExceeded
+    if why == "gave up":
+        expected = aiocomm.TransferCancelled
+        bring(notes, 7, None)
+    elif why == "lost":
+        expected = aiocomm.PeerLostError
+        notes.lose(0)
+    elif why == "closed":
+        expected = aiocomm.ClosedError
+        notes.close("the communicator was closed")
+        notes.close()
+    errors = []
+    for _ in range(3):
+        with pytest.raises(expected) as caught:
+            await anext(layers)
+        errors.append(caught.value)
+        bring(notes, 7, *range(3))  # too late
+    assert len({str(error) for error in errors}) == 1
+    assert f"layer {after} of 3" in str(errors[0]) if after else "layer" in str(errors[0])
+    assert why != "closed" or str(errors[0]).startswith("the communicator was closed, and ")
+    assert len({getattr(error, "peer", None) for error in errors}) == 1
+
+
+async def test_a_deadline_counts_from_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, now = LayerNotes(), itertools.count(0.0, 10.0)
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    layers = notes.layers([0], 5.0)
+    with anyio.fail_after(4.0), pytest.raises(aiocomm.DeadlineExceeded):
+        await anext(layers)
+
+
+async def test_closing_an_iteration_ends_a_wait_of_another_task() -> None:
+    notes = LayerNotes()
+    layers, ended = notes.layers(None, None), []
+
+    async def look() -> None:
+        ended.append([layer async for layer in layers])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look)
+        await anyio.lowlevel.checkpoint()
+        await layers.aclose()
+    assert ended == [[]]
