@@ -29,6 +29,12 @@ void bind_spinner(nb::module_& m);
 // half_trip_py.cpp
 void bind_half_trips(nb::class_<PyEngine>& engine);
 
+template <class F>
+static auto without_lock(F&& f) {
+  nb::gil_scoped_release released;
+  return f();
+}
+
 PyEngine::~PyEngine() {
   if (spinner) spinner->discard(*this);
   forget();
@@ -48,6 +54,24 @@ void PyEngine::forget() {
     auto dropped = std::exchange(*observers, {});
     for (auto& [link, o] : dropped) Py_DECREF(o);
   }
+  for (auto& [id, name] : std::exchange(channel_names, {})) Py_DECREF(name);
+}
+
+void PyEngine::name_channel(uint32_t id, const std::string& name) {
+  PyObject*& known = channel_names[id];
+  if (!known && !(known = PyUnicode_FromStringAndSize(name.data(), static_cast<Py_ssize_t>(name.size())))) {
+    channel_names.erase(id);
+    throw nb::python_error();
+  }
+}
+
+PyObject* PyEngine::name_of_channel(uint32_t id) {
+  if (auto it = channel_names.find(id); it != channel_names.end()) return Py_NewRef(it->second);
+  const std::string name = engine->name_of_channel(id);  // closed, and maybe not forgotten
+  PyObject* made = PyUnicode_FromStringAndSize(name.data(), static_cast<Py_ssize_t>(name.size()));
+  if (made) return made;
+  PyErr_Clear();
+  return Py_NewRef(Py_None);
 }
 
 void PyEngine::deliver_events() {
@@ -267,11 +291,17 @@ void bind_engine(nb::module_& m) {
       .def(
           "open_channel",
           [](PyEngine& e, const std::string& name, int cls, double weight) {
-            return e.engine->open_channel(name, static_cast<uint8_t>(cls), weight);
+            const uint32_t id =
+                without_lock([&] { return e.engine->open_channel(name, static_cast<uint8_t>(cls), weight); });
+            e.name_channel(id, name);
+            return id;
           },
-          "name"_a, "cls"_a, "weight"_a, release_gil())
-      .def(
-          "close_channel", [](PyEngine& e, uint32_t index) { e.engine->close_channel(index); }, release_gil())
+          "name"_a, "cls"_a, "weight"_a)
+      .def("close_channel",
+           [](PyEngine& e, uint32_t index) {
+             if (auto name = e.channel_names.extract(index)) Py_DECREF(name.mapped());
+             without_lock([&] { e.engine->close_channel(index); });
+           })
       .def(
           "set_identity",
           [](PyEngine& e, int rank, uint64_t generation) {

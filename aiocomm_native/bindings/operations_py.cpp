@@ -31,7 +31,7 @@ struct Start {
   bool good = true;
 
   Start(nb::pointer_and_handle<PyEngine> self, OpKind kind, int peer, uint32_t channel, double deadline)
-      : e(*self.p), t(new_transfer(self.h.ptr(), self.p, kind)), op(nullptr) {
+      : e(*self.p), t(new_transfer(self.h.ptr(), self.p, kind, channel)), op(nullptr) {
     if (!t) throw nb::python_error();
     op = e.engine->new_op();
     op->kind = kind;
@@ -41,7 +41,6 @@ struct Start {
     op->link = 0;
     t->op = op;
     t->peer = peer;
-    t->channel = channel;
     if (deadline >= 0) op->deadline_ns = e.engine->now() + static_cast<uint64_t>(deadline * 1e9) + 1;
   }
 
@@ -160,9 +159,9 @@ struct Start {
     auto observer = e.on_submit.find(op->gpu ? e.engine->executor_of(*op) : e.engine->likely_link(op->peer));
     if (observer == e.on_submit.end()) return;
     PyObject* callback = Py_NewRef(observer->second);  // which may end its own observation
-    PyObject* r = PyObject_CallFunction(
-        callback, "KsisK", static_cast<unsigned long long>(op->id), names[static_cast<int>(op->kind)],
-        op->peer, e.engine->channel(op->channel).name.c_str(), static_cast<unsigned long long>(op->nbytes));
+    PyObject* r = PyObject_CallFunction(callback, "KsiOK", static_cast<unsigned long long>(op->id),
+                                        names[static_cast<int>(op->kind)], op->peer, t->channel,
+                                        static_cast<unsigned long long>(op->nbytes));
     if (!r) PyErr_WriteUnraisable(callback);
     Py_XDECREF(r);
     Py_DECREF(callback);

@@ -42,6 +42,7 @@ void bind_scheduler(nb::module_& m) {
       .def("set_weight", &Scheduler::set_weight, nb::arg("group"), nb::arg("weight"))
       .def("set_ready", &Scheduler::set_ready, nb::arg("flow"), nb::arg("ready"))
       .def("set_preempt", &Scheduler::set_preempt, nb::arg("cls"), nb::arg("ns"))
+      .def("declare", &Scheduler::declare, nb::arg("cls"), nb::arg("declared"))
       .def("push", &Scheduler::push, nb::arg("flow"), nb::arg("item"), nb::arg("nbytes"),
            nb::arg("header") = false)
       .def("next", &Scheduler::next)
@@ -56,6 +57,8 @@ void bind_scheduler(nb::module_& m) {
       .def("in_flight", nb::overload_cast<>(&Scheduler::in_flight, nb::const_))
       .def_prop_ro("items", &Scheduler::items)
       .def_prop_ro("runnable", &Scheduler::runnable)
+      .def_prop_ro("has_urgent", &Scheduler::has_urgent)
+      .def_prop_ro("has_rivals", &Scheduler::has_rivals)
       .def_prop_ro("rate", &Scheduler::rate);
 }
 

@@ -7,11 +7,10 @@ namespace aiocomm::py {
 nb::object as_transfer(nb::pointer_and_handle<PyEngine> self, SilentOp& flight, PyObject* keep) {
   Op* op = std::exchange(flight.op, nullptr);
   const bool has_ended = flight.ended;
-  Transfer* t = new_transfer(self.h.ptr(), self.p, op->kind);
+  Transfer* t = new_transfer(self.h.ptr(), self.p, op->kind, op->channel);
   if (!t) Py_FatalError("no memory for a transfer that is under way");
   t->op = op;
   t->peer = op->peer;
-  t->channel = op->channel;
   t->tag = op->tag;
   t->nbytes = op->nbytes;
   t->keep = Py_NewRef(keep);

@@ -268,10 +268,7 @@ PyObject* get_kind(PyObject* self, void*) { return PyUnicode_FromString(kind_nam
 PyObject* get_nbytes(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(cast(self)->nbytes); }
 PyObject* get_tag(PyObject* self, void*) { return PyLong_FromLongLong(cast(self)->tag); }
 PyObject* get_peer(PyObject* self, void*) { return PyLong_FromLong(cast(self)->peer); }
-PyObject* get_channel(PyObject* self, void*) {
-  Transfer* t = cast(self);
-  return PyUnicode_FromString(t->engine->engine->channel(t->channel).name.c_str());
-}
+PyObject* get_channel(PyObject* self, void*) { return Py_NewRef(cast(self)->channel); }
 PyObject* get_source(PyObject* self, void*) {
   Transfer* t = cast(self);
   if (t->outcome == Outcome::done && t->kind == OpKind::recv) return make_status(t);
@@ -324,6 +321,7 @@ void dealloc(PyObject* self) {
   PyObject_GC_UnTrack(self);
   if (t->weakrefs) PyObject_ClearWeakRefs(self);
   clear(self);
+  Py_CLEAR(t->channel);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -409,12 +407,13 @@ bool loop_has_nothing_else(PyEngine* engine) {
   return true;
 }
 
-Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind) {
+Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind, uint32_t channel) {
   auto t = cast(TransferType->tp_alloc(TransferType, 0));  // zeroed
   if (!t) return nullptr;
   t->owner = Py_NewRef(owner);
   t->engine = engine;
   t->kind = kind;
+  t->channel = engine->name_of_channel(channel);
   return t;
 }
 

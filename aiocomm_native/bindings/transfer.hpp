@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 
 #include "bindings/turns.hpp"
 #include "core/engine.hpp"
@@ -41,6 +42,8 @@ class PyEngine {
   void after_submit();
   int traverse(visitproc visit, void* arg);
   void forget();
+  void name_channel(uint32_t id, const std::string& name);
+  PyObject* name_of_channel(uint32_t id);  // a new reference, never null
 
   std::unique_ptr<Engine> engine;
   PyObject* loop = nullptr;            // asyncio: the event loop
@@ -54,7 +57,8 @@ class PyEngine {
   std::map<uint8_t, PyObject*> on_submit, on_complete;
   bool trio = false;
   const std::shared_ptr<Turns> turns = std::make_shared<Turns>();
-  Spinner* spinner = nullptr;                      // of a loop that spins
+  std::unordered_map<uint32_t, PyObject*> channel_names;  // of those that are open
+  Spinner* spinner = nullptr;                             // of a loop that spins
   std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
 };
 
@@ -88,7 +92,7 @@ struct Transfer {
   Py_buffer view;
   uint64_t nbytes;
   int64_t tag;
-  uint32_t channel;
+  PyObject* channel;  // its name
   int32_t peer;
   Outcome outcome;
   OpKind kind;
@@ -98,7 +102,7 @@ struct Transfer {
 extern PyTypeObject* TransferType;
 extern PyTypeObject* StatusType;
 
-Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind);
+Transfer* new_transfer(PyObject* owner, PyEngine* engine, OpKind kind, uint32_t channel);
 void end_transfer(Transfer* transfer);  // its op has ended: takes the outcome over and calls back
 PyObject* make_status(const Transfer* transfer);
 const char* kind_name(OpKind kind);

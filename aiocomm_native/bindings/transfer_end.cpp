@@ -120,10 +120,9 @@ void report_completion(Transfer* t, const Op& op) {
   uint64_t began = op.started_ns ? op.started_ns : op.ended_ns;
   PyObject* callback = Py_NewRef(observer->second);  // which may end its own observation
   PyObject* r = PyObject_CallFunction(
-      callback, "KsisKidd", static_cast<unsigned long long>(op.id), kind_name(op.kind), op.peer,
-      engine->engine->channel(op.channel).name.c_str(), static_cast<unsigned long long>(op.moved),
-      static_cast<int>(op.code == Code::ok), static_cast<double>(began - op.submitted_ns) * 1e-9,
-      static_cast<double>(op.ended_ns - began) * 1e-9);
+      callback, "KsiOKidd", static_cast<unsigned long long>(op.id), kind_name(op.kind), op.peer, t->channel,
+      static_cast<unsigned long long>(op.moved), static_cast<int>(op.code == Code::ok),
+      static_cast<double>(began - op.submitted_ns) * 1e-9, static_cast<double>(op.ended_ns - began) * 1e-9);
   if (!r) PyErr_WriteUnraisable(callback);
   Py_XDECREF(r);
   Py_DECREF(callback);

@@ -22,7 +22,7 @@ constexpr uint64_t kLargeUrgentNs = 1000000000;  // for which windows stay small
 // ---------------------------------------------------------------- announcing and answering
 
 Post DeviceProtocol::announce(Op& op, Peer& peer) {
-  const ChannelInfo& channel = engine_.channels_[op.channel];
+  const Channel& channel = *op.scope;
   DeviceBuffer& gpu = *op.gpu;
   note_urgent(op);
   const uint8_t flags = describe(op, peer);
@@ -32,7 +32,7 @@ Post DeviceProtocol::announce(Op& op, Peer& peer) {
   FrameHeader h{};
   h.kind = FrameKind::rts;
   h.flags = flags;
-  h.channel = channel.id;
+  h.channel = channel.wire;
   h.tag = op.tag;
   h.nbytes = op.nbytes;
   h.meta_bytes = static_cast<uint16_t>(op.meta_bytes + sizeof gpu.place);
@@ -127,7 +127,7 @@ void DeviceProtocol::proceed(Op& op, Peer& peer) {
 bool DeviceProtocol::prefer_push(const Op& op, Peer& peer) const {
   const DeviceBuffer& gpu = *op.gpu;
   if (gpu.not_yet) return true;
-  if (op.nbytes > kPushFrom && engine_.channels_[op.channel].cls <= kBulkClass) return true;
+  if (op.nbytes > kPushFrom && op.scope->cls <= kBulkClass) return true;
   WakePage* page = peer.link->page();
   uint64_t theirs = page && gpu.theirs.device < WakePage::kDevices
                         ? page->load[gpu.theirs.device].load(std::memory_order_relaxed)
@@ -139,7 +139,7 @@ bool DeviceProtocol::prefer_push(const Op& op, Peer& peer) const {
 // which devices have engines of their own. What is larger needs a small window of both instead: see limit_window().
 bool DeviceProtocol::makes_detour(const Op& op, Peer& peer) {
   const DeviceBuffer& gpu = *op.gpu;
-  if (engine_.channels_[op.channel].cls <= kBulkClass || op.nbytes > kMostDetour) return false;
+  if (op.scope->cls <= kBulkClass || op.nbytes > kMostDetour) return false;
   if (engine_.page_->load[gpu.device].load(std::memory_order_relaxed) <= kBusy) return false;
   if (queue_of(gpu.device, Lane::peer).busy_until_ns > engine_.now()) return true;
   WakePage* page = peer.link->page();
@@ -148,7 +148,7 @@ bool DeviceProtocol::makes_detour(const Op& op, Peer& peer) {
 }
 
 void DeviceProtocol::note_urgent(const Op& op) {
-  if (engine_.channels_[op.channel].cls <= kBulkClass) return;
+  if (op.scope->cls <= kBulkClass) return;
   const uint64_t t = engine_.now();
   urgent_ns_.store(t, std::memory_order_relaxed);
   if (op.nbytes > kMostDetour) large_urgent_until_ns_ = t + kLargeUrgentNs;
@@ -449,7 +449,7 @@ void DeviceProtocol::on_staged(Peer& peer, const FrameHeader& header) {
   if (op->path == Path::none || op->path == Path::read)
     throw ProtocolViolation("memory that cannot be read was staged");
   if (first) return engine_.queue_data(*op, peer);
-  engine_.schedulers_[peer.link_index]->set_ready(engine_.flow_of(peer, op->channel), true);
+  engine_.schedulers_[peer.link_index]->set_ready(engine_.flow_of(*op, peer).id, true);
   engine_.pump(peer.link_index);
 }
 

@@ -25,32 +25,22 @@ constexpr uint64_t kEarlyWake = 256 << 10;
 DeviceQueue& DeviceProtocol::queue_of(int device, Lane lane) {
   size_t at = static_cast<size_t>(device) * static_cast<size_t>(Lane::count) + static_cast<size_t>(lane);
   if (queues_.size() <= at) queues_.resize(at + 1);
-  if (!queues_[at])
-    queues_[at] = std::make_unique<DeviceQueue>(device, lane, engine_.setting("min_share", 0.05));
+  if (!queues_[at]) {
+    queues_[at] = std::make_unique<DeviceQueue>(device, lane, engine_.setting("min_share", 0.05), index_);
+    for (uint8_t cls = 0; cls < Scheduler::kClasses; ++cls)
+      queues_[at]->sched.declare(cls, engine_.channels_.opened(cls) > 0);
+  }
   return *queues_[at];
 }
 
 void DeviceProtocol::queue_move(Op& op, Lane lane, uint64_t nbytes) {
   DeviceBuffer& gpu = *op.gpu;
   DeviceQueue& queue = queue_of(gpu.device, lane);
-  auto flow_in_queue = [&](uint32_t channel) {
-    for (auto& flow : queue.flows)
-      if (flow.rank == op.peer && flow.channel == channel) {
-        flow.remote_device = gpu.theirs.device;
-        return flow.id;
-      }
-    const ChannelInfo& info = engine_.channels_[channel];
-    queue.sched.add_flow(queue.next_flow, info.cls, info.weight, channel);
-    queue.flows.push_back({op.peer, channel, gpu.theirs.device, info.cls, queue.next_flow});
-    return queue.next_flow++;
-  };
-  // More urgent channels bound what may be posted, whether or not they have anything to move now.
-  for (uint32_t c = 0; c < engine_.channels_.size(); ++c)
-    if (engine_.channels_[c].open && engine_.channels_[c].cls > engine_.channels_[op.channel].cls)
-      flow_in_queue(c);
+  Flow& flow = queue.flows.of(*op.scope, op.peer);
+  flow.remote_device = gpu.theirs.device;
   gpu.lane = lane;
   gpu.in_sched = true;
-  queue.sched.push(flow_in_queue(op.channel), op.id, nbytes, false);
+  queue.sched.push(flow.id, op.id, nbytes, false);
   pump(queue);
 }
 
@@ -59,23 +49,16 @@ void DeviceProtocol::queue_move(Op& op, Lane lane, uint64_t nbytes) {
 // rather than there.
 void DeviceProtocol::limit_window(DeviceQueue& queue) {
   uint64_t t = engine_.now();
-  bool urgent = false;
-  uint32_t waiting = 0;
-  for (const auto& flow : queue.flows) {
-    urgent |= flow.cls != queue.flows.front().cls;
-    if (queue.flows.size() > 1 && queue.sched.backlog(flow.id)) {
-      for (const auto& other : queue.flows)
-        if (other.channel != flow.channel && other.cls == flow.cls && queue.sched.backlog(other.id))
-          ++waiting;
-    }
+  const bool urgent = queue.sched.has_urgent();
+  queue.flows.each([&](const Flow& flow) {
     Peer* peer = engine_.find_peer(flow.rank);
-    if (!peer || peer->state != Peer::State::up || queue.busy_until_ns > t + kHoldNs / 2) continue;
+    if (!peer || peer->state != Peer::State::up || queue.busy_until_ns > t + kHoldNs / 2) return;
     WakePage* page = peer->link->page();
     if (!page || flow.remote_device >= WakePage::kDevices ||
         page->load[flow.remote_device].load(std::memory_order_relaxed) > kBusy)
       queue.busy_until_ns = t + kHoldNs;
-  }
-  if (waiting) queue.shared_until_ns = t + kHoldNs;
+  });
+  if (queue.sched.has_rivals()) queue.shared_until_ns = t + kHoldNs;
   const bool busy = queue.busy_until_ns > t, shared = queue.shared_until_ns > t;
   const bool large = large_urgent_until_ns_ > t;
   uint64_t chunk = urgent ? busy ? kBusyChunk : kRoundChunk : kWholeChunk;
@@ -156,7 +139,7 @@ void DeviceProtocol::landing(Op& op, uint64_t offset, uint64_t nbytes) {
   job.nbytes = nbytes;
   job.device = static_cast<uint8_t>(op.gpu->device);
   job.lane = Lane::in;
-  job.cls = engine_.channels_[op.channel].cls;
+  job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.to = reinterpret_cast<uint64_t>(op.data) + offset;
   job.from = (op.gpu->bounce ? reinterpret_cast<uint64_t>(op.gpu->bounce) : op.gpu->relay) + offset;
@@ -220,7 +203,7 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
     } else if (job.lane == Lane::out) {
       op->ready = job.offset + job.nbytes;  // one flow's chunks leave and end in order
       if (!gpu.can_pull) {
-        engine_.schedulers_[op->link]->set_ready(engine_.flow_of(*peer, op->channel), true);
+        engine_.schedulers_[op->link]->set_ready(engine_.flow_of(*op, *peer).id, true);
         engine_.pump(op->link);
       } else {
         FrameHeader h{};

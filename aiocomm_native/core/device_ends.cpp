@@ -50,14 +50,19 @@ void DeviceProtocol::settle(Op& op) {
 
 // The peer is gone.
 void DeviceProtocol::forget(Peer& peer) {
-  for (auto& queue : queues_) {
-    if (!queue) continue;
-    std::erase_if(queue->flows, [&](const DeviceQueue::Flow& flow) {
-      if (flow.rank == peer.rank) queue->sched.remove_flow(flow.id);
-      return flow.rank == peer.rank;
-    });
-  }
+  for (auto& queue : queues_)
+    if (queue) queue->flows.end_peer(peer.rank);
   if (mover_ && peer.device_owner) mover_->forget(peer.device_owner);
+}
+
+void DeviceProtocol::forget(const Channel& channel) {
+  for (auto& queue : queues_)
+    if (queue) queue->flows.end_channel(channel);
+}
+
+void DeviceProtocol::declare(uint8_t cls, bool declared) {
+  for (auto& queue : queues_)
+    if (queue) queue->sched.declare(cls, declared);
 }
 
 void DeviceProtocol::freed(const Gone* memory, size_t count) {
@@ -120,13 +125,18 @@ const Scheduler& DeviceProtocol::sched_of(Lane lane, const Scheduler& otherwise)
   return otherwise;
 }
 
-uint64_t DeviceProtocol::served(uint32_t channel) const {
+uint64_t DeviceProtocol::served(const Channel& channel) const {
   uint64_t served = 0;
   for (const auto& queue : queues_)
-    if (queue && std::any_of(queue->flows.begin(), queue->flows.end(),
-                             [&](const auto& flow) { return flow.channel == channel; }))
-      served += queue->sched.served(channel);
+    if (queue) served += queue->flows.served(channel);
   return served;
+}
+
+size_t DeviceProtocol::flows() const {
+  size_t flows = 0;
+  for (const auto& queue : queues_)
+    if (queue) flows += queue->flows.size();
+  return flows;
 }
 
 // ---------------------------------------------------------------- progress by copy threads

@@ -85,7 +85,7 @@ void DeviceProtocol::start_kernel(Op& op) {
   MoveJob job;
   job.op = op.id;
   job.device = static_cast<uint8_t>(gpu.device);
-  job.cls = engine_.channels_[op.channel].cls;
+  job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.kernel = &kernel;
   job.local = job.unscheduled = true;
@@ -147,7 +147,7 @@ void DeviceProtocol::copy_here(Op& op, const KernelCall::Copy& copy) {
   job.from = copy.from;
   job.nbytes = copy.nbytes;
   job.device = static_cast<uint8_t>(op.gpu->device);
-  job.cls = engine_.channels_[op.channel].cls;
+  job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.local = job.unscheduled = true;
   job.joint = copy.nbytes <= kFewBytes;

@@ -44,7 +44,7 @@ void DeviceProtocol::unpack(Op& op) {
   job.nbytes = nbytes;
   job.device = static_cast<uint8_t>(gpu.device);
   job.lane = Lane::in;
-  job.cls = engine_.channels_[op.channel].cls;
+  job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.rows = op.rows.get();
   job.to = reinterpret_cast<uint64_t>(op.data);

@@ -85,13 +85,17 @@ class DeviceProtocol final : public MoverHost {
   // --- ends
   void cancel_move(Op& op);
   void settle(Op& op);
-  void forget(Peer& peer);  // it is gone
-  void finish_writers();    // peers that write our memory have their word to say
-  void stop();              // without the token
+  void forget(Peer& peer);              // it is gone
+  void forget(const Channel& channel);  // it is over
+  void finish_writers();                // peers that write our memory have their word to say
+  void stop();                          // without the token
+
+  void declare(uint8_t cls, bool declared);  // whether channels of the class are open
 
   // --- statistics
   const Scheduler& sched_of(Lane lane, const Scheduler& otherwise) const;
-  uint64_t served(uint32_t channel) const;
+  uint64_t served(const Channel& channel) const;
+  size_t flows() const;
 
   // Copy threads look for the engine's thread, which sleeps.
   bool assisted() const { return assistants_.load(std::memory_order_relaxed) != 0; }

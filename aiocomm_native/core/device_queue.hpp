@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <deque>
-#include <vector>
 
 #include "core/device.hpp"
+#include "core/flows.hpp"
 #include "core/sched.hpp"
 
 namespace aiocomm {
@@ -30,21 +30,14 @@ inline SchedConfig lane_config(Lane lane, double min_share) {
 }
 
 struct DeviceQueue {
-  struct Flow {
-    Rank rank;
-    uint32_t channel;
-    uint16_t remote_device;
-    uint8_t cls;
-    FlowId id;
-  };
-  DeviceQueue(int device_, Lane lane_, double min_share)
-      : device(device_), lane(lane_), sched(lane_config(lane_, min_share)) {}
+  // `link`: whose statistics count what is served.
+  DeviceQueue(int device_, Lane lane_, double min_share, size_t link)
+      : device(device_), lane(lane_), sched(lane_config(lane_, min_share)), flows(sched, link) {}
 
   const int device;
   const Lane lane;
   Scheduler sched;
-  std::vector<Flow> flows;
-  FlowId next_flow = 0;
+  Flows flows;
   uint64_t chunk = 0, preempt_ns = 0;  // limits as they are set now
   uint64_t busy_until_ns = 0;          // the other end's engine is taken to be at work
   uint64_t shared_until_ns = 0;        // several channels are taken to have a backlog

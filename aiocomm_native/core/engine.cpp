@@ -88,9 +88,11 @@ Engine::Engine(EngineConfig config)
     own.min_chunk = limits.min_chunk;
     own.min_window = limits.min_window;
     schedulers_.push_back(std::make_unique<Scheduler>(own));
-    for (uint8_t cls = 0; cls < 4; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
+    for (uint8_t cls = 0; cls < Scheduler::kClasses; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);
+    flows_.push_back(std::make_unique<Flows>(*schedulers_.back(), flows_.size()));
   }
   counters_.resize(links_.size());
+  declare(channels_.standard().cls);
   thread_ = std::thread([this] { guarded([this] { run(); }); });
 }
 
@@ -256,39 +258,6 @@ std::vector<Rank> Engine::take_connect_wanted() {
   Token token(*this, true);
   has_wanted_.store(false, std::memory_order_release);
   return std::exchange(wanted_, {});
-}
-
-uint32_t Engine::open_channel(const std::string& name, uint8_t cls, double weight) {
-  Token token(*this, true);
-  uint64_t id = 1469598103934665603ull;  // FNV-1a: both ends derive the same id from the name
-  for (unsigned char c : name) id = (id ^ c) * 1099511628211ull;
-  if (auto it = channel_by_name_.find(name); it != channel_by_name_.end()) {
-    ChannelInfo& info = channels_[it->second];
-    if (info.open && (info.cls != cls || info.weight != weight))
-      throw std::invalid_argument("channel '" + name + "' is open with another priority or weight");
-    info.open = true;
-    info.cls = cls;
-    info.weight = weight;
-    return it->second;
-  }
-  if (channel_by_id_.count(id)) throw std::invalid_argument("channel '" + name + "': choose another name");
-  auto index = static_cast<uint32_t>(channels_.size());
-  channels_.push_back({id, name, cls, weight, true});
-  channel_by_name_[name] = index;
-  channel_by_id_[id] = index;
-  return index;
-}
-
-void Engine::close_channel(uint32_t index) {
-  Token token(*this, true);
-  ChannelInfo& info = channels_[index];
-  info.open = false;
-  std::vector<Op*> live;
-  ops_.for_each_live([&](Op& op) {
-    if (op.channel == index) live.push_back(&op);
-  });
-  for (Op* op : live)
-    if (op->live) end_early(*op, Code::closed);
 }
 
 // ---------------------------------------------------------------- progress

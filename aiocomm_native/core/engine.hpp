@@ -28,10 +28,12 @@
 #include <utility>
 #include <vector>
 
+#include "core/channels.hpp"
 #include "core/copier.hpp"
 #include "core/counters.hpp"
 #include "core/device.hpp"
 #include "core/device_protocol.hpp"
+#include "core/flows.hpp"
 #include "core/link.hpp"
 #include "core/match.hpp"
 #include "core/mpsc.hpp"
@@ -49,14 +51,6 @@ struct EngineConfig {
   std::vector<std::string> links;         // empty: all, cheapest first
   std::map<std::string, double> numbers;  // Settings.native()
   std::map<std::string, std::string> texts;
-};
-
-struct ChannelInfo {
-  ChannelId id = 0;
-  std::string name;
-  uint8_t cls = 1;
-  double weight = 1.0;
-  bool open = true;
 };
 
 // Something that the loop should hear of, beside ends of ops.
@@ -160,15 +154,17 @@ class Engine final : public Host, public FrameSink {
   bool loop_sleeps();
   void loop_wakes() { awake(page_->loop); }
 
+  // channels.hpp tells of their lives; ids are those of channels here, which peers do not know.
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
-  void close_channel(uint32_t index);
+  void close_channel(uint32_t id);           // its operations end; nothing to do if it is closed
+  std::string name_of_channel(uint32_t id);  // "?" once it is forgotten
   uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable,
                       std::unique_ptr<DeviceBuffer> gpu = nullptr);
   bool close_region(uint64_t id);  // true: free at once; else region_free follows
 
   LinkCounters counters(const std::string& link);
   std::map<std::string, double> gauges(const std::string& link);
-  std::vector<std::pair<std::string, uint64_t>> served_by_channel(const std::string& link);
+  std::map<std::string, uint64_t> served_by_channel(const std::string& link);
   std::vector<Op*> outgoing();     // sends and puts that have not ended
   std::string link_of(Rank rank);  // of a connected peer, else empty
   bool takes_rows(Rank rank);      // whether devices of ours move rows to and from its regions, also on hosts
@@ -177,7 +173,6 @@ class Engine final : public Host, public FrameSink {
   uint8_t likely_link(Rank rank);   // the link that an operation with this rank will use
   uint8_t link_index(const std::string& link) const;
   const std::string& link_name(uint8_t index) const { return link_names_[index]; }
-  const ChannelInfo& channel(uint32_t index) const { return channels_[index]; }
 
   int loop_fd() const override { return loop_fd_; }
   int express_fd() const { return express_epoll_; }
@@ -321,9 +316,14 @@ class Engine final : public Host, public FrameSink {
   void drop_offer(Op& op);
   bool withdraw(Op& op, Code code);
   void send_quit(Peer& peer, OpId receive, Code code);
-  MessageKey key_of(const Op& op) const { return {channels_[op.channel].id, op.tag}; }
-  uint32_t flow_of(Peer& peer, uint32_t channel);
+  MessageKey key_of(const Op& op) const { return {op.scope->wire, op.tag}; }
+  Flow& flow_of(const Op& op, const Peer& peer) { return flows_[peer.link_index]->of(*op.scope, peer.rank); }
   void queue_data(Op& op, Peer& peer, bool at_once = true);
+
+  // protocol_channels.cpp: channels that open, close and are over
+  void enter(Op& op, Channel& channel);  // until it has ended
+  void leave(Channel& channel);
+  void declare(uint8_t cls);
 
   // protocol_receive.cpp: from frames to matched receives
   void start_recv(Op& op);
@@ -442,22 +442,13 @@ class Engine final : public Host, public FrameSink {
   std::vector<std::string> link_names_;
   std::vector<std::unique_ptr<Link>> links_;
   std::vector<std::unique_ptr<Scheduler>> schedulers_;
+  std::vector<std::unique_ptr<Flows>> flows_;  // of each
   std::vector<LinkCounters> counters_;
   std::vector<std::unique_ptr<Peer>> peers_;  // by rank
   std::vector<LinkPeer*> polled_;
   // Closed; freed when no call into them can be on the stack.
   std::vector<std::shared_ptr<LinkPeer>> retired_;
-  struct Flow {
-    Rank rank;
-    uint32_t channel;
-    uint8_t link;
-    uint32_t headers = 0;  // queued headers: later ones must queue behind them
-  };
-  std::vector<Flow> flows_;
-  uint32_t next_flow_ = 0;
-  std::deque<ChannelInfo> channels_;
-  std::unordered_map<std::string, uint32_t> channel_by_name_;
-  std::unordered_map<ChannelId, uint32_t> channel_by_id_;
+  Channels channels_;
   Matcher matcher_;
   UnexpectedStore unexpected_;  // by arrival id
   std::unordered_map<uint64_t, RegionInfo> regions_;

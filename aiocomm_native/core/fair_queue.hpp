@@ -30,6 +30,7 @@ class FairNode {
 class FairQueue {
  public:
   bool empty() const noexcept { return heap_.empty(); }
+  size_t size() const noexcept { return heap_.size(); }
   FairNode* top() const noexcept { return heap_.front(); }
 
   // Becomes backlogged: starts no earlier than where the others stand now.

@@ -118,6 +118,11 @@ Matcher::Purged Matcher::remove_channel(ChannelId channel) {
   return purged;
 }
 
+void Matcher::forget(ChannelId channel) {
+  const Queue* queue = queues_.find({channel, kAnyTag, kAnySource});  // of all its arrivals, if it is listed
+  if (queue == nullptr || nodes_[queue->head].kind != Kind::kArrival) wild_channels_.erase_key(channel);
+}
+
 std::vector<OpId> Matcher::any_source_recvs() const {
   return ops_where([](const Node& node) { return node.src == kAnySource; });
 }

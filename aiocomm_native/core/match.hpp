@@ -65,6 +65,8 @@ class Matcher {
   // arrivals.
   Purged remove_source(Rank src, bool drop_arrivals);
   Purged remove_channel(ChannelId channel);
+  // Nobody receives on this channel: what was kept to serve wildcards faster goes, unless arrivals wait.
+  void forget(ChannelId channel);
 
   // Posted receives of the channel with a wildcard. O(1).
   size_t wildcards(ChannelId channel) const;

@@ -49,6 +49,7 @@ Op* OpTable::take() {
   op->meta_bytes = 0;
   op->notify.clear();
   op->cookie = nullptr;
+  op->scope = nullptr;
   op->ready = ~0ull;
   op->allocate_on = -1;
   return op;

@@ -23,6 +23,8 @@
 
 namespace aiocomm {
 
+struct Channel;
+
 enum class OpKind : uint8_t { send, recv, put, get, serve };
 enum class OpState : uint8_t { free, queued, posted, moving, draining, ended };
 
@@ -73,9 +75,10 @@ struct Op {
   uint8_t link = 0;
   uint8_t counted_by = kNoLink;  // the link whose counters it belongs to, once that is known
   Rank peer = -1;                // as asked for; kAnySource until matched
-  uint32_t channel = 0;          // index into the engine's channels
+  uint32_t channel = 0;          // its id, as asked for
   int32_t error = 0;             // errno or driver code behind link_failed
   Tag tag = 0;
+  Channel* scope = nullptr;  // the channel, which is there until the op has ended; null before its start
   std::byte* data = nullptr;
   uint64_t nbytes = 0;  // of the message; for a receive its capacity until matched
   uint64_t capacity = 0;

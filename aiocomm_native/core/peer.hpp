@@ -51,7 +51,6 @@ struct Peer {
   uint64_t staged_ns = 0;            // when it did so last
   uint64_t device_owner = 0;         // its process, as its device memory names it; 0: not seen
   uint64_t credit_owed = 0;          // eager bytes consumed here and not yet told
-  std::vector<std::pair<uint32_t, uint32_t>> flows;  // channel index -> flow of its link's scheduler
 };
 
 }  // namespace aiocomm

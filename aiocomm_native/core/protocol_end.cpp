@@ -32,6 +32,7 @@ void Engine::finish(Op& op, Code code) {
   op.live = false;
   op.ended_ns = now();
   if (code == Code::ok) counters_[executor_of(op)].came(op.path, op.moved);
+  if (Channel* channel = std::exchange(op.scope, nullptr)) leave(*channel);
   if (served_.find(op.id) != nullptr || (op.id >> 62) != 0) {
     uint64_t region = op.region;
     if (Peer* peer = find_peer(op.peer); op.listed && peer)
@@ -52,7 +53,7 @@ void Engine::finish(Op& op, Code code) {
 
 // The link has closed and dropped what it held of this op.
 void Engine::drop_inflight(Op& op) {
-  if (op.inflight_bytes) schedulers_[op.link]->complete(op.inflight_bytes, 0, channels_[op.channel].cls);
+  if (op.inflight_bytes) schedulers_[op.link]->complete(op.inflight_bytes, 0, op.scope->cls);
   op.inflight = 0;
   op.inflight_bytes = 0;
 }
@@ -101,7 +102,7 @@ void Engine::end_early(Op& op, Code code) {
     schedulers_[op.link]->cancel(op.id);
     op.in_sched = false;
     if (op.has_key) drop_held_back(op);
-    if (op.state == OpState::queued) --flows_[flow_of(*peer, op.channel)].headers;
+    if (op.state == OpState::queued) --flow_of(op, *peer).headers;
     // What comes after it has waited for its memory, or for what its device was to bring.
     const bool kept_waiting = op.state == OpState::queued ? op.holding : op.ready < op.nbytes;
     if (kept_waiting) {
@@ -203,10 +204,8 @@ void Engine::on_unsure(LinkPeer& to, const FrameHeader& header) {
   Peer* peer = peer_of(to);
   // Of all that has ended here already; other operations end with the pair.
   if (!peer || header.kind != FrameKind::eager || header.sop) return;
-  auto it = channel_by_id_.find(header.channel);
   emit({EngineEvent::Kind::undelivered, peer->rank, static_cast<uint64_t>(header.tag),
-        it == channel_by_id_.end() ? std::string("?") : channels_[it->second].name,
-        "the link failed: it may not have arrived"});
+        channels_.name_of(header.channel), "the link failed: it may not have arrived"});
 }
 
 void Engine::on_lost(LinkPeer& link_peer, const std::string& reason) {
@@ -275,7 +274,6 @@ void Engine::let_go_of_link(Peer& peer, bool failed) {
 void Engine::end_link(Peer& peer, bool with_ops) {
   polled_.erase(std::remove(polled_.begin(), polled_.end(), peer.link.get()), polled_.end());
   peer.link->close();
-  Scheduler& sched = *schedulers_[peer.link_index];
   retired_.push_back(peer.link);
   ring_engine();  // whose thread frees it
   std::vector<Op*> live;
@@ -297,11 +295,7 @@ void Engine::end_link(Peer& peer, bool with_ops) {
     else
       end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
   }
-  for (auto [channel, flow] : peer.flows) {
-    sched.remove_flow(flow);
-    flows_[flow].rank = kAnySource;  // nobody's
-  }
-  peer.flows.clear();
+  flows_[peer.link_index]->end_peer(peer.rank);
   peer.control.clear();
   peer.offers.reset();
   peer.onesided.reset();

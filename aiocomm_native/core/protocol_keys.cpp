@@ -182,7 +182,7 @@ void Engine::drop_held_back(const Op& op) {
 void Engine::announce(const Op& op, Peer& peer) {
   FrameHeader h = about(FrameKind::note, peer.onesided->announced);
   peer.onesided->announced = (peer.onesided->announced + 1) % NotesDue::kNumbers;
-  h.channel = channels_[op.channel].id;
+  h.channel = op.scope->wire;
   h.nbytes = op.nbytes;
   send_control(peer, h, Wake::loop, op.notify.data(), op.notify.size());
 }

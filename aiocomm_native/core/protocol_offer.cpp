@@ -45,7 +45,7 @@ auto by_peer(F&& f) {
 
 void Engine::offer(Op& op, Peer& peer) {
   if (op.allocate || op.gpu || op.tag == kAnyTag || op.nbytes == 0 || fits_frame(op, peer)) return;
-  ChannelId channel = channels_[op.channel].id;
+  const ChannelId channel = op.scope->wire;
   MessageKey key = key_of(op);
   if (peer.state != Peer::State::up || peer.resting || matcher_.wildcards(channel) ||
       !peer.offers->made.possible(key))

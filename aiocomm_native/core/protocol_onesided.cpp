@@ -122,8 +122,8 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->matched = true;
   op->peer = peer.rank;
   op->link = peer.link_index;
-  op->channel = 0;
-  if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
+  Channel* channel = channels_.open_at(header.channel);
+  enter(*op, channel ? *channel : channels_.standard());
   op->data = region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
   op->remote_op = header.sop;
@@ -180,8 +180,8 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   op->matched = true;
   op->peer = peer.rank;
   op->link = peer.link_index;
-  op->channel = 0;
-  if (auto it = channel_by_id_.find(header.channel); it != channel_by_id_.end()) op->channel = it->second;
+  Channel* channel = channels_.open_at(header.channel);
+  enter(*op, channel ? *channel : channels_.standard());
   op->listed = listed;
   op->own = std::move(own);
   op->data = op->own ? op->own.get() : region->base + offset;

@@ -55,13 +55,11 @@ void Engine::on_frame(LinkPeer& from, const FrameHeader& header, const std::byte
           throw ProtocolViolation("credit for bytes that were never sent");
         peer->eager_unconsumed -= header.nbytes;
         return;
-      case FrameKind::undelivered: {
-        auto it = channel_by_id_.find(header.channel);
+      case FrameKind::undelivered:
         emit({EngineEvent::Kind::undelivered, peer->rank, static_cast<uint64_t>(header.tag),
-              it == channel_by_id_.end() ? std::string("?") : channels_[it->second].name,
+              channels_.name_of(header.channel),
               header.code == static_cast<uint8_t>(Code::truncated) ? "truncated" : "refused"});
         return;
-      }
       case FrameKind::offer:
         return on_offer(*peer, header, meta);
       case FrameKind::withdraw:
@@ -118,7 +116,7 @@ void Engine::start_recv(Op& op) {
     peer = find_peer(op.peer);
     if (!peer) return finish(op, Code::peer_lost);
   }
-  ChannelId channel = channels_[op.channel].id;
+  const ChannelId channel = op.scope->wire;
   auto try_match = [&]() -> bool {
     auto arrival = matcher_.post_recv(op.id, channel, op.peer, op.tag);
     if (!arrival) return false;

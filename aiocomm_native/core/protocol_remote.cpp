@@ -129,7 +129,7 @@ void Engine::let_flow_go_on(Op& op) {
   op.holding = false;
   Peer* peer = find_peer(op.peer);
   if (closed_ || !peer || peer->state != Peer::State::up || peer->blocked) return;
-  schedulers_[peer->link_index]->set_ready(flow_of(*peer, op.channel), true);
+  schedulers_[peer->link_index]->set_ready(flow_of(op, *peer).id, true);
 }
 
 // False: nothing more can be posted on this link now.
@@ -194,7 +194,7 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint
   Op* op = peer ? find(id) : nullptr;  // its chunk in flight has kept it from ending
   if (!op || op->inflight == 0) return;
   uint8_t link_index = peer->link_index;
-  schedulers_[link_index]->complete(nbytes, error ? 0 : elapsed_ns, channels_[op->channel].cls);
+  schedulers_[link_index]->complete(nbytes, error ? 0 : elapsed_ns, op->scope->cls);
   --op->inflight;
   op->inflight_bytes -= nbytes;
   LinkCounters& counters = counters_[link_index];

@@ -36,7 +36,9 @@ void Engine::start(Op& op) noexcept {
   try {
     if (closed_) return finish(op, Code::closed);
     if (!fault_.empty()) return finish(op, Code::link_failed);
-    if (!channels_[op.channel].open) return finish(op, Code::closed);
+    Channel* channel = channels_.find(op.channel);
+    if (!channel || !channel->open) return finish(op, Code::closed);
+    enter(op, *channel);
     if (op.deadline_ns) start_deadline(op);
     if (op.kind == OpKind::recv) return start_recv(op);
     if (op.gpu && op.gpu->kernel) return device_.start_kernel(op);
@@ -74,10 +76,8 @@ void Engine::start_on(Op& op, Peer& peer) {
     if (peer.state != Peer::State::up || !op.live) return;
   }
   // A header may not overtake an earlier one of its flow, nor control frames that wait.
-  if (peer.blocked || !peer.control.empty() || !peer.flows.empty()) {
-    uint32_t flow = flow_of(peer, op.channel);
-    if (peer.blocked || !peer.control.empty() || flows_[flow].headers) return queue_header(op, peer);
-  }
+  const Flow* flow = flows_[peer.link_index]->find(*op.scope, peer.rank);
+  if (peer.blocked || !peer.control.empty() || (flow && flow->headers)) return queue_header(op, peer);
   if (send_header(op, peer) == Post::again) {
     if (!op.holding) peer.blocked = true;
     queue_header(op, peer);
@@ -91,12 +91,12 @@ void Engine::queue_header(Op& op, Peer& peer) {
     would_block(op);
     return;
   }
-  uint32_t flow = flow_of(peer, op.channel);
-  ++flows_[flow].headers;
+  Flow& flow = flow_of(op, peer);
+  ++flow.headers;
   op.in_sched = true;
   uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
-  schedulers_[peer.link_index]->push(flow, op.id, cost, true);
-  if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow, false);
+  schedulers_[peer.link_index]->push(flow.id, op.id, cost, true);
+  if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow.id, false);
 }
 
 Post Engine::would_block(Op& op) {
@@ -126,9 +126,9 @@ Post Engine::send_message(Op& op, Peer& peer) {
     if (direct == Hold::pending) return Post::again;
     if (direct == Hold::failed) return device_.announce(op, peer);
   }
-  const ChannelInfo& channel = channels_[op.channel];
+  const Channel& channel = *op.scope;
   FrameHeader h{};
-  h.channel = channel.id;
+  h.channel = channel.wire;
   h.tag = op.tag;
   h.nbytes = op.nbytes;
   h.meta_bytes = op.meta_bytes;
@@ -177,9 +177,9 @@ Post Engine::send_put(Op& op, Peer& peer) {
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
   if (has_rows(op) && (by_adapters || !op.gpu)) return not_by_rows(op);
-  const ChannelInfo& channel = channels_[op.channel];
+  const Channel& channel = *op.scope;
   FrameHeader h{};
-  h.channel = channel.id;
+  h.channel = channel.wire;
   h.cls = channel.cls;
   h.weight = packed_weight(channel.weight);
   h.flags = static_cast<uint8_t>((op.has_notify ? kHasNotify : 0) | (op.listed ? kListed : 0));
@@ -237,9 +237,9 @@ Post Engine::send_get(Op& op, Peer& peer) {
     h.flags |= kRows;
     h.address = op.reach;
   }
-  h.channel = channels_[op.channel].id;
-  h.cls = channels_[op.channel].cls;
-  h.weight = packed_weight(channels_[op.channel].weight);
+  h.channel = op.scope->wire;
+  h.cls = op.scope->cls;
+  h.weight = packed_weight(op.scope->weight);
   h.tag = static_cast<int64_t>(op.offset);
   h.nbytes = op.nbytes;
   h.sop = op.region;
@@ -300,29 +300,15 @@ void Engine::on_writable(LinkPeer& to) {
   if (!peer || !flush_control(*peer)) return;
   peer->blocked = false;
   Scheduler& sched = *schedulers_[peer->link_index];
-  for (auto [channel, flow] : peer->flows) sched.set_ready(flow, true);
+  flows_[peer->link_index]->each_of(peer->rank, [&](const Flow& flow) { sched.set_ready(flow.id, true); });
   pump(peer->link_index);
-}
-
-uint32_t Engine::flow_of(Peer& peer, uint32_t channel) {
-  for (auto [c, flow] : peer.flows)
-    if (c == channel) return flow;
-  uint32_t flow = next_flow_++;
-  flows_.push_back({peer.rank, channel, peer.link_index, 0});
-  const ChannelInfo& info = channels_[channel];
-  schedulers_[peer.link_index]->add_flow(flow, info.cls, info.weight, channel);
-  peer.flows.emplace_back(channel, flow);
-  return flow;
 }
 
 void Engine::queue_data(Op& op, Peer& peer, bool at_once) {
   op.in_sched = true;
   op.state = OpState::moving;
   if (!op.started_ns) op.started_ns = now();
-  // More urgent channels bound what may be posted, whether or not they have anything to send now.
-  for (uint32_t c = 0; c < channels_.size(); ++c)
-    if (channels_[c].open && channels_[c].cls > channels_[op.channel].cls) flow_of(peer, c);
-  schedulers_[peer.link_index]->push(flow_of(peer, op.channel), op.id, op.nbytes, false);
+  schedulers_[peer.link_index]->push(flow_of(op, peer).id, op.id, op.nbytes, false);
   if (at_once) pump(peer.link_index);
 }
 
@@ -336,9 +322,7 @@ void Engine::pump(uint8_t link_index) {
 // threads that handle the urgent messages need not wait for a core.
 uint32_t Engine::copy_limit(uint8_t cls) const {
   auto threads = static_cast<uint32_t>(copier_->threads());
-  bool urgent = std::any_of(channels_.begin(), channels_.end(),
-                            [&](const ChannelInfo& c) { return c.open && c.cls > cls; });
-  return urgent && threads > 1 ? threads - 1 : threads;
+  return channels_.any_above(cls) && threads > 1 ? threads - 1 : threads;
 }
 
 // False: nothing more can be posted on this link now.
@@ -360,7 +344,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
       sched.set_ready(chunk.flow, false);
       return true;
     }
-    --flows_[chunk.flow].headers;
+    --flows_[link_index]->at(chunk.flow).headers;
     sched.complete(chunk.nbytes, 0, chunk.cls);
     return true;
   }
@@ -429,7 +413,7 @@ void Engine::on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) {
   counters_[peer->link_index].bytes_sent += nbytes;
   Op* op = find(sop);  // a chunk with the link keeps it from ending
   if (!op || op->inflight == 0) return;
-  schedulers_[peer->link_index]->complete(nbytes, 0, channels_[op->channel].cls);
+  schedulers_[peer->link_index]->complete(nbytes, 0, op->scope->cls);
   --op->inflight;
   op->inflight_bytes -= nbytes;
   op->moved = std::min(op->moved + nbytes, op->nbytes);  // a `fin` may be sooner than this word of the link

@@ -38,6 +38,12 @@ class Registry {
     all_.pop_back();
   }
 
+  size_t size() const noexcept { return all_.size(); }
+  template <class F>
+  void each(F&& f) const {
+    for (const auto& object : all_) f(*object);
+  }
+
  private:
   std::vector<std::unique_ptr<T>> all_;
   IdMap<uint32_t> slots_;

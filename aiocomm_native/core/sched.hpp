@@ -10,9 +10,9 @@
 //   - A flow that is not ready, or has nothing queued, is not backlogged: it keeps its items and earns no
 //     credit. One that becomes ready again keeps its place (FairQueue::resume).
 //   - Window: an urgent chunk waits for the less urgent bytes posted before it. Therefore, where flows of
-//     class u are registered (backlogged or not), the classes below u keep at most rate * preempt_ns(u) bytes
-//     in flight together, and their chunks are half of that. Where none is, chunks are max_chunk and the window
-//     max_window.
+//     class u are registered (backlogged or not) or the class is declared, the classes below u keep at most
+//     rate * preempt_ns(u) bytes in flight together, and their chunks are half of that. Where none is, chunks
+//     are max_chunk and the window max_window.
 //   - In flight are at most max_window bytes; but a class with nothing in flight in it or above it may always
 //     post one chunk. So neither a small window nor less urgent bytes can lock anybody out.
 //   - An illegal call throws std::invalid_argument and changes nothing.
@@ -76,6 +76,8 @@ class Scheduler {
   // A flow whose peer can take no more now is passed over until it is ready again.
   void set_ready(FlowId flow, bool ready);
   void set_preempt(uint8_t cls, uint64_t ns);
+  // Whether more of this class may come at any time, flows or not.
+  void declare(uint8_t cls, bool declared);
   // Other limits for what is posted from now on. Illegal: as for the configuration.
   void set_limits(uint64_t max_chunk, uint64_t max_window);
 
@@ -103,6 +105,8 @@ class Scheduler {
   uint64_t in_flight(uint8_t cls) const;
   uint64_t window(uint8_t cls) const;      // bytes that this and the less urgent classes may have in flight
   uint64_t chunk_size(uint8_t cls) const;  // bytes
+  bool has_urgent() const noexcept;        // flows there are have some class above that bounds them
+  bool has_rivals() const noexcept;        // two groups of one class are backlogged
   double rate() const noexcept { return rate_bytes_ / rate_ns_; }
 
  private:
@@ -133,6 +137,7 @@ class Scheduler {
   unsigned choose_class(unsigned backlogged) noexcept;
   void account_share(unsigned cls, uint64_t nbytes, unsigned backlogged) noexcept;
   uint64_t preempt_window(unsigned cls) const noexcept;
+  bool bounds(unsigned cls) const noexcept { return declared_[cls] || registered_[cls] > 0; }
   enum class Entry : uint8_t { starts, resumes, refunded };
   void refresh(Flow& flow, Entry entry);
   void insert_item(const Item& item);
@@ -149,7 +154,8 @@ class Scheduler {
   const int64_t share_;  // min_share in units of 1 / kShareOne
   std::array<FairQueue, kClasses> classes_;
   std::array<size_t, kClasses> registered_{};  // flows
-  std::array<uint64_t, kClasses> dearest_{};   // the greatest cost of a byte that a group has had
+  std::array<bool, kClasses> declared_{};
+  std::array<uint64_t, kClasses> dearest_{};  // the greatest cost of a byte that a group has had
   std::array<uint64_t, kClasses> preempt_ns_;
   std::array<uint64_t, kClasses> in_flight_{};
   // owed_[c]: what the classes below c are owed of the bytes that c took while both were backlogged.

@@ -34,6 +34,25 @@ void Scheduler::complete(uint64_t nbytes, uint64_t elapsed_ns, uint8_t cls) {
   rate_ns_ = rate_ns_ * keep + static_cast<double>(elapsed_ns);
 }
 
+void Scheduler::declare(uint8_t cls, bool declared) {
+  require(cls < kClasses, "classes are 0 to 3");
+  declared_[cls] = declared;
+}
+
+bool Scheduler::has_urgent() const noexcept {
+  bool below = false;
+  for (unsigned cls = 0; cls < kClasses; ++cls) {
+    if (below && bounds(cls)) return true;
+    below |= registered_[cls] > 0;
+  }
+  return false;
+}
+
+bool Scheduler::has_rivals() const noexcept {
+  return std::any_of(classes_.begin(), classes_.end(),
+                     [](const FairQueue& groups) { return groups.size() > 1; });
+}
+
 uint64_t Scheduler::in_flight() const noexcept {
   return std::accumulate(in_flight_.begin(), in_flight_.end(), uint64_t{0});
 }
@@ -47,7 +66,7 @@ uint64_t Scheduler::window(uint8_t cls) const {
   require(cls < kClasses, "classes are 0 to 3");
   uint64_t window = config_.max_window;
   for (unsigned urgent = cls + 1u; urgent < kClasses; ++urgent) {
-    if (registered_[urgent] > 0) window = std::min(window, preempt_window(urgent));
+    if (bounds(urgent)) window = std::min(window, preempt_window(urgent));
   }
   return window;
 }
@@ -55,7 +74,7 @@ uint64_t Scheduler::window(uint8_t cls) const {
 uint64_t Scheduler::chunk_size(uint8_t cls) const {
   require(cls < kClasses, "classes are 0 to 3");
   for (unsigned urgent = cls + 1u; urgent < kClasses; ++urgent) {
-    if (registered_[urgent] > 0) return std::clamp(window(cls) / 2, config_.min_chunk, config_.max_chunk);
+    if (bounds(urgent)) return std::clamp(window(cls) / 2, config_.min_chunk, config_.max_chunk);
   }
   return config_.max_chunk;
 }
@@ -74,7 +93,7 @@ Scheduler::Admission Scheduler::admit(unsigned cls, uint64_t nbytes) const noexc
   uint64_t less_urgent = std::accumulate(first, own, uint64_t{0});
   for (unsigned urgent = cls + 1; urgent < kClasses; ++urgent) {
     less_urgent += in_flight_[urgent - 1];
-    if (registered_[urgent] > 0 && less_urgent + nbytes > preempt_window(urgent)) {
+    if (bounds(urgent) && less_urgent + nbytes > preempt_window(urgent)) {
       return Admission::kOwnWindowFull;
     }
   }

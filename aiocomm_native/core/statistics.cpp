@@ -106,26 +106,18 @@ std::map<std::string, double> Engine::gauges(const std::string& link) {
           {"posted_receives", static_cast<double>(matcher_.posted())},
           {"unexpected_messages", static_cast<double>(matcher_.unexpected())},
           {"unexpected_bytes", static_cast<double>(matcher_.unexpected_bytes())},
+          {"channels", static_cast<double>(channels_.size())},
+          {"flows", static_cast<double>(device ? device_.flows() : flows_[i]->size())},
           {"in_flight", static_cast<double>(ops_.in_use())}};
 }
 
-std::vector<std::pair<std::string, uint64_t>> Engine::served_by_channel(const std::string& link) {
+std::map<std::string, uint64_t> Engine::served_by_channel(const std::string& link) {
   Token token(*this, true);
-  size_t i = link_index(link);
-  std::vector<std::pair<std::string, uint64_t>> out;
-  if (device_.mover() && i == device_.index()) {
-    for (uint32_t c = 0; c < channels_.size(); ++c) {
-      const uint64_t served = device_.served(c);
-      if (served) out.emplace_back(channels_[c].name, served);
-    }
-    return out;
-  }
-  for (uint32_t c = 0; c < channels_.size(); ++c) {
-    bool used = false;
-    for (const Flow& flow : flows_) used |= flow.channel == c && flow.link == i && flow.rank >= 0;
-    if (used) out.emplace_back(channels_[c].name, schedulers_[i]->served(c));
-  }
-  return out;
+  const size_t i = link_index(link);
+  const bool device = device_.mover() && i == device_.index();
+  return channels_.served(i, [&](const Channel& channel) {
+    return device ? device_.served(channel) : flows_[i]->served(channel);
+  });
 }
 
 }  // namespace aiocomm
