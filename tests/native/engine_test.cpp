@@ -8,11 +8,14 @@
 
 #include "core/engine.hpp"
 
-#include <chrono>
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -26,24 +29,44 @@ class HandPeer final : public LinkPeer {
   explicit HandPeer(Host& host) : host(host) {}
   Post post(const FrameHeader& header, const std::byte*, const std::byte*, Wake) override {
     if (throws_in_post) throw std::runtime_error("posting is broken");
-    sent.push_back(header);
+    std::lock_guard lock(mutex_);
+    sent_.push_back(header);
     return Post::ok;
   }
   Post post_data(const FrameHeader&, const std::byte*, Wake) override {
     return Post::pending;
   }  // and stays so
   int poll(int) override {
-    if (!says) return 0;
-    const auto what = std::exchange(says, nullptr);
-    what(*this);
-    return 1;
+    std::function<void(HandPeer&)> what;
+    {
+      std::lock_guard lock(mutex_);
+      what = std::exchange(says_, nullptr);
+    }
+    if (what) what(*this);
+    return what ? 1 : 0;
   }
   void close() override { closed = true; }
 
   Host& host;
-  std::deque<FrameHeader> sent;
-  std::function<void(HandPeer&)> says;  // by the next poll, under the token
-  bool throws_in_post = false, closed = false;
+  std::atomic<bool> throws_in_post{false}, closed{false};
+  // By the next poll, under the token, of whichever thread.
+  void say(std::function<void(HandPeer&)> what) {
+    std::lock_guard lock(mutex_);
+    says_ = std::move(what);
+  }
+  bool is_to_say() {
+    std::lock_guard lock(mutex_);
+    return says_ != nullptr;
+  }
+  FrameHeader last() {
+    std::lock_guard lock(mutex_);
+    return sent_.back();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::deque<FrameHeader> sent_;
+  std::function<void(HandPeer&)> says_;
 };
 
 std::shared_ptr<HandPeer> hand;  // the last one
@@ -85,7 +108,7 @@ struct World {
     op->nbytes = op->capacity = memory.size();
     op->synchronous = synchronous;
     op->region = kind == OpKind::get || kind == OpKind::put ? 1 : 0;
-    if (engine.submit(op)) ended.push_back(op);
+    if (engine.submit(op)) ended.push_back(op);  // else it waits for whoever has the token
     return op;
   }
   void look() {
@@ -94,14 +117,21 @@ struct World {
     for (EngineEvent& event : engine.take_events()) events.push_back(std::move(event));
   }
   void say(std::function<void(HandPeer&)> what) {
-    hand->says = std::move(what);
-    while (hand->says) look();
+    hand->say(std::move(what));
+    while (hand->is_to_say()) look();
     look();
   }
   void say(const FrameHeader& header) {
     say([&](HandPeer& peer) { peer.host.sink().on_frame(peer, header, nullptr, nullptr); });
   }
   bool has_ended(const Op* op) const { return std::find(ended.begin(), ended.end(), op) != ended.end(); }
+  void await(const Op* op) {
+    for (int turns = 0; !has_ended(op); ++turns) {
+      CHECK(turns < 1000000);
+      look();
+      std::this_thread::yield();
+    }
+  }
   bool violated() { return engine.why_lost(1).starts_with(kViolation); }
   std::vector<Op*> ended;
   std::vector<EngineEvent> events;
@@ -219,9 +249,9 @@ void a_pair_that_rests_and_carries() {
   std::vector<std::byte> memory(kBytes);
   const uint64_t region = world.engine.add_region(memory.data(), kBytes, true);
   world.say(frame(FrameKind::rest, 0, 0, 0));
-  CHECK(hand->sent.back().kind == FrameKind::resting && hand->sent.back().code == 0);
+  CHECK(hand->last().kind == FrameKind::resting && hand->last().code == 0);
   world.say(frame(FrameKind::put_rts, 7, region, kBytes));
-  CHECK(hand->sent.back().kind == FrameKind::cts);
+  CHECK(hand->last().kind == FrameKind::cts);
   CHECK(!world.engine.close_region(region));
   world.say(frame(FrameKind::resting, 0, 0, 0));
   CHECK(world.violated());
@@ -235,7 +265,7 @@ void a_region_that_is_read_at_the_end() {
   std::vector<std::byte> memory(kBytes);
   const uint64_t region = world.engine.add_region(memory.data(), kBytes, true);
   world.say(frame(FrameKind::get, region, 9, kBytes));
-  CHECK(hand->sent.back().kind == FrameKind::get_ready);
+  CHECK(hand->last().kind == FrameKind::get_ready);
   CHECK(!world.engine.close_region(region));
   world.engine.close();
   const auto events = world.engine.take_events();
@@ -249,15 +279,13 @@ void broken_by(std::function<void(World&)> what, const char* why) {
   Op* before = world.begin(OpKind::get, memory);
   Op* receive = world.begin(OpKind::recv, memory);
   what(world);
-  for (int turns = 0; !world.has_ended(before) || !world.has_ended(receive); ++turns) {
-    CHECK(turns < 100000);
-    world.look();
-    std::this_thread::yield();
-  }
+  world.await(before);
+  world.await(receive);
   CHECK(before->code == Code::link_failed && receive->code == Code::link_failed);
   CHECK(world.engine.why_lost(1).find(why) != std::string::npos);
   Op* after = world.begin(OpKind::get, memory);
-  CHECK(world.has_ended(after) && after->code == Code::link_failed);
+  world.await(after);
+  CHECK(after->code == Code::link_failed);
   CHECK(hand->closed);
   world.engine.close();
 }
@@ -269,7 +297,8 @@ void what_a_thread_throws() {
         hand->throws_in_post = true;
         std::vector<std::byte> memory(8);
         Op* op = world.begin(OpKind::put, memory);
-        CHECK(world.has_ended(op) && op->code == Code::link_failed);
+        world.await(op);
+        CHECK(op->code == Code::link_failed);
       },
       "posting is broken");
   broken_by(
@@ -277,8 +306,7 @@ void what_a_thread_throws() {
       "looking is broken");
   broken_by(
       [](World& world) {
-        hand->says = [](HandPeer&) { throw std::bad_alloc(); };
-        world.engine.set_open(true);  // takes the token: what is written here is seen by the thread
+        hand->say([](HandPeer&) { throw std::bad_alloc(); });
         while (world.engine.why_lost(1).empty()) ring_fd(world.engine.engine_fd());
       },
       std::bad_alloc().what());
