@@ -292,6 +292,7 @@ class Operations:
 
         Raises:
             UsageError: these bytes are no handle.
+            PeerLostError: its owner was gone before this process joined.
             StaleHandleError: it belongs to an earlier incarnation of its owner.
         """
         return RemoteRegion.from_handle(self, handle)
@@ -363,11 +364,17 @@ class Operations:
             raise
 
     def _generation_of(self, rank: int) -> int | None:
-        """The incarnation of a rank that is known now."""
+        """The incarnation of a rank that is known now. None: nobody has had it since this process is here."""
         if rank == self._rank:
             return self._generation
+        if rank not in self._peers:
+            self._catch_up()
         peer = self._peers.get(rank)
         return None if peer is None else peer.generation
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether nobody has a rank now."""
+        return self._generation_of(rank) is None or (rank != self._rank and not self._peers[rank].alive)
 
     def _check_remote(self, remote: RemoteRegion, channel: Channel | None) -> int:
         if self._closed or not self._here():

@@ -302,6 +302,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
         Raises:
             UsageError: a rank is unknown, comes twice, or this one is not among them.
+            PeerLostError: a member is gone, may be since before this process joined.
             DeadlineExceeded: a member has not called in time, or with another list.
         """
         return await Group.create(self, ranks, deadline)

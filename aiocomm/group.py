@@ -302,5 +302,13 @@ def _close_channels(owner: weakref.ref[Communicator], indices: list[int]) -> Non
 
 
 def _generations(comm: Communicator, ranks: Sequence[int]) -> str:
-    """Who they are: a rank that comes back is another."""
-    return " ".join(f"{rank}.{comm._generation_of(rank)}" for rank in ranks)
+    """Who they are: a rank that comes back is another.
+
+    Raises:
+        PeerLostError: one was gone before this process joined, and so nothing is known of it.
+    """
+    generations = [comm._generation_of(rank) for rank in ranks]
+    for rank, generation in zip(ranks, generations, strict=True):
+        if generation is None:
+            raise PeerLostError(f"rank {rank} is gone, since before this process joined: leave it out", rank)
+    return " ".join(f"{rank}.{generation}" for rank, generation in zip(ranks, generations, strict=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
-from aiocomm.errors import ClosedError, StaleHandleError, UsageError, UsageTypeError
+from aiocomm.errors import ClosedError, PeerLostError, StaleHandleError, UsageError, UsageTypeError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -130,6 +130,11 @@ class RemoteRegion:
             raise UsageError("the remote region belongs to another communicator")
         current = comm._generation_of(self.rank)
         if current is None:
+            if self.rank < comm._ranks:
+                raise PeerLostError(
+                    f"the handle's owner, rank {self.rank}, is gone, since before this process joined",
+                    self.rank,
+                )
             raise UsageError(f"the handle's owner, rank {self.rank}, is not known in this world")
         if current != self._generation:
             raise StaleHandleError(

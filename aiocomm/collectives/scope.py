@@ -74,10 +74,10 @@ class Scope:
         self._lost: tuple[int, int] | None = None  # a member, and the last call that does not fail for that
         self._asked: list[tuple[int, int]] = []  # calls that others want to have ended, and who
         self._gate = Gate(comm._backend)
+        self.place: Place | None = None  # of the arena, once a call may go through it
         comm._scopes.add(self)
         for rank in group.ranks:
             self.look_for(rank)
-        self.place: Place | None = None  # of the arena, once a call may go through it
         self.listen()
 
     def begin(self, call: Flight | None) -> int:

@@ -145,7 +145,11 @@ class PageLease:
         """
         if deadline is not None:
             deadline = limit_of(deadline)
-        return self._notes.layers(None if sources is None else self._ranks(sources), deadline)
+        wanted = None if sources is None else self._ranks(sources)
+        for rank in wanted or ():
+            if self._comm._is_gone(rank):
+                self._notes.lose(rank)  # before the lease was there to be told of it
+        return self._notes.layers(wanted, deadline)
 
     def _ranks(self, sources: int | Sequence[int]) -> list[int]:
         try:

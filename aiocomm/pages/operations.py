@@ -39,6 +39,7 @@ class PageOperations:
 
         Raises:
             UsageError: these bytes are no handle.
+            PeerLostError: its owner was gone before this process joined.
             StaleHandleError: it belongs to an earlier incarnation of its owner.
         """
         return RemotePages.from_handle(cast("Any", self), handle)

@@ -188,3 +188,40 @@ async def test_a_message_of_a_peer_may_be_sooner_than_the_word_that_it_has_come(
             await receive
         with pytest.raises(aiocomm.UsageError, match="no rank 4 in this world: ranks are 0 to 3"):
             await comm.send(b"", 4)
+
+
+async def test_a_rank_that_was_gone_before_this_process_came_is_lost_to_it() -> None:
+    """Nothing is known of it, not even that it has been: every call names it as lost all the same."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    async with aiocomm.connect(address, rank=0) as host:
+        async with aiocomm.connect(address) as first:
+            region = first.register(bytearray(4)).handle
+            pages = (await first.lease_pages(aiocomm.Pages(np.zeros((4, 8))))).handle
+        await until(lambda: not any(peer.alive for peer in host.peers))
+        async with aiocomm.connect(address) as late:
+            assert [peer.rank for peer in late.peers] == [0]
+            own = late.register(bytearray(4))
+            lease = await late.lease_pages(aiocomm.Pages(np.zeros((4, 8))))
+
+            async def layers() -> None:
+                async for _ in lease.layers(1):
+                    pass
+
+            for call in (
+                lambda: late.send(b"x", 1),
+                lambda: late.recv(bytearray(1), 1),
+                lambda: late.recv_array(1),
+                lambda: late.exchange(own, 1),
+                lambda: late.group([0, 1, late.rank]),
+                layers,
+            ):
+                with pytest.raises(aiocomm.PeerLostError) as raised:
+                    await call()  # type: ignore[no-untyped-call]
+                assert raised.value.peer == 1
+            with pytest.raises(aiocomm.PeerLostError):
+                late.remote(region)
+            with pytest.raises(aiocomm.PeerLostError):
+                late.remote_pages(pages)
+            assert not list(late._scopes)  # nor was anything opened for the group
+            with pytest.raises(aiocomm.UsageError, match="no rank 3"):
+                await late.group([3, late.rank])
