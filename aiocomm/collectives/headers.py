@@ -114,7 +114,14 @@ def abort_message(number: int, why: Why, lost: int, text: str) -> bytes:
     return _ABORT.pack(number, why, lost, text.encode(errors="backslashreplace")[:_REASON_BYTES])
 
 
-def parse_abort(message: bytes | bytearray) -> tuple[int, Why, int, str]:
-    """The number of the call, why it failed, the lost world rank or -1, and the reason."""
+def parse_abort(message: bytes | bytearray) -> tuple[int, Why, int, str] | None:
+    """The number of the call, why it failed, the lost world rank or -1, and the reason.
+
+    None: it is no word that this release knows.
+    """
+    if len(message) != ABORT_BYTES:
+        return None
     number, why, lost, text = _ABORT.unpack(message)
+    if why not in Why.__members__.values():
+        return None
     return number, Why(why), lost, text.rstrip(b"\0").decode(errors="replace")

@@ -19,7 +19,7 @@ import numpy as np
 from aiocomm.collectives import headers
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.kernels import Scratch
-from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError, TransferCancelled
+from aiocomm.errors import AiocommError, ClosedError, DeadlineExceeded, PeerLostError, TransferCancelled
 from aiocomm.region import look_away
 from aiocomm_native import _core
 
@@ -246,10 +246,14 @@ class Scope:
 
     def _take(self, receive: Transfer[Any]) -> bool:
         """Take word of another rank. False: nobody will say more."""
-        if receive.cancelled() or receive.exception() is not None:
-            return False  # closed, or nobody is left who could send
-        self._news_of(receive.result().source, *headers.parse_abort(self._news))
-        return True
+        if not receive.cancelled() and receive.exception() is None:
+            source, _, nbytes = receive.result()
+            word = headers.parse_abort(self._news[:nbytes])
+            if word is not None and source in self.group.ranks:
+                self._news_of(source, *word)
+            return True
+        # Of a word that was lost on its way only that is known; others come. Without a sender, nobody is left.
+        return not receive.cancelled() and receive.peer >= 0 and not _is_closed(receive)
 
     def _news_of(self, source: int, number: int, why: headers.Why, lost: int, text: str) -> None:
         if why is headers.Why.ASKS:
@@ -283,6 +287,10 @@ def _smallest(spare: Sequence[npt.NDArray[np.uint8] | Scratch], nbytes: int) -> 
     """Index of the smallest that is large enough."""
     fitting = [(one.nbytes, place) for place, one in enumerate(spare) if one.nbytes >= nbytes]
     return min(fitting)[1] if fitting else None
+
+
+def _is_closed(receive: Transfer[Any]) -> bool:
+    return isinstance(receive.exception(), ClosedError)
 
 
 def _heard(listening: weakref.ref[Scope], standing: set[Transfer[Any]], receive: Transfer[Any]) -> None:
