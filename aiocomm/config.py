@@ -228,7 +228,7 @@ class Settings:
         128, "connections", "Connections not yet authenticated, per listening socket.", low=1, high=65536
     )
     timeout_s: float = _setting(60.0, "seconds", "How long joining the world may take.", low=0.001)
-    host: str | None = _setting(None, "", "Address of this host to tell the others; else the outward one.")
+    host: str | None = _setting(None, "", "Address of this host to tell the others; else its own.")
     tls_cert: str | None = _setting(
         None, "path", "Certificate chain (PEM); turns on TLS for TCP connections."
     )

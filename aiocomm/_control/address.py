@@ -42,6 +42,11 @@ class TcpAddress:
         """Whether this listens on all interfaces."""
         return self.host in ("", "0.0.0.0", "::")
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether this is one address of one interface, and no other of the same host is meant."""
+        return self.host == "localhost" or (self.is_literal and not self.is_wildcard)
+
     def __str__(self) -> str:
         host = self.host or "*"
         return f"tcp://[{host}]:{self.port}" if ":" in host else f"tcp://{host}:{self.port}"

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Final, Protocol
 from aiocomm._control import messages
 from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
+from aiocomm._control.dialing import no_answer, reach
 from aiocomm._control.host import what_to_do
-from aiocomm._control.stream import Stream, connect, how_it_broke
+from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AuthenticationError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from aiocomm._control.stream import Stream
     from aiocomm.config import Settings, World
 
 __all__ = ["Client", "Follower", "read_address_file", "remove_address_file", "write_address_file"]
@@ -29,6 +31,8 @@ _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 _GOODBYE_S: Final = 1.0
 _GIVE_UP_S: Final = 0.5
+_QUIET_S: Final = 0.5
+"""After which a connect is one that gets no answer: refusals come within a round trip."""
 _SILENT: Final = "what listens there does not answer as a rendezvous would"
 
 _left: Final[deque[str]] = deque(maxlen=16)
@@ -96,8 +100,6 @@ class Client:
                 if not isinstance(self._address, FileAddress):
                     raise
                 self.trouble = str(error)  # the file may still be the one of an earlier run
-            except TimeoutError:
-                self.trouble = _SILENT
             except (OSError, ProtocolError) as error:
                 self.trouble = what_to_do(error)
             else:
@@ -106,6 +108,11 @@ class Client:
                     return welcome
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    @property
+    def found_at(self) -> str:
+        """The numeric address at which the rendezvous was reached; empty for a Unix socket."""
+        return self._stream.remote_host if self._stream is not None else ""
 
     async def collect(self) -> None:
         """Follow until the world is ready, then go on in the background.
@@ -157,18 +164,32 @@ class Client:
     async def _reach(self) -> Stream:
         address = self._address
         if isinstance(address, FileAddress):
-            address, token = read_address_file(address.path)
+            addresses, token = read_address_file(address.path)
             self.key = self.key if token is None or self._world.token is not None else token
-        assert isinstance(address, (TcpAddress, UnixAddress))
-        stream = await connect(address)
-        self.trouble = _SILENT  # should the time be over in the middle of this
+        else:
+            assert isinstance(address, (TcpAddress, UnixAddress))
+            addresses = (address,)
+        limit_s = self._settings.handshake_timeout_s
+        # Should the time be over in the middle of this.
+        quiet = asyncio.get_running_loop().call_later(_QUIET_S, self._is_quiet, no_answer(addresses))
+
+        async def greet(stream: Stream) -> None:
+            quiet.cancel()
+            self.trouble = _SILENT
+            try:
+                async with asyncio.timeout(limit_s):
+                    await stream.authenticate_caller(self.key, Purpose.CONTROL)
+            except TimeoutError:
+                raise ConnectionError(_SILENT) from None
+
         try:
-            async with asyncio.timeout(self._settings.handshake_timeout_s):
-                await stream.authenticate_caller(self.key, Purpose.CONTROL)
-        except BaseException:
-            stream.close()
-            raise
+            stream, _ = await reach(addresses, greet, limit_s)
+        finally:
+            quiet.cancel()
         return stream
+
+    def _is_quiet(self, trouble: str) -> None:
+        self.trouble = trouble
 
     async def _ask(
         self, stream: Stream, make_card: Callable[[Stream], messages.PeerCard]
@@ -241,13 +262,15 @@ async def _cancel(task: asyncio.Task[None] | None) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def write_address_file(path: str, address: TcpAddress | UnixAddress, token: bytes | None) -> None:
-    """Publish an address, and the token that was made for it, to this user's processes.
+def write_address_file(path: str, addresses: Sequence[TcpAddress | UnixAddress], token: bytes | None) -> None:
+    """Publish the addresses of one rendezvous, the likeliest first, and the token that was made for it, to
+    this user's processes.
 
     Raises:
         OSError: the file cannot be written.
     """
-    text = f"{address}\n{token.decode() if token is not None else ''}\n"
+    first, *others = map(str, addresses)
+    text = "\n".join([first, token.decode() if token is not None else "", *others, ""])
     temporary = f"{path}.{os.getpid()}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -260,8 +283,8 @@ def write_address_file(path: str, address: TcpAddress | UnixAddress, token: byte
         raise
 
 
-def read_address_file(path: str) -> tuple[TcpAddress | UnixAddress, bytes | None]:
-    """The address in a file, and the token if it holds one.
+def read_address_file(path: str) -> tuple[tuple[TcpAddress | UnixAddress, ...], bytes | None]:
+    """The addresses in a file, and the token if it holds one.
 
     Raises:
         OSError: there is no file (yet).
@@ -274,17 +297,18 @@ def read_address_file(path: str) -> tuple[TcpAddress | UnixAddress, bytes | None
             raise AuthenticationError(f"{path} is not this user's alone; it would not be safe to trust")
         lines = file.read(4096).splitlines()
     try:
-        address = parse(lines[0]) if lines else None
+        found = [parse(line) for line in (*lines[:1], *lines[2:])]
     except UsageError as error:
         raise ConnectionError(f"{path} holds no address") from error
-    if not isinstance(address, (TcpAddress, UnixAddress)):
+    addresses = tuple(address for address in found if isinstance(address, (TcpAddress, UnixAddress)))
+    if not addresses or len(addresses) != len(found):
         raise ConnectionError(f"{path} holds no address")
     token = lines[1].encode() if len(lines) > 1 and lines[1] else None
-    return address, token
+    return addresses, token
 
 
 def remove_address_file(path: str, address: TcpAddress | UnixAddress) -> None:
     """Remove the file if it still holds this address."""
     with contextlib.suppress(OSError, AuthenticationError):
-        if read_address_file(path)[0] == address:
+        if read_address_file(path)[0][0] == address:
             Path(path).unlink()

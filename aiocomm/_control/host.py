@@ -12,7 +12,6 @@ __all__ = [
     "host_id",
     "hostname",
     "open_pidfd",
-    "outward_address",
     "pid_namespace",
     "start_time",
     "what_to_do",
@@ -68,18 +67,6 @@ def open_pidfd(pid: int, started: int) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def outward_address() -> str:
-    """The numeric address by which other hosts most likely reach this one; else loopback."""
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((target, 9))  # sends nothing: only asks the routing table
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
 
 
 def _namespace(kind: str) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import resource
 import secrets
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from aiocomm._control import host
+from aiocomm._control import interfaces
 from aiocomm._control.address import Address, EnvAddress, FileAddress, TcpAddress, UnixAddress
 from aiocomm._control.client import remove_address_file, write_address_file
 from aiocomm._control.rendezvous import Rendezvous
@@ -20,6 +23,7 @@ __all__ = ["Host", "allow_descriptors"]
 
 _OTHER_DESCRIPTORS: Final = 128
 """Of a process besides the control connections of the members that it hosts."""
+_LOOK_UP_S: Final = 2.0
 _MANY: Final = 256
 """Members from which on the limit is looked at: fewer fit into any usual one."""
 
@@ -63,12 +67,12 @@ class Host:
     ) -> None:
         self._address = address
         self._settings = settings
-        self._outward = settings.host or host.outward_address()
         self._fresh = (
             secrets.token_hex(32).encode() if key is None and isinstance(address, FileAddress) else None
         )
         self._key = key if key is not None else self._fresh
         self._published: tuple[str, TcpAddress | UnixAddress] | None = None
+        self._near: TcpAddress | UnixAddress | None = None
         self.rendezvous = Rendezvous(size, self._key, settings, host_rank)
 
     async def start(self, timeout_s: float) -> tuple[TcpAddress | UnixAddress, bytes | None]:
@@ -86,21 +90,29 @@ class Host:
             raise UsageError("env:// says where others listen, not where to listen")
         if self.rendezvous.members.size is not None:
             allow_descriptors(self.rendezvous.members.size)
-        wanted = TcpAddress(self._outward, 0) if isinstance(address, FileAddress) else address
-        bound = await self.rendezvous.listen(wanted, timeout_s)
-        if (
-            isinstance(bound, TcpAddress)
-            and (bound.is_wildcard or not bound.is_literal)
-            and bound.host != "localhost"
-        ):
-            bound = replace(bound, host=self._outward)
+        wanted = TcpAddress("", 0) if isinstance(address, FileAddress) else address
+        bound = self._near = await self.rendezvous.listen(wanted, timeout_s)
+        found: list[TcpAddress | UnixAddress] = [bound]
+        if isinstance(bound, TcpAddress) and not bound.is_exact:
+            own = interfaces.outward_addresses()
+            hosts = (self._settings.host,) if self._settings.host else own or ("127.0.0.1",)
+            found = [replace(bound, host=host) for host in hosts]
+            self._near = replace(bound, host=await _own_address(bound, own))
         if isinstance(address, FileAddress):
             try:
-                write_address_file(address.path, bound, self._fresh)
+                write_address_file(address.path, found, self._fresh)
             except OSError as error:
                 raise LinkError(f"rank 0 cannot write {address}: {error}", error.errno) from error
-            self._published = (address.path, bound)
-        return bound, self._key
+            self._published = (address.path, found[0])
+        return found[0], self._key
+
+    @property
+    def near(self) -> TcpAddress | UnixAddress:
+        """Where this process's own member finds the rendezvous, whatever others have to dial. Only after
+        `start`.
+        """
+        assert self._near is not None
+        return self._near
 
     async def aclose(self) -> None:
         """Take the address back, tell the members, close."""
@@ -108,3 +120,16 @@ class Host:
             remove_address_file(*self._published)
             self._published = None
         await self.rendezvous.aclose()
+
+
+async def _own_address(bound: TcpAddress, own: tuple[str, ...]) -> str:
+    """Of a socket on all interfaces, the address that its name means if that is one of this host; else
+    loopback, since a name may stand for a load balancer, or be unknown here.
+    """
+    if not bound.is_wildcard:
+        with contextlib.suppress(OSError):  # an unknown name, or nobody who knows within the time
+            async with asyncio.timeout(_LOOK_UP_S):
+                loop = asyncio.get_running_loop()
+                found = await loop.getaddrinfo(bound.host, bound.port, type=socket.SOCK_STREAM)
+                return next((str(at[0]) for *_, at in found if at[0] in own), "127.0.0.1")
+    return "127.0.0.1"

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from aiocomm._control import host
-from aiocomm._control.address import TcpAddress, parse
+from aiocomm._control import host, interfaces
+from aiocomm._control.address import TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import derive_key
 from aiocomm._control.client import Client
 from aiocomm._control.endpoints import Endpoints
@@ -39,6 +39,7 @@ from aiocomm.types import Event, Fallback, LinkDown, Peer, PeerJoined
 
 if TYPE_CHECKING:
     from aiocomm._control.engine import Engine
+    from aiocomm._control.stream import Stream
     from aiocomm.config import Settings
 
 __all__ = ["ControlPlane", "PeerCard", "Welcome", "World", "peer_of"]
@@ -83,6 +84,7 @@ class ControlPlane:
         self._stack = contextlib.AsyncExitStack()  # what was opened, to be closed in reverse
         self._starting: asyncio.Task[Welcome] | None = None
         self._client: Client | None = None
+        self._endpoints: Endpoints | None = None
         self._pairing: Pairing | None = None
         self._peers: dict[int, PeerCard] = {}
         self._early: set[int] = set()  # pairs asked for before this process was admitted
@@ -172,16 +174,27 @@ class ControlPlane:
         if world.rank == 0:
             hosting = Host(world.size, address, key, self._settings, host_rank=0)
             self._stack.push_async_callback(hosting.aclose)
-            address, key = await hosting.start(min(_TAKEN_S, _TAKEN_PART * world.timeout_s))
+            _, key = await hosting.start(min(_TAKEN_S, _TAKEN_PART * world.timeout_s))
+            address = hosting.near
         if key is None and isinstance(address, TcpAddress):
             raise UsageError(
                 f"{address} needs a token: set AIOCOMM_TOKEN (or token=) to the same secret everywhere"
             )
         self._client = Client(world, address, key, self._settings, self)
         self._stack.push_async_callback(self._client.aclose)
-        endpoints = Endpoints(self._engine, self._settings)
+        endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         self._stack.push_async_callback(endpoints.aclose)
-        welcome = await self._client.join(lambda stream: self._card(0, 0, endpoints.bind(stream.local_host)))
+        asked = parse(text)
+        exact = isinstance(asked, UnixAddress) or (isinstance(asked, TcpAddress) and asked.is_exact)
+
+        def make_card(stream: Stream) -> PeerCard:
+            # Through an address that the user has not spelt out, a rendezvous on this host may be found by
+            # another interface than that by which others find this host.
+            here = stream.remote_host == stream.local_host or stream.remote_host.startswith("127.")
+            further = interfaces.outward_addresses() if here and not exact else ()
+            return self._card(0, 0, endpoints.bind(stream.local_host, further))
+
+        welcome = await self._client.join(make_card)
         self._host_rank = welcome.host_rank
         secret = self._client.key if self._client.key is not None else welcome.session_key
         pair_key = derive_key(secret, f"pair {welcome.world}")
@@ -251,6 +264,8 @@ class ControlPlane:
         if before is not None:
             self.on_gone(before.rank, before.generation, False, "a new process has taken its rank")
         self._peers[card.rank] = card
+        if card.rank == self._host_rank and self._client is not None and self._endpoints is not None:
+            self._endpoints.rendezvous_is(card.host_id, self._client.found_at)
         self._engine.add_peer(card.rank, card.generation)
         if self._ready:
             self._tell(PeerJoined(peer_of(card)))  # before there can be a message of it

@@ -14,7 +14,6 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from aiocomm._control.address import TcpAddress, UnixAddress
 from aiocomm._control.auth import HELLO_SIZE, PROOF_SIZE, VERDICT_SIZE, Called, Caller
 from aiocomm._control.wire import FrameParser, ProtocolError, encode
 from aiocomm.errors import AuthenticationError
@@ -23,10 +22,9 @@ if TYPE_CHECKING:
     from aiocomm._control.auth import Purpose, Seal
     from aiocomm._control.messages import Message
 
-__all__ = ["ConnectionClosedError", "Stream", "connect", "how_it_broke"]
+__all__ = ["ConnectionClosedError", "Stream", "how_it_broke"]
 
 _UNREACHABLE: Final = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN))
-_BACKLOG_PAUSE_S: Final = 0.01
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
@@ -55,6 +53,11 @@ class Stream:
     def local_host(self) -> str:
         """This side's numeric address; empty for a Unix socket."""
         return "" if self.is_unix else str(self._sock.getsockname()[0])
+
+    @property
+    def remote_host(self) -> str:
+        """The other side's numeric address; empty for a Unix socket."""
+        return "" if self.is_unix else str(self._sock.getpeername()[0])
 
     def check_user(self) -> None:
         """Let only this process's own user be at the other end.
@@ -201,51 +204,3 @@ def how_it_broke(error: OSError, heartbeat_s: float) -> str:
     if error.errno in _UNREACHABLE:
         return f"cannot be reached any more ({error.strerror})"
     return "died: its control connection broke"
-
-
-async def connect(address: TcpAddress | UnixAddress) -> Stream:
-    """A connection to a listening address, not yet authenticated.
-
-    Raises:
-        OSError: nobody listens, or the name is unknown.
-    """
-    loop = asyncio.get_running_loop()
-    if isinstance(address, UnixAddress):
-        return await _connect(socket.AF_UNIX, address.sockaddr)
-    host = address.host if not address.is_wildcard else "localhost"
-    flags = socket.AI_NUMERICHOST if address.is_literal and not address.is_wildcard else 0
-    if flags:
-        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=flags)
-    else:
-        found = await loop.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
-    failure: OSError | None = None
-    for family, _, _, _, sockaddr in found:
-        try:
-            return await _connect(family, sockaddr)
-        except OSError as error:
-            failure = error
-    raise failure or OSError(f"{address} has no address")
-
-
-async def _connect_unix(sock: socket.socket, sockaddr: object) -> None:
-    """Connect at once, or wait for room in a full backlog, which nothing but another try can tell of."""
-    while True:
-        try:
-            return sock.connect(sockaddr)  # type: ignore[arg-type]
-        except BlockingIOError:
-            await asyncio.sleep(_BACKLOG_PAUSE_S)
-
-
-async def _connect(family: int, sockaddr: object) -> Stream:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setblocking(False)
-        if family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await asyncio.get_running_loop().sock_connect(sock, sockaddr)  # type: ignore[arg-type]
-        else:
-            await _connect_unix(sock, sockaddr)
-    except BaseException:
-        sock.close()
-        raise
-    return Stream(sock)

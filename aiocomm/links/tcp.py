@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
-import fcntl
-import ipaddress
 import socket
-import struct
 
+from aiocomm._control.interfaces import addresses_of
 from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._report import Check, Report, State, is_built, read_text
 
@@ -24,7 +22,6 @@ CAPABILITIES = Capabilities(
     encryption="TLS, by certificates of both ends",
 )
 
-_SIOCGIFADDR = 0x8915
 _TIMEOUT_S = 5.0
 
 
@@ -64,7 +61,7 @@ def _interfaces() -> list[Check]:
     found = []
     for _, name in socket.if_nameindex():
         state = read_text(f"/sys/class/net/{name}/operstate") or "unknown"
-        addresses = _addresses(name)
+        addresses = addresses_of(name)
         if name == "lo" or (state != "up" and not addresses):
             continue
         speed = read_text(f"/sys/class/net/{name}/speed") or ""  # megabits; -1 or refused where it has none
@@ -77,20 +74,6 @@ def _interfaces() -> list[Check]:
         )  # tunnels and some virtual ones say unknown
         found.append(Check(f"interface {name}", State.OK if reachable else State.INFO, detail))
     return found
-
-
-def _addresses(name: str) -> list[str]:
-    """The interface's IPv4 address and its IPv6 ones that other hosts can use."""
-    addresses = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        addresses.append(socket.inet_ntoa(packed[20:24]))
-    for line in (read_text("/proc/net/if_inet6") or "").splitlines():
-        digits, *_, device = line.split()
-        address = ipaddress.IPv6Address(int(digits, 16))
-        if device == name and not address.is_link_local:
-            addresses.append(str(address))
-    return addresses
 
 
 def _buffers() -> Check:

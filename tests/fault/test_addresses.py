@@ -1,0 +1,79 @@
+"""Hosts whose addresses cannot be told from a default route, or of which some do not answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from fault.hosts import Hosts, hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PORT = 7100
+MEMBER = """
+import asyncio, sys
+import aiocomm
+
+async def main(address, rank, size, caller):
+    async with aiocomm.connect(address, rank=rank, size=size, deadline=20) as comm:
+        if rank == caller:  # the only one to act, so that nobody calls but it
+            for peer in comm.peers:
+                await comm.send(bytes(8), peer.rank, synchronous=True, deadline=20)
+        else:
+            await comm.recv(bytearray(8), caller, deadline=30)
+        print("ok", flush=True)
+
+asyncio.run(main(sys.argv[1], *map(int, sys.argv[2:])))
+"""
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Hosts]:
+    with hosts(2, tmp_path) as made:
+        yield made
+
+
+def meet(two: Hosts, addresses: list[str], places: list[int], caller: int) -> list[str]:
+    """What members say that meet at the addresses, each on the host given."""
+    size = str(len(places))
+    processes = [
+        two.start(place, "-c", MEMBER, address, str(rank), size, str(caller))
+        for rank, (place, address) in enumerate(zip(places, addresses, strict=True))
+    ]
+    try:
+        return [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("default", ["no default route", "default route elsewhere"])
+@pytest.mark.parametrize("kind", ["name", "loopback name", "wildcard", "file"])
+def test_rank_zero_is_reached_however_it_listens(two: Hosts, kind: str, default: str, tmp_path: Path) -> None:
+    if default == "default route elsewhere":
+        two.ip(0, "link", "add", "eth1", "type", "veth", "peer", "name", "eth2")
+        two.ip(0, "address", "add", "10.213.9.1/24", "dev", "eth1")
+        for device in ("eth1", "eth2"):
+            two.ip(0, "link", "set", device, "up")
+        two.ip(0, "route", "add", "default", "dev", "eth1")
+    here = there = f"tcp://gpu0:{PORT}"
+    if kind == "wildcard":
+        here = f"tcp://*:{PORT}"
+    elif kind == "file":
+        here = there = f"file://{tmp_path}/address"
+    elif kind == "loopback name":  # as Debian has it for the host's own name
+        here = f"tcp://self:{PORT}"
+        two.name({"self": ["127.0.1.1"], "gpu0": [two.addresses[0]]})
+    # Rank 1 is beside rank 0, and has no other way of knowing its address either.
+    assert meet(two, [here, here, there], [0, 0, 1], caller=2) == ["ok\n"] * 3
+
+
+def test_a_name_is_got_past_its_address_that_does_not_answer(two: Hosts) -> None:
+    two.ip(0, "address", "add", "10.213.8.101/24", "dev", "eth0")
+    two.name({"gpu0": ["10.213.8.101", two.addresses[0]]})
+    two.drop(0, "ip daddr 10.213.8.101")
+    addresses = [f"tcp://{two.addresses[0]}:{PORT}", f"tcp://gpu0:{PORT}"]
+    assert meet(two, addresses, [0, 1], caller=1) == ["ok\n"] * 2

@@ -1,0 +1,105 @@
+"""Which of several addresses is taken, and what is said of those that were not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiocomm._control.address import TcpAddress
+from aiocomm._control.client import read_address_file, remove_address_file, write_address_file
+from aiocomm._control.dialing import UnansweredError, reach
+from aiocomm.errors import AuthenticationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from aiocomm._control.stream import Stream
+
+
+def address_of(sock: socket.socket) -> TcpAddress:
+    host, port = sock.getsockname()[:2]
+    return TcpAddress(host, port)
+
+
+@pytest.fixture
+def listening() -> Iterator[TcpAddress]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield address_of(server)
+
+
+@pytest.fixture
+def silent() -> Iterator[TcpAddress]:
+    """Whose backlog is full, so that the kernel drops what comes, as firewalls do."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        yield address_of(server)
+
+
+@pytest.fixture
+def refusing() -> Iterator[TcpAddress]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield address_of(bound)
+
+
+async def welcome(stream: Stream) -> None:
+    """Is content with anyone."""
+
+
+def taken(*addresses: TcpAddress, greet: object = welcome, limit_s: float = 0.1) -> object:
+    async def main() -> object:
+        stream, found = await reach(addresses, greet, limit_s)  # type: ignore[arg-type]
+        stream.close()
+        return found
+
+    return asyncio.run(main())
+
+
+def test_the_first_that_connects_is_taken(
+    silent: TcpAddress, refusing: TcpAddress, listening: TcpAddress
+) -> None:
+    # Without a limit of its own, the silent one would be waited for.
+    assert taken(silent, refusing, listening, limit_s=1000.0) == listening
+
+
+def test_who_is_not_of_the_group_is_got_past(listening: TcpAddress) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        alien = address_of(server)
+
+        async def greet(stream: Stream) -> None:
+            if stream._sock.getpeername()[1] == alien.port:
+                raise AuthenticationError("an alien")
+
+        assert taken(alien, listening, greet=greet) == listening
+        with pytest.raises(AuthenticationError, match="an alien"):
+            taken(alien, greet=greet)
+
+
+def test_silence_is_not_told_as_a_refusal(silent: TcpAddress, refusing: TcpAddress) -> None:
+    with pytest.raises(UnansweredError, match=f"no answer from {silent}: is a firewall between"):
+        taken(silent)
+    with pytest.raises(UnansweredError, match=rf"no answer from {silent}.*; {refusing}: Connection refused"):
+        taken(silent, refusing)
+    with pytest.raises(ConnectionRefusedError):
+        taken(refusing)
+
+
+def test_a_file_holds_all_addresses(tmp_path: Path) -> None:
+    path = str(tmp_path / "address")
+    addresses = (TcpAddress("10.0.0.1", 7000), TcpAddress("fd00::1", 7000))
+    for token in (b"secret", None):
+        write_address_file(path, addresses, token)
+        assert read_address_file(path) == (addresses, token)
+    remove_address_file(path, TcpAddress("10.0.0.1", 7001))
+    assert read_address_file(path)[0] == addresses
+    remove_address_file(path, addresses[0])
+    assert not (tmp_path / "address").exists()
