@@ -101,7 +101,7 @@ class Channel:
 
         Collective operations, dispatches and combines on it, which other ranks wait for this one to do, or
         have it do next, end with `TransferCancelled` there, in all groups that have used it. Once it is
-        opened again by its name, calls meet again.
+        opened again by its name, calls meet again; they keep the priority that they had.
         """
         if self._closed:
             return

@@ -206,7 +206,7 @@ class Group(Collectives, ExpertOperations):
             agreement = self._given_up.pop(0)
         else:
             self._shrinks += 1
-            index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.HIGH), 1.0)
+            index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.NORMAL), 1.0)
             agreement = Agreement(comm, index, self._ranks, alive, self._shrinks)
         try:
             left = await agreement.reach(deadline)
@@ -228,8 +228,7 @@ class Group(Collectives, ExpertOperations):
             scope = self._scopes[name] = Scope(self._comm, self, index)
             scope.channel = channel
         if channel is not None and (channel.closed or scope.channel is not channel):
-            native = f"\0group {self._digest} {name}", scope.index, int(channel.priority)
-            self._use(scope, channel, [native])
+            self._use(scope, channel)
         return scope
 
     def _expert_scope(self, channel: Channel | None) -> tuple[Scope, int]:
@@ -249,19 +248,14 @@ class Group(Collectives, ExpertOperations):
             found[0].channel = channel
         scope, bulk = found
         if channel is not None and (channel.closed or scope.channel is not channel):
-            high = int(max(channel.priority, Priority.HIGH))
-            natives = [
-                (f"\0experts {self._digest} {name}", scope.index, high),
-                (f"\0rows {self._digest} {name}", bulk, int(channel.priority)),
-            ]
-            self._use(scope, channel, natives)
+            self._use(scope, channel)
         return found
 
-    def _use(self, scope: Scope, channel: Channel, natives: Sequence[tuple[str, int, int]]) -> None:
+    def _use(self, scope: Scope, channel: Channel) -> None:
         """Use a scope after its channel was closed, which may be open again."""
         if channel.closed:
             closing.refuse(scope, channel)
-        closing.resume(scope, channel, natives)
+        closing.resume(scope, channel)
 
     def _is_member(self, rank: int) -> bool:
         """Whether who has a rank of the group now is who had it when the group was made."""

@@ -44,7 +44,7 @@ def close(scope: Scope, channels: Sequence[int]) -> None:
 def pause(scope: Scope, channel: Channel) -> None:
     """Its channel is closed: give up as `close` does, but so that calls meet again once it is open again."""
     _count_given_up(scope)
-    scope.words = _give_up(scope, _closed(channel))
+    _give_up(scope, _closed(channel))
     scope.given_up = scope.repeats.last + 1
 
 
@@ -62,26 +62,15 @@ def refuse(scope: Scope, channel: Channel) -> NoReturn:
     raise error
 
 
-def resume(scope: Scope, channel: Channel, natives: Sequence[tuple[str, int, int]]) -> None:
+def resume(scope: Scope, channel: Channel) -> None:
     """Its channel was opened again: go on behind the calls that were given up meanwhile, by whichever rank.
 
-    Args:
-        natives: name, number and class of its native channels.
+    What the scope is sent lies in its own native channels, which stay as they are, their priority among it.
     """
     _count_given_up(scope)
     while scope.is_given_up(scope.repeats.last + 1):
         scope.drop_failed(scope.repeats.take())
-    before, scope.channel = scope.channel, channel
-    assert before is not None
-    alike = (before.priority, before.weight) == (channel.priority, channel.weight)
-    if alike or not all(word.done() for word in scope.words):  # which would be lost
-        return
-    engine = scope.comm._engine
-    for name, index, priority in natives:
-        engine.close_channel(index)
-        engine.open_channel(name, priority, channel.weight)
-    engine.drain()
-    scope.listen()
+    scope.channel = channel
 
 
 def _closed(channel: Channel) -> ClosedError:

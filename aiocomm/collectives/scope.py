@@ -59,7 +59,6 @@ class Scope:
         self.index = index
         self.channel: Channel | None = None  # on which it is used
         self.given_up = 0  # the last call that was given up in advance, when that was closed
-        self.words: list[Transfer[Any]] = []  # to others, of that
         self.calls: dict[int, Flight] = {}
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
         self.repeats = _core.Repeats(
@@ -252,7 +251,7 @@ class Scope:
             if word is not None and source in self.group.ranks:
                 self._news_of(source, *word)
             return True
-        # Of a word that was lost on its way only that is known; others come. Without a sender, nobody is left.
+        # Of a word that was lost on its way only that is known; others come. Nobody is left without a sender.
         return not receive.cancelled() and receive.peer >= 0 and not _is_closed(receive)
 
     def _news_of(self, source: int, number: int, why: headers.Why, lost: int, text: str) -> None:
