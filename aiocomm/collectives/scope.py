@@ -44,7 +44,7 @@ __all__ = ["TAG_BITS", "Scope"]
 TAG_BITS: Final = 24  # of a tag: the message within its call; the rest is the call's number
 _ABORT_TAG: Final = 0
 _ABORT_S: Final = 5.0
-_KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call: first touch is slow
+_KEPT_BYTES: Final = 64 << 20  # scratch memory kept for the next call, of the host and of each GPU
 _REMEMBERED: Final = 4096
 _MISSED: Final = 16
 _LOOK_S: Final = 0.01  # after which it is looked whether others are gone
@@ -126,7 +126,7 @@ class Scope:
         return np.empty(nbytes, np.uint8) if place is None else self._spare.pop(place)
 
     def give_back(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Keep memory for the next call, unless that is much."""
+        """Keep memory for the next call, whose first touch would be slow, unless that is much."""
         if sum(one.nbytes for one in self._spare) + memory.nbytes <= _KEPT_BYTES:
             self._spare.append(memory)
 
@@ -134,11 +134,21 @@ class Scope:
         """Device memory for a call; to be given back."""
         spare = self._device_spare.setdefault(kernels.device, [])
         place = _smallest(spare, nbytes)
-        return Scratch(kernels, nbytes) if place is None else spare.pop(place)
+        if place is not None:
+            return spare.pop(place)
+        spare.clear()  # too small, all of them: what is made now serves their calls, too
+        return Scratch(kernels, nbytes)
 
     def give_back_device(self, memory: Scratch) -> None:
-        """Keep memory for the next call: freeing it would wait for all that the GPU does."""
-        self._device_spare[memory.device].append(memory)
+        """Keep memory for the next call: freeing it would wait for all that the GPU does.
+
+        The largest always, since its like is wanted again; the others as long as all of them are not much.
+        """
+        spare = self._device_spare.setdefault(memory.device, [])
+        spare.append(memory)
+        spare.sort(key=lambda one: one.nbytes, reverse=True)
+        while len(spare) > 1 and sum(one.nbytes for one in spare) > _KEPT_BYTES:
+            spare.pop()
 
     def drop_failed(self, number: int) -> None:
         """A call that others may have given up counts as made here."""
@@ -195,6 +205,7 @@ class Scope:
         self.prepared.clear()
         if all_memory:
             self._spare.clear()
+            self._device_spare.clear()
             if self.place is not None:
                 self.place.arena = None
 

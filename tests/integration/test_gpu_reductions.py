@@ -323,3 +323,37 @@ def assert_it_compiles(source: str) -> None:
 @pytest.mark.parametrize("dtype", kernels.types())
 def test_kernels_compile(dtype: str, op: str) -> None:
     assert_it_compiles(kernels.kernel_source(dtype, op))
+
+
+async def test_memory_of_calls_that_grow_is_not_kept_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is large enough serves them all; the sizes before it would add up to their square."""
+    alive: dict[int, int] = {}
+    make, end = kernels.Scratch.__init__, kernels.Scratch.__del__
+
+    def made(memory: kernels.Scratch, of: kernels.Kernels, nbytes: int) -> None:
+        make(memory, of, nbytes)
+        alive[id(memory)] = nbytes
+
+    def ended(memory: kernels.Scratch) -> None:
+        alive.pop(id(memory), None)
+        end(memory)
+
+    monkeypatch.setattr(kernels.Scratch, "__init__", made)
+    monkeypatch.setattr(kernels.Scratch, "__del__", ended)
+    async with world(2, links=LINKS, warmup=True) as comms:
+
+        async def call(comm: aiocomm.Communicator) -> None:
+            for count in [1 << 18, 1 << 19, 3 << 18, 1 << 20, 1 << 19]:
+                x = on_gpu(comm.rank, block(comm.rank, count))
+                await comm.all_reduce(x, algorithm="ring")
+
+        await all_call(comms, call)
+        assert len(alive) == 2
+        scope = comms[0]._members()._scope(None)
+        ((device, (kept,)),) = scope._device_spare.items()
+        many = [kernels.Scratch(kept._kernels, nbytes << 20) for nbytes in (40, 70, 20)]
+        for memory in many:
+            scope.give_back_device(memory)
+        assert scope._device_spare[device] == [many[1]]
+        del many, memory, kept
+    assert not alive
