@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm.errors import ClosedError, UsageError
+from aiocomm.errors import ClosedError, TransferCancelled, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aiocomm.communicator import Communicator
     from aiocomm.region import RemoteRegion
     from aiocomm.types import Status
+    from aiocomm_native import Transfer
 
 __all__ = ["ThreadedCommunicator"]
 
@@ -24,7 +25,13 @@ class ThreadedCommunicator:
     """`comm.from_thread`: each call blocks its thread until the operation has ended, and returns its result.
 
     The loop must be running: it submits the operation. Arguments and errors are those of the communicator's
-    method; `ClosedError` also if the loop has ended, or ends meanwhile.
+    method. Besides:
+
+    - `ClosedError` also if the loop has ended, or ends meanwhile; `TransferCancelled` if this side cancels it.
+    - `UsageError`: this is the loop's own thread, which the call would block.
+    - `deadline=` counts from when the loop submits it, so one that is stuck is waited for.
+    - An exception that interrupts the call, such as `KeyboardInterrupt`, cancels the operation, and comes out
+      once nothing touches the buffer any more.
     """
 
     def __init__(self, comm: Communicator, backend: Backend) -> None:
@@ -60,29 +67,52 @@ class ThreadedCommunicator:
         if self._comm.closed:
             raise ClosedError("the communicator was closed")
         outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        submitted: list[Transfer[Any]] = []
 
-        def ended(transfer: Any) -> None:
+        def ended(transfer: Transfer[Any]) -> None:
             if transfer.cancelled():
-                outcome.cancel()
+                outcome.set_exception(_cancelled(transfer))
             elif (error := transfer.exception()) is not None:
                 outcome.set_exception(error)
             else:
                 outcome.set_result(transfer.result())
 
         def start() -> None:
+            if outcome.done():
+                return  # given up before
             try:
-                submit().add_done_callback(ended)
+                submitted.append(submit())
+                submitted[0].add_done_callback(ended)
             except BaseException as error:
                 outcome.set_exception(error)
 
-        submitted = self._backend.call_threadsafe(start)
-        while submitted and not outcome.done():
-            try:
-                return outcome.result(_LOOK_S)
-            except TimeoutError:  # or the operation's own error
-                submitted = not self._backend.has_ended()  # which nothing here is told of
-        if not outcome.done():
+        def stop() -> None:
+            if submitted:
+                submitted[0].cancel()
+            elif not outcome.done():
+                outcome.set_result(None)
+
+        try:
+            has_ended = self._wait(outcome, self._backend.call_threadsafe(start))
+        except BaseException:  # an interrupt: once it has left the call, the memory is the caller's again
+            self._wait(outcome, self._backend.call_threadsafe(stop))
+            raise
+        if not has_ended:
             raise ClosedError(
                 "the event loop of the communicator has ended, and with it all that would end this operation"
             )
         return outcome.result()
+
+    def _wait(self, outcome: concurrent.futures.Future[Any], is_called: bool) -> bool:
+        """Wait for the operation's end. False: there is none to come."""
+        while is_called and not outcome.done():
+            try:
+                outcome.exception(_LOOK_S)
+            except TimeoutError:
+                is_called = not self._backend.has_ended()  # which nothing here is told of
+        return outcome.done()
+
+
+def _cancelled(transfer: Transfer[Any]) -> TransferCancelled:
+    peer = transfer.peer if transfer.peer >= 0 else None
+    return TransferCancelled(f"{transfer.kind} of {transfer.nbytes} bytes: cancelled by this side", peer)

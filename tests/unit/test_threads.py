@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
-from harness import world
+from harness import until, world
 
 import aiocomm
 
@@ -98,6 +100,56 @@ async def test_a_closed_channel_ends_the_calls_on_it(pair: Pair) -> None:
         while not a.statistics().posted_receives:
             await anyio.lowlevel.checkpoint()
         channel.close()
+
+
+class Interrupt(BaseException):
+    """As Ctrl-C is one, in the main thread."""
+
+
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+async def test_an_interrupted_call_leaves_nothing_under_way(link: str) -> None:
+    async with world(2, links=(link,), warmup=True) as (a, b):
+        threads: list[int] = []
+        memory = np.zeros(1 << 20, np.uint8)
+
+        def receive() -> None:
+            threads.append(threading.get_ident())
+            a.from_thread.recv(memory, 1, tag=1)
+
+        async def wait() -> None:
+            with pytest.raises(Interrupt):
+                await elsewhere(receive)
+            assert not a.statistics().posted_receives
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await until(lambda: a.statistics().posted_receives)
+            raising = ctypes.c_ulong(threads[0]), ctypes.py_object(Interrupt)
+            assert ctypes.pythonapi.PyThreadState_SetAsyncExc(*raising) == 1
+        b.send(np.ones_like(memory), 0, tag=1).cancel()
+        assert not memory.any()
+
+
+async def test_a_cancelled_call_is_told_as_such(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, _ = pair
+    receives: list[Any] = []
+    receive = a.recv
+
+    def noted(*what: Any, **options: Any) -> Any:
+        receives.append(receive(*what, **options))
+        return receives[-1]
+
+    monkeypatch.setattr(a, "recv", noted)
+
+    async def wait() -> None:
+        with pytest.raises(aiocomm.TransferCancelled, match="recv of 1 bytes: cancelled") as raised:
+            await elsewhere(lambda: a.from_thread.recv(bytearray(1), 1))
+        assert raised.value.peer == 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await until(lambda: receives)
+        receives[0].cancel()
 
 
 ENDS = """
