@@ -116,6 +116,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._gone: set[tuple[int, int]] = set()
         self._left: set[int] = set()  # ranks that said goodbye
         self._closed = False
+        self._closers = 0  # that wait for the end of the closing
+        self._released = False
         self._unretrieved: list[BaseException] = []
         self._notes: Mailbox[Notification] = Mailbox()
         self._staged = 0  # bytes that pages are packed in
@@ -160,7 +162,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             await self._backend.wait(self._plane.warm_up())
 
     async def _abandon(self) -> None:
-        self._closed = True
+        self._closed = self._released = True
         try:
             self._plane.close().add_done_callback(lambda _: None)
             with anyio.move_on_after(_ABANDON_S, shield=True):
@@ -186,7 +188,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         """Leave the world.
 
         Outgoing transfers get `drain_timeout_s` to end, everything else ends with `ClosedError`. Idempotent;
-        releases everything even if it is cancelled or fails.
+        several calls at once end together. Releases everything even if it is cancelled or fails; unless
+        others wait for it, which go on then.
 
         Raises:
             UsageError: another event loop than the communicator's is running.
@@ -202,44 +205,59 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         return found
 
     async def _close(self, drain: bool) -> None:
-        if self._closed:
+        """Close, or wait for the end of that if others are at it.
+
+        A caller that is cancelled leaves it to the others; without any, it still releases everything.
+        """
+        if self._released:
             return
         if not self._here():  # its descriptors are watched there
             self._refuse()
+        self._closers += 1
         try:
-            if drain:
-                await self._drain()
-        finally:
-            self._closed = True
-            for scope in self._scopes:
-                scope.forget(all_memory=True)
-            for notes in self._layer_notes.values():  # before peers are seen to leave: it is not they who do
-                notes.close("the communicator was closed")
-            closing = self._plane.close()
             try:
-                await self._backend.wait(closing)
-                self._plane.join(1.0)  # its thread has nothing left to do: this takes microseconds
-            finally:
-                self._engine.close()
-                while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
-                    pass
-                self._backend.detach(self._engine)
-                for scope in self._lenders:
-                    scope.close()
-                self._lenders.clear()
-                for hook in (
-                    self._engine.on_connect_wanted,
-                    self._engine.on_events,
-                    self._engine.on_unretrieved,
-                ):
-                    hook(None)
-                for region in self._regions.values():  # nobody says so any more
-                    region._freed()
-                self._regions.clear()
-                self._notes.close()
-                self._events.close()
-                for link in self._links.values():
-                    link._close()
+                if drain and not self._closed:
+                    await self._drain()
+            except BaseException:
+                if self._closers == 1:
+                    await self._leave()
+                raise
+            await self._leave()
+        finally:
+            self._closers -= 1
+            if not self._closers:
+                self._release()
+
+    async def _leave(self) -> None:
+        self._closed = True
+        for scope in self._scopes:
+            scope.forget(all_memory=True)
+        for notes in self._layer_notes.values():  # before peers are seen to leave: it is not they who do
+            notes.close("the communicator was closed")
+        await self._backend.wait(self._plane.close())
+        self._plane.join(1.0)  # its thread has nothing left to do: this takes microseconds
+        self._release()
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        self._engine.close()
+        while self._engine.drain():  # everything has ended by now, and nothing wakes this loop again
+            pass
+        self._backend.detach(self._engine)
+        for region in list(self._regions.values()):
+            region._end()
+        self._regions.clear()
+        for scope in self._lenders:
+            scope.close()
+        self._lenders.clear()
+        for hook in (self._engine.on_connect_wanted, self._engine.on_events, self._engine.on_unretrieved):
+            hook(None)
+        self._notes.close()
+        self._events.close()
+        for link in self._links.values():
+            link._close()
 
     async def _drain(self) -> None:
         """Wait until what was sent has been fetched: it may still lie in this process's memory."""
@@ -249,7 +267,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         with anyio.move_on_after(self._settings.drain_timeout_s):
             for transfer in pending:
                 await _ended(transfer)
-            for scope in self._lenders:
+            for scope in list(self._lenders):  # another closer may be sooner, and forget them
                 await scope.settle()
 
     # ------------------------------------------------------------ who is there

@@ -54,7 +54,8 @@ class Region:
     async def aclose(self) -> None:
         """Refuse new accesses and wait for those under way. Idempotent.
 
-        If it is cancelled, the region is closed all the same, but accesses may still be under way.
+        If it is cancelled, the region is closed all the same, but accesses may still be under way. If the
+        communicator closes meanwhile, that ends the accesses, and this.
         """
         self._refuse()
         await self._free.wait()
@@ -67,6 +68,11 @@ class Region:
             if comm.closed or comm._engine.close_region(self._number):
                 comm._regions.pop(self._number, None)
                 self._freed()
+
+    def _end(self) -> None:
+        """The communicator has closed, and with it all accesses."""
+        self._closed = True
+        self._freed()
 
     def _freed(self) -> None:
         self._keep = None

@@ -171,14 +171,14 @@ class Scope:
     # ------------------------------------------------------------ before leaving
 
     async def settle(self) -> None:
-        """Wait until no other member reads memory that was lent to it; for as long as it is there."""
+        """Wait until no other member reads memory that was lent to it; for as long as it and we are there."""
         comm = self.comm
         for pool in self.pools.values():
             for number, ranks in pool.lent():
                 message = headers.abort_message(number, headers.Why.ASKS, -1, "")
                 for rank in ranks:
                     self._tell(message, self.group.ranks[rank])
-        while any(
+        while not comm.closed and any(
             comm._peers[self.group.ranks[rank]].alive
             for pool in self.pools.values()
             for _, ranks in pool.lent()

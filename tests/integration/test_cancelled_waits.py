@@ -7,7 +7,9 @@ every suspension is met, those of one turn and those that wait for a thread or a
 from __future__ import annotations
 
 import contextlib
+import gc
 import secrets
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,6 +19,7 @@ import pytest
 from harness import held, until, world
 
 import aiocomm
+from aiocomm.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -131,6 +134,54 @@ async def test_aclose() -> None:
                 if isinstance(event, aiocomm.PeerLost):
                     assert (event.rank, event.reason) == (0, "left")
                     break
+
+
+@pytest.mark.parametrize("cancels", [None, 0, 1])
+async def test_several_calls_of_aclose_have_one_end(cancels: int | None) -> None:
+    """One that is cancelled takes nothing from the other: what was sent is still waited for."""
+    async with world(2, warmup=True) as (a, b):
+        sending, region = a.send(bytes(1 << 20), 1), a.register(bytearray(8))
+        scopes = [anyio.CancelScope() for _ in range(3)]
+
+        async def close(number: int) -> None:
+            with scopes[number]:
+                await a.aclose()
+                assert a._plane.ended.done()
+                assert sending.done()
+                await region.aclose()
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(2):
+                tasks.start_soon(close, number)
+            await anyio.wait_all_tasks_blocked()
+            if cancels is not None:
+                scopes[cancels].cancel()
+                await anyio.wait_all_tasks_blocked()
+            assert not a.closed
+            await b.recv(bytearray(1 << 20), 0)
+            await until(lambda: a.closed)
+            tasks.start_soon(close, 2)
+        assert not sending.exception()
+        assert [scope.cancelled_caught for scope in scopes] == [number == cancels for number in range(3)]
+
+
+async def test_a_region_ends_with_its_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was under way in it; its memory is let go."""
+    async with world(2, warmup=True) as (a, _):
+        memory = np.zeros(8, np.uint8)
+        kept = weakref.ref(memory)
+        regions = [a.register(memory), a.register(memory)]
+        del memory
+        monkeypatch.setattr(Region, "_refuse", lambda region: None)  # accesses are under way, and do not end
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(regions[0].aclose)
+            await anyio.wait_all_tasks_blocked()
+            await a.aclose()
+        monkeypatch.undo()
+        with pytest.raises(aiocomm.ClosedError):
+            regions[1].handle  # noqa: B018
+        gc.collect()
+        assert kept() is None
 
 
 async def test_exchange(pair: Pair) -> None:
