@@ -6,7 +6,8 @@ import asyncio
 import enum
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from aiocomm_native import _core
 if TYPE_CHECKING:
     from aiocomm_native import Transfer
 
-__all__ = ["install"]
+__all__ = ["install", "told_of"]
+
+E = TypeVar("E", bound=errors.AiocommError)
 
 
 class _Code(enum.IntEnum):
@@ -42,12 +45,41 @@ def make_error(
     transfer: Transfer[Any], code: int, number: int, link: str, capacity: int, reason: str
 ) -> errors.AiocommError:
     """Say what happened, to which operation, with which peer, on which link, and what to do next."""
+    what = _subject(transfer)
+    error = _failure(transfer, what, code, number, link, capacity, reason)
+    error._subject = what
+    return error
+
+
+def told_of(error: E, what: str) -> E:
+    """The error of a transfer as that of the user's operation which it is part of.
+
+    Args:
+        what: names the operation.
+    """
+    if not error._subject:
+        return error
+    told = copy(error)
+    told.args = (what + str(error).removeprefix(error._subject), *error.args[1:])
+    told._subject = what
+    return told
+
+
+def _subject(transfer: Transfer[Any]) -> str:
     direction = "from" if transfer.kind in ("recv", "get") else "to"
-    peer: int | None = transfer.peer if transfer.peer >= 0 else None
-    whom = f"rank {peer}" if peer is not None else "any rank"
-    what = f"{transfer.kind} of {transfer.nbytes} bytes {direction} {whom} on channel {transfer.channel!r}"
+    whom = f"rank {transfer.peer}" if transfer.peer >= 0 else "any rank"
+    # Of an array that is yet to be made nobody knows the size.
+    size = "" if transfer.kind == "recv" and not transfer.nbytes else f" of {transfer.nbytes} bytes"
+    what = f"{transfer.kind}{size} {direction} {whom} on channel {transfer.channel!r}"
     if transfer.kind in ("send", "recv") and transfer.tag >= 0:
         what += f", tag {transfer.tag}"
+    return what
+
+
+def _failure(
+    transfer: Transfer[Any], what: str, code: int, number: int, link: str, capacity: int, reason: str
+) -> errors.AiocommError:
+    peer: int | None = transfer.peer if transfer.peer >= 0 else None
     over = f" (link {link})" if link != "self" else ""
     match code:
         case _Code.DEADLINE:

@@ -28,6 +28,8 @@ __all__ = [
 class AiocommError(Exception):
     """Root of all errors of this package."""
 
+    _subject = ""  # what its message begins with, where that is a single transfer
+
 
 class UsageError(AiocommError, ValueError):
     """The call was wrong: nothing was submitted and nothing changed."""

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
-from aiocomm.errors import ClosedError, PeerLostError, StaleHandleError, UsageError, UsageTypeError
+from aiocomm._outcome import told_of
+from aiocomm.errors import (
+    AiocommError,
+    ClosedError,
+    PeerLostError,
+    StaleHandleError,
+    UsageError,
+    UsageTypeError,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -210,9 +218,11 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
             theirs = await _swap(comm, handle, where, ends)
             if theirs and await _swap(comm, b"\1", where, ends):
                 return RemoteRegion.from_handle(comm, theirs)
-        except BaseException:
+        except BaseException as error:
             if not comm.closed:
                 comm._send(b"", *where, _GIVE_UP_S, 0).add_done_callback(look_away)
+            if isinstance(error, AiocommError):
+                raise told_of(error, f"exchange with rank {with_}") from error
             raise
 
 

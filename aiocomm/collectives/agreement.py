@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from aiocomm._operations import limit_of
+from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
-from aiocomm.errors import DeadlineExceeded, PeerLostError
+from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError
 from aiocomm.region import look_away
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Agreement:
             error = None if receive.cancelled() else receive.exception()
             if error is None and not receive.cancelled():
                 replies[rank] = bytes(memory)
-            elif not isinstance(error, PeerLostError):
+            elif not isinstance(error, AiocommError):
                 raise error or PeerLostError("shrink was cut off", rank)
+            elif not isinstance(error, PeerLostError):
+                raise told_of(error, "shrink")
         self._waiting = {}
         views = _unpacked(replies, self._ranks)
         decided = [theirs for final, theirs in views if final]

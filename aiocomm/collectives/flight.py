@@ -17,15 +17,22 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from aiocomm._operations import limit_of
+from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv, Send
-from aiocomm.errors import ClosedError, DeadlineExceeded, PeerLostError, TransferCancelled, UsageError
+from aiocomm.errors import (
+    AiocommError,
+    ClosedError,
+    DeadlineExceeded,
+    PeerLostError,
+    TransferCancelled,
+    UsageError,
+)
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from aiocomm.collectives.scope import Scope
-    from aiocomm.errors import AiocommError
     from aiocomm_native import Transfer
 
 __all__ = ["LINGER_S", "Flight"]
@@ -221,7 +228,7 @@ class Flight:
         with anyio.move_on_after(_EXPLANATION_S):
             await self._gate.wait()
             return
-        raise error
+        raise self._explained(error)
 
     # ------------------------------------------------------------ failures
 
@@ -255,7 +262,9 @@ class Flight:
         if isinstance(error, PeerLostError) and error.peer is not None:
             name = self._group.name_of(error.peer)
             return PeerLostError(f"{what}: {name} is gone; group.shrink() goes on with the rest", error.peer)
-        return error
+        if isinstance(error, ClosedError) and self._scope.comm.closed:
+            return ClosedError(f"{what}: the communicator was closed")
+        return told_of(error, what) if isinstance(error, AiocommError) else error
 
     async def _give_up(self, error: BaseException) -> None:
         """Tell the others if they cannot know, cancel all, and wait until nothing is touched any more."""

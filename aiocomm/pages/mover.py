@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm._operations import limit_of, overlapping
+from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
-from aiocomm.errors import DeadlineExceeded, LinkError
+from aiocomm.errors import AiocommError, DeadlineExceeded, LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,10 +77,17 @@ class Staging:
 
 
 class Mover:
-    """Keeps a window of transfers under way; the first failure ends all."""
+    """Keeps a window of transfers under way; the first failure ends all.
 
-    def __init__(self, comm: Communicator, channel: Channel | None, deadline: float | None) -> None:
+    Args:
+        operation: the user's, for messages: most transfers are of sizes that nobody has asked for.
+    """
+
+    def __init__(
+        self, comm: Communicator, operation: str, channel: Channel | None, deadline: float | None
+    ) -> None:
         self.comm = comm
+        self._operation = operation
         self._channel = channel
         self._index = 0
         self._gate = Gate(comm._backend)
@@ -102,7 +110,7 @@ class Mover:
         if self._ends is None:
             return -1.0
         if (left := self._ends - time.monotonic()) <= 0:
-            raise DeadlineExceeded("the deadline passed before all pages had moved")
+            raise DeadlineExceeded(f"{self._operation}: the deadline passed before all pages had moved")
         return left
 
     def forever(self) -> None:
@@ -301,6 +309,14 @@ class Mover:
             if instead is not None and isinstance(error, LinkError) and error.code == errno.EXDEV:
                 self._later.append(instead())
                 return
-            self._error = self._error or error
+            self._error = self._error or self._told(transfer, error)
         else:
             self._ended.append(ended)
+
+    def _told(self, transfer: Transfer[Any], error: BaseException) -> BaseException:
+        if not isinstance(error, AiocommError):
+            return error
+        direction = "from" if transfer.kind == "get" else "to"
+        return told_of(
+            error, f"{self._operation} {direction} rank {transfer.peer} on channel {transfer.channel!r}"
+        )

@@ -85,7 +85,7 @@ async def put_pages(
     _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
-    mover = Mover(comm, channel, deadline)
+    mover = Mover(comm, "put_pages", channel, deadline)
     _check_notification(notify)
     remote.layout.check_target()
     remote.check(take)
@@ -119,7 +119,7 @@ async def put_layers(
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
     check_budget(sm_budget)
-    mover = Mover(comm, channel, deadline)
+    mover = Mover(comm, "put_layers", channel, deadline)
     _check_notification(notify)
     planned = []
     for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
@@ -163,7 +163,7 @@ async def get_pages(
     _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
-    mover = Mover(comm, channel, deadline)
+    mover = Mover(comm, "get_pages", channel, deadline)
     remote.check(give)
     if len(pages._writable) < len(pages.layout.planes):
         raise UsageError("an array of the target pages is read-only: pages are got into writable ones")

@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 FEEDS = {"notifications", "events", "completions", "submissions"}
+# What the messages say; of a group, what it does first.
+TOLD = {
+    "recv": "recv of 1 bytes from rank 1 on channel '', tag 0: ",
+    "recv of any": "recv of 1 bytes from any rank on channel '', tag 0: ",
+    "recv on a channel": "recv of 1 bytes from rank 1 on channel 'c', tag 0: ",
+    "recv_array": "recv from rank 1 on channel '', tag 0: ",
+    "send": "send of 8388608 bytes to rank 1 on channel '', tag 0 (link shm): ",
+    "synchronous send": "send of 1 bytes to rank 1 on channel '', tag 0 (link shm): ",
+    "barrier": "barrier (call ",
+    "broadcast": "broadcast (call ",
+    "all_reduce": "all_reduce (call ",
+    "dispatch": "dispatch (call ",
+    "split": "all_gather (call ",
+    "group": "barrier (call 1 of group [0, 1]): the communicator was closed",
+    "shrink": "shrink: ",
+    "exchange": "exchange with rank 1: ",
+    "layers of one": "the communicator was closed, and no layer has come from rank 1",
+    "layers of any": "the communicator was closed, and no layer has come",
+    "thread": "",  # it may come to its wait too late
+}
 
 
 async def to_the_end(feed: Feed[Any]) -> None:
@@ -90,3 +110,5 @@ async def test_every_wait_ends_with_the_communicator(repeats: bool, monkeypatch:
         assert ended.keys() == every.keys()
         assert {name for name, error in ended.items() if error is None} == FEEDS
         assert {type(error) for error in ended.values() if error is not None} == {aiocomm.ClosedError}
+        for name, error in ended.items():
+            assert name in FEEDS or str(error).startswith(TOLD[name]), name
