@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import anyio
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Broadcast", "Mailbox", "Share"]
 
 T = TypeVar("T")
+
+_FEW: Final = 16  # subscribers, gone or not, that nobody minds
 
 
 class Mailbox(Generic[T]):
@@ -128,6 +130,7 @@ class Broadcast(Generic[T]):
 
     def __init__(self, on_empty: Callable[[], None] | None = None) -> None:
         self._subscribers: list[weakref.ref[Mailbox[T]]] = []
+        self._many = _FEW  # as many are worth a look for those that were let go
         self._waited_for: set[Mailbox[T]] = set()
         self._on_empty = on_empty
         self._closed = False
@@ -144,6 +147,9 @@ class Broadcast(Generic[T]):
         if self._closed:
             box.close()
         else:
+            if len(self._subscribers) >= self._many:  # nothing may be published for a long time
+                self._subscribers = [ref for ref in self._subscribers if ref() is not None]
+                self._many = max(_FEW, 2 * len(self._subscribers))
             self._subscribers.append(weakref.ref(box))
         return box
 

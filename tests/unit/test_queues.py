@@ -48,6 +48,16 @@ async def test_one_that_was_left_is_not_fed() -> None:
     assert not news._waited_for
 
 
+async def test_those_that_were_let_go_do_not_add_up_while_nothing_is_published() -> None:
+    news: Broadcast[int] = Broadcast()
+    kept = [news.subscribe() for _ in range(40)]
+    for _ in range(1000):
+        news.subscribe()
+    assert len(news._subscribers) <= 2 * len(kept) + 1
+    news.publish(7)
+    assert [await anext(box) for box in kept] == [7] * 40
+
+
 async def test_one_that_is_slow_keeps_everything() -> None:
     news: Broadcast[int] = Broadcast()
     slow, got = news.subscribe(), []
