@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -38,6 +39,7 @@ _GAUGES: Final = {
     "window_bytes": "Bytes that may be in flight.",
     "rate_bytes_per_s": "Measured rate.",
 }
+_NO_NAME: Final = re.compile("[^a-zA-Z0-9]")
 _HISTOGRAMS: Final = {
     "queued_s": "Seconds from submission until the first byte moved.",
     "moved_s": "Seconds from the first byte until the end.",
@@ -49,6 +51,9 @@ class Metrics(Collector):
 
     `REGISTRY.register(aiocomm.metrics.Metrics(comm))`; unregister it when the communicator is closed. Reading
     is safe from the thread that serves the metrics.
+
+    A registry takes one of each `labels`, and raises `ValueError` for another: of two communicators of one
+    process, often rank 0 of two worlds, it could not tell whose a sample is.
 
     Args:
         comm: whose statistics are collected.
@@ -68,8 +73,9 @@ class Metrics(Collector):
         yield from self._matching(statistics)
 
     def describe(self) -> list[Metric]:
-        """Registering reads nothing."""
-        return []
+        """Registering reads nothing. By this name, which is no sample's, a registry knows who is alike."""
+        labels = ",".join(f"{name}={value}" for name, value in self._labels.items())
+        return [GaugeMetricFamily("aiocomm_of_" + _NO_NAME.sub(lambda c: f"_{ord(c[0]):x}_", labels), "")]
 
     def _links(self, links: list[LinkStatistics]) -> Iterator[Metric]:
         names, values = [*self._labels, "link"], list(self._labels.values())

@@ -9,6 +9,7 @@ import numpy as np
 import prometheus_client
 import pytest
 
+import aiocomm
 from aiocomm import Histogram
 from aiocomm.metrics import Metrics
 
@@ -69,3 +70,20 @@ async def test_prometheus_gets_all_of_it(pair: Pair) -> None:
     assert 'aiocomm_link_rate_bytes_per_s{link="shm",model="tiny",rank="1"}' in text
     await b.aclose()
     assert list(registry.collect()) == []
+
+
+@pytest.mark.anyio
+async def test_two_communicators_of_one_registry_differ_by_labels() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    async with aiocomm.connect() as a, aiocomm.connect() as b:
+        first = Metrics(a, {"model": "a-b"})
+        registry.register(first)
+        with pytest.raises(ValueError, match="Duplicated"):
+            registry.register(Metrics(b, {"model": "a-b"}))
+        for model in ("a_b", "a=b", "ä"):
+            registry.register(Metrics(b, {"model": model}))
+        lines = prometheus_client.generate_latest(registry).decode().splitlines()
+        samples = [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
+        assert len(samples) == len(set(samples))
+        registry.unregister(first)
+        registry.register(Metrics(b, {"model": "a-b"}))
