@@ -10,6 +10,7 @@ import structlog
 from aiocomm.types import Fallback, LinkDown, PeerLost, Undelivered
 
 if TYPE_CHECKING:
+    from aiocomm.errors import AiocommError
     from aiocomm.types import Event
 
 __all__ = ["EventLog"]
@@ -18,7 +19,7 @@ _LOGGER = logging.getLogger("aiocomm")
 
 
 class EventLog:
-    """Logs the events that somebody may have to act on; each fallback once.
+    """Logs what somebody may have to act on: events, each fallback once, and failures that nobody awaited.
 
     Args:
         level: least severe level that is logged, while the application has set none for the logger `aiocomm`.
@@ -61,3 +62,7 @@ class EventLog:
                     )
             case _:
                 self._log.debug(type(event).__name__, rank=rank)
+
+    def unawaited(self, rank: int, error: AiocommError) -> None:
+        """Log the first failure of a transfer that nobody awaited: all are told only at the end."""
+        self._log.warning("transfer failed, and nobody awaited it", rank=rank, error=str(error))

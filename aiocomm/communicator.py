@@ -15,11 +15,12 @@ from aiocomm._log import EventLog
 from aiocomm._loop.backend import current_backend, import_early
 from aiocomm._operations import Operations
 from aiocomm._queues import Broadcast, Mailbox
+from aiocomm._unawaited import Unawaited
 from aiocomm.channel import Channel
 from aiocomm.collectives.closing import pause
 from aiocomm.collectives.operations import Collectives
 from aiocomm.config import variable
-from aiocomm.errors import AiocommError, ClosedError, LinkError, UsageError
+from aiocomm.errors import AiocommError, LinkError, UsageError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
 from aiocomm.moe.operations import ExpertOperations
@@ -118,7 +119,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._closed = False
         self._closers = 0  # that wait for the end of the closing
         self._released = False
-        self._unretrieved: list[BaseException] = []
+        self._unretrieved = Unawaited(lambda error: self._log.unawaited(self._rank, error))
         self._notes: Mailbox[Notification] = Mailbox()
         self._staged = 0  # bytes that pages are packed in
         self._events: Broadcast[Event] = Broadcast()
@@ -137,7 +138,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         engine = self._engine
         engine.on_connect_wanted(self._plane.request_pair)
         engine.on_events(self._on_native_event)
-        engine.on_unretrieved(self._unretrieved.append)
+        engine.on_unretrieved(self._unretrieved.add)
         # Bound once: they are looked up for every message.
         self._send = engine.send
         self._recv = engine.recv
@@ -198,11 +199,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
 
     def _unawaited(self) -> list[AiocommError]:
         """Errors of transfers that nobody has looked at; they are told once."""
-        found = [
-            e for e in self._unretrieved if isinstance(e, AiocommError) and not isinstance(e, ClosedError)
-        ]
-        self._unretrieved.clear()
-        return found
+        return self._unretrieved.take()
 
     async def _close(self, drain: bool) -> None:
         """Close, or wait for the end of that if others are at it.

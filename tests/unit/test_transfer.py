@@ -406,6 +406,20 @@ async def test_a_failure_that_nobody_saw_is_raised_at_the_exit() -> None:
     assert caught.group_contains(aiocomm.DeadlineExceeded)
 
 
+async def test_of_many_failures_that_nobody_saw_the_first_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ExceptionGroup, match="nobody awaited") as caught:  # noqa: PT012 -- leaving raises
+        async with aiocomm.connect() as comm:
+            for _ in range(100):
+                reference = weakref.ref(comm.recv(bytearray(1), 0, deadline=0))
+            await until(lambda: reference() is None)
+            assert len(comm._unretrieved) < 100
+    kept = caught.value.exceptions
+    assert kept[-1].__notes__ == [f"nobody awaited {100 - len(kept)} more transfers, which failed, too"]
+    told = [record.getMessage() for record in caplog.records if "nobody awaited" in record.getMessage()]
+    assert len(told) == 1
+    assert "recv of 1 bytes from rank 0" in told[0]
+
+
 async def test_a_failure_that_somebody_saw_is_not() -> None:
     async with aiocomm.connect() as comm:
         transfer = comm.recv(bytearray(1), 0, deadline=0)
