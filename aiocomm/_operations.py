@@ -43,6 +43,7 @@ class Operations:
     _here: Callable[[], bool]
     _catch_up: Callable[[], None]  # takes notice of what the control thread has told
     _closed: bool
+    _forked: bool  # this process is a child of that which opened it
     _rank: int
     _ranks: int  # one more than the largest rank ever known
     _internal: int
@@ -404,6 +405,11 @@ class Operations:
         """
         if self._closed:
             raise ClosedError("the communicator was closed: connect() again")
+        if self._forked:
+            raise UsageError(
+                "this process was forked from the one that opened the communicator, which stays there: "
+                "connect() here, in a loop of its own, or start processes by spawn (multiprocessing)"
+            )
         if not self._here():
             raise UsageError(
                 "this communicator belongs to another event loop or thread: use comm.from_thread there, or "

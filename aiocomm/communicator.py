@@ -11,6 +11,7 @@ import anyio
 
 from aiocomm import _outcome
 from aiocomm._control.plane import ControlPlane, peer_of
+from aiocomm._forked import tell_of_fork
 from aiocomm._log import EventLog
 from aiocomm._loop.backend import current_backend, import_early
 from aiocomm._operations import Operations
@@ -116,7 +117,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._peers: dict[int, Peer] = {}
         self._gone: set[tuple[int, int]] = set()
         self._left: set[int] = set()  # ranks that said goodbye
-        self._closed = False
+        self._closed = self._forked = False
         self._closers = 0  # that wait for the end of the closing
         self._released = False
         self._unretrieved = Unawaited(lambda error: self._log.unawaited(self._rank, error))
@@ -148,6 +149,11 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         )
         # Operations of the runtime itself; users cannot open it.
         self._internal = engine.open_channel("\0internal", int(Priority.NORMAL), 1.0)
+        tell_of_fork(self)
+
+    def _on_fork(self) -> None:
+        """This is a child that was forked; nothing here works any more. For the runtime's own use."""
+        self._forked = True
 
     # ------------------------------------------------------------ opening and closing
 

@@ -64,6 +64,8 @@ class ThreadedCommunicator:
             raise UsageError(
                 "from_thread would block its own event loop: await the communicator's method instead"
             )
+        if self._comm._forked:
+            self._comm._refuse()
         if self._comm.closed:
             raise ClosedError("the communicator was closed")
         outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()

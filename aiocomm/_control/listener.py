@@ -8,6 +8,7 @@ takes milliseconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from aiocomm._control.address import TcpAddress, UnixAddress
 from aiocomm._control.stream import Stream
 from aiocomm._control.wire import ProtocolError
+from aiocomm._forked import tell_of_fork
 from aiocomm.errors import AuthenticationError, UsageError
 
 if TYPE_CHECKING:
@@ -123,6 +125,11 @@ class Listener:
         self._pausing: asyncio.TimerHandle | None = None
         self.refused = 0
         self._loop.add_reader(sock, self._accept)
+        tell_of_fork(self)
+
+    def _on_fork(self) -> None:
+        """Leave the address to the parent: it is taken for as long as anyone has the socket."""
+        self._sock.close()
 
     async def aclose(self) -> None:
         """Stop accepting and drop every connection that is still served. Idempotent."""
@@ -130,6 +137,8 @@ class Listener:
             self._pausing.cancel()
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # a child may have it that was forked unseen, by C
             self._sock.close()
         tasks = list(self._tasks)
         for task in tasks:

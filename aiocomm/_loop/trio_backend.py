@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from aiocomm._forked import tell_of_fork
+
 if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable
@@ -23,10 +25,14 @@ class TrioBackend:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
         self._scopes: list[trio.CancelScope] = []
         self._watching = 0
         self._ended = False
+        tell_of_fork(self)
+
+    def _on_fork(self) -> None:
+        self._thread = None  # the run seems to go on in the child; asyncio knows by itself that its does not
 
     def attach(self, engine: Engine) -> None:
         engine.bind_trio()

@@ -20,7 +20,7 @@ PUBLIC = ["aiocomm", *(name for name in MODULES if not any(part.startswith("_") 
 # From the bottom up: a module imports from its own layer and from those below it.
 LAYERS = [
     {"_version", "types", "errors", "histogram"},
-    {"config", "_world", "_process", "_log", "_streams", "_dlpack", "_device", "_unawaited"},
+    {"config", "_world", "_process", "_log", "_streams", "_dlpack", "_device", "_unawaited", "_forked"},
     {"_control", "_loop", "_queues"},
     {"_outcome", "arrays", "statistics", "link", "channel", "region", "threads"},
     {"_operations", "collectives", "group", "moe", "pages"},
