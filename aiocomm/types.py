@@ -89,7 +89,11 @@ class Notification:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An operation that a link's executor accepted."""
+    """An operation that a link's executor accepted.
+
+    `nbytes` is what the call asked for: of a receive the size of its buffer, 0 where the message brings its
+    own.
+    """
 
     op: int
     kind: str
@@ -102,6 +106,8 @@ class Submission:
 class Completion:
     """An operation that ended on a link.
 
+    `nbytes` is what moved: all of the message if it is `ok`. Of one that failed or was cancelled it is what
+    this side knows of, often 0 whatever its `Submission` said; it says nothing of the buffer's content.
     `queued_s` and `moved_s` are the seconds before and after its first byte moved.
     """
 
