@@ -53,8 +53,8 @@ async def handle(comm: aiocomm.Communicator, request: int) -> float:
     answer = np.empty(1, np.float32)
     async with asyncio.timeout(2.0):
         token = requests.recv(answer, src=DECODE, tag=request)
-        await asyncio.gather(*(requests.send(prompt, dst=rank, tag=request) for rank in (PREFILL, DECODE)))
-        await token
+        sends = (requests.send(prompt, dst=rank, tag=request) for rank in (PREFILL, DECODE))
+        await asyncio.gather(token, *sends)  # the timeout cancels what is awaited, and nothing else
     return float(answer[0])
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from harness import until, world
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -41,6 +44,19 @@ def test_example_is_short_and_says_what_it_shows(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 80
     assert text.startswith('"""')
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_request_of_the_serving_example_leaves_nothing_under_way() -> None:
+    handle = runpy.run_path(str(EXAMPLES / "serving.py"))["handle"]
+    async with world(3) as (router, _, _):
+        request = asyncio.create_task(handle(router, 7))
+        await until(lambda: router.statistics().in_flight == 3)  # as if it timed out before peers are reached
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert router.statistics().in_flight == 0
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
