@@ -49,6 +49,10 @@ class ProcessWatch:
         self._descriptors[card.rank, card.generation] = descriptor
         loop.add_reader(descriptor, self._ended, card)
 
+    def watches(self, card: PeerCard) -> bool:
+        """Whether the end of a peer will be told."""
+        return (card.rank, card.generation) in self._descriptors
+
     def remove(self, rank: int, generation: int) -> None:
         """Watch it no longer; idempotent."""
         descriptor = self._descriptors.pop((rank, generation), None)

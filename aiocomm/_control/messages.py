@@ -23,6 +23,7 @@ __all__ = [
     "Refused",
     "StreamHello",
     "Unattached",
+    "Watch",
     "Welcome",
 ]
 
@@ -203,6 +204,19 @@ class Unattached:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Caller to called, without a rendezvous: let us hold this connection, to notice each other's end. A
+    `Heartbeat` answers.
+    """
+
+    CODE: ClassVar[int] = 23
+    rank: int
+    generation: int
+    to_rank: int
+    to_generation: int
+
+
 Message: TypeAlias = (
     Join
     | Welcome
@@ -220,4 +234,5 @@ Message: TypeAlias = (
     | LinkReady
     | Attached
     | Unattached
+    | Watch
 )

@@ -44,7 +44,7 @@ from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AiocommError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aiocomm._control.calls import Dial
     from aiocomm._control.engine import Engine
@@ -80,6 +80,7 @@ class Pairing:
         timeout_s: of one call.
         fall_back: whether a pair whose link has failed may take another one.
         on_fallback: told of (failed link, rank, link tried next, reason).
+        on_watch: takes connections that are not for a pair, see `vigil`.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class Pairing:
         timeout_s: float,
         on_fallback: Callable[[str, int, str, str], None],
         fall_back: bool = True,
+        on_watch: Callable[[Stream, messages.Watch], Awaitable[None]] | None = None,
     ) -> None:
+        self._on_watch = on_watch
         self._card = card
         self._fall_back = fall_back
         self._engine = engine
@@ -177,10 +180,10 @@ class Pairing:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def serve(self, stream: Stream) -> None:
-        """Take a connection that has authenticated: a call, or a stream of one.
+        """Take a connection that has authenticated: a call, a stream of one, or a watch.
 
         Raises:
-            ProtocolError: it is neither.
+            ProtocolError: it is none of these.
         """
         async with asyncio.timeout(self._timeout_s) as limit:
             first = await stream.receive()
@@ -189,6 +192,9 @@ class Pairing:
                     self._take_stream(stream, attempt, link, index)
                 case messages.Offer():
                     await self._answer(stream, first, limit)
+                case messages.Watch() if self._on_watch is not None:
+                    limit.reschedule(None)
+                    await self._on_watch(stream, first)
                 case _:
                     raise ProtocolError(f"expected an offer, not {type(first).__name__}")
 

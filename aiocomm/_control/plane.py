@@ -5,7 +5,7 @@ that thread.
 
     start ─► [rendezvous, at rank 0] ─► client.join ─► identity, peers ─► ready
     request_pair ─► pairing ─► engine.attach
-    control connection, pidfds ─► engine.lose_peer / leave_peer
+    control connection, pidfds; without a rendezvous, vigil ─► engine.lose_peer / leave_peer
 
 Events told here are `PeerJoined`, `Fallback`, and `LinkDown` of the link "rendezvous". The engine tells of
 links that are up or down and of lost peers, since it may be the first to see them.
@@ -32,6 +32,7 @@ from aiocomm._control.liveness import ProcessWatch
 from aiocomm._control.loopthread import LoopThread
 from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
+from aiocomm._control.vigil import Vigil
 from aiocomm._control.wire import ProtocolError
 from aiocomm._world import World
 from aiocomm.errors import ClosedError, DeadlineExceeded, LinkError, PeerLostError, UsageError
@@ -86,6 +87,7 @@ class ControlPlane:
         self._client: Client | None = None
         self._endpoints: Endpoints | None = None
         self._pairing: Pairing | None = None
+        self._vigil: Vigil | None = None
         self._peers: dict[int, PeerCard] = {}
         self._early: set[int] = set()  # pairs asked for before this process was admitted
         self._host_rank: int | None = None
@@ -201,6 +203,10 @@ class ControlPlane:
         card = self._card(welcome.rank, welcome.generation, endpoints.addresses)
         self._engine.set_identity(welcome.rank, welcome.generation)
         self._engine.set_open(welcome.size is None)
+        self._vigil = Vigil(
+            card, endpoints.dial, self._settings, self._unwatched, self._peers.get, self.on_gone
+        )
+        self._stack.push_async_callback(self._vigil.aclose)
         self._pairing = Pairing(
             card,
             self._engine,
@@ -208,6 +214,7 @@ class ControlPlane:
             self._settings.handshake_timeout_s,
             self._fell_back,
             self._settings.link_fallback == "on",
+            self._vigil.serve,
         )
         self._stack.push_async_callback(self._pairing.aclose)
         for rank in self._early:
@@ -285,17 +292,29 @@ class ControlPlane:
             self._engine.lose_peer(rank, generation, reason)
         if self._pairing is not None:
             self._pairing.drop(rank, generation, f"rank {rank} is gone: {reason}")
+        if self._vigil is not None:
+            self._vigil.drop(rank, generation)
 
     def on_rendezvous_lost(self, graceful: bool, reason: str) -> None:
-        """Nothing more will be told: peers go on with what they have."""
+        """Nothing more will be told: peers go on with what they have, and watch each other."""
         if self._closed:
             return
+        if self._vigil is not None:
+            self._vigil.begin()
         self._engine.set_open(False)
         host_card = self._peers.get(self._host_rank) if self._host_rank is not None else None
         if host_card is not None:
             self.on_gone(host_card.rank, host_card.generation, graceful, reason)
         elif not (graceful and self._host_rank is not None):
             self._tell(LinkDown("rendezvous", -1, reason))
+
+    def _unwatched(self) -> list[PeerCard]:
+        """Peers whose end neither a process descriptor nor a pair would tell."""
+        return [
+            card
+            for card in self._peers.values()
+            if not self._watch.watches(card) and self._engine.pair_state(card.rank, card.generation) != "up"
+        ]
 
     def _want(self, rank: int) -> None:
         if self._pairing is None:

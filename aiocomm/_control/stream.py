@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import socket
 import struct
@@ -83,6 +84,15 @@ class Stream:
         if not self.is_unix:
             milliseconds = max(1, int(3000 * heartbeat_s))
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def keep_alive(self, heartbeat_s: float) -> None:
+        """Let the kernels exchange signs of life, where nothing else is sent (TCP only): every heartbeat, but
+        not more often than once in a second.
+        """
+        if not self.is_unix:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+                self._sock.setsockopt(socket.IPPROTO_TCP, option, math.ceil(heartbeat_s))
 
     async def authenticate_called(self, key: bytes | None, purpose: Purpose) -> None:
         """Take the accepting side of the handshake.

@@ -46,6 +46,7 @@ MESSAGES: list[messages.Message] = [
     messages.LinkReady("shm", b""),
     messages.Attached("shm"),
     messages.Unattached("shm", "broken"),
+    messages.Watch(0, 1, 2, 3),
 ]
 
 
