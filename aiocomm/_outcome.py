@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from aiocomm import errors
+from aiocomm._control.engine import NOT_CONNECTED
 from aiocomm._device import DeviceArray, describe
 from aiocomm_native import _core
 
@@ -95,6 +96,8 @@ def _failure(
                 "undefined",
                 peer,
             )
+        case _Code.PEER_LOST if reason.startswith(NOT_CONNECTED):
+            return errors.PeerLostError(f"{what}{over}: {reason}; the next operation tries again", peer)
         case _Code.PEER_LOST:
             return errors.PeerLostError(
                 f"{what}{over}: the peer is gone{f' ({reason})' if reason else ''}; if it comes back it is a "

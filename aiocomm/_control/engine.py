@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
-__all__ = ["Engine"]
+__all__ = ["NOT_CONNECTED", "Engine"]
+
+NOT_CONNECTED: Final = "no connection with rank "
+"""How the reason of `fail_connect` begins: its operations fail as those of a lost peer, which it is not."""
 
 
 class Engine(Protocol):

@@ -40,6 +40,8 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
 from aiocomm._control.calls import Arrivals, YieldedError, answer_links, call_links
+from aiocomm._control.dialing import UnansweredError
+from aiocomm._control.engine import NOT_CONNECTED
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AiocommError
 
@@ -220,8 +222,15 @@ class Pairing:
                 except YieldedError:
                     reason = "it preferred its own call, which did not come through"
                     await asyncio.wait([pair.connected], timeout=self._timeout_s)
-                except TimeoutError:
-                    reason = f"no answer within {self._timeout_s:g} s"
+                except UnansweredError as error:  # it would be as silent again
+                    reason = f"{error} (AIOCOMM_HOST sets what address it tells)"
+                    break
+                except TimeoutError:  # a process may be busy for longer, and hold its GIL
+                    patience_s = _TRIES * self._timeout_s
+                    reason = (
+                        f"no answer within {patience_s:g} s, though its host has taken the call: "
+                        "is the process stopped or busy?"
+                    )
                 except (OSError, ProtocolError) as error:
                     reason = str(error) or type(error).__name__
                 except AiocommError as error:
@@ -386,9 +395,7 @@ class Pairing:
         """No connection. A later wish tries again."""
         if pair.connected.done() or self._pairs.get(pair.card.rank) is not pair:
             return
-        message = (
-            f"no connection with rank {pair.card.rank} ({pair.card.host}, process {pair.card.pid}): {reason}"
-        )
+        message = f"{NOT_CONNECTED}{pair.card.rank} ({pair.card.host}, process {pair.card.pid}): {reason}"
         pair.connected.set_exception(ConnectionError(message))
         pair.connected = asyncio.get_running_loop().create_future()
         pair.connected.add_done_callback(_retrieve)

@@ -77,3 +77,58 @@ def test_a_name_is_got_past_its_address_that_does_not_answer(two: Hosts) -> None
     two.drop(0, "ip daddr 10.213.8.101")
     addresses = [f"tcp://{two.addresses[0]}:{PORT}", f"tcp://gpu0:{PORT}"]
     assert meet(two, addresses, [0, 1], caller=1) == ["ok\n"] * 2
+
+
+SILENT = """
+import asyncio, sys
+import aiocomm
+
+async def main(address):
+    try:
+        await aiocomm.connect(address, rank=1, size=2, deadline=2)
+    except aiocomm.DeadlineExceeded as error:
+        print(error, flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+LONE_SENDER = """
+import asyncio, sys
+import aiocomm
+
+async def main(address, rank):
+    async with aiocomm.connect(address, rank=rank, size=2, deadline=20) as comm:
+        if rank == 1:
+            try:
+                await comm.send(bytes(8), 0, synchronous=True)
+            except aiocomm.PeerLostError as error:
+                print(error, comm.peers[0].alive, flush=True)
+        sys.stdin.read()
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+def test_a_peer_behind_a_firewall_is_not_told_to_be_gone(two: Hosts) -> None:
+    two.drop(0, f"tcp dport != {PORT}")
+    address = f"tcp://{two.addresses[0]}:{PORT}"
+    processes = [
+        two.start(k, "-c", LONE_SENDER, address, str(k), AIOCOMM_HANDSHAKE_TIMEOUT_S="1") for k in range(2)
+    ]
+    try:
+        assert processes[1].stdout is not None
+        said = processes[1].stdout.readline()
+        assert "no connection with rank 0 (" in said, said
+        assert f"no answer from tcp://{two.addresses[0]}:" in said, said
+        assert said.endswith("; the next operation tries again True\n"), said
+        assert "gone" not in said, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rendezvous_behind_a_firewall_is_told_to_be_silent(two: Hosts) -> None:
+    two.drop(0, f"tcp dport {PORT}")
+    silent = two.start(1, "-c", SILENT, f"tcp://{two.addresses[0]}:{PORT}")
+    said, _ = silent.communicate(timeout=60)
+    assert f"no answer from tcp://{two.addresses[0]}:{PORT}: is a firewall between" in said

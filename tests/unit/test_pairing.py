@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aiocomm._control.dialing import UnansweredError
 from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
 from aiocomm._control.testing import RecordingEngine
@@ -66,3 +67,24 @@ def test_calls_that_fail_before_there_is_word_that_a_peer_is_gone(how: str) -> N
         await pairs.aclose()
 
     asyncio.run(main())
+
+
+def test_who_is_silent_is_called_once() -> None:
+    calls = []
+
+    async def silent(card: PeerCard, kind: str | None) -> Stream:
+        calls.append(card.rank)
+        raise UnansweredError("no answer from tcp://10.0.0.1:7000")
+
+    async def main() -> str:
+        engine = Failing()
+        pairs = Pairing(card(0), engine, silent, 30.0, lambda *_: None)
+        pairs.add(card(1))
+        pairs.want(1)
+        await engine.gave_up.wait()
+        await pairs.aclose()
+        return engine.failed[1]
+
+    reason = asyncio.run(main())
+    assert "no answer from tcp://10.0.0.1:7000 (AIOCOMM_HOST" in reason
+    assert calls == [1]
