@@ -19,6 +19,8 @@ part: that is an error, as each process would otherwise be alone without a word.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -27,9 +29,11 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["World", "detect", "first_host"]
+__all__ = ["World", "detect", "first_host", "own_host"]
 
 _OWN: Final = ("AIOCOMM_RANK", "AIOCOMM_SIZE", "AIOCOMM_ADDRESS")
+_LABEL: Final = r"[0-9A-Za-z_](?:[0-9A-Za-z_-]*[0-9A-Za-z_])?"
+_NAME: Final = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 _SLURM_PORTS: Final = range(20000, 32000)  # below Linux's ephemeral ports
 
 
@@ -230,3 +234,22 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         raise UsageError(f"{name} is not set, though its launcher's other variables are") from None
     except ValueError:
         raise UsageError(f"{name} must be a whole number, not {env[name]!r}") from None
+
+
+def own_host(text: str) -> str:
+    """A name or number without what other notations put around it, as `AIOCOMM_HOST` gives it.
+
+    Raises:
+        UsageError: it is neither, or no single address.
+    """
+    host = text.strip()
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        usable = not ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        usable = _NAME.fullmatch(host) is not None
+    if not usable:
+        raise UsageError(
+            f"AIOCOMM_HOST must be one name or address of this host, without a port, not {text!r}"
+        )
+    return host

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm._world import World, detect
+from aiocomm._world import World, detect, own_host
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ MIB: Final = 1024 * KIB
 _SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(us|µs|ms|s|)", re.IGNORECASE)
 _TIME_UNITS: Final = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
+_AGES_S: Final = 1e9  # 30 years; in nanoseconds it still fits 64 bits, with room to add
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -96,6 +97,7 @@ class Settings:
         "seconds",
         "How long a cancelled transfer may hold its buffer before the link is torn down.",
         low=0.0,
+        high=_AGES_S,
     )
     min_share: float = _setting(
         0.05, "fraction", "Share of a link kept for lower classes.", low=0.0, high=0.5
@@ -216,6 +218,7 @@ class Settings:
         "seconds",
         "A connection with a peer that has not been used for so long is closed until it is needed; 0: never.",
         low=0.0,
+        high=_AGES_S,
     )
     handshake_timeout_s: float = _setting(
         5.0,
@@ -227,7 +230,9 @@ class Settings:
     max_pending: int = _setting(
         128, "connections", "Connections not yet authenticated, per listening socket.", low=1, high=65536
     )
-    timeout_s: float = _setting(60.0, "seconds", "How long joining the world may take.", low=0.001)
+    timeout_s: float = _setting(
+        60.0, "seconds", "How long joining the world may take.", low=0.001, high=_AGES_S
+    )
     host: str | None = _setting(None, "", "Address of this host to tell the others; else its own.")
     tls_cert: str | None = _setting(
         None, "path", "Certificate chain (PEM); turns on TLS for TCP connections."
@@ -241,6 +246,8 @@ class Settings:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check(item.name, getattr(self, item.name), item.metadata)
+        if self.host is not None:
+            object.__setattr__(self, "host", own_host(self.host))
         object.__setattr__(self, "copy_threads", min(self.copy_threads, _cores()))
         if (self.tls_cert is None) != (self.tls_ca is None):
             raise UsageError(

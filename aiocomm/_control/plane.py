@@ -186,6 +186,7 @@ class ControlPlane:
         self._stack.push_async_callback(self._client.aclose)
         endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         self._stack.push_async_callback(endpoints.aclose)
+        await endpoints.look_up_host()
         asked = parse(text)
         exact = isinstance(asked, UnixAddress) or (isinstance(asked, TcpAddress) and asked.is_exact)
 

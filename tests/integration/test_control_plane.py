@@ -212,6 +212,14 @@ def test_nobody_listens(members: Callable[..., Member]) -> None:
         members(fresh_address(), timeout_s=0.2).joined()
 
 
+def test_a_name_for_others_that_means_nothing_is_told(
+    members: Callable[..., Member], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(host="no-such-host.invalid")
+    members(fresh_address(), 0, 1, settings=settings).joined()
+    assert "AIOCOMM_HOST gives to others, no-such-host.invalid, is not known here" in caplog.text
+
+
 def test_joining_can_be_given_up(members: Callable[..., Member]) -> None:
     address = fresh_address()
     host, other = members(address, 0, 2), members(fresh_address(), 1, 2)

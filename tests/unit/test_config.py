@@ -295,6 +295,11 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         ("cma", "off", "off"),
         ("links", "shm,tcp", ("shm", "tcp")),
         ("host", "10.0.0.7", "10.0.0.7"),
+        ("host", " 10.0.0.7\n", "10.0.0.7"),
+        ("host", "[fd77::2]", "fd77::2"),
+        ("host", "fe80::1%eth0", "fe80::1%eth0"),
+        ("host", "gpu-07.cluster_a.example", "gpu-07.cluster_a.example"),
+        ("drain_timeout_s", "1e9", 1e9),
         ("log_level", "debug", "DEBUG"),
     ],
 )
@@ -320,6 +325,17 @@ def test_settings_from_the_environment(name: str, text: str, value: object) -> N
         ("min_share", "0.9", r"at most 0\.5, not 0\.9"),
         ("cma", "maybe", "one of auto, allow, off, not 'maybe'"),
         ("log_level", "loud", "one of DEBUG"),
+        ("drain_timeout_s", "1e12", "at most 1000000000.0 seconds"),
+        ("pair_idle_s", "1e12", "at most"),
+        ("timeout_s", "1e12", "at most"),
+        *(
+            ("host", host, "AIOCOMM_HOST must be one name or address of this host")
+            for host in ("10.0.0.7:7000", "tcp://10.0.0.7", "[10.0.0.7", "10.0.0.300", "0.0.0.0", "::", "*")
+        ),
+        *(
+            ("host", host, "without a port")
+            for host in ("gpu 1", "gpu1,gpu2", "-gpu", "gpu1/", "10.0.0", " ")
+        ),
         ("tls_cert", "/c.pem", "both AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA"),
         ("tls_key", "/k.pem", "without AIOCOMM_TLS_CERT"),
     ],
