@@ -27,7 +27,7 @@ class ThreadedCommunicator:
     The loop must be running: it submits the operation. Arguments and errors are those of the communicator's
     method. Besides:
 
-    - `ClosedError` also if the loop has ended, or ends meanwhile; `TransferCancelled` if this side cancels it.
+    - `ClosedError` also if the loop has ended, or ends meanwhile; `TransferCancelled` if this side cancels.
     - `UsageError`: this is the loop's own thread, which the call would block.
     - `deadline=` counts from when the loop submits it, so one that is stuck is waited for.
     - An exception that interrupts the call, such as `KeyboardInterrupt`, cancels the operation, and comes out
