@@ -452,10 +452,12 @@ async def test_a_lease_that_is_refused_ends_no_other() -> None:
     async with world(1) as (comm,):
         pages = aiocomm.pages.Pages(np.zeros((4, 8), np.uint8))
         lease = await comm.lease_pages(pages)
+        with pytest.raises(UsageError, match="pages are 0 to 3"):
+            await comm.lease_pages(pages, [1, 4])
+        assert lease.handle
         await comm.aclose()
         with pytest.raises(ClosedError):
             await comm.lease_pages(pages, [1])
-        assert lease.handle
 
 
 @pytest.mark.parametrize("opened", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
