@@ -47,18 +47,23 @@ async def to_the_end(feed: Feed[Any]) -> None:
         pass
 
 
+async def dispatch(comm: aiocomm.Communicator) -> None:
+    await comm.dispatch(np.zeros((2, 4), np.float32), np.array([[0], [1]]), experts=2)
+
+
 async def repeated(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
     """Calls that repeat go by shorter ways."""
     for _ in range(4):
         await all_call([a, b], lambda comm: comm.barrier())
         await all_call([a, b], lambda comm: comm.broadcast(np.zeros(10), root=1))
+        await all_call([a, b], lambda comm: comm.all_reduce(np.zeros(1 << 18)))
+        await all_call([a, b], dispatch)
 
 
 async def waits(comm: aiocomm.Communicator) -> dict[str, Callable[[], Awaitable[Any]]]:
     """By name, what rank 1 does nothing for."""
     lease = await comm.lease_pages(aiocomm.Pages([np.zeros((4, 64), np.uint8) for _ in range(2)]))
     region, group, channel = comm.register(np.zeros(8)), comm._members(), comm.channel("c")
-    tokens, ids = np.zeros((2, 4), np.float32), np.array([[0], [1]])
     return {
         "recv": lambda: comm.recv(bytearray(1), src=1),
         "recv of any": lambda: comm.recv(bytearray(1)),
@@ -69,7 +74,7 @@ async def waits(comm: aiocomm.Communicator) -> dict[str, Callable[[], Awaitable[
         "barrier": lambda: comm.barrier(),
         "broadcast": lambda: comm.broadcast(np.zeros(10), root=1),
         "all_reduce": lambda: comm.all_reduce(np.zeros(1 << 18)),
-        "dispatch": lambda: comm.dispatch(tokens, ids, experts=2),
+        "dispatch": lambda: dispatch(comm),
         "split": lambda: comm.split(0),
         "group": lambda: comm.group([0, 1]),
         "shrink": lambda: group.shrink(),
