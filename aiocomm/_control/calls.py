@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiocomm._control import messages, wire
 from aiocomm._control.wire import MAX_ITEMS, ProtocolError
@@ -20,6 +20,7 @@ __all__ = ["Arrivals", "Dial", "YieldedError", "answer_links", "call_links", "co
 
 Dial: TypeAlias = Callable[[messages.PeerCard, str | None], Awaitable["Stream"]]
 """Opens an authenticated pair connection to a peer by "unix", by "tcp", or (None) by whichever is best."""
+_ENCRYPTED: Final = "tcp"
 Fallback: TypeAlias = Callable[[str, int, str, str], None]
 
 
@@ -81,10 +82,11 @@ async def call_links(
     commit: Callable[[], None],
     on_fallback: Fallback,
     choose: Callable[[list[str]], list[str]],
+    tls: bool,
 ) -> str:
     """Try links as the caller. Returns the one that both engines took.
 
-    `choose` may leave out some of those that both have.
+    `choose` may leave out some of those that both have. `tls` is whether this process encrypts TCP.
 
     Raises:
         LinkError: none works; the message says why for each.
@@ -97,7 +99,8 @@ async def call_links(
         raise LinkError(f"the two have no link in common (here: {ours}; there: {theirs}; on {where})")
     reasons: list[str] = []
     for link, following in zip(links, [*links[1:], ""], strict=True):
-        reason = await _call_link(stream, attempt, link, peer, engine, dial, commit)
+        secured = tls and link == _ENCRYPTED
+        reason = await _call_link(stream, attempt, link, peer, engine, dial, commit, secured)
         if reason is None:
             return link
         reasons.append(f"{link}: {reason}")
@@ -114,6 +117,7 @@ async def _call_link(
     engine: Engine,
     dial: Dial,
     commit: Callable[[], None],
+    tls: bool,
 ) -> str | None:
     """Try one link. None if it works, else why not."""
     kind, count = engine.link_streams(link)
@@ -121,7 +125,7 @@ async def _call_link(
         card = engine.link_card(link)
     except Exception as error:  # whatever it is, this link is out and the next one has its chance
         return str(error)
-    await stream.send(messages.LinkTry(link, count, card))
+    await stream.send(messages.LinkTry(link, count, tls, card))
     streams: list[Stream] = []
     try:
         try:
@@ -166,6 +170,7 @@ async def answer_links(
     engine: Engine,
     commit: Callable[[], None],
     on_fallback: Fallback,
+    tls: bool,
 ) -> str | None:
     """Answer the caller's tries. Returns the link that both engines took, or None if the caller has run out
     of links.
@@ -187,7 +192,10 @@ async def answer_links(
         link = request.link
         if failed is not None:
             on_fallback(failed[0], peer.rank, link, failed[1])
-        reason = await _answer_link(stream, arrive, request, link in links, peer, engine, commit)
+        refusal = "" if link in links else "the peer does not use it with this process"
+        if not refusal and request.tls != (tls and link == _ENCRYPTED):
+            refusal = "one end uses TLS, the other does not: set AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA on both"
+        reason = await _answer_link(stream, arrive, request, refusal, peer, engine, commit)
         if reason is None:
             return link
         failed = (link, reason)
@@ -197,16 +205,17 @@ async def _answer_link(
     stream: Stream,
     arrive: Callable[[str, int], Awaitable[list[Stream]]],
     request: messages.LinkTry,
-    usable: bool,
+    refusal: str,
     peer: messages.PeerCard,
     engine: Engine,
     commit: Callable[[], None],
 ) -> str | None:
     link = request.link
-    if not usable or request.streams != engine.link_streams(link)[1]:
-        reason = "the peer does not use it with this process"
-        await stream.send(messages.Unattached(link, reason))
-        return reason
+    if not refusal and request.streams != engine.link_streams(link)[1]:
+        refusal = "the two do not agree on the number of its connections"
+    if refusal:
+        await stream.send(messages.Unattached(link, refusal))
+        return refusal
     # The caller may give up while streams are still due, so its word is awaited beside them.
     word = asyncio.ensure_future(stream.receive())
     arriving = asyncio.ensure_future(arrive(link, request.streams))

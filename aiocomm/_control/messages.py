@@ -160,11 +160,15 @@ class OfferAnswer:
 
 @dataclass(frozen=True, slots=True)
 class LinkTry:
-    """Caller to called: use this link; its `streams` connections follow as connections of their own."""
+    """Caller to called: use this link; its `streams` connections follow as connections of their own.
+
+    `tls` says whether the caller will talk TLS on them.
+    """
 
     CODE: ClassVar[int] = 18
     link: str
     streams: int
+    tls: bool
     card: bytes
 
 

@@ -8,7 +8,7 @@ then on it is the link's.
     Offer(attempt)                      ───►
                                         ◄───    OfferAnswer(accept | yield | done | refuse)
     for each link that both have, cheapest first:
-      LinkTry(link, card)               ───►
+      LinkTry(link, tls, card)          ───►
       StreamHello(attempt, link, i)     ═══►    on connections of their own
                                         ◄───    LinkReady(link, card)
       attaches; Attached                ───►    attaches
@@ -83,6 +83,7 @@ class Pairing:
         fall_back: whether a pair whose link has failed may take another one.
         on_fallback: told of (failed link, rank, link tried next, reason).
         on_watch: takes connections that are not for a pair, see `vigil`.
+        tls: whether TCP links are encrypted here.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Pairing:
         on_fallback: Callable[[str, int, str, str], None],
         fall_back: bool = True,
         on_watch: Callable[[Stream, messages.Watch], Awaitable[None]] | None = None,
+        tls: bool = False,
     ) -> None:
         self._on_watch = on_watch
+        self._tls = tls
         self._card = card
         self._fall_back = fall_back
         self._engine = engine
@@ -275,6 +278,7 @@ class Pairing:
                 lambda: self._commit(pair, limit),
                 self._on_fallback,
                 lambda links: self._choose(pair, links),
+                self._tls,
             )
 
     # Answering
@@ -312,6 +316,7 @@ class Pairing:
                 self._engine,
                 lambda: self._commit(pair, limit),
                 self._on_fallback,
+                self._tls,
             )
             if link is None:
                 self._fail(pair, "no link works between the two")

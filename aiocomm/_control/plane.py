@@ -216,6 +216,7 @@ class ControlPlane:
             self._fell_back,
             self._settings.link_fallback == "on",
             self._vigil.serve,
+            self._settings.tls_cert is not None,
         )
         self._stack.push_async_callback(self._pairing.aclose)
         for rank in self._early:

@@ -313,11 +313,11 @@ def test_insiders_that_call_and_hang_up(world: World) -> None:
     steps = [
         wire.encode(offer),
         wire.encode(offer)[:-1],
-        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 1, b"card")),
-        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 2**60, b"card")),
-        wire.encode(offer) + wire.encode(messages.LinkTry("nonsense", 1, b"")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 1, False, b"card")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("shm", 2**60, False, b"card")),
+        wire.encode(offer) + wire.encode(messages.LinkTry("nonsense", 1, False, b"")),
         wire.encode(offer)
-        + wire.encode(messages.LinkTry("shm", 1, b""))
+        + wire.encode(messages.LinkTry("shm", 1, False, b""))
         + wire.encode(messages.Attached("shm")),
         wire.encode(offer) + wire.encode(messages.Unattached("shm", "no")),
     ]

@@ -421,6 +421,24 @@ def test_without_fallback_a_pair_is_made_anew_over_the_link_it_had(members: Call
     assert not any(engine.lost for engine in engines)
 
 
+@pytest.mark.parametrize("encrypting", [0, 1])
+def test_tls_at_one_end_only_is_told(encrypting: int, members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    tls = [Settings(), Settings()]
+    tls[encrypting] = Settings(tls_cert="/cert.pem", tls_ca="/ca.pem")
+    here, there = (
+        members(address, rank, 2, engine=RecordingEngine(TCP_ONLY), settings=tls[rank]) for rank in range(2)
+    )
+    here.joined(), there.joined()
+    here.plane.request_pair(1)
+    reason = here.engine.wait(lambda engine: engine.failed.get(1))
+    assert (
+        "tcp: one end uses TLS, the other does not: set AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA on both" in reason
+    )
+    assert not here.engine.attached
+    assert not there.engine.attached
+
+
 def test_no_common_link_is_reported_and_can_be_tried_again(members: Callable[..., Member]) -> None:
     address = fresh_address()
     engines = [RecordingEngine({"shm": ("unix", 1)}), RecordingEngine(TCP_ONLY)]

@@ -41,7 +41,7 @@ MESSAGES: list[messages.Message] = [
     messages.Farewell(),
     messages.Offer(b"a" * 16, 0, 1, 2, 3),
     messages.OfferAnswer("accept", ""),
-    messages.LinkTry("tcp", 3, b"\0" * 4096),
+    messages.LinkTry("tcp", 3, False, b"\0" * 4096),
     messages.StreamHello(b"a" * 16, "tcp", 2),
     messages.LinkReady("shm", b""),
     messages.Attached("shm"),
