@@ -18,6 +18,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
+from aiocomm._control.host import what_to_do
 from aiocomm._control.stream import Stream
 from aiocomm._control.wire import ProtocolError
 from aiocomm._forked import tell_of_fork
@@ -123,6 +124,8 @@ class Listener:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._pausing: asyncio.TimerHandle | None = None
+        self._warned = False
+        self.starved = ""  # why connections wait, while they do
         self.refused = 0
         self._loop.add_reader(sock, self._accept)
         tell_of_fork(self)
@@ -154,10 +157,12 @@ class Listener:
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:  # connections wait in the backlog meanwhile
+                    self._starve(what_to_do(error))
                     self._loop.remove_reader(self._sock)
                     self._pausing = self._loop.call_later(_RETRY_S, self._resume)
                     return
                 continue  # that connection failed before it was accepted
+            self.starved = ""
             while len(self._pending) >= self._max_pending:
                 oldest = next(iter(self._pending))
                 del self._pending[oldest]
@@ -167,6 +172,12 @@ class Listener:
             self._pending[task] = None
             self._tasks.add(task)
             task.add_done_callback(functools.partial(self._ended, sock))
+
+    def _starve(self, why: str) -> None:
+        self.starved = why
+        if not self._warned:  # others wait for this process, and cannot know why
+            self._warned = True
+            _log.warning("connections to this process wait: %s", why)
 
     def _resume(self) -> None:
         self._pausing = None

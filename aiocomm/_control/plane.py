@@ -85,6 +85,7 @@ class ControlPlane:
         self._stack = contextlib.AsyncExitStack()  # what was opened, to be closed in reverse
         self._starting: asyncio.Task[Welcome] | None = None
         self._client: Client | None = None
+        self._hosting: Host | None = None
         self._endpoints: Endpoints | None = None
         self._pairing: Pairing | None = None
         self._vigil: Vigil | None = None
@@ -174,7 +175,7 @@ class ControlPlane:
         address = parse(text)
         key = world.token.encode() if world.token is not None else None
         if world.rank == 0:
-            hosting = Host(world.size, address, key, self._settings, host_rank=0)
+            hosting = self._hosting = Host(world.size, address, key, self._settings, host_rank=0)
             self._stack.push_async_callback(hosting.aclose)
             _, key = await hosting.start(min(_TAKEN_S, _TAKEN_PART * world.timeout_s))
             address = hosting.near
@@ -253,7 +254,9 @@ class ControlPlane:
         missing = sorted(set(range(world.size or 0)) - set(self._peers) - {self._client.welcome.rank})
         ranks = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         count = f"{len(missing)} of {world.size} processes"
-        return f"{count} did not come within {world.timeout_s:g} s: rank {ranks}"
+        starved = self._hosting.rendezvous.starved if self._hosting is not None else ""
+        why = f"; connections to this process wait: {starved}" if starved else ""
+        return f"{count} did not come within {world.timeout_s:g} s: rank {ranks}{why}"
 
     async def _close(self) -> None:
         self._closed = True

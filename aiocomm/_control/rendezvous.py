@@ -171,6 +171,11 @@ class Rendezvous:
         self._beating = asyncio.create_task(self._beat(), name="aiocomm heartbeats")
         return bound
 
+    @property
+    def starved(self) -> str:
+        """Why members that come have to wait at the door; empty if they need not."""
+        return self._listener.starved if self._listener is not None else ""
+
     async def aclose(self) -> None:
         """Tell the members that this rendezvous ends, and end it."""
         self._closing = True
