@@ -73,12 +73,6 @@ std::string Channels::name_of(ChannelId wire) const {
   return it == past_by_wire_.end() ? "?" : it->second->name;
 }
 
-bool Channels::has_ended(ChannelId wire) const {
-  if (open_at(wire)) return false;
-  auto it = past_by_wire_.find(wire);
-  return it != past_by_wire_.end() && it->second->name.starts_with('\0');
-}
-
 bool Channels::any_above(uint8_t cls) const noexcept {
   return std::any_of(opened_.begin() + cls + 1, opened_.end(), [](size_t opened) { return opened > 0; });
 }

@@ -34,9 +34,8 @@ struct Channel {
   const uint8_t cls;
   const double weight;
   bool open = true;
-  bool is_own() const { return name.starts_with('\0'); }  // of the runtime, not of users
-  uint32_t holders = 0;                                   // operations that have not ended
-  std::vector<uint64_t> served;                           // bytes of flows that are gone, by link
+  uint32_t holders = 0;          // operations that have not ended
+  std::vector<uint64_t> served;  // bytes of flows that are gone, by link
 };
 
 class Channels {
@@ -57,9 +56,6 @@ class Channels {
   Channel* open_at(ChannelId wire) const;
   Channel& standard() const { return *all_.find(0); }
   std::string name_of(ChannelId wire) const;  // "?" if it is not known
-  // Whether it is one of the runtime's own that has been closed here: their names do not come again, so nobody will receive
-  // what comes for it.
-  bool has_ended(ChannelId wire) const;
   size_t size() const noexcept { return all_.size(); }
   size_t opened(uint8_t cls) const noexcept { return opened_[cls]; }
   bool any_above(uint8_t cls) const noexcept;

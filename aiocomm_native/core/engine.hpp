@@ -338,8 +338,6 @@ class Engine final : public Host, public FrameSink {
   void owe_credit(Peer& peer, uint64_t nbytes);
   Unexpected take_unexpected(uint64_t id);
   void refuse(Peer& peer, const FrameHeader& header);
-  void drop(Peer& peer, const FrameHeader& header);
-  void drop_arrivals(const Channel& channel);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);

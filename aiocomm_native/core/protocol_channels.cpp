@@ -47,22 +47,8 @@ void Engine::leave(Channel& channel) {
   if (!Channels::is_over(channel)) return;
   for (auto& flows : flows_) flows->end_channel(channel);
   device_.forget(channel);
-  if (!channels_.open_at(channel.wire)) {
-    if (channel.is_own()) drop_arrivals(channel);
-    matcher_.forget(channel.wire);
-  }
+  if (!channels_.open_at(channel.wire)) matcher_.forget(channel.wire);
   channels_.forget(channel);
-}
-
-// Words to a group that was closed here, say. Their senders' credit comes back.
-void Engine::drop_arrivals(const Channel& channel) {
-  if (matcher_.unexpected() == 0) return;
-  for (uint64_t id : matcher_.remove_channel(channel.wire).arrivals) {
-    const Unexpected kept = take_unexpected(id);
-    Peer* peer = find_peer(kept.source);
-    if (peer && peer->generation == kept.generation && peer->state == Peer::State::up)
-      drop(*peer, kept.header);
-  }
 }
 
 // More urgent channels bound what may be posted, whether or not they have anything to send now.
