@@ -102,12 +102,17 @@ class Channel:
         Collective operations, dispatches and combines on it, which other ranks wait for this one to do, or
         have it do next, end with `TransferCancelled` there, in all groups that have used it. Once it is
         opened again by its name, calls meet again; they keep the priority that they had.
+
+        `comm.channel` opens its name again, also with another priority or weight. Messages that nobody has
+        received wait for that.
         """
         if self._closed:
             return
         if self._index == 0:
             raise ClosedError("the default channel closes with its communicator")
         self._closed = True
+        if self._comm._channels.get(self.name) is self:
+            del self._comm._channels[self.name]
         if not self._comm.closed:
             self._comm._close_channel(self)
 

@@ -137,6 +137,8 @@ class Group(Collectives, ExpertOperations):
         if not self._comm.closed:
             for scope in self._scopes.values():
                 closing.close(scope, [scope.index])
+            for agreement in self._given_up:
+                agreement.close()
             for scope, rows in self._expert_scopes.values():
                 # Others may ask whether calls have ended, which read memory of theirs.
                 closing.close(scope, [rows] if scope.pools else [scope.index, rows])
@@ -204,17 +206,24 @@ class Group(Collectives, ExpertOperations):
         alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
         if self._given_up:
             agreement = self._given_up.pop(0)
+            self._indices.remove(agreement.index)
         else:
             self._shrinks += 1
-            index = comm._engine.open_channel(f"\0group {self._digest} shrink", int(Priority.NORMAL), 1.0)
+            name = f"\0group {self._digest} shrink {self._shrinks}"
+            index = comm._engine.open_channel(name, int(Priority.HIGH), 1.0)
             agreement = Agreement(comm, index, self._ranks, alive, self._shrinks)
         try:
             left = await agreement.reach(deadline)
         except PeerLostError:
+            agreement.close()
             raise
         except BaseException:
             self._given_up.append(agreement)  # the others may have heard of it
+            self._indices.append(agreement.index)
+            if self._closed:
+                agreement.close()
             raise
+        agreement.close()
         return Group(comm, left, f"shrink {self._digest} {agreement.epoch} {left}")
 
     def _scope(self, channel: Channel | None) -> Scope:
@@ -291,7 +300,7 @@ def _close_channels(owner: weakref.ref[Communicator], indices: list[int]) -> Non
     if comm is None or comm.closed:
         return
     for index in indices:
-        comm._engine.close_channel(index)
+        comm._engine.close_channel(index, for_good=True)  # their names have the group's number
     comm._engine.drain()
 
 

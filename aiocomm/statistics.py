@@ -47,6 +47,9 @@ class LinkStatistics:
     GPUs went: `gpu0.small_copies`, and of them all `handed_ns` (until the copy thread had them), `issued_ns`
     (by the driver), `seen_ns` (until they were seen to have ended), `told_ns` (until their transfers had).
 
+    `scheduled_bytes_by_channel` counts what went chunk by chunk, for as long as a channel is open and a while
+    longer: channels that were closed long ago (256 others since) are counted together, as "\\0closed".
+
     `violations` counts pairs that were closed because what the peer sent made no sense.
 
     `queued_s` and `moved_s` tell how long completed operations took: until their first byte moved, and from

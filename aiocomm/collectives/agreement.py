@@ -39,7 +39,7 @@ class Agreement:
     """One rank's part of an agreement. Who gives it up can go on with it later: the others do not begin anew.
 
     Args:
-        index: native channel that nothing else uses.
+        index: native channel that nothing else uses, and that this closes.
         ranks: of the group.
         alive: the ranks that this one believes alive, itself among them.
         epoch: number of this agreement in the group.
@@ -49,11 +49,14 @@ class Agreement:
         self, comm: Communicator, index: int, ranks: Sequence[int], alive: Sequence[int], epoch: int
     ) -> None:
         self.epoch = epoch
-        self._comm, self._index, self._ranks = comm, index, ranks
+        self.index = index
+        self._comm, self._ranks = comm, ranks
         self._view = set(alive)
         self._sent: frozenset[int] = frozenset()  # in this round
         self._round = -1
         self._waiting: dict[int, tuple[bytearray, Transfer[Any]]] = {}  # for the views of others
+        self._sending: set[Transfer[Any]] = set()
+        self._closed = False
         self._gate = Gate(comm._backend)
 
     async def reach(self, deadline: float | None) -> list[int]:
@@ -84,11 +87,11 @@ class Agreement:
         others = sorted(self._sent - {comm.rank})
         for rank in others:
             memory = bytearray(len(message))
-            receive = comm._recv(memory, rank, self._index, self._tag(0), _FOREVER)
+            receive = comm._recv(memory, rank, self.index, self._tag(0), _FOREVER)
             self._waiting[rank] = memory, receive
             receive.add_done_callback(lambda _: self._gate.ring())
         for rank in others:
-            comm._send(message, rank, self._index, self._tag(0), _FOREVER, 0).add_done_callback(look_away)
+            self._send(message, rank, self._tag(0))
 
     def _tag(self, later: int) -> int:
         return self.epoch << _ROUND_BITS | self._round + later
@@ -125,11 +128,28 @@ class Agreement:
         return ends
 
     def _tell(self) -> None:
-        comm = self._comm
         said = _pack(True, self._ranks, frozenset(self._view))
-        for rank in sorted(self._view - {comm.rank}):
-            told = comm._send(said, rank, self._index, self._tag(1), _FOREVER, 0)
-            told.add_done_callback(look_away)
+        for rank in sorted(self._view - {self._comm.rank}):
+            self._send(said, rank, self._tag(1))
+
+    def _send(self, message: bytes, rank: int, tag: int) -> None:
+        sent = self._comm._send(message, rank, self.index, tag, _FOREVER, 0)
+        self._sending.add(sent)
+        sent.add_done_callback(self._gone)
+
+    def _gone(self, transfer: Transfer[Any]) -> None:
+        look_away(transfer)
+        self._sending.discard(transfer)
+        self._close_if_all_is_said()
+
+    def close(self) -> None:
+        """Give the channel back, once all has been said that others wait for."""
+        self._closed = True
+        self._close_if_all_is_said()
+
+    def _close_if_all_is_said(self) -> None:
+        if self._closed and not self._sending and not self._comm.closed:
+            self._comm._engine.close_channel(self.index, for_good=True)
 
 
 def _pack(final: bool, ranks: Sequence[int], view: frozenset[int]) -> bytes:

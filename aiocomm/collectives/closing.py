@@ -101,4 +101,4 @@ def _told(scope: Scope, channels: Sequence[int], untold: set[Any], word: Any) ->
 def _close(scope: Scope, channels: Sequence[int]) -> None:
     if not scope.comm.closed:
         for index in channels:
-            scope.comm._engine.close_channel(index)
+            scope.comm._engine.close_channel(index, for_good=True)  # its name has the group's number

@@ -297,11 +297,13 @@ void bind_engine(nb::module_& m) {
             return id;
           },
           "name"_a, "cls"_a, "weight"_a)
-      .def("close_channel",
-           [](PyEngine& e, uint32_t index) {
-             if (auto name = e.channel_names.extract(index)) Py_DECREF(name.mapped());
-             without_lock([&] { e.engine->close_channel(index); });
-           })
+      .def(
+          "close_channel",
+          [](PyEngine& e, uint32_t index, bool for_good) {
+            if (auto name = e.channel_names.extract(index)) Py_DECREF(name.mapped());
+            without_lock([&] { e.engine->close_channel(index, for_good); });
+          },
+          "index"_a, "for_good"_a = false)
       .def(
           "set_identity",
           [](PyEngine& e, int rank, uint64_t generation) {

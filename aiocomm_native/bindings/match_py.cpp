@@ -51,6 +51,7 @@ void bind_match(nb::module_& m) {
             return {std::move(purged.recvs), std::move(purged.arrivals)};
           },
           nb::arg("channel"))
+      .def("forget", &Matcher::forget, nb::arg("channel"))
       .def("any_source_recvs", &Matcher::any_source_recvs)
       .def("all_recvs", &Matcher::all_recvs)
       .def_prop_ro("posted", &Matcher::posted)

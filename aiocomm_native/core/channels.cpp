@@ -28,6 +28,7 @@ Channel& Channels::open(const std::string& name, uint8_t cls, double weight) {
   while (all_.find(next_)) ++next_;
   Channel& made = all_.add(std::unique_ptr<Channel>(new Channel{next_++, wire, name, cls, weight}));
   open_[wire] = &made;
+  if (gone_.erase(wire)) std::erase(gone_in_order_, wire);  // all the same
   ++opened_[cls];
   return made;
 }
@@ -37,8 +38,15 @@ Channel* Channels::open_at(ChannelId wire) const {
   return it == open_.end() ? nullptr : it->second;
 }
 
-void Channels::close(Channel& channel) {
+void Channels::close(Channel& channel, bool for_good) {
   channel.open = false;
+  if (for_good && gone_.insert(channel.wire).second) {
+    gone_in_order_.push_back(channel.wire);
+    if (gone_in_order_.size() > kGone) {
+      gone_.erase(gone_in_order_.front());
+      gone_in_order_.pop_front();
+    }
+  }
   open_.erase(channel.wire);
   --opened_[channel.cls];
   remember(channel);

@@ -8,6 +8,8 @@
 //     before may still be ending. Hence nothing that was scheduled for a channel can see its class or weight change.
 //   - A channel's id is not given to another one: who has kept it finds nothing that is open (but after 2^32 others).
 //   - An operation holds its channel from its start to its end; a closed one is over when nothing holds it.
+//   - What comes for a name that is not open waits, since it may be opened; but not where it was closed for good. The last
+//     kGone of these are known: later than that comes nothing.
 //   - Names of the channels closed last are remembered: peers may have a word about what was sent on them. So is what was
 //     served of them, which counts for all others together.
 #pragma once
@@ -15,10 +17,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <map>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "core/ids.hpp"
@@ -40,14 +44,15 @@ struct Channel {
 
 class Channels {
  public:
-  static constexpr size_t kRemembered = 256;
+  static constexpr size_t kRemembered = 256, kGone = 4096;
 
   Channels();  // with the one of no name, whose id is 0
 
   // The open channel of this name, else a new one. Illegal, as std::invalid_argument: it is open with another class or
   // weight, or another name has its hash.
   Channel& open(const std::string& name, uint8_t cls, double weight);
-  void close(Channel& channel);
+  // `for_good`: nobody here will open its name again.
+  void close(Channel& channel, bool for_good = false);
   // It must be over. What has been served of it stays counted.
   void forget(Channel& channel);
   static bool is_over(const Channel& channel) { return !channel.open && channel.holders == 0; }
@@ -56,6 +61,7 @@ class Channels {
   Channel* open_at(ChannelId wire) const;
   Channel& standard() const { return *all_.find(0); }
   std::string name_of(ChannelId wire) const;  // "?" if it is not known
+  bool is_gone(ChannelId wire) const { return !gone_.empty() && gone_.contains(wire); }  // for good
   size_t size() const noexcept { return all_.size(); }
   size_t opened(uint8_t cls) const noexcept { return opened_[cls]; }
   bool any_above(uint8_t cls) const noexcept;
@@ -96,6 +102,8 @@ class Channels {
   std::list<Past> past_;  // closed last: at the back
   std::unordered_map<ChannelId, std::list<Past>::iterator> past_by_wire_;
   Served others_;
+  std::unordered_set<ChannelId> gone_;
+  std::deque<ChannelId> gone_in_order_;
 };
 
 }  // namespace aiocomm

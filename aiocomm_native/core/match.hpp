@@ -83,7 +83,7 @@ class Matcher {
   size_t unexpected() const noexcept { return arrivals_.size(); }
   uint64_t unexpected_bytes() const noexcept { return unexpected_bytes_; }  // the sum of Arrival::nbytes
   // Slots held, for tests of reclamation.
-  size_t capacity() const noexcept { return nodes_.size() + queues_.capacity(); }
+  size_t capacity() const noexcept { return nodes_.size() + queues_.capacity() + wild_channels_.capacity(); }
 
  private:
   static constexpr uint32_t kNil = UINT32_MAX;

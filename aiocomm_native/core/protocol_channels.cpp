@@ -14,11 +14,11 @@ uint32_t Engine::open_channel(const std::string& name, uint8_t cls, double weigh
   return id;
 }
 
-void Engine::close_channel(uint32_t id) {
+void Engine::close_channel(uint32_t id, bool for_good) {
   Token token(*this, true);
   Channel* channel = channels_.find(id);
   if (!channel || !channel->open) return;
-  channels_.close(*channel);
+  channels_.close(*channel, for_good);
   declare(channel->cls);
   ++channel->holders;  // until its operations have been told
   std::vector<Op*> live;
@@ -28,6 +28,11 @@ void Engine::close_channel(uint32_t id) {
     });
   for (Op* op : live)
     if (op->live) end_early(*op, Code::closed);
+  auto unread = [&](const Unexpected& kept) {
+    return kept.header.channel == channel->wire && nobody_waits_for(kept.header);
+  };
+  if (for_good)
+    for (uint64_t message : unexpected_.select(unread)) drop_unread(message);
   leave(*channel);
 }
 

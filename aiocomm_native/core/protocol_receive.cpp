@@ -200,11 +200,21 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
   kept.source = peer.rank;
   kept.generation = peer.generation;
   kept.keep(meta, payload);
+  const uint64_t id = unexpected_.next_id();
   unexpected_.put(std::move(kept));
   // The sender's bound may differ from ours; this one only stops a peer that keeps none.
   peer.held += kHeaderCost + header.payload_bytes;
   if (peer.held > kHeldFactor * (unexpected_max_ + (64 << 20)))
     throw ProtocolViolation("more unexpected messages than any bound allows");
+  if (channels_.is_gone(header.channel) && nobody_waits_for(header)) drop_unread(id);
+}
+
+// A message that nobody here will receive. What waits at its sender is left to that: it has it, and is told otherwise.
+void Engine::drop_unread(uint64_t id) {
+  matcher_.drop_arrival(id);
+  const Unexpected dropped = take_unexpected(id);
+  Peer* source = find_peer(dropped.source);
+  if (source && source->generation == dropped.generation) owe_credit(*source, dropped.header.payload_bytes);
 }
 
 // Nobody takes the message: its sender is told.

@@ -47,6 +47,11 @@ class Unexpected {
   std::array<std::byte, 104> inside_;  // dtype and shape, and a few words
 };
 
+// Its sender is done with it, and hears no more of it.
+inline bool nobody_waits_for(const FrameHeader& header) {
+  return header.kind == FrameKind::eager && !header.sop;
+}
+
 class UnexpectedStore {
  public:
   // The id under which the next put() stores.

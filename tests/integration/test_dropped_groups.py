@@ -100,3 +100,53 @@ async def test_a_communicator_goes_with_its_groups() -> None:
     gone = weakref.ref(comm)
     del comm, group
     await until(lambda: gc.collect() >= 0 and gone() is None)
+
+
+async def test_closed_groups_leave_nothing(pair: Pair) -> None:
+    """Neither channels, one of them urgent, nor words that came when this rank had closed its end."""
+
+    def known() -> list[dict[str, float]]:
+        names = ("channels", "flows", "unexpected_messages", "posted_receives", "window_bytes")
+        return [
+            {name: comm._engine.gauges(link)[name] for name in names}
+            for comm in pair
+            for link in comm._engine.link_names()
+        ]
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        group = await comm.group([0, 1])
+        rest = await group.shrink()
+        await rest.barrier()
+        group.close()
+        rest.close()
+
+    await all_call(pair, call)
+    await until(lambda: all(not one["unexpected_messages"] for one in known()))
+    before = known()
+    for _ in range(20):
+        await all_call(pair, call)
+    await until(lambda: known() == before)
+
+
+async def test_a_shrink_that_is_given_up_closes_with_its_group(pair: Pair) -> None:
+    groups: dict[int, Group] = {}
+
+    async def make(comm: aiocomm.Communicator) -> None:
+        groups[comm.rank] = await comm.group([0, 1])
+
+    def channels() -> int:
+        return int(pair[0]._engine.gauges("self")["channels"])
+
+    before = channels()
+    for closes in (True, False):
+        await all_call(pair, make)
+        with pytest.raises(aiocomm.DeadlineExceeded):
+            await groups[0].shrink(deadline=0.0)
+        assert channels() == before + 2
+        groups.pop(1).close()
+        left = groups.pop(0)
+        if closes:
+            left.close()
+        del left
+        gc.collect()
+        await until(lambda: channels() == before)

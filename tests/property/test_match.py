@@ -107,6 +107,11 @@ class MatchMachine(RuleBasedStateMachine):
         arrivals = [a for a in self.arrivals if a[1] == channel]
         self.check_purge(self.matcher.remove_channel(channel), recvs, arrivals)
 
+    @rule(channel=channels)
+    def forget(self, channel: int) -> None:
+        """It changes nothing that is seen."""
+        self.matcher.forget(channel)
+
     def check_purge(self, purged: tuple[list[int], list[int]], recvs: list, arrivals: list) -> None:
         assert purged == ([r[0] for r in recvs], [a[0] for a in arrivals])
         self.recvs = [r for r in self.recvs if r not in recvs]
@@ -150,6 +155,16 @@ class MatchMachine(RuleBasedStateMachine):
 
 MatchMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestMatcher = MatchMachine.TestCase
+
+
+def test_forgotten_channels_do_not_grow_memory() -> None:
+    matcher = Matcher()
+    matcher.arrive(0, 0, 0, 0, 0)  # nobody takes it: wildcards are met where something waits
+    for channel in range(1, 10_000):
+        assert matcher.post_recv(2 * channel, channel, ANY_SOURCE, ANY_TAG) is None
+        assert matcher.arrive(2 * channel + 1, channel, 1, 1, 8) == 2 * channel
+        matcher.forget(channel)
+        assert matcher.capacity < 100
 
 
 @pytest.mark.parametrize("unexpected_first", [False, True])

@@ -47,6 +47,7 @@ class SchedMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.flows: dict[int, ModelFlow] = {}
+        self.declared: set[int] = set()
         self.flying: list[Any] = []
         self.items = self.serial = 0
         self.pushed = self.completed = self.cancelled = 0
@@ -109,13 +110,27 @@ class SchedMachine(RuleBasedStateMachine):
             self.sched.set_ready(flow, ready)
             self.flows[flow].ready = ready
 
+    @rule(cls=st.integers(0, 3), declared=st.booleans())
+    def declare(self, cls: int, declared: bool) -> None:
+        self.sched.declare(cls, declared)
+        (self.declared.add if declared else self.declared.discard)(cls)
+        lowest = min((f.cls for f in self.flows.values()), default=4)
+        assert self.sched.has_urgent == bool(self.bounding(lowest))
+        groups = {(f.cls, flow // 2) for flow, f in self.flows.items() if f.ready and f.queue()}
+        assert self.sched.has_rivals == any(
+            one != other and one[0] == other[0] for one in groups for other in groups
+        )
+
+    def bounding(self, cls: int) -> set[int]:
+        return {u for u in self.declared | {f.cls for f in self.flows.values()} if u > cls}
+
     def below(self, cls: int) -> int:
         return sum(c.nbytes for c in self.flying if c.cls < cls)
 
     def admits(self, cls: int, nbytes: int) -> bool:
         if all(c.cls < cls for c in self.flying if c.nbytes):
             return True
-        for urgent in {f.cls for f in self.flows.values() if f.cls > cls}:
+        for urgent in self.bounding(cls):
             if self.below(urgent) + nbytes > self.sched.window(urgent - 1):
                 return False
         return self.below(4) + nbytes <= SMALL["max_window"]
@@ -412,6 +427,19 @@ def test_window_follows_the_measured_rate_where_urgent_flows_exist() -> None:
     assert (sched.chunk_size(1), sched.window(1)) == (128 << 10, 256 << 10)
     sched.remove_flow(1)
     assert (sched.chunk_size(1), sched.window(1)) == (4 << 20, 8 << 20)
+
+
+def test_a_class_bounds_others_while_it_is_declared() -> None:
+    sched = Scheduler()
+    sched.add_flow(0, 1, 1.0, 0)
+    wide = sched.chunk_size(1), sched.window(1)
+    sched.declare(2, True)
+    assert (sched.chunk_size(1), sched.window(1)) == (400_000, 800_000)
+    assert (sched.chunk_size(2), sched.window(2)) == wide
+    sched.declare(2, False)
+    assert (sched.chunk_size(1), sched.window(1)) == wide
+    with pytest.raises(ValueError, match="classes"):
+        sched.declare(4, True)
 
 
 def test_urgent_chunk_is_posted_over_a_full_window() -> None:
