@@ -72,7 +72,8 @@ class DeviceArray:
     ) -> None:
         self._memory = memory  # gives it back
         typestr = _TYPESTRS.get(form)
-        if typestr is None or math.prod(shape) * int(typestr[2:]) != nbytes:
+        # The peer's word may be of more elements than there are bytes, or of none along an endless side.
+        if typestr is None or math.prod(shape) * int(typestr[2:]) != nbytes or max(shape, default=0) >> 63:
             typestr, shape = "|u1", (nbytes,)
         self.address = address
         self.nbytes = nbytes

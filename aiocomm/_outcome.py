@@ -163,17 +163,20 @@ _STRINGS = {"s": "S", "w": "U", "x": "V"}  # of a length: 5s are 5 bytes to buff
 
 
 def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Shape received memory as the sender's array was shaped; unknown formats stay bytes.
+    """Shape received memory as the sender's array was shaped; what is no array of these bytes stays bytes.
 
-    The peer is not trusted: its bytes never become references to Python objects.
+    The peer is not trusted: its bytes never become references to Python objects, nor is there an array of
+    more elements than bytes, of which even a `repr` may have no end.
     """
     if format[-1:] in _STRINGS and (length := format[:-1].lstrip("<>=@")).isdecimal():
         format = f"{format[: -1 - len(length)]}{_STRINGS[format[-1]]}{length}"
     try:
         dtype = np.dtype(_COMPLEX.get(format, format))
-        if not dtype.hasobject:
-            return np.ndarray(shape, dtype, memory)
-    except (TypeError, ValueError):
+        if not dtype.hasobject and dtype.itemsize and dtype.kind not in "mM":
+            array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory)
+            if array.nbytes == len(memory):
+                return array
+    except Exception:  # as many kinds as there are ways to be wrong, such as dimensions of 64 bits
         pass
     return np.frombuffer(memory, np.uint8)
 
