@@ -334,4 +334,81 @@ void Engine::fail_hopeless_receives() {
     if (Op* op = ops_.find(id)) end_early(*op, Code::peer_lost);
 }
 
+// ---------------------------------------------------------------- ends told by the peer
+
+void Engine::on_fin(Peer& peer, const FrameHeader& header) {
+  Op* op = find(header.sop);
+  if (!op || op->peer != peer.rank || !op->awaits_fin) return;
+  auto code = static_cast<Code>(header.code);
+  if (code > kLastCode) throw ProtocolViolation("unknown outcome");
+  op->awaits_fin = false;
+  const bool fetched =
+      op->path == Path::none || (is_on_device(*op) && op->gpu->role == Role::stage_out && op->gpu->can_pull);
+  if (op->gpu) {
+    op->path = op->gpu->direct ? Path::read : op->gpu->role == Role::stage_out ? Path::staged : Path::device;
+  } else if (op->path == Path::none) {
+    // The peer has fetched it: where it cannot, a `cts` has said so.
+    const Path reach = peer.link->pull_path({});
+    const bool as_is = reach == Path::read || reach == Path::mapped;
+    op->path = op->nbytes == 0 ? Path::eager
+               : as_is         ? reach
+                               : (op->source_segment ? Path::mapped : Path::cma);
+  }
+  if (fetched) {
+    const uint8_t carrier = op->path == Path::device ? device_.index() : op->link;
+    counters_[carrier].bytes_sent += code == Code::ok ? op->nbytes : std::min(header.nbytes, op->nbytes);
+  }
+  if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
+  if (op->state == OpState::draining) {
+    settle(*op);
+    return;
+  }
+  if (code == Code::ok) {
+    op->moved = op->nbytes;
+    // Else it was said too early, and the buffer is still being read.
+    const bool staging = op->gpu && (op->gpu->inflight || op->gpu->in_sched);
+    if (op->inflight == 0 && !op->in_sched && !staging) return finish(*op, Code::ok);
+  }
+  end_early(*op, code);
+}
+
+// The sender of message `sop` gives it up.
+void Engine::on_cancel(Peer& peer, const FrameHeader& header) {
+  OpId sop = header.sop;
+  if (auto id = sop ? unexpected_.find(peer.rank, sop) : std::nullopt) {
+    matcher_.drop_arrival(*id);
+    const Unexpected kept = take_unexpected(*id);
+    if (kept.header.kind == FrameKind::eager) owe_credit(peer, kept.header.payload_bytes);
+    return send_fin(peer, sop, Code::cancelled, 0);
+  }
+  auto ours = [&](Op& op) { return op.peer == peer.rank && op.matched && op.remote_op == sop; };
+  Op* found = nullptr;
+  ops_.for_each_live([&](Op& op) {
+    if (op.kind == OpKind::recv && ours(op)) found = &op;
+  });
+  if (!found)
+    served_.for_each_live([&](Op& op) {
+      if (op.kind == OpKind::recv && ours(op)) found = &op;
+    });
+  if (!found) return;  // ended here already: its `fin` is on the way
+  end_early(*found, Code::peer_cancelled);
+}
+
+// The receiver of our message `sop` gives it up.
+void Engine::on_stop(Peer& peer, const FrameHeader& header) {
+  if (header.sop == 0 && header.rop) {  // a message that is being written into its buffer
+    Op* op = writing_into(peer, header.rop);
+    return op ? end_early(*op, Code::peer_cancelled) : send_quit(peer, header.rop, Code::ok);
+  }
+  Op* op = find(header.sop);
+  if (!op || op->peer != peer.rank) return;
+  if (op->kind == OpKind::recv || op->kind == OpKind::get || op->state == OpState::queued)
+    throw ProtocolViolation("a message is given up that was never sent");
+  op->awaits_fin = false;
+  if (op->state == OpState::draining)
+    settle(*op);
+  else
+    end_early(*op, Code::peer_cancelled);
+}
+
 }  // namespace aiocomm
