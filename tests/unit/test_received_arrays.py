@@ -12,7 +12,9 @@ HUGE = [(1 << 63,), ((1 << 64) - 1,), (1 << 62, 1 << 62), (0, 1 << 63)]
 
 
 @pytest.mark.parametrize("shape", HUGE)
-@pytest.mark.parametrize("format", ["B", "d", "V0", "S0", "O", "M8", "a5", "f,f", "(2,3)f", "{", "99999999", ""])
+@pytest.mark.parametrize(
+    "format", ["B", "d", "V0", "S0", "O", "M8", "a5", "f,f", "(2,3)f", "{", "99999999", ""]
+)
 @pytest.mark.parametrize("nbytes", [0, 8])
 def test_what_cannot_be_is_bytes(shape: tuple[int, ...], format: str, nbytes: int) -> None:
     array = _outcome.make_array(bytearray(nbytes), format, shape)
