@@ -174,7 +174,7 @@ def make_array(memory: Any, format: str, shape: tuple[int, ...]) -> np.ndarray[A
         dtype = np.dtype(_COMPLEX.get(format, format))
         if not dtype.hasobject and dtype.itemsize and dtype.kind not in "mM":
             array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory)
-            if array.nbytes == len(memory):
+            if array.nbytes == memoryview(memory).nbytes:
                 return array
     except Exception:  # as many kinds as there are ways to be wrong, such as dimensions of 64 bits
         pass
