@@ -122,7 +122,7 @@ class DeviceDispatch(DeviceExchange):
         return self._entries[0], argument, sum(run[2] for run in runs), self._after
 
     def _pinned_for(self, _name: str, nbytes: int) -> Pinned:
-        """Where one of the small arrays is read back to."""
+        """Where one of the small arrays is read back to; calls that repeat have a place for each name."""
         return self._borrow_pinned(nbytes)
 
     async def _prepare(self, keys: list[int]) -> list[int]:
@@ -348,7 +348,6 @@ class DeviceCombine(DeviceExchange):
         result: str,
     ) -> None:
         super().__init__(scope, setting, "combine", text, dispatched._placement, dispatched._sent)
-        self._dispatched = dispatched
         self._outputs = outputs
         self._found = dispatched._found
         self._count = dispatched._count
