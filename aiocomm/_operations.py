@@ -393,7 +393,12 @@ class Operations:
         return channel._index
 
     def notifications(self) -> Feed[Notification]:
-        """Notifications of peers' puts, in the order of their arrival; each is given to one iterator only."""
+        """Notifications of peers' puts, in the order of their arrival; each is given to one iterator only.
+
+        Those that nobody iterates over are kept, without a bound: what a peer pays with a put, the owner pays
+        with memory. Iterate wherever peers notify, if only to drop what comes, or have them put without
+        `notify`. The iteration ends when the communicator closes; leaving it loses nothing.
+        """
         return Share(self._notes)
 
     # ------------------------------------------------------------ refusals

@@ -18,7 +18,9 @@ __all__ = ["Channel"]
 class Channel:
     """A scope of its own for tags and order, with a priority and a weight. Made by `comm.channel`.
 
-    Its operations are the communicator's, with this channel. Channels do not order or block each other.
+    Its operations are the communicator's, with this channel: arguments, errors and cancellation are those of
+    the method of the same name there, and what all operations have in common is with `Communicator`. Besides,
+    `ClosedError` ends them once the channel is closed. Channels do not order or block each other.
     """
 
     def __init__(self, comm: Operations, name: str, index: int, priority: Priority, weight: float) -> None:
@@ -39,7 +41,15 @@ class Channel:
         synchronous: bool = False,
         stream: Any = None,
     ) -> Transfer[None]:
-        """`Communicator.send` on this channel."""
+        """`Communicator.send` on this channel.
+
+        Cancelling the await cancels the transfer, and ends once the array is the caller's again.
+
+        Raises (from the transfer, but the first from the call):
+            UsageError: the arguments are wrong.
+            PeerLostError, TransferCancelled, TruncationError: the receiver is gone, gave up, or has no room.
+            LinkError, DeadlineExceeded, ClosedError: the link failed, the deadline passed, this was closed.
+        """
         return self._comm.send(
             array, dst, tag=tag, channel=self, deadline=deadline, synchronous=synchronous, stream=stream
         )
@@ -47,7 +57,11 @@ class Channel:
     def send_nowait(
         self, array: Any, dst: int, *, tag: int = 0, deadline: float | None = None, stream: Any = None
     ) -> Transfer[None]:
-        """`Communicator.send_nowait` on this channel."""
+        """`Communicator.send_nowait` on this channel: as `send`.
+
+        Raises:
+            WouldBlock: the message cannot be handed over at once; nothing was submitted.
+        """
         return self._comm.send_nowait(array, dst, tag=tag, channel=self, deadline=deadline, stream=stream)
 
     def recv(
@@ -59,7 +73,15 @@ class Channel:
         deadline: float | None = None,
         stream: Any = None,
     ) -> Transfer[Status]:
-        """`Communicator.recv` on this channel."""
+        """`Communicator.recv` on this channel.
+
+        Cancelling the await cancels the transfer, and ends once nothing writes into `out` any more.
+
+        Raises (from the transfer, but the first from the call):
+            UsageError: the arguments are wrong.
+            PeerLostError, TransferCancelled, TruncationError: the sender is gone, gave up, or sent too much.
+            LinkError, DeadlineExceeded, ClosedError: the link failed, the deadline passed, this was closed.
+        """
         return self._comm.recv(out, src, tag=tag, channel=self, deadline=deadline, stream=stream)
 
     def recv_array(
@@ -70,7 +92,7 @@ class Channel:
         deadline: float | None = None,
         device: int | None = None,
     ) -> Transfer[Any]:
-        """`Communicator.recv_array` on this channel."""
+        """`Communicator.recv_array` on this channel: errors and cancellation as of `recv`."""
         return self._comm.recv_array(src, tag=tag, channel=self, deadline=deadline, device=device)
 
     def put(
@@ -82,13 +104,26 @@ class Channel:
         deadline: float | None = None,
         stream: Any = None,
     ) -> Transfer[None]:
-        """`Communicator.put` on this channel."""
+        """`Communicator.put` on this channel.
+
+        Cancelling the await cancels the transfer, and ends once the array is the caller's again; a
+        notification whose data were on their way may arrive all the same.
+
+        Raises (from the transfer, but the first from the call):
+            UsageError: the arguments are wrong, or the region is read-only or too small.
+            PeerLostError, StaleHandleError: the owner is gone, or has closed the region.
+            LinkError, DeadlineExceeded, ClosedError: the link failed, the deadline passed, this was closed.
+        """
         return self._comm.put(array, remote, notify=notify, channel=self, deadline=deadline, stream=stream)
 
     def get(
         self, remote: RemoteRegion, into: Any, *, deadline: float | None = None, stream: Any = None
     ) -> Transfer[None]:
-        """`Communicator.get` on this channel."""
+        """`Communicator.get` on this channel.
+
+        Cancelling the await cancels the transfer, and ends once nothing writes into `into` any more. Raises
+        what `put` does.
+        """
         return self._comm.get(remote, into, channel=self, deadline=deadline, stream=stream)
 
     @property

@@ -125,8 +125,10 @@ class Group(Collectives, ExpertOperations):
         """End this rank's operations in the group with `ClosedError`. Idempotent.
 
         What other ranks wait for this one to do, or have it do next on a channel that it has used, ends with
-        `TransferCancelled`. Closing is optional: a group that nobody has any more, and whose calls have
-        ended, closes by itself.
+        `TransferCancelled`. Channels that its calls were given stay open, being the communicator's; the
+        native ones that it has made for itself on them are closed once the others were told, or after five
+        seconds for those who do not listen. Closing is optional: a group that nobody has any more, and whose
+        calls have ended, closes by itself.
         """
         if self._closed:
             return

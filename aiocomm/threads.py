@@ -25,9 +25,10 @@ class ThreadedCommunicator:
     """`comm.from_thread`: each call blocks its thread until the operation has ended, and returns its result.
 
     The loop must be running: it submits the operation. Arguments and errors are those of the communicator's
-    method. Besides:
+    method: also those that its transfer ends with, such as `PeerLostError` and `DeadlineExceeded`. Besides:
 
-    - `ClosedError` also if the loop has ended, or ends meanwhile; `TransferCancelled` if this side cancels.
+    - `ClosedError` also if the loop has ended, or ends meanwhile.
+    - `TransferCancelled` also if this side cancels it.
     - `UsageError`: this is the loop's own thread, which the call would block.
     - `deadline=` counts from when the loop submits it, so one that is stuck is waited for.
     - An exception that interrupts the call, such as `KeyboardInterrupt`, cancels the operation, and comes out
@@ -39,24 +40,24 @@ class ThreadedCommunicator:
         self._backend = backend
 
     def send(self, array: Any, dst: int, **options: Any) -> None:
-        """`Communicator.send`, blocking."""
+        """`Communicator.send`, blocking. Errors and interrupts: see the class."""
         self._run(lambda: self._comm.send(array, dst, **options))
 
     def recv(self, out: Any, src: int = -1, **options: Any) -> Status:
-        """`Communicator.recv`, blocking."""
+        """`Communicator.recv`, blocking. Errors and interrupts: see the class."""
         status: Status = self._run(lambda: self._comm.recv(out, src, **options))
         return status
 
     def recv_array(self, src: int = -1, **options: Any) -> Any:
-        """`Communicator.recv_array`, blocking."""
+        """`Communicator.recv_array`, blocking. Errors and interrupts: see the class."""
         return self._run(lambda: self._comm.recv_array(src, **options))
 
     def put(self, array: Any, remote: RemoteRegion, **options: Any) -> None:
-        """`Communicator.put`, blocking."""
+        """`Communicator.put`, blocking. Errors and interrupts: see the class."""
         self._run(lambda: self._comm.put(array, remote, **options))
 
     def get(self, remote: RemoteRegion, into: Any, **options: Any) -> None:
-        """`Communicator.get`, blocking."""
+        """`Communicator.get`, blocking. Errors and interrupts: see the class."""
         self._run(lambda: self._comm.get(remote, into, **options))
 
     def _run(self, submit: Callable[[], Any]) -> Any:
