@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <map>
 #include <mutex>
@@ -40,7 +41,8 @@ std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
         "cannot make a shared segment of " + std::to_string(nbytes) + " bytes: no process has as many",
         ENOMEM);
   auto segment = std::make_shared<Segment>();
-  const uint64_t room = (Segment::mapped_bytes(nbytes) + 4095) / 4096 * 4096;
+  const uint64_t pages = std::max<uint64_t>(1, (nbytes + 4095) / 4096),
+                 room = Segment::mapped_bytes(pages * 4096);
   segment->fd = memfd_create("aiocomm-array", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (segment->fd < 0) throw LinkFailure("cannot make a shared segment (memfd_create)", errno);
   if (ftruncate(segment->fd, static_cast<off_t>(room)) != 0)
@@ -51,7 +53,7 @@ std::shared_ptr<Segment> Segments::allocate(uint64_t nbytes) {
   if (base == MAP_FAILED)
     throw LinkFailure("cannot map a shared segment of " + std::to_string(room) + " bytes", errno);
   segment->base = static_cast<std::byte*>(base);
-  segment->nbytes = room - sizeof(Segment::End);
+  segment->nbytes = pages * 4096;  // whole ones, as adapters register them
   madvise(base, room, MADV_HUGEPAGE);
   std::lock_guard lock(impl_->mutex);
   segment->id = impl_->next_id++;

@@ -1,4 +1,4 @@
-// needs: core/c[lm]*.cpp core/copier.cpp core/de*.cpp core/engine.cpp core/fair_queue.cpp core/li[ns]*.cpp core/match.cpp
+// needs: core/c[hlm]*.cpp core/copier.cpp core/de*.cpp core/engine.cpp core/f[al][io]*.cpp core/li[ns]*.cpp core/match.cpp
 // needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/sched*.cpp core/spin.cpp
 // needs: core/statistics.cpp
 //
