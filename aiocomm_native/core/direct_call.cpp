@@ -167,8 +167,7 @@ bool DirectCall::move(Arena& arena, bool push, size_t other, uint64_t chunk) {
   if (!arena.enter(rank_)) return false;
   const There& there = this->there(arena, other);
   const std::byte* from = kind_ == Kind::all_reduce ? out_ : given_;
-  if (shares() && there_[root_].given)
-    from = there_[root_].given;  // what was written here may be past the caches
+  if (shares() && there_[root_].given) from = there_[root_].given;
   error_ = push ? write(other, there, pair.to + at, from + pair.from + at, nbytes)
                 : read(other, there, pair.from + at, out_ + pair.to + at, nbytes);
   arena.leave(rank_);
@@ -188,8 +187,11 @@ bool DirectCall::share(Arena& arena) {
     if (next == all) return false;
     sharing_ = {true, next, 0};
   }
+  // Where the root's array is mapped all is copied from there, and what this rank gets itself comes last: with that the root
+  // is told that its array has been read, and may change it. Else the others get what this rank has got first.
+  const size_t first = rank_ != root_ && there(arena, root_).given ? 1 : 0;
   for (; sharing_.has < ranks_; ++sharing_.has) {
-    const size_t other = (root_ + sharing_.has) % ranks_;
+    const size_t other = (root_ + first + sharing_.has) % ranks_;
     if (other != rank_ && !move(arena, other != root_, other, sharing_.chunk)) return false;
   }
   sharing_.is = false;

@@ -168,6 +168,24 @@ async def test_arrays_of_both_kinds_may_be_mixed() -> None:
         await _arrays_of_both_kinds(comm)
 
 
+async def _changed_at_once(comm: aiocomm.Communicator) -> None:
+    root = comm.size - 1
+    for empty in (np.empty, aiocomm.empty):
+        x = empty(SIZES["chunks"], np.float64)
+        for turn in range(400):
+            x[:] = 10 * turn + comm.rank
+            await comm.broadcast(x, root)
+            assert (x == 10 * turn + root).all()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+async def test_the_root_may_change_its_array_once_its_call_has_ended(size: int) -> None:
+    """Others copy it for each other, not from the root any more."""
+    async with aiocomm.spawn(_changed_at_once, size - 1, links="shm") as comm:
+        await _changed_at_once(comm)
+
+
 def _mapped() -> int:
     """Shared arrays that this process has mapped, its own among them."""
     return Path("/proc/self/maps").read_text().count("memfd:aiocomm-array")
