@@ -78,11 +78,18 @@ async def reach(
                     failures[str(address)] = error
     finally:
         for task in attempts:
-            task.cancel()
-        for left in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(left, Stream):
-                left.close()
+            if task.done():
+                _let_go(task)
+            else:  # whoever is cancelled once more does not wait for this
+                task.cancel()
+                task.add_done_callback(_let_go)
+        await asyncio.gather(*attempts, return_exceptions=True)
     raise _sum_up(failures)
+
+
+def _let_go(attempt: asyncio.Task[Stream]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
 
 
 async def _attempt(
