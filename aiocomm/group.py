@@ -238,8 +238,7 @@ class Group(Collectives, ExpertOperations):
             self._indices.append(index)
             scope = self._scopes[name] = Scope(self._comm, self, index)
             scope.channel = channel
-        if channel is not None and (channel.closed or scope.channel is not channel):
-            self._use(scope, channel)
+        self._use(scope, channel)
         return scope
 
     def _expert_scope(self, channel: Channel | None) -> tuple[Scope, int]:
@@ -257,16 +256,17 @@ class Group(Collectives, ExpertOperations):
             self._indices += [urgent, bulk]
             found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
             found[0].channel = channel
-        scope, bulk = found
-        if channel is not None and (channel.closed or scope.channel is not channel):
-            self._use(scope, channel)
+        self._use(found[0], channel)
         return found
 
-    def _use(self, scope: Scope, channel: Channel) -> None:
-        """Use a scope after its channel was closed, which may be open again."""
+    def _use(self, scope: Scope, channel: Channel | None) -> None:
+        """Refuse a scope whose channel is closed; go on with one whose channel is open again."""
+        if channel is None:
+            return
         if channel.closed:
             closing.refuse(scope, channel)
-        closing.resume(scope, channel)
+        if scope.channel is not channel:
+            closing.resume(scope, channel)
 
     def _is_member(self, rank: int) -> bool:
         """Whether who has a rank of the group now is who had it when the group was made."""

@@ -29,6 +29,7 @@ from aiocomm.errors import (
     TransferCancelled,
     UsageError,
 )
+from aiocomm.region import look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -153,8 +154,7 @@ class Flight:
             return  # it was seen before its callback came
         del self._flying[key]
         if transfer.cancelled() or self._over:
-            if not transfer.cancelled():
-                transfer.exception()
+            look_away(transfer)
             self._gate.ring()
             return
         if (error := transfer.exception()) is not None:

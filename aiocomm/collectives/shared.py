@@ -26,6 +26,7 @@ from aiocomm.collectives.quick import operator_of
 from aiocomm.collectives.scope import TAG_BITS
 from aiocomm.collectives.steps import Recv
 from aiocomm.errors import DeadlineExceeded, LinkError, PeerLostError, TransferCancelled
+from aiocomm.region import look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ class Place:
 
     def _sent(self, told: Any) -> None:
         """Until then the scope is kept, although nobody may need it any more."""
-        if not told.cancelled():
-            told.exception()
+        look_away(told)
 
     def _found(self, receive: Any) -> None:
         self.expected = False

@@ -178,7 +178,7 @@ class PySharedCall {
   }
 
   // Arrays of a call that nobody has any more, and that a rank which stands still has entered: it may go on later, and write
-  // there. They are looked at whenever a call is made; where it never goes on, this process keeps them to its end.
+  // there. They are looked at whenever another is made; where it never goes on, this process keeps them to its end.
   struct Kept {
     std::shared_ptr<Meeting> meeting;
     std::unique_ptr<Arrays> arrays;

@@ -276,7 +276,7 @@ bool DirectCall::advance(Arena& arena) {
   if (kind_ == Kind::all_reduce) return fold(arena);
   if (shares()) return share(arena);
   if (left_over_.is) {
-    if (error_ && !arena.is_rank(left_over_.other, processes_[left_over_.other])) return false;
+    if (!may_try_again(arena)) return false;
     if (!move(arena, left_over_.push, left_over_.other, left_over_.chunk)) return false;
   }
   bool did = false;
