@@ -172,7 +172,7 @@ class ControlPlane:
 
     async def _join(self, text: str) -> Welcome:
         world = self._world
-        address = parse(text)
+        address = asked = parse(text)
         key = world.token.encode() if world.token is not None else None
         if world.rank == 0:
             hosting = self._hosting = Host(world.size, address, key, self._settings, host_rank=0)
@@ -188,7 +188,6 @@ class ControlPlane:
         endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         self._stack.push_async_callback(endpoints.aclose)
         await endpoints.look_up_host()
-        asked = parse(text)
         exact = isinstance(asked, UnixAddress) or (isinstance(asked, TcpAddress) and asked.is_exact)
 
         def make_card(stream: Stream) -> PeerCard:
