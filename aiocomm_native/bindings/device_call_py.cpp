@@ -93,25 +93,35 @@ bool DeviceCall::bind(Mover& mover, const DeviceLent& lent, Bound& into, uint64_
   return true;
 }
 
-int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
-  if (running_ || number < resumes_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
+// False: not with these arrays, or not now.
+bool DeviceCall::takes(PyEngine& e, const DeviceLent& given, const DeviceLent& out,
+                       std::array<Bound, 2>& arrays) const {
+  if (!e.on_submit.empty() || !e.on_complete.empty()) return false;
   Mover* mover = e.engine->mover();
-  std::array<Bound, 2> arrays;
-  if (!mover || !bind(*mover, given, arrays[kIn], Mover::kNoStream)) return kNotMet;
+  if (!mover || !bind(*mover, given, arrays[kIn], Mover::kNoStream)) return false;
   // What both are on is asked about, and waited for, once: each time costs the driver a microsecond.
   const uint64_t waited = arrays[kIn].gpu ? given.view.stream : Mover::kNoStream;
-  if (!bind(*mover, out, arrays[kOut], waited)) return kNotMet;
+  if (!bind(*mover, out, arrays[kOut], waited)) return false;
   for (size_t i = 0; i < arrays.size(); ++i)
-    if (arrays[i].nbytes != needs_[i] || arrays[i].address % item_) return kNotMet;
+    if (arrays[i].nbytes != needs_[i] || arrays[i].address % item_) return false;
   const Bound &in = arrays[kIn], &into = arrays[kOut];
   if ((!in.gpu && !into.gpu) || (in.gpu && into.gpu && in.gpu->device != into.gpu->device) ||
       in.overlaps(into))
-    return kNotMet;
+    return false;
   for (const auto& [start, nbytes] : e.receiving) {
     const auto first = reinterpret_cast<uint64_t>(start);
-    if (first < into.address + into.nbytes && into.address < first + nbytes) return kNotMet;
+    if (first < into.address + into.nbytes && into.address < first + nbytes) return false;
   }
-  if (combining_ && (into.gpu ? into : in).gpu->device != combining_.device) return kNotMet;
+  return !combining_ || (into.gpu ? into : in).gpu->device == combining_.device;
+}
+
+int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
+  if (running_ || number < resumes_) return kNotMet;
+  std::array<Bound, 2> arrays;
+  if (!takes(e, given, out, arrays)) {
+    meeting_->not_coming(number);
+    return kNotMet;
+  }
   arrays_ = std::move(arrays);
   keeps_ = nb::make_tuple(given.owner.is_valid() ? given.owner : nb::none(),
                           out.owner.is_valid() ? out.owner : nb::none());

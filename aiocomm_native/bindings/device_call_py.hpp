@@ -111,6 +111,7 @@ class DeviceCall {
   uint64_t number_ = 0, words_ = 0;  // of the call, and of those that have words
   // `waited`: a stream that the call waits for in any case.
   static bool bind(Mover& mover, const DeviceLent& lent, Bound& into, uint64_t waited);
+  bool takes(PyEngine& e, const DeviceLent& given, const DeviceLent& out, std::array<Bound, 2>& arrays) const;
   std::array<Bound, 2> arrays_;
   nb::object keeps_;
   std::vector<Arena::Places> places_;

@@ -165,7 +165,7 @@ struct Meeting {
       const uint32_t rung = arena->rung(Arena::Bell::begins);
       if (may_arrive(number, early)) break;
       unlocked.now();
-      if (!waits || now - began > longest) return stays ? Begun::open : Begun::not_met;
+      if (!waits || now - began > longest) return stays ? Begun::open : not_coming(number);
       wait_for(Arena::Bell::begins, rung, now, began, began + longest, brief);
       now = now_ns();
     }
@@ -192,7 +192,7 @@ struct Meeting {
       const uint32_t rung = arena->rung(Arena::Bell::begins);
       if (!may_arrive(number, early)) {
         if (crowded) arena->sleep(Arena::Bell::begins, rung, kMeetNs);
-        return began < closes_ns ? Begun::open : Begun::not_met;
+        return began < closes_ns ? Begun::open : not_coming(number);
       }
       arrive(number, text, prepare);
     }
@@ -215,8 +215,19 @@ struct Meeting {
     }
   }
 
+  // This rank makes a call by messages, at which it has not arrived: the others need not wait for it. All of its earlier
+  // calls have ended; where some are still in the one before by that word, they find out by themselves.
+  Begun not_coming(uint64_t number) const {
+    if (arena->all_done(met[number % 2])) arena->close(number);
+    return Begun::not_met;
+  }
+
   // Gives up a call that is open. True: all ranks have met all the same.
-  bool leave(uint64_t number) const { return has_arrived && arena->close(number) == Arena::Meeting::met; }
+  bool leave(uint64_t number) const {
+    if (has_arrived) return arena->close(number) == Arena::Meeting::met;
+    not_coming(number);
+    return false;
+  }
 
   template <typename Prepare>
   Arena::Meeting arrive(uint64_t number, const std::string& text, const Prepare& prepare) {

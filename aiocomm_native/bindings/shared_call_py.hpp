@@ -73,17 +73,13 @@ class PySharedCall {
   }
 
   int attempt(PyEngine& e, uint64_t number, nb::handle given, nb::handle out) {
-    if (running_ || !e.on_submit.empty() || !e.on_complete.empty()) return kNotMet;
-    const bool writes = kind_ != SharedCall::Kind::broadcast || !is_root_;
+    if (running_) return kNotMet;
     Arrays arrays;
-    if (!arrays.in.borrow(given.ptr(), false) || !arrays.out.borrow(out.ptr(), writes)) return kNotMet;
-    const Lent &in = arrays.in, &into = arrays.out;
-    if (in.nbytes != rings_.in_bytes() || into.nbytes != rings_.out_bytes() || in.overlaps(into))
+    if (!takes(e, given, out, arrays)) {
+      meeting_->not_coming(number);
       return kNotMet;
-    for (const Lent* one : {&in, &into})
-      if (reinterpret_cast<uintptr_t>(one->data) % item_) return kNotMet;
-    for (const auto& [start, nbytes] : e.receiving)
-      if (start < into.data + into.nbytes && into.data < start + nbytes) return kNotMet;
+    }
+    const Lent &in = arrays.in, &into = arrays.out;
     const bool waits = loop_has_nothing_else(&e);
     number_ = number;
     if (!meeting_->turns) meeting_->turns = e.turns;
@@ -238,6 +234,21 @@ class PySharedCall {
     ran = {};
     const bool direct = able && arena.all_reach() && choice_->next();
     arena.choose(number_, direct ? Arena::Way::direct : Arena::Way::rings);
+  }
+
+  // False: not with these arrays, or not now.
+  bool takes(PyEngine& e, nb::handle given, nb::handle out, Arrays& arrays) const {
+    if (!e.on_submit.empty() || !e.on_complete.empty()) return false;
+    const bool writes = kind_ != SharedCall::Kind::broadcast || !is_root_;
+    if (!arrays.in.borrow(given.ptr(), false) || !arrays.out.borrow(out.ptr(), writes)) return false;
+    const Lent &in = arrays.in, &into = arrays.out;
+    if (in.nbytes != rings_.in_bytes() || into.nbytes != rings_.out_bytes() || in.overlaps(into))
+      return false;
+    for (const Lent* one : {&in, &into})
+      if (reinterpret_cast<uintptr_t>(one->data) % item_) return false;
+    for (const auto& [start, nbytes] : e.receiving)
+      if (start < into.data + into.nbytes && into.data < start + nbytes) return false;
+    return true;
   }
 
   // kPending: all ranks have met.

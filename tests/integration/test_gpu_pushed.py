@@ -241,6 +241,21 @@ async def test_arrays_that_could_not_be_mapped_once(
         await work(comm)
 
 
+async def test_a_rank_that_cannot_take_part_says_so(gpu: Driver) -> None:
+    """The others do not wait for it: its submissions are looked at, which are those of messages."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        for turn in range(2):
+            await all_call(comms, lambda comm, turn=turn: gather_all(comm, turn, 3000))
+        assert ways(comms[0]) == {"all_gather/direct": 1, "all_gather/pushed": 1}
+        submissions = comms[1].links["cuda"].submissions()
+        for turn in range(2, 8):
+            await all_call(comms, lambda comm, turn=turn: gather_all(comm, turn, 3000))
+        assert ways(comms[0]) == ways(comms[1]) == {"all_gather/direct": 7, "all_gather/pushed": 1}
+        await submissions.aclose()
+        await all_call(comms, lambda comm: gather_all(comm, 8, 3000))
+        assert ways(comms[0]) == ways(comms[1]) == {"all_gather/direct": 7, "all_gather/pushed": 2}
+
+
 async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: str) -> None:
     """In a call whose ranks have met: the others hear of it, and go on without it."""
     if anyio_backend_name == "trio":
