@@ -188,8 +188,8 @@ def look_away(transfer: Transfer[Any]) -> None:
 
 def withdraw(receive: Transfer[Any]) -> None:
     """Give up a receive of the runtime's own; a failure of its own is no news."""
-    if not receive.cancel() and not receive.cancelled():
-        receive.exception()
+    if not receive.cancel() and receive.done():
+        look_away(receive)
 
 
 async def exchange(comm: Operations, region: Region, with_: int, limit: float) -> RemoteRegion:

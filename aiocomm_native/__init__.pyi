@@ -69,7 +69,10 @@ class Transfer(Future[T]):  # type: ignore[type-var]
         """Whether it was cancelled by this side."""
 
     def cancel(self, msg: object = None) -> bool:
-        """Cancel it; False if it has ended. It ends, as cancelled, once nothing touches its buffer."""
+        """Cancel it, so that it ends as cancelled once nothing touches its buffer.
+
+        False: it has ended, or all is done but giving back its memory, and its outcome stands.
+        """
 
     def add_done_callback(
         self, callback: Callable[[Transfer[T]], object], *, context: Context | None = None

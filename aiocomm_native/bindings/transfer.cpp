@@ -105,14 +105,15 @@ PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
   bool going;
   Py_BEGIN_ALLOW_THREADS going = engine->engine->cancel(op, Code::cancelled);
   Py_END_ALLOW_THREADS
-      // It may have ended meanwhile on another thread; then its outcome waits in the completion queue and stands.
+      // It may have ended meanwhile on another thread; then its outcome waits in the completion queue and stands. So it
+      // does where all is moved, and only its memory is still being given back.
       if (message != Py_None) Py_XSETREF(t->cancel_message, Py_NewRef(message));
   int drained;
   do {
     drained = engine->drain(256);
   } while (!going && drained && t->outcome == Outcome::pending);
-  if (t->outcome == Outcome::done || t->outcome == Outcome::failed) Py_RETURN_FALSE;
-  Py_RETURN_TRUE;
+  if (t->outcome == Outcome::cancelled || (going && t->outcome == Outcome::pending)) Py_RETURN_TRUE;
+  Py_RETURN_FALSE;
 }
 
 PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* kwargs) {
@@ -335,8 +336,9 @@ PyMethodDef methods[] = {
     {"cancelled", transfer_cancelled, METH_NOARGS, "Whether the transfer was cancelled by this side."},
     {"cancel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_cancel)),
      METH_VARARGS | METH_KEYWORDS,
-     "Cancels; returns False if the transfer has ended. It ends, as cancelled, once nothing touches its "
-     "buffer."},
+     "Cancels; False if it has ended, or all is done but giving back its memory, whose outcome stands. Else "
+     "it ends, as "
+     "cancelled, once nothing touches its buffer."},
     {"add_done_callback",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_add_done_callback)),
      METH_VARARGS | METH_KEYWORDS, "Calls back with the transfer, on its loop, when it has ended."},

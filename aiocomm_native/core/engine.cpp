@@ -215,6 +215,7 @@ void Engine::begin_submitted() { Token token(*this, true); }
 bool Engine::cancel(Op* op, Code why) {
   Token token(*this, true);
   if (!op->live) return false;
+  if (op->letting_go && op->code == Code::ok) return false;  // the other end has been told that it is done
   if (why == Code::cancelled) op->cancel_requested = true;
   end_early(*op, why);
   return true;
