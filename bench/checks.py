@@ -10,7 +10,7 @@ from . import figures
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .model import Better, Rule, Sample
+    from .model import Better, Rule, Sample, Suite
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def judge(rule: Rule, samples: Sequence[Sample]) -> Verdict:
     return Verdict(rule, figure, figures.holds(figure.median, rule.relation, rule.bound))
 
 
-def judge_all(rules: Sequence[Rule], samples: Sequence[Sample]) -> list[Verdict]:
-    """Return a verdict for each rule."""
-    return [judge(rule, samples) for rule in rules]
+def judge_all(suite: Suite, samples: Sequence[Sample]) -> list[Verdict]:
+    """Return a verdict for each rule of a suite. Samples of others, which are named alike, do not count."""
+    own = [sample for sample in samples if sample.suite == suite.name]
+    return [judge(rule, own) for rule in suite.rules]

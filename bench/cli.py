@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"aiocomm bench: {_why_nothing(samples, missing)}; no file is written", file=sys.stderr)
         return 130 if interrupted else 1
     out = args.out or _unused(_results_folder(), here.kind, today)
-    verdicts = [v for suite in suites for v in checks.judge_all(suite.rules, samples)]
+    verdicts = [v for suite in suites for v in checks.judge_all(suite, samples)]
     record.save(out, result, verdicts)
     console.print(f"written to {out}")
     return 130 if interrupted else status
@@ -129,7 +129,7 @@ def _report(console: Console, result: record.Record, suites: list[Suite], check:
             console.print(ratios)
         for line in table.footnotes(suite, result.options, samples):
             console.print(line, style="dim", markup=False, highlight=False)
-        verdicts += checks.judge_all(suite.rules, samples)
+        verdicts += checks.judge_all(suite, samples)
     if check or any(v.figure for v in verdicts):
         console.print(table.of_verdicts(verdicts))
     return int(check and any(v.passed is not True for v in verdicts))

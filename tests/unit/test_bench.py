@@ -179,16 +179,23 @@ def test_ratio_table_compares_tcp_with_tcp_alone() -> None:
 
 
 def test_verdict_table_names_each_rule() -> None:
-    text = shown(table.of_verdicts(checks.judge_all(suite().rules, samples(ours=[2.0], fast=[1.0]))))
+    text = shown(table.of_verdicts(checks.judge_all(suite(), samples(ours=[2.0], fast=[1.0]))))
     assert "FAIL" in text
     assert "not measured" in text
+
+
+def test_a_suite_is_judged_by_its_own_samples() -> None:
+    others = [replace(sample, suite="canned-3") for sample in samples(ours=[9.0], fast=[1.0])]
+    verdict = checks.judge_all(suite(), [*samples(ours=[1.0], fast=[1.0]), *others])[0]
+    assert verdict.figure is not None
+    assert (verdict.figure.median, verdict.passed) == (1.0, True)
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     options = Options(rounds=2, peers=("a",), sizes=(8,))
     taken = record.Record({"cores": 2}, "2026-01-01", options, tuple(samples(ours=[1.5, 2.5])), {"x": "pip"})
     path = tmp_path / "new" / "result.json"
-    record.save(path, taken, checks.judge_all(suite().rules, taken.samples))
+    record.save(path, taken, checks.judge_all(suite(), taken.samples))
     assert record.load(path) == taken
     assert json.loads(path.read_text())["checks"][1]["verdict"] == "not measured"
     path.write_text('{"format": 99}')
