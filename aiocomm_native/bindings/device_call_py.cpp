@@ -116,9 +116,9 @@ bool DeviceCall::takes(PyEngine& e, const DeviceLent& given, const DeviceLent& o
 }
 
 int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, const DeviceLent& out) {
-  if (running_ || number < resumes_) return kNotMet;
+  if (running_) return kNotMet;
   std::array<Bound, 2> arrays;
-  if (!takes(e, given, out, arrays)) {
+  if (number < resumes_ || !takes(e, given, out, arrays)) {
     meeting_->not_coming(number);
     return kNotMet;
   }
