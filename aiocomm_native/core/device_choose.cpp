@@ -414,11 +414,12 @@ void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
   if (!op || op->peer != peer.rank || !op->gpu || op->gpu->role != Role::pushed || !op->gpu->remote_writes)
     return;
   op->gpu->remote_writes = false;
+  auto code = static_cast<Code>(header.code);
   if (op->state == OpState::draining) {
+    if (code == Code::ok && !op->gpu->relay) engine_.done_after_all(*op);
     engine_.settle(*op);
     return;
   }
-  auto code = static_cast<Code>(header.code);
   if (code > kLastCode) throw ProtocolViolation("unknown outcome");
   if (code == Code::ok) {
     if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");

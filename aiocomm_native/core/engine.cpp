@@ -215,7 +215,8 @@ void Engine::begin_submitted() { Token token(*this, true); }
 bool Engine::cancel(Op* op, Code why) {
   Token token(*this, true);
   if (!op->live) return false;
-  if (op->letting_go && op->code == Code::ok) return false;  // the other end has been told that it is done
+  // The other end knows that it is done; only its memory is still with a device or a link.
+  if (op->state == OpState::draining && op->code == Code::ok) return false;
   if (why == Code::cancelled) op->cancel_requested = true;
   end_early(*op, why);
   return true;

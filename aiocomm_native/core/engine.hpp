@@ -313,6 +313,7 @@ class Engine final : public Host, public FrameSink {
   void on_quit(Peer& peer, const FrameHeader& header);
   void taken(Op& op);
   void complete_offer(Op& op, Peer& peer);
+  bool written_after_all(Op& op, Peer& peer);
   void drop_offer(Op& op);
   bool withdraw(Op& op, Code code);
   void send_quit(Peer& peer, OpId receive, Code code);
@@ -394,6 +395,7 @@ class Engine final : public Host, public FrameSink {
   void drop_inflight(Op& op);
   void tell_other(Op& op, Code code);
   void drain(Op& op);
+  void done_after_all(Op& op);
   bool settle(Op& op);  // finishes a draining op if it can; true: finished
   void end_peer(Peer& peer, const std::string& reason);
   void tear_down(Peer& peer, const std::string& reason);

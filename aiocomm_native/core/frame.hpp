@@ -37,7 +37,7 @@ enum class FrameKind : uint8_t {
   withdraw,   // drop the offers of this `channel` and `tag`: receive `rop` is given up
   withdrawn,  // answer: done; `sop` is the place of the next message; `code`: one is being written into `rop`
   took,       // a message of `nbytes`, less than offered, is being written into `rop`
-  quit,       // nothing more will be written into `rop`; `code`
+  quit,       // nothing more will be written into `rop`; `code` ok: all of the message has been
   link_private,  // consumed by the link itself
   moved,         // device memory: the sender's engine has written `rop`, or will not any more: `code`
   staged,   // device memory: the first `nbytes` of the message for `rop` lie at `address` in the host memory

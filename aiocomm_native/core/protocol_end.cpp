@@ -20,9 +20,11 @@ void Engine::finish(Op& op, Code code) {
   if (op.deadline_ns || op.state == OpState::draining) timers_.cancel(op.id);
   if (op.cancel_requested) code = Code::cancelled;  // whoever cancelled was promised this end
   op.code = code;
+  if (op.kind == OpKind::recv && !op.matched) matcher_.cancel_recv(op.id);  // given up, and still there
   if (op.offer) drop_offer(op);
   if (op.has_key) end_access(op);
-  if (op.registration && !links_[op.link]->release(op.registration)) {
+  // Nobody tells when it is given back once the engine has failed; but then no pair is left by which a peer could write.
+  if (op.registration && !links_[op.link]->release(op.registration) && fault_.empty()) {
     op.state = OpState::draining;
     op.letting_go = true;
     return;
@@ -69,11 +71,20 @@ bool Engine::settle(Op& op) {
   return true;
 }
 
+// All of a draining op is done, and the other end knows it: what has come in between, a deadline or the end of its channel,
+// came too late. Who cancelled was promised that end.
+void Engine::done_after_all(Op& op) {
+  if (op.cancel_requested || (op.code != Code::deadline && op.code != Code::closed)) return;
+  op.code = Code::ok;
+  op.moved = op.nbytes;
+}
+
 // The word to the other end that this one has let go of its memory.
 void Engine::tell_other(Op& op, Code code) {
   Peer* peer = find_peer(op.peer);
   if (!peer || peer->state != Peer::State::up || !op.remote_op) return;
-  if (op.kind == OpKind::send) return send_quit(*peer, op.remote_op, Code::peer_cancelled);
+  if (op.kind == OpKind::send)
+    return send_quit(*peer, op.remote_op, code == Code::ok ? code : Code::peer_cancelled);
   if (code == Code::unreachable) {  // of a get; a put says so by `moved`
     send_fin(*peer, op.remote_op, Code::cancelled, 0);
   } else if (code == Code::link_failed) {
@@ -181,6 +192,7 @@ void Engine::break_down(const char* why) noexcept {
   auto end = [&](Op& op) { attempt([&] { end_early(op, Code::link_failed); }); };
   ops_.for_each_live(end);
   served_.for_each_live(end);
+  attempt([&] { let_go({}); });
   attempt([&] { ring(page_->loop, loop_fd_); });
 }
 
@@ -360,6 +372,7 @@ void Engine::on_fin(Peer& peer, const FrameHeader& header) {
   }
   if (code == Code::cancelled || code == Code::deadline) code = Code::peer_cancelled;
   if (op->state == OpState::draining) {
+    if (code == Code::ok) done_after_all(*op);
     settle(*op);
     return;
   }

@@ -9,7 +9,7 @@
 // Giving up:
 //   * A receive that is offered stays in the matcher until its source has dropped the offer (`withdraw`, `withdrawn`):
 //     the message may be on its way. Its buffer is free when the source says that it writes no more (`quit`).
-//   * A sender that gives up says `quit` once its device has let go.
+//   * A sender that gives up says `quit` once its device has let go: or that all had been written by then.
 
 #include <algorithm>
 #include <cstring>
@@ -167,21 +167,35 @@ void Engine::on_withdrawn(Peer& peer, const FrameHeader& header) {
   }
   if (header.code) return;  // it is being written into: `quit` follows
   op->awaits_fin = false;
-  settle(*op);
+  if (!op->matched || !written_after_all(*op, peer)) settle(*op);
+}
+
+// The source has written all of it, which it takes for done: a deadline that came meanwhile, or the end of the channel, came
+// too late. Who cancelled was promised that end. True: it ends once all writes have been noticed here.
+bool Engine::written_after_all(Op& op, Peer& peer) {
+  if (!op.offer || op.cancel_requested || (op.code != Code::deadline && op.code != Code::closed))
+    return false;
+  timers_.cancel(op.id);
+  op.deadline_ns = 0;
+  op.code = Code::ok;
+  op.state = OpState::moving;
+  complete_offer(op, peer);
+  return true;
 }
 
 void Engine::on_quit(Peer& peer, const FrameHeader& header) {
   Op* op = ops_.find(header.rop);
   if (!op || op->peer != peer.rank || op->kind != OpKind::recv || !peer.offers) return;
-  if (op->state == OpState::draining) {
+  const bool all = header.code == static_cast<uint8_t>(Code::ok);
+  const bool draining = op->state == OpState::draining;
+  if (!draining && !op->offer) throw ProtocolViolation("the end of a message that nobody gave up");
+  if (op->offer && peer.offers->made.noticed(op->offer)) taken(*op);
+  if (draining) {
     op->awaits_fin = false;
-    settle(*op);
-    return;
-  }
-  if (!op->offer || header.code == static_cast<uint8_t>(Code::ok))
-    throw ProtocolViolation("the end of a message that nobody gave up");
-  if (peer.offers->made.noticed(op->offer)) taken(*op);
-  finish(*op, Code::peer_cancelled);
+    if (!all || !written_after_all(*op, peer)) settle(*op);
+  } else if (!all) {
+    finish(*op, Code::peer_cancelled);
+  }  // else what it was about to give up was all written
 }
 
 // ---------------------------------------------------------------- the sender's side

@@ -55,7 +55,8 @@ bool Engine::free_region(uint64_t id) {
   RegionInfo& region = it->second;
   if (region.active || !region.holders.empty() || region.letting_go) return false;
   timers_.cancel(kRegionTimer | id);
-  region.letting_go = region.registration && !links_[region.link]->release(region.registration);
+  region.letting_go =
+      region.registration && !links_[region.link]->release(region.registration) && fault_.empty();
   if (region.letting_go) return false;
   regions_.erase(it);
   return true;

@@ -263,7 +263,7 @@ void Engine::deliver(Op& op, Peer& peer, const FrameHeader& header, const std::b
   }
   op.nbytes = header.nbytes;
   if (op.allocate && !op.gpu && !make_room(op, header)) {
-    send_fin(peer, header.sop, Code::peer_cancelled, 0);
+    refuse(peer, header);
     return finish(op, Code::link_failed);
   }
   if (place || (op.gpu && header.nbytes))

@@ -205,6 +205,8 @@ void Engine::on_remote(LinkPeer& with, OpId id, uint64_t nbytes, int error, uint
     end_early(*op, op->has_key && error == EACCES ? Code::stale : Code::link_failed);
   } else {
     op->moved += error ? 0 : nbytes;
+    // What was written, the other end takes for all of it.
+    if (!error && op->path == Path::write && op->moved == op->nbytes) done_after_all(*op);
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->moved == op->nbytes)

@@ -9,7 +9,9 @@
 #include "core/engine.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -27,15 +29,18 @@ namespace {
 class HandPeer final : public LinkPeer {
  public:
   explicit HandPeer(Host& host) : host(host) {}
-  Post post(const FrameHeader& header, const std::byte*, const std::byte*, Wake) override {
+  Post post(const FrameHeader& header, const std::byte* meta, const std::byte*, Wake) override {
     if (throws_in_post) throw std::runtime_error("posting is broken");
     std::lock_guard lock(mutex_);
     sent_.push_back(header);
+    if (header.kind == FrameKind::offer) std::memcpy(&immediate, meta + 8, sizeof immediate);
     return Post::ok;
   }
   Post post_data(const FrameHeader&, const std::byte*, Wake) override {
     return Post::pending;
   }  // and stays so
+  Post post_remote(const RemoteChunk&) override { return Post::pending; }
+  bool takes_offers() const override { return with_offers; }
   int poll(int) override {
     std::function<void(HandPeer&)> what;
     {
@@ -49,6 +54,8 @@ class HandPeer final : public LinkPeer {
 
   Host& host;
   std::atomic<bool> throws_in_post{false}, closed{false};
+  uint32_t immediate = 0;  // what writes into the receive that was offered last bring
+  static inline bool with_offers = false;
   // By the next poll, under the token, of whichever thread.
   void say(std::function<void(HandPeer&)> what) {
     std::lock_guard lock(mutex_);
@@ -75,6 +82,9 @@ class HandLink final : public Link {
  public:
   explicit HandLink(Host& host) : host_(host) {}
   std::string_view name() const override { return "hand"; }
+  uint32_t hold(const std::byte*, uint64_t, Access) override { return keeps ? 1 : 0; }
+  bool release(uint32_t) override { return false; }  // and never says when
+  static inline bool keeps = false;
   StreamNeed streams() const override { return {}; }
   bool polled() const override { return true; }
   std::shared_ptr<LinkPeer> attach(Rank, uint64_t, const std::vector<int>&, std::string_view, bool) override {
@@ -90,12 +100,15 @@ const LinkRegistration kHand{
 
 // An engine, and rank 1 at the other end of a pair.
 struct World {
-  Engine engine{EngineConfig{{"hand"}, {{"drain_timeout_s", 0.01}}, {}}};
+  Engine engine;
   uint32_t channel;
-  World() {
+  explicit World(double drain_s = 0.01) : engine(EngineConfig{{"hand"}, {{"drain_timeout_s", drain_s}}, {}}) {
     engine.set_identity(0, 1);
     channel = engine.open_channel("", 1, 1.0);
     engine.add_peer(1, 2);
+    connect();
+  }
+  void connect() {
     engine.attach(1, 2, "hand", {}, "", true);
     engine.start_pair(1, 2);
   }
@@ -273,6 +286,168 @@ void a_region_that_is_read_at_the_end() {
                     [](const EngineEvent& event) { return event.kind == EngineEvent::Kind::region_free; }));
 }
 
+// ---------------------------------------------------------------- one outcome at both ends
+
+constexpr uint64_t kChannel = 1469598103934665603ull;  // the one of no name, as peers know it
+constexpr double kLong = 100;                          // that a test never waits for
+
+FrameHeader word(FrameKind kind, uint64_t sop, Code code) {
+  FrameHeader header = frame(kind, sop, 0, 0);
+  header.code = static_cast<uint8_t>(code);
+  return header;
+}
+
+FrameHeader quit(uint64_t rop, Code code) {
+  FrameHeader header = word(FrameKind::quit, 0, code);
+  header.rop = rop;
+  return header;
+}
+
+// The answer to what was asked last: `next`, of the messages that were counted.
+FrameHeader withdrawn(uint32_t next) {
+  FrameHeader header = hand->last();
+  CHECK(header.kind == FrameKind::withdraw);
+  header.kind = FrameKind::withdrawn;
+  header.sop = Place{1, next}.packed();
+  return header;
+}
+
+void an_eager_message_comes(World& world, std::vector<std::byte>& memory) {
+  FrameHeader message = frame(FrameKind::eager, 0, 0, 0);
+  message.channel = kChannel;
+  world.say(message);
+  Op* next = world.begin(OpKind::recv, memory);
+  world.await(next);
+  CHECK(next->code == Code::ok && next->moved == 0);
+}
+
+struct Offering {
+  explicit Offering(bool is = true) { HandPeer::with_offers = is; }
+  ~Offering() { HandPeer::with_offers = false; }
+};
+
+// Its sender has given it up, too, before anything was written: the next message is another's.
+void a_receive_that_both_give_up() {
+  Offering offering;
+  World world(kLong);
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::recv, memory);
+  world.look();
+  CHECK(hand->last().kind == FrameKind::offer);
+  CHECK(world.engine.cancel(op, Code::cancelled));
+  const FrameHeader answer = withdrawn(1);
+  world.say(quit(answer.rop, Code::peer_cancelled));
+  CHECK(world.has_ended(op) && op->code == Code::cancelled);
+  world.engine.release(op);
+  world.say(answer);
+  an_eager_message_comes(world, memory);
+}
+
+// The link fails before the sender has answered: what comes by the next one is another's.
+void a_receive_that_is_given_up_as_its_link_fails() {
+  Offering offering;
+  World world(kLong);
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::recv, memory);
+  world.look();
+  CHECK(world.engine.cancel(op, Code::cancelled));
+  world.say([](HandPeer& peer) {
+    peer.failure = EIO;
+    peer.host.sink().on_lost(peer, "the device is gone");
+  });
+  CHECK(world.has_ended(op) && op->code == Code::cancelled);
+  world.engine.release(op);
+  world.connect();
+  an_eager_message_comes(world, memory);
+}
+
+// The peer's word that all is done crosses ours that we give it up.
+void a_deadline_that_comes_too_late() {
+  for (Code why : {Code::deadline, Code::closed, Code::cancelled}) {
+    const Code then = why == Code::cancelled ? Code::cancelled : Code::ok;  // it was promised
+    for (OpKind kind : {OpKind::send, OpKind::put}) {
+      World world(kLong);
+      std::vector<std::byte> memory(kBytes);
+      Op* op = world.begin(kind, memory);
+      world.look();
+      CHECK(world.engine.cancel(op, why) && !world.has_ended(op));
+      CHECK(hand->last().kind == FrameKind::cancel);
+      world.say(word(FrameKind::fin, op->id, Code::ok));
+      CHECK(world.has_ended(op) && op->code == then);
+    }
+    for (bool noticed : {false, true}) {
+      Offering offering;
+      World world(kLong);
+      std::vector<std::byte> memory(kBytes);
+      auto write = [&](HandPeer& peer, uint32_t chunk, bool last) {
+        peer.host.sink().on_immediate(peer, peer.immediate | chunk | (last ? kLastChunk : 0), kBytes / 2);
+      };
+      Op* op = world.begin(OpKind::recv, memory);
+      world.look();
+      if (noticed) world.say([&](HandPeer& peer) { write(peer, 0, false); });
+      CHECK(world.engine.cancel(op, why) && !world.has_ended(op));
+      if (noticed)
+        CHECK(hand->last().kind == FrameKind::stop);
+      else
+        CHECK(hand->last().kind == FrameKind::withdraw);
+      world.say(noticed ? quit(op->id, Code::ok) : withdrawn(1));
+      if (then == Code::ok) {  // of which some is still on its way through the device
+        CHECK(!world.has_ended(op));
+        world.say([&](HandPeer& peer) {
+          if (!noticed) write(peer, 0, false);
+          write(peer, 1, true);
+        });
+      }
+      CHECK(world.has_ended(op) && op->code == then);
+      an_eager_message_comes(world, memory);
+    }
+  }
+}
+
+// What is written into a receive is done once the device says so, and its receiver knows: it may ask what has become of it.
+void a_deadline_that_comes_while_the_last_is_written() {
+  for (int error : {0, EIO}) {
+    Offering offering;
+    World world(kLong);
+    std::vector<std::byte> memory(kBytes);
+    world.say([&](HandPeer& peer) {
+      FrameHeader offer = frame(FrameKind::offer, Place{1, 0}.packed(), 9, kBytes);
+      offer.channel = kChannel;
+      offer.segment = 1;
+      std::array<std::byte, 16> meta{};
+      const uint32_t immediate = 1 << 20, start = 1;
+      std::memcpy(meta.data() + 8, &immediate, sizeof immediate);
+      std::memcpy(meta.data() + 12, &start, sizeof start);
+      offer.meta_bytes = sizeof meta;
+      peer.host.sink().on_frame(peer, offer, meta.data(), nullptr);
+    });
+    Op* op = world.begin(OpKind::send, memory);
+    world.look();
+    CHECK(op->path == Path::write && op->inflight == 1);
+    CHECK(world.engine.cancel(op, Code::deadline) && !world.has_ended(op));
+    world.say([&](HandPeer& peer) { peer.host.sink().on_remote(peer, op->id, kBytes, error, 0); });
+    CHECK(world.has_ended(op) && op->code == (error ? Code::deadline : Code::ok));
+    const FrameHeader said = hand->last();
+    CHECK(said.kind == FrameKind::quit && said.rop == 9);
+    CHECK(said.code == static_cast<uint8_t>(error ? Code::peer_cancelled : Code::ok));
+  }
+}
+
+// That it has come is known here, while a chunk of it is still with its lane.
+void a_cancel_that_comes_too_late() {
+  World world(kLong);
+  std::vector<std::byte> memory(kBytes);
+  Op* op = world.begin(OpKind::send, memory);
+  world.look();
+  world.say(frame(FrameKind::cts, op->id, 9, 0));
+  CHECK(op->inflight == 1);
+  world.say(word(FrameKind::fin, op->id, Code::ok));
+  CHECK(!world.has_ended(op));
+  CHECK(!world.engine.cancel(op, Code::cancelled));
+  world.say([&](HandPeer& peer) { peer.host.sink().on_sent(peer, op->id, kBytes); });
+  CHECK(world.has_ended(op) && op->code == Code::ok);
+}
+
 void broken_by(std::function<void(World&)> what, const char* why) {
   World world;
   std::vector<std::byte> memory(kBytes);
@@ -312,6 +487,27 @@ void what_a_thread_throws() {
       std::bad_alloc().what());
 }
 
+// Memory that a link is giving back when that happens, or is to give back then: nobody is left to tell when that is over.
+void what_is_given_back_as_a_thread_throws() {
+  Offering offering;
+  HandLink::keeps = true;
+  World world(kLong);
+  std::vector<std::byte> memory(kBytes), other(kBytes);
+  Op* written = world.begin(OpKind::recv, memory);
+  world.look();
+  world.say([](HandPeer& peer) { peer.host.sink().on_immediate(peer, peer.immediate | kLastChunk, kBytes); });
+  CHECK(written->letting_go && !world.has_ended(written));
+  Op* waiting = world.begin(OpKind::recv, other);
+  world.look();
+  CHECK(waiting->registration);
+  hand->say([](HandPeer&) { throw std::bad_alloc(); });
+  while (world.engine.why_lost(1).empty()) ring_fd(world.engine.engine_fd());
+  world.await(written);
+  world.await(waiting);
+  CHECK(written->code == Code::ok && waiting->code == Code::link_failed);
+  HandLink::keeps = false;
+}
+
 }  // namespace
 
 int main() {
@@ -321,5 +517,11 @@ int main() {
   answers_that_make_no_sense();
   a_pair_that_rests_and_carries();
   a_region_that_is_read_at_the_end();
+  a_receive_that_both_give_up();
+  a_receive_that_is_given_up_as_its_link_fails();
+  a_deadline_that_comes_too_late();
+  a_deadline_that_comes_while_the_last_is_written();
+  a_cancel_that_comes_too_late();
   what_a_thread_throws();
+  what_is_given_back_as_a_thread_throws();
 }
