@@ -70,6 +70,15 @@ class Adapters:
             self._library.fake_verbs_fail(ctypes.c_size_t(-1), 0)
 
     @contextlib.contextmanager
+    def breaking(self, thread: bytes) -> Iterator[None]:
+        """Calls by threads of this name throw."""
+        self._library.fake_verbs_break(ctypes.c_char_p(thread))
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_break(None)
+
+    @contextlib.contextmanager
     def refusing_dma_bufs(self) -> Iterator[None]:
         """As soft-RoCE does."""
         self._library.fake_verbs_dma_buf(0)

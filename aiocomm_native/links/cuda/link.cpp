@@ -40,7 +40,8 @@ State::State(const Driver& d, Host& h)
     : driver(d),
       host(h.mover_host()),
       process(process_token()),
-      helper(driver, [this] { return look_for_freed(); }),
+      helper(
+          driver, [this] { return look_for_freed(); }, [this](const char* why) { host.failed(why); }),
       mappings(driver, host, helper, static_cast<size_t>(h.setting("gpu_mappings", 1024))),
       exports(driver, [this] { helper.submit([] {}); }),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <utility>
 
 #include "links/cuda/exports.hpp"
@@ -43,6 +44,16 @@ void Helper::stop() {
   if (thread_.joinable()) thread_.join();
 }
 
+void Helper::guarded(const auto& what) noexcept {
+  try {
+    what();
+  } catch (const std::exception& error) {
+    failed_(error.what());
+  } catch (...) {
+    failed_("an unknown error");
+  }
+}
+
 void Helper::run() {
   pthread_setname_np(pthread_self(), "aiocomm-gpumap");
   int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -50,7 +61,8 @@ void Helper::run() {
   auto called = [this] { return stopping_ || !tasks_.empty(); };
   for (;;) {
     std::function<void()> task;
-    const int pause_ms = look_();
+    int pause_ms = 0;
+    guarded([&] { pause_ms = look_(); });
     {
       std::unique_lock lock(mutex_);
       wake_.wait_until(lock, rests_until_, [this] { return stopping_; });
@@ -63,7 +75,7 @@ void Helper::run() {
       task = std::move(tasks_.front());
       tasks_.pop_front();
     }
-    task();
+    guarded(task);
   }
 }
 

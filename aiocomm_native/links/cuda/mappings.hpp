@@ -32,8 +32,10 @@ namespace aiocomm::cuda {
 // A thread for driver calls that may take long, and for what is done from time to time.
 class Helper {
  public:
-  // `look` is called in between and answers after how long to be called again, in ms; 0: after the next task.
-  Helper(const Driver& driver, std::function<int()> look) : driver_(driver), look_(std::move(look)) {}
+  // `look` is called in between and answers after how long to be called again, in ms; 0: after the next task. `failed`
+  // is told what one of them throws; the thread goes on, since others wait for what they have submitted.
+  Helper(const Driver& driver, std::function<int()> look, std::function<void(const char* why)> failed)
+      : driver_(driver), look_(std::move(look)), failed_(std::move(failed)) {}
   ~Helper() { stop(); }
   bool submit(std::function<void()> task);    // false: stopped
   void rest(std::chrono::microseconds time);  // by a task: before the next one
@@ -41,8 +43,10 @@ class Helper {
 
  private:
   void run();
+  void guarded(const auto& what) noexcept;
   const Driver& driver_;
   const std::function<int()> look_;
+  const std::function<void(const char* why)> failed_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;

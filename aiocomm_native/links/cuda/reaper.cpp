@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -21,9 +22,14 @@ Reaper& Reaper::of_process() {
 uint64_t Reaper::submit(CUcontext context, std::function<void()> task) {
   std::lock_guard lock(mutex_);
   tasks_.push_back({context, std::move(task)});
-  if (!std::exchange(started_, true)) std::thread([this] { run(); }).detach();
+  ++submitted_;
+  if (!started_) try {
+      std::thread([this] { run(); }).detach();
+      started_ = true;
+    } catch (const std::system_error&) {  // no thread now: with the next task
+    }
   wake_.notify_one();
-  return ++submitted_;
+  return submitted_;
 }
 
 bool Reaper::wait(uint64_t number, std::chrono::milliseconds longest) {
@@ -49,7 +55,10 @@ void Reaper::run() {
       driver_.cuCtxSetCurrent(task.context);
       begin_long_call();
       while (undisturbed_.load()) relax();
-      task.run();
+      try {
+        task.run();
+      } catch (...) {  // it is of no engine, and nobody hears of it: what it was to give back is kept
+      }
       end_long_call();
       task.run = nullptr;  // with what it holds
     }

@@ -20,10 +20,12 @@ namespace aiocomm::cuda {
 
 class Reaper {
  public:
+  explicit Reaper(const Driver& driver) : driver_(driver) {}  // lives as long as the process
   // What it still waits for when the process ends, ends with that. Its thread lives while it has something to do.
   static Reaper& of_process();
 
-  // Calls `task` in this context; in the order of submission. Returns its number. Any thread.
+  // Calls `task` in this context; in the order of submission. Returns its number. Any thread. What it throws ends it, and
+  // nothing else.
   uint64_t submit(CUcontext context, std::function<void()> task);
   // Until the task with this number, or all so far, have ended; false: it takes longer.
   bool wait(uint64_t number, std::chrono::milliseconds longest);
@@ -61,7 +63,6 @@ class Reaper {
     CUcontext context;
     std::function<void()> run;
   };
-  explicit Reaper(const Driver& driver) : driver_(driver) {}
   void run();
 
   const Driver& driver_;

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <system_error>
 
 namespace aiocomm::cuda {
 
@@ -34,7 +35,10 @@ RowThreads::RowThreads(const Driver& driver, size_t helpers) : driver_(driver) {
     if (made_ == CUDA_SUCCESS) made_ = driver.cuEventCreate(&helper.behind, CU_EVENT_DISABLE_TIMING);
   }
   if (made_ != CUDA_SUCCESS) return;
-  for (auto& helper : helpers_) helper->thread = std::thread([this, &helper = *helper] { run(helper); });
+  try {
+    for (auto& helper : helpers_) helper->thread = std::thread([this, &helper = *helper] { run(helper); });
+  } catch (const std::system_error&) {  // the caller does what they would have done
+  }
 }
 
 RowThreads::~RowThreads() {

@@ -36,7 +36,7 @@ class RowThreads {
   static constexpr size_t kShare = 256;  // copies
   static size_t helpers();               // of a process on this machine
 
-  // Fails like the driver: `send` then says why.
+  // Fails like the driver: `send` then says why. Threads that the system refuses are done without.
   RowThreads(const Driver& driver, size_t helpers);
   ~RowThreads();
   RowThreads(const RowThreads&) = delete;

@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdio>
 #include <cstdlib>
 #include <sstream>
+#include <stdexcept>
 #include <utility>
 
 #include "core/device.hpp"
@@ -60,7 +62,7 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
       std::any_of(ports_.begin(), ports_.end(),
                   [&](const Port& port) { return port.node != ports_[0].node; }),
-      [this] { ring_fd(news_); });
+      [this] { ring_fd(news_); }, [this](const char* why) { thread_failed(why); });
   host_.watch(news_, EPOLLIN, this, false);
   nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
   if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) < 0)
@@ -72,6 +74,7 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       one.leave();
       ring_fd(news_);
     };
+    rail->on_failed = [this](const char* why) { thread_failed(why); };
     rail->handle = [&host] {
       if (!host.look()) ring(host.wake_page().engine, host.engine_fd());
     };
@@ -96,8 +99,24 @@ void RdmaLink::close() {
   rails_.clear();
 }
 
+// By a thread of this link's, which ends. Who waits for its end may hold the token: the engine's thread is told instead.
+void RdmaLink::thread_failed(const char* why) noexcept {
+  {
+    std::lock_guard lock(fault_mutex_);
+    if (!fault_[0]) std::snprintf(fault_.data(), fault_.size(), "a thread of the rdma link: %s", why);
+  }
+  ring_fd(news_);
+}
+
+// Nothing goes on without that thread: the engine ends as if it had thrown this itself.
+void RdmaLink::see_fault() {
+  std::lock_guard lock(fault_mutex_);
+  if (fault_[0]) throw std::runtime_error(fault_.data());
+}
+
 void RdmaLink::on_ready(uint32_t) {
   clear_fd(news_);
+  see_fault();
   for (uint32_t id : registrations_->take_released()) host_.sink().on_released(*this, id);
   for (const Registered& news : registrations_->take()) {
     // Of all memory, not of this allocation only, which may be in several pieces.

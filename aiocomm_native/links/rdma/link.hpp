@@ -1,7 +1,9 @@
 // The rdma link of one communicator: its rails, and the memory registered with them.
 #pragma once
 
+#include <array>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -55,6 +57,8 @@ class RdmaLink final : public Link, public Pollable {
 
  private:
   void see_routes(const std::vector<Address>& theirs);
+  void thread_failed(const char* why) noexcept;
+  void see_fault();
 
   Host& host_;
   const Verbs& verbs_;
@@ -62,7 +66,10 @@ class RdmaLink final : public Link, public Pollable {
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
   int nodes_ = -1;  // inotify of /dev/infiniband
-  int news_ = -1;   // rung by rails whose devices say that they are broken, and by the registrar
+  int news_ =
+      -1;  // rung by rails whose devices say that they are broken, by the registrar, and by threads that fail
+  std::mutex fault_mutex_;
+  std::array<char, 128> fault_{};  // why the first thread failed; it needs no memory of its own
   uint64_t looked_ns_ = 0;
   std::unordered_map<int, std::pair<bool, int>>
       gpus_;                   // by ordinal: whether it exports memory, and its NUMA node

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <exception>
 #include <utility>
 
 #include "core/doorbell.hpp"
@@ -153,8 +154,18 @@ std::string Rail::name() const { return "device " + port_.device + " port " + st
 
 void Rail::start() {
   ibv_req_notify_cq(express_queue_, 1);
-  poller_ = std::thread([this] { run_poller(); });
-  poster_ = std::thread([this] { run_poster(); });
+  poller_ = std::thread([this] { run(&Rail::run_poller); });
+  poster_ = std::thread([this] { run(&Rail::run_poster); });
+}
+
+void Rail::run(void (Rail::*turns)()) noexcept {
+  try {
+    (this->*turns)();
+  } catch (const std::exception& error) {
+    on_failed(error.what());
+  } catch (...) {
+    on_failed("an unknown error");
+  }
 }
 
 void Rail::stop() {

@@ -150,6 +150,7 @@ class Rail final : public Pollable {
   retire();  // then, by another thread than its own: closes everything of the device. The rail stays, and is good for nothing.
   std::function<void()> handle;   // has the engine look at what was handed out; told by the poster
   std::function<void()> on_gone;  // its device says that it is broken; told by the poller
+  std::function<void(const char* why)> on_failed;  // one of its threads ends with an exception; told by that
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
   QueuePairs open();
@@ -180,6 +181,7 @@ class Rail final : public Pollable {
   Counters counters;
 
  private:
+  void run(void (Rail::*turns)()) noexcept;
   void run_poller();
   void run_poster();
   void post_now(const Work& work);

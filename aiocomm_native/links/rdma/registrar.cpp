@@ -83,7 +83,7 @@ void Registrar::submit(Registering job) {
   {
     std::lock_guard lock(mutex_);
     wanted_.push_back(std::move(job));
-    if (!registering_.joinable()) registering_ = std::thread([this] { register_all(); });
+    if (!registering_.joinable()) registering_ = std::thread([this] { run(&Registrar::register_all); });
   }
   wake_.notify_all();
 }
@@ -92,7 +92,7 @@ void Registrar::give_back(const Regions& regions, uint32_t number) {
   {
     std::lock_guard lock(mutex_);
     unwanted_.push_back({regions, number});
-    if (!giving_back_.joinable()) giving_back_ = std::thread([this] { give_back_all(); });
+    if (!giving_back_.joinable()) giving_back_ = std::thread([this] { run(&Registrar::give_back_all); });
   }
   wake_.notify_all();
 }
@@ -111,6 +111,16 @@ bool Registrar::busy() {
   std::lock_guard lock(mutex_);
   return asked_ =
              working_ || !wanted_.empty() || !unwanted_.empty() || !done_.empty() || !given_back_.empty();
+}
+
+void Registrar::run(void (Registrar::*jobs)()) noexcept {
+  try {
+    (this->*jobs)();
+  } catch (const std::exception& error) {
+    failed_(error.what());
+  } catch (...) {
+    failed_("an unknown error");
+  }
 }
 
 void Registrar::register_all() {

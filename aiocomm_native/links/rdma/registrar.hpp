@@ -51,8 +51,9 @@ void register_now(const Verbs& verbs, Registering& job);
 
 class Registrar {
  public:
-  // `ring`: something is done; called by the thread.
-  Registrar(const Verbs& verbs, std::function<void()> ring) : verbs_(verbs), ring_(std::move(ring)) {}
+  // `ring`: something is done; `failed`: it ends with an exception. Called by the thread.
+  Registrar(const Verbs& verbs, std::function<void()> ring, std::function<void(const char* why)> failed)
+      : verbs_(verbs), ring_(std::move(ring)), failed_(std::move(failed)) {}
   ~Registrar();  // gives back what is to be given back first
   void submit(Registering job);
   void give_back(const Regions& regions, uint32_t number = 0);
@@ -65,12 +66,14 @@ class Registrar {
     Regions regions{};
     uint32_t number = 0;  // 0: nobody waits for it
   };
+  void run(void (Registrar::*jobs)()) noexcept;
   void register_all();
   void give_back_all();
   void end_job(std::unique_lock<std::mutex>& lock, bool tells);
 
   const Verbs& verbs_;
   const std::function<void()> ring_;
+  const std::function<void(const char* why)> failed_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Registering> wanted_;

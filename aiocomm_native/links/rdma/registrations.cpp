@@ -45,12 +45,13 @@ Keys Registration::peer() const {
 }
 
 Registrations::Registrations(const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes,
-                             bool by_node, std::function<void()> ring)
+                             bool by_node, std::function<void()> ring,
+                             std::function<void(const char* why)> failed)
     : verbs_(verbs),
       domains_(std::move(domains)),
       keep_bytes_(keep_bytes),
       by_node_(by_node),
-      registrar_(verbs, std::move(ring)) {}
+      registrar_(verbs, std::move(ring), std::move(failed)) {}
 
 Registrations::~Registrations() {
   for (auto& slot : slots_)

@@ -83,10 +83,10 @@ class Registrations {
   static constexpr uint64_t kAsideAwaited = 4 << 20;
 
   // `by_node`: the rails are on several NUMA nodes, so that it matters where memory lies. `ring`: called by another
-  // thread, take() has something.
+  // thread, take() has something. `failed`: likewise, that thread ends with an exception.
   Registrations(
       const Verbs& verbs, std::vector<ibv_pd*> domains, uint64_t keep_bytes, bool by_node = false,
-      std::function<void()> ring = [] {});
+      std::function<void()> ring = [] {}, std::function<void(const char* why)> failed = [](const char*) {});
   ~Registrations();
   // Registers the range, or finds a registration that holds it, ready or not. Throws LinkFailure.
   Registration& acquire(const std::byte* data, uint64_t nbytes, Access access);

@@ -4,6 +4,7 @@
 
 #include <arpa/inet.h>
 #include <infiniband/verbs.h>
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "queues.hpp"
 
@@ -31,9 +33,18 @@ ibv_device* devices() {
   return all;
 }
 
+// What a test has broken: a call by that thread throws.
+void work_unless_broken() {
+  const char* broken = machine().broken.load();
+  char name[16];
+  if (broken && pthread_getname_np(pthread_self(), name, sizeof name) == 0 && !std::strcmp(name, broken))
+    throw std::bad_alloc();
+}
+
 int number_of(const ibv_context* context) { return static_cast<int>(context->device - devices()); }
 
 int post_send(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) {
+  work_unless_broken();
   std::lock_guard lock(machine().mutex);
   auto& pair = *static_cast<Pair*>(qp);
   for (; wr; wr = wr->next) {
@@ -82,6 +93,7 @@ int post_srq_recv(ibv_srq* srq, ibv_recv_wr* wr, ibv_recv_wr**) {
 }
 
 int poll_cq(ibv_cq* cq, int room, ibv_wc* into) {
+  work_unless_broken();
   std::lock_guard lock(machine().mutex);
   auto& done = static_cast<Queue*>(cq)->done;
   int n = 0;
@@ -226,6 +238,7 @@ EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* domain, uint64_t offset, size_t nbytes,
   return region;
 }
 EXPORT int ibv_dereg_mr(ibv_mr* mr) {
+  work_unless_broken();
   Machine& all = machine();
   std::unique_lock lock(all.mutex);
   ++all.leaving;
@@ -352,6 +365,8 @@ EXPORT void fake_verbs_keep(size_t from) {  // the same for what is deregistered
   machine().kept.from = from;
   machine().changed.notify_all();
 }
+// Calls by threads of this name throw from now on; null: none does. The name stays the caller's.
+EXPORT void fake_verbs_break(const char* thread) { machine().broken.store(thread); }
 EXPORT void fake_verbs_fail(size_t from, int error) {
   std::lock_guard lock(machine().mutex);
   machine().failing = {from, error};

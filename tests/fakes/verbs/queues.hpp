@@ -3,6 +3,7 @@
 
 #include <infiniband/verbs.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -74,7 +75,8 @@ struct Machine {
   int waiting = 0;      // registrations
   int leaving = 0;      // deregistrations that wait
   uint64_t registered = 0;
-  uint64_t requests = 0;  // that were posted
+  uint64_t requests = 0;                     // that were posted
+  std::atomic<const char*> broken{nullptr};  // a thread whose calls throw, by its name
 };
 Machine& machine();
 
