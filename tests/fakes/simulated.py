@@ -76,7 +76,7 @@ class Simulator:
     def fail(self, call: str, code: int, nth: int = 1, forever: bool = False) -> None:
         """Let the `nth` call of a name from now on fail, and with `forever` all after it.
 
-        "*" is any call, "@engine" the execution of a queued copy or fill.
+        "*" is any call, "@engine" the execution of a queued copy or fill. A `code` of -1 is `std::bad_alloc`.
         """
         self._library.fake_fail(call.encode(), ctypes.c_uint64(nth), code, int(forever))
 

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 LINKS = ("shm", "cuda")
 NBYTES = 3 << 20
 DEVICE_UNAVAILABLE, ILLEGAL_ADDRESS, UNKNOWN = 46, 700, 999
+THROWS = -1
 
 CALLS = [
     "cuCtxEnablePeerAccess",
@@ -144,6 +145,16 @@ async def test_a_call_that_always_fails(simulator: Simulator, call: str) -> None
         into = bytearray(100)
         assert await outcomes(lambda: a.send(bytes(100), 1), lambda: b.recv(into, 0)) == [None, None]
         simulator.heal()
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_no_memory_where_a_copy_is_issued(simulator: Simulator, nth: int) -> None:
+    simulator.fail("cuMemcpyAsync", THROWS, nth)
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        ended = await exchange(a, b, nth)
+        assert any(isinstance(error, aiocomm.LinkError) for error in ended)
+        assert await exchange(a, b, nth + 1) == [None] * 6  # the pair and the device go on
 
 
 async def test_an_error_names_the_device_and_the_drivers_code(simulator: Simulator) -> None:

@@ -318,13 +318,22 @@ bool Device::issue(bool by_thread) {
     const bool first = early && by_thread && !host_.loop_looks();
     if (first) host_.ends_soon(job.op, kEarlyNs);  // waking up takes longer than the copy
     const uint64_t taken_ns = now_ns();
-    if (!code && job.joint && job.nbytes <= kJoined) {
-      if (joined_ != &stream) send_joined();  // those of another stream
-      joined_ = &stream;
-      code = row_copies_.join(driver, job, stream.handle);
-    } else {
-      send_joined();
-      if (!code) code = copy(job, stream);
+    Stream* const collected = joined_;
+    try {
+      if (!code && job.joint && job.nbytes <= kJoined) {
+        if (joined_ != &stream) send_joined();  // those of another stream
+        joined_ = &stream;
+        code = row_copies_.join(driver, job, stream.handle);
+      } else {
+        send_joined();
+        if (!code) code = copy(job, stream);
+      }
+    } catch (const std::exception&) {  // nobody else knows of this job; and what was collected is gone
+      code = CUDA_ERROR_OUT_OF_MEMORY;
+      row_copies_.forget();
+      joined_ = nullptr;
+      fail(stream, code);
+      if (collected && collected != &stream) fail(*collected, code);
     }
     job.issued_ns = now_ns();
     if (is_small(job)) {

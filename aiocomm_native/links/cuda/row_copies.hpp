@@ -23,6 +23,7 @@ class RowCopies {
     return one(driver, job.to, job.from, job.nbytes, stream);
   }
   CUresult send(const Driver& driver, CUstream stream) { return flush(driver, stream); }
+  void forget() { to_.clear(), from_.clear(), nbytes_.clear(), listed_.clear(); }  // what was collected
   void ended(const MoveJob& job);    // and nothing reads its table any more
   void clear(const Driver& driver);  // in a current context
 
