@@ -152,9 +152,20 @@ async def test_a_call_that_always_fails(simulator: Simulator, call: str) -> None
 async def test_no_memory_where_a_copy_is_issued(simulator: Simulator, nth: int) -> None:
     simulator.fail("cuMemcpyAsync", THROWS, nth)
     async with world(2, links=LINKS, warmup=True) as (a, b):
-        ended = await exchange(a, b, nth)
-        assert any(isinstance(error, aiocomm.LinkError) for error in ended)
+        for error in await exchange(a, b, nth):
+            assert error is None or isinstance(error, aiocomm.LinkError | aiocomm.PeerError)
+        simulator.heal()
         assert await exchange(a, b, nth + 1) == [None] * 6  # the pair and the device go on
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_no_memory_where_a_copys_end_is_asked_for(simulator: Simulator, nth: int) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        simulator.fail("cuStreamWriteValue32", THROWS, nth)
+        ended = await exchange(a, b, nth)
+        assert any("engine has failed: std::bad_alloc" in str(error) for error in ended)
+        simulator.heal()
 
 
 async def test_an_error_names_the_device_and_the_drivers_code(simulator: Simulator) -> None:

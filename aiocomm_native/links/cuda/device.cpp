@@ -116,6 +116,7 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
       run();
     } catch (const std::exception& error) {
       host_.failed(error.what());
+      fail_all();
     }
   });
 }

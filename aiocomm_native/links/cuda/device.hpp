@@ -122,6 +122,7 @@ class Device {
   void watch(Stream& stream, uint64_t now);
   void fail(Stream& stream, int error);
   void finish();
+  void fail_all() noexcept;
   bool idle() const;
   void sleep(uint64_t now);
   bool ends_soon(uint64_t now) const;

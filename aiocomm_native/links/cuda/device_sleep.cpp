@@ -1,7 +1,10 @@
-// When copies should end, who is told of it in advance, and the copy thread's sleep until then.
+// When copies should end, who is told of it in advance, and the copy thread's sleep until then;
+// and its end by an exception.
 #include <poll.h>
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 
 #include "core/relax.hpp"
 #include "links/cuda/device.hpp"
@@ -163,6 +166,20 @@ void Device::sleep(uint64_t now) {
   if (ppoll(&bell, 1, timeout, nullptr) == 0) late_by(now_ns() - now - ns);
   awake(wake_);
   clear_fd(bell_);
+}
+
+// By the thread, which ends with an exception: nobody else would say what has become of what it has.
+void Device::fail_all() noexcept try {
+  std::lock_guard lock(turn_);
+  if (!lost_) lost_ = CUDA_ERROR_UNKNOWN;
+  for (Stream& stream : streams_) fail(stream, lost_);
+  for (MoveJob job; !left_.empty() || jobs_.pop(job);) {
+    if (!left_.empty()) job = left_.front(), left_.pop_front();
+    job.error = lost_;
+    finished_.push_back(job);
+  }
+  if (!finished_.empty()) finish();
+} catch (const std::exception&) {
 }
 
 }  // namespace aiocomm::cuda
