@@ -182,7 +182,13 @@ class Spawn:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(payload, outcome),
             )
-            self._workers.append(_Worker(rank, process, os.pidfd_open(process.pid), outcome))
+            try:
+                pidfd = os.pidfd_open(process.pid)
+            except BaseException:  # no descriptors are left: nobody would end it
+                process.kill()
+                process.wait()
+                raise
+            self._workers.append(_Worker(rank, process, pidfd, outcome))
         except BaseException:
             os.close(outcome)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -339,6 +340,19 @@ def test_an_interruption_is_not_the_workers() -> None:
             pass
 
     asyncio.run(main())
+
+
+def test_a_worker_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(process: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main() -> None:
+        async with aiocomm.spawn(asyncio.sleep):
+            pass
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        asyncio.run(main())
 
 
 def test_mistakes() -> None:
