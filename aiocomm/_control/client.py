@@ -228,7 +228,7 @@ class Client:
                     graceful, reason = True, "the rendezvous closed"
                     break
                 self._take(message)
-        except ProtocolError as error:
+        except (ProtocolError, AuthenticationError) as error:
             reason = f"the rendezvous broke the control protocol ({error})"
         except OSError as error:
             reason = f"the rendezvous {how_it_broke(error, self._settings.heartbeat_s)}"

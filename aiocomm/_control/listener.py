@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
@@ -81,6 +82,11 @@ def bind(address: TcpAddress | UnixAddress) -> tuple[socket.socket, TcpAddress |
 
 def _remove_stale(path: str) -> None:
     """Remove a socket file that nobody listens at any more."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # somebody's file, which refuses a connect like a socket without a listener
+    except OSError:
+        return
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with probe:
         try:

@@ -26,7 +26,7 @@ from aiocomm._control.listener import Listener, bind
 from aiocomm._control.membership import Announcement, Became, Came, JoinRefusedError, Membership, Went
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
-from aiocomm.errors import LinkError, UsageError
+from aiocomm.errors import AuthenticationError, LinkError, UsageError
 
 if TYPE_CHECKING:
     from aiocomm._control.address import TcpAddress
@@ -187,11 +187,11 @@ class Rendezvous:
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.gather(self._beating, return_exceptions=True)
-        if self._listener is not None:
-            await self._listener.aclose()
-        if self._socket_file is not None:
+        if self._socket_file is not None:  # while it is ours: the next world may be waiting for the path
             with contextlib.suppress(OSError):
                 os.unlink(self._socket_file)
+        if self._listener is not None:
+            await self._listener.aclose()
 
     async def _beat(self) -> None:
         # On one host the kernel tells of deaths: a world without members elsewhere never wakes for this.
@@ -278,7 +278,7 @@ class Rendezvous:
                         return "left"
                     case _:
                         return f"broke the control protocol ({type(message).__name__})"
-        except ProtocolError as error:
+        except (ProtocolError, AuthenticationError) as error:
             return f"broke the control protocol ({error})"
         except OSError as error:
             how = how_it_broke(error, self._settings.heartbeat_s)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aiocomm._control.address import parse
+from aiocomm._control import messages
+from aiocomm._control.address import UnixAddress, parse
+from aiocomm._control.auth import Seal
 from aiocomm._control.hosting import Host
+from aiocomm._control.listener import Listener, bind
 from aiocomm._control.loopthread import LoopThread
 from aiocomm._control.testing import Member, RecordingEngine
 from aiocomm._process import fresh_address
@@ -250,6 +253,46 @@ def test_a_taken_address_is_not_waited_for_until_the_time_is_over(
         member = members(f"tcp://127.0.0.1:{taken.getsockname()[1]}", 0, 2, token="t")
         with pytest.raises(LinkError, match="Address already in use"):
             member.joined()
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, members: Callable[..., Member]) -> None:
+    """It refuses a connect, as a socket does that a dead process has left."""
+    path = tmp_path / "model"
+    path.write_text("weights")
+    with pytest.raises(LinkError, match="Address already in use"):
+        members(f"unix://{path}", 0, 1, timeout_s=0.1).joined()
+    assert path.read_text() == "weights"
+
+
+def test_a_socket_that_a_dead_process_has_left_is_taken(
+    tmp_path: Path, members: Callable[..., Member]
+) -> None:
+    path = tmp_path / "meeting"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    assert members(f"unix://{path}", 0, 1).joined().rank == 0
+
+
+def test_a_world_that_closes_leaves_the_next_one_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: Callable[..., Member]
+) -> None:
+    address = parse(f"unix://{tmp_path / 'meeting'}")
+    assert isinstance(address, UnixAddress)
+    following: list[socket.socket] = []
+    close = Listener.aclose
+
+    async def close_and_be_followed(listener: Listener) -> None:
+        own = listener._sock.getsockname()
+        await close(listener)
+        if own == address.sockaddr and not following:
+            following.append(bind(address)[0])
+
+    monkeypatch.setattr(Listener, "aclose", close_and_be_followed)
+    world = members(str(address), 0, 1)
+    world.joined()
+    world.close()
+    with following[0], socket.socket(socket.AF_UNIX) as guest:
+        guest.connect(address.sockaddr)
 
 
 # Who may join
@@ -631,6 +674,36 @@ def test_a_lost_rendezvous_leaves_the_peers_alone() -> None:
     for member in world:
         assert not member.engine.lost
         member.close()
+
+
+def test_a_rendezvous_whose_frames_were_changed_is_lost(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    host, guest = members(address, 0, 2), members(address, 1, 2)
+    host.joined()
+    guest.joined()
+    client, hosting = guest.plane._client, host.plane._hosting
+    assert client is not None
+    assert client._stream is not None
+    assert client._stream._parser is not None
+    assert hosting is not None
+    client._stream._parser._seal = Seal(b"another")
+    host.plane._thread.call(hosting.rendezvous._seats[1].post, messages.Heartbeat())
+    lost = guest.engine.wait(lambda engine: engine.lost)
+    assert "broke the control protocol (a control frame was changed" in str(lost)
+
+
+def test_of_a_member_whose_frames_were_changed_the_reason_is_told(members: Callable[..., Member]) -> None:
+    address = fresh_address()
+    host, guest = members(address, 0, 2), members(address, 1, 2)
+    host.joined()
+    guest.joined()
+    client = guest.plane._client
+    assert client is not None
+    assert client._stream is not None
+    client._stream._seal = Seal(b"another")
+    guest.close()  # its goodbye
+    lost = host.engine.wait(lambda engine: engine.lost)
+    assert "broke the control protocol (a control frame was changed" in str(lost)
 
 
 def test_closing_twice_and_before_starting_is_fine() -> None:
