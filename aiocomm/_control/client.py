@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import stat
 from collections import deque
@@ -267,8 +268,9 @@ def write_address_file(path: str, addresses: Sequence[TcpAddress | UnixAddress],
     this user's processes.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or is one that no rendezvous has written.
     """
+    _refuse_foreign(path)
     first, *others = map(str, addresses)
     text = "\n".join([first, token.decode() if token is not None else "", *others, ""])
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -281,6 +283,21 @@ def write_address_file(path: str, addresses: Sequence[TcpAddress | UnixAddress],
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _refuse_foreign(path: str) -> None:
+    """Raise if a file is there that holds something else than an address: it would be gone for good."""
+    if not os.path.exists(path):
+        return
+    with contextlib.suppress(UsageError):
+        if os.path.isfile(path):  # a pipe would be waited for
+            with open(path, errors="replace") as file:
+                text = file.read(4096)
+            if text:  # an empty one is as mktemp makes it
+                parse(text.partition("\n")[0])
+            return
+    what = "it exists and holds no address: delete it, or choose another path"
+    raise FileExistsError(errno.EEXIST, what, path)
 
 
 def read_address_file(path: str) -> tuple[tuple[TcpAddress | UnixAddress, ...], bytes | None]:

@@ -346,6 +346,26 @@ def test_a_stale_address_file_does_not_matter(tmp_path: Path, members: Callable[
     assert guest.joined().size == host.joined().size == 2
 
 
+def test_a_file_that_holds_something_else_is_left_alone(
+    tmp_path: Path, members: Callable[..., Member]
+) -> None:
+    path = tmp_path / "notes"
+    path.write_text("what somebody has written\n")
+    with pytest.raises(LinkError, match="exists and holds no address: delete it, or choose another path"):
+        members(f"file://{path}", 0, 1).joined()
+    assert path.read_text() == "what somebody has written\n"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(LinkError, match="exists and holds no address"):
+        members(f"file://{pipe}", 0, 1).joined()
+
+
+def test_an_empty_file_is_taken(tmp_path: Path, members: Callable[..., Member]) -> None:
+    path = tmp_path / "address"
+    path.touch()
+    assert members(f"file://{path}", 0, 1).joined().rank == 0
+
+
 # Pairs
 
 
