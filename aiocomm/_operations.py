@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm._device import describe, is_read_only, part_of
+from aiocomm._numbers import integer
 from aiocomm._queues import Share
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
@@ -270,6 +271,7 @@ class Operations:
         if (described := on_gpu(self._engine, array, bool(writable), stream)) is not None:
             if writable is None:
                 writable = not is_read_only(array)
+            writable = bool(writable)  # NumPy's True is another
             number, nbytes = self._engine.add_device_region(described, writable)
             region = Region(self, number, nbytes, writable, described)
             self._regions[number] = region
@@ -279,6 +281,7 @@ class Operations:
             writable = not view.readonly
         elif writable and view.readonly:
             raise UsageError("the array is read-only: register it with writable=False")
+        writable = bool(writable)
         number, nbytes = self._engine.add_region(view, writable)
         region = Region(self, number, nbytes, writable, view)
         self._regions[number] = region
@@ -472,8 +475,7 @@ def limit_of(deadline: float | None) -> float:
 
 def _integers(**values: Any) -> None:
     for name, value in values.items():
-        if not hasattr(value, "__index__"):
-            raise UsageTypeError(f"{name}={value!r} is not an integer")
+        integer(name, value)
 
 
 def overlapping(error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aiocomm._numbers import integer
 from aiocomm._operations import limit_of
 from aiocomm.communicator import Communicator
 from aiocomm.config import Settings, resolve_world
@@ -103,11 +104,7 @@ def names_of_links(links: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _integer(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if not hasattr(value, "__index__"):
-        raise UsageTypeError(f"{name}={value!r} is not an integer")
-    return value.__index__()
+    return None if value is None else integer(name, value)
 
 
 class Connecting:

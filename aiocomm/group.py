@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm._control.host import hostname
+from aiocomm._numbers import integer
 from aiocomm._operations import limit_of
 from aiocomm.collectives import closing
 from aiocomm.collectives.agreement import Agreement
 from aiocomm.collectives.operations import Collectives
 from aiocomm.collectives.requests import barrier, swapped
 from aiocomm.collectives.scope import Scope
-from aiocomm.errors import ClosedError, PeerLostError, UsageError
+from aiocomm.errors import ClosedError, PeerLostError, UsageError, UsageTypeError
 from aiocomm.moe.operations import ExpertOperations
 from aiocomm.types import Priority
 
@@ -79,11 +80,15 @@ class Group(Collectives, ExpertOperations):
         """The group of these ranks; all of them call it."""
         if comm._closed or not comm._here():
             comm._refuse()
-        members = tuple(ranks)
+        try:
+            given = list(ranks)
+        except TypeError:
+            raise UsageTypeError(f"ranks={ranks!r}: a list of the members' ranks") from None
+        members = tuple(integer("rank", rank) for rank in given)
         if len(set(members)) != len(members):
             raise UsageError(f"a rank comes twice in {list(members)}")
         for rank in members:
-            if not hasattr(rank, "__index__") or not 0 <= rank < comm._ranks:
+            if not 0 <= rank < comm._ranks:
                 comm._refuse(dst=rank)
         if comm.rank not in members:
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")

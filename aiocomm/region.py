@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
+from aiocomm._numbers import integer
 from aiocomm._outcome import told_of
 from aiocomm.errors import (
     AiocommError,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from aiocomm._operations import Operations
     from aiocomm_native import Transfer
 
-__all__ = ["Region", "RemoteRegion", "exchange", "withdraw"]
+__all__ = ["Region", "RemoteRegion", "exchange", "whole_handle", "withdraw"]
 
 # Version, owner's rank and generation, region, first byte, bytes, writable.
 _HANDLE: Final = struct.Struct("<4sHIQQQQ?")
@@ -128,7 +129,8 @@ class RemoteRegion:
     @classmethod
     def from_handle(cls, comm: Operations, handle: bytes) -> Self:
         """Parse and check a handle."""
-        if len(handle) != _HANDLE.size or not bytes(handle).startswith(_MAGIC):
+        handle = whole_handle(handle)
+        if len(handle) != _HANDLE.size or not handle.startswith(_MAGIC):
             raise UsageError("these bytes are not a region's handle: pass region.handle of the owner")
         _, version, rank, generation, number, start, nbytes, writable = _HANDLE.unpack(handle)
         if version != _VERSION:
@@ -159,8 +161,8 @@ class RemoteRegion:
     def __getitem__(self, key: slice) -> RemoteRegion:
         if not isinstance(key, slice) or key.step not in (None, 1):
             raise UsageError("a remote region is narrowed by a slice of bytes, remote[start:stop]")
-        start = 0 if key.start is None else key.start
-        stop = self.nbytes if key.stop is None else key.stop
+        start = 0 if key.start is None else integer("start", key.start)
+        stop = self.nbytes if key.stop is None else integer("stop", key.stop)
         if not 0 <= start <= stop <= self.nbytes:
             raise UsageError(f"bytes {start}:{stop} are outside the remote region of {self.nbytes}")
         return RemoteRegion(
@@ -178,6 +180,20 @@ class RemoteRegion:
 
     def __repr__(self) -> str:
         return f"<aiocomm.RemoteRegion rank={self.rank} {self.nbytes} bytes at {self._start}>"
+
+
+def whole_handle(handle: Any) -> bytes:
+    """A handle as it was made, whatever it came in: a buffer that was received into, or an array.
+
+    Raises:
+        UsageError: it is no memory.
+    """
+    try:
+        return memoryview(handle).tobytes()
+    except (TypeError, BufferError):
+        raise UsageTypeError(
+            f"{type(handle).__name__} is no handle: pass the bytes that its owner gave"
+        ) from None
 
 
 def look_away(transfer: Transfer[Any]) -> None:
@@ -201,7 +217,8 @@ async def exchange(comm: Operations, region: Region, with_: int, limit: float) -
     """
     if comm.closed or not comm._here():
         comm._refuse()
-    if not hasattr(with_, "__index__") or not 0 <= with_ < comm._ranks:
+    with_ = integer("rank", with_)
+    if not 0 <= with_ < comm._ranks:
         comm._refuse(dst=with_)
     if not isinstance(region, Region):
         raise UsageTypeError(f"{type(region).__name__} is not a Region: exchange what comm.register() gives")

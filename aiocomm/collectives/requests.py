@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm._numbers import integer, integers
 from aiocomm.collectives import cost, gpu, headers
 from aiocomm.collectives.arrays import dtype_name, flat
 from aiocomm.collectives.gpu import GpuArray
 from aiocomm.collectives.headers import header, refusal
-from aiocomm.collectives.numbers import integer, integers
 from aiocomm.collectives.plan import Plan, make_plan
 from aiocomm.collectives.steps import IN, OUT, Problem
 from aiocomm.errors import UsageError, UsageTypeError

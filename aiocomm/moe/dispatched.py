@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aiocomm.collectives.numbers import integer
+from aiocomm._numbers import integer
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:

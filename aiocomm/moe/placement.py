@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm._numbers import integer
 from aiocomm.collectives.arrays import array_of
-from aiocomm.collectives.numbers import integer
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:

@@ -11,16 +11,17 @@ import json
 import secrets
 import struct
 from dataclasses import asdict
-from operator import index
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
+from aiocomm._numbers import integer
 from aiocomm._operations import limit_of
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError
 from aiocomm.pages.indices import own_list, page_list
-from aiocomm.pages.layout import Layout
+from aiocomm.pages.layout import Layout, Pages
 from aiocomm.pages.streaming import LayerNotes
+from aiocomm.region import whole_handle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm._operations import Operations
-    from aiocomm.pages.layout import Pages
     from aiocomm.region import Region, RemoteRegion
     from aiocomm.types import Feed
 
@@ -39,6 +39,8 @@ __all__ = ["PageLease", "RemotePages"]
 _HEAD: Final = struct.Struct("<4sHQIII?")
 _MAGIC: Final = b"aioP"
 _VERSION: Final = 3
+# What comes of looking at other bytes: numbers may be infinite, and lists nest deeper than Python follows.
+_NO_HANDLE: Final = (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, struct.error)
 
 
 class PageLease:
@@ -64,6 +66,8 @@ class PageLease:
         """
         if comm.closed or not comm._here():
             comm._refuse()  # before it ends other leases
+        if not isinstance(pages, Pages):
+            raise UsageTypeError(f"{type(pages).__name__} in place of Pages: aiocomm.Pages(array)")
         wanted = np.arange(pages.count) if indices is None else own_list(indices)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= pages.count):
             raise UsageError(f"pages are 0 to {pages.count - 1}")
@@ -153,17 +157,18 @@ class PageLease:
 
     def _ranks(self, sources: int | Sequence[int]) -> list[int]:
         try:
-            wanted: list[int] = [sources] if isinstance(sources, int | np.integer) else list(sources)
+            given: list[int] = [sources] if isinstance(sources, int | np.integer) else list(sources)
         except TypeError:
             raise UsageTypeError(f"sources={sources!r}: a rank, or a list of ranks") from None
+        wanted = [integer("rank", rank) for rank in given]
         for rank in wanted:
-            if not hasattr(rank, "__index__") or not 0 <= rank < self._comm._ranks:
+            if not 0 <= rank < self._comm._ranks:
                 self._comm._refuse(dst=rank)
         if len(set(wanted)) != len(wanted):
             raise UsageError(f"sources={wanted}: a rank comes twice")
         if not wanted:
             raise UsageError("sources has no rank: leave it out for the rank that is heard of first")
-        return [index(rank) for rank in wanted]
+        return wanted
 
     async def aclose(self) -> None:
         """End it: new accesses are refused; waits for those under way. Idempotent.
@@ -211,6 +216,7 @@ class RemotePages:
     @classmethod
     def from_handle(cls, comm: Operations, handle: bytes) -> Self:
         """Parse and check a handle."""
+        handle = whole_handle(handle)
         try:
             magic, version, number, layout_bytes, count, handle_bytes, on_gpu = _HEAD.unpack_from(handle)
             if (magic, version) != (_MAGIC, _VERSION):
@@ -225,7 +231,7 @@ class RemotePages:
                 raise ValueError("regions")
             leased = np.zeros(layout.count, bool)
             leased[indices] = True
-        except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
+        except _NO_HANDLE as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
         return cls(number, layout, leased, regions, on_gpu, [True])

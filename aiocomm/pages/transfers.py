@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -37,7 +38,7 @@ from aiocomm.region import look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from aiocomm._device import Description
     from aiocomm.channel import Channel
@@ -109,6 +110,9 @@ async def put_layers(
     sm_budget: int | None,
 ) -> None:
     """See `Communicator.put_layers`."""
+    for name, views in (("layers", layers), ("remotes", remotes)):
+        if not isinstance(views, Sequence):
+            raise UsageTypeError(f"{name}: a list of views, as layers() gives, not {type(views).__name__}")
     if len(layers) != len(remotes) or not layers:
         raise UsageError(
             f"{len(layers)} layers here and {len(remotes)} at the peer: one each, in their order"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,20 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "a strided region": (lambda c: c.register(STRIDED), UsageError, "not contiguous"),
     "a handle that is none": (lambda c: c.remote(b"handle"), UsageError, r"region\.handle"),
+    "no handle": (lambda c: c.remote(None), UsageTypeError, "NoneType is no handle"),
+    "a handle in words": (lambda c: c.remote("handle"), UsageTypeError, "str is no handle"),
+    "a handle of pages in words": (lambda c: c.remote_pages("handle"), UsageTypeError, "str is no handle"),
+    "half a byte of a region": (
+        lambda c: c.remote(c.register(bytearray(8)).handle)[0:0.5],
+        UsageTypeError,
+        "stop=0.5 is not an integer",
+    ),
+    "a byte of a region in words": (
+        lambda c: c.remote(c.register(bytearray(8)).handle)["a":],
+        UsageTypeError,
+        "start='a' is not an integer",
+    ),
+    "an array of ranks": (lambda c: c.send(b"x", np.array([1])), UsageTypeError, "is not an integer"),
     "a put to no region": (lambda c: c.put(b"x", b"handle"), UsageTypeError, "RemoteRegion"),
     "a get from no region": (lambda c: c.get(None, bytearray(1)), UsageTypeError, "RemoteRegion"),
     "a put on a channel's name": (
@@ -378,6 +393,23 @@ async def test_what_waits_refuses_the_same(pair: Pair) -> None:
             await a.exchange(region, 2)
     with pytest.raises(UsageTypeError, match="rank='1' is not an integer"):
         await a.group([0, "1"])  # type: ignore[list-item]
+    async with a.register(bytearray(1)) as region:
+        with pytest.raises(UsageTypeError, match=r"rank=array\(\[1\]\) is not an integer"):
+            await a.exchange(region, np.array([1]))  # type: ignore[arg-type]
+    for ranks in (3, None, np.array(0)):
+        with pytest.raises(UsageTypeError, match="a list of the members' ranks"):
+            await a.group(ranks)  # type: ignore[arg-type]
+    for ranks in ([[0, 1]], np.array([[0], [1]])):
+        with pytest.raises(UsageTypeError, match="is not an integer"):
+            await a.group(ranks)  # type: ignore[arg-type]
+    with pytest.raises(UsageTypeError, match=r"ndarray in place of Pages: aiocomm\.Pages"):
+        await a.lease_pages(np.zeros((4, 4)))  # type: ignore[arg-type]
+    pages = aiocomm.Pages(np.zeros((4, 4)))
+    async with await a.lease_pages(pages) as lease:
+        with pytest.raises(UsageTypeError, match="layers: a list of views"):
+            await a.put_layers(pages, [0], [a.remote_pages(lease.handle)], [0])  # type: ignore[arg-type]
+        with pytest.raises(UsageTypeError, match=r"rank=array\(\[1\]\) is not an integer"):
+            lease.layers([np.array([1])])  # type: ignore[list-item]
     with pytest.raises(UsageTypeError, match="channel='q' is no channel"):
         await a.barrier(channel="q")  # type: ignore[arg-type]
     await _goes_on(pair)
@@ -446,6 +478,44 @@ async def test_groups_after_calls_that_were_refused_meet(pair: Pair) -> None:
         await (await groups[comm.rank].shrink()).barrier()
 
     await all_call([*pair], go_on)
+
+
+async def test_numbers_of_a_group_are_the_same_whatever_they_came_in(pair: Pair) -> None:
+    """Also truth values, which are numbers to Python: they name the same group, and the same root."""
+
+    async def make(comm: aiocomm.Communicator) -> None:
+        group = await comm.group([0, 1] if comm.rank else [False, np.int8(1)])
+        assert [type(rank) for rank in group.ranks] == [int, int]
+        x = np.full(2, comm.rank)
+        await group.broadcast(x, 1 if comm.rank else True)
+        await group.all_gatherv(np.zeros(2, int), x[:1], [1, 1] if comm.rank else [True, np.True_ + 0])
+        assert x[0] == 1
+
+    await all_call([*pair], make)
+
+
+async def test_handles_may_come_in_any_memory(pair: Pair) -> None:
+    """`recv_array` gives an array, and `recv` takes a buffer."""
+    a, b = pair
+    pages = aiocomm.Pages(np.zeros((4, 4)))
+    async with a.register(bytearray(8), writable=np.True_) as region, await a.lease_pages(pages) as lease:  # type: ignore[arg-type]
+        for kind in (bytes, bytearray, memoryview, lambda handle: np.frombuffer(handle, np.uint8)):
+            assert b.remote(kind(region.handle)).writable  # type: ignore[arg-type]
+            assert b.remote_pages(kind(lease.handle)).rank == 0  # type: ignore[arg-type]
+
+
+def _with_layout(handle: bytes, text: bytes) -> bytes:
+    head = struct.Struct("<4sHQIII?")
+    magic, version, number, _, *rest = head.unpack_from(handle)
+    return head.pack(magic, version, number, len(text), *rest) + text
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"count": Infinity}'], ids=["deep", "infinite"])
+async def test_layouts_that_are_none_are_no_handles(pair: Pair, text: bytes) -> None:
+    a, b = pair
+    async with await a.lease_pages(aiocomm.Pages(np.zeros((4, 4)))) as lease:
+        with pytest.raises(UsageError, match="these bytes are no handle of pages"):
+            b.remote_pages(_with_layout(lease.handle, text))
 
 
 async def test_a_lease_that_is_refused_ends_no_other() -> None:

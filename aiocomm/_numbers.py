@@ -20,7 +20,7 @@ def integer(name: str, value: Any) -> int:
         UsageError: it is none, or would have to be rounded.
     """
     try:
-        return operator.index(value)
+        return int(operator.index(value))  # of True, too, which is 1 to the other ranks
     except TypeError:
         raise UsageTypeError(f"{name}={value!r} is not an integer") from None
 
@@ -37,6 +37,6 @@ def integers(name: str, values: Iterable[Any] | None, of_what: str) -> tuple[int
     if values is None:
         raise UsageTypeError(f"{name} is missing: one integer per {of_what}")
     try:
-        return tuple(map(operator.index, values))
+        return tuple(int(operator.index(value)) for value in values)
     except TypeError:
         raise UsageTypeError(f"{name}={values!r}: pass one integer per {of_what}") from None
