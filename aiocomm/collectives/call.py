@@ -80,9 +80,11 @@ class Call(Exchange):
                     return
                 await self._wait()
         except BaseException as error:
-            await self._give_up(error)
-            if self._launched and self._request.reduction is not None:
-                self._request.reduction.kernels.synchronize()
+            try:
+                await self._give_up(error)
+            finally:  # a second cancellation is raised there, and kernels run on
+                if self._launched and self._request.reduction is not None:
+                    self._request.reduction.kernels.synchronize()
             raise
         finally:
             del self._scope.calls[self._number]

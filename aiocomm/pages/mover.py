@@ -279,8 +279,10 @@ class Mover:
         finally:
             for transfer in list(self._flying):
                 transfer.cancel()
-            await self._gate.wait_shielded(lambda: not self._flying)
-            self._staging.close()
+            try:
+                await self._gate.wait_shielded(lambda: not self._flying)
+            finally:  # a second cancellation is raised there
+                self._staging.close()
         if self._error is not None:
             raise self._error
 

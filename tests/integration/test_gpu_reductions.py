@@ -6,6 +6,7 @@ kernels themselves run where there are GPUs, and are compiled wherever NVRTC is 
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from harness import LIMIT_S, all_call, world
 
 import aiocomm
 from aiocomm.collectives import kernels
+from aiocomm.collectives.call import Call
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -357,3 +359,35 @@ async def test_memory_of_calls_that_grow_is_not_kept_for_each(monkeypatch: pytes
         assert scope._device_spare[device] == [many[1]]
         del many, memory, kept
     assert not alive
+
+
+async def test_a_call_that_is_cancelled_again_waits_for_its_kernels(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory is given back then, and the arrays are the caller's again."""
+    waited: list[int] = []
+    give_up, synchronize = Call._give_up, kernels.Kernels.synchronize
+
+    async def cancelled_again(call: Call, error: BaseException) -> None:
+        await give_up(call, error)
+        raise asyncio.CancelledError
+
+    def fails(call: Call) -> bool:
+        assert call._launched
+        raise RuntimeError("after its kernels were launched")
+
+    def counted(of: kernels.Kernels) -> None:
+        waited.append(of.device)
+        synchronize(of)
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await comm.all_reduce(on_gpu(comm.rank, block(comm.rank, 1003)), algorithm="ring")
+
+    async with world(2, links=LINKS, warmup=True) as members:
+        monkeypatch.setattr(Call, "_give_up", cancelled_again)
+        monkeypatch.setattr(Call, "_prove", fails)
+        monkeypatch.setattr(kernels.Kernels, "synchronize", counted)
+        await all_call(members, call)
+        assert len(waited) == 2
+        monkeypatch.undo()
