@@ -46,6 +46,7 @@ def pause(scope: Scope, channel: Channel) -> None:
     _count_given_up(scope)
     _give_up(scope, _closed(channel))
     scope.given_up = scope.repeats.last + 1
+    scope.drop_spare()
 
 
 def refuse(scope: Scope, channel: Channel) -> NoReturn:

@@ -127,6 +127,8 @@ class Scope:
 
     def give_back(self, memory: npt.NDArray[np.uint8]) -> None:
         """Keep memory for the next call, whose first touch would be slow, unless that is much."""
+        if self._is_paused:
+            return
         if sum(one.nbytes for one in self._spare) + memory.nbytes <= _KEPT_BYTES:
             self._spare.append(memory)
 
@@ -144,6 +146,8 @@ class Scope:
 
         The largest always, since its like is wanted again; the others as long as all of them are not much.
         """
+        if self._is_paused:
+            return
         spare = self._device_spare.setdefault(memory.device, [])
         spare.append(memory)
         spare.sort(key=lambda one: one.nbytes, reverse=True)
@@ -204,10 +208,19 @@ class Scope:
         self.shared.clear()
         self.prepared.clear()
         if all_memory:
-            self._spare.clear()
-            self._device_spare.clear()
+            self.drop_spare()
             if self.place is not None:
                 self.place.arena = None
+
+    def drop_spare(self) -> None:
+        """Keep no memory for the next call, which may never come."""
+        self._spare.clear()
+        self._device_spare.clear()
+
+    @property
+    def _is_paused(self) -> bool:
+        """Whether its channel is closed, and maybe never opened again."""
+        return self.channel is not None and self.channel.closed
 
     def close(self) -> None:
         """Give memory back; no call is under way any more."""

@@ -139,3 +139,34 @@ async def test_messages_and_other_channels_do_not_notice() -> None:
                 a.channel("x").close()
                 await b.all_reduce(x[1], channel=others[1])
         assert (x[0] == 4).all()
+
+
+async def test_memory_of_calls_is_not_kept_for_channels_that_are_closed() -> None:
+    """Who has a channel for each request would keep it for every request there was."""
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        channel = comm.channel("x")
+        for _ in range(2):
+            await comm.all_reduce(np.zeros(3000), channel=channel)
+        (scope,) = [one for one in comm._scopes if one.channel is channel]
+        assert scope._spare  # for the next call
+        await comm.barrier()
+        call = partial(comm.all_reduce, np.zeros(3000), channel=channel)
+        if comm.rank == 0:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(give_up, call, aiocomm.ClosedError)
+                await anyio.wait_all_tasks_blocked()
+                channel.close()
+        await comm.barrier()
+        if comm.rank:
+            await give_up(call, aiocomm.TransferCancelled)
+            channel.close()
+        assert not scope._spare
+        await comm.barrier()
+        for _ in range(2):
+            x = np.ones(3000)
+            await comm.all_reduce(x, channel=comm.channel("x"))
+            assert x[0] == 2
+
+    async with world(2) as members:
+        await all_call(members, rank)
