@@ -52,6 +52,7 @@ class Group(Collectives, ExpertOperations):
         self._splits = 0
         self._shrinks = 0
         self._given_up: list[Agreement] = []  # of shrinks, with which later ones go on
+        self._shrinking: set[Agreement] = set()  # under way
         self._closed = False
         self._indices: list[int] = []  # of its channels
         self._at_end = weakref.finalize(
@@ -146,6 +147,8 @@ class Group(Collectives, ExpertOperations):
                 closing.close(scope, [scope.index])
             for agreement in self._given_up:
                 agreement.close()
+            for agreement in self._shrinking:
+                agreement.stop(f"{self.label} was closed")
             for scope, rows in self._expert_scopes.values():
                 # Others may ask whether calls have ended, which read memory of theirs.
                 closing.close(scope, [rows] if scope.pools else [scope.index, rows])
@@ -207,8 +210,7 @@ class Group(Collectives, ExpertOperations):
 
     async def _shrink(self, deadline: float | None) -> Group:
         comm = self._comm
-        if comm._closed or not comm._here():
-            comm._refuse()
+        self._check(None)
         limit_of(deadline)
         alive = [r for r in self._ranks if r == comm.rank or (comm._peers[r].alive and self._is_member(r))]
         if self._given_up:
@@ -219,6 +221,7 @@ class Group(Collectives, ExpertOperations):
             name = f"\0group {self._digest} shrink {self._shrinks}"
             index = comm._engine.open_channel(name, int(Priority.HIGH), 1.0)
             agreement = Agreement(comm, index, self._ranks, alive, self._shrinks)
+        self._shrinking.add(agreement)
         try:
             left = await agreement.reach(deadline)
         except PeerLostError:
@@ -230,6 +233,8 @@ class Group(Collectives, ExpertOperations):
             if self._closed:
                 agreement.close()
             raise
+        finally:
+            self._shrinking.discard(agreement)
         agreement.close()
         return Group(comm, left, f"shrink {self._digest} {agreement.epoch} {left}")
 

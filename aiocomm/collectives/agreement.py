@@ -20,7 +20,7 @@ import anyio
 from aiocomm._operations import limit_of
 from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
-from aiocomm.errors import AiocommError, DeadlineExceeded, PeerLostError
+from aiocomm.errors import AiocommError, ClosedError, DeadlineExceeded, PeerLostError
 from aiocomm.region import look_away
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Agreement:
         self._waiting: dict[int, tuple[bytearray, Transfer[Any]]] = {}  # for the views of others
         self._sending: set[Transfer[Any]] = set()
         self._closed = False
+        self._stopped: str | None = None  # why
         self._gate = Gate(comm._backend)
 
     async def reach(self, deadline: float | None) -> list[int]:
@@ -65,6 +66,7 @@ class Agreement:
         Raises:
             PeerLostError: the others have excluded this rank.
             DeadlineExceeded: a survivor has not called in time.
+            ClosedError: `stop` was called.
         """
         limit = limit_of(deadline)
         with anyio.move_on_after(None if deadline is None else limit):
@@ -99,6 +101,8 @@ class Agreement:
     async def _all_here(self) -> None:
         while not all(receive.done() for _, receive in self._waiting.values()):
             await self._gate.wait()
+            if self._stopped is not None:
+                raise ClosedError(f"shrink: {self._stopped}")
 
     def _ends(self) -> bool:
         """Whether the views of this round settle it."""
@@ -141,6 +145,11 @@ class Agreement:
         look_away(transfer)
         self._sending.discard(transfer)
         self._close_if_all_is_said()
+
+    def stop(self, why: str) -> None:
+        """Have `reach` end with `ClosedError`. What this rank has said may settle it at the others."""
+        self._stopped = why
+        self._gate.ring()
 
     def close(self) -> None:
         """Give the channel back, once all has been said that others wait for."""

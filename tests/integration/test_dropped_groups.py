@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import numpy as np
 import pytest
-from harness import all_call, held, until
+from harness import LIMIT_S, all_call, held, until
 
 import aiocomm
 
@@ -126,6 +126,32 @@ async def test_closed_groups_leave_nothing(pair: Pair) -> None:
     for _ in range(20):
         await all_call(pair, call)
     await until(lambda: known() == before)
+
+
+async def test_a_shrink_ends_with_its_group(pair: Pair) -> None:
+    groups: dict[int, Group] = {}
+
+    async def make(comm: aiocomm.Communicator) -> None:
+        groups[comm.rank] = await comm.group([0, 1])
+
+    def channels() -> int:
+        return int(pair[0]._engine.gauges("self")["channels"])
+
+    async def shrink() -> None:
+        with pytest.raises(aiocomm.ClosedError, match=r"shrink: group \[0, 1\] was closed"):
+            await groups[0].shrink()
+
+    before = channels()
+    await all_call(pair, make)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(shrink)
+            await anyio.wait_all_tasks_blocked()
+            groups[0].close()
+    with pytest.raises(aiocomm.ClosedError, match=r"group \[0, 1\] was closed"):
+        await groups[0].shrink()
+    groups[1].close()
+    await until(lambda: channels() == before)
 
 
 async def test_a_shrink_that_is_given_up_closes_with_its_group(pair: Pair) -> None:
