@@ -139,6 +139,10 @@ class Prepared:
         call.take_over(number, slots, scratch, *begun)
         return call
 
+    def drop_spare(self) -> None:
+        """Keep no memory for the next call."""
+        self._frames.clear()
+
     def _frame(self) -> _Frame:
         scope = self._scope
         return scope.scratch(self._slot_bytes), scope.scratch(self._scratch) if self._scratch else None

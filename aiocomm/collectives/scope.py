@@ -216,6 +216,9 @@ class Scope:
         """Keep no memory for the next call, which may never come."""
         self._spare.clear()
         self._device_spare.clear()
+        for prepared in self.prepared.values():
+            if prepared is not None:
+                prepared.drop_spare()
 
     @property
     def _is_paused(self) -> bool:

@@ -162,6 +162,7 @@ async def test_memory_of_calls_is_not_kept_for_channels_that_are_closed() -> Non
             await give_up(call, aiocomm.TransferCancelled)
             channel.close()
         assert not scope._spare
+        assert not any(one._frames for one in scope.prepared.values() if one is not None)
         await comm.barrier()
         for _ in range(2):
             x = np.ones(3000)
