@@ -275,7 +275,10 @@ def _wire(wire: Any, dtype: str) -> str:
     if type(wire).__module__ == "torch":
         return str(wire).removeprefix("torch.")
     try:
-        return dtype_name(np.dtype(wire))
+        named = np.dtype(wire)
+        if named.names is not None:  # no name that NumPy knows
+            raise TypeError("it has fields")
+        return dtype_name(named)
     except (TypeError, ValueError) as error:
         raise UsageTypeError(f"wire={wire!r} is no dtype: {error}") from error
 

@@ -284,6 +284,7 @@ async def test_outputs_that_do_not_fit_are_named_on_all() -> None:
             (came.inputs.astype(np.int32), {}, "int32"),
             (came.inputs, {"out": np.zeros((3, 5))}, "out has shape"),
             (came.inputs, {"wire": np.int8}, "wire is of dtype int8"),
+            (came.inputs, {"wire": [("sum", "f4")]}, "is no dtype: it has fields"),
             (came.inputs, {"wire": np.float16}, "rank 1 called combine .* float32 hidden 4 as float16"),
         ]
         for outputs, options, text in cases:
