@@ -41,7 +41,7 @@ __all__ = [
 
 _CHAIN_FROM: Final = 32 << 20  # bytes that would leave the root of a broadcast by itself
 _LEAST_CHUNK: Final = 5 << 20  # smaller copies cost the engine more than the overlap gives
-_GAP_BYTES: Final = 1 << 20  # that could move between one chunk and the next
+_GAP_BYTES: Final = 1 << 19  # that could move between one chunk and the next
 _MOST_CHUNKS: Final = 48
 _REDUCED_CHUNKS: Final = 4  # of a block that is reduced: each costs messages on the loop, besides the kernel
 _ONE_SHOT: Final = 1 << 20  # bytes up to which every rank reduces everything

@@ -270,7 +270,12 @@ class ArenaFlight(Flight):
             self._over = True
             for transfer in list(self._flying.values()):
                 transfer.cancel()
-            await self._gate.wait_shielded(lambda: not self._flying)
+            try:
+                await self._gate.wait_shielded(lambda: not self._flying)
+            except BaseException as error:  # cancelled
+                if self._result == NOT_MET:  # the others make the call by messages, and wait for ours
+                    self._scope.abort(self._number, error)
+                raise
         if self._result == NOT_MET and self._aborted is not None:
             raise self._explained(self._aborted)
         return self._result != NOT_MET

@@ -123,6 +123,7 @@ class PySharedCall {
         if (now_ns() - began > Turns::kNs) return false;
         sched_yield();
       }
+      std::lock_guard lock(mutex_);  // a `proceed` on another thread may be about to
       over.swap(arrays_);
     }
     return true;

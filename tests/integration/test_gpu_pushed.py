@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -254,6 +255,33 @@ async def test_a_rank_that_cannot_take_part_says_so(gpu: Driver) -> None:
         await submissions.aclose()
         await all_call(comms, lambda comm: gather_all(comm, 8, 3000))
         assert ways(comms[0]) == ways(comms[1]) == {"all_gather/direct": 7, "all_gather/pushed": 2}
+
+
+async def test_a_task_is_cancelled_as_its_call_turns_to_messages(
+    gpu: Driver, anyio_backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others, who make the call so, hear that this rank does not."""
+    if anyio_backend_name == "trio":
+        pytest.skip("its cancellation waits behind a shield: only asyncio's Task.cancel() comes through")
+    monkeypatch.setattr(device_shared, "STAYS_S", 0.02)
+    end = device_shared.DeviceFlight._end
+
+    async def cancelled(flight: device_shared.DeviceFlight) -> bool:
+        assert flight._flying, "others are watched"
+        tasks[0].cancel()
+        return await end(flight)
+
+    async with world(2, links=LINKS, warmup=True) as comms:
+        for turn in range(2):
+            await all_call(comms, lambda comm, turn=turn: gather_all(comm, turn, 3000))
+        monkeypatch.setattr(device_shared.DeviceFlight, "_end", cancelled)
+        tasks = [asyncio.ensure_future(gather_all(comms[0], 2, 3000))]
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+        monkeypatch.undo()
+        with pytest.raises(aiocomm.TransferCancelled, match="rank 0"):
+            await gather_all(comms[1], 2, 3000)
+        await all_call(comms, lambda comm: gather_all(comm, 3, 3000))
 
 
 async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: str) -> None:
