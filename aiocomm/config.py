@@ -95,7 +95,7 @@ class Settings:
     drain_timeout_s: float = _setting(
         2.0,
         "seconds",
-        "How long a cancelled transfer may hold its buffer before the link is torn down.",
+        "How long a cancelled transfer may hold its buffer before its peer is given up as lost.",
         low=0.0,
         high=_AGES_S,
     )

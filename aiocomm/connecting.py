@@ -91,7 +91,7 @@ def names_of_links(links: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Links as a caller names them: one, or several.
 
     Raises:
-        UsageTypeError: they are not names.
+        UsageError: they are not names, or none.
     """
     if links is None:
         return None
@@ -100,6 +100,8 @@ def names_of_links(links: str | Sequence[str] | None) -> tuple[str, ...] | None:
     names = tuple(links) if hasattr(links, "__iter__") else (None,)
     if not all(isinstance(name, str) for name in names):
         raise UsageTypeError(f"links={links!r}: names of links, such as ('shm', 'tcp')")
+    if not names:
+        raise UsageError("links names none: leave it out for all that work here")
     return names  # type: ignore[return-value]
 
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiocomm._loop.spin import SpinSelector
-from aiocomm.errors import UsageError
+from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -27,8 +27,12 @@ def run(main: Coroutine[Any, Any, T], *, spin: float = 0.0, debug: bool | None =
         debug: asyncio's debug mode.
 
     Raises:
-        UsageError: `spin` is negative or longer than a second.
+        UsageError: `main` is no coroutine, or `spin` is negative or longer than a second.
     """
+    given: object = main
+    if not asyncio.iscoroutine(given):
+        hint = ": call it, run(main())" if callable(given) else ""
+        raise UsageTypeError(f"main={given!r} is no coroutine{hint}")
     if not 0 <= spin <= 1:
         main.close()
         raise UsageError(f"spin={spin!r}: seconds, 0 to 1")

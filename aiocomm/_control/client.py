@@ -99,7 +99,7 @@ class Client:
                 stream = await self._reach()
             except AuthenticationError as error:
                 if not isinstance(self._address, FileAddress):
-                    raise
+                    raise AuthenticationError(f"{self._address}: {error}") from error
                 self.trouble = str(error)  # the file may still be the one of an earlier run
             except (OSError, ProtocolError) as error:
                 self.trouble = what_to_do(error)

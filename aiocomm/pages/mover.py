@@ -319,6 +319,6 @@ class Mover:
         if not isinstance(error, AiocommError):
             return error
         direction = "from" if transfer.kind == "get" else "to"
-        return told_of(
-            error, f"{self._operation} {direction} rank {transfer.peer} on channel {transfer.channel!r}"
-        )
+        # The transfer's own name of it is gone once it is closed.
+        channel = transfer.channel if self._channel is None else self._channel.name
+        return told_of(error, f"{self._operation} {direction} rank {transfer.peer} on channel {channel!r}")

@@ -223,6 +223,14 @@ def test_a_name_for_others_that_means_nothing_is_told(
     assert "AIOCOMM_HOST gives to others, no-such-host.invalid, is not known here" in caplog.text
 
 
+def test_a_name_in_the_address_that_means_nothing_is_told(
+    members: Callable[..., Member], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be known to the others only, as that of a service in front of this host."""
+    members("tcp://no-such-host.invalid:0", 0, 1, token="ours").joined()
+    assert "the world's address gives to others, no-such-host.invalid, is not known here" in caplog.text
+
+
 def test_joining_can_be_given_up(members: Callable[..., Member]) -> None:
     address = fresh_address()
     host, other = members(address, 0, 2), members(fresh_address(), 1, 2)
@@ -321,6 +329,25 @@ def test_another_token_is_refused(
         members(address, 1, 2, token=guest).joined()
     world[0].plane.warm_up().result(PATIENCE_S)
     connected(*world)
+
+
+def test_something_else_listens_there(members: Callable[..., Member]) -> None:
+    """It is told where, since the address may have come from somewhere else."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(ConnectionError):  # it hangs up
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n" * 4)
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(AuthenticationError, match=f"{address}: the other end is not aiocomm"):
+            members(address, 1, 2, token="ours").joined()
+        thread.join()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -55,6 +55,7 @@ CONNECTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an unknown link": ({"links": "pigeon"}, UsageError, "unknown link 'pigeon': this build has"),
     "a link that is a number": ({"links": 5}, UsageTypeError, "links=5: names of links"),
     "links that are numbers": ({"links": [5]}, UsageTypeError, r"links=\[5\]: names of links"),
+    "no links": ({"links": ()}, UsageError, "links names none: leave it out"),
 }
 
 

@@ -213,3 +213,14 @@ def test_a_long_spin_ends_for_timers_descriptors_and_threads() -> None:
     # Longer than a test may take.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinSelector(600.0))) as runner:
         runner.run(main())
+
+
+@pytest.mark.parametrize("spin", [0.0, 50e-6])
+def test_what_is_no_coroutine_cannot_be_run(spin: float) -> None:
+    async def main() -> None:
+        raise AssertionError("nobody has called it")
+
+    with pytest.raises(aiocomm.UsageError, match=r"is no coroutine: call it, run\(main\(\)\)"):
+        aiocomm.run(main, spin=spin)  # type: ignore[arg-type]
+    with pytest.raises(aiocomm.UsageError, match=r"main=5 is no coroutine$"):
+        aiocomm.run(5, spin=spin)  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ void ShmPeer::on_ready(uint32_t events) {
   if (closed_) return;
   read_socket();
   if (!closed_ && (events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR)))
-    lost("its process ended (connection hung up)");
+    lost("its process ended, or has given this one up (connection hung up)");
 }
 
 void ShmPeer::read_socket() {
@@ -155,7 +155,7 @@ void ShmPeer::read_socket() {
         fds.resize(count);
         std::memcpy(fds.data(), CMSG_DATA(h), count * sizeof(int));
       }
-    if (n <= 0) return lost("its process ended (connection hung up)");
+    if (n <= 0) return lost("its process ended, or has given this one up (connection hung up)");
     // Notes are smaller than a socket buffer's atomic unit, so they come whole.
     const bool cut = message.msg_flags & MSG_CTRUNC;  // there were more descriptors
     if (static_cast<size_t>(n) != want || (cut && fds.size() >= kMostFds)) {
