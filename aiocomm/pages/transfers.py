@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 import numpy as np
 
 from aiocomm._device import part_of
@@ -125,18 +126,24 @@ async def put_layers(
     check_budget(sm_budget)
     mover = Mover(comm, "put_layers", channel, deadline)
     _check_notification(notify)
+    notes = _Notes(mover, remotes[0], len(layers))
     planned = []
-    for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
-        remote.layout.check_target()
-        remote.check(take)
-        plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
-        planned.append(plan)
-        mover.check(remote)
+    try:
+        for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
+            remote.layout.check_target()
+            remote.check(take)
+            sides = pages.layout, give, remote.layout, take
+            planned.append(await _planned(mover, pages, remote, *sides, at_target=True))
+            mover.check(remote)
+    except anyio.get_cancelled_exc_class():  # the owner may wait already
+        with contextlib.suppress(AiocommError):
+            mover.check(remotes[0])
+            notes.give_up()
+        raise
     check_apart(
         comm,
         [(pages, remote, plan.ranges) for pages, remote, plan in zip(layers, remotes, planned, strict=True)],
     )
-    notes = _Notes(mover, remotes[0], len(layers))
 
     def jobs() -> Jobs:
         for layer, (pages, remote, plan) in enumerate(zip(layers, remotes, planned, strict=True)):

@@ -177,6 +177,29 @@ async def test_sources_are_ranks(pair: Pair) -> None:
         assert [layer async for layer in lease.layers(sources, deadline=5.0)] == list(range(2 * LAYERS))  # type: ignore[arg-type]
 
 
+async def test_a_sender_is_cancelled_before_a_byte_moves(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it still plans: the owner may wait already."""
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs)
+    remote = a.remote_pages(lease.handle)
+    with anyio.CancelScope() as scope:
+
+        async def plans(*_: Any) -> None:
+            scope.cancel()
+            await anyio.sleep_forever()
+
+        monkeypatch.setattr(transfers, "plan_ranges", plans)
+        await a.put_layers(ours.layers(), [0], remote.layers(), [0])
+    assert scope.cancelled_caught
+    monkeypatch.undo()
+    with pytest.raises(aiocomm.TransferCancelled, match="gave up before layer 0"):
+        await anext(lease.layers(0))
+    await a.put_layers(ours.layers(), [0], remote.layers(), [0])
+    assert [layer async for layer in lease.layers(0)] == list(range(8))
+    await lease.aclose()
+
+
 async def test_waits_end_by_deadline_and_with_the_lease(pair: Pair) -> None:
     a, b = pair
     ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
