@@ -77,6 +77,7 @@ Registrar::~Registrar() {
   for (std::thread* thread : {&registering_, &giving_back_})
     if (thread->joinable()) thread->join();
   for (const Registering& job : done_) deregister(verbs_, job.regions);
+  for (const Unwanted& job : unwanted_) deregister(verbs_, job.regions);  // a thread that failed has left them
 }
 
 void Registrar::submit(Registering job) {
@@ -155,14 +156,18 @@ void Registrar::give_back_all() {
   for (;;) {
     wake_.wait(lock, [this] { return stopping_ || !unwanted_.empty(); });
     if (unwanted_.empty()) return;
-    Unwanted job = unwanted_.front();
-    unwanted_.pop_front();
+    Unwanted& job = unwanted_.front();  // until it is done: should this thread fail, others give it back at the end
     ++working_;
     lock.unlock();
-    deregister(verbs_, job.regions);
+    for (ibv_mr*& region : job.regions) {
+      if (region) verbs_.dereg_mr(region);
+      region = nullptr;
+    }
     lock.lock();
-    if (job.number) given_back_.push_back(job.number);
-    end_job(lock, job.number != 0);
+    const uint32_t number = job.number;
+    unwanted_.pop_front();
+    if (number) given_back_.push_back(number);
+    end_job(lock, number != 0);
   }
 }
 
