@@ -77,7 +77,8 @@ Registrar::~Registrar() {
   for (std::thread* thread : {&registering_, &giving_back_})
     if (thread->joinable()) thread->join();
   for (const Registering& job : done_) deregister(verbs_, job.regions);
-  for (const Unwanted& job : unwanted_) deregister(verbs_, job.regions);  // a thread that failed has left them
+  for (const Unwanted& job : unwanted_)
+    deregister(verbs_, job.regions);  // a thread that failed has left them
 }
 
 void Registrar::submit(Registering job) {
@@ -156,7 +157,8 @@ void Registrar::give_back_all() {
   for (;;) {
     wake_.wait(lock, [this] { return stopping_ || !unwanted_.empty(); });
     if (unwanted_.empty()) return;
-    Unwanted& job = unwanted_.front();  // until it is done: should this thread fail, others give it back at the end
+    Unwanted& job =
+        unwanted_.front();  // until it is done: should this thread fail, others give it back at the end
     ++working_;
     lock.unlock();
     for (ibv_mr*& region : job.regions) {
