@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
 from aiocomm._control.dialing import reach
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import look_up
 from aiocomm._control.listener import Listener, bind, private_unix_address
 
 if TYPE_CHECKING:
@@ -24,9 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoints"]
 
-_log: Final = logging.getLogger("aiocomm.control")
 _REACH_PART: Final = 0.8
-_LOOK_UP_S: Final = 2.0
 
 
 class Endpoints:
@@ -84,15 +80,7 @@ class Endpoints:
         name = self._settings.host
         if name is None or TcpAddress(name, 0).is_literal:
             return
-        try:
-            async with asyncio.timeout(_LOOK_UP_S):
-                await asyncio.get_running_loop().getaddrinfo(name, None)
-        except OSError as error:
-            _log.warning(
-                "the name that AIOCOMM_HOST gives to others, %s, is not known here: %s",
-                name,
-                what_to_do(error),
-            )
+        await look_up(name, "AIOCOMM_HOST")
 
     def _take(self, bound: tuple[socket.socket, TcpAddress | UnixAddress], *hosts: str) -> None:
         sock, address = bound

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
+import logging
 import os
 import socket
 from pathlib import Path
+from typing import Final
 
 __all__ = [
     "host_id",
     "hostname",
+    "look_up",
     "open_pidfd",
     "pid_namespace",
     "start_time",
     "what_to_do",
 ]
+
+_log: Final = logging.getLogger("aiocomm.control")
+_LOOK_UP_S: Final = 2.0
 
 
 @functools.cache
@@ -50,6 +57,24 @@ def start_time(pid: int) -> int:
         return 0
     # The second field is the command in parentheses and may hold anything, parentheses too.
     return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+async def look_up(name: str, whose: str) -> list[str]:
+    """The addresses of a name that others are told. None, and a warning, if it means nothing here: they will
+    hardly know more.
+
+    Args:
+        whose: what gives it to others.
+    """
+    try:
+        async with asyncio.timeout(_LOOK_UP_S):
+            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError as error:  # also: nobody knows within the time
+        _log.warning(
+            "the name that %s gives to others, %s, is not known here: %s", whose, name, what_to_do(error)
+        )
+        return []
+    return [str(at[0]) for *_, at in found]
 
 
 def open_pidfd(pid: int, started: int) -> int | None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import resource
 import secrets
-import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import interfaces
 from aiocomm._control.address import Address, EnvAddress, FileAddress, TcpAddress, UnixAddress
 from aiocomm._control.client import remove_address_file, write_address_file
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import look_up
 from aiocomm._control.rendezvous import Rendezvous
 from aiocomm.errors import LinkError, UsageError
 
@@ -22,11 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "allow_descriptors"]
 
-_log: Final = logging.getLogger("aiocomm.control")
 
 _OTHER_DESCRIPTORS: Final = 128
 """Of a process besides the control connections of the members that it hosts."""
-_LOOK_UP_S: Final = 2.0
 _MANY: Final = 256
 """Members from which on the limit is looked at: fewer fit into any usual one."""
 
@@ -130,15 +125,6 @@ async def _own_address(bound: TcpAddress, own: tuple[str, ...]) -> str:
     loopback, since a name may stand for a load balancer, or be unknown here.
     """
     if not bound.is_wildcard:
-        try:
-            async with asyncio.timeout(_LOOK_UP_S):
-                loop = asyncio.get_running_loop()
-                found = await loop.getaddrinfo(bound.host, bound.port, type=socket.SOCK_STREAM)
-                return next((str(at[0]) for *_, at in found if at[0] in own), "127.0.0.1")
-        except OSError as error:  # also: nobody knows within the time
-            _log.warning(
-                "the name that the world's address gives to others, %s, is not known here: %s",
-                bound.host,
-                what_to_do(error),
-            )
+        found = await look_up(bound.host, "the world's address")
+        return next((address for address in found if address in own), "127.0.0.1")
     return "127.0.0.1"

@@ -336,9 +336,8 @@ PyMethodDef methods[] = {
     {"cancelled", transfer_cancelled, METH_NOARGS, "Whether the transfer was cancelled by this side."},
     {"cancel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_cancel)),
      METH_VARARGS | METH_KEYWORDS,
-     "Cancels; False if it has ended, or all is done but giving back its memory, whose outcome stands. Else "
-     "it ends, as "
-     "cancelled, once nothing touches its buffer."},
+     "Cancels; False if it has ended, or all is done but giving back its memory: its outcome stands. Else it "
+     "ends, as cancelled, once nothing touches its buffer."},
     {"add_done_callback",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(transfer_add_done_callback)),
      METH_VARARGS | METH_KEYWORDS, "Calls back with the transfer, on its loop, when it has ended."},

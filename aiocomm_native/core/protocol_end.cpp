@@ -71,10 +71,15 @@ bool Engine::settle(Op& op) {
   return true;
 }
 
-// All of a draining op is done, and the other end knows it: what has come in between, a deadline or the end of its channel,
-// came too late. Who cancelled was promised that end.
+// Of a draining op, should all of it be done, and the other end know it: whether what has come in between, a deadline or the
+// end of its channel, came too late. Who cancelled was promised that end.
+bool Engine::may_be_done(const Op& op) {
+  return !op.cancel_requested && (op.code == Code::deadline || op.code == Code::closed);
+}
+
+// All of a draining op is done, and the other end knows it.
 void Engine::done_after_all(Op& op) {
-  if (op.cancel_requested || (op.code != Code::deadline && op.code != Code::closed)) return;
+  if (!may_be_done(op)) return;
   op.code = Code::ok;
   op.moved = op.nbytes;
 }

@@ -170,11 +170,9 @@ void Engine::on_withdrawn(Peer& peer, const FrameHeader& header) {
   if (!op->matched || !written_after_all(*op, peer)) settle(*op);
 }
 
-// The source has written all of it, which it takes for done: a deadline that came meanwhile, or the end of the channel, came
-// too late. Who cancelled was promised that end. True: it ends once all writes have been noticed here.
+// The source has written all of it, which it takes for done. True: it ends so once all writes have been noticed here.
 bool Engine::written_after_all(Op& op, Peer& peer) {
-  if (!op.offer || op.cancel_requested || (op.code != Code::deadline && op.code != Code::closed))
-    return false;
+  if (!op.offer || !may_be_done(op)) return false;
   timers_.cancel(op.id);
   op.deadline_ns = 0;
   op.code = Code::ok;

@@ -1,10 +1,10 @@
 // Scoped ownership of the engine's token, and what becomes of an exception that a thread of ours ends with; see engine.hpp.
 #pragma once
 
-#include <exception>
 #include <mutex>
 
 #include "core/engine.hpp"
+#include "core/guarded.hpp"
 
 namespace aiocomm {
 
@@ -37,13 +37,7 @@ class Engine::Token {
 
 // Without the token. What `f` throws ends what the engine does, and not the process.
 void Engine::guarded(auto&& f) noexcept {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    failed(error.what());
-  } catch (...) {
-    failed("an unknown error");
-  }
+  aiocomm::guarded(f, [this](const char* why) { failed(why); });
 }
 
 }  // namespace aiocomm

@@ -10,6 +10,7 @@
 #include <optional>
 #include <utility>
 
+#include "core/guarded.hpp"
 #include "core/link.hpp"
 #include "core/relax.hpp"
 #include "links/cuda/reaper.hpp"
@@ -112,12 +113,11 @@ Device::Device(const Driver& d, int o, MoverHost& host, uint64_t spin_ns)
   }
   for (auto i = static_cast<uint32_t>(kWords); i-- > kFirstGate;) free_gates_.push_back(i);
   thread_ = std::thread([this] {
-    try {
-      run();
-    } catch (const std::exception& error) {
-      host_.failed(error.what());
-      fail_all();
-    }
+    guarded([this] { run(); },
+            [this](const char* why) {
+              host_.failed(why);
+              fail_all();
+            });
   });
 }
 

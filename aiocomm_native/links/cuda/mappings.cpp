@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <exception>
 #include <utility>
 
+#include "core/guarded.hpp"
 #include "links/cuda/exports.hpp"
 #include "links/cuda/reaper.hpp"
 
@@ -44,16 +44,6 @@ void Helper::stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-void Helper::guarded(const auto& what) noexcept {
-  try {
-    what();
-  } catch (const std::exception& error) {
-    failed_(error.what());
-  } catch (...) {
-    failed_("an unknown error");
-  }
-}
-
 void Helper::run() {
   pthread_setname_np(pthread_self(), "aiocomm-gpumap");
   int capture_mode = CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -62,7 +52,7 @@ void Helper::run() {
   for (;;) {
     std::function<void()> task;
     int pause_ms = 0;
-    guarded([&] { pause_ms = look_(); });
+    guarded([&] { pause_ms = look_(); }, failed_);
     {
       std::unique_lock lock(mutex_);
       wake_.wait_until(lock, rests_until_, [this] { return stopping_; });
@@ -75,7 +65,7 @@ void Helper::run() {
       task = std::move(tasks_.front());
       tasks_.pop_front();
     }
-    guarded(task);
+    guarded(task, failed_);
   }
 }
 

@@ -43,7 +43,6 @@ class Helper {
 
  private:
   void run();
-  void guarded(const auto& what) noexcept;
   const Driver& driver_;
   const std::function<int()> look_;
   const std::function<void(const char* why)> failed_;

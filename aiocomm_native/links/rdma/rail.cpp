@@ -12,10 +12,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <exception>
 #include <utility>
 
 #include "core/doorbell.hpp"
+#include "core/guarded.hpp"
 #include "core/link.hpp"
 #include "links/rdma/work_id.hpp"
 
@@ -159,13 +159,7 @@ void Rail::start() {
 }
 
 void Rail::run(void (Rail::*turns)()) noexcept {
-  try {
-    (this->*turns)();
-  } catch (const std::exception& error) {
-    on_failed(error.what());
-  } catch (...) {
-    on_failed("an unknown error");
-  }
+  guarded([&] { (this->*turns)(); }, on_failed);
 }
 
 void Rail::stop() {

@@ -10,6 +10,7 @@
 #include <exception>
 #include <utility>
 
+#include "core/guarded.hpp"
 #include "core/slice.hpp"
 
 namespace aiocomm::rdma {
@@ -116,13 +117,7 @@ bool Registrar::busy() {
 }
 
 void Registrar::run(void (Registrar::*jobs)()) noexcept {
-  try {
-    (this->*jobs)();
-  } catch (const std::exception& error) {
-    failed_(error.what());
-  } catch (...) {
-    failed_("an unknown error");
-  }
+  guarded([&] { (this->*jobs)(); }, failed_);
 }
 
 void Registrar::register_all() {
