@@ -15,8 +15,9 @@ from aiocomm._numbers import integer
 from aiocomm._operations import limit_of
 from aiocomm.collectives import closing
 from aiocomm.collectives.agreement import Agreement
+from aiocomm.collectives.movements import swapped
 from aiocomm.collectives.operations import Collectives
-from aiocomm.collectives.requests import barrier, swapped
+from aiocomm.collectives.requests import barrier
 from aiocomm.collectives.scope import Scope
 from aiocomm.errors import ClosedError, PeerLostError, UsageError, UsageTypeError
 from aiocomm.moe.operations import ExpertOperations

@@ -98,40 +98,9 @@ class Collecting:
             number = number or scope.begin(None)
             if await _repeated(scope, prepared, number, given, out, deadline):
                 return
-        unforeseen: Exception | None = None
-        try:
-            if wrong is not None:
-                raise wrong
-            request = make(group)
-        except Exception as error:  # the others wait, whatever is wrong
-            request = requests.refused(operation, error)
-            unforeseen = None if isinstance(error, UsageError) else error
-        call = Call(scope, request, deadline)
-        if number:
-            call.enter(number)
-        try:
-            await call.run()
-        except UsageError:
-            if unforeseen is not None:
-                raise unforeseen from None
-            raise
-        if not call.suspended:
-            await scope.comm._backend.turn()
-        algorithm = request.plan.algorithm if request.plan is not None else "headers"
-        group._comm._collective_calls[f"{operation}/{algorithm}"] += 1
-        if request.result is not None:
-            _divide(request.result, group)
+        request = await _from_headers(scope, operation, make, number, deadline, wrong)
         if shape is not None and shape not in scope.prepared and (request.on_gpu or is_plain(out, given)):
-            if len(scope.prepared) >= _SHAPES:
-                scope.forget()
-            some = out if out is not None else given
-            plain = some is None or request.on_gpu
-            dtype = np.dtype(np.uint8) if plain else some.dtype
-            scope.prepared[shape] = prepare(scope, request, dtype)
-            if request.on_gpu:
-                scope.shared[shape] = device_shared.prepare(scope, request)
-            else:
-                scope.shared[shape] = shared.prepare(scope, request, dtype)
+            _prepare(scope, shape, request, out if out is not None else given)
 
 
 def _can_be_found(what: tuple[Any, ...]) -> bool:
@@ -157,6 +126,58 @@ async def _met(
     if outcome == shared.TURN:
         await scope.comm._backend.turn()
     return True
+
+
+async def _from_headers(
+    scope: Scope,
+    operation: str,
+    make: Callable[[Group], Request],
+    number: int,
+    deadline: float | None,
+    wrong: UsageError | None,
+) -> Request:
+    """Make a call as if there had been none like it: all ranks compare what they were called with.
+
+    Args:
+        number: the call's, if it has one.
+        wrong: why this rank does not take part.
+    """
+    unforeseen: Exception | None = None
+    try:
+        if wrong is not None:
+            raise wrong
+        request = make(scope.group)
+    except Exception as error:  # the others wait, whatever is wrong
+        request = requests.refused(operation, error)
+        unforeseen = None if isinstance(error, UsageError) else error
+    call = Call(scope, request, deadline)
+    if number:
+        call.enter(number)
+    try:
+        await call.run()
+    except UsageError:
+        if unforeseen is not None:
+            raise unforeseen from None
+        raise
+    if not call.suspended:
+        await scope.comm._backend.turn()
+    algorithm = request.plan.algorithm if request.plan is not None else "headers"
+    scope.comm._collective_calls[f"{operation}/{algorithm}"] += 1
+    if request.result is not None:
+        _divide(request.result, scope.group)
+    return request
+
+
+def _prepare(scope: Scope, shape: tuple[Any, ...], request: Request, some: Any) -> None:
+    """Keep what repeats of a call have in common; `some` is one of its arrays."""
+    if len(scope.prepared) >= _SHAPES:
+        scope.forget()
+    dtype = np.dtype(np.uint8) if some is None or request.on_gpu else some.dtype
+    scope.prepared[shape] = prepare(scope, request, dtype)
+    if request.on_gpu:
+        scope.shared[shape] = device_shared.prepare(scope, request)
+    else:
+        scope.shared[shape] = shared.prepare(scope, request, dtype)
 
 
 async def _repeated(

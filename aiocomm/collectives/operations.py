@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from aiocomm.collectives import reductions, requests
+from aiocomm.collectives import movements, reductions, requests
 from aiocomm.collectives.collecting import Collecting
 from aiocomm.collectives.shared import DONE, option_of
 
@@ -108,7 +108,7 @@ class Collectives(Collecting):
             return
         await self._collect(
             "broadcast",
-            lambda g: requests.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
+            lambda g: movements.moved(g, "broadcast", x, None, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
             ("broadcast", root, algorithm),
@@ -138,7 +138,7 @@ class Collectives(Collecting):
         given = x if requests.is_root(self._members(), root) else None
         await self._collect(
             "scatter",
-            lambda g: requests.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
+            lambda g: movements.moved(g, "scatter", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
             ("scatter", root, algorithm),
@@ -167,7 +167,7 @@ class Collectives(Collecting):
         """
         await self._collect(
             "scatterv",
-            lambda g: requests.moved(g, "scatterv", out, x, root=root, counts=counts, stream=stream),
+            lambda g: movements.moved(g, "scatterv", out, x, root=root, counts=counts, stream=stream),
             channel,
             deadline,
         )
@@ -192,7 +192,7 @@ class Collectives(Collecting):
         into = out if requests.is_root(self._members(), root) else None
         await self._collect(
             "gather",
-            lambda g: requests.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
+            lambda g: movements.moved(g, "gather", out, x, root=root, algorithm=algorithm, stream=stream),
             channel,
             deadline,
             ("gather", root, algorithm),
@@ -221,7 +221,7 @@ class Collectives(Collecting):
         """
         await self._collect(
             "gatherv",
-            lambda g: requests.moved(g, "gatherv", out, x, root=root, counts=counts, stream=stream),
+            lambda g: movements.moved(g, "gatherv", out, x, root=root, counts=counts, stream=stream),
             channel,
             deadline,
         )
@@ -247,7 +247,7 @@ class Collectives(Collecting):
             return
         await self._collect(
             "all_gather",
-            lambda g: requests.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
+            lambda g: movements.moved(g, "all_gather", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
             ("all_gather", algorithm),
@@ -275,7 +275,7 @@ class Collectives(Collecting):
         """
         await self._collect(
             "all_gatherv",
-            lambda g: requests.moved(
+            lambda g: movements.moved(
                 g, "all_gatherv", out, x, algorithm=algorithm, counts=counts, stream=stream
             ),
             channel,
@@ -303,7 +303,7 @@ class Collectives(Collecting):
             return
         await self._collect(
             "all_to_all",
-            lambda g: requests.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
+            lambda g: movements.moved(g, "all_to_all", out, x, algorithm=algorithm, stream=stream),
             channel,
             deadline,
             ("all_to_all", algorithm),
@@ -332,7 +332,7 @@ class Collectives(Collecting):
         """
         await self._collect(
             "all_to_allv",
-            lambda g: requests.moved(
+            lambda g: movements.moved(
                 g, "all_to_allv", out, x, counts=recv_counts, send_counts=send_counts, stream=stream
             ),
             channel,

@@ -56,13 +56,7 @@ def reduced(
     source = flat_anywhere(group, x, "x", in_place and gets, stream)
     target = (source if in_place else flat_anywhere(group, out, "out", True, stream)) if gets else None
     item = source.dtype.itemsize
-    if operation == "reduce_scatter":
-        per = _shares(source.shape[0], size, counts)
-        receives = tuple(n * item for n in per)
-        wanted, said = per[rank], f"{source.shape[0]}" + (f" as {per}" if counts is not None else "")
-    else:
-        receives = (source.nbytes,) if operation == "reduce" else even(source.nbytes, item, size)
-        wanted, said = source.shape[0], f"{source.shape[0]}"
+    receives, wanted, said = _results(operation, source, size, rank, counts)
     if target is not None and not in_place:
         shared = overlap(target, source)
         same_dtype(target, source)
@@ -88,12 +82,7 @@ def reduced(
             dtype=source.dtype,
             reduction=kernels,
             problem=problem if algorithm is None else None,
-            together=operation == "all_reduce"
-            and algorithm is None
-            and size > 1
-            and source.nbytes > 0
-            and gpu.kernels_pay(size, source.nbytes, kernels.sm_budget)
-            and kernels.kernels.reach_peers,
+            together=algorithm is None and _together(operation, size, source.nbytes, kernels),
         )
     ufunc = operator(op, source.dtype)
     if is_narrow(source.dtype):
@@ -117,9 +106,33 @@ def reduced(
     )
 
 
+def _results(
+    operation: str, source: Any, size: int, rank: int, counts: Sequence[int] | None
+) -> tuple[tuple[int, ...], int, str]:
+    """Bytes of the results by block, this rank's elements of them, and what all must say the same of."""
+    length, item = source.shape[0], source.dtype.itemsize
+    if operation == "reduce":
+        return (source.nbytes,), length, f"{length}"
+    if operation == "all_reduce":
+        return even(source.nbytes, item, size), length, f"{length}"
+    per = _shares(length, size, counts)
+    return tuple(n * item for n in per), per[rank], f"{length}" + (f" as {per}" if counts is not None else "")
+
+
 def _shares(length: int, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:
     if counts is not None:
         return counts_of("counts", counts, size, length)
     if length % size:
         raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly: pass counts")
     return (length // size,) * size
+
+
+def _together(operation: str, size: int, nbytes: int, reduction: gpu.Reduction) -> bool:
+    """Whether repeats may be made by one kernel per rank."""
+    return (
+        operation == "all_reduce"
+        and size > 1
+        and nbytes > 0
+        and gpu.kernels_pay(size, nbytes, reduction.sm_budget)
+        and reduction.kernels.reach_peers
+    )

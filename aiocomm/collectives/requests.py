@@ -12,11 +12,10 @@ import numpy as np
 
 from aiocomm._numbers import integer, integers
 from aiocomm.collectives import cost, gpu, headers
-from aiocomm.collectives.arrays import dtype_name, flat
+from aiocomm.collectives.arrays import flat
 from aiocomm.collectives.gpu import GpuArray
 from aiocomm.collectives.headers import header, refusal
 from aiocomm.collectives.plan import Plan, make_plan
-from aiocomm.collectives.steps import IN, OUT, Problem
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm.collectives.narrow import Partials
-    from aiocomm.collectives.steps import Name
+    from aiocomm.collectives.steps import Name, Problem
     from aiocomm.group import Group
 
     Array = NDArray[Any] | GpuArray
@@ -40,12 +39,10 @@ __all__ = [
     "flat_anywhere",
     "is_root",
     "key_of",
-    "moved",
     "overlap",
     "refused",
     "root_of",
     "same_dtype",
-    "swapped",
 ]
 
 _PLANS = 256  # kept per group
@@ -59,7 +56,7 @@ class Request:
         header: what all ranks compare.
         vector: what it gives to and expects of each rank, where no rank knows all of that.
         ufunc: the reduction.
-        mean_of: divides `result` at the end, where that is not None.
+        result: is divided by the number of ranks at the end, where it is not None.
     """
 
     operation: str
@@ -70,7 +67,7 @@ class Request:
     on_gpu: bool = False
     dtype: Any = None
     ufunc: np.ufunc | None = None
-    result: NDArray[Any] | None = None  # to be divided by the number of ranks
+    result: NDArray[Any] | None = None
     partials: Callable[[], Partials] | None = None  # of reductions whose results are rounded once
     reduction: gpu.Reduction | None = None  # of GPU arrays
     problem: Problem | None = None  # where any algorithm would do
@@ -89,12 +86,6 @@ def refused(operation: str, error: Exception) -> Request:
 def barrier(operation: str = "barrier") -> Request:
     """Nothing but headers."""
     return Request(operation, header(operation))
-
-
-def swapped(group: Group, operation: str, everyone: NDArray[Any], mine: NDArray[Any]) -> Request:
-    """An all_gather that is part of another operation, by whose name all ranks know it."""
-    request = moved(group, "all_gather", everyone, mine)
-    return replace(request, operation=operation, header=header(operation))
 
 
 def bytes_of(array: Array) -> Any:
@@ -197,162 +188,3 @@ def counts_of(name: str, counts: Sequence[int] | None, size: int, available: int
 def same_dtype(a: Array, b: Array) -> None:
     if a.dtype != b.dtype:
         raise UsageError(f"out is of dtype {a.dtype}, x of {b.dtype}")
-
-
-def moved(
-    group: Group,
-    operation: str,
-    out: Any,
-    x: Any,
-    *,
-    root: int = 0,
-    algorithm: str | None = None,
-    counts: Sequence[int] | None = None,
-    send_counts: Sequence[int] | None = None,
-    stream: Any = None,
-) -> Request:
-    """broadcast, scatter, gather, all_gather, all_to_all, and those with counts."""
-    size, rank = group.size, group.rank
-    root = root_of(group, root)
-    kind = operation.removesuffix("v")
-    rooted = kind in ("scatter", "gather")
-    gives = kind != "broadcast" and not (kind == "scatter" and rank != root)
-    takes = not (kind == "gather" and rank != root)
-    source = flat_anywhere(group, x, "x", False, stream) if gives else None
-    written = rank != root or kind != "broadcast"
-    target = flat_anywhere(group, out, "out" if gives else "x", written, stream) if takes else None
-    some = target if source is None else source
-    assert some is not None
-    apart = source is None or target is None or not overlap(target, source)
-    if source is not None and target is not None:
-        same_dtype(target, source)
-    on_gpu = isinstance(some, GpuArray)
-    item = some.dtype.itemsize
-    sends: tuple[int, ...] = ()
-    receives: tuple[int, ...] = ()
-    vector: list[int] = []
-    in_place = False
-    match operation:
-        case "broadcast":
-            nbytes = some.nbytes
-            receives = (nbytes,)
-            said = f"{some.shape[0]}"
-        case "all_gather" | "all_gatherv" | "gather":
-            own = source.shape[0]  # type: ignore[union-attr]
-            if counts is None:
-                per = (own,) * size
-            else:
-                per = counts_of("counts", counts, size, target.shape[0])  # type: ignore[union-attr]
-                if per[rank] != own:
-                    raise UsageError(f"counts promise {per[rank]} elements of rank {rank}, x has {own}")
-            if target is not None and target.shape[0] != sum(per):
-                raise UsageError(
-                    f"out has {target.shape[0]} elements, {size} blocks of {own} make {sum(per)}"
-                )
-            receives = tuple(n * item for n in per)
-            sends = (receives[rank],) if kind == "gather" else ()
-            nbytes = sum(receives)
-            said = f"{per if counts is not None else own}"
-            if not apart:
-                in_place = _own_place(target, source, sum(per[:rank]))  # type: ignore[arg-type]
-        case "scatter":
-            own = target.shape[0]  # type: ignore[union-attr]
-            if source is not None and source.shape[0] != own * size:
-                raise UsageError(
-                    f"x has {source.shape[0]} elements, {size} blocks of {own} make {own * size}"
-                )
-            sends = (own * item,) * size
-            receives = (own * item,)
-            nbytes = sum(sends)
-            said = f"{own}"
-        case "all_to_all":
-            length = source.shape[0]  # type: ignore[union-attr]
-            if length % size:
-                raise UsageError(f"x has {length} elements, which {size} ranks do not share evenly")
-            if target.shape[0] != length:  # type: ignore[union-attr]
-                raise UsageError(f"out has {target.shape[0]} elements, x {length}")  # type: ignore[union-attr]
-            sends = receives = (length // size * item,) * size
-            nbytes = sum(sends)
-            said = f"{length}"
-        case _:  # all_to_allv, gatherv, scatterv: each rank knows its own part only
-            give, take = _vectors(group, kind, source, target, root, counts, send_counts)
-            sends = tuple(n * item for n in (give if kind != "gather" else give[root : root + 1]))
-            receives = tuple(n * item for n in (take if kind != "scatter" else take[root : root + 1]))
-            if kind == "scatter" and rank != root:
-                sends = ()
-            if kind == "gather" and rank != root:
-                receives = ()
-            vector = [*give, *take]
-            nbytes = 0
-            said = "counts"
-    if kind in ("all_to_all", "scatter") and not apart:
-        raise UsageError("out and x overlap")
-    text = f"{dtype_name(some.dtype)} ({said})" + (f" root {root}" if rooted or kind == "broadcast" else "")
-    problem = Problem(rank, size, root, sends, receives, item, in_place=in_place)
-    plan, head = find_plan(
-        group,
-        operation.replace("all_gatherv", "all_gather"),
-        algorithm,
-        problem,
-        nbytes,
-        text,
-        vector=bool(vector),
-        on_gpu=on_gpu,
-    )
-    views: dict[Name, Any] = {}
-    if source is not None:
-        views[IN] = bytes_of(source)
-    if target is not None:
-        views[OUT] = bytes_of(target)
-    return Request(
-        operation,
-        head,
-        plan,
-        views,
-        np.array(vector, np.int64).tobytes(),
-        on_gpu,
-        problem=problem if algorithm is None else None,
-    )
-
-
-def _vectors(
-    group: Group,
-    kind: str,
-    source: Array | None,
-    target: Array | None,
-    root: int,
-    counts: Sequence[int] | None,
-    send_counts: Sequence[int] | None,
-) -> tuple[list[int], list[int]]:
-    """What this rank gives to and takes from each rank, in elements."""
-    size, rank = group.size, group.rank
-    give, take = [0] * size, [0] * size
-    if kind == "all_to_all":
-        assert source is not None
-        assert target is not None
-        give = list(counts_of("send_counts", send_counts, size, source.shape[0]))
-        take = list(counts_of("recv_counts", counts, size, target.shape[0]))
-        if give[rank] != take[rank]:
-            raise UsageError(f"gives itself {give[rank]} elements and expects {take[rank]}")
-    elif kind == "gather":
-        assert source is not None
-        give[root] = source.shape[0]
-        if target is not None:
-            take = list(counts_of("counts", counts, size, target.shape[0]))
-    else:
-        assert target is not None
-        take[root] = target.shape[0]
-        if source is not None:
-            give = list(counts_of("counts", counts, size, source.shape[0]))
-    return give, take
-
-
-def _own_place(target: Array, source: Array, start: int) -> bool:
-    """Whether x is this rank's own block of out."""
-    if _address(target) + start * source.dtype.itemsize != _address(source):
-        raise UsageError("x overlaps out, but is not this rank's own block of it")
-    return True
-
-
-def _address(array: Array) -> int:
-    return array.address if isinstance(array, GpuArray) else array.ctypes.data

@@ -724,6 +724,37 @@ async def test_numbers_may_be_those_of_numpy() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_only_the_own_block_may_lie_where_the_result_goes() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        whole, six, counts = np.full(5, -1.0), np.full(6, -1.0), [1, 2, 2]
+        own, other = whole[3:5], whole[2:4]  # rank 2's are the last two
+        mine = np.full(counts[comm.rank], float(comm.rank))
+        here = comm.rank == 2
+        for wrong in (
+            lambda: comm.gatherv(
+                whole if here else None, other if here else mine, counts if here else None, 2
+            ),
+            lambda: comm.all_gatherv(whole, other if here else mine, counts),
+            lambda: comm.scatterv(
+                whole[:2] if here else mine, whole if here else None, counts if here else None, 2
+            ),
+            lambda: comm.all_to_allv(six, six if here else np.zeros(6), [2] * 3, [2] * 3),
+        ):
+            with pytest.raises(aiocomm.UsageError, match=r"rank 2 refused its call: .* overlap"):
+                await wrong()
+            assert not here or (whole == -1).all()
+        own[:] = 2
+        await comm.gatherv(whole if here else None, own if here else mine, counts if here else None, 2)
+        assert not here or whole.tolist() == [0, 1, 1, 2, 2]
+        whole[: 5 - 2 * here] = -1
+        await comm.all_gatherv(whole, own if here else mine, counts)
+        assert whole.tolist() == [0, 1, 1, 2, 2]
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_split_that_was_refused_does_not_number_the_next_differently() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
         with pytest.raises(aiocomm.UsageError, match="rank 1 refused its call: color=-1"):
