@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from aiocomm.group import Group
     from aiocomm_native import _core
 
-__all__ = ["NOT_BEGUN", "Collecting"]
+__all__ = ["Collecting"]
 
-NOT_BEGUN: Final = -1
 _SHAPES: Final = 256  # prepared per channel
 
 
@@ -34,7 +33,7 @@ class _Nothing:
     """Before anything repeats."""
 
     def attempt(self, *call: Any) -> int:
-        return NOT_BEGUN
+        return shared.NOT_BEGUN
 
 
 class Collecting:
@@ -55,7 +54,7 @@ class Collecting:
         given: Any = None,
         out: Any = None,
         stream: Any = None,
-        begun: int = NOT_BEGUN,
+        begun: int = shared.NOT_BEGUN,
     ) -> None:
         """Run a call.
 
@@ -82,9 +81,9 @@ class Collecting:
             except UsageError as error:
                 wrong, deadline, shape = error, None, None
         scope = group._scope(channel)
-        number = 0 if begun == NOT_BEGUN else scope.repeats.last
+        number = 0 if begun == shared.NOT_BEGUN else scope.repeats.last
         if shape is not None and (arena := scope.shared.get(shape)) is not None:
-            if begun == NOT_BEGUN:
+            if begun == shared.NOT_BEGUN:
                 number = scope.begin(None)
                 begun = arena.attempt(number, given, out)
                 if what is not None and channel is None and stream is None:

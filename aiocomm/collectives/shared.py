@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DONE",
     "GOING_ON",
+    "NOT_BEGUN",
     "NOT_MET",
     "OPEN",
     "STUCK",
@@ -51,13 +52,14 @@ __all__ = [
     "prepare",
 ]
 
-NOT_MET: Final = 0
-DONE: Final = 1
-TURN: Final = 2  # done, and other tasks should have a turn
-GOING_ON: Final = 3
-STUCK: Final = 4
-_BROKEN: Final = 5
-OPEN: Final = 6  # not all have come
+# What has come of a call; the extension says which is what.
+NOT_BEGUN: Final = _core.NOT_BEGUN
+NOT_MET: Final = _core.NOT_MET
+DONE: Final = _core.DONE
+TURN: Final = _core.DONE_TURN
+GOING_ON: Final = _core.GOING_ON
+STUCK: Final = _core.STUCK
+OPEN: Final = _core.OPEN
 
 _KINDS: Final = {"barrier": 0, "broadcast": 1, "all_gather": 2, "all_to_all": 3, "all_reduce": 4}
 _IN_ORDER: Final = ("one_shot", "direct")  # reduce in the order of the ranks, as an arena does
@@ -315,7 +317,7 @@ class SharedFlight(ArenaFlight):
         watched = False
         try:
             while self._result > TURN:
-                if self._result == _BROKEN:
+                if self._result == _core.BROKEN:
                     raise await self._why_broken()
                 if self._result in (GOING_ON, OPEN):
                     moved = time.monotonic()

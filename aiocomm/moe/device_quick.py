@@ -55,7 +55,10 @@ _ROUTE_BYTES, _ARRANGE_BYTES = 64, 16  # of memory traffic per choice, per assig
 MOST_CHOICES_AT_ONCE: Final = 1 << 16  # of a call that is one call into the extension: a millisecond's work
 PART_BYTES: Final = 18  # of `part_over`
 _LISTS: Final = ("starts", "rows", "offsets", "weights", "order", "first")
-NOT_BEGUN, GIVING, _REFUSED, _SWAPPING, PULLING = range(-1, 4)  # stages
+# Where a call into the extension has stopped; it says which is what.
+NOT_BEGUN: Final = _core.NOT_BEGUN
+GIVING: Final = _core.GIVING
+PULLING: Final = _core.PULLING
 
 
 class _Quick(DeviceExchange):
@@ -97,7 +100,7 @@ class _Quick(DeviceExchange):
         if stage == GIVING:
             self._given = self._launched(outcome[0])
             self._raise_any()
-        if stage in (GIVING, _REFUSED):
+        if stage in (GIVING, _core.REFUSED):
             return False
         self._swapped = True
         self._swapped_but(self._keep_known(tuple(outcome)))

@@ -241,6 +241,22 @@ class PreparedCall:
         Do the call. None: it is done; False: nothing was begun; else what is under way.
         """
 
+NOT_BEGUN: int = -1
+
+NOT_MET: int = 0
+
+DONE: int = 1
+
+DONE_TURN: int = 2
+
+GOING_ON: int = 3
+
+STUCK: int = 4
+
+BROKEN: int = 5
+
+OPEN: int = 6
+
 class Arena:
     """Memory that the ranks of a group on one host share."""
 
@@ -354,6 +370,14 @@ class Repeats:
 
     def clear(self) -> None:
         """Keep none."""
+
+GIVING: int = 0
+
+REFUSED: int = 1
+
+SWAPPING: int = 2
+
+PULLING: int = 3
 
 def describe_array(array: object | None, writable: bool) -> object:
     """

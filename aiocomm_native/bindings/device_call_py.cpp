@@ -129,7 +129,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   if (!meeting_->turns) meeting_->turns = e.turns;
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
-  Result result;
+  ArenaResult result;
   {
     LateUnlock unlocked;
     unlocked.now();
@@ -145,7 +145,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
 }
 
 // With the GIL: ends what others have waited for, who may call back.
-int DeviceCall::settle(PyEngine& e, Result result) {
+int DeviceCall::settle(PyEngine& e, ArenaResult result) {
   running_ = result > kDoneTurn;
   if (!running_) over();
   for (Op* op : std::exchange(others_, {})) {
@@ -159,7 +159,7 @@ int DeviceCall::proceed(Self self, bool last) {
   if (!running_) return kNotMet;
   if (last) meeting_->closes_ns = 0;
   PyEngine& e = *self.p;
-  Result result;
+  ArenaResult result;
   {
     nb::gil_scoped_release release;
     if (open_)
@@ -188,7 +188,7 @@ DevicePlace DeviceCall::place_of(Engine& engine, const Bound& array, bool& willi
   return whole->place;
 }
 
-DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool lingers) {
+ArenaResult DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool lingers) {
   open_ = how == Meeting::Begun::open;
   if (open_) return kOpen;
   if (how == Meeting::Begun::not_met) {
@@ -196,11 +196,11 @@ DeviceCall::Result DeviceCall::begun(PyEngine& e, Meeting::Begun how, bool linge
     return kNotMet;
   }
   misses_ = 0;
-  const Result result = launch(e);
-  return result == kGoing ? run(e, lingers) : result;
+  const ArenaResult result = launch(e);
+  return result == kGoingOn ? run(e, lingers) : result;
 }
 
-DeviceCall::Result DeviceCall::launch(PyEngine& e) {
+ArenaResult DeviceCall::launch(PyEngine& e) {
   Arena& arena = *meeting_->arena;
   Engine& engine = *e.engine;
   places_.clear();
@@ -217,7 +217,7 @@ DeviceCall::Result DeviceCall::launch(PyEngine& e) {
   entered_ = true;
   const Held held(*engine.mover(), home().device);
   post(engine, std::move(gpu));
-  return kGoing;
+  return kGoingOn;
 }
 
 std::unique_ptr<DeviceBuffer> DeviceCall::kernel(Engine& engine) const {
@@ -307,7 +307,7 @@ void DeviceCall::take_ended(Engine& engine) {
   if (!trouble_) engine.release(std::exchange(flight_.op, nullptr));
 }
 
-DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
+ArenaResult DeviceCall::run(PyEngine& e, bool lingers) {
   Engine& engine = *e.engine;
   const Meeting& m = *meeting_;
   const Arena& arena = *m.arena;
@@ -322,11 +322,11 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
       take_ended(engine);
       if (!flight_.op) continue;
       if (trouble_ || !lingers || !(brief || spins) || !others_.empty() || engine.has_events() || now > until)
-        return kGoing;
+        return kGoingOn;
       const bool found = engine.linger(now + kLingerNs, !brief);
       looked_ = true;
       now = last = now_ns();
-      if (!found && !spins) return kGoing;
+      if (!found && !spins) return kGoingOn;
       continue;
     }
     if (voted_down_) {
@@ -345,7 +345,7 @@ DeviceCall::Result DeviceCall::run(PyEngine& e, bool lingers) {
   }
 }
 
-DeviceCall::Result DeviceCall::finish() {
+ArenaResult DeviceCall::finish() {
   meeting_->arena->set_done(meeting_->rank, number_);
   return meeting_->turns->due(now_ns()) ? kDoneTurn : kDone;
 }

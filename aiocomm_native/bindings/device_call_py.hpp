@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/arena_result.hpp"
 #include "bindings/combining.hpp"
 #include "bindings/device_py.hpp"
 #include "bindings/meeting.hpp"
@@ -39,8 +40,6 @@ class DeviceCall {
   using Move = std::tuple<size_t, SpanTuple, int, uint64_t>;
   // Moves, and what has to be in place before: of which ranks how many parts.
   using Part = std::tuple<std::vector<Move>, std::vector<std::tuple<size_t, uint32_t>>>;
-  enum Result : int { kNotMet, kDone, kDoneTurn, kGoing, kStuck, kBroken, kOpen };
-
   // `awaits`: by rank, how many of its parts write to us. `stays_s`: how long a call waits for ranks that are late, while
   // other tasks run; less where they have not come.
   DeviceCall(std::shared_ptr<Meeting> meeting, std::vector<int> ranks, uint32_t channel, nb::bytes header,
@@ -77,15 +76,15 @@ class DeviceCall {
   };
 
   void prepare(Engine& engine);
-  Result begun(PyEngine& e, Meeting::Begun how, bool lingers);
-  Result launch(PyEngine& e);
+  ArenaResult begun(PyEngine& e, Meeting::Begun how, bool lingers);
+  ArenaResult launch(PyEngine& e);
   std::unique_ptr<DeviceBuffer> copies(Engine& engine) const;
   std::unique_ptr<DeviceBuffer> kernel(Engine& engine) const;
   void post(Engine& engine, std::unique_ptr<DeviceBuffer> gpu);
-  Result run(PyEngine& e, bool lingers);
+  ArenaResult run(PyEngine& e, bool lingers);
   void take_ended(Engine& engine);
-  Result finish();
-  int settle(PyEngine& e, Result result);
+  ArenaResult finish();
+  int settle(PyEngine& e, ArenaResult result);
   void withdraw();
   void over();
   const DeviceBuffer& home() const { return arrays_[kOut].gpu ? *arrays_[kOut].gpu : *arrays_[kIn].gpu; }

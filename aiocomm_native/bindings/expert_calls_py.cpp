@@ -39,8 +39,8 @@ void fetch(const std::byte* from, size_t nbytes) {
   for (size_t at = 0; at < std::min(nbytes, kFetched); at += kLine) __builtin_prefetch(from + at);
 }
 
-using Heads = std::vector<ExpertHead>;  // by rank
-enum Stage : int { kGiving, kRefused, kSwapping, kPulling };
+using Heads = std::vector<ExpertHead>;                        // by rank
+enum Stage : int { kGiving, kRefused, kSwapping, kPulling };  // where a call stopped
 
 // What a combine sums, as its kernels are told of it.
 struct Terms {
@@ -390,6 +390,10 @@ nb::object describe_array(nb::handle array, bool writable) {
 
 void bind_expert_calls(nb::module_& m) {
   using namespace nb::literals;
+  m.attr("GIVING") = int{kGiving};
+  m.attr("REFUSED") = int{kRefused};
+  m.attr("SWAPPING") = int{kSwapping};
+  m.attr("PULLING") = int{kPulling};
   m.def("describe_array", describe_array, "array"_a.none(), "writable"_a,
         "The description of a GPU array on its library's current stream. None: it is not one.");
   m.def(

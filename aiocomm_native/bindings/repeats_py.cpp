@@ -53,8 +53,6 @@ struct Hash {
 
 class Repeats {
  public:
-  static constexpr int kNotBegun = -1;
-
   // `here`: whether the caller is on the loop that owns the engine. `calls`, `failed`: those under way, and those that
   // others have given up. `counts`: calls by the way they went.
   Repeats(PyEngine& engine, nb::object here, nb::object calls, nb::object failed, nb::object counts)
@@ -89,8 +87,7 @@ class Repeats {
       outcome = entry.call->attempt(*engine_, take(), given, out);
       way = entry.call->way();
     }
-    if (outcome == PySharedCall::kDone || outcome == PySharedCall::kDoneTurn)
-      count(nb::borrow<nb::str>(entry.names[way]));
+    if (outcome == kDone || outcome == kDoneTurn) count(nb::borrow<nb::str>(entry.names[way]));
     return outcome;
   }
 

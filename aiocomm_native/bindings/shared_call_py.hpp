@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/arena_result.hpp"
 #include "bindings/meeting.hpp"
 #include "bindings/schedule.hpp"
 #include "core/clock.hpp"
@@ -39,8 +40,6 @@ namespace nb = nanobind;
 
 class PySharedCall {
  public:
-  enum Result : int { kNotMet, kDone, kDoneTurn, kPending, kStuck, kBroken, kOpen };
-
   PySharedCall(std::shared_ptr<Meeting> meeting, int kind, size_t root, std::vector<uint64_t> sizes,
                bool in_place, uint64_t item, const std::string& format, const std::string& op,
                nb::bytes header)
@@ -85,8 +84,8 @@ class PySharedCall {
     if (!meeting_->turns) meeting_->turns = e.turns;
     LateUnlock unlocked;
     if (rings_.moved() > kQuickBytes) unlocked.now();
-    Result result = meet(waits, in.data, into.data, unlocked);
-    if (result == kPending) result = run(Turns::kNs, unlocked);
+    ArenaResult result = meet(waits, in.data, into.data, unlocked);
+    if (result == kGoingOn) result = run(Turns::kNs, unlocked);
     unlocked.over();
     if (result > kDoneTurn) {
       running_ = true;
@@ -99,14 +98,14 @@ class PySharedCall {
 
   int proceed(double seconds) {
     std::unique_ptr<Arrays> over;
-    Result result = kNotMet;
+    ArenaResult result = kNotMet;
     {
       nb::gil_scoped_release release;
       std::lock_guard lock(mutex_);
       if (!running_) return result;
-      result = open_ ? look() : kPending;
+      result = open_ ? look() : kGoingOn;
       LateUnlock nothing{true};
-      if (result == kPending) result = run(static_cast<uint64_t>(seconds * 1e9), nothing);
+      if (result == kGoingOn) result = run(static_cast<uint64_t>(seconds * 1e9), nothing);
       running_ = result > kDoneTurn;
       if (!running_) over.swap(arrays_);
     }
@@ -252,8 +251,8 @@ class PySharedCall {
     return true;
   }
 
-  // kPending: all ranks have met.
-  Result meet(bool waits, const std::byte* in, std::byte* out, LateUnlock& unlocked) {
+  // kGoingOn: all ranks have met.
+  ArenaResult meet(bool waits, const std::byte* in, std::byte* out, LateUnlock& unlocked) {
     const Meeting& m = *meeting_;
     const uint64_t beside = m.crowded ? kCrowdedNs >> 2 * misses_ : large();
     const uint64_t stays = beside && waits ? beside + (large() ? rings_.moved() / kWaitBytes : 0) : 0;
@@ -261,13 +260,13 @@ class PySharedCall {
                                 [&] { begin(in, out); }));
   }
 
-  Result look() {
+  ArenaResult look() {
     return begun(meeting_->look(
         number_, header_, [&] { begin(arrays_->in.data, arrays_->out.data); }, meeting_->crowded,
         !direct_.pays()));
   }
 
-  Result begun(Meeting::Begun how) {
+  ArenaResult begun(Meeting::Begun how) {
     open_ = how == Meeting::Begun::open;
     if (open_) return kOpen;
     misses_ = how == Meeting::Begun::met ? 0 : std::min(misses_ + 1, kMisses);
@@ -276,12 +275,12 @@ class PySharedCall {
     direct_now_ = direct_.pays() && arena.way(number_) == Arena::Way::direct && arena.all_told(number_);
     way_ = !direct_now_ ? kRings : arena.all_shared(number_) ? kMapped : kAttached;
     if (direct_.pays()) met_ns_ = now_ns();
-    return kPending;
+    return kGoingOn;
   }
 
   bool large() const { return rings_.moved() >= kWorthWaiting; }
 
-  Result run(uint64_t ns, LateUnlock& unlocked) {
+  ArenaResult run(uint64_t ns, LateUnlock& unlocked) {
     Meeting& m = *meeting_;
     Arena& arena = *m.arena;
     uint64_t now = now_ns(), last = now;
@@ -309,7 +308,7 @@ class PySharedCall {
       }
       if (now > until && !ended()) {
         m.turns->had(now);
-        return did ? kPending : kStuck;
+        return did ? kGoingOn : kStuck;
       }
     }
     if (tells) arena.ring(Arena::Bell::moves);

@@ -8,6 +8,7 @@ using namespace nb::literals;
 namespace aiocomm::py {
 
 void bind_shared(nb::module_& m) {
+  bind_arena_results(m);
   nb::class_<Meeting>(m, "Arena", "Memory that the ranks of a group on one host share.")
       .def_static(
           "create",
