@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -273,8 +274,8 @@ def write_address_file(path: str, addresses: Sequence[TcpAddress | UnixAddress],
     _refuse_foreign(path)
     first, *others = map(str, addresses)
     text = "\n".join([first, token.decode() if token is not None else "", *others, ""])
-    temporary = f"{path}.{os.getpid()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    folder, name = os.path.split(path)
+    descriptor, temporary = tempfile.mkstemp(".tmp", f"{name}.", folder or ".")
     try:
         with open(descriptor, "w") as file:
             file.write(text)

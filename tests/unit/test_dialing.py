@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -103,3 +107,27 @@ def test_a_file_holds_all_addresses(tmp_path: Path) -> None:
     assert read_address_file(path)[0] == addresses
     remove_address_file(path, addresses[0])
     assert not (tmp_path / "address").exists()
+
+
+KILLED = """
+import os, signal, sys
+from aiocomm._control.address import TcpAddress
+from aiocomm._control.client import write_address_file
+
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_address_file(sys.argv[1], (TcpAddress("10.0.0.1", 7000),), None)
+"""
+
+
+def test_what_a_killed_process_left_does_not_block_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their process ids may be the same: in a container they always are."""
+    path, addresses = str(tmp_path / "address"), (TcpAddress("10.0.0.1", 7000),)
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, path])
+    assert killed.wait() == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(os, "getpid", lambda: killed.pid)
+    write_address_file(path, addresses, None)
+    assert read_address_file(path) == (addresses, None)
+    assert {file.name for file in tmp_path.iterdir()} == {"address", left.name}
