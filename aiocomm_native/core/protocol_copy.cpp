@@ -36,8 +36,9 @@ void Engine::job_done(CopyJob& job) {
     if (peer) send_fin(*peer, op->remote_op, Code::link_failed, op->moved);
     end_early(*op, job.error == ESRCH ? Code::peer_lost : Code::link_failed);
   } else {
-    op->moved += job.nbytes;
-    counters_[link_index].bytes_received += job.nbytes;
+    const uint64_t moved = job.error ? 0 : job.nbytes;
+    op->moved += moved;
+    counters_[link_index].bytes_received += moved;
     if (op->state == OpState::draining)
       settle(*op);
     else if (op->gpu)

@@ -82,6 +82,7 @@ CUresult RowCopies::take_table(const Driver& driver, size_t rows, Table*& table)
       table = one.get();
       return CUDA_SUCCESS;
     }
+  tables_.reserve(tables_.size() + 1);  // what may throw does so before there is memory of the driver's
   auto made = std::make_unique<Table>();
   made->room = std::max(kLeastRoom, std::bit_ceil(rows));
   CUresult code = driver.cuMemHostAlloc(&made->host, made->room * sizeof(Row),
