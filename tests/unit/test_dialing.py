@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -12,7 +13,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from harness import LIMIT_S
 
+from aiocomm._control import dialing
 from aiocomm._control.address import TcpAddress
 from aiocomm._control.client import read_address_file, remove_address_file, write_address_file
 from aiocomm._control.dialing import UnansweredError, reach
@@ -41,10 +44,9 @@ def silent() -> Iterator[TcpAddress]:
     """Whose backlog is full, so that the kernel drops what comes, as firewalls do."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(server.getsockname())
+        client = stack.enter_context(socket.socket())
+        client.connect(server.getsockname())
+        select.select([server], [], [])  # it is in the backlog, which has room for one
         yield address_of(server)
 
 
@@ -59,7 +61,7 @@ async def welcome(stream: Stream) -> None:
     """Is content with anyone."""
 
 
-def taken(*addresses: TcpAddress, greet: object = welcome, limit_s: float = 0.1) -> object:
+def taken(*addresses: TcpAddress, greet: object = welcome, limit_s: float = LIMIT_S) -> object:
     async def main() -> object:
         stream, found = await reach(addresses, greet, limit_s)  # type: ignore[arg-type]
         stream.close()
@@ -88,13 +90,28 @@ def test_who_is_not_of_the_group_is_got_past(listening: TcpAddress) -> None:
             taken(alien, greet=greet)
 
 
-def test_silence_is_not_told_as_a_refusal(silent: TcpAddress, refusing: TcpAddress) -> None:
+def test_silence_is_not_told_as_a_refusal(
+    silent: TcpAddress, refusing: TcpAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UnansweredError, match=f"no answer from {silent}: is a firewall between"):
-        taken(silent)
-    with pytest.raises(UnansweredError, match=rf"no answer from {silent}.*; {refusing}: Connection refused"):
-        taken(silent, refusing)
+        taken(silent, limit_s=0.1)
     with pytest.raises(ConnectionRefusedError):
         taken(refusing)
+    connect, refused = dialing._connect, asyncio.Event()
+
+    async def in_turn(family: int, sockaddr: tuple[str, int]) -> Stream:
+        """The limit of the silent one ends once the other has refused, however long that takes."""
+        if sockaddr[1] == silent.port:
+            await refused.wait()
+            raise TimeoutError
+        try:
+            return await connect(family, sockaddr)
+        finally:
+            refused.set()
+
+    monkeypatch.setattr(dialing, "_connect", in_turn)
+    with pytest.raises(UnansweredError, match=rf"no answer from {silent}.*; {refusing}: Connection refused"):
+        taken(silent, refusing)
 
 
 def test_a_file_holds_all_addresses(tmp_path: Path) -> None:
