@@ -623,6 +623,7 @@ async def test_a_bad_world_is_refused(arguments: dict[str, Any], match: str) -> 
         await aiocomm.connect(**arguments)
 
 
+@pytest.mark.timeout(600)
 def test_more_than_four_gibibytes_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing on the way is counted in 32 bits. To touch the memory takes long: once for all ways."""
     nbytes = (1 << 32) + (1 << 20)
