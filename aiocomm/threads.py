@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.errors import ClosedError, TransferCancelled, UsageError
@@ -69,31 +69,31 @@ class ThreadedCommunicator:
             self._comm._refuse()
         if self._comm.closed:
             raise ClosedError("the communicator was closed")
-        outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        outcome = _Outcome()
         submitted: list[Transfer[Any]] = []
 
         def ended(transfer: Transfer[Any]) -> None:
             if transfer.cancelled():
-                outcome.set_exception(_cancelled(transfer))
+                outcome.tell(_cancelled(transfer))
             elif (error := transfer.exception()) is not None:
-                outcome.set_exception(error)
+                outcome.tell(error)
             else:
-                outcome.set_result(transfer.result())
+                outcome.tell(None, transfer.result())
 
         def start() -> None:
-            if outcome.done():
+            if outcome.told:
                 return  # given up before
             try:
                 submitted.append(submit())
                 submitted[0].add_done_callback(ended)
             except BaseException as error:
-                outcome.set_exception(error)
+                outcome.tell(error)
 
         def stop() -> None:
             if submitted:
                 submitted[0].cancel()
-            elif not outcome.done():
-                outcome.set_result(None)
+            elif not outcome.told:
+                outcome.tell(None)
 
         try:
             has_ended = self._wait(outcome, self._backend.call_threadsafe(start))
@@ -104,16 +104,36 @@ class ThreadedCommunicator:
             raise ClosedError(
                 "the event loop of the communicator has ended, and with it all that would end this operation"
             )
-        return outcome.result()
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.result
 
-    def _wait(self, outcome: concurrent.futures.Future[Any], is_called: bool) -> bool:
+    def _wait(self, outcome: _Outcome, is_called: bool) -> bool:
         """Wait for the operation's end. False: there is none to come."""
-        while is_called and not outcome.done():
-            try:
-                outcome.exception(_LOOK_S)
-            except TimeoutError:
+        while is_called and not outcome.told:
+            if not outcome.news.acquire(timeout=_LOOK_S):
                 is_called = not self._backend.has_ended()  # which nothing here is told of
-        return outcome.done()
+        return outcome.told
+
+
+class _Outcome:
+    """What the loop tells the thread that waits, once.
+
+    An interrupt of that thread, at whatever step, leaves nothing behind that the loop would wait for: in a
+    `concurrent.futures.Future` it could leave a lock taken.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.result: Any = None
+        self.told = False
+        self.news = threading.Lock()  # free once it is told
+        self.news.acquire()
+
+    def tell(self, error: BaseException | None, result: Any = None) -> None:
+        """Called by the loop's thread."""
+        self.error, self.result, self.told = error, result, True
+        self.news.release()
 
 
 def _cancelled(transfer: Transfer[Any]) -> TransferCancelled:

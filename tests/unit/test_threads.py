@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,14 @@ import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
-from harness import until, world
+from harness import BACKENDS, until, world
 
 import aiocomm
+from aiocomm import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from conftest import Pair
     from harness import Child
@@ -128,6 +132,46 @@ async def test_an_interrupted_call_leaves_nothing_under_way(link: str) -> None:
             assert ctypes.pythonapi.PyThreadState_SetAsyncExc(*raising) == 1
         b.send(np.ones_like(memory), 0, tag=1).cancel()
         assert not memory.any()
+
+
+def interrupted(step: int, call: Callable[[], Any]) -> bool:
+    """Whether so many steps of a call were to be interrupted: it is so before it looks after its loop."""
+    left, looks = step, False
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left, looks
+        left -= 1
+        looks = frame.f_code.co_name == "has_ended"
+        if looks or not left:
+            sys.settrace(None)
+            raise Interrupt
+        return trace
+
+    with pytest.raises(Interrupt):  # noqa: PT012 -- raises itself is not to be traced
+        try:
+            sys.settrace(trace)
+            call()
+        finally:
+            sys.settrace(None)
+    return not looks
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"], indirect=True
+)
+async def test_a_call_may_be_interrupted_at_any_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At steps of Python, which is finer than it can be: trio's own queue would not stand that."""
+    monkeypatch.setattr(threads, "_LOOK_S", 0.01)
+    a, _ = pair
+
+    def receive() -> None:
+        a.from_thread.recv(bytearray(1), 1)
+
+    for step in itertools.count(1):
+        if not await elsewhere(lambda step=step: interrupted(step, receive)):  # type: ignore[misc]
+            break
+        assert not a.statistics().posted_receives
+    assert step > 10
 
 
 async def test_a_cancelled_call_is_told_as_such(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
