@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -315,11 +316,13 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, what: Suite) -> int:
 
 
 def test_earlier_results_of_the_day_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day = datetime.date(2026, 1, 2)  # which does not end meanwhile
+    today = SimpleNamespace(today=lambda: day)
+    monkeypatch.setattr(cli, "datetime", SimpleNamespace(date=today))
     for count in (1, 2, 3):
         assert command(monkeypatch, tmp_path, suite()) == 0
         assert len(list(tmp_path.glob("results/*.json"))) == count
-    kind, date = machine.describe().kind, datetime.date.today().isoformat()
-    assert (tmp_path / "results" / f"{kind}-3-{date}.json").exists()
+    assert (tmp_path / "results" / f"{machine.describe().kind}-3-2026-01-02.json").exists()
 
 
 def test_a_run_that_measured_nothing_fails_and_writes_no_file(
