@@ -12,6 +12,7 @@ import gc
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import aiocomm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 # After which something hangs; an emulated machine is slow.
 LIMIT_S: Final = 120 if "AIOCOMM_RDMA_GUEST" in os.environ else 20
@@ -64,6 +65,15 @@ async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until something is so. Events are better where there are any."""
     while not condition():
         await anyio.lowlevel.checkpoint()
+
+
+@contextlib.contextmanager
+def reserved_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> Iterator[int]:
+    """A port at which a server of ours may listen, and that nobody is given who asks for any free one."""
+    with socket.socket(family) as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, which may share it then
+        keeper.bind((host, 0))
+        yield keeper.getsockname()[1]
 
 
 class Child:

@@ -79,6 +79,7 @@ class Client:
         self._beating: asyncio.Task[None] | None = None
         self._farewell = asyncio.Event()
         self._leaving = False
+        self._was_refused = False  # by what listened there last
         self.welcome: messages.Welcome | None = None
 
     async def join(self, make_card: Callable[[Stream], messages.PeerCard]) -> messages.Welcome:
@@ -103,6 +104,7 @@ class Client:
                     raise AuthenticationError(f"{self._address}: {error}") from error
                 self.trouble = str(error)  # the file may still be the one of an earlier run
             except (OSError, ProtocolError) as error:
+                self._was_refused = False
                 self.trouble = what_to_do(error)
             else:
                 welcome = await self._ask(stream, make_card)
@@ -177,7 +179,8 @@ class Client:
 
         async def greet(stream: Stream) -> None:
             quiet.cancel()
-            self.trouble = _SILENT
+            if not self._was_refused:  # else it is about to say the same again
+                self.trouble = _SILENT
             try:
                 async with asyncio.timeout(limit_s):
                     await stream.authenticate_caller(self.key, Purpose.CONTROL)
@@ -217,6 +220,7 @@ class Client:
         stream.close()
         if isinstance(answer, messages.Refused) and not answer.retry:
             raise UsageError(answer.reason)
+        self._was_refused = isinstance(answer, messages.Refused)
         self.trouble = answer.reason if isinstance(answer, messages.Refused) else "it broke the protocol"
         return None
 

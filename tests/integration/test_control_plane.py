@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -14,6 +15,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from harness import reserved_port
 
 from aiocomm._control import messages
 from aiocomm._control.address import UnixAddress, parse
@@ -21,6 +23,7 @@ from aiocomm._control.auth import Seal
 from aiocomm._control.hosting import Host
 from aiocomm._control.listener import Listener, bind
 from aiocomm._control.loopthread import LoopThread
+from aiocomm._control.stream import Stream
 from aiocomm._control.testing import Member, RecordingEngine
 from aiocomm._process import fresh_address
 from aiocomm.config import Settings
@@ -30,6 +33,10 @@ from aiocomm.types import Fallback, LinkDown, PeerJoined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from aiocomm._control.plane import ControlPlane
+
+    Condition = Callable[[ControlPlane], object]
 
 PATIENCE_S = 30.0
 TCP_ONLY = {"tcp": ("tcp", 3)}
@@ -81,10 +88,47 @@ def ready(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     return int(rank), int(generation)
 
 
-def free_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> int:
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[Callable[..., int]]:
+    """Gives ports that are ours until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *where: stack.enter_context(reserved_port(*where))
+
+
+@pytest.fixture
+def time_is_over(monkeypatch: pytest.MonkeyPatch) -> Callable[[Member, Condition], None]:
+    """Ends the time that a member has to join, once something is so."""
+    limits: dict[asyncio.Task[Any] | None, asyncio.Timeout] = {}
+    timeout = asyncio.timeout
+
+    def noted(delay: float | None) -> asyncio.Timeout:
+        limit = timeout(delay)
+        limits.setdefault(asyncio.current_task(), limit)  # the first of the task that joins is the whole time
+        return limit
+
+    def end(member: Member, once: Condition) -> None:
+        plane = member.plane
+
+        def look() -> None:
+            if once(plane):
+                limits[plane._starting].reschedule(0.0)
+            else:
+                asyncio.get_running_loop().call_later(0.01, look)  # nothing tells of this
+
+        plane._thread.call(look)
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
+    return end
+
+
+def in_trouble(what: str) -> Condition:
+    """Whether a member that tries to join has heard, or found, something in particular."""
+    return lambda plane: plane._client is not None and what in getattr(plane._client, "trouble", "")
+
+
+def knows(*ranks: int) -> Condition:
+    """Whether a member that joins has heard of these."""
+    return lambda plane: plane._peers.keys() == set(ranks)
 
 
 def connected(one: Member, other: Member) -> str:
@@ -113,16 +157,18 @@ def receive(descriptor: int, nbytes: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["abstract", "path", "file", "file with token", "tcp", "tcp name", "tcp6"])
-def test_four_members_and_all_their_pairs(kind: str, tmp_path: Path, members: Callable[..., Member]) -> None:
+def test_four_members_and_all_their_pairs(
+    kind: str, tmp_path: Path, members: Callable[..., Member], port: Callable[..., int]
+) -> None:
     token = "secret" if kind.startswith("tcp") or "token" in kind else None
     address = {
         "abstract": fresh_address(),
         "path": f"unix://{tmp_path}/socket",
         "file": f"file://{tmp_path}/address",
         "file with token": f"file://{tmp_path}/address",
-        "tcp": f"tcp://127.0.0.1:{free_port()}",
-        "tcp name": f"tcp://localhost:{free_port()}",
-        "tcp6": f"tcp://[::1]:{free_port(socket.AF_INET6, '::1')}",
+        "tcp": f"tcp://127.0.0.1:{port()}",
+        "tcp name": f"tcp://localhost:{port()}",
+        "tcp6": f"tcp://[::1]:{port(socket.AF_INET6, '::1')}",
     }[kind]
     world = [members(address, rank, 4, token=token) for rank in (2, 0, 3, 1)]
     for member in world:
@@ -169,20 +215,23 @@ def test_worlds_follow_each_other_at_one_address() -> None:
         assert not barrier.broken
 
 
-def test_an_incomplete_world_names_who_is_missing(members: Callable[..., Member]) -> None:
+def test_an_incomplete_world_names_who_is_missing(
+    members: Callable[..., Member], time_is_over: Callable[..., None]
+) -> None:
     address = fresh_address()
-    world = [members(address, rank, 4, timeout_s=1.0) for rank in (0, 2)]
-    for member in world:
-        with pytest.raises(DeadlineExceeded, match=r"2 of 4 processes did not come within 1 s: rank 1, 3"):
+    for member, other in [(members(address, rank, 4), 2 - rank) for rank in (0, 2)]:
+        time_is_over(member, knows(other))
+        with pytest.raises(DeadlineExceeded, match=r"2 of 4 processes did not come within 30 s: rank 1, 3"):
             member.joined()
 
 
-def test_who_gave_up_can_try_again(members: Callable[..., Member]) -> None:
+def test_who_gave_up_can_try_again(members: Callable[..., Member], time_is_over: Callable[..., None]) -> None:
     """Also at once, in the same process and world."""
     address = fresh_address()
     host = members(address, 0, 3)
     for _ in range(3):
-        hasty = members(address, 1, 3, timeout_s=1.0)
+        hasty = members(address, 1, 3)
+        time_is_over(hasty, knows(0))
         with pytest.raises(DeadlineExceeded, match="1 of 3 processes did not come"):
             hasty.joined()
         hasty.close()
@@ -193,19 +242,46 @@ def test_who_gave_up_can_try_again(members: Callable[..., Member]) -> None:
     connected(patient, host)
 
 
-def test_who_has_left_waits_for_the_next_world(members: Callable[..., Member]) -> None:
+def test_who_has_left_waits_for_the_next_world(
+    members: Callable[..., Member], time_is_over: Callable[..., None]
+) -> None:
     """Rank 0 may be about to leave the old one."""
     address = fresh_address()
     host, other = members(address, 0, 2), members(address, 1, 2)
     host.joined()
     other.joined()
     other.close()
-    with pytest.raises(DeadlineExceeded, match="has left the world there, and can only join the next one"):
-        members(address, 1, 2, timeout_s=1.0).joined()
+    early, told = members(address, 1, 2), "has left the world there, and can only join the next one"
+    time_is_over(early, in_trouble(told))
+    with pytest.raises(DeadlineExceeded, match=told):
+        early.joined()
     again = members(address, 1, 2)
     host.close()
     next_host = members(address, 0, 2)
     assert again.joined().generation in [peer.generation for peer in next_host.joined().peers]
+
+
+def test_a_refusal_is_told_also_while_the_next_try_is_under_way(
+    members: Callable[..., Member], time_is_over: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = fresh_address()
+    host, other = members(address, 0, 2), members(address, 1, 2)
+    host.joined()
+    other.joined()
+    other.close()
+    authenticate, tries = Stream.authenticate_caller, []
+
+    async def stuck_when_it_tries_again(stream: Stream, *arguments: Any) -> None:
+        tries.append(stream)
+        if len(tries) > 1:
+            await asyncio.Event().wait()
+        await authenticate(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "authenticate_caller", stuck_when_it_tries_again)
+    early = members(address, 1, 2)
+    time_is_over(early, lambda _: len(tries) > 1)
+    with pytest.raises(DeadlineExceeded, match="has left the world there, and can only join the next one"):
+        early.joined()
 
 
 def test_nobody_listens(members: Callable[..., Member]) -> None:
@@ -241,34 +317,30 @@ def test_joining_can_be_given_up(members: Callable[..., Member]) -> None:
             member.joined()
 
 
-def test_a_taken_address(members: Callable[..., Member]) -> None:
-    address = f"tcp://127.0.0.1:{free_port()}"
-    members(address, 0, 1 + 1, token="t")
+def test_a_taken_address(
+    members: Callable[..., Member], time_is_over: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for until the time is over."""
+    monkeypatch.setattr("aiocomm._control.plane._TAKEN_S", 0.1)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        world = [members(f"tcp://127.0.0.1:{port}", rank, 2, token="t", timeout_s=1.0) for rank in range(2)]
+        world = [members(f"tcp://127.0.0.1:{port}", rank, 2, token="t") for rank in range(2)]
         with pytest.raises(LinkError, match=r"rank 0 cannot listen at .*: Address already in use; .* choose"):
             world[0].joined()
-        with pytest.raises(DeadlineExceeded, match="does not answer as a rendezvous would"):
+        time_is_over(world[1], in_trouble(told := "does not answer as a rendezvous would"))
+        with pytest.raises(DeadlineExceeded, match=told):
             world[1].joined()
 
 
-def test_a_taken_address_is_not_waited_for_until_the_time_is_over(
-    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_is_no_socket_is_left_alone(
+    tmp_path: Path, members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiocomm._control.plane._TAKEN_S", 0.1)
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        member = members(f"tcp://127.0.0.1:{taken.getsockname()[1]}", 0, 2, token="t")
-        with pytest.raises(LinkError, match="Address already in use"):
-            member.joined()
-
-
-def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, members: Callable[..., Member]) -> None:
     """It refuses a connect, as a socket does that a dead process has left."""
+    monkeypatch.setattr("aiocomm._control.plane._TAKEN_S", 0.1)
     path = tmp_path / "model"
     path.write_text("weights")
     with pytest.raises(LinkError, match="Address already in use"):
-        members(f"unix://{path}", 0, 1, timeout_s=0.1).joined()
+        members(f"unix://{path}", 0, 1).joined()
     assert path.read_text() == "weights"
 
 
@@ -351,22 +423,28 @@ def test_something_else_listens_there(members: Callable[..., Member]) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_tcp_needs_a_token(rank: int, members: Callable[..., Member]) -> None:
+def test_tcp_needs_a_token(rank: int, members: Callable[..., Member], port: Callable[..., int]) -> None:
     with pytest.raises(UsageError, match="needs a token"):
-        members(f"tcp://127.0.0.1:{free_port()}", rank, 2).joined()
+        members(f"tcp://127.0.0.1:{port()}", rank, 2).joined()
 
 
-def test_an_address_file_of_others_is_not_trusted(tmp_path: Path, members: Callable[..., Member]) -> None:
+def test_an_address_file_of_others_is_not_trusted(
+    tmp_path: Path, members: Callable[..., Member], time_is_over: Callable[..., None]
+) -> None:
     path = tmp_path / "address"
     path.write_text("tcp://127.0.0.1:1\n\n")
     path.chmod(0o644)
+    member = members(f"file://{path}", 1, 2)
+    time_is_over(member, in_trouble("not be safe to trust"))
     with pytest.raises(DeadlineExceeded, match="not be safe to trust"):
-        members(f"file://{path}", 1, 2, timeout_s=0.2).joined()
+        member.joined()
 
 
-def test_a_stale_address_file_does_not_matter(tmp_path: Path, members: Callable[..., Member]) -> None:
+def test_a_stale_address_file_does_not_matter(
+    tmp_path: Path, members: Callable[..., Member], port: Callable[..., int]
+) -> None:
     path = tmp_path / "address"
-    path.write_text(f"tcp://127.0.0.1:{free_port()}\nold\n")
+    path.write_text(f"tcp://127.0.0.1:{port()}\nold\n")
     path.chmod(0o600)
     guest = members(f"file://{path}", 1, 2)
     host = members(f"file://{path}", 0, 2)
@@ -544,21 +622,28 @@ def test_a_peer_that_does_not_answer_holds_up_nobody(
     members: Callable[..., Member], processes: Callable[..., Any]
 ) -> None:
     address = fresh_address()
-    settings = Settings(handshake_timeout_s=0.2)
-    here = members(address, 0, 3, settings=settings)
+    here = members(address, 0, 3, settings=Settings(handshake_timeout_s=0.2))
     silent = processes(address, 1, 3, wait=False)
-    prompt = members(address, 2, 3, settings=settings)
+    prompt = members(address, 2, 3)
     here.joined()
+    ready(silent)
     silent.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, silent.pid, os.WSTOPPED)
     here.plane.request_pair(1)
-    here.plane.request_pair(2)
+    reach(here, 2)
     connected(here, prompt)
     assert "no answer within 0.6 s, though its host has taken" in here.engine.wait(
-        lambda engine: engine.failed.get(1)
+        lambda engine: engine.failed.pop(1, None)
     )
     silent.send_signal(signal.SIGCONT)
-    here.plane.request_pair(1)
-    here.engine.wait(lambda engine: 1 in engine.attached)
+    reach(here, 1)
+
+
+def reach(here: Member, rank: int) -> None:
+    """Connect with a peer that may be slow: each call has little time, and a later wish tries again."""
+    while rank not in here.engine.attached:
+        here.plane.request_pair(rank)
+        here.engine.wait(lambda engine: rank in engine.attached or engine.failed.pop(rank, None))
 
 
 # Leaving, dying, coming back

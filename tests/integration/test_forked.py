@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
-from harness import LIMIT_S
+from harness import reserved_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +59,7 @@ async def main(address):
     print("closing" if (await anyio.to_thread.run_sync(sys.stdin.readline)) else "lost", flush=True)
     await comm.aclose()
     for _ in range(2):
-        comm = await aiocomm.connect(address, rank=0, size=1, token="t", deadline=2)
+        comm = await aiocomm.connect(address, rank=0, size=1, token="t")
         await comm.aclose()
     print("connected again", flush=True)
     os.close(holds)
@@ -79,20 +77,18 @@ CALLS = ("send", "recv", "register", "barrier", "group", "aclose", "from_thread"
 async def test_a_child_refuses_and_leaves_the_address_free(
     kind: str, loop: str, tmp_path: Path, child: Callable[..., Child]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = {
-        "abstract": f"unix://@aiocomm-test-{secrets.token_hex(8)}",
-        "path": f"unix://{tmp_path}/socket",
-        "tcp": f"tcp://127.0.0.1:{port}",
-    }[kind]
-    program = child(SOURCE, address, loop)
-    with anyio.fail_after(LIMIT_S):
+    with reserved_port() as port:
+        address = {
+            "abstract": f"unix://@aiocomm-test-{secrets.token_hex(8)}",
+            "path": f"unix://{tmp_path}/socket",
+            "tcp": f"tcp://127.0.0.1:{port}",
+        }[kind]
+        program = child(SOURCE, address, loop)
         for call in CALLS:
             assert (await program.line()).startswith(f"{call}: this process was forked from the one")
         assert await program.line() == "told"
         program.tell("")
         assert await program.line() == "closing"
         assert await program.line() == "connected again"
-    status, errors = program.close()
+        status, errors = program.close()
     assert (status, errors) == (0, "")
