@@ -12,7 +12,7 @@ import anyio
 import cloudpickle
 import numpy as np
 import pytest
-from harness import world
+from harness import LIMIT_S, world
 
 import aiocomm
 from aiocomm.launch import WorkerError
@@ -43,13 +43,13 @@ async def test_layers_come_in_order_and_with_their_data(pair: Pair) -> None:
 
         async def send() -> None:
             layers = ours.layers(arrays=2), remote.layers(arrays=2)
-            await a.put_layers(layers[0], [5, 0, 3], layers[1], [9, 1, 2], notify=b"all", deadline=5.0)
+            await a.put_layers(layers[0], [5, 0, 3], layers[1], [9, 1, 2], notify=b"all", deadline=LIMIT_S)
 
         for _ in range(2):  # a lease may be filled again
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(send)
                 seen = []
-                async for layer in lease.layers(deadline=5.0):
+                async for layer in lease.layers(deadline=LIMIT_S):
                     seen.append(layer)
                     for array in (2 * layer, 2 * layer + 1):
                         assert np.array_equal(theirs.arrays[array][[9, 1, 2]], ours.arrays[array][[5, 0, 3]])
@@ -85,7 +85,7 @@ async def test_a_layer_is_there_when_all_its_sources_have_brought_it() -> None:
         async with anyio.create_task_group() as tasks:
             for index, comm in enumerate((a, b)):
                 tasks.start_soon(send, comm, index)
-            async for layer in lease.layers([0, 1], deadline=5.0):
+            async for layer in lease.layers([0, 1], deadline=LIMIT_S):
                 for array in (2 * layer, 2 * layer + 1):
                     both = np.concatenate([s.arrays[array][[7, 3]] for s in sources], axis=2)
                     assert np.array_equal(theirs.arrays[array][[0, 11]], both)
@@ -145,12 +145,12 @@ async def test_an_iteration_that_was_stopped_has_had_its_call(pair: Pair) -> Non
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(put, 0)
-        async with aclosing(lease.layers(0, deadline=5.0)) as layers:
+        async with aclosing(lease.layers(0, deadline=LIMIT_S)) as layers:
             assert await anext(layers) == 0
     for page in (1, 2):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(put, page)
-            async for layer in lease.layers(0, deadline=5.0):
+            async for layer in lease.layers(0, deadline=LIMIT_S):
                 for array in (2 * layer, 2 * layer + 1):
                     assert np.array_equal(theirs.arrays[array][page], ours.arrays[array][page])
     await lease.aclose()
@@ -174,7 +174,7 @@ async def test_sources_are_ranks(pair: Pair) -> None:
             lease.layers(wrong)  # type: ignore[arg-type]
     for sources in (np.int64(0), [np.int32(0)], np.array([0]), (0,), range(1)):
         await a.put_layers(ours.layers(), [0], remote.layers(), [0])
-        assert [layer async for layer in lease.layers(sources, deadline=5.0)] == list(range(2 * LAYERS))  # type: ignore[arg-type]
+        assert [layer async for layer in lease.layers(sources, deadline=LIMIT_S)] == list(range(2 * LAYERS))  # type: ignore[arg-type]
 
 
 async def test_a_sender_is_cancelled_before_a_byte_moves(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

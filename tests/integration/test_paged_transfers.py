@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import pytest
-from harness import world
+from harness import LIMIT_S, world
 
 import aiocomm
 from aiocomm.pages import ranges
@@ -35,7 +35,7 @@ async def test_pages_go_there_and_back(pair: Pair) -> None:
     async with await b.lease_pages(theirs, [11, 2, 7, 8]) as lease:
         remote = a.remote_pages(lease.handle)
         assert remote.rank == 1
-        await a.put_pages(ours, [3, 9, 4, 5], remote, [11, 2, 7, 8], notify=b"req-17", deadline=5.0)
+        await a.put_pages(ours, [3, 9, 4, 5], remote, [11, 2, 7, 8], notify=b"req-17", deadline=LIMIT_S)
         async for note in b.notifications():
             assert note.payload == b"req-17"
             break

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes.gpu import DeviceArray
 from gpu_experts import LINKS, to_host
-from harness import world
+from harness import LIMIT_S, world
 
 import aiocomm
 
@@ -119,7 +119,7 @@ async def test_pages_of_no_bytes(shape: tuple[int, ...]) -> None:
             await a.put_pages(pages, [0, 3], remote, [1, 2], notify=b"none")
             await a.get_pages(remote, [1], pages, [0])
             await a.put_layers([pages], [0], [remote], [1])
-            assert [layer async for layer in lease.layers(0, deadline=5.0)] == [0]
+            assert [layer async for layer in lease.layers(0, deadline=LIMIT_S)] == [0]
             async for note in b.notifications():
                 assert note.payload == b"none"
                 break

@@ -19,7 +19,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from fakes import secret
-from harness import BACKENDS, until, world
+from harness import BACKENDS, LIMIT_S, until, world
 
 import aiocomm
 from aiocomm.collectives.shared import DONE, NOT_MET, OPEN, STUCK, TURN, Shared, SharedFlight
@@ -408,7 +408,7 @@ async def _killed(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
     with pytest.raises(aiocomm.PeerLostError) as lost:
         await _until_one_goes_on(comm, going, die)
     assert lost.value.peer == 1
-    left = await comm._members().shrink(deadline=10)
+    left = await comm._members().shrink(deadline=LIMIT_S)
     for _ in range(20):
         x = np.full(COUNT // 100, comm.rank)
         await left.all_reduce(x)
