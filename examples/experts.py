@@ -41,12 +41,12 @@ def in_one_process(x: np.ndarray) -> np.ndarray:
 
 async def layer(comm: aiocomm.Communicator, x: np.ndarray, placement: list[int] | None) -> np.ndarray:
     ids, weights = choose(x)
-    came = await comm.dispatch(x, ids, weights, experts=EXPERTS, placement=placement, deadline=5.0)
+    came = await comm.dispatch(x, ids, weights, experts=EXPERTS, placement=placement, deadline=30.0)
     outputs = np.empty((len(came.rows), HIDDEN), np.float32)
     for number in came.experts:
         mine = came.of(number)
         outputs[mine] = expert(number, came.tokens[came.rows[mine]])
-    y: np.ndarray = await comm.combine(outputs, came, deadline=5.0)
+    y: np.ndarray = await comm.combine(outputs, came, deadline=30.0)
     return y
 
 

@@ -34,16 +34,16 @@ async def prefill(comm: aiocomm.Communicator, request: int, prompt: np.ndarray) 
     if request == LOST:
         return  # a bug, a crash, a full queue: decode will wait in vain
     keys = np.repeat(prompt, 4096).astype(np.float32)  # 1 MiB: stands for the prompt's keys and values
-    await kv.send(keys, dst=DECODE, tag=request, deadline=5.0)
+    await kv.send(keys, dst=DECODE, tag=request, deadline=30.0)
 
 
 async def decode(comm: aiocomm.Communicator, request: int, prompt: np.ndarray) -> None:
     kv, requests = channels(comm)
     try:
-        keys = await kv.recv_array(src=PREFILL, tag=request, deadline=1.0)
+        keys = await kv.recv_array(src=PREFILL, tag=request, deadline=4.0)
     except aiocomm.DeadlineExceeded:
         return  # give the request up; its memory is free again
-    await requests.send(np.array([keys.max()]), dst=0, tag=request, deadline=5.0)
+    await requests.send(np.array([keys.max()]), dst=0, tag=request, deadline=30.0)
 
 
 async def handle(comm: aiocomm.Communicator, request: int) -> float:
@@ -51,7 +51,7 @@ async def handle(comm: aiocomm.Communicator, request: int) -> float:
     _, requests = channels(comm)
     prompt = np.full(64, request)
     answer = np.empty(1, np.float32)
-    async with asyncio.timeout(2.0):
+    async with asyncio.timeout(5.0):
         token = requests.recv(answer, src=DECODE, tag=request)
         sends = (requests.send(prompt, dst=rank, tag=request) for rank in (PREFILL, DECODE))
         await asyncio.gather(token, *sends)  # the timeout cancels what is awaited, and nothing else

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from notebooks import execute
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "pages"
 BLOCK = re.compile(r'^```(python|sh)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -125,6 +125,6 @@ def test_it_is_well_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", notebooks(), ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq", "ignore::DeprecationWarning:jupyter_client")
-def test_cells_run(page: Path) -> None:
+def test_cells_run(page: Path, tmp_path: Path) -> None:
     cells = [nbformat.v4.new_code_cell(text) for _, title, text in blocks(page) if title.startswith("In [")]
-    NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=TIMEOUT_S, kernel_name="python3").execute()
+    execute(nbformat.v4.new_notebook(cells=cells), tmp_path)
