@@ -23,6 +23,7 @@ import anyio.lowlevel
 import numpy as np
 
 import aiocomm
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -204,6 +205,19 @@ async def others_go_on(pair: tuple[aiocomm.Communicator, aiocomm.Communicator]) 
     await until(lambda: pair[0].statistics().in_flight == 0)
 
 
+def threads() -> Iterator[str]:
+    """The names of this process's threads, by which others than Python see them."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield (task / "comm").read_text().strip()
+
+
+async def held_at_rest() -> dict[str, int]:
+    """What is held once all GPU memory that was to go back is back: the thread that does it ends then."""
+    await until(lambda: _core.given_back(0) and "aiocomm-gpuend" not in threads())
+    return held()
+
+
 def held() -> dict[str, int]:
     """What this process and this machine hold now, to be compared before and after."""
     gc.collect()
@@ -213,21 +227,14 @@ def held() -> dict[str, int]:
             return sum(name.startswith(prefix) for name in os.listdir(folder))
         return 0
 
-    def threads() -> int:
-        """Without those of a simulated driver, which has another engine work when it is needed."""
-        found = 0
-        for task in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                found += not (task / "comm").read_text().startswith("fake-")
-        return found
-
     # Rings and arrays, of peers or for them. The page for wake-ups is the communicator's, which may live.
     maps = Path("/proc/self/maps").read_text()
     shared = maps.count("memfd:aiocomm-pair") + maps.count("memfd:aiocomm-array")
     return {
         "descriptors": count("/proc/self/fd"),
-        "threads": threads(),
-        "segments": count("/dev/shm"),
+        # Without those of a simulated driver, which has another engine work when it is needed.
+        "threads": sum(not name.startswith("fake-") for name in threads()),
+        "segments": count("/dev/shm", "aiocomm"),  # others come and go, of whoever tests beside
         "mappings": shared,  # memory of peers, or for them
         "files": count("/tmp", "aiocomm"),  # tests and benchmarks name theirs otherwise
     }

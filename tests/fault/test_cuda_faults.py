@@ -662,7 +662,7 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray, driver
         from fakes.simulated import Simulator
-        from harness import held, until
+        from harness import held_at_rest, until
 
         simulator = Simulator(driver().library)
         arrays = [DeviceArray(4096, device=1) for _ in range(buffers)]
@@ -672,8 +672,8 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
             for transfer in turn:
                 await transfer
             if start == transfers // 10:
-                before = held()
-        after = held()
+                before = await held_at_rest()
+        after = await held_at_rest()
         assert after == before, (before, after)
         await until(lambda: simulator.held("imports") <= mappings)
         assert simulator.held("allocations") == buffers
@@ -693,11 +693,14 @@ def test_a_hundred_thousand_transfers_over_a_thousand_buffers(
             assert simulator.held("pinned") == pinned
             await comm.recv(bytearray(1), 1)
 
-    gc.collect()
-    before = {kind: simulator.held(kind) for kind in ("imports", "streams", "pinned", "references")}
+    def kept() -> dict[str, int]:
+        gc.collect()  # a communicator's devices go with it
+        assert _core.given_back(LIMIT_S)
+        return {kind: simulator.held(kind) for kind in ("imports", "streams", "pinned", "references")}
+
+    before = kept()
     anyio.run(main)
-    gc.collect()  # a communicator's devices go with it
-    assert {kind: simulator.held(kind) for kind in before} == before
+    assert kept() == before
 
 
 @ONE_LOOP
