@@ -17,7 +17,7 @@ import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Stream, driver
 from gpu_gathers import LINKS, block, gather_all, gathered, on_gpu
-from harness import all_call, until, world
+from harness import LIMIT_S, all_call, until, world
 
 import aiocomm
 from aiocomm.collectives import device_shared
@@ -148,7 +148,8 @@ async def test_who_is_cancelled_before_its_word(gpu: Driver, operation: str) -> 
                 tasks.start_soon(last, comm)
             tasks.start_soon(cancel)
         assert scope.cancelled_caught
-        assert not [ref for ref in kept if gc.collect() and ref() is not None]
+        gc.collect()
+        assert not [ref for ref in kept if ref() is not None]
         for comm in comms:
             forget_arena(comm)
         await until(lambda: arenas() == before)
@@ -226,7 +227,7 @@ async def test_who_is_killed_before_its_word(gpu: Driver, anyio_backend_name: st
         assert not [ref for ref in kept if ref() is not None]
         forget_arena(comm)
         await until(lambda: arenas() == before)
-        rest = await comm.shrink(deadline=10.0)
+        rest = await comm.shrink(deadline=LIMIT_S)
         for _ in range(3):
             await once(rest, 2, [])
 
