@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -102,10 +103,15 @@ async def test_a_receive_that_has_moved_some_bytes(pair: Pair, variant: Variant)
         with pytest.raises(OWN_CANCEL):
             await receiving
         buffer.fill(POISON)
-        with pytest.raises(TransferCancelled):
+        # A device may have written all of it, and its sender heard so, before the receiver's word came.
+        by_device = contextlib.suppress(TransferCancelled) if variant.link == "rdma" else None
+        with by_device or pytest.raises(TransferCancelled):
             await sending
         await settle(pair)
         assert (buffer == POISON).all()
+    else:
+        await receiving
+        await sending
     await assert_works(pair, variant)
 
 
@@ -144,6 +150,10 @@ async def test_a_send_under_way(pair: Pair, variant: Variant) -> None:
         buffer.fill(POISON)
         await settle(pair)
         assert (buffer == POISON).all()
+    else:
+        await sending
+        await receiving
+        assert (buffer == 1).all()
     await assert_works(pair, variant)
 
 
@@ -186,9 +196,9 @@ async def test_both_sides_at_once(pair: Pair, variant: Variant) -> None:
     sending, receiving = a.send(source, 1), b.recv(buffer, 0)
     ended = [transfer.cancel() for transfer in (sending, receiving)]
     for transfer, own in zip((sending, receiving), ended, strict=True):
-        if own:
-            with pytest.raises(OWN_CANCEL):
-                await transfer
+        # One that had ended before has its outcome by then, and its memory is free only once it is told.
+        with pytest.raises(OWN_CANCEL) if own else contextlib.suppress(TransferCancelled):
+            await transfer
     buffer.fill(POISON)
     await settle(pair)
     assert (buffer == POISON).all()
@@ -202,9 +212,8 @@ async def test_one_sided(pair: Pair, variant: Variant, kind: str) -> None:
     async with b.register(memory) as region:
         remote = a.remote(region.handle)
         transfer = a.put(local, remote) if kind == "put" else a.get(remote, local)
-        if transfer.cancel():
-            with pytest.raises(OWN_CANCEL):
-                await transfer
+        with pytest.raises(OWN_CANCEL) if transfer.cancel() else contextlib.nullcontext():
+            await transfer
         local.fill(POISON)
         await settle(pair)
         assert (local == POISON).all()
