@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from harness import world
+from harness import until, world
 
 import aiocomm
 from aiocomm.errors import TruncationError
@@ -40,6 +40,7 @@ async def test_a_large_message_takes_the_path_that_the_variant_has(pair: Pair, v
     a, b = pair
     sent, got = variant.random(3 << 20), variant.array(3 << 20)
     sending = a.send(sent, 1)
+    await until(lambda: b.statistics().unexpected_messages)  # else an offer of the receive may be sooner
     await b.recv(got, 0)
     await sending
     ways = {"shm": "cma", "shm-stream": "stream", "shm-mapped": "mapped", "rdma": "read"}
