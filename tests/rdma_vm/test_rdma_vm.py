@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import image
 import initramfs
 import selection
 import vm
@@ -94,3 +95,11 @@ def test_what_is_missing_comes_with_its_package() -> None:
         "apt-get install iproute2 qemu-system-x86"
     )
     assert vm.advice({"an x86-64 machine (this is arm)": ""}) == "there is no remedy on this machine"
+
+
+def test_a_file_that_goes_while_the_image_is_made_is_left_out(tmp_path: Path) -> None:
+    """Another process compiles, and renames what it has written."""
+    (tmp_path / "there").write_text("text")
+    for name in ("there", "gone"):
+        image._place(tmp_path / name, tmp_path / "image" / name)
+    assert [path.name for path in (tmp_path / "image").iterdir()] == ["there"]
