@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
 # After which something hangs; an emulated machine is slow.
-LIMIT_S: Final = 120 if "AIOCOMM_RDMA_GUEST" in os.environ else 20
+LIMIT_S: Final = 300 if "AIOCOMM_RDMA_GUEST" in os.environ else 20
 
 
 @contextlib.asynccontextmanager

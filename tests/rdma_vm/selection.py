@@ -9,7 +9,7 @@ SELECTED = f"(guest or (rdma and (asyncio or (trio and test_cancel) or ({_SPINNI
 ARGUMENTS = (
     "-v",
     "--durations=10",
-    "--timeout=120",
+    "--timeout=400",
     "-k",
     SELECTED,
     "tests/rdma_vm/guest",
@@ -20,5 +20,5 @@ ARGUMENTS = (
         for what in ("pages_of_all_forms", "layers_are_told_as_they_come", "experts")
     ),
 )
-LIMIT_S = 1200
+LIMIT_S = 1800
 """For all of it, boot not included."""
