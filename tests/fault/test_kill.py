@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,12 @@ pytestmark = pytest.mark.anyio
 
 LARGE = 64 << 20
 GUEST = "AIOCOMM_RDMA_GUEST" in os.environ
-# So much, into memory that nobody has touched yet, takes half a second: long enough for a kill in its middle.
+# So much takes long enough for a kill in its middle.
 MOVING = LARGE if GUEST else 1 << 29
 MARK = 1 << 20  # the one byte of it that is not 0
-# 50 ms on a machine that does nothing else, which `aiocomm bench faults` measures; other work may slow this
-# one down. Across hosts, and emulated, three heartbeats.
-TOLD_WITHIN_S = 3.0 if GUEST else 2.0
+# No time limit of the runtime is ever over here: what is told of a death is told by the death itself. How
+# soon, on a machine that does nothing else, `aiocomm bench faults` measures.
+ENDLESS = {f"AIOCOMM_{name}_S": "600" for name in ("HEARTBEAT", "DRAIN_TIMEOUT", "HANDSHAKE_TIMEOUT")}
 # cuda carries no messages of its own; rdma needs a device, and is what the guest is for.
 LINKS = (
     ["rdma"] if GUEST else [link for link in _core.available_links() if link not in ("self", "cuda", "rdma")]
@@ -74,8 +73,13 @@ async def main():
             array[MARK] = 0
             waiting = comm.recv(array, 0)
             await moving(array)
+            while True:
+                await waiting
+                waiting = comm.recv(array, 0)
         elif role == "sends":
-            waiting = comm.send(marked(), 0)
+            array = marked()
+            while True:
+                await comm.send(array, 0)
         elif role == "receives little":
             waiting = comm.recv(bytearray(5), 0)
         elif role == "shares":
@@ -138,18 +142,15 @@ def others(
     child: Callable[..., Child], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> World:
     """Starts the world of a test."""
-    for name, value in HOST_A.items():
+    for name, value in (HOST_A | ENDLESS).items():
         monkeypatch.setenv(name, value)
     return World(child, request.param)
 
 
-async def told(transfer: Any, since: float, rank: int = 1) -> None:
+async def told(transfer: Any, rank: int = 1) -> None:
     with pytest.raises(aiocomm.PeerLostError) as caught:
         await transfer
-    took = time.monotonic() - since
-    print(f"told after {took * 1e3:.1f} ms")
     assert caught.value.peer == rank
-    assert took < TOLD_WITHIN_S
 
 
 async def assert_echo(comm: aiocomm.Communicator, rank: int) -> None:
@@ -165,14 +166,17 @@ async def assert_nothing_left(before: dict[str, int], pipes: int) -> None:
     kinds = ("descriptors", "segments", "mappings", "files")
     allowed = before | {"descriptors": before["descriptors"] + pipes}
 
+    after: dict[str, int] = {}
+
     def nothing() -> bool:
-        after = held()
+        after.update(held())
         return all(after[what] <= allowed[what] for what in kinds)
 
     # The engine's thread closes what was a pair's; tasks of the communicator end in the loop's next turns.
-    with anyio.move_on_after(LIMIT_S):
+    with anyio.move_on_after(LIMIT_S / 2):
         await until(nothing)
-    assert nothing(), (allowed, held())
+        return
+    pytest.fail(f"{after} is more than {allowed}")
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
@@ -184,10 +188,9 @@ async def test_an_idle_peer(others: World, stopped: bool) -> None:
     events = comm.events()
     if stopped:
         victim.stop()
-    killed = time.monotonic()
     victim.kill()
     for transfer in waiting:
-        await told(transfer, killed)
+        await told(transfer)
     async for event in events:
         if isinstance(event, aiocomm.PeerLost):
             assert event.rank == 1
@@ -205,20 +208,34 @@ async def test_in_the_middle_of_a_transfer(others: World, role: str) -> None:
     before = held()
     comm, (victim, _) = await others.open(role, "echo")
     ours = np.zeros(MOVING, np.uint8)
-    transfer: Any
     if role in ("serves", "takes puts"):
         remote = comm.remote((await comm.recv_array(1, tag=5)).tobytes())
-    if role in ("receives", "takes puts"):
-        ours[MARK] = 1
-        transfer = comm.send(ours, 1) if role == "receives" else comm.put(ours, remote)
-        assert await victim.line() == "moving"  # a receiver may read our memory, unseen from here
-    else:
-        transfer = comm.recv(ours, 1) if role == "sends" else comm.get(remote, ours)
-        await until(lambda: ours[MARK] or transfer.done())
-    assert not transfer.done()
-    killed = time.monotonic()
-    victim.kill()
-    await told(transfer, killed)
+    ours[MARK] = role in ("receives", "takes puts")
+    begin: dict[str, Callable[[], Any]] = {
+        "receives": lambda: comm.send(ours, 1),
+        "takes puts": lambda: comm.put(ours, remote),
+        "sends": lambda: comm.recv(ours, 1),
+        "serves": lambda: comm.get(remote, ours),
+    }
+
+    lost: list[int | None] = []
+
+    async def one_after_the_other() -> None:
+        """So that there is one under way, however late the kill comes."""
+        while not lost:
+            try:
+                await begin[role]()
+            except aiocomm.PeerLostError as error:
+                lost.append(error.peer)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(one_after_the_other)
+        if role in ("receives", "takes puts"):
+            assert await victim.line() == "moving"  # a receiver may read our memory, unseen from here
+        else:
+            await until(lambda: ours[MARK])
+        victim.kill()
+    assert lost == [1]
     ours[:: 1 << 16] = 0xAB
     await assert_echo(comm, 2)
     assert (ours[:: 1 << 16] == 0xAB).all()
@@ -237,9 +254,8 @@ async def test_after_the_match_and_before_its_data(others: World, monkeypatch: p
     transfer = comm.recv(buffer, 1)
     assert comm.statistics().unexpected_messages == comm.statistics().posted_receives == 0, "it is matched"
     assert not transfer.done()
-    killed = time.monotonic()
     victim.kill()
-    await told(transfer, killed)
+    await told(transfer)
     assert not buffer[MARK]
     await assert_echo(comm, 2)
     await comm.aclose()
@@ -257,9 +273,8 @@ async def test_before_it_acknowledges(others: World, what: str) -> None:
     transfer: Any = comm.put(b"small", remote) if remote else comm.send(b"small", 1, synchronous=True)
     await until(lambda: frames_sent(comm) > sent)
     assert not transfer.done()
-    killed = time.monotonic()
     victim.kill()
-    await told(transfer, killed)
+    await told(transfer)
     await assert_echo(comm, 2)
     await comm.aclose()
     await assert_nothing_left(before, pipes=6)
@@ -277,11 +292,9 @@ async def test_a_peer_that_dies_with_others_waiting_for_anybody(others: World) -
     one.kill()
     await until(lambda: not comm.peers[0].alive)
     assert not waiting.done()
-    killed = time.monotonic()
     other.kill()
     with pytest.raises(aiocomm.PeerLostError):
         await waiting
-    assert time.monotonic() - killed < TOLD_WITHIN_S
     await comm.aclose()
     await assert_nothing_left(before, pipes=6)
 
@@ -293,10 +306,9 @@ async def test_while_a_pair_is_being_connected(others: World) -> None:
     victim.stop()
     waiting = [comm.send(b"x", 1), comm.recv(bytearray(1), 1), comm.send(bytes(1 << 20), 1)]
     await anyio.lowlevel.checkpoint()
-    killed = time.monotonic()
     victim.kill()
     for transfer in waiting:
-        await told(transfer, killed)
+        await told(transfer)
     await comm.aclose()
     await assert_nothing_left(before, pipes=6)
 
@@ -350,19 +362,17 @@ async def test_everybody_is_killed_and_nothing_is_left(others: World) -> None:
 
 
 async def test_memory_of_dead_peers_goes_back_while_others_live(others: World) -> None:
-    comm, (living, *dying) = await others.open("echo", "shares", "shares")
-    await until(lambda: comm.statistics().unexpected_messages == 2)  # so they are connected
     before = held()["mappings"]
+    comm, (living, *dying) = await others.open("echo", "shares", "shares")
     out = np.empty(LARGE, np.uint8)
     for rank in (2, 3):
         await comm.recv(out, rank)
     for one in dying:
         one.kill()
     for rank in (2, 3):
-        with pytest.raises(aiocomm.PeerLostError):
-            await comm.recv(out, rank)
-    # All of theirs is unmapped: their rings, which were there before, and what has been received.
-    await until(lambda: not others.maps_peers or held()["mappings"] <= before - 2)
+        await told(comm.recv(out, rank), rank)
+    # All of theirs is unmapped, rings and what has been received; left are the rings of a pair.
+    await until(lambda: held()["mappings"] <= before + others.maps_peers)
     await assert_echo(comm, 1)
     assert not living.process.poll()
     await comm.aclose()
