@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
-from harness import LIMIT_S, Child, held, until
+from harness import ENDLESS, LIMIT_S, Child, held, until
 
 import aiocomm
 from aiocomm_native import _core
@@ -31,9 +31,6 @@ GUEST = "AIOCOMM_RDMA_GUEST" in os.environ
 # So much takes long enough for a kill in its middle.
 MOVING = LARGE if GUEST else 1 << 29
 MARK = 1 << 20  # the one byte of it that is not 0
-# No time limit of the runtime is ever over here: what is told of a death is told by the death itself. How
-# soon, on a machine that does nothing else, `aiocomm bench faults` measures.
-ENDLESS = {f"AIOCOMM_{name}_S": "600" for name in ("HEARTBEAT", "DRAIN_TIMEOUT", "HANDSHAKE_TIMEOUT")}
 # cuda carries no messages of its own; rdma needs a device, and is what the guest is for.
 LINKS = (
     ["rdma"] if GUEST else [link for link in _core.available_links() if link not in ("self", "cuda", "rdma")]
