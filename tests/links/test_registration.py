@@ -257,6 +257,7 @@ async def written(pair: Pair, adapters: Adapters, sent: int = LARGE) -> tuple[ai
     got, quiet = np.zeros(LARGE, np.uint8), frames_of(b)
     receiving = b.recv(got, 0, tag=1)
     await until(lambda: frames_of(b) > quiet)  # its offer
+    assert await Case(pair, "").echo() == b"after"
     await a.send(np.full(sent, 7, np.uint8), 1, tag=1)
     await until(lambda: adapters.leaving == 1 + (sent >= LARGE))
     return receiving, got
