@@ -56,9 +56,11 @@ class Variant:
         return array
 
 
-# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails. What
-# was posted takes seconds there, and is waited for: a pair that is torn down for it would be another test.
-_GUEST = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1", "AIOCOMM_DRAIN_TIMEOUT_S": "30"}
+# A thread may stand still for seconds on a busy machine; what was posted takes seconds in an emulated one.
+# That is waited for: a pair that is torn down for it would be another test.
+_PATIENCE = {"AIOCOMM_DRAIN_TIMEOUT_S": "30", "AIOCOMM_HEARTBEAT_S": "10"}
+# In the virtual machine one host's two ports are both ends: pairs of this process talk over two rails.
+_GUEST = {"AIOCOMM_RDMA_DEVICES": "rxea0,rxea1"}
 _RDMA = _GUEST if "AIOCOMM_RDMA_GUEST" in os.environ else {}
 _EXTRA = {
     "shm": [
@@ -92,7 +94,7 @@ VARIANTS = [
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Variant:
     """One way in which bytes move."""
     chosen: Variant = request.param
-    for key, value in chosen.settings.items():
+    for key, value in (_PATIENCE | chosen.settings).items():
         monkeypatch.setenv(key, value)
     if chosen.simulated:
         monkeypatch.setenv("AIOCOMM_LIBIBVERBS", str(adapters.build()))
