@@ -79,7 +79,7 @@ class RawEndpoint:
         self.queue = CQ(self.context, _DEPTH * 2)
         self.region = MR(self.domain, nbytes, access)
         self.nbytes, self._retries = nbytes, retries
-        self.timeout = 14  # 4.096 µs · 2^14 = 67 ms: an emulated machine may stand still for longer than 17
+        self.timeout = 17  # 4.096 µs · 2^17 = 0.5 s for each try: an emulated machine may stand still
         capacity = QPCap(max_send_wr=_DEPTH, max_recv_wr=_DEPTH, max_send_sge=1, max_recv_sge=1)
         wanted = QPInitAttr(
             qp_type=enums.IBV_QPT_RC, scq=self.queue, rcq=self.queue, cap=capacity, sq_sig_all=1
