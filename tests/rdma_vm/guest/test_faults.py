@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import secrets
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
 LARGE = 64 * MIB
-HEARTBEAT_S = 1.0
 
 VICTIM = """
 import asyncio, mmap, sys
@@ -59,31 +57,38 @@ async def test_the_memory_of_a_killed_peer_is_never_written_again(
     child: Callable[..., Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its buffer lies in a file, so that it can be looked at when the process is gone."""
-    path, address = tmp_path / "memory", f"unix://@aiocomm-test-{secrets.token_hex(8)}"
-    path.write_bytes(bytes(LARGE))
     monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "rxea0,rxea1")
-    victim = child(VICTIM, address, str(path), AIOCOMM_RDMA_DEVICES="rxeb0,rxeb1")
-    async with aiocomm.connect(address, rank=0, size=2, links=("rdma",), warmup=True) as comm:
-        with path.open("r+b") as file:
-            seen = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-        await comm.recv(bytearray(6), 1)
-        sending = comm.send(np.ones(LARGE, np.uint8), 1)
-        await until(lambda: seen[0])
-        killed = time.monotonic()
-        victim.kill()
-        with pytest.raises(aiocomm.PeerLostError):
-            await sending
-        assert time.monotonic() - killed < 3 * HEARTBEAT_S
-        victim.process.wait()
-        left = seen.copy()
-        assert not left.all(), "it was killed in the middle"
-        # A rail that still had something to write would have done so by the time that others are through.
-        async with hosts(2) as (a, b):
-            for _ in range(4):
-                receiving = b.recv_array(0)
-                await a.send(random(MIB), 1)
-                await receiving
-        np.testing.assert_array_equal(seen, left)
+    monkeypatch.setenv("AIOCOMM_HEARTBEAT_S", "1000")  # it is told of the end, without them
+    in_its_middle = False
+    while not in_its_middle:  # a machine that stands still may kill it late
+        path, address = tmp_path / "memory", f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+        path.write_bytes(bytes(LARGE))
+        victim = child(VICTIM, address, str(path), AIOCOMM_RDMA_DEVICES="rxeb0,rxeb1")
+        async with aiocomm.connect(address, rank=0, size=2, links=("rdma",), warmup=True) as comm:
+            with path.open("r+b") as file:
+                seen = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+            await comm.recv(bytearray(6), 1)
+            sending = comm.send(np.ones(LARGE, np.uint8), 1)
+            await until(lambda seen=seen: seen[0])
+            victim.kill()
+            try:
+                await sending
+            except aiocomm.PeerLostError:
+                through = False
+            else:
+                through = True
+                await until(lambda comm=comm: not comm.peers[0].alive)
+            victim.process.wait()
+            left = seen.copy()
+            in_its_middle = not left.all()
+            assert not (through and in_its_middle), "what was sent has been written"
+            # A rail that still had something to write would have done so by the time that others are through.
+            async with hosts(2) as (a, b):
+                for _ in range(4):
+                    receiving = b.recv_array(0)
+                    await a.send(random(MIB), 1)
+                    await receiving
+            np.testing.assert_array_equal(seen, left)
 
 
 @pytest.mark.parametrize("rails", [1, 2])

@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
 CHUNK = MIB
+# An emulated processor may stand still for seconds: neither its engine nor its device is given up for that.
+PATIENT = {
+    "AIOCOMM_HEARTBEAT_S": "2",
+    "AIOCOMM_DRAIN_TIMEOUT_S": "30",
+    "AIOCOMM_RDMA_RETRY_S": "4",
+}
 
 
 @pytest.fixture
@@ -53,7 +60,7 @@ async def hosts(
     async with anyio.create_task_group() as group:
         for rank, host in enumerate("ab"):
             devices = ",".join(f"rxe{host}{rail}" for rail in range(rails))
-            with mock.patch.dict(os.environ, settings | {"AIOCOMM_RDMA_DEVICES": devices}):
+            with mock.patch.dict(os.environ, PATIENT | settings | {"AIOCOMM_RDMA_DEVICES": devices}):
                 opening = aiocomm.connect(address, rank=rank, size=2, links=links, warmup=True)
             group.start_soon(join, rank, opening)
     try:
@@ -86,11 +93,26 @@ def down(interface: str) -> None:
 
 
 def up(interface: str) -> None:
-    """The interface, and the route that went with it."""
+    """The interface, and the route that went with it; both ends' ports hear of it some time later."""
     run("ip", "link", "set", interface, "up")
     host, rail = interface[0], interface[1]
     table, other = ("10", 2) if host == "a" else ("11", 1)
     run("ip", "route", "replace", f"10.2{rail}.0.{other}", "dev", interface, "table", f"{table}{rail}")
+    for port in (f"rxe{end}{rail}" for end in "ab"):
+        while "ACTIVE" not in Path(f"/sys/class/infiniband/{port}/ports/1/state").read_text():
+            time.sleep(0.01)
+
+
+async def failed_lane(comm: aiocomm.Communicator) -> None:
+    """One lane fails, and no other. What was under way may have been through before its device went."""
+    await until(lambda: device(comm)["lanes_failed"])
+    assert device(comm)["lanes_failed"] == 1
+
+
+async def heard(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
+    """The first has taken in what the second has said: an empty message comes after it."""
+    await b.send(b"", 0, tag=99)
+    await a.recv(bytearray(), 1, tag=99)
 
 
 async def test_a_posted_receive_costs_an_inline_send_and_its_writes() -> None:
@@ -98,24 +120,26 @@ async def test_a_posted_receive_costs_an_inline_send_and_its_writes() -> None:
         sent, got = random(2 * CHUNK + 5), np.zeros(2 * CHUNK + 5, np.uint8)
         before_a, before_b = device(a), device(b)
         receiving = b.recv(got, 0)
-        await until(lambda: device(a)["frames_received"] > before_a["frames_received"])
+        await until(lambda: device(b)["sends"] > before_b["sends"])
+        await heard(a, b)
         await a.send(sent, 1)
         await receiving
         np.testing.assert_array_equal(got, sent)
         assert grown(device(a), before_a) == {"writes": 3, "send_completions": 3}
         assert device(b)["reads"] == 0
         of_b = grown(device(b), before_b)
-        of_b.pop("send_completions", None)  # of the offer, whenever it is looked for
-        assert of_b == {"sends": 1, "inline_sends": 1, "immediates_received": 3}
+        of_b.pop("send_completions", None)  # of the offer and the empty message, whenever they are looked for
+        assert of_b == {"sends": 2, "inline_sends": 2, "immediates_received": 3}
         assert b.links["rdma"].statistics().messages_by_path["write"] == 1
 
 
 async def test_a_shorter_message_says_so() -> None:
     async with hosts(1) as (a, b):
         sent, got = random(MIB), np.zeros(2 * MIB, np.uint8)
-        before = device(a)
+        before, quiet = device(a), device(b)["sends"]
         receiving = b.recv(got, 0)
-        await until(lambda: device(a)["frames_received"] > before["frames_received"])
+        await until(lambda: device(b)["sends"] > quiet)
+        await heard(a, b)
         await a.send(sent, 1)
         assert (await receiving).nbytes == MIB
         np.testing.assert_array_equal(got[:MIB], sent)
@@ -152,12 +176,17 @@ async def test_a_small_message_wakes_the_loop_alone() -> None:
             await b.send(out, 0)
             await here
 
+        def wakeups() -> int:
+            return device(a)["wakeups"] + device(b)["wakeups"]
+
         await round_trip()
-        before = device(a)["wakeups"] + device(b)["wakeups"]
+        before = -1
+        while wakeups() != before:  # pollers that wait for acknowledgements look again and again
+            before = wakeups()
+            await anyio.sleep(0.5)
         for _ in range(50):
             await round_trip()
-        # Of 100 messages, whose acknowledgements the pollers may have been waiting for when it began.
-        assert device(a)["wakeups"] + device(b)["wakeups"] - before < 10
+        assert wakeups() - before < 10, "of 100 messages"
 
 
 @pytest.mark.parametrize("near", [0, 1])
@@ -167,11 +196,13 @@ async def test_what_is_not_urged_on_goes_over_the_near_rail(near: int) -> None:
         devices = [f"rxea{rail}" for rail in range(2)]
         before = device(a)
         for nbytes in (1000, 200_000):
-            for number in range(10):
+            for number in range(7):  # so few that no word of credits is due
                 sent, got = np.full(nbytes, number, np.uint8), np.zeros(nbytes, np.uint8)
-                offered = device(a)["frames_received"]
+                quiet = device(b)["sends"]
                 receiving = b.recv(got, 0)
-                await until(lambda: nbytes == 1000 or device(a)["frames_received"] > offered)  # noqa: B023
+                if nbytes > 1000:
+                    await until(lambda: device(b)["sends"] > quiet)  # noqa: B023
+                    await heard(a, b)
                 await a.send(sent, 1)
                 await receiving
                 np.testing.assert_array_equal(got, sent)
@@ -179,7 +210,7 @@ async def test_what_is_not_urged_on_goes_over_the_near_rail(near: int) -> None:
             {what: device(a)[f"{name}.{what}"] - before[f"{name}.{what}"] for what in ("sends", "writes")}
             for name in devices
         ]
-        assert grew[near] == {"sends": 10, "writes": 10}
+        assert grew[near] == {"sends": 7, "writes": 7}
         assert grew[1 - near] == {"sends": 0, "writes": 0}
 
 
@@ -332,7 +363,7 @@ async def test_a_rail_that_goes_down_under_scattered_pages() -> None:
             try:
                 assert (await anext(b.notifications())).payload == b"there"
                 np.testing.assert_array_equal(target[take], data[give])
-                assert device(a)["lanes_failed"] == 1
+                await failed_lane(a)
             finally:
                 up("a0")
         await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
@@ -350,21 +381,23 @@ async def test_a_rail_that_goes_down_and_comes_back() -> None:
             await sending
             await receiving
             np.testing.assert_array_equal(got, sent)
-            assert device(a)["lanes_failed"] == 1
+            await failed_lane(a)
             await a.send(sent[:100], 1)  # frames have gone over to the other rail, too
             await b.recv(got[:100], 0)
         finally:
             up("a0")
         await until(lambda: device(a)["lanes_recovered"] and device(b)["lanes_recovered"])
         first = await anext(events)
+        if first == LinkUp("rdma", 1):  # of the pair, by which it is connected before it is told
+            first = await anext(events)
         assert isinstance(first, LinkDown)
         assert (first.link, first.rank) == ("rdma/rxea0:1", 1)
         assert await anext(events) == LinkUp("rdma/rxea0:1", 1)
-        writes = device(a)["rxea0.writes"]
+        moved = device(a)["rxea0.writes"] + device(b)["rxeb0.reads"]
         receiving = b.recv(got, 0)
         await a.send(sent, 1)
         await receiving
-        assert device(a)["rxea0.writes"] + device(b)["rxeb0.reads"] > writes
+        assert device(a)["rxea0.writes"] + device(b)["rxeb0.reads"] > moved
 
 
 async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> None:
@@ -390,7 +423,7 @@ async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> Non
                 for transfer in putting:
                     await transfer
                 assert sorted(told) == list(range(count))
-                assert device(a)["lanes_failed"] == 1
+                await failed_lane(a)
                 await a.put(b"", remote[:0], notify=b"end")
                 assert (await anext(notes)).payload == b"end", "none came twice"
             finally:
@@ -399,19 +432,29 @@ async def test_a_rail_that_goes_down_under_puts_repeats_no_notification() -> Non
 
 
 async def lose_both_rails(a: aiocomm.Communicator, b: aiocomm.Communicator) -> None:
-    """In the middle of a message; both say that it was the link, unless only acknowledgements were lost."""
+    """In the middle of a message; both say that it was the link, unless that was through by then."""
     sent, got = random(64 * MIB), np.zeros(64 * MIB, np.uint8)
     sending, receiving = a.send(sent, 1), b.recv(got, 0)
+    waiting = a.send(sent[:MIB], 1, tag=1)  # which nobody receives
     await until(lambda: device(b)["immediates_received"] + device(b)["reads"] >= 1)
     down("a0")
     down("a1")
     with pytest.raises(LinkError):
-        await sending
+        await waiting
+    ended = [await is_through(transfer) for transfer in (sending, receiving)]
+    assert ended != [True, False], "what was sent has been received"
+    if ended[1]:
+        np.testing.assert_array_equal(got, sent)
+    # What is begun before an end has heard of it would end with it.
+    await until(lambda: not any(comm.links["rdma"].statistics().peers for comm in (a, b)))
+
+
+async def is_through(transfer: aiocomm.Transfer) -> bool:
     try:
-        await receiving
+        await transfer
     except LinkError:
-        return
-    np.testing.assert_array_equal(got, sent)
+        return False
+    return True
 
 
 async def test_no_rail_left_is_an_error_of_the_link_at_both_ends() -> None:
@@ -464,7 +507,7 @@ async def test_a_device_that_is_removed_in_use() -> None:
             await sending
             await receiving
             np.testing.assert_array_equal(got, sent)
-            assert device(a)["lanes_failed"] == 1
+            await failed_lane(a)
             async with b.register(got) as region:
                 await a.put(sent[:MIB], a.remote(region.handle)[MIB : 2 * MIB])
             np.testing.assert_array_equal(got[MIB : 2 * MIB], sent[:MIB])
