@@ -39,6 +39,11 @@ class EventLog:
             wrapper_class=structlog.stdlib.BoundLogger,
         )
         self._fallbacks: set[tuple[str, str, str]] = set()
+        self._ended: set[int] = set()
+
+    def ends(self, rank: int) -> None:
+        """This process ends another one itself: that it is lost then is no news."""
+        self._ended.add(rank)
 
     def __call__(self, rank: int, event: Event) -> None:
         """Log an event as seen by `rank`."""
@@ -46,7 +51,8 @@ class EventLog:
             case PeerLost(peer, _, "left"):
                 self._log.info("peer left", rank=rank, peer=peer)
             case PeerLost(peer, _, reason):
-                self._log.warning("peer lost", rank=rank, peer=peer, reason=reason)
+                tell = self._log.info if peer in self._ended else self._log.warning
+                tell("peer lost", rank=rank, peer=peer, reason=reason)
             case LinkDown(link, peer, reason):
                 self._log.warning("link down", rank=rank, peer=peer, link=link, reason=reason)
             case Undelivered(peer, channel, tag, reason):

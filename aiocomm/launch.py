@@ -249,6 +249,8 @@ class Spawn:
         for worker in self._workers:
             if worker.process.poll() is None:
                 worker.stopped = True
+                if self._communicator is not None:
+                    self._communicator._log.ends(worker.rank)
                 worker.process.terminate()
         with anyio.CancelScope(shield=True):
             try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import trio
+from harness import until
 
 import aiocomm
 from aiocomm._process import fresh_address, fresh_token
@@ -23,6 +24,9 @@ from aiocomm.launch import WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+
+
+PATIENCE_S = 60.0
 
 
 def on_uvloop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -107,7 +111,7 @@ def test_several_failed_workers_are_a_group() -> None:
         raise ValueError(comm.rank)
 
     async def main() -> None:
-        async with aiocomm.spawn(worker, 3):
+        async with aiocomm.spawn(worker, 3, grace_s=PATIENCE_S):
             pass
 
     with pytest.raises(ExceptionGroup) as caught:
@@ -161,8 +165,10 @@ def test_transfers_that_were_lost_with_a_worker_are_notes_of_its_error(
 
     async def main() -> None:
         async with aiocomm.spawn(worker, 2, grace_s=0.2) as comm:
-            comm.recv(bytearray(1), 1, tag=9)
+            lost = comm.recv(bytearray(1), 1, tag=9)
             comm.recv(bytearray(1), 2, tag=9)
+            await until(lost.done)
+            del lost
 
     with pytest.raises(WorkerError, match="the worker's") as caught:
         on_loop(main)
@@ -199,6 +205,28 @@ def test_an_error_here_ends_the_workers(on_loop: Callable[[Any], None]) -> None:
         on_loop(main)
 
 
+def test_the_loss_of_workers_that_are_stopped_is_no_news(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    close = aiocomm.Communicator._close
+
+    async def close_once_they_are_gone(comm: aiocomm.Communicator, drain: bool) -> None:
+        await until(lambda: not any(peer.alive for peer in comm.peers))
+        await close(comm, drain)
+
+    async def worker(comm: Any) -> None:
+        signal.pause()
+
+    async def main() -> None:
+        async with aiocomm.spawn(worker, 2, warmup=True):
+            raise LookupError("here")
+
+    monkeypatch.setattr(aiocomm.Communicator, "_close", close_once_they_are_gone)
+    with pytest.raises(LookupError, match="here"):
+        asyncio.run(main())
+    assert not caplog.messages
+
+
 def test_workers_that_ignore_the_request_are_killed() -> None:
     async def worker(comm: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -222,7 +250,7 @@ def test_a_worker_that_dies_explains_the_loss(on_loop: Callable[[Any], None]) ->
         raise ArithmeticError("the reason")
 
     async def main() -> None:
-        async with aiocomm.spawn(worker, 1) as comm:
+        async with aiocomm.spawn(worker, 1, grace_s=PATIENCE_S) as comm:
             await comm.recv(np.zeros(1), src=1)
 
     with pytest.raises(WorkerError, match="the reason"):
