@@ -139,6 +139,7 @@ async def _everything(comm: aiocomm.Communicator, until_met: bool, way: str = "c
                 assert met(comm, operation, (other,)) > 0, operation
 
 
+@pytest.mark.timeout(300)  # calls seldom meet where there are fewer cores than processes, and these are busy
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("way", WAYS)
@@ -153,11 +154,13 @@ async def test_what_repeats_goes_through_shared_memory(
 async def _arrays_of_both_kinds(comm: aiocomm.Communicator) -> None:
     """Rank 0 has its arrays for itself; whether others' are shared differs from call to call."""
     n = SIZES["chunks"]
-    for turn in range(60):
+    for turn in range(MOST):
         empty = aiocomm.empty if comm.rank and turn // 3 % 2 else np.empty
         arrays = arrays_of(comm, n, empty)
         for operation in ("broadcast", "all_gather", "all_to_all", "all_reduce"):
             await OPERATIONS[operation](comm, n, turn, arrays)
+        if turn >= 59 and met(comm, "broadcast", ("cma",)) > 0:
+            break
     assert met(comm, "broadcast", ("cma",)) > 0
     assert met(comm, "broadcast", ("mapped",)) == 0
 
@@ -193,13 +196,15 @@ def _mapped() -> int:
 
 async def _arrays_that_end(comm: aiocomm.Communicator) -> None:
     n, before, most = SIZES["chunks"], _mapped(), 0
-    for turn in range(200):
+    for turn in range(MOST):
         x = aiocomm.empty(n, np.float64)
         x[:] = turn if comm.rank == 0 else -1
         await comm.broadcast(x)
         assert (x == turn).all()
         most = max(most, _mapped() - before)
         del x
+        if turn >= 199 and met(comm, "broadcast", ("mapped",)) >= 20:
+            break
     assert met(comm, "broadcast", ("mapped",)) > 0
     await comm.barrier()
     # Its own, those of the others, and what these have freed since they said so last.
@@ -269,7 +274,7 @@ async def _odd(comm: aiocomm.Communicator) -> None:
     words = np.array([f"{comm.rank}{i}" for i in range(30_000)], "S6")
     everywhere = np.empty((comm.size, len(words)), "S6")
     x = np.empty(70_000)
-    for turn in range(60):
+    for turn in range(MOST):
         everywhere[:] = b""
         await comm.all_gather(everywhere, words)
         for rank, one in enumerate(everywhere):
@@ -277,6 +282,8 @@ async def _odd(comm: aiocomm.Communicator) -> None:
         x[:] = comm.rank + turn
         await comm.all_reduce(x, sm_budget=8 if turn % 3 else None)  # it says nothing of host arrays
         assert (x == sum(range(comm.size)) + turn * comm.size).all()
+        if turn >= 59 and met(comm, "all_gather") > 0:
+            break
     assert met(comm, "all_gather") > 0
 
 
