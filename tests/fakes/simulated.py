@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import gc
 import os
 from pathlib import Path
 from typing import Final
@@ -78,10 +79,13 @@ class Simulator:
 
         "*" is any call, "@engine" the execution of a queued copy or fill. A `code` of -1 is `std::bad_alloc`.
         """
+        if call == "@engine":  # it breaks a context: no array of an earlier test is to be freed there
+            gc.collect()
         self._library.fake_fail(call.encode(), ctypes.c_uint64(nth), code, int(forever))
 
     def lose(self, device: int, code: int = 46) -> None:
         """Let a device fall off the bus: every call that concerns it gives `code`, nothing queued goes on."""
+        gc.collect()  # as above
         self._library.fake_lose_device(device, code)
 
     def heal(self) -> None:
