@@ -12,7 +12,7 @@ import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Stream, driver
 from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
-from harness import all_call, world
+from harness import LIMIT_S, all_call, until, world
 
 import aiocomm
 from aiocomm.collectives import kernels
@@ -192,6 +192,8 @@ async def test_a_rank_that_never_calls_is_named() -> None:
                 await comm.send(b"go", 1)
             else:
                 await comm.recv(bytearray(2), 0)
+                scope, _ = comm._members()._expert_scope(None)
+                await until(lambda: scope._failed)  # channels are independent; and it has all that it needs
                 with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
                     await comm.dispatch(x, [0, 1, 0], experts=2)
             await layer(comm, 11, 8)
@@ -214,7 +216,7 @@ async def test_a_lost_rank_is_reported_with_its_experts_and_tokens() -> None:
             with pytest.raises(aiocomm.ExpertsLostError, match="with 2 experts, to which 3 tokens") as caught:
                 await group.combine(outputs, came)
             assert (caught.value.peer, caught.value.tokens, caught.value.experts) == (2, (0, 1, 3), (4, 5))
-            await layer(await group.shrink(deadline=5.0), 30, 16)
+            await layer(await group.shrink(deadline=LIMIT_S), 30, 16)
 
         await all_call(members, rank)
 

@@ -173,6 +173,8 @@ async def test_cancelled() -> None:
             scope.cancel()
         assert scope.cancelled_caught
         x, ids, weights = (on_gpu(1, one) for one in batch(1, 21, 16))
+        scope_of_other, _ = members[1]._members()._expert_scope(None)
+        await until(lambda: scope_of_other._failed)  # until it hears, it has all that it needs
         with pytest.raises(aiocomm.TransferCancelled, match="gave the call up"):
             await members[1].dispatch(x, ids, weights, experts=EXPERTS)
         await all_call(members, lambda comm: layer(comm, 21, 16))
