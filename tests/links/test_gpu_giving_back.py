@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Stream
-from harness import until, world
+from harness import LIMIT_S, until, world
 from links.test_gpu import LINKS, both, pair, random  # noqa: F401
 
 import aiocomm
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -69,6 +70,8 @@ async def test_closed_and_collected_behind_a_busy_stream() -> None:
 
 async def test_all_of_it_is_back_when_closed(simulator: Simulator) -> None:
     kinds = ("allocations", "pinned", "registered", "streams")
+    gc.collect()
+    assert _core.given_back(LIMIT_S)  # what earlier tests had
     before = {kind: simulator.held(kind) for kind in kinds}
     async with world(2, warmup=True) as (a, b):
         source = DeviceArray(2 << 20)
