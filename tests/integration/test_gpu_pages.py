@@ -65,7 +65,7 @@ async def test_pages_go_there_and_back(pair: Pair, local: str, remote: str) -> N
     ours, theirs = on(local, data), on(remote, cache(None), other_device())
     async with await b.lease_pages(theirs, [11, 2, 7, 8]) as lease:
         target = a.remote_pages(lease.handle)
-        await a.put_pages(ours, [3, 9, 4, 5], target, [11, 2, 7, 8], notify=b"req-17", deadline=5.0)
+        await a.put_pages(ours, [3, 9, 4, 5], target, [11, 2, 7, 8], notify=b"req-17", deadline=LIMIT_S)
         async for note in b.notifications():
             assert note.payload == b"req-17"
             break
@@ -174,12 +174,12 @@ async def test_layers_are_streamed(pair: Pair) -> None:
 
         async def send() -> None:
             layers = ours.layers(arrays=2), remote.layers(arrays=2)
-            await a.put_layers(layers[0], [5, 0, 3], layers[1], [9, 1, 2], notify=b"all", deadline=5.0)
+            await a.put_layers(layers[0], [5, 0, 3], layers[1], [9, 1, 2], notify=b"all", deadline=LIMIT_S)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send)
             seen = []
-            async for layer in lease.layers(deadline=5.0):
+            async for layer in lease.layers(deadline=LIMIT_S):
                 seen.append(layer)
                 for array in (2 * layer, 2 * layer + 1):
                     assert np.array_equal(theirs.arrays[array].numpy()[[9, 1, 2]], data[array][[5, 0, 3]])

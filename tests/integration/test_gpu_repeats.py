@@ -9,7 +9,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Driver, Stream, driver
-from harness import all_call, held_up, world
+from harness import LIMIT_S, all_call, held_up, world
 
 import aiocomm
 from aiocomm.collectives import device_shared, quick
@@ -224,7 +224,7 @@ async def test_repeats_end_as_first_ones_do(gpu: Driver, count: int) -> None:
                 await comm.all_gather(out, x)
         else:
             await comm.recv(bytearray(2), src=0)
-        await comm.barrier(channel=comm.channel("apart"), deadline=5.0)
+        await comm.barrier(channel=comm.channel("apart"), deadline=LIMIT_S)
 
     async with world(3, links=LINKS, warmup=True) as comms:
         await all_call(comms, call)
@@ -242,7 +242,7 @@ async def test_a_repeat_fails_at_once_where_a_rank_is_lost(gpu: Driver, count: i
             return
         with pytest.raises(aiocomm.PeerLostError, match="rank 2 is gone"):
             await group.all_gather(out, x)
-        rest = await group.shrink(deadline=5.0)
+        rest = await group.shrink(deadline=LIMIT_S)
         await rest.all_gather(empty(comm.rank, 2 * count), x)
 
     async with world(3, links=LINKS, warmup=True) as comms:

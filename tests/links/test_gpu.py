@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Kind, Stream, driver
 from fakes.simulated import Engine
-from harness import until, world
+from harness import LIMIT_S, until, world
 
 import aiocomm
 
@@ -306,7 +306,7 @@ async def test_observers_see_the_cuda_link(pair: Pair) -> None:
     a, b = pair
     submitted, completed = a.links["cuda"].submissions(), a.links["cuda"].completions()
     await both(a.send(DeviceArray(4096), 1), b.recv(DeviceArray(4096), 0))
-    with anyio.fail_after(5):
+    with anyio.fail_after(LIMIT_S):
         assert (await anext(submitted)).nbytes == 4096
         done = await anext(completed)
     assert (done.kind, done.peer, done.nbytes, done.ok) == ("send", 1, 4096, True)
