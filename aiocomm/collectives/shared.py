@@ -232,8 +232,15 @@ class ArenaFlight(Flight):
     def _late(self) -> bool:
         return self._ends is not None and time.monotonic() > self._ends
 
+    def _lost_in_it(self) -> PeerLostError | None:
+        """That a rank is gone, and had not left with its part done."""
+        error = self._header_error
+        if isinstance(error, PeerLostError) and error.peer not in self._scope.comm._left:
+            return error
+        return None
+
     async def _why_broken(self) -> BaseException:
-        """Wait for the reason, which comes as a message, unless it is here."""
+        """Wait for the reason, which comes as a message, unless it is here, or a rank is known to be lost."""
         if code := self._errno():
             what = f"{self._operation} (call {self._number} of {self._group.label})"
             return LinkError(
@@ -241,10 +248,10 @@ class ArenaFlight(Flight):
                 "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
             )
         with anyio.move_on_after(0.25):
-            while self._aborted is None:
+            while self._aborted is None and self._lost_in_it() is None:
                 await self._gate.wait()
-        if self._aborted is not None:
-            return self._explained(self._aborted)
+        if (error := self._aborted or self._lost_in_it()) is not None:
+            return self._explained(error)
         what = f"{self._operation} (call {self._number} of {self._group.label})"
         return TransferCancelled(f"{what}: another rank has given it up")
 

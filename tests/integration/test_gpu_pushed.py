@@ -12,7 +12,7 @@ import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, driver
 from gpu_gathers import LINKS, block, gather_all, gathered, on_gpu
-from harness import LIMIT_S, all_call, given_up_halfway, world
+from harness import LIMIT_S, all_call, given_up_halfway, until, world
 
 import aiocomm
 from aiocomm.collectives import device_shared
@@ -283,6 +283,27 @@ async def test_a_task_is_cancelled_as_its_call_turns_to_messages(
         with pytest.raises(aiocomm.TransferCancelled, match="rank 0"):
             await gather_all(comms[1], 2, 3000)
         await all_call(comms, lambda comm: gather_all(comm, 3, 3000))
+
+
+async def test_a_lost_rank_is_named_where_another_found_that_first(gpu: Driver) -> None:
+    """And has broken the call, but stands still before it says why."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        for turn in range(2):
+            await all_call(comms, lambda comm, turn=turn: gather_all(comm, turn, 3000))
+
+        async def call() -> None:
+            with pytest.raises(aiocomm.PeerLostError, match="rank 1 is gone"):
+                await gather_all(comms[0], 2, 3000)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            calls = comms[0]._members()._scope(None).calls
+            await until(lambda: calls)
+            (flight,) = calls.values()
+            flight.lose(1)
+            error = await flight._why_broken()
+        assert isinstance(error, aiocomm.PeerLostError)
+        assert "rank 1 is gone" in str(error)
 
 
 async def test_a_rank_is_killed_in_the_middle(gpu: Driver, anyio_backend_name: str) -> None:
