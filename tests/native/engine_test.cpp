@@ -12,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -139,8 +140,9 @@ struct World {
   }
   bool has_ended(const Op* op) const { return std::find(ended.begin(), ended.end(), op) != ended.end(); }
   void await(const Op* op) {
-    for (int turns = 0; !has_ended(op); ++turns) {
-      CHECK(turns < 1000000);
+    const auto hangs = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (!has_ended(op)) {
+      CHECK(std::chrono::steady_clock::now() < hangs);
       look();
       std::this_thread::yield();
     }

@@ -148,9 +148,9 @@ class FakeHost final : public Host, public FrameSink {
   WakePage page_;
 };
 
-// Serves all sets until `done`; false after ten seconds.
+// Serves all sets until `done`; false after a minute: something hangs.
 inline bool until(std::vector<FakeHost*> hosts, const std::function<bool()>& done, bool loops = true) {
-  auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  auto end = std::chrono::steady_clock::now() + std::chrono::minutes(1);
   while (!done()) {
     if (std::chrono::steady_clock::now() > end) return false;
     for (FakeHost* host : hosts) {

@@ -80,7 +80,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory, sanitize: list[str]) -> Ob
     return Objects(tmp_path_factory.mktemp("native"), sanitize)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # to compile all of it takes minutes, beside others many
 @pytest.mark.parametrize("source", sorted(HERE.glob("*_test.cpp")), ids=lambda path: path.stem)
 def test_native(source: Path, objects: Objects, sanitize: list[str], tmp_path: Path) -> None:
     environment = dict(os.environ)
@@ -92,6 +92,6 @@ def test_native(source: Path, objects: Objects, sanitize: list[str], tmp_path: P
     built = _compile([source, *objects.of(_needs(source))], program, sanitize)
     assert built.returncode == 0, built.stderr
     done = subprocess.run(
-        [program], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environment
+        [program], capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
