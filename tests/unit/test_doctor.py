@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import socket
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +119,18 @@ def test_refused_cross_memory_attach_is_explained(
     assert "bounce ring" in check.detail
     assert report.usable
     assert "copied twice" in report.summary
+
+
+def test_a_child_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    report = shm.discover()
+    check = checks(report)["cross-memory attach"]
+    assert check.state is State.LIMITED
+    assert "did not answer within 60 s" in check.detail
+    assert report.usable
 
 
 @pytest.mark.parametrize("link", ["shm", "tcp", "cuda", "rdma"])
