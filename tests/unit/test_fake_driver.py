@@ -411,6 +411,7 @@ def say(*what): print(*what, flush=True)
 
 
 @pytest.mark.anyio
+@pytest.mark.timeout(120)  # of which its child may take most to start
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_memory_goes_to_another_process(gpu: Driver, child: Callable[..., Child]) -> None:
     values = random(100_001)
@@ -461,6 +462,7 @@ def test_what_has_no_legacy_handle(gpu: Driver) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.timeout(120)  # of which its child may take most to start
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_what_its_owner_freed_is_noticed(
     simulator: Simulator,

@@ -231,6 +231,7 @@ print(*set(told), flush=True)
 """
 
 
+@pytest.mark.timeout(120)  # of which its child may take most to start
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 async def test_calls_end_with_the_loop(child: Callable[..., Child], loop: str) -> None:
