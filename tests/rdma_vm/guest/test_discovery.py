@@ -6,9 +6,14 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from test_link import up
 
 from aiocomm.links import Check, State, rdma
 from aiocomm.links import _rdma_verbs as verbs
@@ -31,10 +36,10 @@ def system(*commands: str) -> None:
 
 @pytest.fixture
 def rail_down() -> Iterator[None]:
-    """The second rail of host a, down."""
+    """The second rail of host a, down. Later tests need its route, too."""
     system("ip link set a1 down")
     yield
-    system("ip link set a1 up")
+    up("a1")
 
 
 @pytest.fixture
