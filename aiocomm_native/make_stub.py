@@ -51,6 +51,11 @@ NARROWED: Final = (
     (r"((?:: |-> )list)(?=[,)\]:])", r"\1[Any]"),
 )
 
+# What only newer Pythons than the oldest one say of a class (3.12: of a buffer), and without types.
+_NEWER: Final = re.compile(
+    r'\n    def __buffer__\(self, flags, /\):\n        """\n(?: {8}.*\n)*?        """\n'
+)
+
 
 def generate() -> dict[Path, str]:
     """The text of each stub file, from the extension module that is installed.
@@ -62,7 +67,7 @@ def generate() -> dict[Path, str]:
     for name, file in MODULES.items():
         generator = StubGen(importlib.import_module(name), recursive=False, quiet=True)
         generator.put(generator.module)
-        texts[FOLDER / file] = generator.get()
+        texts[FOLDER / file] = _NEWER.sub("", generator.get())
     main = FOLDER / "__init__.pyi"
     for pattern, replacement in NARROWED:
         texts[main], count = re.subn(pattern, replacement, texts[main])
