@@ -86,7 +86,7 @@ import aiocomm
 
 async def main(address):
     try:
-        await aiocomm.connect(address, rank=1, size=2, deadline=2)
+        await aiocomm.connect(address, rank=1, size=2, deadline=5)
     except aiocomm.DeadlineExceeded as error:
         print(error, flush=True)
 
@@ -113,7 +113,7 @@ def test_a_peer_behind_a_firewall_is_not_told_to_be_gone(two: Hosts) -> None:
     two.drop(0, f"tcp dport != {PORT}")
     address = f"tcp://{two.addresses[0]}:{PORT}"
     processes = [
-        two.start(k, "-c", LONE_SENDER, address, str(k), AIOCOMM_HANDSHAKE_TIMEOUT_S="1") for k in range(2)
+        two.start(k, "-c", LONE_SENDER, address, str(k), AIOCOMM_HANDSHAKE_TIMEOUT_S="4") for k in range(2)
     ]
     try:
         assert processes[1].stdout is not None
