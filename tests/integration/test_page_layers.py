@@ -12,7 +12,7 @@ import anyio
 import cloudpickle
 import numpy as np
 import pytest
-from harness import LIMIT_S, world
+from harness import LIMIT_S, until, world
 
 import aiocomm
 from aiocomm.launch import WorkerError
@@ -128,7 +128,7 @@ async def test_a_sender_that_is_cancelled_in_the_middle_ends_the_iteration(
             await look()
     assert len(seen) < LAYERS
     monkeypatch.undo()
-    assert a.statistics().in_flight == 0
+    await until(lambda: a.statistics().in_flight == 0)  # the word to the owner, too
     await a.put_layers(ours.layers(), give, remote.layers(), take)
     assert [layer async for layer in lease.layers(0)] == list(range(LAYERS))
     assert all(array[take].all() and not array[1::2].any() for array in theirs.arrays)
