@@ -172,5 +172,4 @@ async def test_a_shrink_that_is_given_up_closes_with_its_group(pair: Pair) -> No
         if closes:
             left.close()
         del left
-        gc.collect()
-        await until(lambda: channels() == before)
+        await until(lambda: gc.collect() >= 0 and channels() == before)  # what ends may keep it for a while
