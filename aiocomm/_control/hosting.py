@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "allow_descriptors"]
 
-
 _OTHER_DESCRIPTORS: Final = 128
 """Of a process besides the control connections of the members that it hosts."""
 _MANY: Final = 256

@@ -43,6 +43,7 @@ class _Given(NamedTuple):
     root: int
     source: Array | None
     target: Array | None
+    apart: bool  # whether the two share no memory
     counts: Sequence[int] | None  # elements of the blocks, or of those that come
     send_counts: Sequence[int] | None
 
@@ -57,10 +58,6 @@ class _Given(NamedTuple):
         """Where this rank takes it, where it must take something."""
         assert self.target is not None
         return self.target
-
-    def apart(self) -> bool:
-        """Whether x and out share no memory."""
-        return self.source is None or self.target is None or not overlap(self.target, self.source)
 
 
 @dataclass(slots=True)
@@ -103,8 +100,8 @@ def moved(
     source = flat_anywhere(group, x, "x", False, stream) if gives else None
     written = rank != root or kind != "broadcast"
     target = flat_anywhere(group, out, "out" if gives else "x", written, stream) if takes else None
-    given = _Given(size, rank, root, source, target, counts, send_counts)
-    given.apart()  # refuses a pair of which one is on a GPU
+    apart = source is None or target is None or not overlap(target, source)
+    given = _Given(size, rank, root, source, target, apart, counts, send_counts)
     if source is not None and target is not None:
         same_dtype(target, source)
     some = given.out if source is None else source
@@ -246,13 +243,13 @@ def _only(count: int, root: int, size: int) -> tuple[int, ...]:
 
 
 def _check_apart(given: _Given) -> None:
-    if not given.apart():
+    if not given.apart:
         raise UsageError("out and x overlap")
 
 
 def _in_place(given: _Given, start: int) -> bool:
     """Whether x is this rank's own block of out, which begins at element `start`; nothing else overlaps."""
-    if given.apart():
+    if given.apart:
         return False
     if _address(given.out) + start * given.x.dtype.itemsize != _address(given.x):
         raise UsageError("x overlaps out, but is not this rank's own block of it")
