@@ -242,15 +242,21 @@ def test_who_gave_up_can_try_again(members: Callable[..., Member], time_is_over:
     connected(patient, host)
 
 
-def test_who_has_left_waits_for_the_next_world(
-    members: Callable[..., Member], time_is_over: Callable[..., None]
-) -> None:
-    """Rank 0 may be about to leave the old one."""
+def left_by_one(members: Callable[..., Member]) -> tuple[str, Member]:
+    """The address of a world of two which rank 1 has left, and rank 0."""
     address = fresh_address()
     host, other = members(address, 0, 2), members(address, 1, 2)
     host.joined()
     other.joined()
     other.close()
+    return address, host
+
+
+def test_who_has_left_waits_for_the_next_world(
+    members: Callable[..., Member], time_is_over: Callable[..., None]
+) -> None:
+    """Rank 0 may be about to leave the old one."""
+    address, host = left_by_one(members)
     early, told = members(address, 1, 2), "has left the world there, and can only join the next one"
     time_is_over(early, in_trouble(told))
     with pytest.raises(DeadlineExceeded, match=told):
@@ -264,11 +270,7 @@ def test_who_has_left_waits_for_the_next_world(
 def test_a_refusal_is_told_also_while_the_next_try_is_under_way(
     members: Callable[..., Member], time_is_over: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = fresh_address()
-    host, other = members(address, 0, 2), members(address, 1, 2)
-    host.joined()
-    other.joined()
-    other.close()
+    address, _ = left_by_one(members)
     authenticate, tries = Stream.authenticate_caller, []
 
     async def stuck_when_it_tries_again(stream: Stream, *arguments: Any) -> None:
