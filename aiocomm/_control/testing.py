@@ -1,8 +1,8 @@
 """Control planes without native code, for tests: an engine that only records, and a member that runs on it.
 
 `python -m aiocomm._control.testing ADDRESS RANK SIZE` is such a member in a process of its own (rank or size
-`-` for none): it says `ready RANK GENERATION` once it has joined, `lost RANK REASON` of each lost peer, and
-leaves at the end of its input.
+`-` for none): it says `ready RANK GENERATION` once it has joined, `watches RANK` once it holds a connection
+of the vigil, `lost RANK REASON` of each lost peer, and leaves at the end of its input.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from unittest import mock
 
+from aiocomm._control import plane
 from aiocomm._control.plane import ControlPlane, Welcome
+from aiocomm._control.vigil import Vigil
 from aiocomm.config import Settings, resolve_world
 from aiocomm.errors import LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiocomm._control.messages import PeerCard
+    from aiocomm._control.stream import Stream
     from aiocomm.types import Event
 
 __all__ = ["Attachment", "Member", "RecordingEngine"]
@@ -236,20 +241,29 @@ class _TellingEngine(RecordingEngine):
         super().lose_peer(rank, generation, reason)
 
 
+class _TellingVigil(Vigil):
+    """Says whom it watches."""
+
+    async def _hold(self, stream: Stream, card: PeerCard) -> None:
+        print("watches", card.rank, flush=True)
+        await super()._hold(stream, card)
+
+
 def _main(address: str, rank: str, size: str) -> None:
     token = resolve_world(address).token
-    member = Member(
-        address,
-        int(rank) if rank != "-" else None,
-        int(size) if size != "-" else None,
-        engine=_TellingEngine(),
-        settings=Settings.from_environment(),
-        token=token,
-    )
-    welcome = member.joined()
-    print("ready", welcome.rank, welcome.generation, flush=True)
-    sys.stdin.read()
-    member.close()
+    with mock.patch.object(plane, "Vigil", _TellingVigil):
+        member = Member(
+            address,
+            int(rank) if rank != "-" else None,
+            int(size) if size != "-" else None,
+            engine=_TellingEngine(),
+            settings=Settings.from_environment(),
+            token=token,
+        )
+        welcome = member.joined()
+        print("ready", welcome.rank, welcome.generation, flush=True)
+        sys.stdin.read()
+        member.close()
 
 
 if __name__ == "__main__":

@@ -208,9 +208,8 @@ class MoverHost {
  public:
   virtual void moved(MoveJob* jobs, size_t count) = 0;    // by copy threads, in the order of completion
   virtual void go_on(const OpId* ops, size_t count) = 0;  // what they waited for has come, or will not
-  // Progress on behalf of the engine's thread, which sleeps meanwhile: peers need not ring between the first call and
-  // the last. True: something was done.
-  virtual void begin_assist() = 0;
+  // Progress on behalf of the engine's thread, which sleeps meanwhile: peers need not ring from the first call to the end.
+  // True: something was done.
   virtual bool assist() = 0;
   virtual bool end_assist() = 0;
   virtual bool loop_looks() const = 0;  // the loop spins, and has the mover work by turn() meanwhile

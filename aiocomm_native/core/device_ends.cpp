@@ -141,8 +141,6 @@ size_t DeviceProtocol::flows() const {
 
 // ---------------------------------------------------------------- progress by copy threads
 
-void DeviceProtocol::begin_assist() { assistants_.fetch_add(1, std::memory_order_relaxed); }
-
 bool DeviceProtocol::assist() {
   if (engine_.stopping_.load(std::memory_order_relaxed)) return false;
   // Peers need not ring while we look. The engine's thread may have marked itself asleep meanwhile.
@@ -245,7 +243,6 @@ bool DeviceProtocol::loop_away() const {
 }
 
 bool DeviceProtocol::end_assist() {
-  assistants_.fetch_sub(1, std::memory_order_relaxed);
   prepare_sleep(engine_.page_->engine);
   Engine::Token token(engine_);
   return !engine_.closed_ && engine_.poll_links() > 0;

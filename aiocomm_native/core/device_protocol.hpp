@@ -97,13 +97,9 @@ class DeviceProtocol final : public MoverHost {
   uint64_t served(const Channel& channel) const;
   size_t flows() const;
 
-  // Copy threads look for the engine's thread, which sleeps.
-  bool assisted() const { return assistants_.load(std::memory_order_relaxed) != 0; }
-
   // --- MoverHost
   void moved(MoveJob* jobs, size_t count) override;
   void go_on(const OpId* ops, size_t count) override;
-  void begin_assist() override;
   bool assist() override;
   bool end_assist() override;
   bool loop_looks() const override;
@@ -158,7 +154,6 @@ class DeviceProtocol final : public MoverHost {
   uint64_t large_urgent_until_ns_ = 0;  // urgent messages too large for a detour are taken to come
   std::atomic<uint64_t> urgent_ns_{0};  // the last urgent message
   std::vector<std::unique_ptr<DeviceQueue>> queues_;
-  std::atomic<int> assistants_{0};
   // By when a copy should have ended for which the loop was woken in advance; 0: none. Written under the token.
   std::atomic<uint64_t> due_ns_{0};
   std::atomic<bool> rehearsal_{false};

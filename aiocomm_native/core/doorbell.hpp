@@ -89,4 +89,28 @@ inline void awake(WakeWord& word) {
     word.word.store(WakeWord::kAwake, std::memory_order_relaxed);
 }
 
+// How threads of this process wake one whose word tells the peers only that they need not: its descriptor is readable until
+// it has gone round once more, even if it is awake, has looked already, and is about to sleep.
+class OwnBell {
+ public:
+  OwnBell& operator=(int fd) {
+    fd_ = fd;
+    return *this;
+  }
+  operator int() const { return fd_; }
+  void close() { fd_.close(); }
+  // After what the thread is to see.
+  void ring() {
+    if (!rung_.exchange(true, std::memory_order_acq_rel)) ring_fd(fd_);
+  }
+  // The thread looks from now on.
+  void answer() {
+    if (rung_.load(std::memory_order_relaxed)) rung_.exchange(false, std::memory_order_acq_rel);
+  }
+
+ private:
+  Descriptor fd_;
+  std::atomic<bool> rung_{false};
+};
+
 }  // namespace aiocomm

@@ -111,7 +111,8 @@ void Engine::release_descriptors() {
   retired_.clear();  // close() has ended the threads that could be inside one of them
   for (auto& peer : peers_)
     if (peer) peer->link.reset();
-  for (Descriptor* fd : {&loop_fd_, &engine_fd_, &engine_epoll_, &express_epoll_, &page_fd_}) fd->close();
+  for (Descriptor* fd : {&loop_fd_, &engine_epoll_, &express_epoll_, &page_fd_}) fd->close();
+  engine_fd_.close();
 }
 
 void Engine::close() {
@@ -136,7 +137,7 @@ void Engine::close() {
   }
   device_.finish_writers();
   stopping_ = true;
-  ring_fd(engine_fd_);
+  ring_engine();
   if (thread_.joinable()) thread_.join();
   copier_->stop();  // running chunks end; nothing touches a buffer after this
   device_.stop();
@@ -367,6 +368,7 @@ void Engine::run() {
   uint64_t next_tick = kNever, spin_until = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
     awake(page_->engine);
+    engine_fd_.answer();
     int did;
     std::vector<std::shared_ptr<LinkPeer>> gone;  // what they map is given back without the token
     {

@@ -243,12 +243,7 @@ class Engine final : public Host, public FrameSink {
   void after_unlock() noexcept;
   void guarded(auto&& f) noexcept;            // token.hpp
   void break_down(const char* why) noexcept;  // everything ends with that, and nothing begins any more
-  void ring_engine() {
-    if (device_.assisted() || loop_spins())
-      ring_fd(engine_fd_);  // they keep the word awake, but set no timers
-    else
-      ring(page_->engine, engine_fd_);
-  }
+  void ring_engine() { engine_fd_.ring(); }
   void wake_loop();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);
@@ -416,7 +411,8 @@ class Engine final : public Host, public FrameSink {
   size_t queue_depth_;
 
   // wake-up
-  Descriptor page_fd_, loop_fd_, engine_fd_, engine_epoll_, express_epoll_;
+  Descriptor page_fd_, loop_fd_, engine_epoll_, express_epoll_;
+  OwnBell engine_fd_;
   std::atomic<int> express_watched_{0}, express_polled_{0};
   std::unique_ptr<WakePage, UnmapPage> page_;
   std::atomic<bool> stopping_{false};

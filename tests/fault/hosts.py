@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,23 +47,6 @@ class Hosts:
         text = f"table inet t {{ chain i {{ type filter hook input priority 0; {rule}; }}; }}"
         _run("ip", "netns", "exec", self.names[host], "nft", text)
 
-    def until_connected(self, host: int, address: str) -> None:
-        """Wait until there is a connection from a host to an address."""
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            self.names[host],
-            "ss",
-            "-Htn",
-            "state",
-            "established",
-            "dst",
-            address,
-        ]
-        while not subprocess.run(command, check=True, capture_output=True).stdout:
-            time.sleep(0.02)
-
     def start(self, host: int, *command: str, **env: str) -> subprocess.Popen[str]:
         """A Python process there."""
         # Its own /etc/hosts, as `ip netns` gives those in /etc/netns, without touching that folder.
@@ -82,8 +64,8 @@ class Hosts:
 @contextlib.contextmanager
 def hosts(count: int, folder: Path) -> Iterator[Hosts]:
     """So many hosts for the time of a block; skips where they cannot be had."""
-    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nft", "ss"))):
-        pytest.skip("needs root, ip, unshare, nft and ss to make network namespaces")
+    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nft"))):
+        pytest.skip("needs root, ip, unshare and nft to make network namespaces")
     made = Hosts(count, folder)
     switch = f"aiocomm-{os.getpid()}-sw"
     try:

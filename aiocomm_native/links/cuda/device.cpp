@@ -219,10 +219,7 @@ void Device::run() {
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
     if (did) {
       spin_until = now + spin_ns_;
-      if (!assisting && spin_ns_) {
-        host_.begin_assist();
-        assisting = true;
-      }
+      assisting = assisting || spin_ns_;
       continue;
     }
     {
@@ -240,15 +237,11 @@ void Device::run() {
         continue;
       }
     }
-    if (assisting) {
-      assisting = false;
-      if (host_.end_assist()) {
-        host_.begin_assist();
-        assisting = true;
-        spin_until = now + spin_ns_;
-        continue;
-      }
+    if (assisting && host_.end_assist()) {
+      spin_until = now + spin_ns_;
+      continue;
     }
+    assisting = false;
     sleep(now);
   }
   if (assisting) host_.end_assist();
