@@ -130,6 +130,7 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
   trouble_ = voted_down_ = false;
   const bool waits = loop_has_nothing_else(&e);
   ArenaResult result;
+  bool looked;
   {
     LateUnlock unlocked;
     unlocked.now();
@@ -139,20 +140,22 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
                                     [&] { prepare(*e.engine); });
     result = begun(e, how, waits);
     // A loop that spins says by itself that it is about to sleep; others have done so already, and were taken awake.
-    if (std::exchange(looked_, false) && !e.spinner) e.engine->loop_sleeps();
+    looked = std::exchange(looked_, false) && !e.spinner;
+    if (looked) e.engine->loop_sleeps();
   }
-  return settle(e, result);
+  settle(e, result);
+  if (looked) e.after_submit();  // nobody has rung for what came meanwhile
+  return result;
 }
 
 // With the GIL: ends what others have waited for, who may call back.
-int DeviceCall::settle(PyEngine& e, ArenaResult result) {
+void DeviceCall::settle(PyEngine& e, ArenaResult result) {
   running_ = result > kDoneTurn;
   if (!running_) over();
   for (Op* op : std::exchange(others_, {})) {
     end_transfer(static_cast<Transfer*>(op->cookie));
     e.ended_outside = true;
   }
-  return result;
 }
 
 int DeviceCall::proceed(Self self, bool last) {
@@ -167,7 +170,8 @@ int DeviceCall::proceed(Self self, bool last) {
     else
       result = run(e, false);
   }
-  return settle(e, result);
+  settle(e, result);
+  return result;
 }
 
 // Where the arrays are, before all have met.
