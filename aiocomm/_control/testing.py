@@ -251,19 +251,19 @@ class _TellingVigil(Vigil):
 
 def _main(address: str, rank: str, size: str) -> None:
     token = resolve_world(address).token
-    with mock.patch.object(plane, "Vigil", _TellingVigil):
-        member = Member(
-            address,
-            int(rank) if rank != "-" else None,
-            int(size) if size != "-" else None,
-            engine=_TellingEngine(),
-            settings=Settings.from_environment(),
-            token=token,
-        )
-        welcome = member.joined()
-        print("ready", welcome.rank, welcome.generation, flush=True)
-        sys.stdin.read()
-        member.close()
+    mock.patch.object(plane, "Vigil", _TellingVigil).start()
+    member = Member(
+        address,
+        int(rank) if rank != "-" else None,
+        int(size) if size != "-" else None,
+        engine=_TellingEngine(),
+        settings=Settings.from_environment(),
+        token=token,
+    )
+    welcome = member.joined()
+    print("ready", welcome.rank, welcome.generation, flush=True)
+    sys.stdin.read()
+    member.close()
 
 
 if __name__ == "__main__":

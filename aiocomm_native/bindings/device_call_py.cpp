@@ -143,19 +143,20 @@ int DeviceCall::attempt(PyEngine& e, uint64_t number, const DeviceLent& given, c
     looked = std::exchange(looked_, false) && !e.spinner;
     if (looked) e.engine->loop_sleeps();
   }
-  settle(e, result);
+  const int found = settle(e, result);
   if (looked) e.after_submit();  // nobody has rung for what came meanwhile
-  return result;
+  return found;
 }
 
 // With the GIL: ends what others have waited for, who may call back.
-void DeviceCall::settle(PyEngine& e, ArenaResult result) {
+int DeviceCall::settle(PyEngine& e, ArenaResult result) {
   running_ = result > kDoneTurn;
   if (!running_) over();
   for (Op* op : std::exchange(others_, {})) {
     end_transfer(static_cast<Transfer*>(op->cookie));
     e.ended_outside = true;
   }
+  return result;
 }
 
 int DeviceCall::proceed(Self self, bool last) {
@@ -170,8 +171,7 @@ int DeviceCall::proceed(Self self, bool last) {
     else
       result = run(e, false);
   }
-  settle(e, result);
-  return result;
+  return settle(e, result);
 }
 
 // Where the arrays are, before all have met.

@@ -84,7 +84,7 @@ class DeviceCall {
   ArenaResult run(PyEngine& e, bool lingers);
   void take_ended(Engine& engine);
   ArenaResult finish();
-  void settle(PyEngine& e, ArenaResult result);
+  int settle(PyEngine& e, ArenaResult result);
   void withdraw();
   void over();
   const DeviceBuffer& home() const { return arrays_[kOut].gpu ? *arrays_[kOut].gpu : *arrays_[kIn].gpu; }

@@ -74,10 +74,7 @@ nb::object PreparedCall::attempt(nb::pointer_and_handle<PyEngine> self, int64_t 
   running_ = true;
   run(e);
   running_ = false;
-  if (e.engine->has_completed() || e.engine->has_events()) {
-    e.ended_outside = true;
-    e.drain(256);
-  }
+  e.after_submit();
   sweep(*e.engine);
   if (done()) return nb::none();
   return hand_over(self, lent);

@@ -191,6 +191,7 @@ class Engine final : public Host, public FrameSink {
   WakePage& wake_page() override { return *page_; }
   int wake_page_fd() const override { return page_fd_; }
   int engine_fd() const override { return engine_fd_; }
+  void ring_engine() override { engine_fd_.ring(); }
   FrameSink& sink() override { return *this; }
   bool look() override;
   bool loop_looks() override {
@@ -243,7 +244,6 @@ class Engine final : public Host, public FrameSink {
   void after_unlock() noexcept;
   void guarded(auto&& f) noexcept;            // token.hpp
   void break_down(const char* why) noexcept;  // everything ends with that, and nothing begins any more
-  void ring_engine() { engine_fd_.ring(); }
   void wake_loop();
   void expire(uint64_t now);
   void dispatch_fds(int epoll, int timeout_ms, bool locked);

@@ -205,6 +205,8 @@ class Host {
   virtual int wake_page_fd() const = 0;
   virtual int loop_fd() const = 0;
   virtual int engine_fd() const = 0;
+  // For what no poll shows: the engine's thread goes round once more before it sleeps.
+  virtual void ring_engine() = 0;
   virtual FrameSink& sink() = 0;
   // Polls the links once, as the engine's thread would; called without the token. False: whoever holds it may have looked
   // before, so the engine has to be rung.

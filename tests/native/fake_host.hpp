@@ -62,6 +62,7 @@ class FakeHost final : public Host, public FrameSink {
   int wake_page_fd() const override { return -1; }
   int loop_fd() const override { return -1; }
   int engine_fd() const override { return -1; }
+  void ring_engine() override {}
   FrameSink& sink() override { return *this; }
   void leave_token() override {
     token.unlock();

@@ -219,7 +219,7 @@ void Device::run() {
     if (assisting && turn % 4 == 0) did = host_.assist() || did;
     if (did) {
       spin_until = now + spin_ns_;
-      assisting = assisting || spin_ns_;
+      assisting = spin_ns_ != 0;
       continue;
     }
     {

@@ -150,7 +150,7 @@ void TcpPeer::ended(Lane& lane, int error, bool reading) {
     ending_ = true;
     ending_ns_ = host_.now();
     ending_reason_ = reason;
-    ring(host_.wake_page().engine, host_.engine_fd());  // it ticks until the express lane has ended, too
+    host_.ring_engine();  // it ticks until the express lane has ended, too
   }
   express_.chase_end();
   if (!closed && !dead_) lose(reason);
