@@ -22,7 +22,7 @@ from fakes import secret
 from harness import BACKENDS, LIMIT_S, until, world
 
 import aiocomm
-from aiocomm.collectives.shared import DONE, NOT_MET, OPEN, STUCK, TURN, Shared, SharedFlight
+from aiocomm.collectives.shared import DONE, GOING_ON, NOT_MET, OPEN, STUCK, TURN, Shared, SharedFlight
 from aiocomm.launch import WorkerError
 from aiocomm_native import _core
 
@@ -370,30 +370,50 @@ def going(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     return request.param
 
 
-async def _until_one_goes_on(
-    comm: aiocomm.Communicator, going: tuple[str, str], instead: Any, or_waits: bool = False
-) -> None:
-    """Call until a large call has met that goes that way, and `instead` goes on with it.
+class Met:
+    """What a call asks of the extension: once its ranks have met, `met` says whether it goes on here.
 
-    Args:
-        or_waits: also with one that waits for others to come.
+    Ranks see that they have met at different times, and those that go on may end the call for one that stands
+    still before it has seen anything.
     """
+
+    def __init__(self, native: Any, result: int, met: Callable[[], bool]) -> None:
+        self._native, self._met, self._goes_on = native, met, True
+        self._waits = self._look(result)
+
+    def _look(self, result: int) -> bool:
+        """Whether the ranks have yet to meet."""
+        if result in (GOING_ON, STUCK):
+            self._goes_on = self._met()
+        return result == OPEN
+
+    def proceed(self, seconds: float) -> int:
+        if not self._goes_on:
+            return STUCK
+        result: int = self._native.proceed(seconds)
+        if self._waits:
+            self._waits = self._look(result)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+
+async def _until_one_goes_on(
+    comm: aiocomm.Communicator, going: tuple[str, str], goes_on: Callable[[Any], bool]
+) -> None:
+    """Call until the ranks have met in a large call that goes that way; does it go on here?"""
     way, operation = going
     flight = Shared.flight
-    begun: list[int] = []
 
     def other(self: Shared, number: int, result: int, deadline: float | None) -> Any:
         ours = flight(self, number, result, deadline)
-        goes_on = result in (3, 4) and self.counted == f"{operation}/{way}"
-        if goes_on or (or_waits and result == 6):
-            run = ours.run
 
-            async def held() -> bool:
-                begun.append(number)
-                await instead(ours)
-                return await run()
+        def this_way() -> bool:
+            agreed = self.counted.endswith("/shared") == (way == "shared")
+            return not agreed or goes_on(ours)
 
-            ours.run = held  # type: ignore[method-assign]
+        ours._native = Met(ours._native, result, this_way)  # type: ignore[assignment]
         return ours
 
     Shared.flight = other  # type: ignore[method-assign]
@@ -408,9 +428,10 @@ async def _until_one_goes_on(
 
 
 async def _killed(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
-    async def die(flight: Any) -> None:
+    def die(flight: Any) -> bool:
         if comm.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return True
 
     with pytest.raises(aiocomm.PeerLostError) as lost:
         await _until_one_goes_on(comm, going, die)
@@ -435,9 +456,10 @@ async def test_a_rank_killed_in_a_call_is_named_and_the_rest_go_on(going: tuple[
 async def _cancelled(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
     with anyio.CancelScope() as scope:
 
-        async def cancel(flight: Any) -> None:
+        def cancel(flight: Any) -> bool:
             if comm.rank == 1:
                 scope.cancel()
+            return comm.rank == 1  # the others do not end it before that
 
         if comm.rank == 1:
             await _until_one_goes_on(comm, going, cancel)
@@ -462,16 +484,14 @@ async def test_a_call_that_is_cancelled_at_one_rank_ends_at_all(going: tuple[str
 async def _late(comm: aiocomm.Communicator, going: tuple[str, str]) -> None:
     """The deadline of one passes while another stands still, once all have met."""
 
-    async def be_late(flight: Any) -> None:
+    def be_late(flight: Any) -> bool:
         if comm.rank == 0:
             flight._ends = time.monotonic()
-        elif comm.rank == 1:
-            while flight._aborted is None:
-                await flight._gate.wait()
+        return comm.rank == 2
 
     error = aiocomm.DeadlineExceeded if comm.rank == 0 else aiocomm.AiocommError
     with pytest.raises(error, match=going[1]):
-        await _until_one_goes_on(comm, going, be_late, or_waits=comm.rank == 0)
+        await _until_one_goes_on(comm, going, be_late)
     for _ in range(20):
         x = np.full(COUNT // 100, comm.rank)
         await comm.all_reduce(x)
@@ -495,35 +515,38 @@ async def test_a_call_that_waits_for_the_end_of_the_last_one_has_its_arrays(
     arenas = [arena, _core.Arena.open(arena.place, 1, 2)]
     calls = [_core.SharedCall(one, 1, 0, [nbytes], False, 1, "u1", "", b"broadcast") for one in arenas]
     arrays = [np.zeros(nbytes, np.uint8) for _ in calls]
-    number = 0
 
-    def begin(rank: int) -> int:
+    async def begin(rank: int, number: int) -> int:
+        """`NOT_MET` where the loop has something else to do: then nobody makes that call."""
+        await anyio.lowlevel.checkpoint()
         return calls[rank].attempt(pair[rank]._engine, number, None, arrays[rank])
 
-    first, second = NOT_MET, TURN + 1
-    while first == NOT_MET:  # the loop had something else to do
-        await anyio.lowlevel.checkpoint()
-        number += 1
-        first = begin(0)
-    assert first == OPEN
-    second = begin(1)
-    while first > TURN:
-        first = calls[0].proceed(1e-3)
-        if first > TURN:
+    async def twice(number: int) -> bool:
+        """The second call begins at the root while the first goes on. False: they did not meet."""
+        arrays[0][:] = 0
+        first = await begin(0, number)
+        second = await begin(1, number)
+        while first > TURN:
+            first = calls[0].proceed(1e-3)
+            if first > TURN:
+                second = calls[1].proceed(1e-3)
+        if first == NOT_MET:
+            return False
+        assert second > TURN  # some of it lies in the arena
+        arrays[0][:] = 7
+        first = await begin(0, number + 1)
+        while second > TURN:
             second = calls[1].proceed(1e-3)
-    assert second > TURN  # some of it lies in the arena
-    arrays[0][:] = 7
-    while first != OPEN:
-        await anyio.lowlevel.checkpoint()
-        number += 1
-        first = begin(0)
-    while second > TURN:
-        second = calls[1].proceed(1e-3)
-    assert not arrays[1].any()
-    second = begin(1)
-    while first > TURN or second > TURN:
-        first = calls[0].proceed(1e-3) if first > TURN else first
-        second = calls[1].proceed(1e-3) if second > TURN else second
+        assert not arrays[1].any()
+        second = await begin(1, number + 1)
+        while first > TURN or second > TURN:
+            first = calls[0].proceed(1e-3) if first > TURN else first
+            second = calls[1].proceed(1e-3) if second > TURN else second
+        return first != NOT_MET
+
+    number = 1
+    while not await twice(number):
+        number += 2
     assert (arrays[1] == 7).all()
 
 
