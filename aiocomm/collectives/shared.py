@@ -74,6 +74,9 @@ _THREAD_BYTES: Final = 8 << 20  # that a call moves, from which on a thread does
 _THREAD_S: Final = 20e-3
 _LEAVE_S: Final = 1e-3
 _WATCH_S: Final = 5e-3  # without progress, after which it is found out who is lost
+_REASON_S: Final = 5.0  # that the reason for which a call was given up may come after its end
+_GOODBYE_S: Final = 0.25  # the same, once a rank is known to have left
+_LOOK_S: Final = 0.01  # after which it is looked for that
 
 
 class Place:
@@ -240,17 +243,25 @@ class ArenaFlight(Flight):
         return None
 
     async def _why_broken(self) -> BaseException:
-        """Wait for the reason, which comes as a message, unless it is here, or a rank is known to be lost."""
+        """Wait for the reason, which comes as a message, unless it is here, or a rank is known to be lost.
+
+        Whoever has it may stand still before it can say so; only who closes its communicator says nothing.
+        """
         if code := self._errno():
             what = f"{self._operation} (call {self._number} of {self._group.label})"
             return LinkError(
                 f"{what}: memory of a rank cannot be read or written by another ({os.strerror(code)}): "
                 "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
             )
-        with anyio.move_on_after(0.25):
-            while self._aborted is None and self._lost_in_it() is None:
+        ends, left = time.monotonic() + _REASON_S, False
+        while (error := self._aborted or self._lost_in_it()) is None and time.monotonic() < ends:
+            if self._late():
+                return self._explained(DeadlineExceeded("not done in time"))
+            if not left and (left := not self._scope.comm._left.isdisjoint(self._group.ranks)):
+                ends = time.monotonic() + _GOODBYE_S
+            with anyio.move_on_after(_LOOK_S):
                 await self._gate.wait()
-        if (error := self._aborted or self._lost_in_it()) is not None:
+        if error is not None:
             return self._explained(error)
         what = f"{self._operation} (call {self._number} of {self._group.label})"
         return TransferCancelled(f"{what}: another rank has given it up")

@@ -617,3 +617,37 @@ async def test_one_that_leaves_has_done_its_part() -> None:
             await until(lambda: native.looked > looked + 3)
             native.result = DONE
         assert done == [True]
+
+
+@pytest.mark.parametrize("how", ["tells", "leaves", "is late"])
+async def test_the_reason_for_which_a_call_was_given_up_may_take_its_time(how: str) -> None:
+    """Whoever gives a call up may stand still between ending it for all and telling why."""
+    async with world(2, warmup=True) as (comm, other):
+        scope, theirs = comm._members()._scope(None), other._members()._scope(None)
+        native: Any = Slow()
+        number = scope.begin(None)
+        limit = 0.5 if how == "is late" else None
+        flight = SharedFlight(scope, "all_to_all", limit, native, number, _core.BROKEN)
+        ended: list[BaseException] = []
+
+        async def run() -> None:
+            with pytest.raises(aiocomm.AiocommError) as caught:
+                await flight.run()
+            ended.append(caught.value)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            if how == "leaves":
+                await other.aclose()
+            elif how == "tells":
+                await anyio.sleep(0.5)
+                assert not ended
+                theirs.abort(number, aiocomm.DeadlineExceeded("its time was over"))
+        (error,) = ended
+        kind, text = {
+            "tells": (aiocomm.TransferCancelled, "rank 1 gave the call up: its time was over"),
+            "leaves": (aiocomm.TransferCancelled, "another rank has given it up"),
+            "is late": (aiocomm.DeadlineExceeded, "not moved within 0.5 s"),
+        }[how]
+        assert type(error) is kind
+        assert text in str(error)
