@@ -218,6 +218,7 @@ class DeviceFlight(ArenaFlight):
             device = self._call.begun
             if device is not None:
                 device.give_up()
+                self._take()  # what has begun just now, as the ranks met
             try:
                 await self._give_up(error)
             finally:
@@ -244,12 +245,16 @@ class DeviceFlight(ArenaFlight):
                 self._raise_wrong()
         self._result = self._call.attempt_late(self._number)
 
-    async def _own(self) -> None:
-        """Return when our own operation has ended, or nobody can do the call so."""
+    def _take(self) -> None:
+        """Watch our own operation, if there is one that is not watched yet."""
         transfer: Any = self._device.take(self._engine)
         if transfer is not None:
             self._watch((False, 0), transfer)
             self._listen()
+
+    async def _own(self) -> None:
+        """Return when our own operation has ended, or nobody can do the call so."""
+        self._take()
         began = time.monotonic()
         while (False, 0) in self._flying:
             now = time.monotonic()

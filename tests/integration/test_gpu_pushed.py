@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -12,7 +13,7 @@ import pytest
 from fakes import simulated
 from fakes.gpu import DeviceArray, Driver, Kind, driver
 from gpu_gathers import LINKS, block, gather_all, gathered, on_gpu
-from harness import LIMIT_S, all_call, given_up_halfway, until, world
+from harness import LIMIT_S, all_call, given_up_halfway, messages_pass, until, world
 
 import aiocomm
 from aiocomm.collectives import device_shared
@@ -175,6 +176,43 @@ async def test_a_deadline_while_copies_are_waited_for(gpu: Driver, simulator: si
             for comm in comms:
                 tasks.start_soon(late, comm)
             tasks.start_soon(resume)
+        await all_call(comms, lambda comm: gather_all(comm, 1, 3000))
+
+
+async def test_a_deadline_that_passes_as_the_ranks_meet(
+    gpu: Driver, simulator: simulated.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this rank copies has begun by then, and is waited for."""
+    async with world(2, links=LINKS, warmup=True) as comms:
+        for _ in range(2):
+            await all_call(comms, lambda comm: gather_all(comm, 0, 3000))
+        scope = comms[0]._members()._scope(None)
+        ended: list[int] = []
+
+        def met(flight: device_shared.DeviceFlight) -> bool:
+            return flight._group.rank == 0 and flight._result == device_shared.GOING_ON
+
+        async def late() -> None:
+            with pytest.raises(aiocomm.DeadlineExceeded):
+                await gather_all(comms[0], 0, 3000, deadline=LIMIT_S)  # which is over as `met` says so
+            ended.append(0)
+
+        async def other() -> None:
+            with contextlib.suppress(aiocomm.TransferCancelled):  # or it has all by then
+                await gather_all(comms[1], 0, 3000)
+
+        monkeypatch.setattr(device_shared.DeviceFlight, "_late", met)
+        simulator.pause(0, simulated.Engine.PEER)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(late)
+            await until(lambda: scope.calls)
+            tasks.start_soon(other)
+            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
+            await until(lambda: ended or any(call._over for call in scope.calls.values()))
+            await messages_pass(comms[0], comms[1], times=3)
+            early = list(ended)
+            simulator.resume(0, simulated.Engine.PEER)
+        assert not early
         await all_call(comms, lambda comm: gather_all(comm, 1, 3000))
 
 
