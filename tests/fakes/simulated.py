@@ -151,6 +151,10 @@ class Simulator:
         """How many operations an engine has executed in all."""
         return int(self._library.fake_executed(device, engine))
 
+    def ready(self, device: int, engine: Engine) -> int:
+        """How many operations could run on an engine, the one that it is at included."""
+        return int(self._library.fake_ready(device, engine))
+
     def wait_ready(self, device: int, engine: Engine, count: int = 1) -> None:
         """Block until so many operations could run on an engine, the one that it is at included."""
         if not self._library.fake_wait_ready(device, engine, ctypes.c_uint64(count), _WAIT_MS):

@@ -157,25 +157,30 @@ async def test_who_gives_up_stays_until_nobody_writes(gpu: Driver, simulator: si
 async def test_a_deadline_while_copies_are_waited_for(gpu: Driver, simulator: simulated.Simulator) -> None:
     """It ends once nothing is copied any more."""
     async with world(2, links=LINKS, warmup=True) as comms:
+        scope = comms[0]._members()._scope(None)
+        ended: list[int] = []
+        held = 0
 
         async def late(comm: aiocomm.Communicator) -> None:
             with pytest.raises((aiocomm.DeadlineExceeded, aiocomm.TransferCancelled)):
                 await gather_all(comm, 0, 3000, deadline=0.1 if comm.rank == 0 else None)
+            ended.append(comm.rank)
 
         async def resume() -> None:
-            await anyio.to_thread.run_sync(simulator.wait_ready, 0, simulated.Engine.PEER)
-            scope = comms[0]._members()._scope(None)
-            while not any(call._over for call in scope.calls.values()):  # it has given the call up
-                await anyio.lowlevel.checkpoint()
+            nonlocal held
+            await until(lambda: 0 in ended or any(call._over for call in scope.calls.values()))
+            held = simulator.ready(0, simulated.Engine.PEER)
             simulator.resume(0, simulated.Engine.PEER)
 
-        for _ in range(2):
-            await all_call(comms, lambda comm: gather_all(comm, 0, 3000))
-        simulator.pause(0, simulated.Engine.PEER)
-        async with anyio.create_task_group() as tasks:
-            for comm in comms:
-                tasks.start_soon(late, comm)
-            tasks.start_soon(resume)
+        while not held:  # the deadline may pass before anything is copied
+            for _ in range(2):
+                await all_call(comms, lambda comm: gather_all(comm, 0, 3000))
+            ended.clear()
+            simulator.pause(0, simulated.Engine.PEER)
+            async with anyio.create_task_group() as tasks:
+                for comm in comms:
+                    tasks.start_soon(late, comm)
+                tasks.start_soon(resume)
         await all_call(comms, lambda comm: gather_all(comm, 1, 3000))
 
 
