@@ -146,6 +146,9 @@ class Vigil:
                 async with asyncio.timeout(self._answer_s):
                     stream = await self._open(card, max(end - loop.time(), self._heartbeat_s))
             except (OSError, ProtocolError, AuthenticationError) as error:
+                reason = what_to_do(error)
+                if isinstance(error, TimeoutError) and error.errno is None:  # the limit above
+                    reason = f"no answer for {self._answer_s:g} s"
                 if isinstance(error, OSError) and error.errno in _OWN:
                     end = loop.time() + 3 * self._heartbeat_s
                 elif card in self._held.values():  # it has called meanwhile
@@ -153,7 +156,6 @@ class Vigil:
                     return
                 elif loop.time() >= end:
                     break
-                reason = what_to_do(error)
                 await asyncio.sleep(min(self._heartbeat_s, max(0.0, end - loop.time())))
             else:
                 with contextlib.closing(stream):
