@@ -166,7 +166,8 @@ class RecordingEngine:
 
     def detach(self, rank: int, generation: int) -> None:
         """Take back what was attached."""
-        attachment = self.attached.pop(rank)
+        with self._changed:  # whoever waits looks more than once
+            attachment = self.attached.pop(rank)
         assert attachment.generation == generation
         for descriptor in attachment.fds:
             os.close(descriptor)
