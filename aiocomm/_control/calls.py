@@ -168,6 +168,7 @@ async def answer_links(
     me: messages.PeerCard,
     peer: messages.PeerCard,
     engine: Engine,
+    wait_for: Callable[[], None],
     commit: Callable[[], None],
     on_fallback: Fallback,
     tls: bool,
@@ -195,7 +196,7 @@ async def answer_links(
         refusal = "" if link in links else "the peer does not use it with this process"
         if not refusal and request.tls != (tls and link == _ENCRYPTED):
             refusal = "one end uses TLS, the other does not: set AIOCOMM_TLS_CERT and AIOCOMM_TLS_CA on both"
-        reason = await _answer_link(stream, arrive, request, refusal, peer, engine, commit)
+        reason = await _answer_link(stream, arrive, request, refusal, peer, engine, wait_for, commit)
         if reason is None:
             return link
         failed = (link, reason)
@@ -208,6 +209,7 @@ async def _answer_link(
     refusal: str,
     peer: messages.PeerCard,
     engine: Engine,
+    wait_for: Callable[[], None],
     commit: Callable[[], None],
 ) -> str | None:
     link = request.link
@@ -230,11 +232,12 @@ async def _answer_link(
         except Exception as error:  # as above
             await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
-        commit()
+        wait_for()
         await stream.send(messages.LinkReady(link, card))
-        said = await word
+        said = await word  # it may break off instead, when its time is over, and call again
         if not isinstance(said, messages.Attached) or said.link != link:
             return _given_up(said, link)
+        commit()
         try:
             engine.attach(
                 peer.rank, peer.generation, link, [opened.detach() for opened in streams], request.card, False

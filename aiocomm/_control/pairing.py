@@ -314,6 +314,7 @@ class Pairing:
                 self._card,
                 pair.card,
                 self._engine,
+                lambda: self._wait_for(pair, limit),
                 lambda: self._commit(pair, limit),
                 self._on_fallback,
                 self._tls,
@@ -351,12 +352,16 @@ class Pairing:
 
     # Outcomes
 
-    def _commit(self, pair: _Pair, limit: asyncio.Timeout) -> None:
-        """Called when the next thing may be an attach. Raises if the pair may not be attached any more."""
+    def _wait_for(self, pair: _Pair, limit: asyncio.Timeout) -> None:
+        """Called when an end may attach. Raises if the pair may not be attached any more."""
         if self._pairs.get(pair.card.rank) is not pair or pair.connected.done():
             raise ConnectionError("the peer is gone")
-        pair.committed = True
         limit.reschedule(None)
+
+    def _commit(self, pair: _Pair, limit: asyncio.Timeout) -> None:
+        """Called when the next thing is an attach here. Raises as above."""
+        self._wait_for(pair, limit)
+        pair.committed = True
 
     def _connect(self, pair: _Pair, link: str) -> None:
         if not pair.connected.done():

@@ -641,6 +641,31 @@ def test_a_peer_that_does_not_answer_holds_up_nobody(
     reach(here, 1)
 
 
+def test_a_call_that_broke_off_as_its_link_was_ready_is_made_anew(members: Callable[..., Member]) -> None:
+    """The called end is about to say so, and stands still until the caller's time is over."""
+    address = fresh_address()
+    here = members(address, 0, 2, settings=Settings(handshake_timeout_s=0.2))
+    there = members(address, 1, 2, engine=(late := LateEngine(label=b"late")))
+    here.joined(), there.joined()
+    here.plane.request_pair(1)
+    assert "no answer within 0.6 s" in here.engine.wait(lambda engine: engine.failed.pop(1, None))
+    late.go_on.set()
+    reach(here, 1)
+    assert connected(here, there) == "shm"
+
+
+class LateEngine(RecordingEngine):
+    """Gives its card, by which a called end says that it is ready, once it may."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.go_on = threading.Event()
+
+    def link_card(self, link: str) -> bytes:
+        self.go_on.wait(PATIENCE_S)
+        return super().link_card(link)
+
+
 def reach(here: Member, rank: int) -> None:
     """Connect with a peer that may be slow: each call has little time, and a later wish tries again."""
     while rank not in here.engine.attached:
