@@ -143,6 +143,7 @@ async def test_one_that_comes_back_is_not_the_member_it_was(child: Callable[...,
     await all_call(members, make)
     before = {comm.peers[-1].generation for comm in members}
     third.kill()
+    third.process.wait()  # who lives has the rank, and is told so to whoever comes for it
     again = child(MEMBER, AIOCOMM_ADDRESS=address)
     await until(lambda: all(comm.peers[-1].generation not in before for comm in members))
     assert all(comm.peers[-1].alive for comm in members)
