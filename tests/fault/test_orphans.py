@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEARTBEAT_S = 0.3
+LATE_S = 3.0  # a process may stand still for two thirds of that, and its call still comes in time
 ANY_SOURCE = """
 import asyncio, sys
 import aiocomm
@@ -40,11 +41,13 @@ def three(tmp_path: Path) -> Iterator[Hosts]:
 
 
 @contextlib.contextmanager
-def world(three: Hosts, *program: str) -> Iterator[list[subprocess.Popen[str]]]:
+def world(
+    three: Hosts, *program: str, heartbeat_s: float = HEARTBEAT_S
+) -> Iterator[list[subprocess.Popen[str]]]:
     """A member on each host, and none connected with another."""
     address = f"tcp://{three.addresses[0]}:7200"
     processes = [
-        three.start(k, *program, address, str(k), "3", AIOCOMM_HEARTBEAT_S=str(HEARTBEAT_S)) for k in range(3)
+        three.start(k, *program, address, str(k), "3", AIOCOMM_HEARTBEAT_S=str(heartbeat_s)) for k in range(3)
     ]
     try:
         for process in processes:
@@ -110,7 +113,7 @@ def test_who_is_watched_is_lost_with_its_connection(three: Hosts, listener: int,
 
 
 def test_a_firewall_that_lets_only_one_of_two_through_is_no_death(three: Hosts) -> None:
-    with world(three, *CONTROL_ONLY) as processes:
+    with world(three, *CONTROL_ONLY, heartbeat_s=LATE_S) as processes:
         three.drop(2, f"ip saddr {three.addresses[1]}")  # the lower rank's call
         processes[0].kill()
         until_they_watch_each_other(processes)
