@@ -629,6 +629,14 @@ async def test_the_reason_for_which_a_call_was_given_up_may_take_its_time(how: s
         limit = 0.5 if how == "is late" else None
         flight = SharedFlight(scope, "all_to_all", limit, native, number, _core.BROKEN)
         ended: list[BaseException] = []
+        looked: list[bool] = []
+        late = flight._late
+
+        def look() -> bool:
+            looked.append(late())
+            return looked[-1]
+
+        flight._late = look  # type: ignore[method-assign]
 
         async def run() -> None:
             with pytest.raises(aiocomm.AiocommError) as caught:
@@ -640,7 +648,7 @@ async def test_the_reason_for_which_a_call_was_given_up_may_take_its_time(how: s
             if how == "leaves":
                 await other.aclose()
             elif how == "tells":
-                await anyio.sleep(0.5)
+                await until(lambda: len(looked) > 50)  # it goes on waiting
                 assert not ended
                 theirs.abort(number, aiocomm.DeadlineExceeded("its time was over"))
         (error,) = ended
