@@ -166,6 +166,7 @@ class Call(Exchange):
             ]
             trouble = headers.unpaired(vectors, names)
         if trouble is not None:
+            self._differs = True
             raise UsageError(f"{request.operation}: {trouble}")
         self._judged = True
         if self._plan is not None and self._plan.eager is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from aiocomm._operations import limit_of
+from aiocomm._operations import limit_of, overlapping
 from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.collectives.scope import TAG_BITS
@@ -27,7 +27,6 @@ from aiocomm.errors import (
     DeadlineExceeded,
     PeerLostError,
     TransferCancelled,
-    UsageError,
 )
 from aiocomm.region import look_away
 from aiocomm_native import _core
@@ -63,6 +62,7 @@ class Flight:
         self._unsure: list[tuple[tuple[bool, int], PeerLostError]] = []
         self._missing = set(range(self._group.size)) - {self._group.rank}
         self._judged = False
+        self._differs = False  # the headers do, of which all ranks make the same
         self._over = False
         self._number = 0
         self._silent: list[tuple[tuple[bool, int], Transfer[Any]]] = []  # whose ends no callback tells yet
@@ -127,7 +127,11 @@ class Flight:
         if kind is Send:
             transfer = comm._send(data, rank, index, full, limit, 0)
         else:
-            transfer = comm._recv(data, rank, index, full, limit)
+            try:
+                transfer = comm._recv(data, rank, index, full, limit)
+            except ValueError as error:
+                overlapping(error)
+                raise
         self._watch(key, transfer)
 
     def _watch(self, key: tuple[bool, int], transfer: Transfer[Any]) -> None:
@@ -268,13 +272,12 @@ class Flight:
 
     async def _give_up(self, error: BaseException) -> None:
         """Tell the others if they cannot know, cancel all, and wait until nothing is touched any more."""
-        differs = isinstance(error, UsageError)
-        if not differs and self._aborted is None:
+        if not self._differs and self._aborted is None:
             self._scope.abort(self._number, error)
         self._over = True
         self._listen()
         kept = set()
-        if differs:  # the others have yet to hear what
+        if self._differs:  # the others have yet to hear what
             kept = {one for (header, _), one in self._flying.items() if header and one.kind == "send"}
         for transfer in list(self._flying.values()):
             if transfer not in kept:

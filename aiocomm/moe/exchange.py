@@ -223,6 +223,7 @@ class Exchange(Flight):
         heads, rank = self._heads, self._group.rank
         every = [self._header if peer == rank else heads[peer].header for peer in range(self._group.size)]
         if (trouble := headers.judge(every, self._group.names)) is not None:
+            self._differs = True
             raise UsageError(f"{self._operation}: {trouble}")
         self._judged = True
         self._raise_trouble()

@@ -720,6 +720,34 @@ async def test_whatever_is_wrong_at_one_rank_is_told_to_all() -> None:
             await everyone(members, rank)
 
 
+@pytest.mark.parametrize("repeats", [0, 3])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_memory_that_is_written_already_is_told_to_all(repeats: int) -> None:
+    """By a receive of one rank: the others, whose headers have found nothing wrong, wait for its data."""
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        x, out = np.full(100_000, 1.0 + comm.rank), np.empty(200_000)
+        for _ in range(repeats):
+            await comm.all_gather(out, x)
+        if comm.rank == 1:
+            receive = comm.recv(out, 0)
+            with pytest.raises(aiocomm.UsageError, match=r"another receive .* writes into this memory"):
+                await comm.all_gather(out, x)
+            await comm.send(b"", 0)
+            await receive
+        else:
+            with pytest.raises(aiocomm.TransferCancelled, match="rank 1 gave the call up: another receive"):
+                await comm.all_gather(out, x)
+            await comm.recv(bytearray(1), 1)
+            await comm.send(x, 1)
+        await comm.all_gather(out, x)
+        assert out.tolist() == [1.0] * 100_000 + [2.0] * 100_000
+
+    with anyio.fail_after(LIMIT_S):
+        async with world(2) as members:
+            await everyone(members, rank)
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_numbers_may_be_those_of_numpy() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
