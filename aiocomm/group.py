@@ -153,6 +153,7 @@ class Group(Collectives, ExpertOperations):
             for scope, rows in self._expert_scopes.values():
                 # Others may ask whether calls have ended, which read memory of theirs.
                 closing.close(scope, [rows] if scope.pools else [scope.index, rows])
+                scope.let_go()
 
     @property
     def closed(self) -> bool:

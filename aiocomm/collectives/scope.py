@@ -177,11 +177,7 @@ class Scope:
     async def settle(self) -> None:
         """Wait until no other member reads memory that was lent to it; for as long as it and we are there."""
         comm = self.comm
-        for pool in self.pools.values():
-            for number, ranks in pool.lent():
-                message = headers.abort_message(number, headers.Why.ASKS, -1, "")
-                for rank in ranks:
-                    self._tell(message, self.group.ranks[rank])
+        self.ask()
         while not comm.closed and any(
             comm._peers[self.group.ranks[rank]].alive
             for pool in self.pools.values()
@@ -190,6 +186,21 @@ class Scope:
         ):
             with anyio.move_on_after(_LOOK_S):
                 await self._gate.wait()
+
+    def ask(self) -> None:
+        """Have other members say when they have ended the calls in which they read memory that was lent."""
+        for pool in self.pools.values():
+            for number, ranks in pool.lent():
+                message = headers.abort_message(number, headers.Why.ASKS, -1, "")
+                for rank in ranks:
+                    self._tell(message, self.group.ranks[rank])
+
+    def let_go(self) -> None:
+        """The group was closed: give memory back, and what others still read once they have said so."""
+        self.forget(all_memory=True)
+        for pool in self.pools.values():
+            pool.let_go()
+        self.ask()
 
     def answer(self) -> None:
         """Tell those who ask that a call has ended here, or will not begin."""
@@ -222,8 +233,8 @@ class Scope:
 
     @property
     def _is_paused(self) -> bool:
-        """Whether its channel is closed, and maybe never opened again."""
-        return self.channel is not None and self.channel.closed
+        """Whether its channel is closed, and maybe never opened again, or its group."""
+        return self.group.closed or (self.channel is not None and self.channel.closed)
 
     def close(self) -> None:
         """Give memory back; no call is under way any more."""

@@ -190,6 +190,8 @@ class DeviceExchange(Exchange):
             for memory in self._pinned:
                 self._pool.give_back_pinned(memory)
             self._scope.answer()
+            if self._group.closed:
+                self._scope.ask()
         comm = self._scope.comm
         if comm._engine.turn_due(self.suspended, TURN_S):
             await comm._backend.turn()

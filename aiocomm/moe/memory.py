@@ -340,11 +340,16 @@ class Pool:
             self._pinned.setdefault(memory.nbytes, []).append(memory)
 
     def close(self) -> None:
-        """Give the driver what is not in use, and from now on what comes back."""
+        """Give the driver what is not in use, and from now on what comes back; nobody reads what was lent."""
+        self.let_go()
+        self._lent.clear()
+
+    def let_go(self) -> None:
+        """The same, while others may read what was lent to them: that comes back as ever."""
         self._closed = True
         for address, _ in self._returned:
             self._away.pop(address, None)
-        memory = self._free, self._free_tables, self._pinned, self._lent, self._returned, self._kits
+        memory = self._free, self._free_tables, self._pinned, self._returned, self._kits
         for kept in (*memory, self.settings, self.repeats):
             kept.clear()
         self.slots = self.last_dispatch = self.ahead = None

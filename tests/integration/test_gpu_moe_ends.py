@@ -256,6 +256,44 @@ async def test_who_leaves_first(how: str, monkeypatch: pytest.MonkeyPatch) -> No
         await all_call(members, rank)
 
 
+@pytest.mark.parametrize("under_way", [False, True])
+async def test_closed_groups_give_memory_back(simulator: simulated.Simulator, under_way: bool) -> None:
+    """Also what others may still read, as soon as they say that they do not."""
+
+    async def close_once_told(group: aiocomm.Group) -> None:
+        calls: Any = group._expert_scope(None)[0].calls
+        await until(lambda: any(call._told for call in calls.values()))
+        group.close()
+
+    async with world(2, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            group = await comm.group([0, 1])
+            await layer(group, 21, 16)
+            if under_way and comm.rank == 0:
+                x, ids, _ = batch(0, 21, 16)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(close_once_told, group)
+                    with pytest.raises(aiocomm.ClosedError):
+                        await group.dispatch(on_gpu(0, x), ids, experts=EXPERTS)
+                await comm.send(b"", 1)
+            elif under_way:
+                await comm.recv(bytearray(1), 0)
+            group.close()
+
+        def held() -> dict[str, int]:
+            gc.collect()
+            return {kind: simulator.held(kind) for kind in ("allocations", "pinned")}
+
+        await all_call(members, rank)
+        pools = [pool for comm in members for scope in comm._lenders for pool in scope.pools.values()]
+        await until(lambda: not any(pool.lent() for pool in pools))
+        before = held()
+        for _ in range(3):
+            await all_call(members, rank)
+        await until(lambda: all(count <= before[kind] for kind, count in held().items()))
+
+
 @pytest.mark.parametrize("entry", ["cuLaunchKernel", "cuMemAlloc"])
 async def test_a_driver_that_fails(gpu: Driver, simulator: simulated.Simulator, entry: str) -> None:
     """The rank has the driver's error, the other hears of it, and the next call is fine."""
