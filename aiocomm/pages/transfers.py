@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio
 import numpy as np
 
 from aiocomm._device import part_of
@@ -135,15 +134,13 @@ async def put_layers(
             sides = pages.layout, give, remote.layout, take
             planned.append(await _planned(mover, pages, remote, *sides, at_target=True))
             mover.check(remote)
-    except anyio.get_cancelled_exc_class():  # the owner may wait already
+        moves = zip(layers, remotes, planned, strict=True)
+        check_apart(comm, [(pages, remote, plan.ranges) for pages, remote, plan in moves])
+    except BaseException:  # the owner may wait already
         with contextlib.suppress(AiocommError):
             mover.check(remotes[0])
             notes.give_up()
         raise
-    check_apart(
-        comm,
-        [(pages, remote, plan.ranges) for pages, remote, plan in zip(layers, remotes, planned, strict=True)],
-    )
 
     def jobs() -> Jobs:
         for layer, (pages, remote, plan) in enumerate(zip(layers, remotes, planned, strict=True)):

@@ -177,6 +177,20 @@ async def test_sources_are_ranks(pair: Pair) -> None:
         assert [layer async for layer in lease.layers(sources, deadline=LIMIT_S)] == list(range(2 * LAYERS))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("give", "take"), [(99, 0), (0, 1)])
+async def test_the_owner_hears_of_a_call_that_is_refused(pair: Pair, give: int, take: int) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs, [0])
+    remote = a.remote_pages(lease.handle)
+    with pytest.raises(aiocomm.UsageError, match=f"page {give or take} is"):
+        await a.put_layers(ours.layers(), [give], remote.layers(), [take])
+    with pytest.raises(aiocomm.TransferCancelled, match="rank 0 gave up before layer 0"):
+        await anext(lease.layers(0, deadline=LIMIT_S))
+    await a.put_layers(ours.layers(), [0], remote.layers(), [0])
+    assert len([layer async for layer in lease.layers(0, deadline=LIMIT_S)]) == 2 * LAYERS
+
+
 async def test_a_sender_is_cancelled_before_a_byte_moves(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it still plans: the owner may wait already."""
     a, b = pair
