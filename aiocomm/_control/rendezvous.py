@@ -234,7 +234,8 @@ class Rendezvous:
                 raise
             reason = "did not read what it was told"
         finally:
-            self._seats.pop(card.rank, None)
+            if self._seats.get(card.rank) is seat:  # else the rank may have been taken anew
+                del self._seats[card.rank]
             writing.cancel()
             self._announce(self.members.lose(card.rank, card.generation, reason))
 
