@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import secrets
 import stat
 import tempfile
 from collections import deque
@@ -332,5 +333,12 @@ def read_address_file(path: str) -> tuple[tuple[TcpAddress | UnixAddress, ...], 
 def remove_address_file(path: str, address: TcpAddress | UnixAddress) -> None:
     """Remove the file if it still holds this address."""
     with contextlib.suppress(OSError, AuthenticationError):
-        if read_address_file(path)[0][0] == address:
-            Path(path).unlink()
+        if read_address_file(path)[0][0] != address:
+            return
+        # The next world may write its own at any moment: what is taken away is looked at once more.
+        taken = f"{path}.{secrets.token_hex(8)}.tmp"
+        os.rename(path, taken)
+        if read_address_file(taken)[0][0] == address:
+            Path(taken).unlink()
+        else:
+            os.rename(taken, path)
