@@ -29,8 +29,9 @@ class Engine::Token {
 
  private:
   void begin(bool loop_thread) {
-    engine_.in_loop_thread_ = loop_thread;
+    // Before that: what ends of it rings, since the loop's thread may be in a call that takes no ends over.
     engine_.drain_submissions();
+    engine_.in_loop_thread_ = loop_thread;
   }
   Engine& engine_;
 };
