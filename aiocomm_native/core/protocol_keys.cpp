@@ -271,8 +271,10 @@ void Engine::revoke(uint64_t id, uint8_t flags) {
 }
 
 void Engine::ask_again(uint64_t id) {
+  auto it = regions_.find(id);
+  if (it == regions_.end()) return;  // freed just now, with the pair that was closed for another
   std::vector<Rank> silent;
-  for (const KeyHolder& holder : regions_.at(id).holders)
+  for (const KeyHolder& holder : it->second.holders)
     if (holder.owes_word) silent.push_back(holder.rank);
   for (Rank rank : silent)
     tear_down(*find_peer(rank), "the key of a closed region was not given back within drain_timeout");

@@ -30,6 +30,9 @@ namespace {
 class HandPeer final : public LinkPeer {
  public:
   explicit HandPeer(Host& host) : host(host) {}
+  ~HandPeer() override {
+    if (at_end) at_end();
+  }
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte*, Wake) override {
     if (throws_in_post) throw std::runtime_error("posting is broken");
     std::lock_guard lock(mutex_);
@@ -42,6 +45,7 @@ class HandPeer final : public LinkPeer {
   }  // and stays so
   Post post_remote(const RemoteChunk&) override { return Post::pending; }
   bool takes_offers() const override { return with_offers; }
+  bool reaches_regions() const override { return with_regions; }
   int poll(int) override {
     std::function<void(HandPeer&)> what;
     {
@@ -56,7 +60,8 @@ class HandPeer final : public LinkPeer {
   Host& host;
   std::atomic<bool> throws_in_post{false}, closed{false};
   uint32_t immediate = 0;  // what writes into the receive that was offered last bring
-  static inline bool with_offers = false;
+  static inline bool with_offers = false, with_regions = false;
+  std::function<void()> at_end;
   // By the next poll, under the token, of whichever thread.
   void say(std::function<void(HandPeer&)> what) {
     std::lock_guard lock(mutex_);
@@ -286,6 +291,54 @@ void a_region_that_is_read_at_the_end() {
   const auto events = world.engine.take_events();
   CHECK(std::any_of(events.begin(), events.end(),
                     [](const EngineEvent& event) { return event.kind == EngineEvent::Kind::region_free; }));
+}
+
+// A peer does not give the keys of two regions back, and the time for both is over at once: with the pair, which is closed for
+// the first, the second is free, and the engine lives.
+void two_regions_whose_keys_are_kept() {
+  HandPeer::with_regions = true;
+  World world(0);
+  HandPeer::with_regions = false;
+  std::vector<std::byte> memory(kBytes);
+  uint64_t regions[2];
+  for (uint64_t& region : regions) {
+    region = world.engine.add_region(memory.data(), kBytes, true);
+    world.say(frame(FrameKind::key_ask, 0, region, 0));
+    CHECK(hand->last().kind == FrameKind::key_is);
+  }
+  // The engine's thread stands still meanwhile, as it lets go of another peer.
+  std::atomic<bool> stands{false}, goes_on{false};
+  const auto first = hand;
+  world.engine.add_peer(2, 3);
+  world.engine.attach(2, 3, "hand", {}, "", true);
+  hand->at_end = [&] {
+    stands = true;
+    stands.notify_all();
+    goes_on.wait(false);
+  };
+  hand = first;
+  world.engine.detach(2, 3);
+  ring_fd(world.engine.engine_fd());
+  stands.wait(false);
+  for (uint64_t region : regions) CHECK(!world.engine.close_region(region));
+  goes_on = true;
+  goes_on.notify_all();
+  auto count = [&](EngineEvent::Kind kind) {
+    return std::count_if(world.events.begin(), world.events.end(),
+                         [&](const EngineEvent& event) { return event.kind == kind; });
+  };
+  while (!count(EngineEvent::Kind::peer_lost)) world.look();
+  CHECK(world.engine.why_lost(1).find("was not given back") != std::string::npos);
+  CHECK(count(EngineEvent::Kind::region_free) == 2);
+  Op* op = world.engine.new_op();
+  op->kind = OpKind::recv;
+  op->peer = 2;
+  op->channel = world.channel;
+  op->deadline_ns = 1;  // which that thread ends
+  if (world.engine.submit(op)) world.ended.push_back(op);
+  world.await(op);
+  CHECK(op->code == Code::deadline);
+  CHECK(world.engine.why_lost(1).find("was not given back") != std::string::npos);
 }
 
 // ---------------------------------------------------------------- one outcome at both ends
@@ -519,6 +572,7 @@ int main() {
   answers_that_make_no_sense();
   a_pair_that_rests_and_carries();
   a_region_that_is_read_at_the_end();
+  two_regions_whose_keys_are_kept();
   a_receive_that_both_give_up();
   a_receive_that_is_given_up_as_its_link_fails();
   a_deadline_that_comes_too_late();
