@@ -189,11 +189,11 @@ class Scope:
 
     def ask(self) -> None:
         """Have other members say when they have ended the calls in which they read memory that was lent."""
-        for pool in self.pools.values():
-            for number, ranks in pool.lent():
-                message = headers.abort_message(number, headers.Why.ASKS, -1, "")
-                for rank in ranks:
-                    self._tell(message, self.group.ranks[rank])
+        lent = [one for pool in self.pools.values() for one in pool.lent()]
+        # All of it first: answers come meanwhile.
+        for number, rank in [(number, rank) for number, ranks in lent for rank in ranks]:
+            message = headers.abort_message(number, headers.Why.ASKS, -1, "")
+            self._tell(message, self.group.ranks[rank])
 
     def let_go(self) -> None:
         """The group was closed: give memory back, and what others still read once they have said so."""
@@ -204,9 +204,12 @@ class Scope:
 
     def answer(self) -> None:
         """Tell those who ask that a call has ended here, or will not begin."""
-        for number, source in self._asked[:]:
-            if number not in self.calls and (number <= self.repeats.last or number in self._failed):
-                self._asked.remove((number, source))
+        for asked in self._asked[:]:
+            number, source = asked
+            has_ended = number <= self.repeats.last or number in self._failed
+            # Others may ask while one is told, and are answered at once.
+            if asked in self._asked and number not in self.calls and has_ended:
+                self._asked.remove(asked)
                 self._tell(headers.abort_message(number, headers.Why.ENDED, -1, ""), source)
 
     def forget(self, all_memory: bool = False) -> None:

@@ -15,7 +15,7 @@ uint32_t Engine::open_channel(const std::string& name, uint8_t cls, double weigh
 }
 
 void Engine::close_channel(uint32_t id, bool for_good) {
-  Token token(*this, true);
+  Token token(*this);  // not as the loop's: what ends by that rings, whether or not the caller looks for it
   Channel* channel = channels_.find(id);
   if (!channel || !channel->open) return;
   channels_.close(*channel, for_good);

@@ -256,6 +256,35 @@ async def test_who_leaves_first(how: str, monkeypatch: pytest.MonkeyPatch) -> No
         await all_call(members, rank)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_words_of_others_that_come_while_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others ask, or answer, as one is told: sending takes what has come."""
+
+    class Lends:
+        def lent(self) -> list[tuple[int, set[int]]]:
+            return [(0, readers)]
+
+    async with world(3) as members:
+        scope = members[0]._members()._scope(None)
+        readers: set[int] = set()
+        told: list[int] = []
+
+        def tell(message: bytes, rank: int) -> None:
+            told.append(rank)
+            readers.discard(rank)
+            scope.answer()
+
+        monkeypatch.setattr(scope, "_tell", tell)
+        monkeypatch.setattr(scope, "pools", {0: Lends()})
+        scope._asked += [(0, 1), (0, 2)]
+        scope.answer()
+        assert told == [1, 2]
+        assert not scope._asked
+        readers |= {1, 2}
+        scope.ask()
+        assert told == [1, 2, 1, 2]
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 async def test_closed_groups_give_memory_back(simulator: simulated.Simulator, under_way: bool) -> None:
     """Also what others may still read, as soon as they say that they do not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+import anyio
 import numpy as np
 import pytest
 from fakes.gpu import DeviceArray, Stream
@@ -66,6 +67,23 @@ async def test_closed_and_collected_behind_a_busy_stream() -> None:
         stream.synchronize()
         await both(a.send(busy, 1), b.recv(DeviceArray(1), 0))
     stream.close()
+
+
+async def test_memory_for_a_receive_that_was_cancelled_meanwhile(pair: Pair, simulator: Simulator) -> None:  # noqa: F811
+    a, b = pair
+    source = DeviceArray(1 << 20)
+    await both(a.send(source, 1), b.recv_array(0, device=0))
+    gc.collect()
+    assert _core.given_back(LIMIT_S)
+    before, freed = simulator.held("allocations"), simulator.calls("cuMemFree")
+    simulator.hold("cuMemAlloc")
+    receive = b.recv_array(0, device=0)
+    sending = a.send(source, 1)
+    await anyio.to_thread.run_sync(simulator.wait_held)
+    receive.cancel()
+    await until(lambda: receive.done() and sending.done())
+    simulator.let_go()
+    await until(lambda: simulator.calls("cuMemFree") > freed and simulator.held("allocations") == before)
 
 
 async def test_all_of_it_is_back_when_closed(simulator: Simulator) -> None:

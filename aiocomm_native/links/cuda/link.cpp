@@ -273,6 +273,9 @@ Reach::State CudaLink::allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId wait
         state->made[waiter] = memory;
       }
       state->host.go_on(&waiter, 1);
+      std::lock_guard lock(state->made_mutex);
+      if (auto left = state->made.extract(waiter); left && left.mapped())  // by a receive that has ended
+        free_later(device, left.mapped(), false);
     });
     return Reach::State::opening;
   }
