@@ -49,7 +49,7 @@ tests() {
     done
   done
   # What no loop is named for.
-  timeout 200 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
+  timeout 280 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_lists.py tests/integration/test_gpu_collectives.py \
     tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py tests/integration/test_gpu_pushed.py \
     tests/integration/test_gpu_words.py tests/integration/test_gpu_moe*.py \

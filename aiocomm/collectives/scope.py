@@ -167,7 +167,9 @@ class Scope:
             why = headers.Why.DEADLINE
         elif isinstance(error, PeerLostError) and error.peer is not None:
             why, lost = headers.Why.LOST, error.peer
-        text = str(error) if isinstance(error, AiocommError) else "cancelled"
+        text = "cancelled"
+        if isinstance(error, Exception):
+            text = str(error) if isinstance(error, AiocommError) else f"{type(error).__name__}: {error}"
         message = headers.abort_message(number, why, lost, text)
         others = [rank for rank in self.group.ranks if rank != self.comm.rank]
         return [] if self.comm.closed else [self._send(message, rank) for rank in others]

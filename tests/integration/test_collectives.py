@@ -720,6 +720,18 @@ async def test_whatever_is_wrong_at_one_rank_is_told_to_all() -> None:
             await everyone(members, rank)
 
 
+async def test_what_ends_a_call_at_one_rank_unforeseen_is_told_to_the_others() -> None:
+    async with world(2) as (comm, other):
+
+        async def fail() -> None:
+            comm._members()._scope(None).abort(1, MemoryError("no memory is left"))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fail)
+            with pytest.raises(aiocomm.TransferCancelled, match=r"up: MemoryError: no memory is left$"):
+                await other.barrier()
+
+
 @pytest.mark.parametrize("repeats", [0, 3])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_memory_that_is_written_already_is_told_to_all(repeats: int) -> None:

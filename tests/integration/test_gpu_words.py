@@ -184,7 +184,7 @@ async def test_who_is_killed_before_its_word(gpu: Driver, anyio_backend_name: st
 
         from aiocomm.collectives import device_shared
 
-        device_shared.STAYS_S = 20.0
+        device_shared.STAYS_S = 100.0  # processes come one after another, where many share the GPUs
         device = comm.rank % driver().count
 
         async def once(on: Any, size: int, keep: list[Any], **how: Any) -> None:
