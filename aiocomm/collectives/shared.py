@@ -247,8 +247,8 @@ class ArenaFlight(Flight):
 
         Whoever has it may stand still before it can say so; only who closes its communicator says nothing.
         """
+        what = f"{self._operation} (call {self._number} of {self._group.label})"
         if code := self._errno():
-            what = f"{self._operation} (call {self._number} of {self._group.label})"
             return LinkError(
                 f"{what}: memory of a rank cannot be read or written by another ({os.strerror(code)}): "
                 "arrays must not be unmapped meanwhile; AIOCOMM_CMA=off has all copied by their owners"
@@ -263,7 +263,6 @@ class ArenaFlight(Flight):
                 await self._gate.wait()
         if error is not None:
             return self._explained(error)
-        what = f"{self._operation} (call {self._number} of {self._group.label})"
         return TransferCancelled(f"{what}: another rank has given it up")
 
     # ------------------------------------------------------------ ends

@@ -134,7 +134,7 @@ async def put_layers(
             sides = pages.layout, give, remote.layout, take
             planned.append(await _planned(mover, pages, remote, *sides, at_target=True))
             mover.check(remote)
-        moves = zip(layers, remotes, planned, strict=True)
+        moves = list(zip(layers, remotes, planned, strict=True))
         check_apart(comm, [(pages, remote, plan.ranges) for pages, remote, plan in moves])
     except BaseException:  # the owner may wait already
         with contextlib.suppress(AiocommError):
@@ -143,7 +143,7 @@ async def put_layers(
         raise
 
     def jobs() -> Jobs:
-        for layer, (pages, remote, plan) in enumerate(zip(layers, remotes, planned, strict=True)):
+        for layer, (pages, remote, plan) in enumerate(moves):
             begun, ended = partial(notes.part_begun, layer), partial(notes.part_ended, layer)
             yield from _puts(mover, pages, remote, plan, stream, sm_budget, begun, ended)
             yield from notes.all_begun(layer)
