@@ -3,8 +3,8 @@
 Rules:
 1. A fixed world has `size` ranks. Each process says which one it is; a rank that is taken is refused. The
    world is ready once each rank has been taken; it stays ready when some are lost.
-2. An elastic world deals out ranks 0, 1, 2, … and never deals one out again. It is ready at once. Rank 0 may
-   be reserved for the process that hosts the rendezvous.
+2. An elastic world deals out ranks 0, 1, 2, … and never deals one out again. It is ready at once; or, if
+   rank 0 is reserved for the process that hosts the rendezvous, once that has come, so that all know it.
 3. A rank that was lost or left a fixed world may be taken again: that is a new generation. Generations of a
    rank only grow. They start at a number that differs between worlds, so that a handle from an earlier world
    is stale in this one.
@@ -78,7 +78,7 @@ class Membership:
         if size is not None and size < 1:
             raise UsageError(f"a world of size {size} has no member")
         self.size = size
-        self.ready = size is None
+        self.ready = size is None and not reserve_zero
         self._first_generation = first_generation
         self._present: dict[int, PeerCard] = {}
         self._generations: dict[int, int] = {}
@@ -124,7 +124,8 @@ class Membership:
         if rank == 0:
             self._zero_reserved = False
         announcements: list[Announcement] = [Came(card)]
-        if not self.ready and len(self._present) == self.size:
+        complete = rank == 0 if self.size is None else len(self._present) == self.size
+        if not self.ready and complete:
             self.ready = True
             announcements.append(Became())
         return card, announcements

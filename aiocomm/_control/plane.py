@@ -250,7 +250,9 @@ class ControlPlane:
             return (
                 f"could not join {world.address} within {world.timeout_s:g} s: {trouble}; is {who} running?"
             )
-        missing = sorted(set(range(world.size or 0)) - set(self._peers) - {self._client.welcome.rank})
+        if world.size is None:
+            return f"rank 0 did not join its own world at {world.address} within {world.timeout_s:g} s"
+        missing = sorted(set(range(world.size)) - set(self._peers) - {self._client.welcome.rank})
         ranks = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         count = f"{len(missing)} of {world.size} processes"
         starved = self._hosting.rendezvous.starved if self._hosting is not None else ""

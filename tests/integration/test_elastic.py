@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
 import pytest
-from harness import until
+from harness import LIMIT_S, until
 
 import aiocomm
+from aiocomm._control.client import Client
+from aiocomm._control.rendezvous import Rendezvous
 from aiocomm.types import Peer
 
 if TYPE_CHECKING:
@@ -162,6 +166,38 @@ async def test_nobody_can_join_a_world_without_its_rendezvous(
             await waiting
         with pytest.raises(aiocomm.PeerLostError):
             await client.recv_array()
+
+
+async def test_who_comes_before_rank_zero_has_joined_its_own_world_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 listens before it joins: it may stand still between the two."""
+    admitted = threading.Event()
+    join, admit = Client.join, Rendezvous._admit
+
+    async def join_late(self: Client, make_card: Any) -> Any:
+        if self._world.rank == 0:
+            await asyncio.to_thread(admitted.wait, LIMIT_S)
+        return await join(self, make_card)
+
+    def admit_and_tell(self: Rendezvous, *arguments: Any) -> None:
+        admit(self, *arguments)
+        admitted.set()
+
+    monkeypatch.setattr(Client, "join", join_late)
+    monkeypatch.setattr(Rendezvous, "_admit", admit_and_tell)
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+
+    async def host() -> None:
+        async with aiocomm.connect(address, rank=0) as comm:
+            assert bytes(await comm.recv_array(1)) == b"hello"
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(host)
+            async with aiocomm.connect(address) as client:
+                assert [peer.rank for peer in client.peers] == [0]
+                await client.send(b"hello", 0)
 
 
 async def test_a_peer_whose_end_is_told_before_its_coming_is_not_alive() -> None:

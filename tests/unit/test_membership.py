@@ -83,8 +83,12 @@ def test_ranks_of_an_elastic_world_grow_and_never_come_back() -> None:
 
 def test_rank_zero_of_an_elastic_world_can_be_kept_for_its_host() -> None:
     world = Membership(None, reserve_zero=True)
-    other, _ = world.admit(None, None, card())
-    host, _ = world.admit(0, None, card())
+    other, told = world.admit(None, None, card())
+    assert told == [Came(other)]
+    assert not world.ready
+    host, told = world.admit(0, None, card())
+    assert told == [Came(host), Became()]
+    assert world.ready
     assert (other.rank, host.rank) == (1, 0)
     with pytest.raises(JoinRefusedError, match="deals out the ranks"):
         world.admit(0, None, card())
@@ -154,4 +158,4 @@ def test_any_history(size: int | None, reserve: bool, calls: list[tuple[str, int
             del present[holder.rank]
         assert {member.rank: member for member in world} == present
     assert ready_told <= 1
-    assert world.ready == (size is None or ready_told == 1)
+    assert world.ready == (ready_told == 1 or (size is None and not reserve))
