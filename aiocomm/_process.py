@@ -1,4 +1,4 @@
-"""What the launchers share: children that do not outlive their parent."""
+"""What the launchers share: children that do not outlive their parent, and what these say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import secrets
 import signal
 from typing import Final
 
-__all__ = ["die_with_parent", "fresh_address", "fresh_token"]
+__all__ = ["JOINED", "die_with_parent", "fresh_address", "fresh_token"]
+
+JOINED: Final = b"j"
+"""What a worker of `spawn` writes first once it is in the world; why it failed follows."""
 
 _PR_SET_PDEATHSIG: Final = 1
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from aiocomm._process import die_with_parent
+from aiocomm._process import JOINED, die_with_parent
 from aiocomm.config import take_worker
 from aiocomm.errors import UsageError
 
@@ -30,18 +30,21 @@ def main() -> int:
     try:
         sys.path[:], worker, arguments, library = cloudpickle.loads(_read(payload))
         os.close(payload)
-        _run(worker, arguments, library)
+        _run(worker, arguments, library, lambda: os.pwrite(outcome, JOINED, 0))
     except BaseException as error:
-        os.pwrite(outcome, _report(error), 0)
+        os.pwrite(outcome, _report(error), len(JOINED))
         return 1
     return 0
 
 
-def _run(worker: Callable[..., Any], arguments: tuple[Any, ...], library: str) -> None:
+def _run(
+    worker: Callable[..., Any], arguments: tuple[Any, ...], library: str, joined: Callable[[], object]
+) -> None:
     import aiocomm
 
     async def work() -> None:
         async with aiocomm.connect() as comm:
+            joined()
             result = worker(comm, *arguments)
             if not inspect.isawaitable(result):
                 raise UsageError(

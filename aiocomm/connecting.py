@@ -43,8 +43,8 @@ def connect(
         token: the group's secret. Without one only processes of the same user on the same host are accepted.
         links: links that may be used, e.g. `"tcp"` or `("shm", "tcp")`; default: all that work, the
             cheapest first.
-        warmup: connect with all peers now instead of on first use (in an elastic world, with those who stay),
-            and, of up to 16 ranks, take the memory of their rings now.
+        warmup: connect with all peers that do not leave meanwhile now instead of on first use (in an elastic
+            world, with those who stay), and, of up to 16 ranks, take the memory of their rings now.
         deadline: seconds that joining may take, by default AIOCOMM_TIMEOUT_S.
 
     Raises:

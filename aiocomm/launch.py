@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import cloudpickle
 
-from aiocomm._process import fresh_address, fresh_token
+from aiocomm._process import JOINED, fresh_address, fresh_token
 from aiocomm.config import child_environment
 from aiocomm.connecting import connect, joining_s, names_of_links
 from aiocomm.errors import AiocommError, PeerError, PeerLostError, UsageError
@@ -46,7 +46,9 @@ class WorkerError(AiocommError):
 
 @dataclass(eq=False)
 class _Worker:
-    """One started process. `outcome` is shared memory into which it writes why it failed."""
+    """One started process. `outcome` is shared memory into which it writes that it has joined, and why it
+    failed.
+    """
 
     rank: int
     process: subprocess.Popen[bytes]
@@ -54,12 +56,16 @@ class _Worker:
     outcome: int
     stopped: bool = False
 
+    def has_joined(self) -> bool:
+        """Whether it is, or was, in the world."""
+        return os.pread(self.outcome, len(JOINED), 0) == JOINED
+
     def error(self) -> WorkerError | None:
         """What went wrong in it, unless it was stopped from here."""
         code = self.process.returncode
         if code == 0 or (self.stopped and code is not None and code < 0):
             return None
-        report = os.pread(self.outcome, os.fstat(self.outcome).st_size, 0)
+        report = os.pread(self.outcome, os.fstat(self.outcome).st_size, len(JOINED))
         if not report:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
             return WorkerError(f"the worker with rank {self.rank} {how}", self.rank, code)
@@ -194,9 +200,18 @@ class Spawn:
             raise
 
     async def _watch_start(self, scope: anyio.CancelScope) -> None:
-        """Give up connecting once a worker has ended: the world would never be complete."""
-        await self._wait_any()
-        scope.cancel()
+        """Give up connecting once a worker has failed, or ended without joining: the world would never be
+        complete. One whose work is done may have ended before this process was told that all had come.
+        """
+        async with anyio.create_task_group() as group:
+
+            async def wait(worker: _Worker) -> None:
+                await _readable(worker.pidfd)
+                if worker.process.poll() or not worker.has_joined():
+                    scope.cancel()
+
+            for worker in self._workers:
+                group.start_soon(wait, worker)
 
     async def _wait_any(self) -> None:
         async with anyio.create_task_group() as group:

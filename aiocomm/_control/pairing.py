@@ -59,6 +59,10 @@ _TRIES: Final = 3
 _PAUSE_S: Final = 0.05
 
 
+class _LeftError(ConnectionError):
+    """The peer has said goodbye."""
+
+
 @dataclass(eq=False)
 class _Pair:
     """One peer's incarnation, and how far the connection with it is."""
@@ -127,8 +131,8 @@ class Pairing:
             self._wanted.discard(card.rank)
             self.want(card.rank)
 
-    def drop(self, rank: int, generation: int, reason: str) -> None:
-        """A peer is out of the world."""
+    def drop(self, rank: int, generation: int, graceful: bool, reason: str) -> None:
+        """A peer is out of the world; `graceful` if it has said so."""
         pair = self._pairs.get(rank)
         if pair is None or pair.card.generation != generation:
             return
@@ -137,7 +141,7 @@ class Pairing:
             if task is not None:
                 task.cancel()
         if not pair.connected.done():
-            pair.connected.set_exception(ConnectionError(reason))
+            pair.connected.set_exception(_LeftError(reason) if graceful else ConnectionError(reason))
 
     def want(self, rank: int) -> None:
         """Connect with a peer, in the background. Idempotent."""
@@ -150,10 +154,10 @@ class Pairing:
         self._call_if_needed(pair)
 
     async def warm_up(self, all_stay: bool) -> None:
-        """Wait until all peers that are known now are connected.
+        """Wait until all peers that are known now are connected, or have said goodbye.
 
         Args:
-            all_stay: whether a peer that goes meanwhile is a failure.
+            all_stay: whether a peer that is lost meanwhile is a failure.
 
         Raises:
             ConnectionError: a pair could not be made.
@@ -166,13 +170,18 @@ class Pairing:
     async def _connected(self, pair: _Pair, all_stay: bool) -> None:
         try:
             await asyncio.shield(pair.connected)
+        except _LeftError:
+            return
         except ConnectionError:
-            if all_stay:
-                raise
-            # Calls to one that goes may fail before there is word of that, which ends the next future.
-            await asyncio.wait([pair.connected], timeout=self._timeout_s)
             gone = self._pairs.get(pair.card.rank) is not pair
-            if not gone and not (pair.connected.done() and pair.connected.exception() is None):
+            if not gone:
+                # Calls to one that goes may fail before there is word of that, which ends the next future.
+                await asyncio.wait([pair.connected], timeout=self._timeout_s)
+                gone = self._pairs.get(pair.card.rank) is not pair
+            error = pair.connected.exception() if pair.connected.done() else None
+            if isinstance(error, _LeftError) or (gone and not all_stay):
+                return
+            if error is not None or not pair.connected.done():
                 raise
 
     async def aclose(self) -> None:

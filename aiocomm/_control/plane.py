@@ -115,7 +115,7 @@ class ControlPlane:
         self._thread.call(self._want, rank)
 
     def warm_up(self) -> concurrent.futures.Future[None]:
-        """Connect with all peers; in an elastic world, with those who stay.
+        """Connect with all peers that do not leave meanwhile; in an elastic world, with those who stay.
 
         Raises (from the future):
             PeerLostError: a pair could not be made; the message says which and why.
@@ -297,7 +297,7 @@ class ControlPlane:
         else:
             self._engine.lose_peer(rank, generation, reason)
         if self._pairing is not None:
-            self._pairing.drop(rank, generation, f"rank {rank} is gone: {reason}")
+            self._pairing.drop(rank, generation, graceful, f"rank {rank} is gone: {reason}")
         if self._vigil is not None:
             self._vigil.drop(rank, generation)
 

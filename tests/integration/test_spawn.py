@@ -19,6 +19,7 @@ import trio
 from harness import until
 
 import aiocomm
+from aiocomm._control.client import Client
 from aiocomm._process import fresh_address, fresh_token
 from aiocomm.launch import WorkerError
 
@@ -268,6 +269,30 @@ def test_a_killed_worker_is_reported_with_its_signal() -> None:
     with pytest.raises(WorkerError, match="ended by signal 9") as caught:
         asyncio.run(main())
     assert caught.value.exit_code == -9
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_a_worker_whose_work_is_done_before_this_process_knows_that_all_have_come(
+    on_loop: Callable[[Any], None], warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def worker(comm: Any) -> None:
+        pass
+
+    collect = Client.collect
+
+    async def collect_late(self: Client) -> None:
+        pid = world._workers[0].process.pid
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        await collect(self)
+
+    async def main() -> None:
+        async with world as comm:
+            with pytest.raises(aiocomm.PeerLostError):
+                await comm.recv_array(1)
+
+    monkeypatch.setattr(Client, "collect", collect_late)
+    world = aiocomm.spawn(worker, 1, warmup=warmup)
+    on_loop(main)
 
 
 class DiesOnArrival:

@@ -48,17 +48,23 @@ async def _told(warm: asyncio.Task[Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["goes", "stays", "all stay", "closes"])
+@pytest.mark.parametrize("how", ["leaves", "leaves of all", "dies", "dies of all", "stays", "closes"])
 def test_calls_that_fail_before_there_is_word_that_a_peer_is_gone(how: str) -> None:
     async def main() -> None:
         engine = Failing()
         pairs = pairing(engine, 0.01 if how == "stays" else 30.0)
-        warm = asyncio.create_task(pairs.warm_up(all_stay=how == "all stay"))
+        warm = asyncio.create_task(pairs.warm_up(all_stay=how.endswith("all")))
         await engine.gave_up.wait()
         match how:
-            case "goes":
-                pairs.drop(1, 1, "left")
+            case "leaves" | "leaves of all":
+                pairs.drop(1, 1, True, "left")
                 await warm
+            case "dies":
+                pairs.drop(1, 1, False, "its process ended")
+                await warm
+            case "dies of all":
+                pairs.drop(1, 1, False, "its process ended")
+                assert "no connection with rank 1" in await _told(warm)
             case "closes":
                 await pairs.aclose()
                 assert "no connection with rank 1" in await _told(warm)
