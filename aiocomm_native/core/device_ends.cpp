@@ -190,7 +190,8 @@ void DeviceProtocol::linger() {
   } while (!engine_.has_completed() && !engine_.has_events() && engine_.now() < until);
   prepare_sleep(engine_.page_->loop);  // what comes after this look rings
   Engine::Token token(engine_, true);
-  engine_.poll_links();
+  if (engine_.poll_links() >= Engine::kPollBudget)
+    ring_fd(engine_.loop_fd_);  // who sent the rest saw it awake
 }
 
 // A loop that is woken a little before the end sees it at once. The sender of a message that is pulled, and the receiver

@@ -426,7 +426,7 @@ class Engine final : public Host, public FrameSink {
   void begin_spin();
   bool look_spinning();  // true: it has copied by itself, which takes its time
   void end_spin();
-  bool look_told();
+  int poll_told();
   Patience lingering_, staying_;  // the loop's thread only, as what follows
   bool covers_engine_ = false;    // in a spin: it sees what the engine's thread would be woken for
   bool met_ = false;              // in a spin: frames have come

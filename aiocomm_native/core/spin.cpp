@@ -25,13 +25,13 @@ bool Engine::loop_sleeps() {
   prepare_sleep(page_->loop);
   Token token(*this, true);
   tell_peers_of_sleep();
-  return look_told();
+  return poll_told() > 0 || has_completed();
 }
 
-bool Engine::look_told() {
+int Engine::poll_told() {
   int did = 0;
   for (size_t i = 0; i < polled_.size(); ++i) did += polled_[i]->poll_told(kPollBudget);
-  return did > 0 || has_completed();
+  return did;
 }
 
 void Engine::begin_spin() {
@@ -65,7 +65,7 @@ void Engine::end_spin() {
   loop_spins_.store(false, std::memory_order_relaxed);
   if (!covers) return;
   Token token(*this, true);
-  look_told();
+  if (poll_told() >= kPollBudget) ring_engine();  // who sent the rest saw it awake
 }
 
 bool Engine::spin(std::span<Engine* const> engines, uint64_t until_ns, Patience& patience, bool yields,
