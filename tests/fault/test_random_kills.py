@@ -59,7 +59,12 @@ async def _rank(comm: aiocomm.Communicator, seed: int, victim: int) -> None:
     flight._EXPLANATION_S = 600  # type: ignore[misc]  # a survivor may stand still before it says why
     group = await comm.group(range(comm.size))
     moment = random.Random(seed).random() * WITHIN_S
-    if comm.rank == victim:
+    if comm.rank != victim:
+        await comm.send(b"", victim)
+    else:  # it dies in the calls of all: who were still about to have the group would not hear of it in a call
+        for rank in range(comm.size):
+            if rank != victim:
+                await comm.recv(bytearray(), rank)
         threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     async def calls(number: int) -> None:
