@@ -61,7 +61,7 @@ async def _rank(comm: aiocomm.Communicator, seed: int, victim: int) -> None:
     moment = random.Random(seed).random() * WITHIN_S
     if comm.rank != victim:
         await comm.send(b"", victim)
-    else:  # it dies in the calls of all: who were still about to have the group would not hear of it in a call
+    else:  # it dies in the calls of all: one that has no group yet would not hear of it by these
         for rank in range(comm.size):
             if rank != victim:
                 await comm.recv(bytearray(), rank)
