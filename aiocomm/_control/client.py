@@ -201,11 +201,16 @@ class Client:
         self, stream: Stream, make_card: Callable[[Stream], messages.PeerCard]
     ) -> messages.Welcome | None:
         """Ask to be let in. None if it is worth another try."""
+        # Not given up for being slow: it may let this process in at any moment, and would then tell all
+        # others that it is gone. The end of its host breaks the connection.
+        limit_s = self._settings.handshake_timeout_s
+        slow = asyncio.get_running_loop().call_later(limit_s, self._is_quiet, _SILENT)
         try:
             join = messages.Join(self._world.rank, self._world.size, tuple(_left), make_card(stream))
-            async with asyncio.timeout(self._settings.handshake_timeout_s):
-                await stream.send(join)
-                answer = await stream.receive()
+            stream.watch_silence(self._settings.heartbeat_s)
+            stream.keep_alive(self._settings.heartbeat_s)
+            await stream.send(join)
+            answer = await stream.receive()
         except (OSError, ProtocolError) as error:
             stream.close()
             self.trouble = _SILENT if isinstance(error, TimeoutError) else what_to_do(error)
@@ -213,8 +218,9 @@ class Client:
         except BaseException:
             stream.close()
             raise
+        finally:
+            slow.cancel()
         if isinstance(answer, messages.Welcome):
-            stream.watch_silence(self._settings.heartbeat_s)
             self._stream = stream
             self.welcome = answer
             return answer

@@ -113,7 +113,10 @@ class Membership:
         if holder is not None:
             raise JoinRefusedError(
                 f"rank {rank} is taken by process {holder.pid} on {holder.host}; "
-                "start each process with a rank of its own"
+                "start each process with a rank of its own",
+                # No two communicators listen at the same: it asks again since its connection broke, of which
+                # there will be word here too.
+                retry=bool(card.addresses) and card.addresses == holder.addresses,
             )
         generation = self._generations.get(rank, self._first_generation - 1) + 1
         card = replace(card, rank=rank, generation=generation)

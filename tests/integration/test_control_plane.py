@@ -23,6 +23,7 @@ from aiocomm._control.auth import Seal
 from aiocomm._control.hosting import Host
 from aiocomm._control.listener import Listener, bind
 from aiocomm._control.loopthread import LoopThread
+from aiocomm._control.rendezvous import Rendezvous
 from aiocomm._control.stream import Stream
 from aiocomm._control.testing import Member, RecordingEngine
 from aiocomm._process import fresh_address
@@ -284,6 +285,51 @@ def test_a_refusal_is_told_also_while_the_next_try_is_under_way(
     time_is_over(early, lambda _: len(tries) > 1)
     with pytest.raises(DeadlineExceeded, match="has left the world there, and can only join the next one"):
         early.joined()
+
+
+def test_a_rendezvous_that_is_slow_to_answer_lets_in_who_asked_once(
+    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still with a request in its hands for longer than a handshake may take."""
+    send, admit, go_on = Stream.send, Rendezvous._admit, threading.Event()
+    limit_s = 0.01
+
+    async def sent(stream: Stream, message: messages.Message) -> None:
+        await send(stream, message)
+        if isinstance(message, messages.Join) and message.rank == 1:  # whose own limits are over before this
+            asyncio.get_running_loop().call_later(2 * limit_s, go_on.set)
+
+    def stand_still(rendezvous: Rendezvous, seat: Any, announcements: Any) -> None:
+        if seat.card.rank == 1:
+            go_on.wait(PATIENCE_S)
+        admit(rendezvous, seat, announcements)
+
+    monkeypatch.setattr(Stream, "send", sent)
+    monkeypatch.setattr(Rendezvous, "_admit", stand_still)
+    address = fresh_address()
+    host = members(address, 0, 2)
+    guest = members(address, 1, 2, settings=Settings(handshake_timeout_s=limit_s))
+    assert [peer.generation for peer in host.joined().peers] == [guest.joined().generation]
+    assert not host.engine.lost
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_a_host_that_stands_still_as_it_joins_its_own_world_is_in(
+    size: int | None, members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit, admitted = Rendezvous._admit, []
+
+    def stand_still(rendezvous: Rendezvous, seat: Any, announcements: Any) -> None:
+        admit(rendezvous, seat, announcements)
+        admitted.append(seat.card.generation)
+        loop: Any = asyncio.get_running_loop()
+        if len(admitted) == 1:
+            late_s, time = 2 * Settings().handshake_timeout_s, loop.time
+            loop.time = lambda: time() + late_s
+
+    monkeypatch.setattr(Rendezvous, "_admit", stand_still)
+    host = members(fresh_address(), 0, size)
+    assert [host.joined().generation] == admitted
 
 
 def test_nobody_listens(members: Callable[..., Member]) -> None:

@@ -11,8 +11,8 @@ from aiocomm._control.messages import PeerCard
 from aiocomm.errors import UsageError
 
 
-def card(pid: int = 1, name: str | None = None) -> PeerCard:
-    return PeerCard(0, 0, name, "host", "id", pid, 1, 1, (), ("shm",), ())
+def card(pid: int = 1, name: str | None = None, addresses: tuple[str, ...] = ()) -> PeerCard:
+    return PeerCard(0, 0, name, "host", "id", pid, 1, 1, (), ("shm",), addresses)
 
 
 def test_a_fixed_world_is_ready_with_its_last_rank() -> None:
@@ -32,9 +32,23 @@ def test_a_fixed_world_is_ready_with_its_last_rank() -> None:
 def test_a_taken_rank_is_refused_and_names_its_holder() -> None:
     world = Membership(2)
     world.admit(1, 2, card(pid=4711))
-    with pytest.raises(JoinRefusedError, match="rank 1 is taken by process 4711 on host"):
+    with pytest.raises(JoinRefusedError, match="rank 1 is taken by process 4711 on host") as refused:
         world.admit(1, 2, card(pid=4712))
+    assert not refused.value.retry
     assert [member.pid for member in world] == [4711]
+
+
+def test_who_holds_the_rank_itself_may_ask_again() -> None:
+    """Its connection broke, and there is no word of that yet."""
+    world = Membership(2)
+    held, _ = world.admit(1, 2, card(addresses=("unix://@one",)))
+    for address, retry in (("unix://@one", True), ("unix://@two", False)):
+        with pytest.raises(JoinRefusedError, match="rank 1 is taken by process 1 on host") as refused:
+            world.admit(1, 2, card(addresses=(address,)))
+        assert refused.value.retry == retry
+    world.lose(1, held.generation, "died")
+    again, _ = world.admit(1, 2, card(addresses=("unix://@one",)))
+    assert again.generation > held.generation
 
 
 @pytest.mark.parametrize(
