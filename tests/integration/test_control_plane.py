@@ -670,19 +670,21 @@ def test_a_peer_that_does_not_answer_holds_up_nobody(
     members: Callable[..., Member], processes: Callable[..., Any]
 ) -> None:
     address = fresh_address()
-    here = members(address, 0, 3, settings=Settings(handshake_timeout_s=0.2))
+    here = members(address, 0, 3)
     silent = processes(address, 1, 3, wait=False)
     prompt = members(address, 2, 3)
     here.joined()
     ready(silent)
     silent.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, silent.pid, os.WSTOPPED)
+    limit_calls(here, 0.2)
     here.plane.request_pair(1)
     reach(here, 2)
     connected(here, prompt)
     assert "no answer within 0.6 s, though its host has taken" in here.engine.wait(
         lambda engine: engine.failed.pop(1, None)
     )
+    limit_calls(here, PATIENCE_S)
     silent.send_signal(signal.SIGCONT)
     reach(here, 1)
 
@@ -690,11 +692,13 @@ def test_a_peer_that_does_not_answer_holds_up_nobody(
 def test_a_call_that_broke_off_as_its_link_was_ready_is_made_anew(members: Callable[..., Member]) -> None:
     """The called end is about to say so, and stands still until the caller's time is over."""
     address = fresh_address()
-    here = members(address, 0, 2, settings=Settings(handshake_timeout_s=0.2))
+    here = members(address, 0, 2)
     there = members(address, 1, 2, engine=(late := LateEngine(label=b"late")))
     here.joined(), there.joined()
+    limit_calls(here, 0.2)
     here.plane.request_pair(1)
     assert "no answer within 0.6 s" in here.engine.wait(lambda engine: engine.failed.pop(1, None))
+    limit_calls(here, PATIENCE_S)
     late.go_on.set()
     reach(here, 1)
     assert connected(here, there) == "shm"
@@ -710,6 +714,12 @@ class LateEngine(RecordingEngine):
     def link_card(self, link: str) -> bytes:
         self.go_on.wait(PATIENCE_S)
         return super().link_card(link)
+
+
+def limit_calls(here: Member, limit_s: float) -> None:
+    """Give the next calls so much time; joining, which the setting would limit as well, has had its own."""
+    assert here.plane._pairing is not None
+    here.plane._pairing._timeout_s = limit_s
 
 
 def reach(here: Member, rank: int) -> None:
