@@ -19,7 +19,7 @@ import hypothesis
 import pytest
 from fakes import adapters, simulated
 from fakes import gpu as gpus
-from harness import BACKENDS, LIMIT_S, Child, world
+from harness import BACKENDS, ENDLESS, LIMIT_S, Child, world
 
 from aiocomm.collectives import kernels
 
@@ -149,6 +149,13 @@ def simulator(gpu: gpus.Driver) -> simulated.Simulator:
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """The loops on which coroutine tests run."""
     return request.param
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is under way is held up by the test, for however long: no time limit of the runtime ends it."""
+    for name, value in ENDLESS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -157,6 +157,7 @@ async def test_a_failing_copy_ends_the_call(
     assert np.array_equal(back(theirs)[take], back(ours)[give])
 
 
+@pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("kind", ["put", "get"])
 async def test_cancelled_in_the_middle(simulator: Simulator, way: tuple[Pair, str, str], kind: str) -> None:
     """No engine is at either's memory any more when the call, and the lease, have ended."""

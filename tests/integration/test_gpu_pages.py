@@ -246,6 +246,7 @@ async def test_a_cancelled_put_leaves_nothing_under_way(pair: Pair) -> None:
     stream.close()
 
 
+@pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("kind", ["put", "get"])
 async def test_cancelled_in_the_middle(simulator: Simulator, pair: Pair, kind: str) -> None:
     """The call ends, and the lease, only when the engine has let go of what it was at."""
