@@ -131,11 +131,14 @@ def wait_unwritable(descriptor: int) -> None:
 
 
 ENDLESS = """
-    def note(signum, frame):
-        os.write(2, f"{os.getpid()}\\n".encode())
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
-    note(0, None)
+    import threading
+    signals = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # else one may come just before a write that waits
+    def note():
+        while True:
+            os.write(2, f"{os.getpid()}\\n".encode())
+            signal.sigwait(signals)
+    threading.Thread(target=note).start()
     while True:
         print("x" * 100)
 """
