@@ -264,6 +264,8 @@ void Engine::end_peer(Peer& peer, const std::string& reason) {
   drop_announced(peer);
   if (peer.rank != rank_) emit({EngineEvent::Kind::peer_lost, peer.rank, peer.generation, reason, {}});
   fail_hopeless_receives();
+  // It may have said that it wakes the loop, and have died before it did: nobody else would.
+  if (!in_loop_thread_) ring_fd(loop_fd_);
 }
 
 // Its link has failed, but not the peer: what was under way has failed with it, and the next operation connects anew.

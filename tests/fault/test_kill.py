@@ -7,6 +7,7 @@ Here the kernel ends real ones: while idle, stopped, sending, receiving, connect
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import secrets
 from pathlib import Path
@@ -356,6 +357,27 @@ async def test_everybody_is_killed_and_nothing_is_left(others: World) -> None:
     await comm.aclose()
     del shared, transfers
     await assert_nothing_left(before, pipes=6)
+
+
+async def test_a_peer_that_dies_as_it_wakes_the_loop(others: World) -> None:
+    """It has said so in the word that they share, which spares others the same, and not yet rung."""
+    asleep, awake = b"\1\0\0\0", b"\0\0\0\0"
+
+    def pages() -> set[Path]:
+        return {one for one in Path("/proc/self/fd").iterdir() if "aiocomm-wake" in str(one.resolve())}
+
+    before = pages()
+    comm, (dying,) = await others.open("echo")
+    receive = comm.recv(bytearray(1), 1)
+    (page,) = pages() - before
+    with page.open("r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE) as words:
+        await until(lambda: words[:4] == asleep)
+        words[:4] = awake
+    dying.kill()
+    dying.process.wait()
+    with pytest.raises(aiocomm.PeerLostError):
+        await receive
+    await comm.aclose()
 
 
 async def test_memory_of_dead_peers_goes_back_while_others_live(others: World) -> None:
