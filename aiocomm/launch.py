@@ -203,22 +203,23 @@ class Spawn:
         """Give up connecting once a worker has failed, or ended without joining: the world would never be
         complete. One whose work is done may have ended before this process was told that all had come.
         """
-        async with anyio.create_task_group() as group:
 
-            async def wait(worker: _Worker) -> None:
-                await _readable(worker.pidfd)
-                if worker.process.poll() or not worker.has_joined():
-                    scope.cancel()
+        def look(worker: _Worker, _: anyio.CancelScope) -> None:
+            if worker.process.poll() or not worker.has_joined():
+                scope.cancel()
 
-            for worker in self._workers:
-                group.start_soon(wait, worker)
+        await self._as_they_end(look)
 
     async def _wait_any(self) -> None:
+        await self._as_they_end(lambda _, waiting: waiting.cancel())
+
+    async def _as_they_end(self, told: Callable[[_Worker, anyio.CancelScope], None]) -> None:
+        """Wait for the workers; `told` of each that has ended, and of the wait, which it may cut short."""
         async with anyio.create_task_group() as group:
 
             async def wait(worker: _Worker) -> None:
                 await _readable(worker.pidfd)
-                group.cancel_scope.cancel()
+                told(worker, group.cancel_scope)
 
             for worker in self._workers:
                 group.start_soon(wait, worker)
@@ -229,17 +230,12 @@ class Spawn:
 
     async def _wait_all_or_failure(self) -> None:
         """Wait for the workers; once one has failed, not much longer for the others, which may need it."""
-        async with anyio.create_task_group() as group:
 
-            async def wait(worker: _Worker) -> None:
-                await _readable(worker.pidfd)
-                if worker.process.poll():
-                    group.cancel_scope.deadline = min(
-                        group.cancel_scope.deadline, anyio.current_time() + self._grace_s
-                    )
+        def look(worker: _Worker, waiting: anyio.CancelScope) -> None:
+            if worker.process.poll():
+                waiting.deadline = min(waiting.deadline, anyio.current_time() + self._grace_s)
 
-            for worker in self._workers:
-                group.start_soon(wait, worker)
+        await self._as_they_end(look)
 
     def _failures(self) -> list[AiocommError]:
         """What went wrong in the workers that have ended."""

@@ -170,14 +170,10 @@ class Pairing:
     async def _connected(self, pair: _Pair, all_stay: bool) -> None:
         try:
             await asyncio.shield(pair.connected)
-        except _LeftError:
-            return
         except ConnectionError:
+            # Calls to one that goes may fail before there is word of that, which ends the next future.
+            await asyncio.wait([pair.connected], timeout=self._timeout_s)
             gone = self._pairs.get(pair.card.rank) is not pair
-            if not gone:
-                # Calls to one that goes may fail before there is word of that, which ends the next future.
-                await asyncio.wait([pair.connected], timeout=self._timeout_s)
-                gone = self._pairs.get(pair.card.rank) is not pair
             error = pair.connected.exception() if pair.connected.done() else None
             if isinstance(error, _LeftError) or (gone and not all_stay):
                 return
