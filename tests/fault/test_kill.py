@@ -17,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
-from harness import ENDLESS, LIMIT_S, Child, held, until
+from harness import LIMIT_S, Child, held, until
 
 import aiocomm
 from aiocomm_native import _core
@@ -137,10 +137,13 @@ class World:
 
 @pytest.fixture(params=LINKS)
 def others(
-    child: Callable[..., Child], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    child: Callable[..., Child],
+    request: pytest.FixtureRequest,
+    endless: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> World:
     """Starts the world of a test."""
-    for name, value in (HOST_A | ENDLESS).items():
+    for name, value in HOST_A.items():
         monkeypatch.setenv(name, value)
     return World(child, request.param)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fault.rawpeer import Frame, Kind, RawPeer, connections, default_channel, introduce
 from fault.victims import TcpEnd
-from harness import ENDLESS, LIMIT_S, held, others_go_on, until, world
+from harness import LIMIT_S, held, others_go_on, until, world
 
 import aiocomm
 from aiocomm_native import _core
@@ -29,9 +29,7 @@ CHANNEL = default_channel()
 
 
 @pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    for name, value in ENDLESS.items():
-        monkeypatch.setenv(name, value)
+async def pair(endless: None) -> AsyncIterator[Pair]:
     async with world(2, warmup=True) as (a, b):
         await others_go_on((a, b))  # either side has all of the pair by then
         before = held()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fault.rawpeer import connections, introduce
 from fault.victims import LARGE, PORTION, STEPS, Maker
-from harness import ENDLESS, LIMIT_S, held, others_go_on, until, world
+from harness import LIMIT_S, held, others_go_on, until, world
 
 import aiocomm
 
@@ -45,10 +45,9 @@ def maker() -> Iterator[Maker]:
 
 
 @pytest.fixture
-async def pair(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+async def pair(maker: Maker, endless: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     # One thread that copies: the second would start when the first is busy, and count as left behind.
-    for name, value in (ENDLESS | {"AIOCOMM_COPY_THREADS": "1"}).items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AIOCOMM_COPY_THREADS", "1")
     async with world(2, warmup=True) as (a, b):
         await others_go_on((a, b))  # threads that start with the first large transfer are there
         yield a, b
