@@ -48,11 +48,13 @@ async def _told(warm: asyncio.Task[Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["leaves", "leaves of all", "dies", "dies of all", "stays", "closes"])
+@pytest.mark.parametrize(
+    "how", ["leaves", "leaves of all", "dies", "dies of all", "stays", "stays of all", "closes"]
+)
 def test_calls_that_fail_before_there_is_word_that_a_peer_is_gone(how: str) -> None:
     async def main() -> None:
         engine = Failing()
-        pairs = pairing(engine, 0.01 if how == "stays" else 30.0)
+        pairs = pairing(engine, 0.01 if how.startswith("stays") else 30.0)
         warm = asyncio.create_task(pairs.warm_up(all_stay=how.endswith("all")))
         await engine.gave_up.wait()
         match how:
