@@ -16,6 +16,7 @@ root=$PWD
 out=${OUT:-bench/results}
 site=/tmp/aiocomm-site
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
+export FAKE_CUDA=${FAKE_CUDA:-0} # tests take the driver of the machine, if it has but one GPU, too
 start=$(date +%s)
 say() { echo "== $(($(date +%s) - start)) s: $*"; }
 

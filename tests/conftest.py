@@ -40,6 +40,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("project")
 
 
+def pytest_configure() -> None:
+    """A process stays with the first driver that it loads: not that of a GPU that is not tested."""
+    shown = any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "dxg"))
+    if shown and (library := simulated.choose()) is not None:
+        os.environ["AIOCOMM_LIBCUDA"] = str(library)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of `pytest`: two for all tests, none besides this one for those that are named.
 

@@ -132,6 +132,7 @@ class Driver:
 
     def use(self, device: int) -> None:
         """Make a device's primary context current on this thread, as CUDA's runtime does."""
+        device %= self.count
         if device not in self.contexts:
             context = Handle()
             self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
@@ -154,8 +155,8 @@ class Stream:
     """A stream of its own; `__cuda_stream__` makes it one for any library."""
 
     def __init__(self, device: int = 0, blocking: bool = False) -> None:
-        self.device = device
-        driver().use(device)
+        self.device = device % driver().count
+        driver().use(self.device)
         handle = Handle()
         driver()("cuStreamCreate", ctypes.byref(handle), 0 if blocking else 1)
         self.handle = handle.value or 0
@@ -261,7 +262,7 @@ class DeviceArray:
     Args:
         shape: of the array.
         dtype: of its elements.
-        device: on whose memory.
+        device: on whose memory; after the last comes the first again.
         kind: how it is allocated.
         offset: bytes between the allocation's start and the array's.
         stream: what `__cuda_array_interface__` names as the stream of pending work.
@@ -280,11 +281,12 @@ class DeviceArray:
     ) -> None:
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dtype = np.dtype(dtype)
-        self.device, self.kind, self.offset, self.stream = device, kind, offset, stream
+        self.device = device % driver().count
+        self.kind, self.offset, self.stream = kind, offset, stream
         self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
         self._room = max(1, self.nbytes + offset)
         self._vmm = (ctypes.c_uint64(), 0)
-        driver().use(device)
+        driver().use(self.device)
         self._base = getattr(self, f"_allocate_{kind.value}")()
         self.address = self._base + offset
 

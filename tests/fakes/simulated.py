@@ -45,16 +45,18 @@ class Engine(enum.IntEnum):
 def choose() -> Path | None:
     """The simulated library, or None where the machine's own driver is to be tested: it has two GPUs.
 
-    FAKE_CUDA=1 asks for the simulated one there, too.
+    FAKE_CUDA=1 asks for the simulated one there, too; FAKE_CUDA=0 for the machine's own where it has one
+    GPU, which then stands for all that a test names.
     """
+    wanted = os.environ.get("FAKE_CUDA", "")
     with contextlib.suppress(OSError):
-        real = ctypes.CDLL("libcuda.so.1") if not os.environ.get("FAKE_CUDA") else None
+        real = ctypes.CDLL("libcuda.so.1") if wanted in ("", "0") else None
         count = ctypes.c_int()
         if (
             real
             and real.cuInit(0) == 0
             and real.cuDeviceGetCount(ctypes.byref(count)) == 0
-            and count.value > 1
+            and count.value > (0 if wanted else 1)
         ):
             return None
     return build()

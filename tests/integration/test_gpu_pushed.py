@@ -88,7 +88,7 @@ async def test_statistics_of_the_link(gpu: Driver) -> None:
             before = comm.links["cuda"].statistics()
             await gather_all(comm, 1, 5000)
             after = comm.links["cuda"].statistics()
-            assert after.bytes_sent - before.bytes_sent == 5000
+            assert after.bytes_sent - before.bytes_sent == (5000 if gpu.count > 1 else 0)  # to another GPU
             assert after.completed - before.completed == 1
 
         await all_call(comms, call)

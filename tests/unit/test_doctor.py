@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -176,6 +177,7 @@ def test_later_links_are_honest(module: Any, package: str) -> None:
 
 def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", refuse(errno.ENOENT))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # which may be installed, and finds it by itself
     monkeypatch.setattr(cuda, "_on_bus", lambda: ["0000:01:00.0"])
     monkeypatch.setattr(cuda, "in_container", lambda: False)
     check = checks(cuda.discover())["driver library"]

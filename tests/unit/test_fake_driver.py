@@ -63,7 +63,7 @@ def test_attributes_tell_the_kinds_apart(gpu: Driver) -> None:
     arrays = {kind: DeviceArray(1000, device=1, kind=kind) for kind in Kind}
     ordinal, memory_type, managed, legacy = 9, 2, 8, 10
     for kind, array in arrays.items():
-        assert attribute(gpu, array.address, ordinal, ctypes.c_int) == 1
+        assert attribute(gpu, array.address, ordinal, ctypes.c_int) == array.device
         on_host = kind is Kind.PINNED
         assert attribute(gpu, array.address, memory_type, ctypes.c_uint) == (1 if on_host else 2)
         assert attribute(gpu, array.address, managed, ctypes.c_uint) == (kind is Kind.MANAGED)
