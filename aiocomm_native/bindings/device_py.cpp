@@ -167,7 +167,10 @@ Found read_interface(PyObject* object, bool writable, DeviceView& out) {
   return found;
 }
 
-void note_torch_format(PyObject* dtype, PyObject* format) { PyDict_SetItem(torch_formats(), dtype, format); }
+// The first that is told stays: others may be reading it.
+void note_torch_format(PyObject* dtype, PyObject* format) {
+  PyDict_SetDefault(torch_formats(), dtype, format);
+}
 
 bool describes_device_memory(PyObject* object) {
   static PyObject* name = interned("__cuda_array_interface__");

@@ -57,6 +57,17 @@ void PyEngine::forget() {
   for (auto& [id, name] : std::exchange(channel_names, {})) Py_DECREF(name);
 }
 
+void PyEngine::lives_here() { thread_.store(PyThread_get_thread_ident(), std::memory_order_relaxed); }
+
+bool PyEngine::is_here() {
+  if (thread_.load(std::memory_order_relaxed) == PyThread_get_thread_ident()) return true;
+  if (!loop) return false;  // trio's stays where it was begun
+  if (!nb::cast<bool>(nb::handle(loop).attr("is_running")())) return true;
+  if (!nb::module_::import_("asyncio").attr("_get_running_loop")().is(loop)) return false;
+  lives_here();
+  return true;
+}
+
 void PyEngine::name_channel(uint32_t id, const std::string& name) {
   PyObject*& known = channel_names[id];
   if (!known && !(known = PyUnicode_FromStringAndSize(name.data(), static_cast<Py_ssize_t>(name.size())))) {
@@ -266,9 +277,14 @@ void bind_engine(nb::module_& m) {
             Py_XSETREF(e.ready, ready.is_none() ? nullptr : ready.release().ptr());
             Py_XSETREF(e.bells, bells.release().ptr());
             Py_XSETREF(e.loop, loop.release().ptr());
+            e.lives_here();
           },
           "loop"_a, "ready"_a.none(), "bells"_a = nb::make_tuple())
-      .def("bind_trio", [](PyEngine& e) { e.trio = true; })
+      .def("bind_trio",
+           [](PyEngine& e) {
+             e.trio = true;
+             e.lives_here();
+           })
       .def("on_connect_wanted", set_hook<&PyEngine::on_connect>, "callback"_a.none())
       .def("on_events", set_hook<&PyEngine::on_events>, "callback"_a.none())
       .def("on_unretrieved", set_hook<&PyEngine::on_unretrieved>, "callback"_a.none())

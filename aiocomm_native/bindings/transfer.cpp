@@ -53,15 +53,11 @@ PyObject* get_result(Transfer* t) {
 }
 
 PyObject* invalid_state() {
-  static PyObject* error = nullptr;
-  if (!error) {
-    PyObject* asyncio = PyImport_ImportModule("asyncio");
-    if (!asyncio) return nullptr;
-    error = PyObject_GetAttrString(asyncio, "InvalidStateError");
-    Py_DECREF(asyncio);
-    if (!error) return nullptr;
-  }
-  PyErr_SetString(error, "the transfer has not ended yet: await it");
+  PyObject* asyncio = PyImport_ImportModule("asyncio");
+  PyObject* error = asyncio ? PyObject_GetAttrString(asyncio, "InvalidStateError") : nullptr;
+  if (error) PyErr_SetString(error, "the transfer has not ended yet: await it");
+  Py_XDECREF(error);
+  Py_XDECREF(asyncio);
   return nullptr;
 }
 
@@ -93,6 +89,20 @@ PyObject* transfer_cancelled(PyObject* self, PyObject*) {
   return PyBool_FromLong(cast(self)->outcome == Outcome::cancelled);
 }
 
+// True: an error is set, since the loop may be at the same transfer.
+bool is_elsewhere(Transfer* t, const char* method) {
+  try {
+    if (t->engine->is_here()) return false;
+    PyErr_Format(hooks.usage_error,
+                 "this transfer belongs to another event loop or thread: "
+                 "loop.call_soon_threadsafe(transfer.%s, ...) does it there",
+                 method);
+  } catch (nb::python_error& error) {
+    error.restore();
+  }
+  return true;
+}
+
 PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"msg", nullptr};
   PyObject* message = Py_None;
@@ -100,6 +110,7 @@ PyObject* transfer_cancel(PyObject* self, PyObject* args, PyObject* kwargs) {
     return nullptr;
   Transfer* t = cast(self);
   if (t->outcome != Outcome::pending || !t->op) Py_RETURN_FALSE;
+  if (is_elsewhere(t, "cancel")) return nullptr;
   Op* op = t->op;
   PyEngine* engine = t->engine;
   bool going;
@@ -123,6 +134,7 @@ PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* k
                                    &callback, &context))
     return nullptr;
   Transfer* t = cast(self);
+  if (is_elsewhere(t, "add_done_callback")) return nullptr;
   PyObject* own_context = context && context != Py_None ? Py_NewRef(context) : PyContext_CopyCurrent();
   if (!own_context) return nullptr;
   if (t->outcome != Outcome::pending) {
@@ -145,6 +157,7 @@ PyObject* transfer_add_done_callback(PyObject* self, PyObject* args, PyObject* k
 
 PyObject* transfer_remove_done_callback(PyObject* self, PyObject* callback) {
   Transfer* t = cast(self);
+  if (is_elsewhere(t, "remove_done_callback")) return nullptr;
   long removed = 0;
   if (t->callback) {
     const nb::object one = nb::borrow(t->callback);
@@ -191,6 +204,7 @@ PyObject* transfer_make_cancelled_error(PyObject* self, PyObject*) {
 // Spins for the answer before giving the task's turn up: a suspended await costs more than the message.
 void spin_for(Transfer* t) {
   PyEngine* engine = t->engine;
+  if (!engine->is_here()) return;  // who awaits it in another loop is told so
   const uint64_t now = engine->engine->now();
   if (now - engine->spinner->slept_ns() > kSpinBudgetNs || !loop_has_nothing_else(engine)) return;
   // The rest of a longer spin is the selector's, which sees to timers.
@@ -248,7 +262,7 @@ PyObject* transfer_repr(PyObject* self) {
   return PyUnicode_FromFormat("<aiocomm.Transfer %s %s=%d tag=%lld nbytes=%llu %s>", kind_name(t->kind), role,
                               t->peer, static_cast<long long>(t->tag),
                               static_cast<unsigned long long>(t->nbytes),
-                              outcomes[static_cast<int>(t->outcome)]);
+                              outcomes[static_cast<int>(t->outcome.load())]);
 }
 
 PyObject* get_blocking(PyObject* self, void*) { return PyBool_FromLong(cast(self)->blocking); }

@@ -1,11 +1,13 @@
 // The awaitable handle of one operation, and the Python side of an engine.
 //
 // `Transfer` is a plain CPython type: it is made for every message, and speaks asyncio's Future protocol so that
-// `gather`, `wait` and `wait_for` take it as it is. All of it runs on the loop's thread with the GIL held.
+// `gather`, `wait` and `wait_for` take it as it is. All of it runs on the loop's thread, with the GIL held where there is
+// one; other threads may ask what a transfer has come to.
 #pragma once
 
 #include <Python.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <string>
@@ -42,6 +44,8 @@ class PyEngine {
   void after_submit();
   int traverse(visitproc visit, void* arg);
   void forget();
+  void lives_here();  // the loop, on the calling thread
+  bool is_here();     // whether the calling thread runs the loop, or nobody does
   void name_channel(uint32_t id, const std::string& name);
   PyObject* name_of_channel(uint32_t id);  // a new reference, never null
 
@@ -60,6 +64,9 @@ class PyEngine {
   std::unordered_map<uint32_t, PyObject*> channel_names;  // of those that are open
   Spinner* spinner = nullptr;                             // of a loop that spins
   std::map<const std::byte*, uint64_t> receiving;  // buffers that pending receives write: [start, bytes)
+
+ private:
+  std::atomic<unsigned long> thread_{0};
 };
 
 // An op of a call that no transfer stands for: its cookie is marked, and its end is only noted.
@@ -94,7 +101,7 @@ struct Transfer {
   int64_t tag;
   PyObject* channel;  // its name
   int32_t peer;
-  Outcome outcome;
+  std::atomic<Outcome> outcome;  // set once the rest is there
   OpKind kind;
   bool has_view, blocking, retrieved, tracked;
 };

@@ -70,12 +70,15 @@ void run_callbacks(Transfer* t) {
   Py_XDECREF(more);
 }
 
+// Other threads may ask at any time: what it comes to is there before.
+void conclude(Transfer* t, Outcome outcome) { t->outcome.store(outcome, std::memory_order_release); }
+
 void fail_with_current_error(Transfer* t) {
   PyObject *type, *value, *trace;
   PyErr_Fetch(&type, &value, &trace);
   PyErr_NormalizeException(&type, &value, &trace);
   t->exception = value;
-  t->outcome = Outcome::failed;
+  conclude(t, Outcome::failed);
   Py_XDECREF(type);
   Py_XDECREF(trace);
 }
@@ -88,12 +91,13 @@ void take_failure(Transfer* t, const Op& op) {
   t->exception =
       PyObject_CallFunction(hooks.make_error, "OiisKs", t, static_cast<int>(op.code), op.error, link.c_str(),
                             static_cast<unsigned long long>(op.capacity), reason.c_str());
-  t->outcome = Outcome::failed;
-  if (!t->exception) fail_with_current_error(t);
+  if (t->exception)
+    conclude(t, Outcome::failed);
+  else
+    fail_with_current_error(t);
 }
 
 void take_success(Transfer* t, Op& op) {
-  t->outcome = Outcome::done;
   if (op.kind == OpKind::recv && op.allocate && op.gpu) {
     int device = op.gpu->device;
     PyObject* memory = new_device_memory(std::move(op.gpu));
@@ -110,7 +114,10 @@ void take_success(Transfer* t, Op& op) {
   } else {
     t->result = Py_NewRef(Py_None);
   }
-  if (!t->result) fail_with_current_error(t);
+  if (t->result)
+    conclude(t, Outcome::done);
+  else
+    fail_with_current_error(t);
 }
 
 void report_completion(Transfer* t, const Op& op) {
@@ -141,7 +148,7 @@ void end_transfer(Transfer* t) {
   if (op->code == Code::ok)
     take_success(t, *op);
   else if (op->code == Code::cancelled)
-    t->outcome = Outcome::cancelled;
+    conclude(t, Outcome::cancelled);
   else
     take_failure(t, *op);
   if (op->allocate && op->data && !op->gpu) std::free(op->data);

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import ctypes
+import functools
 import itertools
+import subprocess
 import sys
+import sysconfig
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
+import uvloop
 from harness import BACKENDS, until, world
 
 import aiocomm
 from aiocomm import threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import FrameType
 
     from conftest import Pair
@@ -241,3 +248,102 @@ async def test_calls_end_with_the_loop(child: Callable[..., Child], loop: str) -
     assert "the event loop of the communicator has ended, and with it" in await process.line()
     status, errors = await anyio.to_thread.run_sync(process.close)
     assert (status, errors) == (0, "")
+
+
+async def test_a_transfer_is_its_loops(pair: Pair) -> None:
+    """Other threads may look at it; what touches it is refused there, and goes over the loop."""
+    a, b = pair
+    called: list[object] = []
+    pending, done = b.recv(bytearray(1), 0, tag=1), a.send(b"x", 1, tag=2)
+    await done
+    await b.recv(bytearray(1), 0, tag=2)
+    for attempt in (
+        pending.cancel,
+        lambda: pending.add_done_callback(called.append),
+        lambda: pending.remove_done_callback(called.append),
+    ):
+        with pytest.raises(aiocomm.UsageError, match="call_soon_threadsafe"):
+            await elsewhere(attempt)
+    assert await elsewhere(lambda: (pending.done(), done.done(), done.result())) == (False, True, None)
+    assert await elsewhere(done.cancel) is False  # there is nothing to be done about it
+    pending.add_done_callback(called.append)
+    await elsewhere(lambda: a.from_thread.send(b"x", 1, tag=1))
+    await pending
+    await until(lambda: called == [pending])
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("library", [asyncio, uvloop])
+async def test_a_loop_may_go_on_in_another_thread(library: Any) -> None:
+    def run(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        thread = threading.Thread(target=lambda: loop.run_until_complete(step()))
+        thread.start()
+        thread.join()
+
+    async def begin() -> None:
+        _, b = await opened.__aenter__()
+        transfers.append(b.recv(bytearray(1), 0))
+
+    async def end() -> None:
+        assert transfers[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await transfers[0]
+        await opened.__aexit__(None, None, None)
+        ended.append(True)
+
+    transfers: list[aiocomm.Transfer[Any]] = []
+    ended: list[bool] = []
+    opened = world(2)
+    loop = library.new_event_loop()
+    for step in (begin, end):
+        await elsewhere(functools.partial(run, step))
+    loop.close()
+    assert ended
+
+
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+def test_loops_of_several_threads(link: str) -> None:
+    """Each has a world of its own; without a GIL they run at once, beside who looks at their transfers."""
+    looked: deque[bool] = deque(maxlen=1000)
+    over = threading.Event()
+    shared: list[aiocomm.Transfer[Any]] = []
+
+    def look() -> None:
+        last = False
+        while not last:
+            last = over.is_set()  # once more when all have ended
+            looked.extend(transfer.result() is None for transfer in shared[-20:] if transfer.done())
+
+    async def work(seed: int) -> int:
+        random = np.random.default_rng(seed)
+        sizes = [int(size) for size in random.choice([1, 100, 5_000, 300_000], 150)]
+        async with world(2, links=(link,)) as (a, b):
+            for first in range(0, len(sizes), 10):
+                sent = [np.full(size, first % 251, np.uint8) for size in sizes[first : first + 10]]
+                into = [np.zeros_like(data) for data in sent]
+                receives = [b.recv(data, 0, tag=tag) for tag, data in enumerate(into)]
+                sends = [a.send(data, 1, tag=tag) for tag, data in enumerate(sent)]
+                shared.extend(sends)
+                await asyncio.gather(*receives, *sends)
+                assert all(map(np.array_equal, into, sent))
+                sums = np.ones((2, 1000))
+                await asyncio.gather(a.all_reduce(sums[0]), b.all_reduce(sums[1]))
+                assert (sums == 2).all()
+        return len(sizes)
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        done = list(threads.map(lambda seed: asyncio.run(work(seed)), range(3)))
+    over.set()
+    looks.join()
+    assert done == [150] * 3
+    assert looked
+    assert all(looked)
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has a GIL")
+def test_the_gil_stays_off() -> None:
+    code = "import sys, aiocomm; print(sys._is_gil_enabled())"
+    told = subprocess.check_output([sys.executable, "-W", "error", "-c", code], text=True)
+    assert told == "False\n"
