@@ -204,9 +204,10 @@ SUITE = Suite(
     (
         *(
             rule
-            for subject in ("aiocomm-shm", "aiocomm-tcp")
+            for subject, large in (("aiocomm-shm", 3.0), ("aiocomm-tcp", 6.0))
             for rule in (
                 Rule("urgent p99 under bulk ÷ idle p99", subject, "p99_times_idle/channels", "<=", 3.0),
+                Rule("urgent 128 KiB under bulk ÷ idle", subject, "large_times_idle/channels", "<=", large),
                 Rule("weights 3:1, error of a share", subject, "share_error", "<=", 0.05),
             )
         ),

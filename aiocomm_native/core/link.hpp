@@ -125,8 +125,9 @@ class LinkPeer {
                     Wake wake) = 0;
   // The most bytes that `post` takes in one frame, all in.
   virtual uint64_t frame_limit() const { return ~0ull; }
-  // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane.
-  virtual Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) = 0;
+  // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane. `cls`: that of its channel, which a link may keep apart
+  // from what it has taken of lower ones.
+  virtual Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) = 0;
   // Hands over what has arrived, at most about `budget` frames; returns how many, and `budget` or more where
   // another look is due.
   virtual int poll(int budget) { return budget * 0; }

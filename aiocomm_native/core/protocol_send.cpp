@@ -384,7 +384,7 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
   h.address = chunk.offset;
   h.nbytes = op->nbytes;
   h.payload_bytes = static_cast<uint32_t>(chunk.nbytes);
-  switch (peer->link->post_data(h, host_data(*op) + chunk.offset, Wake::engine)) {
+  switch (peer->link->post_data(h, host_data(*op) + chunk.offset, chunk.cls)) {
     case Post::again:
       sched.unget(chunk);
       sched.set_ready(chunk.flow, false);

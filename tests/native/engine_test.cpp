@@ -40,7 +40,7 @@ class HandPeer final : public LinkPeer {
     if (header.kind == FrameKind::offer) std::memcpy(&immediate, meta + 8, sizeof immediate);
     return Post::ok;
   }
-  Post post_data(const FrameHeader&, const std::byte*, Wake) override {
+  Post post_data(const FrameHeader&, const std::byte*, uint8_t) override {
     return Post::pending;
   }  // and stays so
   Post post_remote(const RemoteChunk&) override { return Post::pending; }

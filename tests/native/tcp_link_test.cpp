@@ -43,6 +43,8 @@ struct Sockets {
   }
 };
 
+constexpr uint8_t kNormal = 1, kHigh = 2, kUrgent = 3;  // classes
+
 using Settings = std::map<std::string, double>;
 using Texts = std::map<std::string, std::string>;
 
@@ -71,7 +73,7 @@ struct Pair {
 struct Bare {
   FakeHost host;
   std::unique_ptr<Link> link = make_link("tcp", host);
-  Sockets sockets{3};
+  Sockets sockets{5};
   std::shared_ptr<LinkPeer> peer = link->attach(1, 1, sockets.a, {}, true);
   Bare() { peer->start(); }
   ~Bare() {
@@ -185,7 +187,7 @@ void payloads_land_in_place(Settings numbers, Texts texts, size_t chunk) {
       h.sop = 3;
       h.rop = 5;
       h.address = at;
-      Post r = p.a->post_data(h, from.data() + at, Wake::engine);
+      Post r = p.a->post_data(h, from.data() + at, kNormal);
       if (r == Post::again) return;
       CHECK(r == Post::ok || r == Post::pending);
       if (r == Post::pending) kept += h.payload_bytes;
@@ -193,7 +195,7 @@ void payloads_land_in_place(Settings numbers, Texts texts, size_t chunk) {
       if (at % (5 * chunk) == 0) {  // one for an op that the receiver does not know: read and dropped
         h.rop = 99;
         h.sop = 4;
-        r = p.a->post_data(h, from.data(), Wake::engine);
+        r = p.a->post_data(h, from.data(), kNormal);
         if (r != Post::again) ++unknown;
         if (r == Post::pending) kept += h.payload_bytes;
       }
@@ -206,6 +208,48 @@ void payloads_land_in_place(Settings numbers, Texts texts, size_t chunk) {
       p.until([&] { return p.hb.data_bytes[5] == kSize && p.hb.data_bytes[99] == unknown * chunk; }, false));
   CHECK(p.until([&] { return p.ha.sent_bytes[3] + p.ha.sent_bytes[4] == kept; }, false));
   CHECK(from == into && unknown > 0 && p.hb.lost.empty());
+}
+
+// A peer that reads nothing has all lanes of the lower classes full, in the link and in the kernel.
+void urgent_payloads_have_a_lane_of_their_own() {
+  Bare p;
+  std::vector<std::byte> payload(100 << 10);
+  FrameHeader h{};
+  h.kind = FrameKind::data;
+  h.payload_bytes = static_cast<uint32_t>(payload.size());
+  auto send = [&](uint8_t cls) {
+    h.rop = cls;
+    return p.peer->post_data(h, payload.data(), cls);
+  };
+  auto fill = [&](uint8_t cls) {
+    int turns = 0;  // of the engine's thread: what is accepted goes into the kernel as long as that takes it
+    while (turns < 100) turns = send(cls) == Post::again ? turns + (p.host.serve(false, 0), 1) : 0;
+  };
+  fill(kNormal);
+  CHECK(send(0) == Post::again && send(kUrgent) == Post::ok);
+  FrameHeader came{};
+  CHECK(recv(p.sockets.b[4], &came, sizeof came, MSG_WAITALL) == sizeof came);
+  CHECK(came.kind == FrameKind::data && came.rop == kUrgent && came.payload_bytes == payload.size());
+  fill(kHigh);
+  CHECK(send(kUrgent) == Post::again && send(kNormal) == Post::again);
+  for (int lane : {2, 3}) {
+    CHECK(recv(p.sockets.b[lane], &came, sizeof came, MSG_WAITALL) == sizeof came);
+    CHECK(came.rop == kNormal);
+  }
+}
+
+void urgent_payloads_take_all_lanes_while_there_is_nothing_else() {
+  Bare p;
+  std::vector<std::byte> payload(100 << 10);
+  FrameHeader h{};
+  h.kind = FrameKind::data;
+  h.payload_bytes = static_cast<uint32_t>(payload.size());
+  for (int turns = 0; turns < 100; p.host.serve(false, 0))
+    turns = p.peer->post_data(h, payload.data(), kHigh) == Post::again ? turns + 1 : 0;
+  for (int lane : {2, 3, 4}) {
+    FrameHeader came{};
+    CHECK(recv(p.sockets.b[lane], &came, sizeof came, MSG_WAITALL) == sizeof came);
+  }
 }
 
 // Engine and loop threads on both sides at once, under the token.
@@ -235,7 +279,7 @@ void two_threads_per_side(Texts texts) {
       h.kind = FrameKind::data;
       h.payload_bytes = 1 << 20;
       h.rop = 5;
-      if (chunks < 40 && p.a->post_data(h, from.data(), Wake::engine) != Post::again) ++chunks;
+      if (chunks < 40 && p.a->post_data(h, from.data(), kNormal) != Post::again) ++chunks;
     }
     std::this_thread::yield();
   }
@@ -301,7 +345,7 @@ void closing_waits_for_the_call_under_way(bool reader, Texts texts) {
   h.kind = FrameKind::data;
   h.payload_bytes = static_cast<uint32_t>(from.size());
   h.rop = 5;
-  CHECK(p.a->post_data(h, from.data(), Wake::engine) == Post::pending);
+  CHECK(p.a->post_data(h, from.data(), kNormal) == Post::pending);
   CHECK(p.until([&] { return closed.load(); }, false));
   closer.join();
   CHECK(std::all_of(used.begin(), used.end(), [&](std::byte b) { return b == kMine; }));
@@ -309,7 +353,7 @@ void closing_waits_for_the_call_under_way(bool reader, Texts texts) {
 }
 
 void one_dead_lane_ends_the_pair() {
-  for (int lane = 0; lane < 3; ++lane) {
+  for (int lane = 0; lane < 5; ++lane) {
     Bare p;
     p.host.frozen_now = 5000000000;
     close(std::exchange(p.sockets.b[lane], -1));
@@ -379,7 +423,7 @@ void hostile_bytes() {
     for (char& c : noise) c = static_cast<char>(random());
     if (round % 4) noise[0] = static_cast<char>(1 + random() % 17);
     if (round % 3 && noise.size() > 8) noise[3] = 0, noise[6] = 0, noise[7] = 0;
-    p.write(static_cast<int>(random() % 3), noise.data(), noise.size());
+    p.write(static_cast<int>(random() % 5), noise.data(), noise.size());
     for (int& fd : p.sockets.b) close(std::exchange(fd, -1));
     CHECK(until({&p.host}, [&] { return !p.host.lost.empty(); }));
   }
@@ -421,11 +465,11 @@ void bad_attachments() {
   int ends[2];
   CHECK(pipe(ends) == 0);
   CHECK(refused({ends[0], ends[1]}));
-  int a, b;
-  connect_pair(a, b);
+  int a[2], b[2];
+  for (int i : {0, 1}) connect_pair(a[i], b[i]);
   CHECK(pipe(ends) == 0);
-  CHECK(refused({ends[0], ends[1], a}));
-  close(b);
+  CHECK(refused({ends[0], ends[1], a[0], a[1]}));
+  for (int fd : b) close(fd);
 }
 
 // Certificates of two authorities in the working folder; none where there is no openssl command.
@@ -451,7 +495,7 @@ void tls_refuses(const Texts& texts) {
     host.texts = texts;
     host.texts[name] = file;
     auto link = make_link("tcp", host);
-    Sockets sockets(3);
+    Sockets sockets(4);
     for (int fd : sockets.b) close(fd);
     try {
       link->attach(1, 1, sockets.a, {}, true);
@@ -472,7 +516,7 @@ void tls_refuses(const Texts& texts) {
     ha.texts = a;
     hb.texts = b;
     auto la = make_link("tcp", ha), lb = make_link("tcp", hb);
-    Sockets sockets(3);
+    Sockets sockets(4);
     auto pa = la->attach(1, 1, sockets.a, {}, true), pb = lb->attach(0, 1, sockets.b, {}, false);
     pa->start();
     pb->start();
@@ -508,6 +552,8 @@ int main() {
   RUN(payloads_land_in_place({}, splice, 40000));
   RUN(payloads_land_in_place({}, copy, 1 << 20));
   RUN(payloads_land_in_place({}, copy, 3 << 20));
+  RUN(urgent_payloads_have_a_lane_of_their_own());
+  RUN(urgent_payloads_take_all_lanes_while_there_is_nothing_else());
   RUN(two_threads_per_side({}));
   RUN(what_was_said_before_the_end_arrives({}));
   for (bool reader : {false, true}) {

@@ -32,7 +32,7 @@ namespace {
 class TakingPeer final : public LinkPeer {
  public:
   Post post(const FrameHeader&, const std::byte*, const std::byte*, Wake) override { return Post::ok; }
-  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::ok; }
+  Post post_data(const FrameHeader&, const std::byte*, uint8_t) override { return Post::ok; }
   void close() override {}
 };
 

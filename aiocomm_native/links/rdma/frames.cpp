@@ -33,7 +33,7 @@ Post RdmaPeer::post(const FrameHeader& header, const std::byte* meta, const std:
   return Post::ok;
 }
 
-Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+Post RdmaPeer::post_data(const FrameHeader& header, const std::byte* payload, uint8_t) {
   if (dead_) return Post::lost;
   if (!open_ || streamed_.payload) {
     remote_blocked_ = true;

@@ -30,7 +30,8 @@ class SelfPeer final : public LinkPeer {
     return Post::ok;
   }
 
-  Post post_data(const FrameHeader&, const std::byte*, Wake) override { return Post::lost; }  // always pulled
+  // Always pulled.
+  Post post_data(const FrameHeader&, const std::byte*, uint8_t) override { return Post::lost; }
 
   int poll(int budget) override {
     if (polling_) return 0;

@@ -340,7 +340,7 @@ Post ShmPeer::post(const FrameHeader& header, const std::byte* meta, const std::
   return copy_record(header, meta, payload, wake) ? Post::ok : Post::again;
 }
 
-Post ShmPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+Post ShmPeer::post_data(const FrameHeader& header, const std::byte* payload, uint8_t) {
   if (closed_) return Post::lost;
   if (!ready_ || data_) return Post::again;
   data_ = header;

@@ -45,7 +45,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
   ~ShmPeer() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
-  Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
+  Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
   uint64_t frame_limit() const override { return ring_bytes_ / 4; }
   void start() override;
   int poll(int budget) override;

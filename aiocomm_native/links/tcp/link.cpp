@@ -48,16 +48,16 @@ class TcpLink final : public Link {
       : host_(host), streams_(std::clamp(static_cast<int>(host.setting("tcp_streams", 2)), 1, 16)) {}
 
   std::string_view name() const override { return "tcp"; }
-  StreamNeed streams() const override { return {"tcp", 2 + streams_}; }
+  StreamNeed streams() const override { return {"tcp", 3 + streams_}; }
 
   std::shared_ptr<LinkPeer> attach(Rank rank, uint64_t generation, const std::vector<int>& fds,
                                    std::string_view, bool initiator) override {
     std::vector<UniqueFd> owned;
     for (int fd : fds) owned.emplace_back(fd);
-    if (owned.size() < 3 || owned.size() > 18)
-      throw LinkFailure(
-          "tcp needs an express, an engine and 1 to 16 bulk connections, got " + std::to_string(owned.size()),
-          EINVAL);
+    if (owned.size() < 4 || owned.size() > 19)
+      throw LinkFailure("tcp needs an express, an engine, an urgent and 1 to 16 bulk connections, got " +
+                            std::to_string(owned.size()),
+                        EINVAL);
     TlsContext* tls = secure();
     std::vector<std::unique_ptr<Stream>> streams;
     for (size_t i = 0; i < owned.size(); ++i) {

@@ -8,6 +8,8 @@ namespace aiocomm::tcp {
 namespace {
 constexpr uint32_t kMaxPayload = 1 << 20, kMaxData = 1 << 30;
 constexpr uint64_t kLinger = 1000000000;  // ns
+constexpr uint64_t kApartNs = 200000000;  // after a chunk of a lower class: until the kernel has none of it
+constexpr uint8_t kNormal = 1;            // class of channels that ask for none
 }  // namespace
 
 TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams)
@@ -25,6 +27,7 @@ TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::un
   const Splice splice = mode == "off" ? Splice::never : mode == "on" ? Splice::always : Splice::where_it_pays;
   for (size_t i = 2; i < streams.size(); ++i)
     bulk_.push_back(std::make_unique<BulkLane>(*this, std::move(streams[i]), splice));
+  shared_ = bulk_.size() - 1;
 }
 
 void TcpPeer::start() {
@@ -48,11 +51,16 @@ Post TcpPeer::post(const FrameHeader& header, const std::byte* meta, const std::
   return Post::ok;
 }
 
-Post TcpPeer::post_data(const FrameHeader& header, const std::byte* payload, Wake) {
+Post TcpPeer::post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) {
   if (dead_ || ending_) return Post::lost;
+  // What the kernel has taken of lower classes may be megabytes, behind which a lane's next chunk waits.
+  const bool above = cls > kNormal;
+  if (!above) lower_ns_ = host_.now();
+  const size_t first = above && host_.now() - lower_ns_ < kApartNs ? shared_ : 0;
+  const size_t last = above ? bulk_.size() : shared_;
   BulkLane* best = nullptr;
-  for (auto& lane : bulk_)
-    if (!lane->full() && (!best || lane->queued() < best->queued())) best = lane.get();
+  for (size_t i = first; i < last; ++i)
+    if (!bulk_[i]->full() && (!best || bulk_[i]->queued() < best->queued())) best = bulk_[i].get();
   if (!best) {
     bulk_blocked_ = true;
     return Post::again;

@@ -1,5 +1,5 @@
 // One pair over TCP: an express lane for frames in order, an engine lane that wakes the other side's engine,
-// and bulk lanes for payloads.
+// and bulk lanes for payloads, of which one is kept for what is more urgent than the rest.
 //
 // Rules
 //  * Every frame but `data` goes over the express lane, which the receiver's event loop watches: a small
@@ -25,14 +25,15 @@ namespace aiocomm::tcp {
 
 class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPeer> {
  public:
-  // The first stream is the express lane, the second the engine's, the others carry payloads.
+  // The first stream is the express lane, the second the engine's, the others carry payloads: the last one only those of
+  // classes above normal, which take the others, too, while there is nothing else.
   TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::unique_ptr<Stream>> streams);
   ~TcpPeer() override { shut(); }
   void start() override;
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   uint64_t frame_limit() const override;
-  Post post_data(const FrameHeader& header, const std::byte* payload, Wake wake) override;
+  Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
   void tick(uint64_t now_ns) override;
   // Within a host the kernel tells of every death, and an idle pair costs nothing.
   bool needs_ticks() const override { return !dead_ && (ending_ || !same_host_); }
@@ -66,6 +67,8 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   std::string ending_reason_;
   FrameLane express_, engine_;
   std::vector<std::unique_ptr<BulkLane>> bulk_;
+  size_t shared_;          // of them, by the lower classes
+  uint64_t lower_ns_ = 0;  // when these last had something
 };
 
 }  // namespace aiocomm::tcp
