@@ -311,7 +311,7 @@ def test_loops_of_several_threads(link: str) -> None:
     def look() -> None:
         last = False
         while not last:
-            last = over.is_set()  # once more when all have ended
+            last = over.wait(1e-4)  # once more when all have ended
             looked.extend(transfer.result() is None for transfer in shared[-20:] if transfer.done())
 
     async def work(seed: int) -> int:
