@@ -198,7 +198,7 @@ void Engine::break_down(const char* why) noexcept {
   ops_.for_each_live(end);
   served_.for_each_live(end);
   attempt([&] { let_go({}); });
-  attempt([&] { ring(page_->loop, loop_fd_); });
+  ring_fd(loop_fd_);  // whatever its word says: who claimed to wake it may have died
 }
 
 void Engine::failed(const char* why) noexcept {
