@@ -2,6 +2,7 @@
 
 #include <sys/epoll.h>
 
+#include <cerrno>
 #include <utility>
 
 #include "links/tcp/peer.hpp"
@@ -10,6 +11,14 @@ namespace aiocomm::tcp {
 
 Lane::Lane(TcpPeer& peer, std::unique_ptr<Stream> stream, bool loop)
     : peer_(peer), stream_(std::move(stream)), loop_(loop) {}
+
+bool is_end(int error) { return error == kEndOfStream || error == ECONNRESET || error == EPIPE; }
+
+std::string Lane::refusal() {
+  if (open_ || stopped_) return {};
+  const int error = failed_ ? failed_ : stream_->open().error;
+  return error && !is_end(error) ? reason(error) : std::string();
+}
 
 void Lane::start() { advance_handshake(); }
 

@@ -15,6 +15,9 @@ namespace aiocomm::tcp {
 
 class TcpPeer;
 
+// Whether it says only that the peer has gone.
+bool is_end(int error);
+
 // What one readiness may move before others get their turn.
 constexpr size_t kReadTurn = 512 << 10;
 constexpr size_t kWriteTurn = 1 << 20;
@@ -30,6 +33,8 @@ class Lane : public Pollable {
   void stop();  // the stream has ended, the pair not yet: look at it no more
   bool open() const { return open_; }
   std::string reason(int error) const { return stream_->reason(error); }
+  // Why the handshake has failed, if that is more than an end; only of a pair that is about to end.
+  std::string refusal();
   void read();  // what has arrived, at most a turn's worth
 
  protected:

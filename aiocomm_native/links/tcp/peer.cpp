@@ -151,8 +151,12 @@ void TcpPeer::tick(uint64_t now_ns) {
 void TcpPeer::ended(Lane& lane, int error, bool reading) {
   if (dead_) return;
   std::string reason = lane.reason(error);
-  if (&lane == &express_ && (reading || !lane.open())) return lose(ending_ ? ending_reason_ : reason);
-  bool closed = error == kEndOfStream || error == ECONNRESET || error == EPIPE;
+  const bool closed = is_end(error);
+  // Who refuses a handshake says why on one lane, and closes all of them: which is seen first is chance.
+  if (closed)
+    if (std::string why = refusal(lane); !why.empty()) return lose(why);
+  if (&lane == &express_ && (reading || !lane.open()))
+    return lose(ending_ && closed ? ending_reason_ : reason);
   if (&lane != &express_) lane.stop();
   if (!ending_) {
     ending_ = true;
@@ -162,6 +166,15 @@ void TcpPeer::ended(Lane& lane, int error, bool reading) {
   }
   express_.chase_end();
   if (!closed && !dead_) lose(reason);
+}
+
+std::string TcpPeer::refusal(const Lane& but) {
+  std::vector<Lane*> lanes{&express_, &engine_};
+  for (auto& lane : bulk_) lanes.push_back(lane.get());
+  for (Lane* lane : lanes)
+    if (lane != &but)
+      if (std::string why = lane->refusal(); !why.empty()) return why;
+  return {};
 }
 
 void TcpPeer::lose(const std::string& reason) {

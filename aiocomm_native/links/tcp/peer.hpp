@@ -57,6 +57,7 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
  private:
   void shut();
   void poke();
+  std::string refusal(const Lane& but);  // what another lane tells
 
   Host& host_;
   const uint64_t heartbeat_ns_;
