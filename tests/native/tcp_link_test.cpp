@@ -282,9 +282,7 @@ void two_threads_per_side(Texts texts) {
       if (next < kCount &&
           post(*p.a, FrameKind::eager, next, {}, "hello", next % 7 ? Wake::loop : Wake::engine) == Post::ok)
         ++next;
-      FrameHeader h{};
-      h.kind = FrameKind::data;
-      h.payload_bytes = 1 << 20;
+      FrameHeader h = chunk(from);
       h.rop = 5;
       if (chunks < 40 && p.a->post_data(h, from.data(), kNormal) != Post::again) ++chunks;
     }
@@ -348,9 +346,7 @@ void closing_waits_for_the_call_under_way(bool reader, Texts texts) {
     for (int turn = 0; turn < 2000; ++turn) std::this_thread::yield();  // it has every chance to go wrong
     CHECK(!closed);
   };
-  FrameHeader h{};
-  h.kind = FrameKind::data;
-  h.payload_bytes = static_cast<uint32_t>(from.size());
+  FrameHeader h = chunk(from);
   h.rop = 5;
   CHECK(p.a->post_data(h, from.data(), kNormal) == Post::pending);
   CHECK(p.until([&] { return closed.load(); }, false));
