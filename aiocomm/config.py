@@ -120,6 +120,14 @@ class Settings:
     pinned_bytes: int = _setting(
         1 << 30, "bytes", "Pinned host memory for staging GPU memory, kept once taken.", low=0, high=1 << 40
     )
+    gpu_pinned_bytes: int = _setting(
+        16 << 30,
+        "bytes",
+        "Arrays of `aiocomm.empty()` of other processes of the host that are pinned here, so that GPUs copy from "
+        "and to them directly; beyond it messages are staged.",
+        low=0,
+        high=1 << 44,
+    )
     gpu_relay_bytes: int = _setting(
         1 << 30,
         "bytes",
@@ -290,6 +298,7 @@ class Settings:
             "gpu_spin_s",
             "gpu_mappings",
             "pinned_bytes",
+            "gpu_pinned_bytes",
             "gpu_relay_bytes",
             "cma",
             "rdma_gid_index",

@@ -1,8 +1,8 @@
 """Suite `gpu-mixed`: messages with host memory at one end, or with a network between, against the slower leg.
 
 Each leg is measured in the same processes: pinned copies to and from the device, and host memory to host
-memory over the link that carries the message. Scattered pages, put from rank 0, beside the same from host to
-host.
+memory over the link that carries the message. `shared` is an array of `aiocomm.empty()`, which copy engines
+reach by themselves. Scattered pages, put from rank 0, beside the same from host to host.
 
 Metrics of pages (of one call, its median):
     pages_gbytes_s/WAY: of 32 KiB.
@@ -30,16 +30,19 @@ if TYPE_CHECKING:
     from .model import Metrics, Options
 
 _NAME = "aiocomm-gpu"
-_Way = tuple[str, str, str, tuple[str, ...]]
-# Name, what is sent, what is received into, and the legs between.
+_Way = tuple[str, str, str, str, tuple[str, ...]]
+# Name, what is sent, what is received into, the pair's link, and the legs between.
 _WAYS: tuple[_Way, ...] = (
-    ("gpu_to_host", "gpu", "host", ("out", "shm")),
-    ("host_to_gpu", "host", "gpu", ("shm", "in")),
-    ("gpu_to_gpu_tcp", "gpu", "gpu", ("out", "tcp", "in")),
-    ("gpu_to_host_tcp", "gpu", "host", ("out", "tcp")),
-    ("host_to_gpu_tcp", "host", "gpu", ("tcp", "in")),
+    ("gpu_to_host", "gpu", "host", "shm", ("out", "shm")),
+    ("host_to_gpu", "host", "gpu", "shm", ("shm", "in")),
+    ("gpu_to_shared", "gpu", "shared", "shm", ("out",)),
+    ("shared_to_gpu", "shared", "gpu", "shm", ("in",)),
+    ("gpu_to_gpu_tcp", "gpu", "gpu", "tcp", ("out", "tcp", "in")),
+    ("gpu_to_host_tcp", "gpu", "host", "tcp", ("out", "tcp")),
+    ("host_to_gpu_tcp", "host", "gpu", "tcp", ("tcp", "in")),
 )
-_PAGED: tuple[_Way, ...] = (*_WAYS, ("host_to_host", "host", "host", ("shm",)))
+_PAGED: tuple[_Way, ...] = (*_WAYS, ("host_to_host", "host", "host", "shm", ("shm",)))
+_WARM = 8  # messages before those that are measured: what they lie in is pinned meanwhile
 _PAGES, _OF = 2048, 4096  # that are put, and that an array has
 
 
@@ -110,8 +113,12 @@ async def _pages(comm: Any, role: int, array: Any, nbytes: int, repeats: int) ->
 
 async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
     nbytes, repeats = int(arguments["nbytes"]), int(arguments["repeats"])
+    import aiocomm
+
     gpu = driver.allocate(nbytes)
     arrays: dict[str, Any] = {"gpu": gpu, "host": np.ones(nbytes, np.uint8)}
+    arrays["shared"] = aiocomm.empty(nbytes, np.uint8)
+    arrays["shared"][:] = 1
     mine = _leg(driver, gpu.address, nbytes, "in" if role else "out")
     theirs = control.swap(mine)
     legs = {"out": theirs if role else mine, "in": mine if role else theirs}
@@ -120,11 +127,11 @@ async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[s
         comm = await ours.connect(role, control, *links)
         try:
             leg_times = []
-            for name, source, into, between in _WAYS:
-                if carrier not in between:
+            for name, source, into, link, between in _WAYS:
+                if link != carrier:
                     continue
                 array = arrays[into if role else source]
-                for _ in range(2):
+                for _ in range(_WARM):
                     await _time(comm, role, array)
                 # In turns with the leg of the link alone, whose rate drifts.
                 times, ratios = [], []
@@ -132,13 +139,14 @@ async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[s
                     alone = await _time(comm, role, arrays["host"])
                     times.append(await _time(comm, role, array))
                     leg_times.append(alone)
-                    slower = max(alone, *(nbytes / legs[leg] / 1e9 for leg in between if leg in legs))
+                    took = legs | {carrier: nbytes / alone / 1e9}
+                    slower = max(nbytes / took[leg] / 1e9 for leg in between)
                     ratios.append(slower / times[-1])
                 found[f"gbytes_s/{name}"] = nbytes / statistics.median(times) / 1e9
                 found[f"of_leg/{name}"] = statistics.median(ratios)
             found[f"leg_gbytes_s/{carrier}"] = nbytes / statistics.median(leg_times) / 1e9
-            for name, source, into, between in _PAGED:
-                if carrier in between:
+            for name, source, into, link, _ in _PAGED:
+                if link == carrier:
                     array = arrays[into if role else source]
                     large = await _pages(comm, role, array, 32 * KIB, repeats)
                     small = await _pages(comm, role, array, KIB, repeats)

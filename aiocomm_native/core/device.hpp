@@ -5,7 +5,8 @@
 //    the receiver either has its engine pull them, or answers `cts` with a place of its own, and the sender's engine
 //    pushes and says `moved`. Bulk is pushed, so that the other end's engine stays free for what is urgent; that goes
 //    by whichever engine has less to do.
-//  * Where one end is host memory, or neither end can map the other's memory, the bytes go through host memory of the
+//  * Where one end is host memory that it shares (PeerMemory), the device's engine copies from or to it.
+//  * Where one end is other host memory, or neither end can map the other's memory, the bytes go through host memory of the
 //    device's process (`bounce`): device to bounce, bounce over the pair's link, or the other way, chunk by chunk.
 //  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
 //    reader goes on as a receiver does.
@@ -31,6 +32,7 @@
 namespace aiocomm {
 
 class LinkPeer;
+struct PeerMemory;
 class Scheduler;
 
 enum class Export : uint8_t { none, ipc, descriptor };
@@ -57,8 +59,8 @@ enum class Lane : uint8_t { peer, out, in, count };  // device to device, to the
 
 enum class Role : uint8_t {
   none,
-  pull,       // our engine reads the peer's memory
-  push,       // our engine writes the peer's memory
+  pull,       // our engine reads the peer's memory, of a device or shared
+  push,       // our engine writes the peer's memory, of a device or shared
   pushed,     // the peer's engine writes ours
   stage_out,  // our engine fills the bounce, which the link sends
   stage_in,   // the link fills the bounce, which our engine empties
@@ -146,16 +148,18 @@ struct DeviceBuffer {
   bool owes_moved = false;   // push: the peer waits for our word
   bool owes_fin = false;     // pull: the peer's buffer is let go when our last chunk is over
   uint8_t fin_code = 0;
-  bool remote_writes = false;  // pushed: the peer has not yet said that it is done
-  bool waiting = false;        // for a gate, a mapping or memory
-  bool can_pull = false;       // stage_out: the peer reads the bounce by itself
-  bool packing = false;        // a list is being brought to the bounce: the peer has no part in it
-  bool on_demand = false;      // serve: its bytes go once the reader asks for them
+  bool waiting = false;    // for a gate, a mapping or memory
+  bool can_pull = false;   // stage_out: the peer reads the bounce by itself
+  bool packing = false;    // a list is being brought to the bounce: the peer has no part in it
+  bool on_demand = false;  // serve: its bytes go once the reader asks for them
   Lane lane = Lane::peer;
   uint32_t inflight = 0;  // chunks with the device
   uint64_t landed = 0;    // stage_in: bytes in device memory
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
+  uint64_t pinned_from = 0;  // that is host memory, in whose blocks from here on it is pinned
+  uint64_t far_address = 0;  // host memory that the peer shares: of the message's bytes, or where they go
+  uint32_t far_segment = 0;  // 0: there is none
   std::byte* bounce = nullptr;
   bool direct = false;                 // the adapters of the pair's link reach it
   bool not_direct = false;             // they were tried, and do not
@@ -175,14 +179,16 @@ struct MoveJob {
   uint8_t device = 0, cls = 0;
   uint64_t other = 0;  // of two devices, by its UUID
   Lane lane = Lane::peer;
-  int error = 0;                  // the driver's
-  bool early = false;             // loops are woken while it runs: it takes no longer than waking up
-  bool local = false;             // within one device: by none of the engines between devices
-  bool joint = false;             // of an op with copies to several devices, which share the streams
-  uint32_t part = 0;              // of the op's copies
-  bool more = false;              // of those come at once, and tell its end, too
-  bool followed = false;          // by others to the same memory, which its end must not hold up
-  bool unscheduled = false;       // no scheduler has given it room
+  int error = 0;             // the driver's
+  bool early = false;        // loops are woken while it runs: it takes no longer than waking up
+  bool local = false;        // within one device: by none of the engines between devices
+  bool joint = false;        // of an op with copies to several devices, which share the streams
+  uint32_t part = 0;         // of the op's copies
+  bool more = false;         // of those come at once, and tell its end, too
+  bool followed = false;     // by others to the same memory, which its end must not hold up
+  bool unscheduled = false;  // no scheduler has given it room
+  uint64_t pinned_from =
+      0;  // its host memory is pinned in blocks from here on, over whose ends no copy reaches
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched
   const Gather* gather = nullptr;  // of the op, for its rows
@@ -244,6 +250,10 @@ class Mover {
   virtual int devices() const = 0;  // loads the driver; throws LinkFailure
   // Asks the peer's memory to be mapped for `device`; `waiter` hears by go_on where the answer is `opening`.
   virtual Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) = 0;
+  // Whether the device's engines copy from and to these bytes that a peer shares; where they do not yet, they may for later
+  // messages: pinning is not waited for.
+  virtual bool reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
+                            uint64_t nbytes) = 0;
   // Makes memory of ours reachable for the peer as far as it can be; called before a place is sent.
   virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
   virtual bool post(const MoveJob& job) = 0;  // false: no room now

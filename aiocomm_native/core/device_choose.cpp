@@ -86,10 +86,20 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
     h.sop = header.sop;
     h.rop = op.id;
     h.flags = engine_.can_copy_from(peer) ? kReads : 0;
+    const Location at = op.listed ? Location{} : peer.link->locate(op.data, op.nbytes);
+    if (at.segment) {  // or its device does
+      h.address = at.address;
+      h.segment = at.segment;
+      op.written = true;
+    }
     return engine_.send_control(peer, h, Wake::engine);
   }
   DeviceBuffer& gpu = *op.gpu;
   note_urgent(op);
+  if (!place && !here && !op.listed) {
+    gpu.far_address = header.address;
+    gpu.far_segment = header.segment;
+  }
   gpu.from_device = place != nullptr;
   gpu.not_yet = header.flags & kNotYet;
   if (place) {
@@ -173,6 +183,7 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     Engine::Hold direct = engine_.reach(op, peer, Access::local);
     if (direct == Engine::Hold::pending) return;
     if (direct == Engine::Hold::failed) {
+      if (reaches_shared(op, peer)) return move_shared(op, Role::pull);
       if (!has_bounce(op)) return;
       gpu.role = Role::stage_in;
     }
@@ -254,7 +265,7 @@ void DeviceProtocol::staged_because(Peer& peer, const std::string& reason) {
 void DeviceProtocol::answer_with_place(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   gpu.role = Role::pushed;
-  gpu.remote_writes = true;
+  op.written = true;
   op.path = Path::device;
   FrameHeader h{};
   h.kind = FrameKind::cts;
@@ -312,6 +323,9 @@ void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const
   } else {
     gpu.role = Role::stage_out;
     gpu.can_pull = header.flags & kReads;
+    gpu.far_address = header.address;
+    gpu.far_segment = header.segment;
+    gpu.owes_moved = header.segment != 0;
   }
   continue_send(op, peer);
 }
@@ -319,7 +333,11 @@ void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const
 void DeviceProtocol::continue_send(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
-  if (gpu.role == Role::stage_out) return stage_out(op, peer);
+  if (gpu.role == Role::stage_out) {
+    if (!reaches_shared(op, peer)) return stage_out(op, peer);
+    op.awaits_fin = false;  // from here on it is we who say when it is over
+    return move_shared(op, Role::push);
+  }
   if (op.rows) return move_rows(op, peer, Role::push);
   uint64_t within = gpu.theirs.address - gpu.theirs.base;
   bool sane = within <= gpu.theirs.extent && op.nbytes <= gpu.theirs.extent - within;
@@ -361,6 +379,25 @@ void DeviceProtocol::move_rows(Op& op, Peer& peer, Role role) {
   gpu.remote = reach.base + within;
   op.path = Path::device;
   queue_move(op, Lane::peer, op.nbytes);
+}
+
+// The other end is host memory that its process shares.
+bool DeviceProtocol::reaches_shared(Op& op, Peer& peer) {
+  DeviceBuffer& gpu = *op.gpu;
+  if (!gpu.far_segment || gpu.bounce) return false;
+  const std::shared_ptr<PeerMemory> memory = peer.link->shared(gpu.far_segment);
+  if (!memory || !memory->holds(gpu.far_address, op.nbytes)) return false;
+  if (!mover_->reach_shared(gpu.device, memory, gpu.far_address, op.nbytes)) return false;
+  gpu.pinned_from = reinterpret_cast<uint64_t>(memory->base);
+  gpu.remote = gpu.pinned_from + gpu.far_address;
+  gpu.mapping = memory;
+  return true;
+}
+
+void DeviceProtocol::move_shared(Op& op, Role role) {
+  op.gpu->role = role;
+  op.path = Path::device;
+  queue_move(op, role == Role::pull ? Lane::in : Lane::out, op.nbytes);
 }
 
 void DeviceProtocol::stage_out(Op& op, Peer& peer) {
@@ -411,12 +448,12 @@ void DeviceProtocol::send_moved(Peer& peer, OpId rop, Code code, uint64_t nbytes
 
 void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
   Op* op = engine_.find(header.rop);
-  if (!op || op->peer != peer.rank || !op->gpu || op->gpu->role != Role::pushed || !op->gpu->remote_writes)
-    return;
-  op->gpu->remote_writes = false;
+  if (!op || op->peer != peer.rank || !op->written) return;
+  op->written = false;
+  const bool relayed = op->gpu && op->gpu->relay;
   auto code = static_cast<Code>(header.code);
   if (op->state == OpState::draining) {
-    if (code == Code::ok && !op->gpu->relay) engine_.done_after_all(*op);
+    if (code == Code::ok && !relayed) engine_.done_after_all(*op);
     engine_.settle(*op);
     return;
   }
@@ -424,9 +461,10 @@ void DeviceProtocol::on_moved(Peer& peer, const FrameHeader& header) {
   if (code == Code::ok) {
     if (header.nbytes != op->nbytes) throw ProtocolViolation("a push of another size than the message's");
     op->moved = op->nbytes;
-    engine_.counters_[index_].bytes_received += op->moved;
+    op->path = Path::device;
+    engine_.counters_[engine_.executor_of(*op)].bytes_received += op->moved;
     op->remote_op = 0;  // has ended there
-    if (!op->gpu->relay) return engine_.received(*op);
+    if (!relayed) return engine_.received(*op);
     op->gpu->role = Role::stage_in;
     return landing(*op, 0, op->nbytes);
   }
@@ -439,6 +477,7 @@ void DeviceProtocol::on_staged(Peer& peer, const FrameHeader& header) {
   if (!op || op->peer != peer.rank || op->state != OpState::moving) return;
   if (op->kind != OpKind::recv && op->kind != OpKind::get) return;
   if (op->gpu ? op->gpu->role != Role::stage_in : op->ready == ~0ull) return;
+  op->written = false;  // it does not reach our memory
   if (header.nbytes > op->nbytes || (op->ready != 0 && header.nbytes <= op->ready))
     throw ProtocolViolation("more staged than the message has");
   const bool first = op->ready == 0;

@@ -20,6 +20,7 @@ constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kBusyChunk
 constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kOwnNs = 12000;  // of what an urgent message may take, what it needs itself
 constexpr uint64_t kEarlyWake = 256 << 10;
+constexpr uint64_t kDirectChunk = 16 << 20;  // between a device and host memory, where no other step follows
 }  // namespace
 
 DeviceQueue& DeviceProtocol::queue_of(int device, Lane lane) {
@@ -97,6 +98,7 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
       post_copies(*op, *chunk);
       continue;
     }
+    if (gpu.pinned_from) take_more(queue, *chunk);
     MoveJob job;
     job.op = op->id;
     job.offset = chunk->offset;
@@ -110,10 +112,11 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     job.rows = op->rows.get();
     job.gather = gpu.gather.get();
     uint64_t ours = reinterpret_cast<uint64_t>(op->data) + skip;
-    uint64_t other = (queue.lane == Lane::peer ? gpu.remote : reinterpret_cast<uint64_t>(gpu.bounce)) + skip;
+    uint64_t other = (gpu.remote ? gpu.remote : reinterpret_cast<uint64_t>(gpu.bounce)) + skip;
     bool incoming = gpu.role == Role::pull || queue.lane == Lane::in;
     job.to = incoming ? ours : other;
     job.from = incoming ? other : ours;
+    job.pinned_from = gpu.pinned_from;
     ++gpu.inflight;
     if (chunk->last) gpu.in_sched = false;
     job.local =
@@ -123,6 +126,17 @@ void DeviceProtocol::pump(DeviceQueue& queue) {
     // The copy of a small message takes about as long as a loop takes to wake up.
     job.early = gpu.role == Role::pull && op->nbytes <= kEarlyWake;
     if (!mover_->post(job)) queue.overflow.push_back(job);
+  }
+}
+
+// Chunks of one op that would leave behind each other, as one: each costs its engine some microseconds.
+void DeviceProtocol::take_more(DeviceQueue& queue, Scheduler::Chunk& chunk) {
+  while (!chunk.last && chunk.nbytes < kDirectChunk) {
+    const auto more = queue.sched.next();
+    if (!more) return;
+    if (more->item != chunk.item) return queue.sched.unget(*more);
+    chunk.nbytes += more->nbytes;
+    chunk.last = more->last;
   }
 }
 
@@ -139,6 +153,7 @@ void DeviceProtocol::landing(Op& op, uint64_t offset, uint64_t nbytes) {
   job.nbytes = nbytes;
   job.device = static_cast<uint8_t>(op.gpu->device);
   job.lane = Lane::in;
+  job.unscheduled = true;
   job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.to = reinterpret_cast<uint64_t>(op.data) + offset;
@@ -163,7 +178,7 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     MoveJob& job = jobs[i];
     DeviceQueue& queue = queue_of(job.device, job.lane);
-    if (job.lane != Lane::in && !job.unscheduled) {
+    if (!job.unscheduled) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
       uint64_t elapsed = 0;
       if (job.nbytes >= kRated && job.ended_ns >= began && !job.local) {
@@ -194,13 +209,13 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       op->moved = op->nbytes;
       op->path = Path::device;
       end_parts(*op);
-    } else if (job.lane == Lane::in) {
+    } else if (gpu.role == Role::stage_in) {
       gpu.landed += job.nbytes;
       if (gpu.landed == op->nbytes) engine_.received(*op);
     } else if (gpu.packing) {
       gpu.landed += job.nbytes;
       if (gpu.landed == op->rows->nbytes()) packed(*op);
-    } else if (job.lane == Lane::out) {
+    } else if (gpu.role == Role::stage_out) {
       op->ready = job.offset + job.nbytes;  // one flow's chunks leave and end in order
       if (!gpu.can_pull) {
         engine_.schedulers_[op->link]->set_ready(engine_.flow_of(*op, *peer).id, true);

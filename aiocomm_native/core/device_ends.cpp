@@ -87,11 +87,10 @@ void DeviceProtocol::on_freed(Peer& peer, const FrameHeader& header) {
 
 // Before memory is given back at close, peers whose engines write it have their word to say.
 void DeviceProtocol::finish_writers() {
-  if (!mover_) return;
   uint64_t limit = engine_.now() + engine_.drain_ns_;
   auto writing = [&] {
     bool any = false;
-    auto look = [&](Op& op) { any |= op.gpu && op.gpu->remote_writes; };
+    auto look = [&](Op& op) { any |= op.written; };
     engine_.ops_.for_each_live(look);
     engine_.served_.for_each_live(look);
     return any;
@@ -101,9 +100,7 @@ void DeviceProtocol::finish_writers() {
     if (!writing()) return;
     engine_.poll_links();
     if (engine_.now() < limit) continue;
-    auto give_up = [](Op& op) {
-      if (op.gpu) op.gpu->remote_writes = false;
-    };
+    auto give_up = [](Op& op) { op.written = false; };
     engine_.ops_.for_each_live(give_up);
     engine_.served_.for_each_live(give_up);
     return;

@@ -44,6 +44,7 @@ void DeviceProtocol::unpack(Op& op) {
   job.nbytes = nbytes;
   job.device = static_cast<uint8_t>(gpu.device);
   job.lane = Lane::in;
+  job.unscheduled = true;
   job.cls = op.scope->cls;
   job.posted_ns = engine_.now();
   job.rows = op.rows.get();

@@ -18,6 +18,7 @@
 #include "core/link.hpp"
 #include "core/op.hpp"
 #include "core/peer.hpp"
+#include "core/sched.hpp"
 
 namespace aiocomm {
 
@@ -120,6 +121,8 @@ class DeviceProtocol final : public MoverHost {
   void note_urgent(const Op& op);
   void answer_with_place(Op& op, Peer& peer);
   void staged_because(Peer& peer, const std::string& reason);
+  bool reaches_shared(Op& op, Peer& peer);
+  void move_shared(Op& op, Role role);
   void stage_out(Op& op, Peer& peer);
   void move_rows(Op& op, Peer& peer, Role role);
   bool has_bounce(Op& op, bool may_wait = true);
@@ -128,6 +131,7 @@ class DeviceProtocol final : public MoverHost {
   DeviceQueue& queue_of(int device, Lane lane);
   void queue_move(Op& op, Lane lane, uint64_t nbytes);
   void pump(DeviceQueue& queue);
+  void take_more(DeviceQueue& queue, Scheduler::Chunk& chunk);
   void limit_window(DeviceQueue& queue);
 
   // device_listed.cpp

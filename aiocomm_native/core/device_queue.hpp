@@ -22,7 +22,7 @@ inline SchedConfig lane_config(Lane lane, double min_share) {
     config.initial_rate = 300;
   } else {
     config.max_chunk = 4 << 20;
-    config.max_window = 16 << 20;
+    config.max_window = 64 << 20;
     config.min_window = 2 << 20;
     config.initial_rate = 40;
   }

@@ -17,9 +17,11 @@
 namespace aiocomm {
 
 enum class FrameKind : uint8_t {
-  eager = 1,    // message with its bytes; `sop` nonzero: the sender waits for `fin` (synchronous send)
-  rts,          // announcement: `address`/`segment` say where the bytes lie at the sender
-  cts,          // the receiver (of a put: the owner; of a get: the reader) has a buffer: push to `rop`
+  eager = 1,  // message with its bytes; `sop` nonzero: the sender waits for `fin` (synchronous send)
+  rts,        // announcement: `address`/`segment` say where the bytes lie at the sender
+  // The receiver (of a put: the owner; of a get: the reader) has a buffer: push to `rop`. Where it lies in shared memory,
+  // `address`/`segment` say where, and a device of the sender may write it: then `moved` is owed, however that ends.
+  cts,
   data,         // bytes for `rop` at offset `address`
   fin,          // ends the peer's op `sop` (its message) with `code`; `nbytes` moved
   cancel,       // the sender of message `sop` gives it up: answer with `fin`

@@ -23,6 +23,7 @@
 #include "core/frame.hpp"
 #include "core/ids.hpp"
 #include "core/op.hpp"
+#include "core/peer_memory.hpp"
 
 namespace aiocomm {
 
@@ -162,6 +163,11 @@ class LinkPeer {
   virtual Location locate(const std::byte* data, uint64_t nbytes) {
     (void)nbytes;
     return {reinterpret_cast<uint64_t>(data), 0};
+  }
+  // Memory of the peer that is shared with this process, by the segment of a location; null: it is not mapped here.
+  virtual std::shared_ptr<PeerMemory> shared(uint32_t segment) {
+    (void)segment;
+    return nullptr;
   }
   // The peer's process as the kernel tells it, where it is on this host; -1: elsewhere, or not known.
   virtual int process() const { return -1; }

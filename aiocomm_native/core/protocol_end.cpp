@@ -61,9 +61,9 @@ void Engine::drop_inflight(Op& op) {
 }
 
 bool Engine::settle(Op& op) {
-  if (op.inflight || op.awaits_fin || op.letting_go) return false;
+  if (op.inflight || op.awaits_fin || op.letting_go || op.written) return false;
   if (op.gpu) {
-    if (op.gpu->inflight || op.gpu->remote_writes) return false;
+    if (op.gpu->inflight) return false;
     device_.settle(op);
   }
   if (std::exchange(op.owes_word, false)) tell_other(op, op.code);
@@ -304,7 +304,7 @@ void Engine::end_link(Peer& peer, bool with_ops) {
   for (Op* op : live) {
     if (!op->live) continue;
     op->awaits_fin = false;
-    if (op->gpu) op->gpu->remote_writes = false;
+    op->written = false;
     bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
     if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
       drop_inflight(*op);

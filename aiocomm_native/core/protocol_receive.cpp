@@ -342,7 +342,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (device && header.meta_bytes != sizeof(DevicePlace)) throw ProtocolViolation("no place to push to");
   Op* op = find(header.sop);
   if (!op || op->peer != peer.rank || op->state != OpState::posted || !op->awaits_fin) {
-    if (device) device_.send_moved(peer, header.rop, Code::cancelled, 0);
+    if (device || header.segment) device_.send_moved(peer, header.rop, Code::cancelled, 0);
     return;  // cancelled meanwhile
   }
   if (device && !op->gpu) throw ProtocolViolation("a push from host memory");
@@ -367,11 +367,10 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     op->started_ns = now();
     op->state = OpState::moving;
   }
-  if (op->gpu && op->gpu->role == Role::pushed && op->gpu->remote_writes && !op->gpu->by_rows &&
-      op->state == OpState::moving) {
-    Peer* peer = find_peer(source);  // it cannot map our memory, and sends the bytes over the link
-    op->gpu->remote_writes = false;
-    device_.stage_in(*op, *peer, false);
+  if (op->written && op->state == OpState::moving && !(op->gpu && op->gpu->by_rows)) {
+    Peer* peer = find_peer(source);  // it does not reach our memory, and sends the bytes over the link
+    op->written = false;
+    if (op->gpu) device_.stage_in(*op, *peer, false);
     if (!op->live) return nullptr;
   }
   if (op->gpu && !op->gpu->bounce) return nullptr;

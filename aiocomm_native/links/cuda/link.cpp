@@ -46,6 +46,7 @@ State::State(const Driver& d, Host& h)
       exports(driver, [this] { helper.submit([] {}); }),
       bounces(driver, static_cast<uint64_t>(h.setting("pinned_bytes", 1 << 30))),
       relays(driver, static_cast<uint64_t>(h.setting("gpu_relay_bytes", 1 << 30))),
+      pinned(driver, host, helper, static_cast<uint64_t>(h.setting("gpu_pinned_bytes", 16e9))),
       spin_ns_(static_cast<uint64_t>(h.setting("gpu_spin_s", 0) * 1e9)) {}
 
 State::~State() {
@@ -90,6 +91,7 @@ void State::stop() {
   mappings.clear();
   exports.clear();
   helper.stop();
+  pinned.clear();
 }
 
 uint64_t State::give_up() {
@@ -319,6 +321,11 @@ Reach CudaLink::reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpI
             "descriptors or in many blocks, or AIOCOMM_CMA is off): allocate it by cudaMalloc"};
   Device* own = state_->started(device);
   return state_->mappings.reach(own->context, device, theirs, peer.process(), waiter);
+}
+
+bool CudaLink::reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
+                            uint64_t nbytes) {
+  return state_->pinned.covers(state_->started(device)->context, memory, offset, nbytes);
 }
 
 // Communicators of one process, and messages to oneself.

@@ -16,6 +16,7 @@
 #include "links/cuda/exports.hpp"
 #include "links/cuda/mappings.hpp"
 #include "links/cuda/memory.hpp"
+#include "links/cuda/pins.hpp"
 
 namespace aiocomm::cuda {
 
@@ -50,6 +51,7 @@ class State {
   Exports exports;
   Bounces bounces;
   Relays relays;
+  PinnedMemory pinned;
 
  private:
   int look_for_freed();
@@ -90,6 +92,8 @@ class CudaLink final : public Link, public Mover {
   Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   int devices() const override;
   Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) override;
+  bool reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
+                    uint64_t nbytes) override;
   void offer(DeviceBuffer& buffer, LinkPeer& peer) override;
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter, std::shared_ptr<Company> company) override;

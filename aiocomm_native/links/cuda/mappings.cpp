@@ -33,7 +33,11 @@ bool Helper::submit(std::function<void()> task) {
   return true;
 }
 
-void Helper::rest(std::chrono::microseconds time) { rests_until_ = std::chrono::steady_clock::now() + time; }
+void Helper::rest_after(std::chrono::steady_clock::time_point began) {
+  const auto now = std::chrono::steady_clock::now();
+  const auto took = std::chrono::duration_cast<std::chrono::microseconds>(now - began);
+  rests_until_ = now + std::clamp(kRestFactor * took, kLeastRest, kMostRest);
+}
 
 void Helper::stop() {
   {
@@ -257,10 +261,7 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
   } else {
     map_blocks(attempt, *mapping, key.device, theirs, process);
   }
-  // It holds the driver's lock, for which copies that are being issued wait. Those of urgent messages are to meet it rarely.
-  const auto took =
-      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - began);
-  if (host_.urgent_lately()) helper_.rest(std::clamp(kRestFactor * took, kLeastRest, kMostRest));
+  if (host_.urgent_lately()) helper_.rest_after(began);  // urgent messages are to meet it rarely
   const CUresult code = attempt.code;
   std::vector<OpId> waiters;
   {

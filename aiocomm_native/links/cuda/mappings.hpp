@@ -37,9 +37,11 @@ class Helper {
   Helper(const Driver& driver, std::function<int()> look, std::function<void(const char* why)> failed)
       : driver_(driver), look_(std::move(look)), failed_(std::move(failed)) {}
   ~Helper() { stop(); }
-  bool submit(std::function<void()> task);    // false: stopped
-  void rest(std::chrono::microseconds time);  // by a task: before the next one
-  void stop();                                // after what was submitted
+  bool submit(std::function<void()> task);  // false: stopped
+  // By a task that has held the driver's lock since `began`, for which copies that are being issued wait: there is a pause
+  // before the next one.
+  void rest_after(std::chrono::steady_clock::time_point began);
+  void stop();  // after what was submitted
 
  private:
   void run();

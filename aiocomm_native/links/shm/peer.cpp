@@ -229,8 +229,6 @@ void ShmPeer::on_hello(const Hello& hello, std::vector<int>& fds) {
   host_.sink().on_writable(*this);
 }
 
-ShmPeer::Mapping::~Mapping() { munmap(base, nbytes); }
-
 void ShmPeer::on_segment(const SegmentNote& note, std::vector<int>& fds) {
   if (note.error && !note.id && !note.nbytes && !note.base && fds.empty())
     return refused(static_cast<int>(note.error));
@@ -244,11 +242,12 @@ void ShmPeer::on_segment(const SegmentNote& note, std::vector<int>& fds) {
     return lost("protocol violation: a segment without its descriptor");
   }
   bool sane = note.nbytes > 0 && keeps_size(fds[0], note.nbytes);
-  void* base = sane ? mmap(nullptr, note.nbytes, PROT_READ, MAP_SHARED, fds[0], 0) : MAP_FAILED;
+  // Copy threads only read it; devices write it, too.
+  void* base = sane ? mmap(nullptr, note.nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0) : MAP_FAILED;
   close_all(fds);
   if (base == MAP_FAILED) return;  // its bytes are reached by cross-memory attach, or streamed
   std::lock_guard lock(mappings_mutex_);
-  mappings_.try_emplace(note.id, std::make_shared<Mapping>(base, note.nbytes));
+  mappings_.try_emplace(note.id, std::make_shared<PeerMemory>(base, note.nbytes));
 }
 
 void ShmPeer::tell_freed_segments() {
@@ -280,24 +279,26 @@ Location ShmPeer::locate(const std::byte* data, uint64_t nbytes) {
 
 Path ShmPeer::pull_path(const Location& where) {
   if (where.segment == 0) return cma_ ? Path::cma : Path::none;
-  auto known = [&] {
-    std::lock_guard lock(mappings_mutex_);
-    return mappings_.count(where.segment) != 0;
-  };
-  if (!known()) read_socket();  // the note was sent before the frame that names the segment
-  return known() ? Path::mapped : Path::none;
+  return shared(where.segment) ? Path::mapped : Path::none;
+}
+
+std::shared_ptr<PeerMemory> ShmPeer::shared(uint32_t segment) {
+  if (auto known = mapped(segment)) return known;
+  read_socket();  // the note was sent before the frame that names the segment
+  return mapped(segment);
+}
+
+std::shared_ptr<PeerMemory> ShmPeer::mapped(uint32_t segment) {
+  std::lock_guard lock(mappings_mutex_);
+  auto it = mappings_.find(segment);
+  return it == mappings_.end() ? nullptr : it->second;
 }
 
 int ShmPeer::pull(const Location& where, std::byte* into, size_t nbytes) {
   if (where.segment != 0) {
-    std::shared_ptr<Mapping> mapping;
-    {
-      std::lock_guard lock(mappings_mutex_);
-      auto it = mappings_.find(where.segment);
-      if (it == mappings_.end()) return ENXIO;
-      mapping = it->second;
-    }
-    if (where.address > mapping->nbytes || nbytes > mapping->nbytes - where.address) return EFAULT;
+    const std::shared_ptr<PeerMemory> mapping = mapped(where.segment);
+    if (!mapping) return ENXIO;
+    if (!mapping->holds(where.address, nbytes)) return EFAULT;
     copy_large(into, mapping->base + where.address, nbytes);
     return 0;
   }

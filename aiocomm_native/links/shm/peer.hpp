@@ -54,20 +54,11 @@ class ShmPeer final : public LinkPeer, public Pollable {
   int process() const override { return pid_; }
   WakePage* page() override { return peer_page_; }
   Location locate(const std::byte* data, uint64_t nbytes) override;
+  std::shared_ptr<PeerMemory> shared(uint32_t segment) override;
   void on_ready(uint32_t events) override;
   void close() override;
 
  private:
-  // A copy thread may still be reading when its owner frees the segment or the pair is closed: whoever is last unmaps.
-  struct Mapping {
-    std::byte* base;
-    uint64_t nbytes;
-    Mapping(void* at, uint64_t size) : base(static_cast<std::byte*>(at)), nbytes(size) {}
-    Mapping(const Mapping&) = delete;
-    Mapping& operator=(const Mapping&) = delete;
-    ~Mapping();
-  };
-
   void make_segment();
   void map_segment(int fd);
   void unmap();
@@ -78,6 +69,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
   bool copy_record(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake);
   void continue_data();
   void tell_freed_segments();
+  std::shared_ptr<PeerMemory> mapped(uint32_t segment);
   void wake_peer(Wake wake);
   void lost(const std::string& reason);
   void give_up(int error, const std::string& reason);
@@ -103,7 +95,8 @@ class ShmPeer final : public LinkPeer, public Pollable {
   uint64_t data_done_ = 0;
 
   std::mutex mappings_mutex_;  // copy threads read, the token's holder writes
-  std::unordered_map<uint32_t, std::shared_ptr<Mapping>> mappings_;
+  // A copy thread or a device may be at it when its owner frees the segment or the pair is closed.
+  std::unordered_map<uint32_t, std::shared_ptr<PeerMemory>> mappings_;
   std::unordered_set<uint32_t> announced_;  // our segments that the peer has
   uint64_t releases_seen_ = 0;
 };

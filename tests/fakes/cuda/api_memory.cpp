@@ -1,4 +1,5 @@
 // Allocation, host memory, pointer attributes, copies.
+#include <algorithm>
 #include <cstring>
 
 #include "api.hpp"
@@ -28,10 +29,22 @@ EngineKind direction(const Context& context, CUdeviceptr to, CUdeviceptr from) {
                                                                               : EngineKind::peer;
 }
 
+// As NVIDIA's does (580), which takes no copy over the end of a pinned range, be another one right behind it.
+bool within_one(uint64_t address, uint64_t extent) {
+  std::vector<Piece> pieces;
+  if (!sim().memory->pieces(address, extent, pieces)) return true;  // refused elsewhere
+  return pieces.size() == 1 || std::none_of(pieces.begin(), pieces.end(), [](const Piece& piece) {
+           return piece.range && piece.range->on_host();
+         });
+}
+
 CUresult queue_copy(Call& call, CUstream on, Op op) {
   StreamPtr stream = stream_of(call, on);
   if (!stream) return call.code;
   if (!op.width || !op.height) return CUDA_SUCCESS;
+  if (!within_one(op.to, (op.height - 1) * op.to_pitch + op.width) ||
+      !within_one(op.from, (op.height - 1) * op.from_pitch + op.width))
+    return CUDA_ERROR_INVALID_VALUE;
   op.engine = direction(*stream->context, op.to, op.from);
   return sim().submit(call.lock, stream, std::move(op));
 }
