@@ -123,8 +123,8 @@ class Settings:
     gpu_pinned_bytes: int = _setting(
         16 << 30,
         "bytes",
-        "Arrays of `aiocomm.empty()` of other processes of the host that are pinned here, so that GPUs copy from "
-        "and to them directly; beyond it messages are staged.",
+        "Arrays of `aiocomm.empty()` of other processes of the host that are pinned here, so that GPUs copy "
+        "from and to them directly; beyond it messages are staged.",
         low=0,
         high=1 << 44,
     )

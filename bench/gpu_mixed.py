@@ -2,7 +2,8 @@
 
 Each leg is measured in the same processes: pinned copies to and from the device, and host memory to host
 memory over the link that carries the message. `shared` is an array of `aiocomm.empty()`, which copy engines
-reach by themselves. Scattered pages, put from rank 0, beside the same from host to host.
+reach by themselves. Scattered pages, put from rank 0, or where they come from `shared` got by rank 1, beside
+the same from host to host.
 
 Metrics of pages (of one call, its median):
     pages_gbytes_s/WAY: of 32 KiB.
@@ -43,6 +44,7 @@ _WAYS: tuple[_Way, ...] = (
 )
 _PAGED: tuple[_Way, ...] = (*_WAYS, ("host_to_host", "host", "host", "shm", ("shm",)))
 _WARM = 8  # messages before those that are measured: what they lie in is pinned meanwhile
+_WARM_S = 0.5  # the same of pages, which are tried to be copied directly from time to time
 _PAGES, _OF = 2048, 4096  # that are put, and that an array has
 
 
@@ -87,28 +89,31 @@ async def _time(comm: Any, role: int, array: Any) -> float:
     return time.perf_counter() - start
 
 
-async def _pages(comm: Any, role: int, array: Any, nbytes: int, repeats: int) -> float:
-    """Seconds of a put of scattered pages of so many bytes from rank 0 to rank 1."""
+async def _pages(comm: Any, role: int, array: Any, nbytes: int, repeats: int, got: bool) -> float:
+    """Seconds of a put of scattered pages of so many bytes from rank 0 to rank 1, or of a get by rank 1."""
     import aiocomm
 
     shaped = (
         array.shaped(_OF, nbytes) if hasattr(array, "shaped") else array[: _OF * nbytes].reshape(_OF, nbytes)
     )
     pages = aiocomm.Pages(shaped)
-    if role == 1:
+    if role != int(got):
         async with await comm.lease_pages(pages) as lease:
-            await comm.send(lease.handle, 0)
-            await comm.barrier()
-        return 0.0
-    remote = comm.remote_pages((await comm.recv_array(1)).tobytes())
+            await comm.send(lease.handle, 1 - role)
+            return float(*await comm.recv_array(1 - role))
+    remote = comm.remote_pages((await comm.recv_array(1 - role)).tobytes())
     give, take = (gpu_blocks.pages(_PAGES, _OF, seed) for seed in (1, 2))
     times = []
-    for _ in range(repeats):
+    until = time.perf_counter() + _WARM_S
+    while len(times) < repeats or time.perf_counter() < until:
         start = time.perf_counter()
-        await comm.put_pages(pages, give, remote, take)
+        await (
+            comm.get_pages(remote, give, pages, take) if got else comm.put_pages(pages, give, remote, take)
+        )
         times.append(time.perf_counter() - start)
-    await comm.barrier()
-    return statistics.median(times[1:])
+    took = statistics.median(times[-repeats:])
+    await comm.send(np.array([took]), 1 - role)
+    return took
 
 
 async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[str, Any]) -> Metrics:
@@ -147,9 +152,9 @@ async def _all(role: int, control: Control, driver: Driver, arguments: Mapping[s
             found[f"leg_gbytes_s/{carrier}"] = nbytes / statistics.median(leg_times) / 1e9
             for name, source, into, link, _ in _PAGED:
                 if link == carrier:
-                    array = arrays[into if role else source]
-                    large = await _pages(comm, role, array, 32 * KIB, repeats)
-                    small = await _pages(comm, role, array, KIB, repeats)
+                    array, got = arrays[into if role else source], source == "shared"
+                    large = await _pages(comm, role, array, 32 * KIB, repeats, got)
+                    small = await _pages(comm, role, array, KIB, repeats, got)
                     found[f"pages_gbytes_s/{name}"] = _PAGES * 32 * KIB / max(large, 1e-9) / 1e9
                     found[f"pages_us/{name}"] = small / _PAGES * 1e6
         finally:

@@ -10,7 +10,7 @@ import plots
 
 GPU: Final = "xeon-4xh200-gpu-2026-11-27"
 COMPUTE: Final = "xeon-4xh200-gpu-compute-2026-11-27"
-MIXED: Final = "xeon-4xh200-gpu-mixed-2026-11-27"
+MIXED: Final = "xeon-1xh200-gpu-mixed-2026-11-29"
 
 
 def gpu_table() -> str:
@@ -113,6 +113,8 @@ def gpu_mixed_table() -> str:
     ways = {
         "GPU to host": "gpu_to_host",
         "host to GPU": "host_to_gpu",
+        "GPU to an array of `aiocomm.empty()`": "gpu_to_shared",
+        "an array of `aiocomm.empty()` to GPU": "shared_to_gpu",
         "GPU to GPU over tcp": "gpu_to_gpu_tcp",
         "GPU to host over tcp": "gpu_to_host_tcp",
         "host to GPU over tcp": "host_to_gpu_tcp",

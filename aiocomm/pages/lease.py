@@ -8,9 +8,11 @@ moves.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import struct
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -39,6 +41,8 @@ __all__ = ["PageLease", "RemotePages"]
 _HEAD: Final = struct.Struct("<4sHQIII?")
 _MAGIC: Final = b"aioP"
 _VERSION: Final = 3
+_FIRST_S: Final = 0.05  # after which rows of host memory are tried again, twice as long each time, up to
+_LONGEST_S: Final = 5.0
 # What comes of looking at other bytes: numbers may be infinite, and lists nest deeper than Python follows.
 _NO_HANDLE: Final = (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, struct.error)
 
@@ -194,6 +198,17 @@ class PageLease:
         await self.aclose()
 
 
+@dataclass(slots=True)
+class _ByRows:
+    """When rows of a peer's pages are to be tried as one operation again.
+
+    Host memory is pinned in the background: what asks for that goes another way.
+    """
+
+    not_before: float = 0.0
+    pause_s: float = _FIRST_S
+
+
 class RemotePages:
     """A peer's leased pages: the target of `put_pages` and the source of `get_pages`."""
 
@@ -204,14 +219,14 @@ class RemotePages:
         leased: Any,
         regions: dict[int, RemoteRegion],
         on_gpu: bool,
-        by_rows: list[bool],
+        by_rows: _ByRows,
     ) -> None:
         self._number = number
         self.layout = layout
         self._leased = leased
         self._regions = regions
         self.on_gpu = on_gpu
-        self._by_rows = by_rows  # one, shared with all views
+        self._by_rows = by_rows  # shared with all views
 
     @classmethod
     def from_handle(cls, comm: Operations, handle: bytes) -> Self:
@@ -234,7 +249,7 @@ class RemotePages:
         except _NO_HANDLE as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
-        return cls(number, layout, leased, regions, on_gpu, [True])
+        return cls(number, layout, leased, regions, on_gpu, _ByRows())
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
         """Some of the arrays, e.g. those of one layer."""
@@ -254,11 +269,13 @@ class RemotePages:
     @property
     def by_rows(self) -> bool:
         """Whether this process's engines or adapters may move rows that lie apart, as one operation."""
-        return self._by_rows[0]
+        return time.monotonic() >= self._by_rows.not_before
 
     def refuse_rows(self) -> None:
-        """Note that none of this process reaches the pages."""
-        self._by_rows[0] = False
+        """Note that none of this process reaches the pages; those of a host may be reached later."""
+        rows = self._by_rows
+        rows.not_before = math.inf if self.on_gpu else time.monotonic() + rows.pause_s
+        rows.pause_s = min(2 * rows.pause_s, _LONGEST_S)
 
     @property
     def rank(self) -> int:

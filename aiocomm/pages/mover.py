@@ -164,6 +164,10 @@ class Mover:
         """Whether adapters of this process move rows to and from the pages by themselves."""
         return remote.by_rows and self.comm._engine.takes_rows(remote.rank)
 
+    def shares_memory(self, remote: RemotePages) -> bool:
+        """Whether the owner's arrays may be memory that this process has, too."""
+        return self.comm._engine.link_of(remote.rank) == "shm"
+
     def takes_lists(self, remote: RemotePages) -> bool:
         """Whether the owner moves many ranges of one message."""
         return not self.takes_rows(remote)

@@ -1,7 +1,8 @@
 """Moves pages between processes with the communicator's one-sided transfers.
 
-GPU to GPU: one operation per pair of arrays, whose rows this side's engine moves by itself, or with a budget
-of multiprocessors a kernel where they have no common stride. Over RDMA likewise, of GPU and host memory: the
+GPU to GPU, or to and from arrays of `aiocomm.empty()` on the same host: one operation per pair of arrays,
+whose rows this side's engine moves by itself, or between GPUs with a budget of multiprocessors a kernel where
+they have no common stride. Over RDMA likewise, of GPU and host memory: the
 adapter gathers or scatters several rows of ours in one request, about one stretch of the peer's memory. Else,
 or where these do not reach the peer's memory, one put or get per range that is contiguous at the peer; small
 ranges go many in a message, which the peer's engine, or its GPU's, copies to or from their places. Where the
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     Jobs = Iterator[Transfer[Any]]
 
 _LEAST_ROW: Final = 512  # bytes of rows of host memory that are better gathered by an adapter than packed
+_LEAST_ROW_OF_GPU: Final = 2048  # between a GPU and shared host memory, that are better copied one by one
 
 __all__ = ["get_pages", "put_layers", "put_pages"]
 
@@ -188,7 +190,7 @@ async def get_pages(
                 yield from one_by_one()
             elif len(plan.rows):
                 instead = partial(_instead, remote, one_by_one, _nothing)
-                yield mover.get_rows(region, local, plan.rows, _gather(local, sm_budget), instead)
+                yield mover.get_rows(region, local, plan.rows, _gather(local, remote, sm_budget), instead)
 
     await mover.run(jobs())
 
@@ -209,8 +211,10 @@ async def _planned(
         rows = await plan_far_rows(source, give, target, take, at_target)
         if not pages.on_gpu and rows.mean < _LEAST_ROW:
             rows = None
-    elif remote.by_rows and pages.on_gpu and remote.on_gpu:
+    elif remote.by_rows and pages.on_gpu and (remote.on_gpu or mover.shares_memory(remote)):
         rows = await plan_rows(source, give, target, take)
+        if not remote.on_gpu and rows.mean < _LEAST_ROW_OF_GPU:
+            rows = None
     if rows is not None:
         return _Plan(rows, lambda: ranges_of(source, give, target, take, at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
@@ -235,11 +239,11 @@ def _puts(
         elif len(plan.rows):
             begun()
             instead = partial(_instead, remote, one_by_one, ended)
-            yield mover.put_rows(region, local, plan.rows, _gather(local, sm_budget), ended, instead)
+            yield mover.put_rows(region, local, plan.rows, _gather(local, remote, sm_budget), ended, instead)
 
 
-def _gather(local: Bytes, sm_budget: int | None) -> Gather | None:
-    return gather_of(local, sm_budget) if isinstance(local, tuple) else None
+def _gather(local: Bytes, remote: RemotePages, sm_budget: int | None) -> Gather | None:
+    return gather_of(local, sm_budget) if isinstance(local, tuple) and remote.on_gpu else None
 
 
 def _instead(remote: RemotePages, one_by_one: Callable[[], Jobs], ended: Callable[[], object]) -> Jobs:

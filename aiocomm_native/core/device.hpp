@@ -11,7 +11,7 @@
 //  * A put is such a message that is matched by its region; the owner of a region answers a get with its place, and the
 //    reader goes on as a receiver does.
 //  * An access to rows that lie apart (`rows`) is for whoever asks for it to do, with its own engine and both sides'
-//    memory mapped; if that cannot be, it ends as `unreachable`, and lists are put or got.
+//    memory mapped, of a device or shared; if that cannot be, it ends as `unreachable`, and lists are put or got.
 //  * Lists of ranges (listed.hpp) are packed into and unpacked from the bounce by rows.
 //  * A buffer that queued work on the user's stream still uses has a closed gate: nothing is copied before it opens.
 //  * Only the process whose engine copies knows when the copy is over. So whoever gives up a transfer that the other
@@ -252,8 +252,9 @@ class Mover {
   virtual Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) = 0;
   // Whether the device's engines copy from and to these bytes that a peer shares; where they do not yet, they may for later
   // messages: pinning is not waited for.
+  // `rows`: of them, those that are written (`outgoing`) or read.
   virtual bool reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
-                            uint64_t nbytes) = 0;
+                            uint64_t nbytes, const RowList* rows, bool outgoing) = 0;
   // Makes memory of ours reachable for the peer as far as it can be; called before a place is sent.
   virtual void offer(DeviceBuffer& buffer, LinkPeer& peer) = 0;
   virtual bool post(const MoveJob& job) = 0;  // false: no room now

@@ -86,7 +86,8 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
     h.sop = header.sop;
     h.rop = op.id;
     h.flags = engine_.can_copy_from(peer) ? kReads : 0;
-    const Location at = op.listed ? Location{} : peer.link->locate(op.data, op.nbytes);
+    const uint64_t extent = header.flags & kRows ? header.address : op.nbytes;
+    const Location at = op.listed ? Location{} : peer.link->locate(op.data, extent);
     if (at.segment) {  // or its device does
       h.address = at.address;
       h.segment = at.segment;
@@ -184,6 +185,7 @@ void DeviceProtocol::continue_receive(Op& op, Peer& peer) {
     if (direct == Engine::Hold::pending) return;
     if (direct == Engine::Hold::failed) {
       if (reaches_shared(op, peer)) return move_shared(op, Role::pull);
+      if (has_rows(op)) return engine_.end_early(op, Code::unreachable);
       if (!has_bounce(op)) return;
       gpu.role = Role::stage_in;
     }
@@ -309,7 +311,7 @@ void DeviceProtocol::stage_in(Op& op, Peer& peer, bool ask) {
 
 void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const std::byte* meta) {
   DeviceBuffer& gpu = *op.gpu;
-  if (gpu.by_rows || (op.rows && !(header.flags & kDevice)))
+  if (gpu.by_rows || (op.rows && !(header.flags & kDevice) && !header.segment))
     throw ProtocolViolation("rows are moved by whoever asked for them");
   op.state = OpState::moving;
   op.started_ns = engine_.now();
@@ -334,9 +336,10 @@ void DeviceProtocol::continue_send(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
   if (wait_for_gate(op)) return;
   if (gpu.role == Role::stage_out) {
-    if (!reaches_shared(op, peer)) return stage_out(op, peer);
+    const bool reached = reaches_shared(op, peer);
+    if (!reached && !has_rows(op)) return stage_out(op, peer);
     op.awaits_fin = false;  // from here on it is we who say when it is over
-    return move_shared(op, Role::push);
+    return reached ? move_shared(op, Role::push) : engine_.end_early(op, Code::unreachable);
   }
   if (op.rows) return move_rows(op, peer, Role::push);
   uint64_t within = gpu.theirs.address - gpu.theirs.base;
@@ -379,25 +382,6 @@ void DeviceProtocol::move_rows(Op& op, Peer& peer, Role role) {
   gpu.remote = reach.base + within;
   op.path = Path::device;
   queue_move(op, Lane::peer, op.nbytes);
-}
-
-// The other end is host memory that its process shares.
-bool DeviceProtocol::reaches_shared(Op& op, Peer& peer) {
-  DeviceBuffer& gpu = *op.gpu;
-  if (!gpu.far_segment || gpu.bounce) return false;
-  const std::shared_ptr<PeerMemory> memory = peer.link->shared(gpu.far_segment);
-  if (!memory || !memory->holds(gpu.far_address, op.nbytes)) return false;
-  if (!mover_->reach_shared(gpu.device, memory, gpu.far_address, op.nbytes)) return false;
-  gpu.pinned_from = reinterpret_cast<uint64_t>(memory->base);
-  gpu.remote = gpu.pinned_from + gpu.far_address;
-  gpu.mapping = memory;
-  return true;
-}
-
-void DeviceProtocol::move_shared(Op& op, Role role) {
-  op.gpu->role = role;
-  op.path = Path::device;
-  queue_move(op, role == Role::pull ? Lane::in : Lane::out, op.nbytes);
 }
 
 void DeviceProtocol::stage_out(Op& op, Peer& peer) {

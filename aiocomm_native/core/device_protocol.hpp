@@ -2,9 +2,11 @@
 //
 // A receive's way:  deliver -> continue_receive (again after every wait) -> pull | pushed | stage_in
 // A send's way:     announce -> cts -> continue_send (again after every wait) -> push | stage_out
+// Where one end is shared host memory the device's end pulls or pushes, and `written` tells the other that it is being written.
 //
-// One per engine, whose token guards it all. In five files: what is chosen (device_choose.cpp), chunks on their way
-// (device_chunks.cpp), lists (device_listed.cpp), kernels (device_kernel.cpp), and ends and progress (device_ends.cpp).
+// One per engine, whose token guards it all. In six files: what is chosen (device_choose.cpp), shared host memory
+// (device_shared.cpp), chunks on their way (device_chunks.cpp), lists (device_listed.cpp), kernels (device_kernel.cpp), and
+// ends and progress (device_ends.cpp).
 #pragma once
 
 #include <atomic>
@@ -121,11 +123,13 @@ class DeviceProtocol final : public MoverHost {
   void note_urgent(const Op& op);
   void answer_with_place(Op& op, Peer& peer);
   void staged_because(Peer& peer, const std::string& reason);
-  bool reaches_shared(Op& op, Peer& peer);
-  void move_shared(Op& op, Role role);
   void stage_out(Op& op, Peer& peer);
   void move_rows(Op& op, Peer& peer, Role role);
   bool has_bounce(Op& op, bool may_wait = true);
+
+  // device_shared.cpp
+  bool reaches_shared(Op& op, Peer& peer);
+  void move_shared(Op& op, Role role);
 
   // device_chunks.cpp
   DeviceQueue& queue_of(int device, Lane lane);

@@ -2,6 +2,7 @@
 // pulled (or received) by the owner of the region, a get by the reader, so that closing a region is a local decision.
 // protocol_keys.cpp has the rest.
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -23,6 +24,11 @@ void count_list(Peer& peer, uint64_t nbytes) {
 std::unique_ptr<std::byte[]> room_for_list(Peer& peer, uint64_t nbytes) {
   count_list(peer, nbytes);
   return std::make_unique_for_overwrite<std::byte[]>(nbytes);
+}
+
+// Whether engines of the peer can move rows of it.
+bool shares(const RegionInfo& region, const Peer& peer, uint64_t offset, uint64_t nbytes) {
+  return region.gpu || peer.link->locate(region.base + offset, nbytes).segment != 0;
 }
 
 }  // namespace
@@ -102,7 +108,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
   Code code = check_region(header.rop, offset, reach, true, &region);
-  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
+  if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach)) code = Code::unreachable;
   if (code == Code::ok && listed && header.kind == FrameKind::put && !region->gpu)
     code = spread({payload, header.payload_bytes}, {region->base, region->nbytes});
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
@@ -156,7 +162,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
     throw ProtocolViolation("a list that makes no sense");
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
   Code code = check_region(header.sop, offset, reach, false, &region);
-  if (code == Code::ok && by_rows && !region->gpu) code = Code::unreachable;
+  if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach)) code = Code::unreachable;
   std::unique_ptr<std::byte[]> own;
   std::shared_ptr<const RowList> rows;
   if (code == Code::ok && listed && region->gpu) {
@@ -187,6 +193,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   op->own = std::move(own);
   op->data = op->own ? op->own.get() : region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
+  op->reach = reach;
   op->rows = std::move(rows);
   op->remote_op = header.rop;
   op->region = header.sop;
@@ -216,7 +223,7 @@ bool Engine::asked_for(const Op& op, const Peer& peer) const {
 
 // `pulls`: the reader reads the memory by itself. `on_device`: it has its bytes pushed only once it asks.
 void Engine::get_ready(Op& op, Peer& peer, bool pulls, bool on_device) {
-  Location at = peer.link->locate(host_data(op), op.nbytes);
+  Location at = peer.link->locate(host_data(op), std::max(op.nbytes, op.reach));
   pulls = pulls || at.segment != 0;
   FrameHeader reply{};
   reply.kind = FrameKind::get_ready;
@@ -250,7 +257,7 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (!overtaken && !asked_for(*op, peer)) throw ProtocolViolation("an answer to no question");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
-  if (has_rows(*op) && !on_device) throw ProtocolViolation("rows of host memory");
+  if (has_rows(*op) && !on_device && !header.segment) throw ProtocolViolation("rows of private host memory");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
   if (header.code) return start_rendezvous(*op, peer, header, false);

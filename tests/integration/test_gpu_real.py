@@ -93,20 +93,24 @@ def test_a_long_kernel_on_the_users_stream_is_waited_for(nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("direction", ["to", "from"])
-def test_a_peer_killed_in_the_middle_of_a_copy_leaves_the_context_usable(direction: str) -> None:
+@pytest.mark.parametrize(("ours", "theirs"), [("gpu", "gpu"), ("gpu", "shared"), ("shared", "gpu")])
+def test_a_peer_killed_in_the_middle_of_a_copy_leaves_the_context_usable(
+    ours: str, theirs: str, direction: str
+) -> None:
     nbytes = 1 << 30
 
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray
 
-        array = DeviceArray(nbytes, device=1)
+        gpu = theirs == "gpu"
+        array = DeviceArray(nbytes, device=1) if gpu else aiocomm.empty(nbytes, np.uint8)
         while True:
             await (comm.recv(array, 0) if direction == "to" else comm.send(array, 0))
 
     async def main() -> None:
         with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - spawn tells of the killed worker
             async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
-                mine = DeviceArray(nbytes)
+                mine: Any = DeviceArray(nbytes) if ours == "gpu" else aiocomm.empty(nbytes, np.uint8)
                 call = (lambda: comm.send(mine, 1)) if direction == "to" else (lambda: comm.recv(mine, 1))
                 for _ in range(4):
                     await call()

@@ -321,3 +321,136 @@ async def test_a_pool_array_goes_the_same_way(pair: Pair) -> None:
 
     await once_pinned(a, move)
     assert driver().count >= 1
+
+
+class Cache:
+    """Paged memory of two arrays, each on a GPU or in shared host memory."""
+
+    def __init__(self, where: str, count: int, page: tuple[int, ...], axis: int, apart: bool) -> None:
+        shape = (*page[:axis], count, *page[axis:])
+        self._axis = axis
+        make = (lambda: DeviceArray(shape)) if where == "gpu" else (lambda: aiocomm.empty(shape, np.uint8))
+        self.arrays = [make() for _ in range(1 + apart)]
+        self.pages = (
+            aiocomm.Pages(self.arrays, page_axis=axis)
+            if apart
+            else aiocomm.Pages(self.arrays[0], page_axis=axis)
+        )
+
+    def write(self, seed: int) -> None:
+        for number, array in enumerate(self.arrays):
+            data = random(array.nbytes, seed + number).reshape(array.shape)
+            if isinstance(array, DeviceArray):
+                array.write(data)
+            else:
+                array[:] = data
+
+    def read(self) -> list[np.ndarray[Any, Any]]:
+        """With the pages first."""
+        arrays = [a.numpy() if isinstance(a, DeviceArray) else np.array(a) for a in self.arrays]
+        return [np.moveaxis(array, self._axis, 0) for array in arrays]
+
+
+@pytest.mark.parametrize("kind", ["put", "get"])
+@pytest.mark.parametrize("local", ["gpu"])
+@pytest.mark.parametrize(
+    ("count", "page", "axis", "apart"),
+    [
+        (200, (3000,), 0, False),
+        (60, (16, 2048), 1, True),  # a row of each layer
+        (9, (5 << 20,), 0, False),  # some lie over the end of a block
+        (3, (2, (17 << 20) + 5), 1, False),  # all do, and over two
+    ],
+)
+@pytest.mark.parametrize("sm_budget", [None, 4])
+async def test_pages(
+    pair: Pair,
+    kind: str,
+    local: str,
+    count: int,
+    page: tuple[int, ...],
+    axis: int,
+    apart: bool,
+    sm_budget: int | None,
+) -> None:
+    a, b = pair
+    ours, theirs = (Cache(where, count, page, axis, apart) for where in (local, "shared"))
+    give, take = (
+        np.random.default_rng(3).permutation(count)[: count // 2 + 1],
+        np.arange(count)[-(count // 2 + 1) :],
+    )
+    source, sink = (ours, theirs) if kind == "put" else (theirs, ours)
+    turns = 0
+    async with await b.lease_pages(theirs.pages) as lease:
+        remote = a.remote_pages(lease.handle)
+
+        async def move() -> None:
+            nonlocal turns
+            turns += 1
+            source.write(turns)
+            sink.write(turns + 100)
+            expected = sink.read()
+            for array, data in zip(expected, source.read(), strict=True):
+                array[take] = data[give]
+            if kind == "put":
+                await a.put_pages(ours.pages, give, remote, take, notify=b"all", sm_budget=sm_budget)
+            else:
+                await a.get_pages(remote, give, ours.pages, take, sm_budget=sm_budget)
+            for array, wanted in zip(sink.read(), expected, strict=True):
+                np.testing.assert_array_equal(array, wanted)
+
+        await once_pinned(a, move)
+
+
+async def test_small_rows_are_packed(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = Cache("gpu", 100, (1000,), 0, False), Cache("shared", 100, (1000,), 0, False)
+    give = np.arange(0, 100, 2)
+    ours.write(1)
+    async with await b.lease_pages(theirs.pages) as lease:
+        await a.put_pages(ours.pages, give, a.remote_pages(lease.handle), give)
+    np.testing.assert_array_equal(theirs.read()[0][give], ours.read()[0][give])
+    counted = a.statistics().links["cuda"].messages_by_path
+    assert (counted["staged"], counted["device"]) == (1, 0)
+
+
+async def test_pages_of_private_memory_go_by_lists(pair: Pair) -> None:
+    a, b = pair
+    ours = aiocomm.Pages(DeviceArray((100, 3000)).write(random(300_000).reshape(100, 3000)))
+    memory = np.zeros((100, 3000), np.uint8)
+    async with await b.lease_pages(aiocomm.Pages(memory)) as lease:
+        remote = a.remote_pages(lease.handle)
+        for _ in range(3):
+            memory[:] = 0
+            await a.put_pages(ours, range(0, 100, 2), remote, range(50))
+            np.testing.assert_array_equal(memory[:50], random(300_000).reshape(100, 3000)[::2])
+    assert directly(a) == 0
+
+
+async def test_pages_whose_lease_ends_meanwhile_are_refused(pair: Pair, simulator: Simulator) -> None:
+    a, b = pair
+    ours, theirs = Cache("gpu", 50, (4096,), 0, False), Cache("shared", 50, (4096,), 0, False)
+    give = np.arange(0, 50, 2)
+    lease = await b.lease_pages(theirs.pages)
+    remote = a.remote_pages(lease.handle)
+    await once_pinned(a, lambda: a.put_pages(ours.pages, give, remote, give))
+    simulator.pause(0, Engine.TO_HOST)
+    closed = anyio.Event()
+
+    async def close() -> None:
+        await anyio.to_thread.run_sync(simulator.wait_ready, 0, Engine.TO_HOST)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end)
+            await messages_pass(a, b, times=3)
+            assert not closed.is_set()
+            simulator.resume(0, Engine.TO_HOST)
+
+    async def end() -> None:
+        await lease.aclose()
+        closed.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(close)
+        await a.put_pages(ours.pages, give, remote, give)
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_pages(ours.pages, give, remote, give)

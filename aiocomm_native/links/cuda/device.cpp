@@ -387,7 +387,7 @@ int Device::copy(MoveJob& job, Stream& stream) {
     if (code == CUDA_SUCCESS && !launched(*kernel)) launched_.push_back(kernel->function);
     return code;
   }
-  if (job.pinned_from) return copy_in_blocks(driver, job, stream.handle);
+  if (job.pinned_from && !job.rows) return copy_in_blocks(driver, job, stream.handle);
   if (!job.rows) return driver.cuMemcpyAsync(job.to, job.from, job.nbytes, stream.handle);
   int code = row_copies_.queue(driver, job, stream.handle);
   if (code != CUDA_SUCCESS) driver.cuStreamSynchronize(stream.handle);  // some may be under way

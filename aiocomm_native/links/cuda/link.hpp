@@ -92,8 +92,8 @@ class CudaLink final : public Link, public Mover {
   Reach::State allocate(DeviceBuffer& buffer, uint64_t nbytes, OpId waiter) override;
   int devices() const override;
   Reach reach(int device, const DevicePlace& theirs, LinkPeer& peer, OpId waiter) override;
-  bool reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
-                    uint64_t nbytes) override;
+  bool reach_shared(int device, const std::shared_ptr<PeerMemory>& memory, uint64_t offset, uint64_t nbytes,
+                    const RowList* rows, bool outgoing) override;
   void offer(DeviceBuffer& buffer, LinkPeer& peer) override;
   bool post(const MoveJob& job) override;
   void await_gate(const Gate& gate, int device, OpId waiter, std::shared_ptr<Company> company) override;

@@ -27,9 +27,15 @@ class PinnedMemory::Blocks final : public PeerMemory::Pins {
 
   enum class State : uint8_t { none, asked, pinned, refused };
 
+  bool covers(uint64_t offset, uint64_t nbytes) const {
+    for (uint64_t i = offset / kBlock; i * kBlock < offset + nbytes; ++i)
+      if (states_[i].load(std::memory_order_acquire) != State::pinned) return false;  // pairs with pin_next()
+    return true;
+  }
+
   // True: all that hold these bytes are pinned. Else those that are not are asked for, if `limit` allows; `begins`: the
   // first of them in a while.
-  bool covers(uint64_t offset, uint64_t nbytes, uint64_t limit, bool& begins) {
+  bool ask(uint64_t offset, uint64_t nbytes, uint64_t limit, bool& begins) {
     bool all = true;
     for (uint64_t i = offset / kBlock; i * kBlock < offset + nbytes; ++i) {
       State state = states_[i].load(std::memory_order_acquire);  // pairs with pin_next()
@@ -90,16 +96,29 @@ class PinnedMemory::Blocks final : public PeerMemory::Pins {
   bool ended_ = false;
 };
 
-bool PinnedMemory::covers(CUcontext context, const std::shared_ptr<PeerMemory>& memory, uint64_t offset,
-                          uint64_t nbytes) {
+bool PinnedMemory::covers(CUcontext context, const std::shared_ptr<PeerMemory>& memory,
+                          const Extent& extent) {
   if (!memory->pins) {
     auto fresh = std::make_shared<Blocks>(driver_, context, *memory, nbytes_);
     std::erase_if(all_, [](const auto& blocks) { return blocks.expired(); });
     all_.push_back(fresh);
     memory->pins = std::move(fresh);
   }
-  bool begins = false;
-  const bool all = static_cast<Blocks&>(*memory->pins).covers(offset, nbytes, limit_, begins);
+  Blocks& blocks = static_cast<Blocks&>(*memory->pins);
+  if (blocks.covers(extent.offset, extent.nbytes)) return true;
+  bool begins = false, all = true;
+  auto ask = [&](uint64_t at, uint64_t nbytes) {
+    all = blocks.ask(extent.offset + at, nbytes, limit_, begins) && all;
+  };
+  if (extent.rows) {
+    extent.rows->cut(0, extent.rows->nbytes(), [&](const Rows& rows) {
+      const auto [at, step] =
+          extent.outgoing ? std::pair{rows.to, rows.to_step} : std::pair{rows.from, rows.from_step};
+      for (uint64_t i = 0; i < rows.count; ++i) ask(at + i * static_cast<uint64_t>(step), rows.nbytes);
+    });
+  } else {
+    ask(0, extent.nbytes);
+  }
   if (begins) helper_.submit([this, memory] { pin_next(memory); });
   return all;
 }
@@ -115,6 +134,31 @@ void PinnedMemory::pin_next(const std::shared_ptr<PeerMemory>& memory) {
 void PinnedMemory::clear() {
   for (const auto& blocks : std::exchange(all_, {}))
     if (const auto left = blocks.lock()) left->undo({});
+}
+
+void cut_by_block(const MoveJob& job, const Rows& rows, const std::function<void(const Rows&)>& take) {
+  const bool outgoing = job.lane == Lane::out;
+  const uint64_t first = outgoing ? job.to + rows.to : job.from + rows.from;
+  const int64_t step = outgoing ? rows.to_step : rows.from_step;
+  auto part = [&](uint64_t row, uint64_t start, uint64_t nbytes, uint64_t count) {
+    take({rows.from + row * static_cast<uint64_t>(rows.from_step) + start,
+          rows.to + row * static_cast<uint64_t>(rows.to_step) + start, rows.from_step, rows.to_step, nbytes,
+          count});
+  };
+  for (uint64_t row = 0; row < rows.count;) {
+    const uint64_t at = first + row * static_cast<uint64_t>(step) - job.pinned_from;
+    uint64_t room = kBlock - at % kBlock;
+    if (room < rows.nbytes) {  // over the end of one, or of several
+      for (uint64_t done = 0; done < rows.nbytes; done += std::exchange(room, kBlock))
+        part(row, done, std::min(room, rows.nbytes - done), 1);
+      ++row;
+      continue;
+    }
+    const uint64_t more = step > 0 ? (room - rows.nbytes) / static_cast<uint64_t>(step) : 0;
+    const uint64_t count = std::min(1 + more, rows.count - row);
+    part(row, 0, rows.nbytes, count);
+    row += count;
+  }
 }
 
 int copy_in_blocks(const Driver& driver, const MoveJob& job, CUstream stream) {

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -25,8 +26,14 @@ class PinnedMemory {
  public:
   PinnedMemory(const Driver& driver, MoverHost& host, Helper& helper, uint64_t limit)
       : driver_(driver), host_(host), helper_(helper), limit_(limit) {}
+  struct Extent {
+    uint64_t offset = 0, nbytes = 0;
+    const RowList* rows =
+        nullptr;  // of these bytes only rows are meant: where they are written, or else read
+    bool outgoing = false;
+  };
   // Under the token. True: all of these bytes are pinned. Else those that are not will be, as far as they can.
-  bool covers(CUcontext context, const std::shared_ptr<PeerMemory>& memory, uint64_t offset, uint64_t nbytes);
+  bool covers(CUcontext context, const std::shared_ptr<PeerMemory>& memory, const Extent& extent);
   void clear();  // once nothing is copied any more, and the helper has stopped
 
  private:
@@ -43,5 +50,7 @@ class PinnedMemory {
 
 // A copy from or to memory that is pinned in blocks from `job.pinned_from` on.
 int copy_in_blocks(const Driver& driver, const MoveJob& job, CUstream stream);
+// The same of rows: what they consist of in each block, in order.
+void cut_by_block(const MoveJob& job, const Rows& rows, const std::function<void(const Rows&)>& take);
 
 }  // namespace aiocomm::cuda

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstring>
 
+#include "links/cuda/pins.hpp"
+
 namespace aiocomm::cuda {
 
 namespace {
@@ -26,7 +28,7 @@ bool is_pitch(int64_t step, uint64_t width) {
 CUresult RowCopies::queue(const Driver& driver, MoveJob& job, CUstream stream) {
   CUresult code = CUDA_SUCCESS;
   const uint64_t few = driver.cuMemcpyBatchAsync && !no_batches_ ? kFewRows : 1;
-  job.rows->cut(job.offset, job.nbytes, [&](const Rows& rows) {
+  auto take = [&](const Rows& rows) {
     if (code != CUDA_SUCCESS) return;
     if (rows.count > few && is_pitch(rows.from_step, rows.nbytes) && is_pitch(rows.to_step, rows.nbytes)) {
       CUDA_MEMCPY2D plane{};
@@ -51,7 +53,9 @@ CUresult RowCopies::queue(const Driver& driver, MoveJob& job, CUstream stream) {
       code = one(driver, job.to + rows.to + i * static_cast<uint64_t>(rows.to_step),
                  job.from + rows.from + i * static_cast<uint64_t>(rows.from_step), rows.nbytes, stream);
     job.slow_ns += kCopyNs * rows.count;
-  });
+  };
+  job.rows->cut(job.offset, job.nbytes,
+                [&](const Rows& rows) { job.pinned_from ? cut_by_block(job, rows, take) : take(rows); });
   if (code == CUDA_SUCCESS) code = flush(driver, stream);
   if (code == CUDA_SUCCESS && !listed_.empty()) code = gather(driver, job, stream);
   to_.clear(), from_.clear(), nbytes_.clear(), listed_.clear();
