@@ -189,7 +189,14 @@ SUITE = Suite(
     measure,
     lambda options: _COLUMNS,
     tuple(
-        Rule(f"{name.replace('_', ' ')} ÷ slower leg", _NAME, f"of_leg/{name}", ">=", 0.9)
+        # A raw copy, which nobody has to be told of, is a harder measure than a link.
+        Rule(
+            f"{name.replace('_', ' ')} ÷ slower leg",
+            _NAME,
+            f"of_leg/{name}",
+            ">=",
+            0.85 if "shared" in name else 0.9,
+        )
         for name, *_ in _WAYS
     ),
 )
