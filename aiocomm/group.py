@@ -268,6 +268,7 @@ class Group(Collectives, ExpertOperations):
             self._indices += [urgent, bulk]
             found = self._expert_scopes[name] = Scope(self._comm, self, urgent), bulk
             found[0].channel = channel
+            found[0].rows = bulk
         self._use(found[0], channel)
         return found
 

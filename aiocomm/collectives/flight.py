@@ -274,6 +274,7 @@ class Flight:
         """Tell the others if they cannot know, cancel all, and wait until nothing is touched any more."""
         if not self._differs and self._aborted is None:
             self._scope.abort(self._number, error)
+        self._scope.tidy(self._number)
         self._over = True
         self._listen()
         kept = set()

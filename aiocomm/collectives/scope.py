@@ -60,7 +60,9 @@ class Scope:
         self.channel: Channel | None = None  # on which it is used
         self.given_up = 0  # the last call that was given up in advance, when that was closed
         self.calls: dict[int, Flight] = {}
+        self.rows: int | None = None  # the native channel of rows that follow, of dispatch and combine
         self._failed: dict[int, AiocommError] = {}  # calls that others gave up, and this rank has not begun
+        self._untidy = 0  # the last call that failed, of which messages may lie unread or be on their way
         self.repeats = _core.Repeats(
             comm._engine, comm._here, self.calls, self._failed, comm._collective_calls
         )
@@ -85,12 +87,31 @@ class Scope:
         Raises:
             AiocommError: another rank has given it up already.
         """
+        self.tidy()
         number = self.repeats.take()
         if (error := self._failed.pop(number, None)) is not None:
+            self._untidy = number
             raise error
         if call is not None:
             self.enter(number, call)
         return number
+
+    def tidy(self, failed: int = 0) -> None:
+        """Drop what others have sent, or still send, for calls that have failed: nobody receives it any more.
+
+        Left unread it would be kept, and count toward what a peer may leave unread.
+
+        Args:
+            failed: a call that is failing, of which that is done later.
+        """
+        if self._untidy and not self.comm.closed:
+            below = min([self._untidy + 1, *self.calls])
+            for index in (self.index, self.rows):
+                if index is not None:
+                    self.comm._engine.drop_below(index, below << TAG_BITS)
+            if below > self._untidy:
+                self._untidy = 0
+        self._untidy = max(self._untidy, failed)
 
     def is_given_up(self, number: int) -> bool:
         """Whether another rank has given up a call that this one has not begun."""

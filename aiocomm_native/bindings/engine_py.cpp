@@ -321,6 +321,12 @@ void bind_engine(nb::module_& m) {
           },
           "index"_a, "for_good"_a = false)
       .def(
+          "drop_below",
+          [](PyEngine& e, uint32_t index, Tag tag) {
+            without_lock([&] { e.engine->drop_below(index, tag); });
+          },
+          "index"_a, "tag"_a)
+      .def(
           "set_identity",
           [](PyEngine& e, int rank, uint64_t generation) {
             e.engine->set_identity(rank, generation);

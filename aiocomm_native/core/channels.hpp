@@ -14,6 +14,7 @@
 //     served of them, which counts for all others together.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +40,7 @@ struct Channel {
   const double weight;
   bool open = true;
   uint32_t holders = 0;          // operations that have not ended
+  Tag unread_below = 0;          // of messages with a lower tag, other than 0, nobody here receives any more
   std::vector<uint64_t> served;  // bytes of flows that are gone, by link
 };
 
@@ -62,6 +64,16 @@ class Channels {
   Channel& standard() const { return *all_.find(0); }
   std::string name_of(ChannelId wire) const;  // "?" if it is not known
   bool is_gone(ChannelId wire) const { return !gone_.empty() && gone_.contains(wire); }  // for good
+  bool is_unread(ChannelId wire, Tag tag) const {
+    if (is_gone(wire)) return true;
+    const Channel* channel = tag == 0 || !any_unread_ ? nullptr : open_at(wire);
+    return channel && tag < channel->unread_below;
+  }
+  // Nobody here will receive what has a lower tag, but for tag 0.
+  void drop_below(Channel& channel, Tag tag) {
+    any_unread_ = true;
+    channel.unread_below = std::max(channel.unread_below, tag);
+  }
   size_t size() const noexcept { return all_.size(); }
   size_t opened(uint8_t cls) const noexcept { return opened_[cls]; }
   bool any_above(uint8_t cls) const noexcept;
@@ -99,6 +111,7 @@ class Channels {
   uint32_t next_ = 0;
   std::unordered_map<ChannelId, Channel*> open_;
   std::array<size_t, Scheduler::kClasses> opened_{};
+  bool any_unread_ = false;
   std::list<Past> past_;  // closed last: at the back
   std::unordered_map<ChannelId, std::list<Past>::iterator> past_by_wire_;
   Served others_;

@@ -157,6 +157,7 @@ class Engine final : public Host, public FrameSink {
   // channels.hpp tells of their lives; ids are those of channels here, which peers do not know.
   uint32_t open_channel(const std::string& name, uint8_t cls, double weight);
   void close_channel(uint32_t id, bool for_good);  // its operations end; nothing to do if it is closed
+  void drop_below(uint32_t id, Tag tag);           // messages of lower tags, now and later; but none of tag 0
   std::string name_of_channel(uint32_t id);        // "?" once it is forgotten
   uint64_t add_region(std::byte* base, uint64_t nbytes, bool writable,
                       std::unique_ptr<DeviceBuffer> gpu = nullptr);
@@ -335,6 +336,7 @@ class Engine final : public Host, public FrameSink {
   Unexpected take_unexpected(uint64_t id);
   void refuse(Peer& peer, const FrameHeader& header);
   void drop_unread(uint64_t id);
+  void drop_unread(const Channel& channel);
   void received(Op& op);
   void on_fin(Peer& peer, const FrameHeader& header);
   void on_cancel(Peer& peer, const FrameHeader& header);

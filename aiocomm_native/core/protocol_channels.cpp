@@ -28,12 +28,25 @@ void Engine::close_channel(uint32_t id, bool for_good) {
     });
   for (Op* op : live)
     if (op->live) end_early(*op, Code::closed);
-  auto unread = [&](const Unexpected& kept) {
-    return kept.header.channel == channel->wire && nobody_waits_for(kept.header);
-  };
-  if (for_good)
-    for (uint64_t message : unexpected_.select(unread)) drop_unread(message);
+  if (for_good) drop_unread(*channel);
   leave(*channel);
+}
+
+void Engine::drop_below(uint32_t id, Tag tag) {
+  Token token(*this, true);
+  Channel* channel = channels_.find(id);
+  if (!channel || !channel->open) return;
+  channels_.drop_below(*channel, tag);
+  drop_unread(*channel);
+}
+
+void Engine::drop_unread(const Channel& channel) {
+  auto unread = [&](const Unexpected& kept) {
+    const FrameHeader& header = kept.header;
+    return header.channel == channel.wire && channels_.is_unread(header.channel, header.tag) &&
+           nobody_waits_for(header);
+  };
+  for (uint64_t message : unexpected_.select(unread)) drop_unread(message);
 }
 
 std::string Engine::name_of_channel(uint32_t id) {

@@ -206,7 +206,7 @@ void Engine::arrived(Peer& peer, const FrameHeader& header, const std::byte* met
   peer.held += kHeaderCost + header.payload_bytes;
   if (peer.held > kHeldFactor * (unexpected_max_ + (64 << 20)))
     throw ProtocolViolation("more unexpected messages than any bound allows");
-  if (channels_.is_gone(header.channel) && nobody_waits_for(header)) drop_unread(id);
+  if (channels_.is_unread(header.channel, header.tag) && nobody_waits_for(header)) drop_unread(id);
 }
 
 // A message that nobody here will receive. What waits at its sender is left to that: it has it, and is told otherwise.

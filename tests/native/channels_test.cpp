@@ -69,6 +69,20 @@ void what_is_closed_for_good_is_known_for_a_while() {
   CHECK(reopened.wire == again && !channels.is_gone(again));
 }
 
+void what_nobody_receives_is_known_by_its_tag() {
+  Channels channels;
+  Channel& one = channels.open("one", 1, 1.0);
+  const ChannelId wire = one.wire, other = channels.open("other", 1, 1.0).wire;
+  CHECK(!channels.is_unread(wire, 1));
+  channels.drop_below(one, 5);
+  channels.drop_below(one, 3);  // it only rises
+  CHECK(channels.is_unread(wire, 1) && channels.is_unread(wire, 4));
+  CHECK(!channels.is_unread(wire, 5) && !channels.is_unread(wire, 0));
+  CHECK(!channels.is_unread(other, 1));
+  channels.close(one);
+  CHECK(!channels.is_unread(channels.open("one", 1, 1.0).wire, 1));  // another one
+}
+
 void what_was_served_stays_counted() {
   Channels channels;
   Scheduler sched;
@@ -149,6 +163,7 @@ void flows_are_those_of_a_model() {
 int main() {
   a_name_is_another_channel_each_time();
   what_is_closed_for_good_is_known_for_a_while();
+  what_nobody_receives_is_known_by_its_tag();
   what_was_served_stays_counted();
   flows_are_those_of_a_model();
 }
