@@ -85,13 +85,24 @@ def judge(headers: Sequence[bytes], names: Sequence[str]) -> str | None:
     first = headers[0]
     if all(one == first for one in headers) and not first.startswith(REFUSED.encode()):
         return None
-    refusals = [(name, _text(h)[1:]) for name, h in zip(names, headers, strict=True) if h[:1] == b"!"]
+    refusals: dict[str, list[str]] = {}
+    for name, h in zip(names, headers, strict=True):
+        if h[:1] == b"!":
+            refusals.setdefault(_text(h)[1:], []).append(name)
     if refusals:
-        return "; ".join(f"{name} refused its call: {text}" for name, text in refusals)
+        return "; ".join(_refused(some, len(names), text) for text, some in refusals.items())
     counts = Counter(headers)
     right = max(counts, key=lambda one: (counts[one], -headers.index(one)))
     wrong = [f"{name} called {_text(h)}" for name, h in zip(names, headers, strict=True) if h != right]
     return f"{', '.join(wrong)}, and the others {_text(right)}: all ranks must call alike, in one order"
+
+
+def _refused(some: Sequence[str], size: int, text: str) -> str:
+    """Who has refused its call for this reason: most programs are wrong on all ranks alike."""
+    if len(some) == 1:
+        return f"{some[0]} refused its call: {text}"
+    who = "all ranks" if len(some) == size else f"{', '.join(some[:-1])} and {some[-1]}"
+    return f"{who} refused their calls: {text}"
 
 
 def unpaired(vectors: Sequence[Sequence[int]], names: Sequence[str]) -> str | None:

@@ -703,6 +703,23 @@ class Broken:
         raise RuntimeError("no memory today")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({0, 1, 2}, "^all_reduce: all ranks refused their calls: x is None: pass an array$"),
+        ({0, 2}, "^all_reduce: rank 0 and rank 2 refused their calls: x is None: pass an array$"),
+        ({1}, "^all_reduce: rank 1 refused its call: x is None: pass an array$"),
+    ],
+)
+async def test_what_is_wrong_alike_on_several_ranks_is_told_once(wrong: set[int], match: str) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        with pytest.raises(aiocomm.UsageError, match=match):
+            await comm.all_reduce(None if comm.rank in wrong else np.ones(3))
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_whatever_is_wrong_at_one_rank_is_told_to_all() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
