@@ -30,7 +30,7 @@ from aiocomm.errors import (
 )
 from aiocomm.group import Group
 from aiocomm.histogram import Histogram
-from aiocomm.launch import spawn
+from aiocomm.launch import WorkerError, spawn
 from aiocomm.link import LinkHandle
 from aiocomm.moe import Dispatched
 from aiocomm.pages import PageLease, Pages, RemotePages
@@ -105,6 +105,7 @@ __all__ = [
     "TruncationError",
     "Undelivered",
     "UsageError",
+    "WorkerError",
     "WouldBlock",
     "__version__",
     "connect",

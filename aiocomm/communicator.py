@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 from weakref import WeakSet
 
 import anyio
@@ -21,7 +21,7 @@ from aiocomm.channel import Channel
 from aiocomm.collectives.closing import pause
 from aiocomm.collectives.operations import Collectives
 from aiocomm.config import variable
-from aiocomm.errors import AiocommError, LinkError, UsageError
+from aiocomm.errors import AiocommError, LinkError, UsageError, UsageTypeError
 from aiocomm.group import Group
 from aiocomm.link import LinkHandle
 from aiocomm.moe.operations import ExpertOperations
@@ -300,9 +300,15 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         """Blocking twins of the operations, for threads other than the loop's."""
         return ThreadedCommunicator(self, self._backend)
 
+    def __reduce__(self) -> NoReturn:
+        raise UsageTypeError(
+            "a communicator, and what belongs to it, stays in its process: it cannot be pickled or copied. "
+            "Others connect() by themselves; of regions and leases the handle travels"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{sum(p.alive for p in self._peers.values())} peers"
-        return f"<aiocomm.Communicator rank={self._rank} size={self._size} {state}>"
+        return f"<aiocomm.Communicator rank={self._rank} size={self.size} {state}>"
 
     # ------------------------------------------------------------ events and statistics
 

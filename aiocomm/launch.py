@@ -38,7 +38,7 @@ class WorkerError(AiocommError):
     `rank` is the worker's, `exit_code` its process's (negative: the signal that ended it).
     """
 
-    def __init__(self, message: str, rank: int, exit_code: int) -> None:
+    def __init__(self, message: str, rank: int = -1, exit_code: int = 0) -> None:
         super().__init__(message)
         self.rank = rank
         self.exit_code = exit_code

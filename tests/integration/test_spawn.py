@@ -8,6 +8,7 @@ import errno
 import functools
 import gc
 import os
+import pickle
 import signal
 import threading
 from pathlib import Path
@@ -105,6 +106,29 @@ def test_a_failed_worker_is_raised_with_its_traceback(on_loop: Callable[[Any], N
     assert "in worker" in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
     assert (caught.value.rank, caught.value.exit_code) == (2, 1)
+
+
+def test_the_error_of_a_failed_worker_travels() -> None:
+    error = aiocomm.WorkerError("it failed", 2, -9)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.rank, copied.exit_code) == ("it failed", 2, -9)
+
+
+async def _refers_to(other: object, comm: Any) -> None:
+    pass
+
+
+def test_a_worker_that_refers_to_a_communicator_is_refused(on_loop: Callable[[Any], None]) -> None:
+    async def main() -> None:
+        async with aiocomm.connect(size=1) as comm:
+            channel = comm.channel("urgent")
+            async with comm.register(bytearray(1)) as region:
+                for mine in (comm, channel, region, comm.remote(region.handle)):
+                    with pytest.raises(TypeError, match="what belongs to it, stays in its process"):
+                        async with aiocomm.spawn(functools.partial(_refers_to, mine)):
+                            pass
+
+    on_loop(main)
 
 
 def test_several_failed_workers_are_a_group() -> None:
