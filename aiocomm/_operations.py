@@ -13,7 +13,7 @@ from aiocomm._queues import Share
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
-from aiocomm.region import Region, RemoteRegion, exchange
+from aiocomm.region import Region, RemoteRegion, check_notification, exchange
 from aiocomm.types import ANY_SOURCE, ANY_TAG, MAX_TAG, Notification, Peer, Priority, Status
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ class Operations:
             stream: of a GPU array: as for `send`.
         """
         index = self._check_remote(remote, channel)
-        if notify is not None and not (isinstance(notify, bytes) and len(notify) <= 4096):
-            raise UsageError("notify takes at most 4,096 bytes")
+        check_notification(notify)
         view = on_gpu(self._engine, array, False, stream)
         if view is None:
             view = as_buffer(array, False)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiocomm._operations import Operations
     from aiocomm_native import Transfer
 
-__all__ = ["Region", "RemoteRegion", "exchange", "whole_handle", "withdraw"]
+__all__ = ["Region", "RemoteRegion", "check_notification", "exchange", "whole_handle", "withdraw"]
 
 # Version, owner's rank and generation, region, first byte, bytes, writable.
 _HANDLE: Final = struct.Struct("<4sHIQQQQ?")
@@ -194,6 +194,14 @@ def whole_handle(handle: Any) -> bytes:
         raise UsageTypeError(
             f"{type(handle).__name__} is no handle: pass the bytes that its owner gave"
         ) from None
+
+
+def check_notification(notify: bytes | None) -> None:
+    """Refuse what cannot travel with a put."""
+    if notify is not None and not isinstance(notify, bytes):
+        raise UsageTypeError(f"notify takes bytes, not {type(notify).__name__}")
+    if notify is not None and len(notify) > 4096:
+        raise UsageError("notify takes at most 4,096 bytes")
 
 
 def look_away(transfer: Transfer[Any]) -> None:

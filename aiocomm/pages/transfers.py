@@ -35,7 +35,7 @@ from aiocomm.pages.mover import Mover
 from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
 from aiocomm.pages.streaming import note
 from aiocomm.pages.within import check_apart
-from aiocomm.region import look_away
+from aiocomm.region import check_notification, look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ async def put_pages(
     give, take = own_list(give), own_list(take)
     check_budget(sm_budget)
     mover = Mover(comm, "put_pages", channel, deadline)
-    _check_notification(notify)
+    check_notification(notify)
     remote.layout.check_target()
     remote.check(take)
     plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
@@ -126,7 +126,7 @@ async def put_layers(
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
     check_budget(sm_budget)
     mover = Mover(comm, "put_layers", channel, deadline)
-    _check_notification(notify)
+    check_notification(notify)
     notes = _Notes(mover, remotes[0], len(layers))
     planned = []
     try:
@@ -368,13 +368,6 @@ def _check_sides(pages: Any, remote: Any) -> None:
         raise UsageTypeError(f"{type(pages).__name__} in place of Pages of this process")
     if not isinstance(remote, RemotePages):
         raise UsageTypeError(f"{type(remote).__name__} in place of RemotePages: comm.remote_pages(handle)")
-
-
-def _check_notification(notify: bytes | None) -> None:
-    if notify is not None and not isinstance(notify, bytes):
-        raise UsageTypeError(f"notify takes bytes, not {type(notify).__name__}")
-    if notify is not None and len(notify) > 4096:
-        raise UsageError("notify takes at most 4,096 bytes")
 
 
 def _pieces(

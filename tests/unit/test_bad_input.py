@@ -314,6 +314,8 @@ async def test_limits_of_one_sided_calls(pair: Pair) -> None:
             a.get(remote, bytearray(15))
         with pytest.raises(UsageError, match="4,096"):
             a.put(bytes(1), remote, notify=bytes(4097))
+        with pytest.raises(UsageTypeError, match="notify takes bytes, not str"):
+            a.put(bytes(1), remote, notify="request 17")  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="outside the remote region"):
             remote[4:17]
         with pytest.raises(UsageError, match="slice of bytes"):
