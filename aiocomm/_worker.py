@@ -28,8 +28,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # blocked by `spawn`, for the imports above
     try:
-        sys.path[:], worker, arguments, library = cloudpickle.loads(_read(payload))
+        sys.path[:], work = cloudpickle.loads(_read(payload))
         os.close(payload)
+        worker, arguments, library = cloudpickle.loads(work)  # imports what lies there
         _run(worker, arguments, library, lambda: os.pwrite(outcome, JOINED, 0))
     except BaseException as error:
         os.pwrite(outcome, _report(error), len(JOINED))

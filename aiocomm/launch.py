@@ -155,7 +155,8 @@ class Spawn:
     def _start(self, address: str, token: str) -> None:
         payload = os.memfd_create("aiocomm-payload", os.MFD_CLOEXEC)
         try:
-            content = cloudpickle.dumps((sys.path, self._worker, self._arguments, _library()))
+            work = cloudpickle.dumps((self._worker, self._arguments, _library()))
+            content = cloudpickle.dumps((sys.path, work))
             _write_all(payload, content)
             # Workers start with SIGINT blocked, until they ignore it: a Ctrl-C within their imports is ours.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))

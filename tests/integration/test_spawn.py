@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -106,6 +107,29 @@ def test_a_failed_worker_is_raised_with_its_traceback(on_loop: Callable[[Any], N
     assert "in worker" in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
     assert (caught.value.rank, caught.value.exit_code) == (2, 1)
+
+
+def test_a_worker_may_lie_in_a_module_beside_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_the_program.py").write_text(
+        """
+class Request:
+    def __init__(self, prompt):
+        self.prompt = prompt
+
+async def answer(comm, request):
+    await comm.send(request.prompt.upper(), 0)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    beside = importlib.import_module("beside_the_program")
+
+    async def main() -> None:
+        async with aiocomm.spawn(beside.answer, 1, beside.Request(b"a prompt")) as comm:
+            assert (await comm.recv_array(1)).tobytes() == b"A PROMPT"
+
+    asyncio.run(main())
 
 
 def test_the_error_of_a_failed_worker_travels() -> None:
