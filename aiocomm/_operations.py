@@ -194,9 +194,9 @@ class Operations:
     ) -> Transfer[Any]:
         """Receive into a new array of the sender's dtype and shape; returns the array.
 
-        `status` of the transfer tells source and tag. Structured dtypes, datetime64, and others that have no
-        buffer format of at most 8 characters, come as a flat array of bytes: `.view(dtype)` makes them what
-        they were.
+        `status` of the transfer tells source and tag. Structured dtypes, datetime64, bfloat16, and others
+        that have no buffer format of at most 8 characters, come as bytes, row by row: `.view(dtype)` makes
+        them what they were.
 
         Args:
             src: rank of the sender, or ANY_SOURCE.

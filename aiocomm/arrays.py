@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -43,13 +45,22 @@ def empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArra
     Raises:
         LinkError: the system refuses the memory.
     """
-    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    dims = _dimensions(shape)
     if any(dim < 0 for dim in dims):
         raise UsageError(f"negative dimension in shape {dims}")
     kind = np.dtype(dtype)
     nbytes = max(1, math.prod(dims) * kind.itemsize)
     memory = _core.allocate_shared(min(nbytes, 1 << 63))  # that much is refused
     return np.ndarray(dims, kind, memoryview(memory))
+
+
+def _dimensions(shape: Any) -> tuple[int, ...]:
+    try:
+        if isinstance(shape, Iterable):
+            return tuple(int(operator.index(dim)) for dim in shape)
+        return (int(operator.index(shape)),)
+    except TypeError:
+        raise UsageTypeError(f"shape={shape!r}: pass an integer, or several") from None
 
 
 def as_buffer(array: Any, writable: bool) -> Any:
@@ -70,7 +81,7 @@ def as_buffer(array: Any, writable: bool) -> Any:
         # NumPy has no buffer format for some dtypes (datetime64, bfloat16 of ml_dtypes): their bytes travel.
         if not isinstance(array, np.ndarray):
             raise UsageTypeError(f"{type(array).__name__} cannot be sent: {error}") from error
-        view = _bytes_of(array).data
+        view = _without_objects(array).data
     if "O" in view.format:
         view = _without_objects(array).data
     if not view.c_contiguous:
@@ -97,7 +108,8 @@ def _without_objects(array: Any) -> NDArray[np.uint8]:
 def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
     if not array.flags.c_contiguous:
         raise UsageError("the array is not contiguous in C order: pass numpy.ascontiguousarray(x)")
-    return array.reshape(-1).view(np.uint8)
+    flat = np.asarray(array).reshape(-1).view(np.uint8)
+    return flat.reshape(*array.shape[:-1], array.shape[-1] * array.itemsize) if array.ndim else flat
 
 
 def _foreign(array: Any) -> NDArray[Any]:

@@ -62,32 +62,31 @@ int init_memory(PyObject* module) {
   return MemoryType ? PyModule_AddObjectRef(module, "Memory", reinterpret_cast<PyObject*>(MemoryType)) : -1;
 }
 
-// Layout: dimensions (1 byte), length of the format (1), padding (6), format (8), then 8 bytes a dimension. A format
-// that is longer, or has more dimensions, travels as plain bytes.
+// Layout: dimensions (1 byte), length of the format (1), padding (6), format (8), then 8 bytes a dimension. What has a
+// longer format travels as rows of bytes, and what has more dimensions as plain bytes.
 void encode_meta(Op& op, const Py_buffer& view) {
   const char* format = view.format ? view.format : "B";
   if (*format == '@' || *format == '=' || *format == '<') ++format;
   size_t length = std::strlen(format);
+  int ndim = view.ndim;
+  uint64_t last = ndim > 0 && view.shape ? static_cast<uint64_t>(view.shape[ndim - 1]) : 0;
+  if (length == 0 || length > kFormatBytes || ndim > static_cast<int>(kMaxDims) || (ndim && !view.shape)) {
+    const bool has_rows = ndim > 0 && ndim <= static_cast<int>(kMaxDims) && view.shape && view.itemsize > 0;
+    last = has_rows ? last * static_cast<uint64_t>(view.itemsize) : op.nbytes;
+    ndim = has_rows ? ndim : 1;
+    format = "B";
+    length = 1;
+  }
   auto meta = op.meta.data();
   std::memset(meta, 0, 16);
-  if (length == 0 || length > kFormatBytes || view.ndim > static_cast<int>(kMaxDims) ||
-      (view.ndim && !view.shape)) {
-    uint64_t nbytes = op.nbytes;
-    meta[0] = std::byte{1};
-    meta[1] = std::byte{1};
-    meta[8] = std::byte{'B'};
-    std::memcpy(meta + 16, &nbytes, 8);
-    op.meta_bytes = 24;
-    return;
-  }
-  meta[0] = static_cast<std::byte>(view.ndim);
+  meta[0] = static_cast<std::byte>(ndim);
   meta[1] = static_cast<std::byte>(length);
   std::memcpy(meta + 8, format, length);
-  for (int i = 0; i < view.ndim; ++i) {
-    auto dim = static_cast<uint64_t>(view.shape[i]);
+  for (int i = 0; i < ndim; ++i) {
+    const uint64_t dim = i == ndim - 1 ? last : static_cast<uint64_t>(view.shape[i]);
     std::memcpy(meta + 16 + 8 * i, &dim, 8);
   }
-  op.meta_bytes = static_cast<uint16_t>(16 + 8 * view.ndim);
+  op.meta_bytes = static_cast<uint16_t>(16 + 8 * ndim);
 }
 
 bool encode_meta(Op& op, const char* format, PyObject* shape) {

@@ -230,6 +230,10 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         UsageTypeError,
         "channel='q' is no channel",
     ),
+    "half a dimension": (lambda c: aiocomm.empty(1.5), UsageTypeError, "shape=1.5: pass an integer"),
+    "half a dimension more": (lambda c: aiocomm.empty((2, 1.5)), UsageTypeError, "pass an integer, or"),
+    "no shape": (lambda c: aiocomm.empty(None), UsageTypeError, "shape=None: pass an integer"),
+    "a shape in words": (lambda c: aiocomm.empty("4"), UsageTypeError, "shape='4': pass an integer"),
     "a negative dimension": (lambda c: aiocomm.empty((2, -1)), UsageError, "negative dimension"),
     "bytes that cannot be counted": (lambda c: aiocomm.empty(2**62), LinkError, "no process has as many"),
     "nearly 2^64 bytes": (lambda c: aiocomm.empty(2**64 - 1, "u1"), LinkError, "no process has as many"),
@@ -593,16 +597,42 @@ async def test_dtypes_are_carried_or_come_as_bytes(pair: Pair) -> None:
         np.array([(1, 2.5), (3, 4.5)], [("a", "i4"), ("b", "f8")]),
         np.array(["2026-01-02", "NaT"], "M8[ns]"),
         np.arange(3).astype("m8[s]"),
+        np.arange(6).astype("m8[s]").reshape(3, 2),
+        np.arange(6).astype("m8[s]").reshape(2, 3).T[:1, :1],  # contiguous, with strides that no other has
+        np.zeros((2, 3), [("a", "i4"), ("b", "f8")]),
+        np.empty((3, 0, 2), "M8[s]"),
     ]
     for sent in as_bytes:
         await a.send(sent, 1)
         got = await b.recv_array(0)
-        assert (got.dtype, got.shape) == (np.uint8, (sent.nbytes,))
+        assert (got.dtype, got.shape) == (np.uint8, (*sent.shape[:-1], sent.shape[-1] * sent.itemsize))
         np.testing.assert_array_equal(got.view(sent.dtype), sent)
         posted = b.recv(out := np.empty_like(sent), 0)
         await a.send(sent, 1)
         await posted
         np.testing.assert_array_equal(out, sent)
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="this NumPy has no texts of any length")
+async def test_texts_of_any_length_are_refused(pair: Pair) -> None:
+    with pytest.raises(UsageTypeError, match=r"pickle\.dumps"):
+        pair[0].send(np.array(["a"], np.dtypes.StringDType()), 1)
+    await _goes_on(pair)
+
+
+def test_shapes_may_be_of_numpys_integers() -> None:
+    assert aiocomm.empty(np.int64(3)).shape == (3,)
+    assert aiocomm.empty([np.int32(2), 3]).shape == (2, 3)
+    assert aiocomm.empty(()).shape == ()
+
+
+async def test_bfloat16_comes_as_rows_of_bytes(pair: Pair) -> None:
+    a, b = pair
+    sent = np.arange(6).reshape(2, 1, 3).astype(pytest.importorskip("ml_dtypes").bfloat16)
+    await a.send(sent, 1)
+    got = await b.recv_array(0)
+    assert (got.dtype, got.shape) == (np.uint8, (2, 1, 6))
+    np.testing.assert_array_equal(got.view(sent.dtype), sent)
 
 
 @pytest.mark.parametrize(("variable", "text"), [("AIOCOMM_EAGER_MAX", "much"), ("AIOCOMM_CMA", "perhaps")])
