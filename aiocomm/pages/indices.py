@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Integers = NDArray[np.int64]
+    Indices = Sequence[int] | NDArray[np.integer[Any]]
 
 __all__ = ["own_list", "page_list"]
 
 
-def page_list(pages: Sequence[int] | Integers) -> Integers:
+def page_list(pages: Indices) -> Integers:
     """A list of pages as an array; the caller's own one where it can be used as it is.
 
     Raises:
@@ -42,7 +43,7 @@ def page_list(pages: Sequence[int] | Integers) -> Integers:
     return np.ascontiguousarray(array, np.int64).reshape(-1)
 
 
-def own_list(pages: Sequence[int] | Integers) -> Integers:
+def own_list(pages: Indices) -> Integers:
     """The same as an array that nobody else changes, while it is planned for on another thread."""
     found = page_list(pages)
     if type(pages) is list or (isinstance(pages, np.ndarray) and not np.may_share_memory(found, pages)):

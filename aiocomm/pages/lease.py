@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiocomm._operations import Operations
+    from aiocomm.pages.indices import Indices
     from aiocomm.region import Region, RemoteRegion
     from aiocomm.types import Feed
 
@@ -61,7 +62,7 @@ class PageLease:
 
     @classmethod
     async def assign(
-        cls, comm: Operations, pages: Pages, indices: Sequence[int] | None, stream: Any = None
+        cls, comm: Operations, pages: Pages, indices: Indices | None, stream: Any = None
     ) -> PageLease:
         """Lease pages, and end the leases that hold any of them, also those that still wait to begin.
 

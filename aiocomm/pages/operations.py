@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiocomm.channel import Channel
+    from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Pages
 
 __all__ = ["PageOperations"]
@@ -20,7 +21,7 @@ class PageOperations:
     """What a communicator does with `Pages`."""
 
     async def lease_pages(
-        self, pages: Pages, indices: Sequence[int] | None = None, *, stream: Any = None
+        self, pages: Pages, indices: Indices | None = None, *, stream: Any = None
     ) -> PageLease:
         """Let peers reach pages of this process, and end the leases that held any of them.
 
@@ -47,9 +48,9 @@ class PageOperations:
     async def put_pages(
         self,
         pages: Pages,
-        give: Sequence[int],
+        give: Indices,
         remote: RemotePages,
-        take: Sequence[int],
+        take: Indices,
         *,
         notify: bytes | None = None,
         channel: Channel | None = None,
@@ -84,9 +85,9 @@ class PageOperations:
     async def put_layers(
         self,
         layers: Sequence[Pages],
-        give: Sequence[int],
+        give: Indices,
         remotes: Sequence[RemotePages],
-        take: Sequence[int],
+        take: Indices,
         *,
         notify: bytes | None = None,
         channel: Channel | None = None,
@@ -118,9 +119,9 @@ class PageOperations:
     async def get_pages(
         self,
         remote: RemotePages,
-        give: Sequence[int],
+        give: Indices,
         pages: Pages,
-        take: Sequence[int],
+        take: Indices,
         *,
         channel: Channel | None = None,
         deadline: float | None = None,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Layout
 
     Integers = NDArray[np.int64]
@@ -94,9 +95,9 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
 
 def one_pair(
     source: Layout,
-    source_pages: Sequence[int] | Integers,
+    source_pages: Indices,
     target: Layout,
-    target_pages: Sequence[int] | Integers,
+    target_pages: Indices,
 ) -> Copies:
     """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
     give, take = page_list(source_pages), page_list(target_pages)

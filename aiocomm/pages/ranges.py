@@ -14,10 +14,11 @@ from aiocomm.pages.planner import alike, one_pair
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Layout
 
     Integers = NDArray[np.int64]
@@ -65,9 +66,9 @@ _kept: Final[dict[bool, PlanCache[Ranges]]] = {True: PlanCache(64), False: PlanC
 
 async def plan_ranges(
     source: Layout,
-    give: Sequence[int] | Integers,
+    give: Indices,
     target: Layout,
-    take: Sequence[int] | Integers,
+    take: Indices,
     at_target: bool,
 ) -> Ranges:
     """Plan on another thread where it takes longer than handing it over.
@@ -81,18 +82,16 @@ async def plan_ranges(
     return await _planned(_kept[at_target], ranges_of, source, give, target, take, at_target)
 
 
-async def plan_rows(
-    source: Layout, give: Sequence[int] | Integers, target: Layout, take: Sequence[int] | Integers
-) -> _core.Rows:
+async def plan_rows(source: Layout, give: Indices, target: Layout, take: Indices) -> _core.Rows:
     """Plan for engines that take rows, as `plan_ranges`."""
     return await _planned(_kept_rows, _rows_of, source, give, target, take)
 
 
 async def plan_far_rows(
     source: Layout,
-    give: Sequence[int] | Integers,
+    give: Indices,
     target: Layout,
-    take: Sequence[int] | Integers,
+    take: Indices,
     at_target: bool,
 ) -> _core.Rows:
     """Plan for adapters that take rows, in the order in which these lie at the peer, as `plan_ranges`."""
@@ -103,9 +102,9 @@ async def _planned(
     kept: PlanCache[T],
     work: Callable[..., T],
     source: Layout,
-    give: Sequence[int] | Integers,
+    give: Indices,
     target: Layout,
-    take: Sequence[int] | Integers,
+    take: Indices,
     *more: bool,
 ) -> T:
     """A plan that is kept, or is made, on another thread where that takes longer than handing it over.

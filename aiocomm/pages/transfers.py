@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from aiocomm.channel import Channel
     from aiocomm.communicator import Communicator
     from aiocomm.pages.gather import Gather
+    from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Layout
     from aiocomm.pages.memory import Bytes
     from aiocomm.pages.planner import Integers
@@ -75,9 +76,9 @@ class _Plan:
 async def put_pages(
     comm: Communicator,
     pages: Pages,
-    give: Sequence[int] | Integers,
+    give: Indices,
     remote: RemotePages,
-    take: Sequence[int] | Integers,
+    take: Indices,
     notify: bytes | None,
     channel: Channel | None,
     deadline: float | None,
@@ -102,9 +103,9 @@ async def put_pages(
 async def put_layers(
     comm: Communicator,
     layers: Sequence[Pages],
-    give: Sequence[int] | Integers,
+    give: Indices,
     remotes: Sequence[RemotePages],
-    take: Sequence[int] | Integers,
+    take: Indices,
     notify: bytes | None,
     channel: Channel | None,
     deadline: float | None,
@@ -161,9 +162,9 @@ async def put_layers(
 async def get_pages(
     comm: Communicator,
     remote: RemotePages,
-    give: Sequence[int] | Integers,
+    give: Indices,
     pages: Pages,
-    take: Sequence[int] | Integers,
+    take: Indices,
     channel: Channel | None,
     deadline: float | None,
     stream: Any,

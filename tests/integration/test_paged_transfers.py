@@ -207,7 +207,7 @@ async def test_bad_lists_are_refused_before_a_byte_moves(pair: Pair) -> None:
     for pages, message in (([1, 1], "a page comes twice"), ([1.5], "not float"), ([False, True], "not bool")):
         with pytest.raises(aiocomm.UsageError, match=message):
             await b.lease_pages(theirs, pages)  # type: ignore[arg-type]
-    await a.put_pages(ours, [], remote, np.array([]))  # type: ignore[arg-type]
+    await a.put_pages(ours, [], remote, np.array([]))
     assert not theirs.arrays[0].any()
 
 
