@@ -198,6 +198,10 @@ class PageLease:
     ) -> None:
         await self.aclose()
 
+    def __repr__(self) -> str:
+        state = "ended" if self._closed else f"{len(self._indices)} of {self._pages.count} pages"
+        return f"<aiocomm.PageLease {state}>"
+
 
 @dataclass(slots=True)
 class _ByRows:

@@ -55,6 +55,13 @@ async def turns(count: int = 10) -> None:
         await anyio.lowlevel.checkpoint()
 
 
+async def test_a_lease_says_what_it_holds(pair: Pair) -> None:
+    lease = await pair[0].lease_pages(caches()[0], [1, 5])
+    assert repr(lease) == "<aiocomm.PageLease 2 of 8 pages>"
+    await lease.aclose()
+    assert repr(lease) == "<aiocomm.PageLease ended>"
+
+
 @pytest.mark.parametrize("cma", ["auto", "off"])
 async def test_what_an_earlier_holder_has_under_way_ends_before_the_pages_are_anothers(
     cma: str, monkeypatch: pytest.MonkeyPatch
