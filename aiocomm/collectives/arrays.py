@@ -150,6 +150,10 @@ def operator(op: str, dtype: np.dtype[Any]) -> np.ufunc:
         UsageError: unknown, or not defined for the dtype.
     """
     check_operator(op, str(dtype), dtype.kind in "iu")
+    if dtype.kind == "b":
+        if op not in ("min", "max"):
+            raise UsageError(f"{op} of bool is not of bool: use min (of all) or max (of any)")
+        return OPERATORS[op]
     extended = dtype.kind == "V" and dtype.names is None and dtype.name.startswith(("bfloat", "float"))
     if (dtype.kind not in "iufc" and not extended) or not dtype.isnative:
         raise UsageError(f"cannot reduce arrays of dtype {dtype}")

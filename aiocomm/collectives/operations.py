@@ -357,7 +357,8 @@ class Collectives(Collecting):
         Args:
             x: at the root it becomes the result, unless there is `out`.
             op: `sum`, `prod`, `min`, `max` or `mean`, computed in the array's dtype, float8 in float32 and
-                rounded once; on GPUs those of 16 and 8 bits in float32, rounded after each pair.
+                rounded once; on GPUs those of 16 and 8 bits in float32, rounded after each pair. Of bools on
+                the host `min` (of all) and `max` (of any).
             out: the result; at the root only.
         """
         into = None

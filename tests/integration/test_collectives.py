@@ -703,6 +703,22 @@ class Broken:
         raise RuntimeError("no memory today")
 
 
+@pytest.mark.parametrize("algorithm", [None, *applicable("all_reduce", 3)])
+async def test_flags_of_all_ranks_and_of_any(algorithm: str | None) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        mine = np.array([True, comm.rank == 1, False] * 500)
+        for _ in range(4):  # later ones are prepared
+            for op, wanted in (("min", [True, False, False]), ("max", [True, True, False])):
+                out = np.empty_like(mine)
+                await comm.all_reduce(mine, op, out=out, algorithm=algorithm)
+                assert out.tolist() == wanted * 500
+        with pytest.raises(aiocomm.UsageError, match=r"sum of bool is not of bool: use min \(of all\)"):
+            await comm.all_reduce(mine)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
