@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -94,16 +93,15 @@ class Group(Collectives, ExpertOperations):
                 comm._refuse(dst=rank)
         if comm.rank not in members:
             raise UsageError(f"rank {comm.rank} is not one of {list(members)}: only members make a group")
-        limit = limit_of(deadline)  # refuses; a number that one member skips would keep later groups apart
+        limit_of(deadline)  # refuses; a number that one member skips would keep later groups apart
         who = _generations(comm, members)
-        ends = None if deadline is None else time.monotonic() + limit
         while True:
             number = comm._groups[who] = comm._groups.get(who, 0) + 1
             group = cls(comm, members, f"group {who} {number}")
             if not group._scope(None).is_given_up(1):
                 break
             group.close()  # a member did not wait so long, and tries again by the next number
-        await group._meet(None if ends is None else max(0.0, ends - time.monotonic()))
+        await group._meet(deadline)
         return group
 
     async def _meet(self, deadline: float | None) -> None:
