@@ -460,6 +460,8 @@ def test_a_worker_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatc
 def test_mistakes() -> None:
     with pytest.raises(aiocomm.UsageError, match="cannot spawn 0 workers"):
         aiocomm.spawn(lambda comm: None, 0)
+    with pytest.raises(aiocomm.UsageError, match=r"n=1\.5 is not an integer"):
+        aiocomm.spawn(lambda comm: None, 1.5)  # type: ignore[arg-type]
     with pytest.raises(aiocomm.UsageError, match="must be a coroutine function"):
         aiocomm.spawn(3, 1)  # type: ignore[arg-type]
 
