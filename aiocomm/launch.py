@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import io
 import os
 import signal
 import subprocess
 import sys
+from collections import ChainMap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from types import CodeType
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import anyio
 import cloudpickle
@@ -156,8 +159,7 @@ class Spawn:
     def _start(self, address: str, token: str) -> None:
         payload = os.memfd_create("aiocomm-payload", os.MFD_CLOEXEC)
         try:
-            work = cloudpickle.dumps((self._worker, self._arguments, _library()))
-            content = cloudpickle.dumps((sys.path, work))
+            content = _pickled((sys.path, _pickled((self._worker, self._arguments, _library()))))
             _write_all(payload, content)
             # Workers start with SIGINT blocked, until they ignore it: a Ctrl-C within their imports is ours.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
@@ -376,6 +378,23 @@ async def _readable(descriptor: int) -> None:
         await ready
     finally:
         loop.remove_reader(descriptor)
+
+
+def _code(code: CodeType) -> tuple[Any, tuple[Any, ...]]:
+    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return make, tuple(code.co_filename if one == "<dynamic-code>" else one for one in arguments)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Functions travel with the names of their files, which cloudpickle leaves out: tracebacks show lines."""
+
+    dispatch_table: ClassVar = ChainMap({CodeType: _code}, cloudpickle.Pickler.dispatch_table)
+
+
+def _pickled(what: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(what)
+    return file.getvalue()
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

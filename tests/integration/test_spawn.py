@@ -104,6 +104,7 @@ def test_a_failed_worker_is_raised_with_its_traceback(on_loop: Callable[[Any], N
     with pytest.raises(WorkerError, match="rank 2 failed") as caught:
         on_loop(main)
     assert "what was missing" in str(caught.value)
+    assert f'File "{__file__}", line' in str(caught.value)
     assert "in worker" in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
     assert (caught.value.rank, caught.value.exit_code) == (2, 1)
