@@ -7,11 +7,13 @@ import errno
 import functools
 import logging
 import os
+import select
 import socket
 from pathlib import Path
 from typing import Final
 
 __all__ = [
+    "EXHAUSTED",
     "host_id",
     "hostname",
     "look_up",
@@ -23,6 +25,8 @@ __all__ = [
 
 _log: Final = logging.getLogger("aiocomm.control")
 _LOOK_UP_S: Final = 2.0
+EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+"""What fails like this says something of this process, and nothing of what it was about."""
 
 
 @functools.cache
@@ -34,10 +38,14 @@ def hostname() -> str:
 def host_id() -> str:
     """Equal for two processes that share a kernel and a network namespace, and so can reach abstract Unix
     sockets.
+
+    Raises:
+        OSError: there is no descriptor left to read it by.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
+    except OSError as error:
+        _refuse_exhausted(error)
         boot = hostname()
     return f"{boot}/{_namespace('net')}"
 
@@ -49,11 +57,15 @@ def pid_namespace() -> int:
 
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot: with its id, this names a process for good. 0 if
-    there is none.
+    there is none, or none that this process is shown.
+
+    Raises:
+        OSError: there is no descriptor left to read it by.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
+    except OSError as error:
+        _refuse_exhausted(error)
         return 0
     # The second field is the command in parentheses and may hold anything, parentheses too.
     return int(stat[stat.rindex(b")") + 2 :].split()[19])
@@ -81,17 +93,35 @@ def open_pidfd(pid: int, started: int) -> int | None:
     """A descriptor that becomes readable when the process ends, or None if that process is no more.
 
     Raises:
-        OSError: the kernel does not offer it (or is out of descriptors).
+        OSError: the kernel does not offer it, is out of descriptors, or hides when the process has started.
     """
     try:
         descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process can have such an id
         return None
     # Read after the open: the descriptor keeps naming this process, so an id that was used again shows here.
-    if start_time(pid) != started:
+    try:
+        found = start_time(pid)
+        if found != started and not (found and started) and not _has_ended(descriptor):
+            raise PermissionError(errno.EACCES, "it is hidden when the process has started")
+    except OSError:
         os.close(descriptor)
-        return None
-    return descriptor
+        raise
+    if found == started:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _refuse_exhausted(error: OSError) -> None:
+    if error.errno in EXHAUSTED:
+        raise error
 
 
 def _namespace(kind: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -19,7 +18,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import EXHAUSTED, what_to_do
 from aiocomm._control.stream import Stream
 from aiocomm._control.wire import ProtocolError
 from aiocomm._forked import tell_of_fork
@@ -36,7 +35,6 @@ _log: Final = logging.getLogger("aiocomm.control")
 _BACKLOG: Final = 256
 _BATCH: Final = 16
 _RETRY_S: Final = 0.05
-_EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 def private_unix_address() -> UnixAddress:
@@ -162,7 +160,7 @@ class Listener:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _EXHAUSTED:  # connections wait in the backlog meanwhile
+                if error.errno in EXHAUSTED:  # connections wait in the backlog meanwhile
                     self._starve(what_to_do(error))
                     self._loop.remove_reader(self._sock)
                     self._pausing = self._loop.call_later(_RETRY_S, self._resume)

@@ -6,7 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Final
 
-from aiocomm._control.host import open_pidfd, pid_namespace
+from aiocomm._control.host import host_id, open_pidfd, pid_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,24 +25,27 @@ class ProcessWatch:
     """Holds a pidfd for each watched peer. Lives on the control thread's loop.
 
     Args:
-        host_id: of this process.
         on_dead: told of (rank, generation, reason), once per peer.
     """
 
-    def __init__(self, host_id: str, on_dead: Callable[[int, int, str], None]) -> None:
-        self._host_id = host_id
+    def __init__(self, on_dead: Callable[[int, int, str], None]) -> None:
+        self._host_id = ""  # of this process, once it is asked for
         self._on_dead = on_dead
         self._descriptors: dict[tuple[int, int], int] = {}
 
     def add(self, card: PeerCard) -> None:
         """Watch a peer, if its process id means something here."""
-        if card.host_id != self._host_id or card.pid_namespace != pid_namespace() or card.pid == os.getpid():
-            return
         loop = asyncio.get_running_loop()
         try:
+            self._host_id = self._host_id or host_id()
+            here = card.host_id == self._host_id and card.pid_namespace == pid_namespace()
+            if not here or card.pid == os.getpid():
+                return
             descriptor = open_pidfd(card.pid, card.start_time)
         except OSError:
-            return  # an old kernel, or no descriptor left: the control and pair connections still hang up
+            # An old kernel, no descriptor left, or another user's process, which is hidden: the control and
+            # pair connections still hang up.
+            return
         if descriptor is None:
             loop.call_later(_GRACE_S, self._report, card)
             return

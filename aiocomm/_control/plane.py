@@ -94,7 +94,7 @@ class ControlPlane:
         self._host_rank: int | None = None
         self._ready = False
         self._closed = False
-        self._watch = ProcessWatch(host.host_id(), self._lost)
+        self._watch = ProcessWatch(self._lost)
 
     def start(self) -> concurrent.futures.Future[Welcome]:
         """Join the world, in the background. A world of fixed size is joined once all its processes have
@@ -153,10 +153,10 @@ class ControlPlane:
         self._starting = asyncio.current_task()
         self._stack.callback(self._watch.close)
         world = self._world
-        if world.address is None:
-            self._engine.set_identity(0, 1)
-            return Welcome(0, 1, 1, (), self._card(0, 1))
         try:
+            if world.address is None:
+                self._engine.set_identity(0, 1)
+                return Welcome(0, 1, 1, (), self._card(0, 1))
             async with asyncio.timeout(world.timeout_s):
                 return await self._join(world.address)
         except TimeoutError:
@@ -167,7 +167,7 @@ class ControlPlane:
             ) from error
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0)
-            message = f"could not join {world.address}: {host.what_to_do(error)}"
+            message = f"could not join {world.address or 'a world of one'}: {host.what_to_do(error)}"
             raise LinkError(message, error.errno, code) from error
 
     async def _join(self, text: str) -> Welcome:

@@ -22,7 +22,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import EXHAUSTED, what_to_do
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AuthenticationError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Vigil"]
 
 _GOODBYE_S: Final = 1.0
-_OWN: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+_OWN: Final = EXHAUSTED | {errno.EADDRNOTAVAIL}
 
 
 class Vigil:

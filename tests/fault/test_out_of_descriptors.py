@@ -13,6 +13,7 @@ import pytest
 from harness import LIMIT_S, until, world
 
 import aiocomm
+from aiocomm._control import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,3 +94,15 @@ async def test_a_pair_that_could_not_greet_is_made_anew() -> None:
                 except aiocomm.PeerLostError:  # it had joined the last attempt without room
                     await passes(a, b, data, 2)
     assert any("raise the limit of open files" in str(error) for error in failures)
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead() -> None:
+    """Its descriptor takes the last one there is, and when it has started remains to be read."""
+    parent = os.getppid()
+    started = host.start_time(parent)
+    with room_for(1), pytest.raises(OSError, match="Too many open files"):
+        host.open_pidfd(parent, started)
+    with room_for(0):
+        for what in (host.host_id, lambda: host.start_time(os.getpid())):
+            with pytest.raises(OSError, match="Too many open files"):
+                what()
