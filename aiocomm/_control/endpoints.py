@@ -60,20 +60,33 @@ class Endpoints:
             OSError: no socket can be had.
         """
         if not self._sockets:
-            self._take(bind(private_unix_address()))
-            if local_host or any(
-                self._engine.link_streams(link)[0] == "tcp" for link in self._engine.link_names()
-            ):
-                advertised = self._settings.host or local_host or "127.0.0.1"
-                try:
-                    if further and not self._settings.host:
-                        first = (local_host,) if local_host in further else ()
-                        self._take(bind(TcpAddress("", 0)), *dict.fromkeys((*first, *further)))
-                    else:
-                        self._take(bind(TcpAddress(advertised, 0)), advertised)
-                except OSError:  # not an address of this host itself, as behind address translation
-                    self._take(bind(TcpAddress("", 0)), advertised)
+            try:
+                self._bind_all(local_host, further)
+            except BaseException:  # all of them, or none: whoever tries again would miss those that failed
+                self._unbind()
+                raise
         return self.addresses
+
+    def _bind_all(self, local_host: str, further: tuple[str, ...]) -> None:
+        self._take(bind(private_unix_address()))
+        if local_host or any(
+            self._engine.link_streams(link)[0] == "tcp" for link in self._engine.link_names()
+        ):
+            advertised = self._settings.host or local_host or "127.0.0.1"
+            try:
+                if further and not self._settings.host:
+                    first = (local_host,) if local_host in further else ()
+                    self._take(bind(TcpAddress("", 0)), *dict.fromkeys((*first, *further)))
+                else:
+                    self._take(bind(TcpAddress(advertised, 0)), advertised)
+            except OSError:  # not an address of this host itself, as behind address translation
+                self._take(bind(TcpAddress("", 0)), advertised)
+
+    def _unbind(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
+        self._addresses.clear()
 
     async def look_up_host(self) -> None:
         """Warn if the name that others are told means nothing here: they will hardly know more."""
@@ -161,5 +174,4 @@ class Endpoints:
         """Accept nothing more."""
         for listener in self._listeners:
             await listener.aclose()
-        for sock in self._sockets:
-            sock.close()
+        self._unbind()
