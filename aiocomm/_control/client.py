@@ -319,9 +319,12 @@ def read_address_file(path: str) -> tuple[tuple[TcpAddress | UnixAddress, ...], 
         OSError: there is no file (yet).
         AuthenticationError: it is another user's, or open to others.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise ConnectionError(f"{path} is not a file")
     with open(descriptor, errors="replace") as file:
-        facts = os.fstat(descriptor)
         if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise AuthenticationError(f"{path} is not this user's alone; it would not be safe to trust")
         lines = file.read(4096).splitlines()
