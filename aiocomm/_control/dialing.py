@@ -62,6 +62,7 @@ async def reach(
             failures[str(address)] = error
     waiting.reverse()
     attempts: dict[asyncio.Task[Stream], TcpAddress | UnixAddress] = {}
+    first: Stream | None = None
     try:
         while waiting or attempts:
             if waiting:
@@ -73,7 +74,8 @@ async def reach(
             for task in done:
                 address = attempts.pop(task)
                 try:
-                    return task.result(), address
+                    first = task.result()
+                    return first, address
                 except (OSError, AuthenticationError) as error:
                     failures[str(address)] = error
     finally:
@@ -83,7 +85,12 @@ async def reach(
             else:  # whoever is cancelled once more does not wait for this
                 task.cancel()
                 task.add_done_callback(_let_go)
-        await asyncio.gather(*attempts, return_exceptions=True)
+        try:
+            await asyncio.gather(*attempts, return_exceptions=True)
+        except asyncio.CancelledError:
+            if first is not None:
+                first.close()
+            raise
     raise _sum_up(failures)
 
 

@@ -90,6 +90,34 @@ def test_who_is_not_of_the_group_is_got_past(listening: TcpAddress) -> None:
             taken(alien, greet=greet)
 
 
+def test_who_is_cancelled_as_the_slower_ones_end_leaves_no_connection(
+    listening: TcpAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialing, "_STAGGER_S", 0.0)
+    streams: list[Stream] = []
+    gone_by = asyncio.Event()
+
+    async def greet(stream: Stream) -> None:
+        streams.append(stream)
+        if len(streams) == 1:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                gone_by.set()
+                await asyncio.Event().wait()
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            dialing_both = asyncio.create_task(reach([listening, address_of(server)], greet, LIMIT_S))
+            await gone_by.wait()
+            dialing_both.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await dialing_both
+
+    asyncio.run(main())
+    assert [stream._sock.fileno() for stream in streams] == [-1, -1]
+
+
 def test_silence_is_not_told_as_a_refusal(
     silent: TcpAddress, refusing: TcpAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
