@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import stat
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "Follower", "read_address_file", "remove_address_file", "write_address_file"]
 
+_log: Final = logging.getLogger("aiocomm.control")
 _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 _GOODBYE_S: Final = 1.0
@@ -149,7 +151,7 @@ class Client:
         elif self.welcome.size is not None:
             _left.append(self.welcome.world)
         await _cancel(self._beating)  # before the goodbye: a stream has one writer at a time
-        if self._following is not None and not self._following.done():
+        if self._following is not None:  # also if that has failed: the rendezvous may know nothing of it
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(_GOODBYE_S):
                     await self._stream.send(messages.Goodbye())
@@ -245,6 +247,9 @@ class Client:
             reason = f"the rendezvous broke the control protocol ({error})"
         except OSError as error:
             reason = f"the rendezvous {how_it_broke(error, self._settings.heartbeat_s)}"
+        except Exception as error:  # whatever it is: nothing more will be told, and that must be known
+            _log.exception("following the rendezvous failed unexpectedly")
+            reason = f"this process cannot follow the rendezvous any more ({error!r})"
         self._farewell.set()
         if not self._leaving:
             self._follower.on_rendezvous_lost(graceful, reason)

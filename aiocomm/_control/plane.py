@@ -205,7 +205,7 @@ class ControlPlane:
         self._engine.set_identity(welcome.rank, welcome.generation)
         self._engine.set_open(welcome.size is None)
         self._vigil = Vigil(
-            card, endpoints.dial, self._settings, self._unwatched, self._peers.get, self.on_gone
+            card, endpoints.dial, self._settings, self._unwatched, self._peers.get, self.on_gone, self._fail
         )
         self._stack.push_async_callback(self._vigil.aclose)
         self._pairing = Pairing(
@@ -338,6 +338,11 @@ class ControlPlane:
 
     def _lost(self, rank: int, generation: int, reason: str) -> None:
         self.on_gone(rank, generation, False, reason)
+
+    def _fail(self, reason: str) -> None:
+        """Rather than be waited for for ever, all peers count as lost."""
+        for card in list(self._peers.values()):
+            self.on_gone(card.rank, card.generation, False, reason)
 
     def _fell_back(self, link: str, rank: int, following: str, reason: str) -> None:
         self._tell(Fallback(link, rank, following, reason))

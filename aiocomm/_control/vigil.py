@@ -11,7 +11,8 @@ Rules:
 3. Who has no such connection within three heartbeats is gone. A process that is there but busy is not: its
    kernel accepts the connection, and it may take the time of three handshakes to answer.
 4. A connection that ends without a goodbye is the end of the peer.
-5. What fails because this process has no descriptors left says nothing about a peer.
+5. What nobody has foreseen counts as the end: of the peer that it is about, or of all.
+6. What fails because this process has no descriptors left says nothing about a peer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
 from aiocomm._control.host import EXHAUSTED, what_to_do
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
-from aiocomm.errors import AuthenticationError
+from aiocomm.errors import AiocommError, AuthenticationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Vigil"]
 
+_log: Final = logging.getLogger("aiocomm.control")
 _GOODBYE_S: Final = 1.0
 _OWN: Final = EXHAUSTED | {errno.EADDRNOTAVAIL}
 
@@ -50,6 +53,7 @@ class Vigil:
         unwatched: the peers of whose end nothing else would tell now.
         find: the card of a rank that is in the world.
         on_gone: told of (rank, generation, graceful, reason); may be more than once.
+        on_failed: told why no end would be noticed any more.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Vigil:
         unwatched: Callable[[], Iterable[messages.PeerCard]],
         find: Callable[[int], messages.PeerCard | None],
         on_gone: Callable[[int, int, bool, str], None],
+        on_failed: Callable[[str], None],
     ) -> None:
         self._card = card
         self._dial = dial
@@ -68,6 +73,7 @@ class Vigil:
         self._unwatched = unwatched
         self._find = find
         self._on_gone = on_gone
+        self._on_failed = on_failed
         self._watching: asyncio.Task[None] | None = None
         self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._held: dict[Stream, messages.PeerCard] = {}
@@ -125,6 +131,14 @@ class Vigil:
             self._on_gone(card.rank, card.generation, graceful, reason)
 
     async def _watch(self) -> None:
+        try:
+            await self._call_all()
+        except Exception as error:
+            _log.exception("the vigil failed unexpectedly")
+            self._on_failed(f"deaths of peers would not be noticed any more ({error!r})")
+
+    async def _call_all(self) -> None:
+        """Call, each heartbeat, those whose end nothing would tell."""
         loop = asyncio.get_running_loop()
         end = loop.time() + 3 * self._heartbeat_s
         late = False
@@ -145,8 +159,11 @@ class Vigil:
             try:
                 async with asyncio.timeout(self._answer_s):
                     stream = await self._open(card, max(end - loop.time(), self._heartbeat_s))
-            except (OSError, ProtocolError, AuthenticationError) as error:
+            except Exception as error:
                 reason = what_to_do(error)
+                if not isinstance(error, (OSError, AiocommError)):
+                    _log.exception("the call to rank %d failed unexpectedly", card.rank)
+                    break
                 if isinstance(error, TimeoutError) and error.errno is None:  # the limit above
                     reason = f"no answer for {self._answer_s:g} s"
                 if isinstance(error, OSError) and error.errno in _OWN:

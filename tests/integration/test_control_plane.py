@@ -26,6 +26,7 @@ from aiocomm._control.loopthread import LoopThread
 from aiocomm._control.rendezvous import Rendezvous
 from aiocomm._control.stream import Stream
 from aiocomm._control.testing import Member, RecordingEngine
+from aiocomm._control.vigil import Vigil
 from aiocomm._process import fresh_address
 from aiocomm.config import Settings
 from aiocomm.errors import AuthenticationError, DeadlineExceeded, LinkError, UsageError
@@ -919,6 +920,45 @@ def test_of_a_member_whose_frames_were_changed_the_reason_is_told(members: Calla
     guest.close()  # its goodbye
     lost = host.engine.wait(lambda engine: engine.lost)
     assert "broke the control protocol (a control frame was changed" in str(lost)
+
+
+class OddEngine(RecordingEngine):
+    """Cannot take one of its peers."""
+
+    def add_peer(self, rank: int, generation: int) -> None:
+        if rank == 2:
+            raise MemoryError("no room for a peer")
+        super().add_peer(rank, generation)
+
+
+def test_who_fails_to_follow_the_rendezvous_goes_on_as_without_it(
+    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, hold = threading.Event(), Vigil._hold
+
+    async def held(vigil: Vigil, stream: Stream, card: messages.PeerCard) -> None:
+        if card.rank == 2:
+            watched.set()
+        await hold(vigil, stream, card)
+
+    monkeypatch.setattr(Vigil, "_hold", held)
+    address = fresh_address()
+    settings = Settings(heartbeat_s=0.05)
+    host = members(address, 0, settings=settings)
+    guest = Member(address, engine=(odd := OddEngine()), settings=settings)
+    try:
+        assert (host.joined().rank, guest.joined().rank) == (0, 1)
+        third = members(address, settings=settings)
+        (reason,) = odd.wait(lambda engine: [*engine.lost.values()])
+        assert reason.startswith("this process cannot follow the rendezvous any more (MemoryError('no room")
+        generation = third.joined().generation
+        assert watched.wait(PATIENCE_S)
+        third.close()
+        odd.wait(lambda engine: engine.left == [(2, generation)])
+    finally:
+        guest.close()
+    # It has said goodbye.
+    host.engine.wait(lambda engine: (1, guest.joined().generation) in engine.left)
 
 
 def test_closing_twice_and_before_starting_is_fine() -> None:
