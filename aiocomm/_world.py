@@ -29,11 +29,13 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["World", "detect", "first_host", "own_host"]
+__all__ = ["NAME_LIMIT", "World", "detect", "first_host", "own_host"]
 
 _OWN: Final = ("AIOCOMM_RANK", "AIOCOMM_SIZE", "AIOCOMM_ADDRESS")
-_LABEL: Final = r"[0-9A-Za-z_](?:[0-9A-Za-z_-]*[0-9A-Za-z_])?"
+_LABEL: Final = r"[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"
 _NAME: Final = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
+NAME_LIMIT: Final = 256
+"""Characters of a process's name."""
 _SLURM_PORTS: Final = range(20000, 32000)  # below Linux's ephemeral ports
 
 
@@ -73,6 +75,17 @@ class World:
             raise UsageError(
                 "in an elastic world the rendezvous deals out the ranks; give rank=0 only to host it"
             )
+        if self.name is not None and len(self.name) > NAME_LIMIT:
+            raise UsageError(
+                f"a name of {len(self.name)} characters is too long: it may have {NAME_LIMIT} (AIOCOMM_NAME)"
+            )
+        for what, text in (("name", self.name), ("token", self.token)):
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError:  # as bytes of the environment become that are no UTF-8
+                raise UsageError(
+                    f"the {what} is not text (AIOCOMM_{what.upper()}): write it in UTF-8"
+                ) from None
         if not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be positive, not {self.timeout_s}")
 

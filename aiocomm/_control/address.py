@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -112,7 +113,7 @@ def parse(text: str) -> Address:
         case "unix":
             if not rest or rest == "@":
                 raise UsageError(f"the address {text!r} lacks a path (unix:///path) or a name (unix://@name)")
-            if len(rest.encode()) > _MAX_UNIX:
+            if len(os.fsencode(rest)) > _MAX_UNIX:
                 raise UsageError(f"the Unix socket address {text!r} is longer than {_MAX_UNIX} bytes")
             return UnixAddress(rest)
         case "file":
@@ -143,8 +144,16 @@ def _parse_tcp(text: str, rest: str) -> TcpAddress:
             raise UsageError(f"write an IPv6 address in brackets: tcp://[{host}]:{port_text}")
         if not host:
             raise UsageError(f"the address {text!r} lacks a host; tcp://*:port listens on all interfaces")
-        if any(character.isspace() or character in "/@?#" for character in host):
+        if any(character.isspace() or character in "/@?#" for character in host) or not _is_name(host):
             raise UsageError(f"{host!r} in {text!r} is not a host")
     if not (port_text.isascii() and port_text.isdigit() and int(port_text[:6]) <= 65535):
         raise UsageError(f"{port_text!r} in {text!r} is not a port (0 to 65535)")
     return TcpAddress("" if host == "*" else host, int(port_text))
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver could be asked: it refuses empty labels, and those of more than 63 bytes."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False

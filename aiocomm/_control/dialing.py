@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import resolve, what_to_do
 from aiocomm._control.stream import Stream
 from aiocomm.errors import AuthenticationError
 
@@ -139,12 +139,11 @@ async def _resolve(
         return [(address, socket.AF_UNIX, address.sockaddr)]
     if address.is_literal and not address.is_wildcard:
         flags = socket.AI_NUMERICHOST
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
+        numeric = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
+        found: list[tuple[int, Any]] = [(family, sockaddr) for family, *_, sockaddr in numeric]
     else:
-        host = address.host if not address.is_wildcard else "localhost"
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
-    return [(TcpAddress(str(sockaddr[0]), address.port), family, sockaddr) for family, *_, sockaddr in found]
+        found = await resolve(address.host if not address.is_wildcard else "localhost", address.port)
+    return [(TcpAddress(str(sockaddr[0]), address.port), family, sockaddr) for family, sockaddr in found]
 
 
 async def _connect(family: int, sockaddr: object) -> Stream:

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 __all__ = [
     "EXHAUSTED",
@@ -19,6 +19,7 @@ __all__ = [
     "look_up",
     "open_pidfd",
     "pid_namespace",
+    "resolve",
     "start_time",
     "what_to_do",
 ]
@@ -71,6 +72,22 @@ def start_time(pid: int) -> int:
     return int(stat[stat.rindex(b")") + 2 :].split()[19])
 
 
+async def resolve(name: str, port: int | None) -> list[tuple[int, tuple[Any, ...]]]:
+    """The families and sockets' addresses that a name stands for.
+
+    Raises:
+        OSError: nobody knows it, or this process cannot ask.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise socket.gaierror(socket.EAI_NONAME, f"no host can have that name ({error})") from error
+    except RuntimeError as error:  # there is a thread for each name that is looked up
+        raise ConnectionError(f"the name {name} cannot be looked up: {error}") from error
+    return [(family, sockaddr) for family, *_, sockaddr in found]
+
+
 async def look_up(name: str, whose: str) -> list[str]:
     """The addresses of a name that others are told. None, and a warning, if it means nothing here: they will
     hardly know more.
@@ -80,13 +97,12 @@ async def look_up(name: str, whose: str) -> list[str]:
     """
     try:
         async with asyncio.timeout(_LOOK_UP_S):
-            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            return [str(at[0]) for _, at in await resolve(name, None)]
     except OSError as error:  # also: nobody knows within the time
         _log.warning(
             "the name that %s gives to others, %s, is not known here: %s", whose, name, what_to_do(error)
         )
         return []
-    return [str(at[0]) for *_, at in found]
 
 
 def open_pidfd(pid: int, started: int) -> int | None:

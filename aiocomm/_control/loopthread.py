@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,7 +124,8 @@ class LoopThread:
                     task.cancel()
                 if left:
                     loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-                loop.run_until_complete(loop.shutdown_default_executor())
+                with contextlib.suppress(RuntimeError):  # no thread can be started to wait for its threads
+                    loop.run_until_complete(loop.shutdown_default_executor())
             finally:
                 asyncio.set_event_loop(None)
                 loop.close()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from aiocomm._control.wire import MAX_ITEMS
+from aiocomm._world import NAME_LIMIT
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from aiocomm._control.messages import PeerCard
 
 __all__ = ["Announcement", "Became", "Came", "JoinRefusedError", "Membership", "Went"]
-
-_NAME_LIMIT = 256
 
 
 class JoinRefusedError(UsageError):
@@ -104,7 +103,7 @@ class Membership:
         Raises:
             JoinRefusedError: the world differs from what it asked for, or its rank is taken.
         """
-        if card.name is not None and len(card.name) > _NAME_LIMIT:
+        if card.name is not None and len(card.name) > NAME_LIMIT:
             raise JoinRefusedError(f"a name of {len(card.name)} characters is too long")
         if len(card.links) > MAX_ITEMS:
             raise JoinRefusedError("too many links")

@@ -356,6 +356,25 @@ def test_a_name_in_the_address_that_means_nothing_is_told(
     assert "the world's address gives to others, no-such-host.invalid, is not known here" in caplog.text
 
 
+def test_a_name_that_no_thread_can_be_started_to_look_up_is_told(
+    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = threading.Thread.start
+
+    def start_own(thread: threading.Thread) -> None:
+        if not thread.name.startswith("aiocomm"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_own)
+    address = "tcp://no-such-host.invalid:0"
+    members(address, 0, 1, token="ours").joined()
+    why = "the name no-such-host.invalid cannot be looked up: can't start new thread"
+    assert f"is not known here: {why}" in caplog.text
+    with pytest.raises(DeadlineExceeded, match=why):
+        members(address, 1, 2, token="ours", timeout_s=0.2).joined()
+
+
 def test_joining_can_be_given_up(members: Callable[..., Member]) -> None:
     address = fresh_address()
     host, other = members(address, 0, 2), members(fresh_address(), 1, 2)

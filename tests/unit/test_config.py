@@ -330,7 +330,16 @@ def test_settings_from_the_environment(name: str, text: str, value: object) -> N
         ("timeout_s", "1e12", "at most"),
         *(
             ("host", host, "AIOCOMM_HOST must be one name or address of this host")
-            for host in ("10.0.0.7:7000", "tcp://10.0.0.7", "[10.0.0.7", "10.0.0.300", "0.0.0.0", "::", "*")
+            for host in (
+                "10.0.0.7:7000",
+                "tcp://10.0.0.7",
+                "[10.0.0.7",
+                "10.0.0.300",
+                "0.0.0.0",
+                "::",
+                "*",
+                "a" * 64,
+            )
         ),
         *(
             ("host", host, "without a port")

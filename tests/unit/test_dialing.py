@@ -142,6 +142,14 @@ def test_silence_is_not_told_as_a_refusal(
         taken(silent, refusing)
 
 
+def test_a_name_that_no_host_can_have_is_got_past(listening: TcpAddress) -> None:
+    """A peer may tell any."""
+    nobody = TcpAddress("a" * 64, 7000)
+    assert taken(nobody, listening) == listening
+    with pytest.raises(OSError, match="no host can have that name"):
+        taken(nobody)
+
+
 def test_a_file_holds_all_addresses(tmp_path: Path) -> None:
     path = str(tmp_path / "address")
     addresses = (TcpAddress("10.0.0.1", 7000), TcpAddress("fd00::1", 7000))
