@@ -331,8 +331,12 @@ class Pairing:
         finally:
             if pair.answering is asyncio.current_task():
                 pair.answering = None
-            del self._attempts[offer.attempt]
+            if self._attempts.get(offer.attempt) is arrivals:  # else another offer has the same name
+                del self._attempts[offer.attempt]
             arrivals.close()
+            if pair.committed and not pair.connected.done():  # attached, and it broke off before the start
+                pair.committed = False
+                self._engine.detach(pair.card.rank, pair.card.generation)
             self._call_if_needed(pair)
 
     async def _known(self, rank: int, generation: int) -> _Pair | None:

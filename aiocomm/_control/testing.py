@@ -165,9 +165,11 @@ class RecordingEngine:
         self._note(lambda: self.broken_pairs.add(rank))
 
     def detach(self, rank: int, generation: int) -> None:
-        """Take back what was attached."""
+        """Take back what was attached, if that is so."""
         with self._changed:  # whoever waits looks more than once
-            attachment = self.attached.pop(rank)
+            attachment = self.attached.pop(rank, None)
+        if attachment is None:
+            return
         assert attachment.generation == generation
         for descriptor in attachment.fds:
             os.close(descriptor)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from harness import LIMIT_S
 
+from aiocomm._control import messages
 from aiocomm._control.dialing import UnansweredError
 from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
@@ -40,6 +42,31 @@ def pairing(engine: RecordingEngine, timeout_s: float) -> Pairing:
     found = Pairing(card(0), engine, refusing, timeout_s, lambda *_: None)
     found.add(card(1))
     return found
+
+
+class Line:
+    """A connection of a caller that says what it is to say, and then nothing until it ends."""
+
+    def __init__(self, *said: messages.Message, breaks_at: type[messages.Message] | None = None) -> None:
+        self._said = list(said)
+        self._breaks_at = breaks_at
+        self.told: list[messages.Message] = []
+        self.silent, self.ends = asyncio.Event(), asyncio.Event()
+
+    async def receive(self) -> messages.Message:
+        if self._said:
+            return self._said.pop(0)
+        self.silent.set()
+        await self.ends.wait()
+        raise ConnectionResetError("it has ended")
+
+    async def send(self, message: messages.Message) -> None:
+        if isinstance(message, self._breaks_at or ()):
+            raise ConnectionResetError("it broke")
+        self.told.append(message)
+
+
+OFFER = messages.Offer(b"a try", 1, 1, 0, 1)
 
 
 async def _told(warm: asyncio.Task[Any]) -> str:
@@ -96,3 +123,48 @@ def test_who_is_silent_is_called_once() -> None:
     reason = asyncio.run(main())
     assert "no answer from tcp://10.0.0.1:7000 (AIOCOMM_HOST" in reason
     assert calls == [1]
+
+
+def test_a_call_that_breaks_off_between_attaching_and_starting_leaves_the_pair_to_be_made() -> None:
+    """The caller lives and gives up, too: whoever has something to say calls anew."""
+
+    async def main() -> RecordingEngine:
+        engine = RecordingEngine(links={"shm": ("unix", 0)})
+        called = asyncio.Event()
+
+        async def dial(card: PeerCard, kind: str | None) -> Stream:
+            called.set()
+            raise ConnectionRefusedError("nobody listens")
+
+        pairs = Pairing(card(0), engine, dial, 30.0, lambda *_: None)
+        pairs.add(card(1))
+        tries = (messages.LinkTry("shm", 0, False, b""), messages.Attached("shm"))
+        line = Line(OFFER, *tries, breaks_at=messages.Attached)
+        with pytest.raises(ConnectionResetError, match="it broke"):
+            await pairs.serve(cast("Stream", line))
+        pairs.want(1)
+        await asyncio.wait_for(called.wait(), LIMIT_S)
+        await pairs.aclose()
+        return engine
+
+    engine = asyncio.run(main())
+    assert engine.detached == [(1, "shm")]
+    assert not engine.started
+
+
+def test_two_offers_of_one_name_end_as_others_do() -> None:
+    async def main() -> None:
+        pairs = pairing(RecordingEngine(), 30.0)
+        lines = [Line(OFFER), Line(OFFER)]
+        serving = []
+        for line in lines:
+            serving.append(asyncio.create_task(pairs.serve(cast("Stream", line))))
+            await line.silent.wait()
+        with pytest.raises(asyncio.CancelledError):  # the newer one replaces it
+            await serving[0]
+        lines[1].ends.set()
+        with pytest.raises(ConnectionResetError, match="it has ended"):
+            await serving[1]
+        await pairs.aclose()
+
+    asyncio.run(main())
