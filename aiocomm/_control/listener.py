@@ -87,12 +87,13 @@ def _remove_stale(path: str) -> None:
         return
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with probe:
+        probe.setblocking(False)  # whose backlog is full has a listener, and may be stopped
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
         except OSError:
-            return  # absent, or not ours to judge: bind says so
+            return  # absent, busy, or not ours to judge: bind says so
 
 
 class Listener:

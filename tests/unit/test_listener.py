@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from aiocomm._control.address import UnixAddress
 from aiocomm._control.auth import Purpose
 from aiocomm._control.listener import Listener, bind, private_unix_address
 
 if TYPE_CHECKING:
-    import pytest
+    from pathlib import Path
 
 
 class _Exhausted:
@@ -65,3 +70,19 @@ def test_that_connections_wait_is_said_once_and_while_they_do(caplog: pytest.Log
     assert [record.getMessage() for record in caplog.records] == [
         f"connections to this process wait: {starved}"
     ]
+
+
+def test_a_socket_whose_backlog_is_full_is_not_stale(tmp_path: Path) -> None:
+    """Who listens there is stopped, say; nor is it waited for."""
+    path = str(tmp_path / "socket")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(path)
+        server.listen(0)
+        for full in (False, True):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError) if full else contextlib.nullcontext():
+                client.connect(path)
+        with pytest.raises(OSError, match="Address already in use"):
+            bind(UnixAddress(path))
