@@ -130,7 +130,11 @@ class Client:
         """
         assert self._stream is not None
         while True:
-            message = await self._stream.receive()
+            try:
+                message = await self._stream.receive()
+            except OSError as error:  # one that the kernel timed out is not the end of the time to join
+                how = how_it_broke(error, self._settings.heartbeat_s)
+                raise ConnectionError(f"the rendezvous {how}") from error
             if isinstance(message, messages.Ready):
                 break
             if isinstance(message, messages.Farewell):
