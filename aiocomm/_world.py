@@ -29,11 +29,13 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["NAME_LIMIT", "World", "detect", "first_host", "own_host"]
+__all__ = ["MAX_RANKS", "NAME_LIMIT", "World", "detect", "first_host", "own_host"]
 
 _OWN: Final = ("AIOCOMM_RANK", "AIOCOMM_SIZE", "AIOCOMM_ADDRESS")
 _LABEL: Final = r"[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"
 _NAME: Final = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
+MAX_RANKS: Final = 1 << 20
+"""Ranks of a world, also of one that deals them out; the engine knows no higher ones."""
 NAME_LIMIT: Final = 256
 """Characters of a process's name."""
 _SLURM_PORTS: Final = range(20000, 32000)  # below Linux's ephemeral ports
@@ -61,6 +63,8 @@ class World:
         if self.size is not None:
             if self.size < 1:
                 raise UsageError(f"a world of size {self.size} has no member")
+            if self.size > MAX_RANKS:
+                raise UsageError(f"a world of size {self.size} is too large: it may have {MAX_RANKS} members")
             if self.address is None and self.size > 1:
                 raise UsageError(f"a world of {self.size} processes needs an address (AIOCOMM_ADDRESS)")
             if self.rank is None and self.address is not None:

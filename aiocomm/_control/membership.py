@@ -3,8 +3,9 @@
 Rules:
 1. A fixed world has `size` ranks. Each process says which one it is; a rank that is taken is refused. The
    world is ready once each rank has been taken; it stays ready when some are lost.
-2. An elastic world deals out ranks 0, 1, 2, … and never deals one out again. It is ready at once; or, if
-   rank 0 is reserved for the process that hosts the rendezvous, once that has come, so that all know it.
+2. An elastic world deals out ranks 0, 1, 2, … up to `MAX_RANKS`, and never deals one out again. It is ready
+   at once; or, if rank 0 is reserved for the process that hosts the rendezvous, once that has come, so that
+   all know it.
 3. A rank that was lost or left a fixed world may be taken again: that is a new generation. Generations of a
    rank only grow. They start at a number that differs between worlds, so that a handle from an earlier world
    is stale in this one.
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from aiocomm._control.wire import MAX_ITEMS
-from aiocomm._world import NAME_LIMIT
+from aiocomm._world import MAX_RANKS, NAME_LIMIT
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -164,6 +165,10 @@ class Membership:
         if size is not None:
             raise JoinRefusedError(
                 f"this world is elastic: connect without rank= and size= (got size {size})"
+            )
+        if rank is None and self._next_rank == MAX_RANKS:
+            raise JoinRefusedError(
+                f"this world has dealt out all of its {MAX_RANKS} ranks: start a new one, and its rendezvous"
             )
         if rank is None:
             return self._next_rank

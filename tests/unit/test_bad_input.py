@@ -47,6 +47,11 @@ CONNECTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an address that is a number": ({"address": 123}, UsageTypeError, "address= takes a string, not int"),
     "a rank in words": ({"rank": "0", "size": 1}, UsageTypeError, "rank='0' is not an integer"),
     "a size in words": ({"rank": 0, "size": "1"}, UsageTypeError, "size='1' is not an integer"),
+    "a world without end": (
+        {"rank": 0, "size": 2**64},
+        UsageError,
+        "is too large: it may have 1048576 members",
+    ),
     "a token that is a number": ({"token": 123}, UsageTypeError, "token= takes a string, not int"),
     "a name that is a number": ({"name": 5}, UsageTypeError, "name= takes a string, not int"),
     "a token that is no text": ({"token": "\udc80"}, UsageError, "the token is not text .AIOCOMM_TOKEN"),

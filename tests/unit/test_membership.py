@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from aiocomm._control.membership import Became, Came, JoinRefusedError, Membership, Went
 from aiocomm._control.messages import PeerCard
+from aiocomm._world import MAX_RANKS
 from aiocomm.errors import UsageError
+from aiocomm_native import _core
 
 
 def card(pid: int = 1, name: str | None = None, addresses: tuple[str, ...] = ()) -> PeerCard:
@@ -109,6 +111,23 @@ def test_rank_zero_of_an_elastic_world_can_be_kept_for_its_host() -> None:
     world.lose(0, host.generation, "died")
     with pytest.raises(JoinRefusedError, match="deals out the ranks"):
         world.admit(0, None, card())
+
+
+def test_an_elastic_world_deals_out_no_rank_that_engines_do_not_know() -> None:
+    world = Membership(None)
+    world._next_rank = MAX_RANKS - 1  # a million later
+    last, _ = world.admit(None, None, card())
+    with pytest.raises(
+        JoinRefusedError, match="dealt out all of its 1048576 ranks: start a new one"
+    ) as refused:
+        world.admit(None, None, card())
+    assert not refused.value.retry
+    engine = _core.Engine([], {}, {})
+    engine.add_peer(last.rank, last.generation)
+    with pytest.raises(ValueError, match="out of range"):
+        engine.add_peer(last.rank + 1, 1)
+    engine.close()
+    engine.release_descriptors()
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, None), (5, None), (0, 4), (None, 4)])
