@@ -1,8 +1,8 @@
 """The rendezvous: where processes of a world meet, and which tells each of them about the others.
 
 It runs beside rank 0 or alone. Decisions are `membership`'s; this module carries them over connections. A
-member that does not read what it is told is dropped once `_OUTBOX_BYTES` wait for it, so that it can cost no
-more than that.
+member that does not read what it is told is dropped once `_OUTBOX_BYTES` wait for it, beside who was there
+when it came, so that it can cost no more than that.
 
 Everyone is told of everyone: n members cost n² cards on the wire, and nothing else may grow like that. So a
 card is encoded once; arrivals are gathered for a while that grows with the number of those to be told, and
@@ -53,6 +53,7 @@ class _Seat:
         self.stream = stream
         self._outbox: list[bytes] = []
         self._waiting = 0
+        self._most = _OUTBOX_BYTES
         self._more = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -66,12 +67,17 @@ class _Seat:
         """Queue a message; drop the member if too much waits."""
         self.post_frames([wire.encode(message)])
 
+    def post_world(self, frames: list[bytes]) -> None:
+        """Queue who is there already: so much waits for any newcomer, however fast it reads."""
+        self._most += sum(map(len, frames))
+        self.post_frames(frames)
+
     def post_frames(self, frames: list[bytes]) -> None:
         """Queue frames that are encoded already; drop the member if too much waits."""
         if self._broken or not frames:
             return
         self._waiting += sum(map(len, frames))
-        if self._waiting > _OUTBOX_BYTES:
+        if self._waiting > self._most:
             self.overrun = True
             self._task.cancel()
             return
@@ -254,7 +260,7 @@ class Rendezvous:
                 session_key=self._session_key,
             )
         )
-        seat.post_frames(wire.encode_joined(self._cards.values()))
+        seat.post_world(wire.encode_joined(self._cards.values()))
         self._cards[card.rank] = wire.encode_card(card)
         if was_ready:
             seat.post(messages.Ready())

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, cast
 
 from aiocomm._control import messages
+from aiocomm._control import rendezvous as rendezvous_module
 from aiocomm._control.rendezvous import Rendezvous
 from aiocomm._control.stream import ConnectionClosedError
 from aiocomm._control.wire import FrameParser
@@ -13,6 +14,8 @@ from aiocomm.config import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import pytest
 
     from aiocomm._control.stream import Stream
 
@@ -51,10 +54,10 @@ class _Line:
             await self.more.wait()
 
 
-async def _join(rendezvous: Rendezvous, rank: int) -> tuple[_Line, asyncio.Task[None]]:
+async def _join(rendezvous: Rendezvous, rank: int, size: int = 2) -> tuple[_Line, asyncio.Task[None]]:
     line = _Line()
     card = messages.PeerCard(rank, 0, None, "here", "here", 7 + rank, 1, 1, (), ("shm",), ())
-    line.said.put_nowait(messages.Join(rank, 2, (), card))
+    line.said.put_nowait(messages.Join(rank, size, (), card))
     serving = asyncio.create_task(rendezvous._serve(cast("Stream", line)))
     await line.until(lambda told: isinstance(told, messages.Welcome))
     return line, serving
@@ -83,3 +86,22 @@ def test_who_takes_a_rank_while_its_last_holder_is_still_told_goodbye_is_told_of
         return next(card.generation for told in joined for card in told.cards if card.rank == 0)
 
     asyncio.run(asyncio.wait_for(take_over(), 30.0))
+
+
+def test_a_newcomer_is_not_dropped_for_the_number_of_those_who_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous_module, "_OUTBOX_BYTES", 400)
+
+    async def grow() -> None:
+        rendezvous = Rendezvous(16, None, Settings(), None)
+        members = [await _join(rendezvous, rank, 16) for rank in range(16)]
+        for line, _ in members:
+            await line.until(lambda told: isinstance(told, messages.Ready))
+        members[0][0].reads.clear()  # who does not read is, as ever
+        for line, serving in members[1:]:
+            line.said.put_nowait(None)
+            await serving
+        await members[0][1]
+
+    asyncio.run(asyncio.wait_for(grow(), 30.0))
