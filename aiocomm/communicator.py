@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["Communicator"]
 
 _POPULATED: Final = 16  # ranks, between which `warmup` takes the memory of all rings
-_ABANDON_S: Final = 1.0  # for which what failed to join is waited for
+_ABANDON_S: Final = 1.0  # for which the control plane's thread is waited for
 
 
 class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
@@ -238,7 +238,9 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         for notes in self._layer_notes.values():  # before peers are seen to leave: it is not they who do
             notes.close("the communicator was closed")
         await self._backend.wait(self._plane.close())
-        self._plane.join(1.0)  # its thread has nothing left to do: this takes microseconds
+        with anyio.move_on_after(_ABANDON_S):  # a name that it still looks up may take its time
+            await self._backend.wait(self._plane.ended)
+            self._plane.join()
         self._release()
 
     def _release(self) -> None:

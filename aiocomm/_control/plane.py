@@ -144,7 +144,7 @@ class ControlPlane:
         return self._thread.ended
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Wait, blocking, until the thread has ended; after `close` that takes microseconds."""
+        """Wait, blocking, until the thread has ended; after `ended` that takes microseconds."""
         self._thread.join(timeout_s)
 
     # Joining, on the control thread
