@@ -21,6 +21,7 @@ from aiocomm._control.dialing import no_answer, reach
 from aiocomm._control.host import what_to_do
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
+from aiocomm._world import MAX_RANKS
 from aiocomm.errors import AuthenticationError, UsageError
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Client:
             raise
         finally:
             slow.cancel()
-        if isinstance(answer, messages.Welcome):
+        if isinstance(answer, messages.Welcome) and self._is_asked_for(answer):
             self._stream = stream
             self.welcome = answer
             return answer
@@ -236,6 +237,10 @@ class Client:
         self._was_refused = isinstance(answer, messages.Refused)
         self.trouble = answer.reason if isinstance(answer, messages.Refused) else "it broke the protocol"
         return None
+
+    def _is_asked_for(self, place: messages.Welcome) -> bool:
+        asked = self._world
+        return place.size == asked.size and asked.rank in (None, place.rank) and place.rank < MAX_RANKS
 
     async def _follow(self) -> None:
         assert self._stream is not None
@@ -269,6 +274,8 @@ class Client:
         match message:
             case messages.Joined(cards):
                 for card in cards:
+                    if card.rank >= MAX_RANKS:
+                        raise ProtocolError(f"a peer of rank {card.rank}")
                     self._follower.on_joined(card)
             case messages.Gone(rank, generation, graceful, reason):
                 self._follower.on_gone(rank, generation, graceful, reason)
