@@ -99,7 +99,8 @@ class Host:
             try:
                 write_address_file(address.path, found, self._fresh)
             except OSError as error:
-                raise LinkError(f"rank 0 cannot write {address}: {error}", error.errno) from error
+                who = self.rendezvous.who
+                raise LinkError(f"{who} cannot write {address}: {error}", error.errno) from error
             self._published = (address.path, found[0])
         return found[0], self._key
 

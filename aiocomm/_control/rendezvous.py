@@ -40,6 +40,12 @@ _GATHER_S: Final = 100e-6
 """Per member to be told: arrivals wait so long for others, since telling all takes about so long."""
 _FLUSH_S: Final = 1.0
 _BIND_RETRY_S: Final = 0.1
+_REMEDIES: Final = {
+    errno.EADDRINUSE: "; end the program that listens there, or choose another address",
+    errno.EADDRNOTAVAIL: "; start it on the host that has that address, or listen on all of its own: tcp://*:port",
+    errno.EACCES: "; choose a port from 1024 on, or a folder that this user may write to",
+    errno.ENOENT: "; make the folder, or choose another one",
+}
 _GENERATION_SPACE: Final = (
     1 << 30
 )  # generations of a world start below; they fit 32 bits with room for restarts
@@ -163,9 +169,8 @@ class Rendezvous:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
                     code = errno.errorcode.get(error.errno or 0)
-                    message = f"rank 0 cannot listen at {address}: {what_to_do(error)}"
-                    if error.errno == errno.EADDRINUSE:
-                        message += "; end the program that listens there, or choose another address"
+                    message = f"{self.who} cannot listen at {address}: {what_to_do(error)}"
+                    message += _REMEDIES.get(error.errno or 0, "")
                     raise LinkError(message, error.errno, code) from error
             await asyncio.sleep(min(_BIND_RETRY_S, max(0.0, deadline - loop.time())))
         if isinstance(bound, UnixAddress) and not bound.is_abstract:
@@ -176,6 +181,11 @@ class Rendezvous:
         )
         self._beating = asyncio.create_task(self._beat(), name="aiocomm heartbeats")
         return bound
+
+    @property
+    def who(self) -> str:
+        """What to call this in messages."""
+        return "rank 0" if self._host_rank == 0 else "the rendezvous"
 
     @property
     def starved(self) -> str:

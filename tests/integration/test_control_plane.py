@@ -400,6 +400,22 @@ def test_a_taken_address(
             world[1].joined()
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("tcp://192.0.2.1:7000", "Cannot assign requested address; start it on the host that has"),
+        ("unix:///no/such/folder/meeting", "No such file or directory; make the folder"),
+    ],
+)
+@pytest.mark.parametrize("host_rank", [0, None])
+def test_an_address_that_cannot_be_had_is_told_with_what_to_do(
+    address: str, told: str, host_rank: int | None
+) -> None:
+    who = "rank 0" if host_rank == 0 else "the rendezvous"
+    with pytest.raises(LinkError, match=f"^{who} cannot listen at {address}: {told}"):
+        asyncio.run(Host(None, parse(address), b"ours", Settings(), host_rank).start(0.0))
+
+
 def test_a_file_that_is_no_socket_is_left_alone(
     tmp_path: Path, members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
