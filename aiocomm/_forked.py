@@ -1,6 +1,7 @@
 """What a child that was forked lets go of at once: it has copies of its parent's descriptors, but no threads.
 
-Sockets that listen would go on taking connections, which nobody serves, when the parent has closed its own.
+Sockets that listen would go on taking connections, which nobody serves, when the parent has closed its own. A
+connection would not end with the parent, and its death be noticed by nobody who is told of it by that alone.
 """
 
 from __future__ import annotations

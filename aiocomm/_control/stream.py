@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.auth import HELLO_SIZE, PROOF_SIZE, VERDICT_SIZE, Called, Caller
 from aiocomm._control.wire import FrameParser, ProtocolError, encode
+from aiocomm._forked import tell_of_fork
 from aiocomm.errors import AuthenticationError
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class Stream:
         self._seal: Seal | None = None
         self._parser: FrameParser | None = None
         self._failure: OSError | None = None  # of a write
+        tell_of_fork(self)
+
+    def _on_fork(self) -> None:
+        """Leave the connection to the parent: it has to end with that, also where the child lives on."""
+        self.close()
 
     @property
     def is_unix(self) -> bool:

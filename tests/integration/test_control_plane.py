@@ -22,6 +22,7 @@ from aiocomm._control.address import UnixAddress, parse
 from aiocomm._control.auth import Seal
 from aiocomm._control.hosting import Host
 from aiocomm._control.listener import Listener, bind
+from aiocomm._control.liveness import ProcessWatch
 from aiocomm._control.loopthread import LoopThread
 from aiocomm._control.rendezvous import Rendezvous
 from aiocomm._control.stream import Stream
@@ -808,6 +809,36 @@ def test_a_killed_process_is_lost(
         assert "died" in member.engine.wait(lambda engine: engine.lost.get((victim, generation)))
     others[0].plane.request_pair(others[1].joined().rank)
     connected(*others)
+
+
+FORKS = """
+import os, signal, sys
+from aiocomm._control.testing import Member
+
+member = Member(sys.argv[1], 1, 2, token="ours")
+member.joined()
+if not os.fork():
+    sys.stdin.read()
+    os._exit(0)
+print("forked", flush=True)
+signal.pause()
+"""
+
+
+def test_who_is_killed_is_lost_although_a_child_that_it_forked_lives_on(
+    members: Callable[..., Member], port: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProcessWatch, "add", lambda *_: None)  # as of processes on other hosts
+    address = f"tcp://127.0.0.1:{port()}"
+    host = members(address, 0, 2, token="ours")
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"forked\n"
+        process.kill()
+        (reason,) = host.engine.wait(lambda engine: [*engine.lost.values()])
+        assert reason.endswith("died: its control connection broke")
 
 
 def test_a_restarted_rank_is_another_peer(
