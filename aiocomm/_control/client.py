@@ -85,6 +85,8 @@ class Client:
         self._leaving = False
         self._was_refused = False  # by what listened there last
         self.welcome: messages.Welcome | None = None
+        self.trouble = "nobody listens there"
+        """Why this process is not in yet, as far as is known."""
 
     async def join(self, make_card: Callable[[Stream], messages.PeerCard]) -> messages.Welcome:
         """Find the rendezvous and be admitted, trying again while nobody listens.
@@ -99,7 +101,6 @@ class Client:
             UsageError: the rendezvous refused, or the address cannot be used.
         """
         pause = _FIRST_PAUSE_S
-        self.trouble = "nobody listens there"
         while True:
             try:
                 stream = await self._reach()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 __all__ = [
     "EXHAUSTED",
+    "STILL_LOOKED_UP",
     "host_id",
     "hostname",
     "look_up",
@@ -26,6 +27,7 @@ __all__ = [
 
 _log: Final = logging.getLogger("aiocomm.control")
 _LOOK_UP_S: Final = 2.0
+STILL_LOOKED_UP: Final = "the name in {} is still looked up, and no name server answers"
 EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 """What fails like this says something of this process, and nothing of what it was about."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from aiocomm._control import interfaces
 from aiocomm._control.address import Address, EnvAddress, FileAddress, TcpAddress, UnixAddress
 from aiocomm._control.client import remove_address_file, write_address_file
-from aiocomm._control.host import look_up
+from aiocomm._control.host import STILL_LOOKED_UP, look_up
 from aiocomm._control.rendezvous import Rendezvous
 from aiocomm.errors import LinkError, UsageError
 
@@ -111,6 +111,11 @@ class Host:
         """
         assert self._near is not None
         return self._near
+
+    @property
+    def trouble(self) -> str:
+        """Why `start` has not come to its end yet."""
+        return "its address is taken" if self._near is None else STILL_LOOKED_UP.format("the address")
 
     async def aclose(self) -> None:
         """Take the address back, tell the members, close."""

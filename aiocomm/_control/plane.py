@@ -183,11 +183,11 @@ class ControlPlane:
             raise UsageError(
                 f"{address} needs a token: set AIOCOMM_TOKEN (or token=) to the same secret everywhere"
             )
+        endpoints = self._endpoints = Endpoints(self._engine, self._settings)
+        await endpoints.look_up_host()
         self._client = Client(world, address, key, self._settings, self)
         self._stack.push_async_callback(self._client.aclose)
-        endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         self._stack.push_async_callback(endpoints.aclose)
-        await endpoints.look_up_host()
         exact = isinstance(asked, UnixAddress) or (isinstance(asked, TcpAddress) and asked.is_exact)
 
         def make_card(stream: Stream) -> PeerCard:
@@ -245,7 +245,7 @@ class ControlPlane:
     def _waited_for(self) -> str:
         world = self._world
         if self._client is None or self._client.welcome is None:
-            trouble = self._client.trouble if self._client is not None else "its address is taken"
+            trouble = self._trouble()
             who = "rank 0" if world.size is not None else "the rendezvous (rank 0 or `aiocomm rendezvous`)"
             return (
                 f"could not join {world.address} within {world.timeout_s:g} s: {trouble}; is {who} running?"
@@ -258,6 +258,14 @@ class ControlPlane:
         starved = self._hosting.rendezvous.starved if self._hosting is not None else ""
         why = f"; connections to this process wait: {starved}" if starved else ""
         return f"{count} did not come within {world.timeout_s:g} s: rank {ranks}{why}"
+
+    def _trouble(self) -> str:
+        """Why this process has not been let in yet."""
+        if self._client is not None:
+            return self._client.trouble
+        if self._endpoints is None and self._hosting is not None:
+            return self._hosting.trouble
+        return host.STILL_LOOKED_UP.format("AIOCOMM_HOST")
 
     async def _close(self) -> None:
         self._closed = True
