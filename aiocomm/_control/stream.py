@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["ConnectionClosedError", "Stream", "how_it_broke"]
 
 _UNREACHABLE: Final = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN))
+_TURN: Final = 16
+"""Messages after which others have their turn, however many more have come."""
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
@@ -45,6 +47,7 @@ class Stream:
         self._seal: Seal | None = None
         self._parser: FrameParser | None = None
         self._failure: OSError | None = None  # of a write
+        self._received = 0
         tell_of_fork(self)
 
     def _on_fork(self) -> None:
@@ -154,6 +157,9 @@ class Stream:
             OSError: the connection failed.
         """
         assert self._parser is not None
+        self._received += 1
+        if self._received % _TURN == 0:  # reading does not wait for what is there already
+            await asyncio.sleep(0)
         while True:
             data = await self._loop.sock_recv(self._sock, self._parser.wanted)
             if not data:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from aiocomm._control.messages import Heartbeat
 from aiocomm._control.stream import Stream, how_it_broke
+from aiocomm._control.wire import FrameParser, encode
 
 
 class _Broken:
@@ -48,3 +50,21 @@ def test_what_is_wrong_is_told_to_the_reader_too(code: int, says: str) -> None:
             return caught.value
 
     assert how_it_broke(asyncio.run(broken()), 1.0).startswith(says)
+
+
+def test_what_comes_without_end_leaves_others_their_turn() -> None:
+    async def flooded() -> int:
+        here, there = socket.socketpair()
+        with here, there:
+            stream = Stream(here)
+            stream._parser = FrameParser()
+            there.sendall(encode(Heartbeat()) * 1000)
+            turn = asyncio.Event()
+            asyncio.get_running_loop().call_soon(turn.set)
+            for received in range(1000):
+                await stream.receive()
+                if turn.is_set():
+                    return received
+            return 1000
+
+    assert asyncio.run(flooded()) < 100
