@@ -87,6 +87,8 @@ class Client:
         self.welcome: messages.Welcome | None = None
         self.trouble = "nobody listens there"
         """Why this process is not in yet, as far as is known."""
+        self.found_at = ""
+        """The numeric address at which the rendezvous was reached; empty for a Unix socket."""
 
     async def join(self, make_card: Callable[[Stream], messages.PeerCard]) -> messages.Welcome:
         """Find the rendezvous and be admitted, trying again while nobody listens.
@@ -117,11 +119,6 @@ class Client:
                     return welcome
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-    @property
-    def found_at(self) -> str:
-        """The numeric address at which the rendezvous was reached; empty for a Unix socket."""
-        return self._stream.remote_host if self._stream is not None else ""
 
     async def collect(self) -> None:
         """Follow until the world is ready, then go on in the background.
@@ -214,6 +211,7 @@ class Client:
         limit_s = self._settings.handshake_timeout_s
         slow = asyncio.get_running_loop().call_later(limit_s, self._is_quiet, _SILENT)
         try:
+            self.found_at = stream.remote_host
             join = messages.Join(self._world.rank, self._world.size, tuple(_left), make_card(stream))
             stream.watch_silence(self._settings.heartbeat_s)
             stream.keep_alive(self._settings.heartbeat_s)

@@ -49,8 +49,12 @@ class ProcessWatch:
         if descriptor is None:
             loop.call_later(_GRACE_S, self._report, card)
             return
-        self._descriptors[card.rank, card.generation] = descriptor
-        loop.add_reader(descriptor, self._ended, card)
+        try:
+            loop.add_reader(descriptor, self._ended, card)
+        except OSError:  # past the limit of what a user may wait for, say: the same
+            os.close(descriptor)
+        else:
+            self._descriptors[card.rank, card.generation] = descriptor
 
     def watches(self, card: PeerCard) -> bool:
         """Whether the end of a peer will be told."""

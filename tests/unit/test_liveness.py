@@ -1,14 +1,17 @@
-"""Which process a descriptor is of."""
+"""Which process a descriptor is of, and what is made of those that cannot be watched."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 
 import pytest
 
-from aiocomm._control import host
+from aiocomm._control import host, liveness
+from aiocomm._control.liveness import ProcessWatch
+from aiocomm._control.messages import PeerCard
 
 
 def test_a_process_that_is_hidden_lives_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +30,19 @@ def test_a_process_that_is_hidden_lives_until_it_ends(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("pid", [2**31, 2**62])
 def test_an_id_that_no_process_can_have_is_of_none(pid: int) -> None:
     assert host.open_pidfd(pid, 1) is None
+
+
+def test_a_descriptor_that_the_loop_cannot_wait_for_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As past the system's limit of what a user may wait for; files can never be waited for."""
+    monkeypatch.setattr(liveness, "open_pidfd", lambda *_: os.open(__file__, os.O_RDONLY))
+
+    async def watch() -> None:
+        watching = ProcessWatch(pytest.fail)
+        card = PeerCard(1, 1, None, "here", host.host_id(), 1, host.pid_namespace(), 1, (), (), ())
+        before = os.listdir("/proc/self/fd")
+        watching.add(card)
+        assert not watching.watches(card)
+        assert os.listdir("/proc/self/fd") == before
+        watching.close()
+
+    asyncio.run(watch())
