@@ -386,8 +386,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = replace(peer, alive=False)
                 self._tell_scopes(event.rank)
-        self._log(self._rank, event)
         self._events.publish(event)
+        self._log(self._rank, event)  # last: the application's handlers may raise
 
     def _on_native_event(self, event: tuple[int, int, int, Any, str]) -> None:
         kind, rank, number, text, more = event

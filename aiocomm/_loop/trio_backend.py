@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,18 @@ class TrioBackend:
 
     def call_threadsafe(self, callback: Callable[[], object]) -> bool:
         try:
-            self._token.run_sync_soon(callback)
+            self._token.run_sync_soon(_call, callback)
         except trio.RunFinishedError:
             return False
         return True
 
     def has_ended(self) -> bool:
         return self._ended
+
+
+def _call(callback: Callable[[], object]) -> None:
+    """Tell of an error, as asyncio does; trio would end the run for it."""
+    try:
+        callback()
+    except Exception:
+        sys.excepthook(*sys.exc_info())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import sys
 
 import pytest
+from harness import until
 
+import aiocomm
 from aiocomm._log import EventLog
-from aiocomm.types import Fallback, LinkUp, PeerLost, Undelivered
+from aiocomm._loop.backend import current_backend
+from aiocomm.types import Fallback, LinkDown, LinkUp, PeerLost, Undelivered
 
 
 def test_losses_are_warnings_and_goodbyes_are_not(caplog: pytest.LogCaptureFixture) -> None:
@@ -43,3 +48,34 @@ def test_the_applications_level_wins(own: int, expected: int) -> None:
         assert logger.level == expected
     finally:
         logger.setLevel(before)
+
+
+class _Raising(logging.Handler):
+    """An application's, which is broken."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ZeroDivisionError(record.getMessage())
+
+
+@pytest.mark.anyio
+async def test_a_handler_that_raises_costs_no_event_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(kind))
+    if (backend := current_backend()).name == "asyncio":
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: told.append(type(context["exception"]))
+        )
+    handler = _Raising()
+    logging.getLogger("aiocomm").addHandler(handler)
+    try:
+        async with aiocomm.connect() as comm:
+            events = comm.events()
+            for reason in ("it died", "again"):
+                comm._on_control_event(LinkDown("rendezvous", -1, reason))
+                event = await anext(events)
+                assert isinstance(event, LinkDown)
+                assert event.reason == reason
+            await until(lambda: len(told) == 2)
+    finally:
+        logging.getLogger("aiocomm").removeHandler(handler)
+    assert told == [ZeroDivisionError] * 2, backend.name
