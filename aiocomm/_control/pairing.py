@@ -21,9 +21,9 @@ Rules:
 2. When both call at once, the lower rank's call wins: the called side yields to nobody with a higher rank
    while its own call is under way, and gives its own up for one with a lower rank.
 3. Each call has a time limit and a task of its own; a pair that cannot be made is reported, never left
-   pending. The limit ends with the first attach: from then on a slow peer is waited for, and a dead one
-   closes the connection, so that the two never disagree about what is attached for longer than one of them
-   lives.
+   pending. The limit ends with an attach: from then on a slow peer is waited for, and a dead one closes the
+   connection, so that the two never disagree about what is attached for longer than one of them lives. Where
+   that link cannot be used after all, nothing is attached, and the next one has a limit again.
 4. A newer offer of a peer replaces its older one: a caller has one call at a time.
 5. A pair whose link fails while its peer lives is made anew when it is next wanted, over another link where
    that is allowed. Whichever end calls first waits until the other's engine has let go of the old one.
@@ -281,7 +281,7 @@ class Pairing:
                 self._engine,
                 self._dial,
                 lambda: self._commit(pair, limit),
-                self._on_fallback,
+                lambda *what: self._go_on(pair, limit, *what),
                 lambda links: self._choose(pair, links),
                 self._tls,
             )
@@ -321,7 +321,7 @@ class Pairing:
                 self._engine,
                 lambda: self._wait_for(pair, limit),
                 lambda: self._commit(pair, limit),
-                self._on_fallback,
+                lambda *what: self._go_on(pair, limit, *what),
                 self._tls,
             )
             if link is None:
@@ -371,6 +371,14 @@ class Pairing:
         """Called when the next thing is an attach here. Raises as above."""
         self._wait_for(pair, limit)
         pair.committed = True
+
+    def _go_on(
+        self, pair: _Pair, limit: asyncio.Timeout, failed: str, rank: int, following: str, reason: str
+    ) -> None:
+        """Called when a link has failed, and with it an attach, before the next one is tried."""
+        limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+        pair.committed = False
+        self._on_fallback(failed, rank, following, reason)
 
     def _connect(self, pair: _Pair, link: str) -> None:
         if not pair.connected.done():

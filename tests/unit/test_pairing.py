@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from aiocomm._control.stream import Stream
 
 
-def card(rank: int) -> PeerCard:
-    return PeerCard(rank, 1, None, "here", "here", 1, "", 1, (), ("shm",), ("unix://@nobody",))
+def card(rank: int, links: tuple[str, ...] = ("shm",)) -> PeerCard:
+    return PeerCard(rank, 1, None, "here", "here", 1, "", 1, (), links, ("unix://@nobody",))
 
 
 class Failing(RecordingEngine):
@@ -38,9 +38,9 @@ async def refusing(card: PeerCard, kind: str | None) -> Stream:
     raise ConnectionRefusedError("nobody listens")
 
 
-def pairing(engine: RecordingEngine, timeout_s: float) -> Pairing:
-    found = Pairing(card(0), engine, refusing, timeout_s, lambda *_: None)
-    found.add(card(1))
+def pairing(engine: RecordingEngine, timeout_s: float, links: tuple[str, ...] = ("shm",)) -> Pairing:
+    found = Pairing(card(0, links), engine, refusing, timeout_s, lambda *_: None)
+    found.add(card(1, links))
     return found
 
 
@@ -150,6 +150,23 @@ def test_a_call_that_breaks_off_between_attaching_and_starting_leaves_the_pair_t
     engine = asyncio.run(main())
     assert engine.detached == [(1, "shm")]
     assert not engine.started
+
+
+def test_what_is_missing_of_the_next_link_is_not_waited_for_without_end() -> None:
+    """One has failed in the engine; a stream of the other is lost on its way."""
+
+    async def main() -> Line:
+        links = {"shm": ("unix", 0), "tcp": ("tcp", 1)}
+        pairs = pairing(RecordingEngine(links, frozenset(["shm"])), 0.05, tuple(links))
+        tries = (messages.LinkTry("shm", 0, False, b""), messages.Attached("shm"))
+        line = Line(OFFER, *tries, messages.LinkTry("tcp", 1, False, b""))
+        with pytest.raises(TimeoutError):
+            await pairs.serve(cast("Stream", line))
+        await pairs.aclose()
+        return line
+
+    told = asyncio.run(asyncio.wait_for(main(), LIMIT_S)).told
+    assert [type(message).__name__ for message in told] == ["OfferAnswer", "LinkReady", "Unattached"]
 
 
 def test_two_offers_of_one_name_end_as_others_do() -> None:
