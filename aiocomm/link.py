@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._queues import Broadcast
 from aiocomm.statistics import LinkStatistics
@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from aiocomm.types import Feed
     from aiocomm_native._core import Engine
 
-__all__ = ["LinkHandle"]
+__all__ = ["LEFT_OUT", "LinkHandle"]
+
+LEFT_OUT: Final = {
+    "rdma": (
+        "it was built without the headers of libibverbs (infiniband/verbs.h)",
+        "install them (Debian, Ubuntu: apt install libibverbs-dev) and build again (pip install .)",
+    ),
+}
+"""Links that a build may be without: why, and what to do."""
 
 
 class LinkHandle:

@@ -75,7 +75,7 @@ def links() -> str:
     names = sorted(known.names(), key=lambda name: (not is_built(name), name))
     columns = [
         [
-            "yes" if is_built(name) else "planned",
+            "yes" if is_built(name) else "not in this build",
             *(value for _, value in known.capabilities(name).rows()),
             sockets(name),
         ]

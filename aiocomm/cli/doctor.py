@@ -144,5 +144,5 @@ def _show(reports: list[Report], required: tuple[str, ...] | None, ok: bool) -> 
 
 def _state(report: Report) -> str:
     if not report.built:
-        return "[dim]link not built in this version[/]"
+        return "[dim]not in this build[/]"
     return "[green]works[/]" if report.usable else "[red]does not work[/]"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.config import device_nodes, driver_library
+from aiocomm.link import LEFT_OUT
 from aiocomm.links import _rdma_devices as devices
 from aiocomm.links import _rdma_diagnosis as diagnosis
 from aiocomm.links import _rdma_gpu as gpus
@@ -54,7 +55,7 @@ def discover() -> Report:
         for one in devices.read_devices(_DEVICES, limits)
     ]
     ports = [port for one in found for port in one.ports]
-    checks = [_library(), *_no_devices(found)]
+    checks = [*_build(), _library(), *_no_devices(found)]
     for one in found:
         checks += [_device(one, source), *(_port(port) for port in one.ports)]
     checks += [*_rails(ports), *_gpus(found)]
@@ -101,6 +102,13 @@ def _limits() -> tuple[dict[str, verbs.DeviceLimits], str]:
         return verbs.read_limits()
     except verbs.Unavailable:
         return {}, ""
+
+
+def _build() -> list[Check]:
+    if is_built("rdma"):
+        return []
+    why, remedy = LEFT_OUT["rdma"]
+    return [Check("this build", State.FAILED, f"has no rdma link: {why}", remedy)]
 
 
 def _library() -> Check:

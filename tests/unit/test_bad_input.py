@@ -19,6 +19,7 @@ from harness import all_call, world
 
 import aiocomm
 from aiocomm.errors import ClosedError, LinkError, StaleHandleError, UsageError, UsageTypeError
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +79,16 @@ async def test_connect_refuses(options: dict[str, Any], error: type[Exception], 
         with pytest.raises(error, match=match):
             async with aiocomm.spawn(print, 1, **options):
                 pass
+
+
+async def test_a_link_that_this_build_left_out_is_not_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "available_links", lambda: ["self", "shm", "tcp"])
+    told = r"no link 'rdma', only shm, tcp: .*infiniband/verbs\.h.*libibverbs-dev.* build again"
+    with pytest.raises(UsageError, match=told):
+        await aiocomm.connect(links=("shm", "rdma"))
+    monkeypatch.setenv("AIOCOMM_LINKS", "rdma,tcp")
+    with pytest.raises(UsageError, match=told):
+        await aiocomm.connect(size=1)
 
 
 async def test_a_link_may_be_named_alone() -> None:

@@ -143,6 +143,26 @@ def test_built_is_what_the_native_module_says(monkeypatch: pytest.MonkeyPatch, l
     assert not report.usable
 
 
+def test_a_build_without_the_rdma_link_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_core, "available_links", lambda: ["self", "shm", "tcp"])
+    discover = rdma.discover
+    check = discover().checks[0]
+    assert (check.name, check.state) == ("this build", State.FAILED)
+    assert "no rdma link" in check.detail
+    assert "infiniband/verbs.h" in check.detail
+    assert "libibverbs-dev" in check.advice
+    monkeypatch.setattr(rdma, "discover", lambda: Report("rdma", False, "", (check,)))
+    monkeypatch.setattr(links, "names", lambda: ("rdma",))
+    assert run() == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "rdma not in this build" in told
+    assert "apt install libibverbs-dev" in told
+    monkeypatch.setattr(_core, "available_links", lambda: ["self", "rdma", "shm", "tcp"])
+    assert "this build" not in checks(discover())
+
+
 def test_tcp_connects_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "available_links", lambda: ["tcp"])
     report = tcp.discover()
