@@ -163,8 +163,10 @@ class Settings:
     rdma_devices: str | None = _setting(
         None,
         "names",
-        "Ports of RDMA devices to use as rails, by comma (`mlx5_0` or `mlx5_0:1`), in the same order on all "
-        "hosts; else all that are up, at most 4.",
+        "Ports of RDMA devices to use as rails, by comma, in the same order on all hosts: `mlx5_0:1`, or "
+        "`mlx5_0` for all ports of a device; else all that are up. At most 4 may be named, and of more ports "
+        "the first 4 are used.",
+        most=4,
     )
     rdma_nodes: str | None = _setting(
         None,
@@ -488,6 +490,10 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{variable(name)} must be at least {limits['low']} {unit}".rstrip() + f", not {value}"
         )
+    if "most" in limits and value is not None:
+        count = sum(bool(part.strip()) for part in value.split(","))
+        if count > limits["most"]:
+            raise UsageError(f"{variable(name)} names {count}, and no more than {limits['most']} are used")
     if "high" in limits and value > limits["high"]:
         raise UsageError(
             f"{variable(name)} must be at most {limits['high']} {unit}".rstrip() + f", not {value}"
