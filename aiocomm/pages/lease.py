@@ -15,11 +15,12 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import anyio
 import numpy as np
 
 from aiocomm._numbers import integer
 from aiocomm._operations import limit_of
-from aiocomm.errors import ClosedError, UsageError, UsageTypeError
+from aiocomm.errors import ClosedError, DeadlineExceeded, UsageError, UsageTypeError
 from aiocomm.pages.indices import own_list, page_list
 from aiocomm.pages.layout import Layout, Pages
 from aiocomm.pages.streaming import LayerNotes
@@ -62,13 +63,19 @@ class PageLease:
 
     @classmethod
     async def assign(
-        cls, comm: Operations, pages: Pages, indices: Indices | None, stream: Any = None
+        cls,
+        comm: Operations,
+        pages: Pages,
+        indices: Indices | None,
+        deadline: float | None,
+        stream: Any,
     ) -> PageLease:
         """Lease pages, and end the leases that hold any of them, also those that still wait to begin.
 
         So the last call has the pages; it waits for what is under way through any earlier lease, since these
         are known until they have ended, whoever ends them.
         """
+        limit = limit_of(deadline)
         if comm.closed or not comm._here():
             comm._refuse()  # before it ends other leases
         if not isinstance(pages, Pages):
@@ -88,8 +95,16 @@ class PageLease:
         try:
             for one in earlier:
                 one._refuse()
-            for one in earlier:
-                await one.aclose()
+            with anyio.move_on_after(None if deadline is None else limit) as waiting:
+                for one in earlier:
+                    if not one._ended:  # a time that is up finds nothing wrong with one that has
+                        await one.aclose()
+                    one._forget_ended()
+            if waiting.cancelled_caught:
+                raise DeadlineExceeded(
+                    "lease_pages: accesses through an earlier lease of these pages were under way when the "
+                    "deadline passed; no new ones are taken, and the next lease_pages waits for the rest"
+                )
             if not lease._closed:
                 lease._begin(stream)
         except BaseException:

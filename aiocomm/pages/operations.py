@@ -21,7 +21,12 @@ class PageOperations:
     """What a communicator does with `Pages`."""
 
     async def lease_pages(
-        self, pages: Pages, indices: Indices | None = None, *, stream: Any = None
+        self,
+        pages: Pages,
+        indices: Indices | None = None,
+        *,
+        deadline: float | None = None,
+        stream: Any = None,
     ) -> PageLease:
         """Let peers reach pages of this process, and end the leases that held any of them.
 
@@ -31,9 +36,10 @@ class PageOperations:
 
         Args:
             indices: pages; default: all.
+            deadline: seconds from now, for that wait. The earlier leases have ended even if it passes.
             stream: of GPU pages: as for `register`.
         """
-        return await PageLease.assign(cast("Any", self), pages, indices, stream)
+        return await PageLease.assign(cast("Any", self), pages, indices, deadline, stream)
 
     def remote_pages(self, handle: bytes) -> RemotePages:
         """Make remote pages of a peer's `lease.handle`.

@@ -120,6 +120,34 @@ async def test_a_lease_whose_end_was_cancelled_is_waited_for(pair: Pair) -> None
     assert theirs._leases == [other, began[0]]
 
 
+async def test_a_deadline_ends_the_wait_and_not_what_is_waited_for(pair: Pair) -> None:
+    _, b = pair
+    _, theirs = caches()
+    first = await b.lease_pages(theirs, [1, 2], deadline=0)
+    with pytest.raises(aiocomm.UsageError, match="deadline=-1"):
+        await b.lease_pages(theirs, [1], deadline=-1)
+    assert first.handle, "a call that is refused ends nothing"
+    second = await b.lease_pages(theirs, [2, 3], deadline=0)  # nothing is under way
+    busy = Busy(second)
+    for deadline in (0, 0.02):
+        with pytest.raises(aiocomm.DeadlineExceeded, match="lease_pages: accesses through an earlier lease"):
+            await b.lease_pages(theirs, [3], deadline=deadline)
+    assert len(busy.refused) == 2
+    with pytest.raises(aiocomm.ClosedError):
+        _ = second.handle
+    began: list[aiocomm.PageLease] = []
+
+    async def begin() -> None:
+        began.append(await b.lease_pages(theirs, [3], deadline=30))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(begin)
+        await turns()
+        assert not began
+        busy.end()
+    assert theirs._leases == began
+
+
 @pytest.mark.parametrize("busy", [False, True])
 async def test_of_concurrent_leases_of_a_page_the_last_has_it(pair: Pair, busy: bool) -> None:
     a, b = pair
