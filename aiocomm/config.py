@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from aiocomm._variables import check, read, variable
 from aiocomm._world import World, detect, own_host
 from aiocomm.errors import UsageError
 
@@ -35,9 +35,6 @@ __all__ = [
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
-_SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_TIME: Final = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(us|µs|ms|s|)", re.IGNORECASE)
-_TIME_UNITS: Final = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
 _AGES_S: Final = 1e9  # 30 years; in nanoseconds it still fits 64 bits, with room to add
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -137,7 +134,12 @@ class Settings:
     )
     chunk_max: int = _setting(4 * MIB, "bytes", "Largest piece of a transfer.", low=4 * KIB, high=1 << 30)
     tcp_streams: int = _setting(
-        2, "connections", "Bulk connections per peer, besides the control one.", low=1, high=16
+        2,
+        "connections",
+        "Connections per peer for bulk, besides three: for small messages and control, to wake the peer's "
+        "engine, and for payloads of channels of priority high and urgent.",
+        low=1,
+        high=16,
     )
     tcp_splice: str = _setting(
         "auto",
@@ -255,7 +257,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check(item.name, getattr(self, item.name), item.metadata)
+            check(item.name, getattr(self, item.name), item.metadata)
         if self.host is not None:
             object.__setattr__(self, "host", own_host(self.host))
         object.__setattr__(self, "copy_threads", min(self.copy_threads, _cores()))
@@ -278,7 +280,7 @@ class Settings:
         for item in dataclasses.fields(cls):
             text = env.get(variable(item.name))
             if text:
-                values[item.name] = _read(item.name, str(item.type), item.metadata["unit"], text)
+                values[item.name] = read(item.name, str(item.type), item.metadata["unit"], text)
         return cls(**values)
 
     def native(self) -> dict[str, int | float | str]:
@@ -327,11 +329,6 @@ class Settings:
             )
             for item in dataclasses.fields(cls)
         ]
-
-
-def variable(name: str) -> str:
-    """The environment variable of a setting."""
-    return f"AIOCOMM_{name.upper()}"
 
 
 def driver_library() -> str | None:
@@ -432,69 +429,3 @@ def _token(env: Mapping[str, str]) -> str | None:
     if not token:
         raise UsageError(f"AIOCOMM_TOKEN_FILE {path} is empty")
     return token
-
-
-def _read(name: str, kind: str, unit: str, text: str) -> Any:
-    try:
-        if kind == "int":
-            return _size(text) if unit == "bytes" else int(text)
-        if kind == "float":
-            return _seconds(text) if unit == "seconds" else float(text)
-    except ValueError:
-        raise UsageError(f"{variable(name)} must be {_number(kind, unit)}, not {text!r}") from None
-    if kind.startswith("tuple"):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name == "log_level":
-        return text.upper()
-    return text
-
-
-def _number(kind: str, unit: str) -> str:
-    if unit == "fraction":
-        return "a fraction, such as 0.05"
-    if unit in ("", "index"):
-        return "a whole number" if kind == "int" else "a number"
-    return f"a number of {unit}"
-
-
-def _size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(text)
-    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
-
-
-def _seconds(text: str) -> float:
-    match = _TIME.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(text)
-    return float(match[1]) * _TIME_UNITS[match[2].lower()]
-
-
-def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    if "choices" in limits and value not in limits["choices"]:
-        raise UsageError(f"{variable(name)} must be one of {', '.join(limits['choices'])}, not {value!r}")
-    if "each" in limits:
-        words = [word.strip() for word in value.split(",")]
-        if len(words) not in (1, 4) or any(
-            not (word.isascii() and word.isdigit()) or int(word) > limits["each"] for word in words
-        ):
-            raise UsageError(
-                f"{variable(name)} must be a number from 0 to {limits['each']}, or four of them by comma "
-                f"(low, normal, high, urgent), not {value!r}"
-            )
-    if "pattern" in limits and value is not None and not re.fullmatch(limits["pattern"], value):
-        raise UsageError(f"{variable(name)} must be like {limits['example']!r}, not {value!r}")
-    unit = limits["unit"] if limits["unit"] not in ("fraction", "index") else ""
-    if "low" in limits and not value >= limits["low"]:  # also catches NaN
-        raise UsageError(
-            f"{variable(name)} must be at least {limits['low']} {unit}".rstrip() + f", not {value}"
-        )
-    if "most" in limits and value is not None:
-        count = sum(bool(part.strip()) for part in value.split(","))
-        if count > limits["most"]:
-            raise UsageError(f"{variable(name)} names {count}, and no more than {limits['most']} are used")
-    if "high" in limits and value > limits["high"]:
-        raise UsageError(
-            f"{variable(name)} must be at most {limits['high']} {unit}".rstrip() + f", not {value}"
-        )

@@ -23,7 +23,11 @@ class Capabilities:
     wake: str = _row("wakes a sleeping peer by")
     loss: str = _row("a dead peer is seen by")
     encryption: str = _row("encryption")
-    reductions: str = _row("reductions of", "host arrays, in NumPy; bfloat16 and float8 with ml_dtypes")
+    reductions: str = _row(
+        "reductions of",
+        "host arrays: repeats of plain C dtypes in the extension, else in NumPy; bfloat16 and float8 with "
+        "ml_dtypes",
+    )
     experts: str = _row("dispatch and combine of", "host arrays")
 
     def rows(self) -> list[tuple[str, str]]:

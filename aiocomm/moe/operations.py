@@ -155,8 +155,8 @@ class ExpertOperations:
             dispatched: what the ranks' common `dispatch` returned.
             out: receives the result; shape (tokens, hidden), any floating dtype; it may overlap `outputs`.
                 Default: a new array of the dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
-            wire: dtype in which the ranks' sums travel, or its name, default float32; a shorter one rounds
-                each once.
+            wire: dtype in which the ranks' sums travel, or its name, default that of the sums; a shorter
+                one rounds each once.
 
         Returns:
             The result, `out` where it is given: one row per token that this rank dispatched, zeros for those
