@@ -19,7 +19,7 @@ MODULES = sorted(
 PUBLIC = ["aiocomm", *(name for name in MODULES if not any(part.startswith("_") for part in name.split(".")))]
 # From the bottom up: a module imports from its own layer and from those below it.
 LAYERS = [
-    {"_version", "types", "errors", "histogram", "_numbers"},
+    {"_version", "types", "errors", "histogram", "_numbers", "_variables"},
     {"config", "_world", "_process", "_log", "_streams", "_dlpack", "_device", "_unawaited", "_forked"},
     {"_control", "_loop", "_queues"},
     {"_outcome", "arrays", "statistics", "link", "channel", "region", "threads"},
