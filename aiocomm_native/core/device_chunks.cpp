@@ -231,7 +231,8 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       }
     } else {
       op->moved += job.nbytes;
-      LinkCounters& counters = engine_.counters_[index_];
+      // Where one end is host memory both count what the pair's link would have carried.
+      LinkCounters& counters = engine_.counters_[gpu.pinned_from ? op->link : index_];
       (gpu.role == Role::push ? counters.bytes_sent : counters.bytes_received) += job.nbytes;
       if (op->moved < op->nbytes) continue;
       if (gpu.role == Role::pull) {

@@ -47,6 +47,14 @@ def directly(comm: aiocomm.Communicator) -> int:
     return sum(link.messages_by_path.get("device", 0) for link in comm.statistics().links.values())
 
 
+def carried(source: aiocomm.Communicator, sink: aiocomm.Communicator) -> int:
+    """Bytes that both ends say have gone this way, and which are said to have gone by the same link."""
+    sent = {name: link.bytes_sent for name, link in source.statistics().links.items()}
+    received = {name: link.bytes_received for name, link in sink.statistics().links.items()}
+    assert sent == received
+    return sum(sent.values())
+
+
 async def once_pinned(comm: aiocomm.Communicator, move: Callable[[], Awaitable[object]]) -> None:
     """Move the same until its memory is pinned: what asks for that is staged, and does not wait."""
     before = directly(comm)
@@ -88,6 +96,7 @@ async def test_gpu_to_shared(pair: Pair, kind: str, nbytes: int, offset: int) ->
                 assert (note.payload, note.nbytes) == (b"there", nbytes)
             await notes.aclose()
     assert directly(a) == directly(b)
+    assert carried(a, b) == turns * nbytes
 
 
 @pytest.mark.parametrize("offset", [0, 12345])
@@ -114,6 +123,7 @@ async def test_shared_to_gpu(pair: Pair, kind: str, nbytes: int, offset: int) ->
 
     async with (a if kind == "get" else b).register(source if kind == "get" else into) as region:
         await once_pinned(b, move)
+    assert carried(a, b) == turns * nbytes
 
 
 async def test_many_at_once_to_parts_of_one_array(pair: Pair) -> None:

@@ -437,7 +437,7 @@ bool Device::collect(uint64_t now, bool by_thread) {
     if (i == 0 && !aside_.empty()) done = told_aside(done, by_thread);
     while (!stream.inflight.empty() && static_cast<int32_t>(done - stream.inflight.front().first) >= 0) {
       MoveJob& job = stream.inflight.front().second;
-      job.ended_ns = now;
+      job.ended_ns = stream.done_ns = now;
       if (i < kPeerStreams) rate(job);
       finished_.push_back(job);
       stream.inflight.pop_front();

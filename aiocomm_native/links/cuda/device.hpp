@@ -101,6 +101,7 @@ class Device {
     uint32_t told = 0;    // of the last copy behind which a write was put
     bool untold = false;  // a loop could not have it written: the thread tries again
     uint64_t looked_ns = 0;
+    uint64_t done_ns = 0;  // when its last copy ended
     std::deque<std::pair<uint32_t, MoveJob>> inflight;
   };
 

@@ -96,7 +96,7 @@ uint64_t Device::expected_end() const {
     if (streams_[i].inflight.empty()) continue;
     const MoveJob& job = streams_[i].inflight.front().second;
     const uint64_t rate = i == kLocal ? 1000 : 60;  // bytes per ns, of the fastest
-    const uint64_t end = job.issued_ns + job.nbytes / rate + job.slow_ns;
+    const uint64_t end = std::max(job.issued_ns, streams_[i].done_ns) + job.nbytes / rate + job.slow_ns;
     soonest = soonest ? std::min(soonest, end) : end;
   }
   return soonest;

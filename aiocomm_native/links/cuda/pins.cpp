@@ -51,21 +51,20 @@ class PinnedMemory::Blocks final : public PeerMemory::Pins {
     return all;
   }
 
-  bool pin_next() {  // true: there are more
-    std::lock_guard lock(mutex_);
-    if (ended_ || asked_.empty()) return false;
-    const uint64_t i = asked_.front();
+  // By the helper alone, and never beside undo(). True: there are more.
+  bool pin_next() {
+    const uint64_t i = next_asked();
     driver_.cuCtxSetCurrent(context_);
     const bool done =
         driver_.cuMemHostRegister(base_ + i * kBlock, size(i), CU_MEMHOSTREGISTER_PORTABLE) == CUDA_SUCCESS;
     if (!done) pinned_->fetch_sub(size(i), std::memory_order_relaxed);
     states_[i].store(done ? State::pinned : State::refused, std::memory_order_release);
+    std::lock_guard lock(mutex_);  // not before: who holds the token takes it
     asked_.pop_front();
     return !asked_.empty();
   }
 
   void undo(std::function<void()> then) override {
-    std::lock_guard lock(mutex_);
     const bool first = !std::exchange(ended_, true);
     std::vector<std::byte*> blocks;
     for (uint64_t i = 0; first && i < states_.size(); ++i) {
@@ -83,6 +82,10 @@ class PinnedMemory::Blocks final : public PeerMemory::Pins {
   }
 
  private:
+  uint64_t next_asked() {
+    std::lock_guard lock(mutex_);
+    return asked_.front();
+  }
   uint64_t size(uint64_t i) const { return std::min(kBlock, nbytes_ - i * kBlock); }
 
   const Driver& driver_;
@@ -92,7 +95,7 @@ class PinnedMemory::Blocks final : public PeerMemory::Pins {
   const std::shared_ptr<std::atomic<uint64_t>> pinned_;  // bytes, of all memory
   std::vector<std::atomic<State>> states_;
   std::mutex mutex_;
-  std::deque<uint64_t> asked_;
+  std::deque<uint64_t> asked_;  // the first of which is being pinned
   bool ended_ = false;
 };
 
