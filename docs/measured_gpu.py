@@ -10,7 +10,7 @@ import plots
 
 GPU: Final = "xeon-4xh200-gpu-2026-11-27"
 COMPUTE: Final = "xeon-4xh200-gpu-compute-2026-11-27"
-MIXED: Final = "xeon-1xh200-gpu-mixed-2026-11-29"
+MIXED: Final = "xeon-2xh200-gpu-mixed-2026-11-29"
 
 
 def gpu_table() -> str:
