@@ -179,16 +179,15 @@ struct MoveJob {
   uint8_t device = 0, cls = 0;
   uint64_t other = 0;  // of two devices, by its UUID
   Lane lane = Lane::peer;
-  int error = 0;             // the driver's
-  bool early = false;        // loops are woken while it runs: it takes no longer than waking up
-  bool local = false;        // within one device: by none of the engines between devices
-  bool joint = false;        // of an op with copies to several devices, which share the streams
-  uint32_t part = 0;         // of the op's copies
-  bool more = false;         // of those come at once, and tell its end, too
-  bool followed = false;     // by others to the same memory, which its end must not hold up
-  bool unscheduled = false;  // no scheduler has given it room
-  uint64_t pinned_from =
-      0;  // its host memory is pinned in blocks from here on, over whose ends no copy reaches
+  int error = 0;                  // the driver's
+  bool early = false;             // loops are woken while it runs: it takes no longer than waking up
+  bool local = false;             // within one device: by none of the engines between devices
+  bool joint = false;             // of an op with copies to several devices, which share the streams
+  uint32_t part = 0;              // of the op's copies
+  bool more = false;              // of those come at once, and tell its end, too
+  bool followed = false;          // by others to the same memory, which its end must not hold up
+  bool unscheduled = false;       // no scheduler has given it room
+  uint64_t pinned_from = 0;       // its host memory is pinned in blocks from here on: see links/cuda/pins.hpp
   const RowList* rows = nullptr;  // of the op: offsets count from `to` and `from`; else these are the chunk's
   KernelCall* kernel = nullptr;   // of the op: it is launched
   const Gather* gather = nullptr;  // of the op, for its rows

@@ -103,6 +103,7 @@ bool PinnedMemory::covers(CUcontext context, const std::shared_ptr<PeerMemory>& 
                           const Extent& extent) {
   if (!memory->pins) {
     auto fresh = std::make_shared<Blocks>(driver_, context, *memory, nbytes_);
+    std::lock_guard lock(mutex_);
     std::erase_if(all_, [](const auto& blocks) { return blocks.expired(); });
     all_.push_back(fresh);
     memory->pins = std::move(fresh);
@@ -135,6 +136,7 @@ void PinnedMemory::pin_next(const std::shared_ptr<PeerMemory>& memory) {
 }
 
 void PinnedMemory::clear() {
+  std::lock_guard lock(mutex_);
   for (const auto& blocks : std::exchange(all_, {}))
     if (const auto left = blocks.lock()) left->undo({});
 }

@@ -45,7 +45,8 @@ class PinnedMemory {
   Helper& helper_;
   const uint64_t limit_;
   const std::shared_ptr<std::atomic<uint64_t>> nbytes_ = std::make_shared<std::atomic<uint64_t>>(0);
-  std::vector<std::weak_ptr<Blocks>> all_;  // under the token
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<Blocks>> all_;
 };
 
 // A copy from or to memory that is pinned in blocks from `job.pinned_from` on.
