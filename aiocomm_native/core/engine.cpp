@@ -338,6 +338,11 @@ void Engine::expire(uint64_t now) {
     Op* op = find(id);
     if (!op) continue;
     if (op->state == OpState::draining) {
+      if (op->outlasts) {
+        op->written = false;
+        settle(*op);
+        continue;
+      }
       if (op->gpu && (op->gpu->kernel || op->gpu->packing))
         continue;  // holds up nobody, and ends with its GPU's work
       if (Peer* peer = find_peer(op->peer))

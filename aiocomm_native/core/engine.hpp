@@ -392,6 +392,7 @@ class Engine final : public Host, public FrameSink {
   void drop_inflight(Op& op);
   void tell_other(Op& op, Code code);
   void drain(Op& op);
+  void outlast(Op& op);
   static bool may_be_done(const Op& op);
   void done_after_all(Op& op);
   bool settle(Op& op);  // finishes a draining op if it can; true: finished

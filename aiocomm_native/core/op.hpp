@@ -72,6 +72,7 @@ struct Op {
       false;  // all is said and done, but for a device that lets go of its memory: on_released ends it
   bool listed = false;     // put, get: of many ranges; see listed.hpp
   bool written = false;    // a device of the peer's writes into `data`, until it says that it is done
+  bool outlasts = false;   // the peer is gone: that is over at the deadline
   bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have
   uint8_t link = 0;
   uint8_t counted_by = kNoLink;  // the link whose counters it belongs to, once that is known

@@ -14,7 +14,9 @@ namespace aiocomm {
 
 namespace {
 constexpr int kLastTurns = 1024;  // a peer that still writes must not keep us
-}
+// Far longer than devices take for what a process has with them at a time.
+constexpr uint64_t kLastWritesNs = 25000000;
+}  // namespace
 
 void Engine::finish(Op& op, Code code) {
   if (op.deadline_ns || op.state == OpState::draining) timers_.cancel(op.id);
@@ -215,6 +217,14 @@ void Engine::drain(Op& op) {
   start_deadline(op);
 }
 
+// A device of a peer that is gone was writing its memory. It is given nothing any more; what it was given before may still come.
+void Engine::outlast(Op& op) {
+  timers_.cancel(op.id);
+  op.outlasts = true;
+  op.deadline_ns = now() + kLastWritesNs;
+  start_deadline(op);
+}
+
 // ---------------------------------------------------------------- peers
 
 void Engine::on_unsure(LinkPeer& to, const FrameHeader& header) {
@@ -304,7 +314,8 @@ void Engine::end_link(Peer& peer, bool with_ops) {
   for (Op* op : live) {
     if (!op->live) continue;
     op->awaits_fin = false;
-    op->written = false;
+    const bool outlasts = op->written && fault_.empty() && !stopping_.load(std::memory_order_relaxed);
+    op->written = outlasts;
     bool device = op->path == Path::read || op->path == Path::write;  // has let go: the link is closed
     if (device || op->kind == OpKind::send || op->kind == OpKind::put || op->kind == OpKind::serve)
       drop_inflight(*op);
@@ -313,6 +324,7 @@ void Engine::end_link(Peer& peer, bool with_ops) {
       settle(*op);
     else
       end_early(*op, peer.link->failure ? Code::link_failed : Code::peer_lost);
+    if (outlasts) outlast(*op);
   }
   flows_[peer.link_index]->end_peer(peer.rank);
   peer.control.clear();

@@ -416,6 +416,41 @@ async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator) 
             assert (into.numpy() == data).all()
 
 
+async def test_a_peer_killed_while_its_engine_writes_shared_memory(simulator: Simulator) -> None:
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Engine, Simulator
+
+        array, directly = DeviceArray(NBYTES, device=1), 0
+        while not directly:
+            await comm.send(array, 0)
+            directly = comm.links["cuda"].statistics().messages_by_path["device"]
+            await comm.send(bytes([directly]), 0, tag=2)
+        simulator = Simulator(driver().library)
+        simulator.stop_halfway(1, Engine.TO_HOST)
+        sending = comm.send(array, 0)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 1, Engine.TO_HOST)
+        await comm.send(b"halfway", 0, tag=1)
+        await sending
+
+    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - as above
+        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+            into, directly = aiocomm.empty(NBYTES, np.uint8), bytearray(1)
+            while not directly[0]:
+                await comm.recv(into, 1)
+                await comm.recv(directly, 1, tag=2)
+            received = comm.recv(into, 1)
+            await comm.recv(bytearray(7), 1, tag=1)
+            os.kill(comm.peers[0].pid, signal.SIGKILL)
+            with pytest.raises(aiocomm.PeerLostError):
+                await received
+            data = random(NBYTES)
+            sent, again = comm.send(data, 0), comm.recv(into, 0)
+            await sent
+            await again
+            assert (into == data).all()
+
+
 async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
