@@ -31,9 +31,7 @@ TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::un
 }
 
 void TcpPeer::start() {
-  express_.start();
-  engine_.start();
-  for (auto& lane : bulk_) lane->start();
+  each_lane([](Lane& lane) { lane.start(); });
 }
 
 // ---------------------------------------------------------------- out
@@ -169,12 +167,11 @@ void TcpPeer::ended(Lane& lane, int error, bool reading) {
 }
 
 std::string TcpPeer::refusal(const Lane& but) {
-  std::vector<Lane*> lanes{&express_, &engine_};
-  for (auto& lane : bulk_) lanes.push_back(lane.get());
-  for (Lane* lane : lanes)
-    if (lane != &but)
-      if (std::string why = lane->refusal(); !why.empty()) return why;
-  return {};
+  std::string why;
+  each_lane([&](Lane& lane) {
+    if (why.empty() && &lane != &but) why = lane.refusal();
+  });
+  return why;
 }
 
 void TcpPeer::lose(const std::string& reason) {
@@ -191,9 +188,7 @@ void TcpPeer::close() {
 void TcpPeer::shut() {
   if (dead_) return;
   dead_ = true;
-  express_.close();
-  engine_.close();
-  for (auto& lane : bulk_) lane->close();
+  each_lane([](Lane& lane) { lane.close(); });
 }
 
 }  // namespace aiocomm::tcp

@@ -58,6 +58,11 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   void shut();
   void poke();
   std::string refusal(const Lane& but);  // what another lane tells
+  void each_lane(auto&& f) {
+    f(static_cast<Lane&>(express_));
+    f(static_cast<Lane&>(engine_));
+    for (auto& lane : bulk_) f(static_cast<Lane&>(*lane));
+  }
 
   Host& host_;
   const uint64_t heartbeat_ns_;
