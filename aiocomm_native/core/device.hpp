@@ -158,8 +158,6 @@ struct DeviceBuffer {
   uint64_t remote = 0;    // the peer's memory, as mapped here
   std::shared_ptr<void> mapping;
   uint64_t pinned_from = 0;  // that is host memory, in whose blocks from here on it is pinned
-  uint64_t far_address = 0;  // host memory that the peer shares: of the message's bytes, or where they go
-  uint32_t far_segment = 0;  // 0: there is none
   std::byte* bounce = nullptr;
   bool direct = false;                 // the adapters of the pair's link reach it
   bool not_direct = false;             // they were tried, and do not

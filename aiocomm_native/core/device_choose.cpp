@@ -97,10 +97,6 @@ void DeviceProtocol::deliver(Op& op, Peer& peer, const FrameHeader& header, cons
   }
   DeviceBuffer& gpu = *op.gpu;
   note_urgent(op);
-  if (!place && !here && !op.listed) {
-    gpu.far_address = header.address;
-    gpu.far_segment = header.segment;
-  }
   gpu.from_device = place != nullptr;
   gpu.not_yet = header.flags & kNotYet;
   if (place) {
@@ -325,8 +321,8 @@ void DeviceProtocol::on_cts(Op& op, Peer& peer, const FrameHeader& header, const
   } else {
     gpu.role = Role::stage_out;
     gpu.can_pull = header.flags & kReads;
-    gpu.far_address = header.address;
-    gpu.far_segment = header.segment;
+    op.source_address = header.address;
+    op.source_segment = header.segment;
     gpu.owes_moved = header.segment != 0;
   }
   continue_send(op, peer);

@@ -6,14 +6,14 @@ namespace aiocomm {
 
 bool DeviceProtocol::reaches_shared(Op& op, Peer& peer) {
   DeviceBuffer& gpu = *op.gpu;
-  if (!gpu.far_segment || gpu.bounce) return false;
-  const std::shared_ptr<PeerMemory> memory = peer.link->shared(gpu.far_segment);
-  if (!memory || !memory->holds(gpu.far_address, reach_of(op))) return false;
+  if (!op.source_segment || op.listed || gpu.bounce) return false;
+  const std::shared_ptr<PeerMemory> memory = peer.link->shared(op.source_segment);
+  if (!memory || !memory->holds(op.source_address, reach_of(op))) return false;
   const bool outgoing = gpu.role == Role::stage_out;
-  if (!mover_->reach_shared(gpu.device, memory, gpu.far_address, reach_of(op), op.rows.get(), outgoing))
+  if (!mover_->reach_shared(gpu.device, memory, op.source_address, reach_of(op), op.rows.get(), outgoing))
     return false;
   gpu.pinned_from = reinterpret_cast<uint64_t>(memory->base);
-  gpu.remote = gpu.pinned_from + gpu.far_address;
+  gpu.remote = gpu.pinned_from + op.source_address;
   gpu.mapping = memory;
   return true;
 }

@@ -90,8 +90,9 @@ struct Op {
   uint64_t remote_op = 0;       // the peer's op of the same message
   uint64_t region = 0;          // one-sided: the region at the peer; serve: ours
   uint64_t offset = 0;          // one-sided: bytes into the region
-  uint64_t source_address = 0;  // pull: where the bytes lie at the peer
-  uint32_t source_segment = 0;  // pull: and in which segment; of what the peer pulls, ours
+  // Pull: where the bytes lie at the peer; of device memory that goes to shared memory of the peer's, where they go.
+  uint64_t source_address = 0;
+  uint32_t source_segment = 0;  // and in which segment; of what the peer pulls, ours
   uint32_t registration = 0;    // of `data` with the link, 0: none
   uint32_t offer = 0;           // receive: the slot in which it is offered to its source, 0: none
   uint32_t immediate = 0;       // send: what its writes into an offer carry

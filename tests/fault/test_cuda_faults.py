@@ -386,56 +386,30 @@ async def test_a_peer_killed_in_the_middle_of_a_copy(simulator: Simulator) -> No
             assert (into.numpy() == data).all()
 
 
-async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator) -> None:
+@pytest.mark.parametrize("memory", ["gpu", "shared"])
+async def test_a_peer_killed_while_its_engine_writes_ours(simulator: Simulator, memory: str) -> None:
     async def worker(comm: aiocomm.Communicator) -> None:
         from fakes.gpu import DeviceArray, driver
         from fakes.simulated import Engine, Simulator
 
-        array = DeviceArray(NBYTES, device=1)
-        await comm.send(array, 0)
-        simulator = Simulator(driver().library)
-        for device in (0, 1):
-            simulator.stop_halfway(device, Engine.PEER)
-        sending = comm.send(array, 0)
-        await anyio.to_thread.run_sync(simulator.wait_ready, 1, Engine.PEER)
-        await comm.send(b"halfway", 0, tag=1)
-        await sending
-
-    with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - as above
-        async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
-            into = DeviceArray(NBYTES, device=0)
-            await comm.recv(into, 1)
-            received = comm.recv(into, 1)
-            await comm.recv(bytearray(7), 1, tag=1)
-            os.kill(comm.peers[0].pid, signal.SIGKILL)
-            with pytest.raises(aiocomm.PeerLostError):
-                await received
-            data = random(NBYTES)
-            source = DeviceArray(NBYTES, device=1).write(data)
-            assert await outcomes(lambda: comm.send(source, 0), lambda: comm.recv(into, 0)) == [None, None]
-            assert (into.numpy() == data).all()
-
-
-async def test_a_peer_killed_while_its_engine_writes_shared_memory(simulator: Simulator) -> None:
-    async def worker(comm: aiocomm.Communicator) -> None:
-        from fakes.gpu import DeviceArray, driver
-        from fakes.simulated import Engine, Simulator
-
+        engine = Engine.PEER if memory == "gpu" else Engine.TO_HOST
         array, directly = DeviceArray(NBYTES, device=1), 0
         while not directly:
             await comm.send(array, 0)
             directly = comm.links["cuda"].statistics().messages_by_path["device"]
             await comm.send(bytes([directly]), 0, tag=2)
         simulator = Simulator(driver().library)
-        simulator.stop_halfway(1, Engine.TO_HOST)
+        for device in (0, 1):
+            simulator.stop_halfway(device, engine)
         sending = comm.send(array, 0)
-        await anyio.to_thread.run_sync(simulator.wait_ready, 1, Engine.TO_HOST)
+        await anyio.to_thread.run_sync(simulator.wait_ready, 1, engine)
         await comm.send(b"halfway", 0, tag=1)
         await sending
 
     with pytest.raises(aiocomm.AiocommError):  # noqa: PT012 - as above
         async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
-            into, directly = aiocomm.empty(NBYTES, np.uint8), bytearray(1)
+            into: Any = DeviceArray(NBYTES) if memory == "gpu" else aiocomm.empty(NBYTES, np.uint8)
+            directly = bytearray(1)
             while not directly[0]:
                 await comm.recv(into, 1)
                 await comm.recv(directly, 1, tag=2)
@@ -445,10 +419,9 @@ async def test_a_peer_killed_while_its_engine_writes_shared_memory(simulator: Si
             with pytest.raises(aiocomm.PeerLostError):
                 await received
             data = random(NBYTES)
-            sent, again = comm.send(data, 0), comm.recv(into, 0)
-            await sent
-            await again
-            assert (into == data).all()
+            source = DeviceArray(NBYTES, device=1).write(data)
+            assert await outcomes(lambda: comm.send(source, 0), lambda: comm.recv(into, 0)) == [None, None]
+            assert ((into.numpy() if memory == "gpu" else into) == data).all()
 
 
 async def test_a_peers_memory_that_cannot_be_opened_is_staged_and_told(

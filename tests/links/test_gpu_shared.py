@@ -341,7 +341,6 @@ class Cache:
 
 
 @pytest.mark.parametrize("kind", ["put", "get"])
-@pytest.mark.parametrize("local", ["gpu"])
 @pytest.mark.parametrize(
     ("count", "page", "axis", "apart"),
     [
@@ -355,7 +354,6 @@ class Cache:
 async def test_pages(
     pair: Pair,
     kind: str,
-    local: str,
     count: int,
     page: tuple[int, ...],
     axis: int,
@@ -363,7 +361,7 @@ async def test_pages(
     sm_budget: int | None,
 ) -> None:
     a, b = pair
-    ours, theirs = (Cache(where, count, page, axis, apart) for where in (local, "shared"))
+    ours, theirs = (Cache(where, count, page, axis, apart) for where in ("gpu", "shared"))
     give, take = (
         np.random.default_rng(3).permutation(count)[: count // 2 + 1],
         np.arange(count)[-(count // 2 + 1) :],

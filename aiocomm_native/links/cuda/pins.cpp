@@ -167,17 +167,13 @@ void cut_by_block(const MoveJob& job, const Rows& rows, const std::function<void
 }
 
 int copy_in_blocks(const Driver& driver, const MoveJob& job, CUstream stream) {
-  const uint64_t host = (job.lane == Lane::out ? job.to : job.from) - job.pinned_from;
-  for (uint64_t done = 0; done < job.nbytes;) {
-    const uint64_t n = std::min(job.nbytes - done, kBlock - (host + done) % kBlock);
-    const int code = driver.cuMemcpyAsync(job.to + done, job.from + done, n, stream);
-    if (code != CUDA_SUCCESS) {
-      if (done) driver.cuStreamSynchronize(stream);  // what was queued may be under way
-      return code;
-    }
-    done += n;
-  }
-  return CUDA_SUCCESS;
+  int code = CUDA_SUCCESS;
+  cut_by_block(job, {.nbytes = job.nbytes, .count = 1}, [&](const Rows& part) {
+    if (code != CUDA_SUCCESS) return;
+    code = driver.cuMemcpyAsync(job.to + part.to, job.from + part.from, part.nbytes, stream);
+    if (code != CUDA_SUCCESS && part.to) driver.cuStreamSynchronize(stream);  // those before may be under way
+  });
+  return code;
 }
 
 }  // namespace aiocomm::cuda

@@ -2,7 +2,7 @@
 //
 // Rules
 //  * Pinning holds the driver's locks, for which launches and copies of this process wait: 2 ms for 16 MiB, 150 ms and more
-//    for 1 GiB. So it is done by the helper in blocks of that size, those that messages have lain in, and is not waited for.
+//    for 1 GiB. So it is done by the helper in blocks of 16 MiB, those that messages have lain in, and is not waited for.
 //  * The driver takes each block for an allocation of its own: no copy may reach over the end of one.
 //  * Pages that nobody had touched are there afterwards, so no more than `limit` bytes are pinned.
 //  * It ends before the memory is unmapped, by the reaper.
@@ -28,8 +28,8 @@ class PinnedMemory {
       : driver_(driver), host_(host), helper_(helper), limit_(limit) {}
   struct Extent {
     uint64_t offset = 0, nbytes = 0;
-    const RowList* rows =
-        nullptr;  // of these bytes only rows are meant: where they are written, or else read
+    // Of these bytes only rows are meant: where they are written (`outgoing`), or else read.
+    const RowList* rows = nullptr;
     bool outgoing = false;
   };
   // Under the token. True: all of these bytes are pinned. Else those that are not will be, as far as they can.
@@ -49,9 +49,9 @@ class PinnedMemory {
   std::vector<std::weak_ptr<Blocks>> all_;
 };
 
-// A copy from or to memory that is pinned in blocks from `job.pinned_from` on.
-int copy_in_blocks(const Driver& driver, const MoveJob& job, CUstream stream);
-// The same of rows: what they consist of in each block, in order.
+// What rows of memory that is pinned in blocks from `job.pinned_from` on consist of in each block, in order.
 void cut_by_block(const MoveJob& job, const Rows& rows, const std::function<void(const Rows&)>& take);
+// A copy that is no rows, from or to such memory.
+int copy_in_blocks(const Driver& driver, const MoveJob& job, CUstream stream);
 
 }  // namespace aiocomm::cuda
