@@ -55,15 +55,18 @@ bool Lane::expects() const {
 
 void Lane::chunk_posted() { last_sign_ns.store(tick_ns(), std::memory_order_relaxed); }
 
-// A device whose own port is down may report nothing at all. Whoever is being posted to is no such case.
+// A device whose own port is down may report nothing at all. Whoever is being posted to is no such case, nor who hears
+// something: a network that loses packets makes a request take as long as it likes, and its transport counts the tries.
 void Lane::look(uint64_t now_ns) {
   bool due = outstanding.load(std::memory_order_relaxed) ||
              (peer.active_.load(std::memory_order_relaxed) == index &&
               peer.due_.load(std::memory_order_acquire) != peer.acks_.all_before());
-  uint64_t patience = rail.transport().patience_ns;
-  if (!due || now_ns < last_sign_ns.load(std::memory_order_relaxed) + patience) return;
+  if (!due || stalled.load(std::memory_order_relaxed)) return;
   std::unique_lock idle(posting, std::try_to_lock);
-  if (!idle || stalled.exchange(true)) return;
+  if (!idle || !silence.over(now_ns, last_sign_ns.load(std::memory_order_relaxed),
+                             rail.transport().patience_ns, [this] { return heard(rail.port()); }))
+    return;
+  if (stalled.exchange(true)) return;
   peer.put({RdmaPeer::Event::Kind::stalled, index, 0, 0, rail.name() + ": no word of what was posted"},
            Wake::engine);
 }

@@ -27,6 +27,7 @@
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
 #include "links/rdma/ring.hpp"
+#include "links/rdma/silence.hpp"
 
 namespace aiocomm::rdma {
 
@@ -59,6 +60,7 @@ struct Lane final : Completions {
   Address theirs;
   QueuePairs pairs;
   std::mutex posting;
+  Silence silence;                        // under `posting`
   std::atomic<uint32_t> outstanding{0};   // chunks posted, for the poller
   std::atomic<uint64_t> last_sign_ns{0};  // when something was posted to an idle lane, or completed
   std::atomic<bool> stalled{false};

@@ -47,6 +47,10 @@ bool is_ipv4(const ibv_gid& gid) {
 
 bool is_link_local(const ibv_gid& gid) { return gid.raw[0] == 0xfe && (gid.raw[1] & 0xc0) == 0x80; }
 
+std::string folder_of(const Port& port) {
+  return "/sys/class/infiniband/" + port.device + "/ports/" + std::to_string(port.number);
+}
+
 [[noreturn]] void refuse(const std::string& port, const std::string& why, int error) {
   throw LinkFailure(port + ": " + why, error);
 }
@@ -58,8 +62,7 @@ int best_gid(const Verbs& verbs, ibv_context* context, const Port& port, int ent
   for (int i = 0; i < entries; ++i) {
     ibv_gid gid;
     if (verbs.query_gid(context, port.number, i, &gid) != 0 || is_zero(gid)) continue;
-    std::string type = line_of("/sys/class/infiniband/" + port.device + "/ports/" +
-                               std::to_string(port.number) + "/gid_attrs/types/" + std::to_string(i));
+    std::string type = line_of(folder_of(port) + "/gid_attrs/types/" + std::to_string(i));
     if (type.find("RoCE v2") == std::string::npos) continue;
     int rank = is_ipv4(gid) ? 3 : is_link_local(gid) ? 1 : 2;
     if (rank > best_rank) best = i, best_rank = rank;
@@ -179,6 +182,13 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
   if (!reasons.empty()) throw LinkFailure("rdma: no port can be used: " + reasons, error);
   if (count > 0) throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names none of this machine's devices", ENODEV);
   refuse_all("");
+}
+
+uint64_t heard(const Port& port) {
+  for (const char* counter : {"/counters/port_rcv_packets", "/hw_counters/rcvd_pkts", "/hw_counters/rx_pkts"})
+    if (std::string line = line_of(folder_of(port) + counter); !line.empty())
+      return std::strtoull(line.c_str(), nullptr, 10);
+  return 0;
 }
 
 std::string describe(const Address& address) {

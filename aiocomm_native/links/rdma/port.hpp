@@ -42,6 +42,9 @@ struct Selection {
 // or where a port that was asked for cannot be used.
 std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection);
 
+// Packets that the port has received so far, as the kernel tells; 0 where it does not, or knows no such port any more.
+uint64_t heard(const Port& port);
+
 std::string describe(const Address& address);
 
 std::string encode_card(const std::vector<Port>& ports);

@@ -117,3 +117,18 @@ async def test_packets_are_lost(rails: int) -> None:
             assert device(a)["lanes_failed"] == 0
     finally:
         run("tc", "qdisc", "del", "dev", "a0", "root")
+
+
+async def test_a_request_that_takes_longer_than_a_device_would_try() -> None:
+    """What comes in shows that the rail's device is not silent: the other one need not take its place."""
+    run("tc", "qdisc", "add", "dev", "a1", "root", "netem", "rate", "1200kbit", "limit", "100000")
+    try:
+        async with hosts(2) as (a, b):
+            sent, got = random(LARGE // 16), np.zeros(LARGE // 16, np.uint8)
+            receiving = b.recv(got, 0)
+            await a.send(sent, 1)
+            await receiving
+            np.testing.assert_array_equal(got, sent)
+            assert device(b)["lanes_failed"] == 0
+    finally:
+        run("tc", "qdisc", "del", "dev", "a1", "root")
