@@ -26,7 +26,7 @@ LAYERS = [
     {"_operations", "collectives", "group", "moe", "pages"},
     {"communicator", "connecting"},
     {"runner", "launch", "_worker"},
-    {"demo", "links", "metrics"},
+    {"demo", "links", "metrics", "vllm"},
     {"cli", "__main__"},
 ]
 

@@ -1,0 +1,160 @@
+"""The side that has the blocks: it leases them to those who come for them.
+
+A lease ends before the engine has the blocks back. Whoever comes late is refused by this worker's engine, and
+never reads what another request has put there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiocomm.vllm.caches import differing
+from aiocomm.vllm.ranks import readers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aiocomm.communicator import Communicator
+    from aiocomm.pages import PageLease
+    from aiocomm.vllm.caches import Caches, Geometry
+    from aiocomm.vllm.ranks import Place
+    from aiocomm.vllm.steps import Outcome
+    from aiocomm.vllm.words import Words
+
+__all__ = ["Lender"]
+
+_log = logging.getLogger("aiocomm.vllm")
+
+
+@dataclass
+class _Kept:
+    """A request's blocks: leased until all who read them have said so, or nobody living will."""
+
+    is_here: bool = False  # the engine gave them
+    lease: PageLease | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # it is leased, or will not be
+    claimed_by: set[int] = field(default_factory=set)  # ranks of the world
+    read_by: set[int] = field(default_factory=set)  # tensor-parallel ranks of the engine that reads
+
+
+class Lender:
+    """Keeps requests' blocks for other engines.
+
+    Args:
+        start: runs a coroutine as a task.
+        lease_s: seconds for which blocks are kept that nobody living has claimed.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        words: Words,
+        place: Place,
+        caches: Caches,
+        geometry: Geometry,
+        outcome: Outcome,
+        start: Callable[[Coroutine[Any, Any, None]], Any],
+        lease_s: float,
+    ) -> None:
+        self._comm = comm
+        self._words = words
+        self._place = place
+        self._caches = caches
+        self._geometry = geometry
+        self._outcome = outcome
+        self._start = start
+        self._lease_s = lease_s
+        self._kept: dict[str, _Kept] = {}
+        self._gone: deque[str] = deque(maxlen=4096)  # requests whose blocks are not here any more
+
+    async def keep(self, request: str, blocks: tuple[int, ...]) -> None:
+        """Lease a request's blocks."""
+        if request in self._gone:  # whoever was to come has said already that nobody does
+            self._outcome.of_sent(request)
+            return
+        kept = self._entry(request)
+        kept.is_here = True
+        try:
+            kept.lease = await self._comm.lease_pages(self._caches.pages(), self._caches.of_blocks(blocks))
+        except BaseException:
+            self._start(self._end(request))  # the engine has its blocks back, whatever was wrong
+            raise
+        kept.settled.set()
+
+    def hear(self, source: int, said: dict[str, Any]) -> None:
+        """Heed what a rank of the world says.
+
+        Raises:
+            LookupError: it says nothing that is known.
+        """
+        request, kind = said["request"], said["kind"]
+        if kind == "ask":
+            self._start(self._answer(source, request, said))
+        elif request in self._gone:
+            return
+        elif kind == "claim":
+            self._entry(request).claimed_by.add(source)
+        elif kind == "read":
+            kept = self._entry(request)
+            kept.read_by.add(said["rank"])
+            place = self._place
+            if kept.read_by >= readers(place.rank, place.ranks, said["ranks"], place.heads):
+                self._start(self._end(request))
+        elif kind == "release":
+            self._start(self._end(request))
+        else:
+            raise LookupError(f"kind {kind!r}")
+
+    def _entry(self, request: str) -> _Kept:
+        """Of a request that is here, or will be: words may come before the step that says so."""
+        if request not in self._kept:
+            self._kept[request] = _Kept()
+            self._watch(request)
+        return self._kept[request]
+
+    def _watch(self, request: str) -> None:
+        asyncio.get_running_loop().call_later(self._lease_s, self._look_at, request, self._kept[request])
+
+    def _look_at(self, request: str, kept: _Kept) -> None:
+        if self._kept.get(request) is not kept:
+            return
+        if any(self._words.is_there(rank) for rank in kept.claimed_by):
+            self._watch(request)
+            return
+        if kept.is_here:
+            _log.warning(
+                "nobody came for request %s within %g s: its blocks are freed", request, self._lease_s
+            )
+        self._start(self._end(request))
+
+    async def _end(self, request: str) -> None:
+        """Have the engine take its blocks back, now or when it gives them."""
+        kept = self._kept.pop(request, None)
+        if request not in self._gone:
+            self._gone.append(request)
+        if kept is None:
+            return
+        kept.settled.set()
+        if kept.lease is not None:
+            await kept.lease.aclose()
+        if kept.is_here:
+            self._outcome.of_sent(request)
+
+    async def _answer(self, source: int, request: str, asked: dict[str, Any]) -> None:
+        """Hand out the lease, or say why not."""
+        why = differing(self._geometry, asked["geometry"])
+        if why is None and request not in self._gone:
+            kept = self._entry(request)
+            kept.claimed_by.add(source)
+            async with asyncio.timeout(asked["within_s"]):  # afterwards nobody takes the answer
+                await kept.settled.wait()
+            if kept.lease is not None and self._kept.get(request) is kept:
+                await self._words.answer(source, asked, kept.lease.handle)
+                return
+        refused = {"refused": why or "its blocks are not here any more"}
+        await self._words.answer(source, asked, json.dumps(refused).encode())

@@ -1,0 +1,72 @@
+"""What a scheduler tells its workers for one step, and what they tell back."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+__all__ = ["Fetch", "Origin", "Outcome", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request's blocks are: the engine that computed them, and its name for the request."""
+
+    engine: str
+    ranks: int  # of its tensor parallelism
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Blocks to get: `there[n]` of the origin into `here[n]`."""
+
+    request: str
+    origin: Origin
+    there: tuple[int, ...]
+    here: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Step:
+    """All that the workers have to begin in one step."""
+
+    claim: list[Origin] = field(default_factory=list)  # somebody here will come for them
+    fetch: list[Fetch] = field(default_factory=list)
+    keep: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # blocks of a request, until they were fetched
+    cancel: list[str] = field(default_factory=list)  # fetches that nobody waits for any more
+    release: list[Origin] = field(default_factory=list)  # nobody here comes for them
+
+    def __bool__(self) -> bool:
+        return any((self.claim, self.fetch, self.keep, self.cancel, self.release))
+
+
+class Outcome:
+    """Requests whose blocks were fetched from here, and to here; told by one thread and taken by another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+
+    def of_sent(self, request: str) -> None:
+        """Nobody reads its blocks any more."""
+        with self._lock:
+            self._sent.add(request)
+
+    def of_received(self, request: str, *, failed: bool) -> None:
+        """Nothing writes to its blocks any more."""
+        with self._lock:
+            self._received.add(request)
+            if failed:
+                self._failed.add(request)
+
+    def taken(self) -> tuple[set[str], set[str], set[str]]:
+        """What has ended since the last call: sent, received, and those of the received that failed."""
+        with self._lock:
+            ended = self._sent, self._received, self._failed
+            self._sent, self._received, self._failed = set(), set(), set()
+        return ended

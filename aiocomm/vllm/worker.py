@@ -1,0 +1,129 @@
+"""A worker's thread: the loop on which its exchange runs, and how vLLM's own thread reaches it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from aiocomm._control.loopthread import LoopThread
+from aiocomm.connecting import connect
+from aiocomm.errors import UsageError
+from aiocomm.vllm.exchange import Exchange
+from aiocomm.vllm.steps import Outcome
+from aiocomm.vllm.words import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aiocomm.vllm.caches import Caches, Geometry
+    from aiocomm.vllm.ranks import Place
+    from aiocomm.vllm.steps import Step
+
+__all__ = ["Options", "Worker"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user says in `kv_connector_extra_config`.
+
+    Args:
+        address: of the rendezvous that all engines join: `aiocomm rendezvous --listen tcp://0.0.0.0:7000`.
+        token: the engines' secret; better in `AIOCOMM_TOKEN_FILE`.
+        links: that may be used; default: all that work.
+        lease_s: seconds for which a prefill engine keeps blocks that nobody has claimed.
+        fetch_s: seconds that a decode engine gives a transfer.
+        join_s: seconds that joining may take; default AIOCOMM_TIMEOUT_S.
+    """
+
+    address: str
+    token: str | None = None
+    links: str | list[str] | None = None
+    lease_s: float = 30.0
+    fetch_s: float = 30.0
+    join_s: float | None = None
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> Options:
+        """Read them.
+
+        Raises:
+            UsageError: one is unknown, is missing or makes no sense.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(extra) - set(names)):
+            raise UsageError(f"kv_connector_extra_config: {unknown} unknown; there are {names}")
+        if not isinstance(extra.get("address"), str):
+            raise UsageError(
+                "kv_connector_extra_config needs the address where the engines meet, such as "
+                '{"address": "tcp://10.0.0.1:7000"}; there listens `aiocomm rendezvous --listen tcp://0.0.0.0:7000`'
+            )
+        for name in ("lease_s", "fetch_s"):
+            value = extra.get(name, 1.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise UsageError(f"kv_connector_extra_config: {name}={value!r}: seconds, more than 0")
+        return cls(**extra)
+
+
+class Worker:
+    """One worker of an engine. vLLM's thread calls its methods; only `join` and `close` wait."""
+
+    def __init__(self, options: Options, place: Place) -> None:
+        self._options = options
+        self._place = place
+        self._thread = LoopThread("aiocomm-vllm")
+        self._exchange: Exchange | None = None
+        self._running: concurrent.futures.Future[None] | None = None
+        self._outcome = Outcome()
+
+    def join(self, caches: Caches, geometry: Geometry) -> None:
+        """Join the world of all engines, and serve these caches.
+
+        Raises:
+            AiocommError: it cannot be joined.
+        """
+        joined: concurrent.futures.Future[Exchange] = concurrent.futures.Future()
+        self._running = self._thread.submit(self._run(caches, geometry, joined))
+        self._exchange = joined.result()
+
+    async def _run(
+        self, caches: Caches, geometry: Geometry, joined: concurrent.futures.Future[Exchange]
+    ) -> None:
+        options = self._options
+        try:
+            comm = await connect(
+                options.address,
+                name=name_of(self._place.engine, self._place.stage, self._place.rank),
+                token=options.token,
+                links=options.links,
+                deadline=options.join_s,
+            )
+        except BaseException as error:
+            joined.set_exception(error)
+            return
+        async with comm:
+            exchange = Exchange(
+                comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s
+            )
+            joined.set_result(exchange)
+            await exchange.run()
+
+    def begin(self, step: Step) -> None:
+        """Begin what a step asks for."""
+        if step and self._exchange is not None:
+            self._thread.call(self._exchange.begin, step)
+
+    def ended(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests that were sent, received, and of these failed, since the last call."""
+        return self._outcome.taken()
+
+    def close(self) -> None:
+        """Leave the world. What is under way is broken off."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(concurrent.futures.CancelledError, asyncio.CancelledError):
+                self._running.result()
+        self._thread.stop()
+        self._thread.join()

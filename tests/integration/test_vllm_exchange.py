@@ -1,0 +1,357 @@
+"""Workers of two engines hand KV blocks over: threads with a loop each, as in vLLM, members of one world.
+
+vLLM itself is not needed; `test_vllm.py` runs it where it is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import numpy as np
+import pytest
+from harness import LIMIT_S, until
+
+import aiocomm
+from aiocomm.vllm.caches import Axes, Caches, Geometry
+from aiocomm.vllm.ranks import Place, heads_of
+from aiocomm.vllm.steps import Fetch, Origin, Step
+from aiocomm.vllm.worker import Options, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from harness import Child
+    from numpy.typing import NDArray
+
+pytestmark = pytest.mark.anyio
+
+LAYERS, PAGES, HEADS, TOKENS, CONTENT = 3, 24, 4, 2, 8
+BLOCK = 2 * TOKENS  # a block is two pages
+GEOMETRY = Geometry("a-model", "bfloat16", LAYERS, BLOCK, HEADS, CONTENT, 1)
+NEVER = 600.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The workers have loops of their own; this one only looks at them."""
+    return "asyncio"
+
+
+def whole(seed: int) -> NDArray[np.uint16]:
+    """An engine's cache, of all heads."""
+    shape = (LAYERS, PAGES, HEADS, TOKENS, CONTENT)
+    return np.random.default_rng(seed).integers(0, 1 << 16, shape, np.uint16)
+
+
+class Engine:
+    """The workers of one engine, and their part of its cache each."""
+
+    def __init__(
+        self, address: str, name: str, seed: int, ranks: int = 1, heads: int = HEADS, **options: Any
+    ) -> None:
+        self.name, self.ranks, self.heads = name, ranks, heads
+        self.options = Options.of({"address": address, "lease_s": NEVER, "fetch_s": NEVER} | options)
+        everything = whole(seed)[:, :, :heads]
+        self.memory = [
+            np.ascontiguousarray(everything[:, :, slice(held.start, held.stop)])
+            for held in (heads_of(rank, ranks, heads) for rank in range(ranks))
+        ]
+        self.workers = [
+            Worker(self.options, Place(name, 0, rank, ranks, heads)) for rank in range(self.ranks)
+        ]
+        self.sent: list[set[str]] = [set() for _ in range(ranks)]
+        self.received: list[set[str]] = [set() for _ in range(ranks)]
+        self.failed: set[str] = set()
+
+    def join(self, geometry: Geometry = GEOMETRY) -> None:
+        for worker, memory in zip(self.workers, self.memory, strict=True):
+            worker.join(Caches([memory], Axes(1, 2, 3), BLOCK), geometry)
+
+    def begin(self, **step: Any) -> None:
+        for worker in self.workers:
+            worker.begin(Step(**step))
+
+    def look(self) -> None:
+        for rank, worker in enumerate(self.workers):
+            sent, received, failed = worker.ended()
+            self.sent[rank] |= sent
+            self.received[rank] |= received
+            self.failed |= failed
+
+    async def has_sent(self, request: str) -> None:
+        await until(lambda: self.look() or all(request in sent for sent in self.sent))
+
+    async def has_received(self, request: str) -> bool:
+        """Whether it was without failure."""
+        await until(lambda: self.look() or all(request in received for received in self.received))
+        return request not in self.failed
+
+    def origin(self, request: str) -> Origin:
+        return Origin(self.name, self.ranks, request)
+
+    def blocks(self, blocks: list[int]) -> NDArray[np.uint16]:
+        """Of all heads, as the ranks have them, where each head is held once."""
+        there = np.concatenate(self.memory[:: max(1, self.ranks // self.heads)], axis=2)
+        pages = [2 * block + half for block in blocks for half in (0, 1)]
+        return there[:, pages]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    """Of a rendezvous."""
+    where = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    async with aiocomm.connect(where, rank=0):
+        yield where
+
+
+@pytest.fixture
+def engine(address: str) -> Iterator[Callable[..., Any]]:
+    """Makes engines, and ends them."""
+    with contextlib.ExitStack() as stack:
+
+        async def make(name: str, seed: int, *, geometry: Geometry = GEOMETRY, **options: Any) -> Engine:
+            made = Engine(address, name, seed, **options)
+            stack.callback(made.close)
+            await anyio.to_thread.run_sync(made.join, geometry)
+            return made
+
+        yield make
+
+
+def fetch(request: str, origin: Origin, there: list[int], here: list[int]) -> list[Fetch]:
+    return [Fetch(request, origin, tuple(there), tuple(here))]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "heads"),
+    [
+        (1, 1, 4),
+        (2, 1, 4),
+        (1, 2, 4),
+        (4, 2, 4),
+        (2, 4, 4),
+        (4, 4, 2),
+        (4, 1, 2),
+        (1, 4, 2),
+        (4, 2, 1),
+        (2, 4, 1),
+    ],
+)
+async def test_blocks_go_over_whatever_the_degrees(
+    engine: Callable[..., Any], theirs: int, ours: int, heads: int
+) -> None:
+    """Also of latents, of which all ranks hold all (one head)."""
+    prefill = await engine("prefill", 1, ranks=theirs, heads=heads)
+    decode = await engine("decode", 2, ranks=ours, heads=heads)
+    before = [memory.copy() for memory in decode.memory]
+    prefill.begin(keep={"p": (3, 1, 10)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3, 1, 10], [0, 7, 5]))
+    assert await decode.has_received("d")
+    await prefill.has_sent("p")
+    for rank, memory in enumerate(decode.memory):
+        held = heads_of(rank, ours, heads)
+        expected = before[rank].copy()
+        came = whole(1)[:, :, slice(held.start, held.stop)]
+        for there, here in ((3, 0), (1, 7), (10, 5)):
+            expected[:, 2 * here : 2 * here + 2] = came[:, 2 * there : 2 * there + 2]
+        np.testing.assert_array_equal(memory, expected)
+
+
+async def test_two_requests_share_a_block(engine: Callable[..., Any]) -> None:
+    """As those do whose prompts begin alike: the second lease does not end the first."""
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    prefill.begin(keep={"p1": (3, 1), "p2": (3, 4)})
+    decode.begin(fetch=fetch("d1", prefill.origin("p1"), [3, 1], [0, 1]))
+    assert await decode.has_received("d1")
+    await prefill.has_sent("p1")
+    decode.begin(fetch=fetch("d2", prefill.origin("p2"), [3, 4], [2, 3]))
+    assert await decode.has_received("d2")
+    np.testing.assert_array_equal(decode.blocks([0, 1, 2, 3]), prefill.blocks([3, 1, 3, 4]))
+
+
+async def test_who_asks_before_the_step_that_gives_waits(engine: Callable[..., Any]) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    asked = prefill.workers[0]._exchange._lender._kept
+    await until(lambda: "p" in asked)
+    prefill.begin(keep={"p": (3,)})
+    assert await decode.has_received("d")
+    np.testing.assert_array_equal(decode.blocks([0]), prefill.blocks([3]))
+
+
+async def test_an_engine_that_comes_later_is_waited_for(engine: Callable[..., Any]) -> None:
+    decode = await engine("decode", 2)
+    decode.begin(fetch=fetch("d", Origin("prefill", 1, "p"), [3], [0]))
+    prefill = await engine("prefill", 1)
+    prefill.begin(keep={"p": (3,)})
+    assert await decode.has_received("d")
+    np.testing.assert_array_equal(decode.blocks([0]), prefill.blocks([3]))
+
+
+async def test_blocks_that_nobody_claims_are_given_back_and_refused(
+    engine: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever comes late computes them again, and reads nothing that another request has put there."""
+    prefill, decode = await engine("prefill", 1, lease_s=0.01), await engine("decode", 2)
+    before = decode.memory[0].copy()
+    prefill.begin(keep={"p": (3,)})
+    await prefill.has_sent("p")
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert not await decode.has_received("d")
+    np.testing.assert_array_equal(decode.memory[0], before)
+    assert "not here any more" in caplog.text
+
+
+async def test_blocks_that_are_claimed_are_kept_while_the_claimant_lives(engine: Callable[..., Any]) -> None:
+    prefill = await engine("prefill", 1, lease_s=0.05)
+    waits, dies = await engine("waits", 2), await engine("dies", 3)
+    waits.begin(claim=[prefill.origin("p1")])
+    dies.begin(claim=[prefill.origin("p2")])
+    kept = prefill.workers[0]._exchange._lender._kept
+    await until(lambda: len(kept) == 2 and all(entry.claimed_by for entry in kept.values()))
+    prefill.begin(keep={"p1": (3,), "p2": (4,), "p3": (5,)})
+    await prefill.has_sent("p3")  # a lease has passed
+    assert {"p1", "p2"} <= set(kept)
+    dies.close()
+    await prefill.has_sent("p2")
+    waits.begin(fetch=fetch("d", prefill.origin("p1"), [3], [0]))
+    assert await waits.has_received("d")
+    np.testing.assert_array_equal(waits.blocks([0]), prefill.blocks([3]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_released_blocks_are_given_back(engine: Callable[..., Any], ranks: int) -> None:
+    prefill, decode = await engine("prefill", 1, ranks=ranks), await engine("decode", 2)
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(release=[prefill.origin("p")])
+    await prefill.has_sent("p")
+    decode.begin(release=[prefill.origin("q")])  # before the step that gives them
+    gone = [worker._exchange._lender._gone for worker in prefill.workers]
+    await until(lambda: all("q" in requests for requests in gone))
+    prefill.begin(keep={"q": (3,)})
+    await prefill.has_sent("q")
+
+
+async def test_a_fetch_that_is_broken_off_gives_both_their_blocks_back(engine: Callable[..., Any]) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]), cancel=["d"])  # before it has begun
+    assert await decode.has_received("d")
+    decode.begin(fetch=fetch("e", prefill.origin("q"), [3], [0]))
+    kept = prefill.workers[0]._exchange._lender._kept
+    await until(lambda: "q" in kept)
+    decode.begin(cancel=["e", "unknown"])
+    assert await decode.has_received("e")
+    prefill.begin(keep={"p": (3,), "q": (4,)})
+    await prefill.has_sent("p")
+    await prefill.has_sent("q")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model", "another"), ("dtype", "float16"), ("block_size", 16), ("layers", 4)]
+)
+async def test_engines_that_do_not_fit_say_why(
+    engine: Callable[..., Any], caplog: pytest.LogCaptureFixture, field: str, value: Any
+) -> None:
+    prefill = await engine("prefill", 1)
+    other = Geometry(**{name: getattr(GEOMETRY, name) for name in GEOMETRY.__slots__} | {field: value})
+    decode = await engine("decode", 2, geometry=other)
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert not await decode.has_received("d")
+    assert f"{field} is {value!r} there" in caplog.text
+    await prefill.has_sent("p")
+
+
+@pytest.mark.parametrize("there", [[99], [3, 3, 4]])
+async def test_blocks_that_are_not_there(engine: Callable[..., Any], there: list[int]) -> None:
+    """Neither side is left with blocks that it never has back."""
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    prefill.begin(keep={"p": (3, 4)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), there, [0, 1]))
+    assert not await decode.has_received("d")
+    await prefill.has_sent("p")
+    prefill.begin(keep={"q": (99,)})
+    await prefill.has_sent("q")
+
+
+async def test_an_engine_that_is_gone(engine: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    prefill.close()
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert not await decode.has_received("d")
+    assert "is gone" in caplog.text or "left" in caplog.text
+
+
+async def test_a_fetch_has_its_time(engine: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2, fetch_s=0.05)
+    decode.begin(fetch=fetch("d", prefill.origin("never"), [3], [0]))
+    assert not await decode.has_received("d")
+    assert "within 0.05 s" in caplog.text
+
+
+async def test_words_that_make_no_sense_are_passed_over(
+    engine: Callable[..., Any], address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    async with aiocomm.connect(address, name="stranger") as comm:
+        (rank,) = (peer.rank for peer in comm.peers if peer.name == "vllm/prefill/0/0")
+        channel = comm.channel("vllm", priority=aiocomm.Priority.HIGH)
+        for word in (b"\xff", b"[]", b"{}", json.dumps({"kind": "?", "request": "r"}).encode(), bytes(65537)):
+            with contextlib.suppress(aiocomm.TruncationError):
+                await channel.send(np.frombuffer(word, np.uint8), rank)
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert await decode.has_received("d")
+    assert caplog.text.count("not understood") == 5
+
+
+PREFILL = """
+import sys
+tests, address = sys.argv[1:]
+sys.path[:0] = [tests, tests + "/integration"]
+from test_vllm_exchange import Engine
+engine = Engine(address, "prefill", 1)
+engine.join()
+engine.begin(keep={"p": (3, 1)})
+print("joined", flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_an_engine_that_is_killed(
+    engine: Callable[..., Any], address: str, child: Callable[..., Child]
+) -> None:
+    """What it was asked for fails at once; what others do goes on."""
+    victim = child(PREFILL, str(Path(__file__).parents[1]), address)
+    assert await victim.line() == "joined"
+    decode, other = await engine("decode", 2), await engine("other", 3)
+    decode.begin(fetch=fetch("before", Origin("prefill", 1, "p"), [3, 1], [0, 1]))
+    assert await decode.has_received("before")
+    decode.begin(fetch=fetch("d", Origin("prefill", 1, "never"), [3], [0]))  # it waits there
+    other.begin(keep={"q": (5,)})
+    decode.begin(fetch=fetch("e", other.origin("q"), [5], [4]))
+    assert await decode.has_received("e")
+    victim.process.send_signal(signal.SIGKILL)
+    assert not await decode.has_received("d")
+    np.testing.assert_array_equal(decode.blocks([4]), other.blocks([5]))
+
+
+async def test_an_engine_that_cannot_join_says_so(address: str) -> None:
+    nowhere = Engine("unix://@aiocomm-test-nobody", "decode", 2, join_s=0.05)
+    with pytest.raises(aiocomm.DeadlineExceeded):
+        await anyio.to_thread.run_sync(nowhere.join)
+    nowhere.close()
+    stranger = Engine(address, "decode", 2, token="another", join_s=LIMIT_S)
+    with pytest.raises(aiocomm.AuthenticationError):
+        await anyio.to_thread.run_sync(stranger.join)
+    stranger.close()
