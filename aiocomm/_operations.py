@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aiocomm._device import describe, is_read_only, part_of
+from aiocomm._exchange import exchange
 from aiocomm._numbers import integer
 from aiocomm._queues import Share
 from aiocomm.arrays import as_buffer
 from aiocomm.channel import Channel
 from aiocomm.errors import ClosedError, UsageError, UsageTypeError, WouldBlock
-from aiocomm.region import Region, RemoteRegion, check_notification, exchange
+from aiocomm.region import Region, RemoteRegion, check_notification
 from aiocomm.types import ANY_SOURCE, ANY_TAG, MAX_TAG, Notification, Peer, Priority, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiocomm._device import Description
+    from aiocomm._exchange import Exchanges
     from aiocomm._queues import Mailbox
     from aiocomm.pages.streaming import LayerNotes
     from aiocomm.types import Feed
@@ -47,14 +49,13 @@ class Operations:
     _forked: bool  # this process is a child of that which opened it
     _rank: int
     _ranks: int  # one more than the largest rank ever known
-    _internal: int
     _generation: int
     _peers: dict[int, Peer]
     _notes: Mailbox[Notification]
     _regions: dict[int, Region]
     _layer_notes: dict[int, LayerNotes]  # by lease
     _channels: dict[str, Channel]
-    _exchanges: dict[tuple[int, int | None], int]  # calls so far, by rank and generation
+    _exchanges: dict[tuple[int, int | None], Exchanges]  # by rank and generation
     _close_channel: Callable[[Channel], None]  # and what is under way on it
 
     @property
@@ -378,6 +379,10 @@ class Operations:
     def _is_gone(self, rank: int) -> bool:
         """Whether nobody has a rank now."""
         return self._generation_of(rank) is None or (rank != self._rank and not self._peers[rank].alive)
+
+    def _is_member(self, rank: int, generation: int | None) -> bool:
+        """Whether an incarnation of a rank is there."""
+        return self._generation_of(rank) == generation and not self._is_gone(rank)
 
     def _check_remote(self, remote: RemoteRegion, channel: Channel | None) -> int:
         if self._closed or not self._here():

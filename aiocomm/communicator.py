@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiocomm._control.plane import Welcome
+    from aiocomm._exchange import Exchanges
     from aiocomm._loop.backend import Backend
     from aiocomm._world import World
     from aiocomm.collectives.scope import Scope
@@ -127,7 +128,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._regions: dict[int, Region] = {}
         self._layer_notes: dict[int, LayerNotes] = {}
         self._channels: dict[str, Channel] = {}
-        self._exchanges: dict[tuple[int, int | None], int] = {}
+        self._exchanges: dict[tuple[int, int | None], Exchanges] = {}
         self._groups: dict[str, int] = {}  # groups made so far, by members
         self._world_group: Group | None = None
         self._collective_calls: Counter[str] = Counter()
@@ -146,8 +147,6 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._default = Channel(
             self, "", engine.open_channel("", int(Priority.NORMAL), 1.0), Priority.NORMAL, 1.0
         )
-        # Operations of the runtime itself; users cannot open it.
-        self._internal = engine.open_channel("\0internal", int(Priority.NORMAL), 1.0)
         tell_of_fork(self)
 
     def _on_fork(self) -> None:
@@ -385,6 +384,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             if peer is not None and peer.generation == event.generation:
                 self._peers[event.rank] = replace(peer, alive=False)
                 self._tell_scopes(event.rank)
+            if (exchanges := self._exchanges.get(key)) is not None:
+                exchanges.tidy()
         self._events.publish(event)
         self._log(self._rank, event)  # last: the application's handlers may raise
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import struct
-import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
 from aiocomm._numbers import integer
-from aiocomm._outcome import told_of
 from aiocomm.errors import (
-    AiocommError,
     ClosedError,
     PeerLostError,
     StaleHandleError,
@@ -25,12 +22,10 @@ if TYPE_CHECKING:
     from aiocomm._operations import Operations
     from aiocomm_native import Transfer
 
-__all__ = ["Region", "RemoteRegion", "check_notification", "exchange", "whole_handle", "withdraw"]
+__all__ = ["Region", "RemoteRegion", "check_notification", "look_away", "whole_handle", "withdraw"]
 
 # Version, owner's rank and generation, region, first byte, bytes, writable.
 _HANDLE: Final = struct.Struct("<4sHIQQQQ?")
-_TAG: Final = 1 << 40  # of exchanges on the runtime's own channel
-_GIVE_UP_S: Final = 5.0  # for the word of one that is given up
 _MAGIC: Final = b"aioR"
 _VERSION: Final = 1
 
@@ -214,51 +209,3 @@ def withdraw(receive: Transfer[Any]) -> None:
     """Give up a receive of the runtime's own; a failure of its own is no news."""
     if not receive.cancel() and receive.done():
         look_away(receive)
-
-
-async def exchange(comm: Operations, region: Region, with_: int, limit: float) -> RemoteRegion:
-    """Swap handles with a peer on the runtime's own channel.
-
-    Calls are numbered per peer. Who has the other's handle confirms it, and waits for that of the other; who
-    gives a call up says so, by a message without bytes. The other, who may come to it later, or wait in it,
-    then goes on with the next.
-    """
-    if comm.closed or not comm._here():
-        comm._refuse()
-    with_ = integer("rank", with_)
-    if not 0 <= with_ < comm._ranks:
-        comm._refuse(dst=with_)
-    if not isinstance(region, Region):
-        raise UsageTypeError(f"{type(region).__name__} is not a Region: exchange what comm.register() gives")
-    if region._comm is not comm:
-        raise UsageError("the region belongs to another communicator: register the memory with this one")
-    handle = region.handle
-    ends = None if limit < 0 else time.monotonic() + limit
-    # Only now is nothing left to refuse: a number that one side skips would shift all exchanges after it.
-    peer = (with_, comm._generation_of(with_))
-    while True:
-        number = comm._exchanges[peer] = comm._exchanges.get(peer, 0) + 1
-        where = with_, comm._internal, _TAG + number
-        try:
-            theirs = await _swap(comm, handle, where, ends)
-            if theirs and await _swap(comm, b"\1", where, ends):
-                return RemoteRegion.from_handle(comm, theirs)
-        except BaseException as error:
-            if not comm.closed:
-                comm._send(b"", *where, _GIVE_UP_S, 0).add_done_callback(look_away)
-            if isinstance(error, AiocommError):
-                raise told_of(error, f"exchange with rank {with_}") from error
-            raise
-
-
-async def _swap(comm: Operations, mine: bytes, where: tuple[int, int, int], ends: float | None) -> bytes:
-    """Send bytes, and receive as many of the other's; none: it has given the call up."""
-    left = -1.0 if ends is None else max(0.0, ends - time.monotonic())
-    theirs = bytearray(len(mine))
-    receive = comm._recv(theirs, *where, left)
-    try:
-        await comm._send(mine, *where, left, 0)
-        return bytes(theirs[: (await receive).nbytes])
-    except BaseException:
-        withdraw(receive)
-        raise

@@ -108,6 +108,58 @@ async def test_an_exchange_that_the_other_waits_in(pair: Pair) -> None:
     assert (found.nbytes, remote.nbytes) == (24, 16)
 
 
+async def test_nothing_is_left_of_exchanges(pair: Pair) -> None:
+    """Of calls that both gave up, one after the other, and of such that met in the end."""
+    a, b = pair
+    ours, theirs = a.register(np.zeros(1)), b.register(np.zeros(2))
+    for _ in range(3):
+        await give_up("deadline", lambda limit: a.exchange(ours, 1, deadline=limit))
+        await news_has_come(a, b)
+        await give_up("cancel", lambda _: b.exchange(theirs, 0))
+    await together(lambda: a.exchange(ours, 1), lambda: b.exchange(theirs, 0))
+    await news_has_come(a, b)
+    await together(lambda: b.send(b"x", 0, tag=77), lambda: a.recv(bytearray(1), 1, tag=77))
+    assert [comm.statistics().unexpected_messages for comm in pair] == [0, 0]
+
+
+@pytest.mark.parametrize("setting", ["AIOCOMM_EAGER_MAX", "AIOCOMM_UNEXPECTED_BYTES"])
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+async def test_an_exchange_whose_messages_wait_at_their_sender(
+    setting: str, link: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent for a call that the other has given up is taken by nobody, and is not waited for."""
+    monkeypatch.setenv(setting, "0")
+    async with world(2, links=(link,)) as (a, b):
+        ours, theirs = a.register(np.zeros(1)), b.register(np.zeros(2))
+        await give_up("deadline", lambda limit: a.exchange(ours, 1, deadline=limit))
+        await give_up("cancel", lambda _: a.exchange(ours, 1))
+        for _ in range(2):
+            found, remote = await together(
+                lambda: a.exchange(ours, 1, deadline=LIMIT_S), lambda: b.exchange(theirs, 0, deadline=LIMIT_S)
+            )
+            assert (found.nbytes, remote.nbytes) == (16, 8)
+
+
+async def test_exchanges_with_who_comes_and_goes() -> None:
+    """Nothing is kept for a peer that has left, whether or not a call with it was under way."""
+    async with world(2) as (a, b):
+        ours, theirs = a.register(np.zeros(1)), b.register(np.zeros(2))
+        await together(lambda: a.exchange(ours, 1), lambda: b.exchange(theirs, 0))
+        events = a.events()
+
+        async def waits() -> None:
+            with pytest.raises(aiocomm.PeerLostError, match="exchange with rank 1"):
+                await a.exchange(ours, 1)
+
+        await together(waits, b.aclose)
+        async for event in events:
+            if isinstance(event, aiocomm.PeerLost):
+                break
+        with pytest.raises(aiocomm.PeerLostError):
+            await a.exchange(ours, 1)
+        assert not a._exchanges
+
+
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
 async def test_a_shrink(how: str, times: int) -> None:

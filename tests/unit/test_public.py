@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "_world", "_process", "_log", "_streams", "_dlpack", "_device", "_unawaited", "_forked"},
     {"_control", "_loop", "_queues"},
     {"_outcome", "arrays", "statistics", "link", "channel", "region", "threads"},
-    {"_operations", "collectives", "group", "moe", "pages"},
+    {"_exchange", "_operations", "collectives", "group", "moe", "pages"},
     {"communicator", "connecting"},
     {"runner", "launch", "_worker"},
     {"demo", "links", "metrics", "vllm"},
