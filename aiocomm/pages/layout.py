@@ -137,6 +137,10 @@ class Pages:
         token = None if token_axis is None else _axis("token_axis", token_axis, axes_there_are)
         if token == page:
             raise UsageError("page_axis and token_axis are the same axis")
+        if token is not None and not first.shape[token]:
+            raise UsageError(
+                f"token_axis={token_axis} has length 0: a page that is matched holds a token or more"
+            )
         if token is not None and token > page:
             token -= 1
         axes = [axis for axis in range(axes_there_are) if axis != page]

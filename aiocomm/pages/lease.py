@@ -329,6 +329,7 @@ def _layout(fields: dict[str, Any]) -> Layout:
         or layout.count > 1 << 28
     ):
         raise ValueError("layout")
-    if layout.token_axis is not None and not 0 <= layout.token_axis < len(layout.shape):
+    at = layout.token_axis
+    if at is not None and not (0 <= at < len(layout.shape) and layout.shape[at]):
         raise ValueError("token axis")
     return layout

@@ -547,6 +547,20 @@ async def test_layouts_that_are_none_are_no_handles(pair: Pair, text: bytes) -> 
             b.remote_pages(_with_layout(lease.handle, text))
 
 
+async def test_pages_that_hold_no_token_are_not_matched_by_tokens(pair: Pair) -> None:
+    a, b = pair
+    with pytest.raises(UsageError, match="token_axis=-2 has length 0"):
+        aiocomm.Pages(np.zeros((4, 0, 8)), token_axis=-2)
+    async with await a.lease_pages(aiocomm.Pages(np.zeros((4, 2, 8)), token_axis=1)) as lease:
+        none = lease.handle.replace(b'"shape": [2, 8]', b'"shape": [0, 8]')
+        assert none != lease.handle
+        with pytest.raises(UsageError, match="these bytes are no handle of pages"):
+            b.remote_pages(none)
+    empty = aiocomm.Pages(np.zeros((4, 0, 8)))  # matched whole, there is nothing to move
+    async with await a.lease_pages(empty) as lease:
+        await b.put_pages(empty, [0, 1], b.remote_pages(lease.handle), [2, 3])
+
+
 async def test_a_lease_that_is_refused_ends_no_other() -> None:
     async with world(1) as (comm,):
         pages = aiocomm.pages.Pages(np.zeros((4, 8), np.uint8))
