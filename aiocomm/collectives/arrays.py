@@ -53,6 +53,8 @@ def flat(x: Any, name: str, writable: bool = False) -> Array:
     _check_unmasked(x, name)
     if x.dtype.hasobject:
         raise UsageTypeError(f"{name} holds Python objects, which are addresses in this process")
+    if not x.dtype.itemsize:
+        raise UsageTypeError(f"{name} is of dtype {x.dtype}, whose elements have no bytes")
     if not x.flags.c_contiguous:
         raise UsageError(f"{name} is not contiguous in C order: pass numpy.ascontiguousarray({name})")
     if writable and not x.flags.writeable:

@@ -658,6 +658,11 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(np.ma.masked_array(F4.copy())),
         "masked array",
     ),
+    "elements of no bytes": (
+        lambda c: c.broadcast(F4.copy()),
+        lambda c: c.broadcast(np.zeros(4, "V0")),
+        "whose elements have no bytes",
+    ),
     "a deadline that has passed": (
         lambda c: c.all_reduce(F4.copy()),
         lambda c: c.all_reduce(F4.copy(), deadline=-1),
