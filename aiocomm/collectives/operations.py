@@ -22,7 +22,9 @@ class Collectives(Collecting):
     """Operations that every rank of a group calls.
 
     All ranks call the same operations in the same order on a channel; calls on different channels, and calls
-    of one channel that overlap, do not wait for each other. Common to all:
+    of one channel that overlap, do not wait for each other. A call begins when its coroutine first runs: a
+    task that is cancelled before that has made none, and a trio nursery begins its tasks in any order. Common
+    to all:
 
     - Arrays are host arrays of any library, contiguous in C order, or GPU arrays on all ranks. `out` and `x`
       are seen as flat.
