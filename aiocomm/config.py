@@ -166,8 +166,8 @@ class Settings:
         None,
         "names",
         "Ports of RDMA devices to use as rails, by comma, in the same order on all hosts: `mlx5_0:1`, or "
-        "`mlx5_0` for all ports of a device; else all that are up. At most 4 may be named, and of more ports "
-        "the first 4 are used.",
+        "`mlx5_0` for all ports of a device; else all that are up. At most 4 may be named, and all must be "
+        "there; of more ports the first 4 are used.",
         most=4,
     )
     rdma_nodes: str | None = _setting(

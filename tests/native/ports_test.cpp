@@ -94,8 +94,10 @@ void one_machine() {
   g_machine = {};
   CHECK(choose().size() == 1 && choose()[0].address.pkey == 0xffff);
   CHECK(choose({{"test_0:1"}}).size() == 1);
-  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"test_0:2"}}); });
-  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names none"}, [&] { choose({{"other"}}); });
+  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names test_0:2, which", "it has test_0"},
+            [&] { choose({{"test_0:2"}}); });
+  complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names other, which", "it has test_0"},
+            [&] { choose({{"test_0", "other"}}); });  // the next rail would take its place
   g_machine = {.module = false};
   complains(ENODEV, {"no verbs device (no kernel module", "rdma link add", "aiocomm doctor"},
             [&] { choose(); });
@@ -103,6 +105,7 @@ void one_machine() {
   complains(ENODEV, {"no verbs device", "rdma link add"}, [&] { choose(); });
   g_machine = {.opens = false};
   complains(EACCES, {"device test_0", "give this user access to /dev/infiniband"}, [&] { choose(); });
+  complains(EACCES, {"give this user access"}, [&] { choose({{"test_0:1"}}); });  // nobody knows its ports
   g_machine = {.state = IBV_PORT_DOWN};
   complains(ENETDOWN, {"device test_0 port 1", "not active", "plug the cable", "subnet manager"},
             [&] { choose(); });

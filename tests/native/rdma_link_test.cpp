@@ -20,7 +20,7 @@ struct Pair {
   Pair() {
     const char* adapters = std::getenv("AIOCOMM_LIBIBVERBS");
     CHECK(adapters);
-    ha.texts = hb.texts = {{"libibverbs", adapters}, {"rdma_devices", "fake0"}};
+    ha.texts = hb.texts = {{"libibverbs", adapters}, {"rdma_devices", " fake0 ,"}};
     la = make_link("rdma", ha);
     lb = make_link("rdma", hb);
     int sockets[2];

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
@@ -32,8 +33,10 @@ static_assert(std::endian::native == std::endian::little, "frames travel in litt
 Selection selection_of(Host& host) {
   Selection selection;
   std::istringstream names(host.text_setting("rdma_devices"));
-  for (std::string name; std::getline(names, name, ',');)
+  for (std::string name; std::getline(names, name, ',');) {
+    std::erase_if(name, [](unsigned char c) { return std::isspace(c); });
     if (!name.empty()) selection.names.push_back(name);
+  }
   std::istringstream nodes(host.text_setting("rdma_nodes"));  // checked by the settings
   for (std::string pair; std::getline(nodes, pair, ',');)
     if (size_t at = pair.find('='); at != std::string::npos)

@@ -114,6 +114,16 @@ bool wanted(const Selection& selection, const std::string& device, uint8_t numbe
   return std::any_of(selection.names.begin(), selection.names.end(), is);
 }
 
+// Rails pair up by their place, so one that is left out would have the others meet the wrong ones.
+void refuse_unknown(const Selection& selection, const std::vector<std::string>& known,
+                    const std::string& has) {
+  for (const std::string& name : selection.names)
+    if (std::find(known.begin(), known.end(), name) == known.end())
+      throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names " + name + ", which this machine does not have; " +
+                            "it has " + has,
+                        ENODEV);
+}
+
 size_t place(const Selection& selection, const Port& port) {
   for (size_t i = 0; i < selection.names.size(); ++i)
     if (selection.names[i] == port.device ||
@@ -141,10 +151,13 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
         errno);
   std::unique_ptr<ibv_device*, void (*)(ibv_device**)> owned(list, verbs.free_device_list);
   std::vector<Port> ports;
-  std::string reasons;
+  std::vector<std::string> known;  // devices, and their ports
+  std::string reasons, has;
   int error = ENODEV;
   for (int i = 0; i < count; ++i) {
     std::string device = verbs.get_device_name(list[i]);
+    known.push_back(device);
+    has += (has.empty() ? "" : ", ") + device;
     ibv_context* context = nullptr;
     auto open = [&] {
       if (context) return;
@@ -163,8 +176,11 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
     } catch (const LinkFailure& failure) {
       reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
       error = failure.code;
+      for (const std::string& name : selection.names)
+        if (name.starts_with(device + ":")) known.push_back(name);  // nobody knows
     }
     for (uint8_t number = 1; number <= attributes.phys_port_cnt; ++number) {
+      known.push_back(device + ":" + std::to_string(number));
       if (!wanted(selection, device, number)) continue;
       try {
         ports.push_back(examine(verbs, context, device, number, selection));
@@ -175,12 +191,13 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
     }
     if (context) verbs.close_device(context);
   }
+  if (count > 0) refuse_unknown(selection, known, has);
   std::stable_sort(ports.begin(), ports.end(),
                    [&](const Port& a, const Port& b) { return place(selection, a) < place(selection, b); });
   if (ports.size() > kMaxRails) ports.resize(kMaxRails);
   if (!ports.empty()) return ports;
   if (!reasons.empty()) throw LinkFailure("rdma: no port can be used: " + reasons, error);
-  if (count > 0) throw LinkFailure("rdma: AIOCOMM_RDMA_DEVICES names none of this machine's devices", ENODEV);
+  if (count > 0) throw LinkFailure("rdma: none of this machine's devices has a port", ENODEV);
   refuse_all("");
 }
 

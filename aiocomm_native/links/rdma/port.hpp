@@ -39,7 +39,7 @@ struct Selection {
 };
 
 // The ports to use, at most kMaxRails. Throws LinkFailure that names the device and the remedy where there is none,
-// or where a port that was asked for cannot be used.
+// or where one is named that this machine does not have.
 std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection);
 
 // Packets that the port has received so far, as the kernel tells; 0 where it does not, or knows no such port any more.
