@@ -10,12 +10,15 @@ import structlog
 from aiocomm.types import Fallback, LinkDown, PeerLost, Undelivered
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiocomm.errors import AiocommError
     from aiocomm.types import Event
 
 __all__ = ["EventLog"]
 
 _LOGGER = logging.getLogger("aiocomm")
+_told: set[str] = set()  # variables of this process's environment
 
 
 class EventLog:
@@ -68,6 +71,14 @@ class EventLog:
                     )
             case _:
                 self._log.debug(type(event).__name__, rank=rank)
+
+    def unknown(self, variables: Iterable[tuple[str, str | None]]) -> None:
+        """Log, once each, variables that mean nothing: a warning if another one is likely to be meant."""
+        for name, meant in variables:
+            if name not in _told:
+                _told.add(name)
+                tell = self._log.warning if meant else self._log.info
+                tell("unknown variable, which has no effect", name=name, meant=meant or "?")
 
     def unawaited(self, rank: int, error: AiocommError) -> None:
         """Log the first failure of a transfer that nobody awaited: all are told only at the end."""

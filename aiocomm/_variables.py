@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["check", "read", "variable"]
+__all__ = ["check", "read", "unknown", "variable"]
+
+_PREFIX: Final = "AIOCOMM_"
+_NEAR: Final = 0.75  # slips of the pen are nearer to what was meant, names that others chose are farther
 
 _SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(us|µs|ms|s|)", re.IGNORECASE)
@@ -19,7 +23,23 @@ _TIME_UNITS: Final = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    return f"AIOCOMM_{name.upper()}"
+    return f"{_PREFIX}{name.upper()}"
+
+
+def unknown(names: Iterable[str], known: Collection[str]) -> list[tuple[str, str | None]]:
+    """Names that look like variables of ours and are not, each with the one that is likely to be meant.
+
+    None is where nothing is near: the prefix is anybody's, such as tests' or a container's.
+    """
+    known = [name.removeprefix(_PREFIX) for name in known]
+    found: list[tuple[str, str | None]] = []
+    for name in sorted(names):
+        own = name.removeprefix(_PREFIX)
+        if own == name or own in known:
+            continue
+        near = difflib.get_close_matches(own, known, 1, _NEAR)
+        found.append((name, _PREFIX + near[0] if near else None))
+    return found
 
 
 def read(name: str, kind: str, unit: str, text: str) -> Any:

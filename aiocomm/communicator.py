@@ -20,7 +20,7 @@ from aiocomm._unawaited import Unawaited
 from aiocomm.channel import Channel
 from aiocomm.collectives.closing import pause
 from aiocomm.collectives.operations import Collectives
-from aiocomm.config import variable
+from aiocomm.config import unknown_variables, variable
 from aiocomm.errors import AiocommError, LinkError, UsageError, UsageTypeError
 from aiocomm.group import Group
 from aiocomm.link import LEFT_OUT, LinkHandle
@@ -86,6 +86,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         import_early()
         self._settings = settings
         self._log = EventLog(settings.log_level)
+        self._log.unknown(unknown_variables())
         self._world = world
         native = settings.native()
         numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}

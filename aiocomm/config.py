@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aiocomm._variables import check, read, variable
+from aiocomm._variables import check, read, unknown, variable
 from aiocomm._world import World, detect, own_host
 from aiocomm.errors import UsageError
 
@@ -29,6 +29,7 @@ __all__ = [
     "environment_world",
     "resolve_world",
     "take_worker",
+    "unknown_variables",
     "variable",
 ]
 
@@ -37,6 +38,9 @@ MIB: Final = 1024 * KIB
 
 _AGES_S: Final = 1e9  # 30 years; in nanoseconds it still fits 64 bits, with room to add
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_NO_SETTINGS: Final = (  # and yet read
+    "address", "rank", "size", "local_rank", "port", "name", "token", "token_file", "worker", "libcuda"
+)  # fmt: skip
 
 
 def _setting(default: Any, unit: str, doc: str, **checks: Any) -> Any:
@@ -329,6 +333,19 @@ class Settings:
             )
             for item in dataclasses.fields(cls)
         ]
+
+
+def unknown_variables(env: Mapping[str, str] | None = None) -> list[tuple[str, str | None]]:
+    """Variables `AIOCOMM_*` that are set and mean nothing, each with the one that may be meant, if any.
+
+    Of processes that were started together on this host, with one environment, the first tells of them.
+    """
+    env = os.environ if env is None else env
+    if env.get("AIOCOMM_LOCAL_RANK", "0") != "0":
+        return []
+    settings = (item.name for item in dataclasses.fields(Settings))
+    known = [variable(name) for name in (*settings, *_NO_SETTINGS)]
+    return unknown((name for name, text in env.items() if text), known)
 
 
 def driver_library() -> str | None:

@@ -177,6 +177,7 @@ class Spawn:
             variables = {
                 "AIOCOMM_RANK": str(rank),
                 "AIOCOMM_SIZE": str(self._n + 1),
+                "AIOCOMM_LOCAL_RANK": str(rank),
                 "AIOCOMM_ADDRESS": address,
                 "AIOCOMM_TOKEN": token,
                 "AIOCOMM_TIMEOUT_S": str(self._deadline),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from aiocomm._control.address import parse
 from aiocomm._control.hosting import Host
-from aiocomm.config import Settings, resolve_world
+from aiocomm._log import EventLog
+from aiocomm.config import Settings, resolve_world, unknown_variables
 from aiocomm.errors import AiocommError
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ async def _serve(listen: str) -> int:
         loop.add_signal_handler(signum, stop.set)
     token = resolve_world(listen).token
     key = token.encode() if token is not None else None
-    host = Host(None, parse(listen), key, Settings.from_environment(), host_rank=None)
+    settings = Settings.from_environment()
+    EventLog(settings.log_level).unknown(unknown_variables())
+    host = Host(None, parse(listen), key, settings, host_rank=None)
     try:
         address, _ = await host.start(0.0)
         print(f"listening at {address}", flush=True)
