@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,27 +46,33 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         _list(console)
         return 0
+    here, today = machine.describe(), datetime.date.today().isoformat()
     try:
         options, suites = _understand(args)
+        out = args.out or _unused(_results_folder(), here.kind, today)
         earlier = record.load(args.show) if args.show else None
+        if earlier is None:
+            _try_out(out)
     except (ValueError, KeyError, OSError) as error:
         print(f"aiocomm bench: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     if earlier is not None:
         measured = {sample.suite for sample in earlier.samples}
-        return _report(console, earlier, [s for s in suites if s.name in measured], args.check)
-    here = machine.describe()
+        shown = suites if args.suites else [suite for suite in suites if suite.name in measured]
+        return _report(console, earlier, shown, args.check)
     console.print(here.line())
-    today = datetime.date.today().isoformat()
     samples, missing, interrupted = _measure(suites, options)
     result = record.Record(here.to_json(), today, options, tuple(samples), missing)
     status = _report(console, result, suites, args.check)
     if not any(sample.metrics for sample in samples):
         print(f"aiocomm bench: {_why_nothing(samples, missing)}; no file is written", file=sys.stderr)
         return 130 if interrupted else 1
-    out = args.out or _unused(_results_folder(), here.kind, today)
     verdicts = [v for suite in suites for v in checks.judge_all(suite, samples)]
-    record.save(out, result, verdicts)
+    try:
+        record.save(out, result, verdicts)
+    except OSError as error:
+        print(f"aiocomm bench: the results cannot be written: {error}", file=sys.stderr)
+        return 1
     console.print(f"written to {out}")
     return 130 if interrupted else status
 
@@ -90,7 +97,7 @@ def _understand(args: argparse.Namespace) -> tuple[Options, list[Suite]]:
         sizes=tuple(sizes.parse(text) for text in args.sizes.split(",") if text),
         timeout_s=args.timeout,
     )
-    return options, [SUITES[name] for name in (args.suites or SUITES)]
+    return options, [SUITES[name] for name in dict.fromkeys(args.suites or SUITES)]
 
 
 def _measure(suites: list[Suite], options: Options) -> tuple[list[Sample], dict[str, str], bool]:
@@ -147,6 +154,18 @@ def _list(console: Console) -> None:
 def _results_folder() -> Path:
     """Results are kept in the repository when run from it."""
     return Path("bench/results") if Path("bench/cli.py").exists() else Path("results")
+
+
+def _try_out(path: Path) -> None:
+    """Raise ValueError where no result file can be written, which is better told before measuring."""
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}; see --out") from error
 
 
 def _unused(folder: Path, machine: str, date: str) -> Path:

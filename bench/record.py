@@ -57,13 +57,17 @@ def load(path: Path) -> Record:
     Raises:
         ValueError: Not a result file of this format.
     """
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a result file of format {FORMAT}")
-    options = content["options"]
-    options = Options(**{**options, "peers": tuple(options["peers"]), "sizes": tuple(options["sizes"])})
-    samples = tuple(Sample.from_json(s) for s in content["samples"])
-    return Record(content["machine"], content["date"], options, samples, content["missing"])
+    text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        options = content["options"]
+        options = Options(**{**options, "peers": tuple(options["peers"]), "sizes": tuple(options["sizes"])})
+        samples = tuple(Sample.from_json(s) for s in content["samples"])
+        return Record(content["machine"], content["date"], options, samples, content["missing"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not a result file of format {FORMAT}: {error}") from error
 
 
 def _rounded(value: Any) -> Any:
