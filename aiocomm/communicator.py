@@ -23,7 +23,7 @@ from aiocomm.collectives.operations import Collectives
 from aiocomm.config import unknown_variables, variable
 from aiocomm.errors import AiocommError, LinkError, UsageError, UsageTypeError
 from aiocomm.group import Group
-from aiocomm.link import LEFT_OUT, LinkHandle
+from aiocomm.link import LinkHandle, check_links
 from aiocomm.moe.operations import ExpertOperations
 from aiocomm.pages import streaming
 from aiocomm.pages.operations import PageOperations
@@ -96,8 +96,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             if (value := getattr(settings, key)) is not None:
                 texts[key] = value
         wanted = list(world.links or settings.links or ())
-        if unknown := sorted(set(wanted) - set(_core.available_links())):
-            _refuse_link(unknown[0])
+        check_links(wanted)
         if wanted and not set(wanted) - {"cuda"}:
             wanted += ["shm", "tcp"]  # it moves memory beside another link
         self._engine = _core.Engine(wanted, numbers, texts)
@@ -412,13 +411,6 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
             case 6:
                 if (region := self._regions.pop(number, None)) is not None:
                     region._freed()
-
-
-def _refuse_link(name: str) -> NoReturn:
-    built = ", ".join(link for link in _core.available_links() if link != "self")
-    if name in LEFT_OUT:
-        raise UsageError(f"this build has no link {name!r}, only {built}: {'; '.join(LEFT_OUT[name])}")
-    raise UsageError(f"unknown link {name!r}: this build has {built}")
 
 
 def _check_tls(settings: Settings) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._queues import Broadcast
+from aiocomm.errors import UsageError
 from aiocomm.statistics import LinkStatistics
 from aiocomm.types import Completion, Submission
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiocomm.types import Feed
     from aiocomm_native._core import Engine
 
-__all__ = ["LEFT_OUT", "LinkHandle"]
+__all__ = ["LEFT_OUT", "LinkHandle", "check_links"]
 
 LEFT_OUT: Final = {
     "rdma": (
@@ -21,6 +25,15 @@ LEFT_OUT: Final = {
     ),
 }
 """Links that a build may be without: why, and what to do."""
+
+
+def check_links(names: Iterable[str]) -> None:
+    """Refuse, by a UsageError, a link that this build does not have."""
+    for name in sorted(set(names) - set(_core.available_links())):
+        built = ", ".join(link for link in _core.available_links() if link != "self")
+        if name in LEFT_OUT:
+            raise UsageError(f"this build has no link {name!r}, only {built}: {'; '.join(LEFT_OUT[name])}")
+        raise UsageError(f"unknown link {name!r}: this build has {built}")
 
 
 class LinkHandle:

@@ -27,10 +27,12 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Final
 
+from aiocomm._control.address import parse
 from aiocomm._process import die_with_parent, fresh_address, fresh_token
 from aiocomm.cli._streams import OutputLost
 from aiocomm.config import child_environment, resolve_world
 from aiocomm.errors import AiocommError, UsageError
+from aiocomm.link import check_links
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -190,8 +192,10 @@ class _Launcher:
             raise UsageError(f"cannot start {args.processes} processes")
         if not args.grace >= 0:  # also catches NaN
             raise UsageError(f"--grace must not be negative, but is {args.grace:g}")
+        if args.first_rank < 0:
+            raise UsageError(f"--first-rank must not be negative, but is {args.first_rank}")
         size = args.size if args.size is not None else args.first_rank + args.processes
-        if not 0 <= args.first_rank <= size - args.processes:
+        if args.first_rank > size - args.processes:
             raise UsageError(
                 f"ranks {args.first_rank} to {args.first_rank + args.processes - 1} exceed size {size}"
             )
@@ -199,7 +203,11 @@ class _Launcher:
             raise UsageError("processes on several hosts need --address tcp://host:port")
         self._size = size
         self._address = args.address or fresh_address()
-        self._token = resolve_world(self._address).token or (None if args.address else fresh_token())
+        parse(self._address)  # what all ranks would stumble over is told once, here
+        links = None if args.links is None else tuple(filter(None, map(str.strip, args.links.split(","))))
+        world = resolve_world(self._address, links=links)
+        check_links(world.links or ())
+        self._token = world.token or (None if args.address else fresh_token())
         self._children: list[_Child] = []
         self._selector = selectors.PollSelector()  # files, too; epoll refuses those
         self._outputs: set[_Output] = set()

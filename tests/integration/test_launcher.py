@@ -254,6 +254,10 @@ def test_modules_and_other_programs(tmp_path: Path) -> None:
         (["-n", "2", "--size", "4", "x.py"], "need --address"),
         (["-n", "2", "--grace", "-1", "x.py"], "--grace must not be negative"),
         (["-n", "2", "--grace", "nan", "x.py"], "--grace must not be negative"),
+        (["-n", "2", "--first-rank", "-1", "x.py"], "--first-rank must not be negative, but is -1"),
+        (["-n", "2", "--links", "shm, smh", "x.py"], "unknown link 'smh': this build has "),
+        (["-n", "2", "--address", "somewhere", "x.py"], "'somewhere' is no address; write tcp://host:port"),
+        (["-n", "2", "--address", "tcp://h", "x.py"], "the address 'tcp://h' lacks a port"),
         (["-n", "1", "--no-python", "/does/not/exist"], "No such file"),
     ],
 )
@@ -261,6 +265,7 @@ def test_mistakes(arguments: list[str], complaint: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert complaint in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1
 
 
 # How it ends
