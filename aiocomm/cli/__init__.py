@@ -53,11 +53,14 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"aiocomm {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    subs = {}
     for name, (module, text) in _COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        subs[name] = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
-            importlib.import_module(module).add_arguments(sub)
-    args = parser.parse_args(arguments)
+            importlib.import_module(module).add_arguments(subs[name])
+    args, further = parser.parse_known_args(arguments)
+    if further:  # told with the usage of the command, which argparse itself does not
+        subs[args.command].error(f"unrecognized arguments: {' '.join(further)}")
     status = importlib.import_module(_COMMANDS[args.command][0]).main(args)
     return int(status or 0)
 

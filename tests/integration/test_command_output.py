@@ -95,3 +95,11 @@ def test_errors_of_files_are_no_errors_of_the_output(
     monkeypatch.setattr(doctor, "main", fails)
     with pytest.raises(FileNotFoundError, match="some file"):
         cli.main(["doctor"])
+
+
+@pytest.mark.parametrize("wrong", [("doctor", "extra"), ("doctor", "--jsn"), ("demo", "--layer", "3", "x")])
+def test_an_argument_too_many_is_told_with_the_usage_of_its_command(wrong: tuple[str, ...]) -> None:
+    done = aiocomm(*wrong)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: aiocomm {wrong[0]} [-h]".encode())
+    assert f"unrecognized arguments: {wrong[-1]}\n".encode() in done.stderr

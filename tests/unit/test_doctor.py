@@ -269,7 +269,16 @@ def test_another_host_s_report_is_compared(
     assert dict(asked)["rdma"] == links.discover("rdma").facts
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"links": [{"link": "rdma"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"links": 3}',
+        '{"links": [{"link": "rdma"}]}',
+        '{"links": [{"link": "rdma", "facts": [3]}]}',
+    ],
+)
 def test_another_host_s_report_must_be_one(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
