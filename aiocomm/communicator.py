@@ -236,7 +236,7 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         for notes in self._layer_notes.values():  # before peers are seen to leave: it is not they who do
             notes.close("the communicator was closed")
         await self._backend.wait(self._plane.close())
-        with anyio.move_on_after(_ABANDON_S):  # a name that it still looks up may take its time
+        with anyio.move_on_after(_ABANDON_S):  # nothing should keep it, and this not for ever
             await self._backend.wait(self._plane.ended)
             self._plane.join()
         self._release()

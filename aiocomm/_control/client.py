@@ -18,7 +18,7 @@ from aiocomm._control import messages
 from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddress, parse
 from aiocomm._control.auth import Purpose
 from aiocomm._control.dialing import no_answer, reach
-from aiocomm._control.host import what_to_do
+from aiocomm._control.host import STILL_LOOKED_UP, what_to_do
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm._world import MAX_RANKS
@@ -180,8 +180,14 @@ class Client:
             assert isinstance(address, (TcpAddress, UnixAddress))
             addresses = (address,)
         limit_s = self._settings.handshake_timeout_s
+        later = asyncio.get_running_loop().call_later
         # Should the time be over in the middle of this.
-        quiet = asyncio.get_running_loop().call_later(_QUIET_S, self._is_quiet, no_answer(addresses))
+        quiet = later(_QUIET_S, self._is_quiet, STILL_LOOKED_UP.format("the address"))
+
+        def looked_up() -> None:
+            nonlocal quiet
+            quiet.cancel()
+            quiet = later(_QUIET_S, self._is_quiet, no_answer(addresses))
 
         async def greet(stream: Stream) -> None:
             quiet.cancel()
@@ -194,7 +200,7 @@ class Client:
                 raise ConnectionError(_SILENT) from None
 
         try:
-            stream, _ = await reach(addresses, greet, limit_s)
+            stream, _ = await reach(addresses, greet, limit_s, looked_up)
         finally:
             quiet.cancel()
         return stream

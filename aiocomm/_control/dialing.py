@@ -40,6 +40,7 @@ async def reach(
     addresses: Iterable[TcpAddress | UnixAddress],
     greet: Callable[[Stream], Awaitable[None]],
     limit_s: float,
+    looked_up: Callable[[], None] = lambda: None,
 ) -> tuple[Stream, TcpAddress | UnixAddress]:
     """A connection to the first of the addresses, by order and time, that can be had and greeted.
 
@@ -47,6 +48,7 @@ async def reach(
         addresses: of one process, the likeliest first. Names may stand for several.
         greet: authenticates; what it raises counts as that address's failure.
         limit_s: seconds that a connect may be without an answer. The caller bounds the greeting.
+        looked_up: is called once it is known what all names stand for.
 
     Raises:
         AuthenticationError: something else listens there.
@@ -60,6 +62,7 @@ async def reach(
             waiting += await _resolve(address)
         except OSError as error:
             failures[str(address)] = error
+    looked_up()
     waiting.reverse()
     attempts: dict[asyncio.Task[Stream], TcpAddress | UnixAddress] = {}
     first: Stream | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
 import os
 import select
 import socket
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,17 +79,43 @@ def start_time(pid: int) -> int:
 async def resolve(name: str, port: int | None) -> list[tuple[int, tuple[Any, ...]]]:
     """The families and sockets' addresses that a name stands for.
 
+    Each look-up has a thread that nobody waits for, nor does the interpreter's end, as it would for those of
+    the loop: no name server may answer for minutes, and no look-up can be broken off.
+
     Raises:
         OSError: nobody knows it, or this process cannot ask.
     """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
+
+    def look() -> None:
+        found, failure = [], None
+        try:
+            found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is no more
+            loop.call_soon_threadsafe(_answer, answer, found, failure)
+
     try:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        threading.Thread(target=look, name=f"aiocomm-name {name}", daemon=True).start()
+        found = await answer
     except UnicodeError as error:
         raise socket.gaierror(socket.EAI_NONAME, f"no host can have that name ({error})") from error
-    except RuntimeError as error:  # there is a thread for each name that is looked up
+    except RuntimeError as error:
         raise ConnectionError(f"the name {name} cannot be looked up: {error}") from error
     return [(family, sockaddr) for family, *_, sockaddr in found]
+
+
+def _answer(
+    future: asyncio.Future[list[tuple[Any, ...]]], found: list[tuple[Any, ...]], failure: Exception | None
+) -> None:
+    if future.done():  # whoever asked is gone
+        return
+    if failure is None:
+        future.set_result(found)
+    else:
+        future.set_exception(failure)
 
 
 async def look_up(name: str, whose: str) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import errno
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -124,8 +123,6 @@ class LoopThread:
                     task.cancel()
                 if left:
                     loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-                with contextlib.suppress(RuntimeError):  # no thread can be started to wait for its threads
-                    loop.run_until_complete(loop.shutdown_default_executor())
             finally:
                 asyncio.set_event_loop(None)
                 loop.close()

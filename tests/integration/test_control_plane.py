@@ -363,7 +363,7 @@ def test_a_name_that_no_thread_can_be_started_to_look_up_is_told(
     start = threading.Thread.start
 
     def start_own(thread: threading.Thread) -> None:
-        if not thread.name.startswith("aiocomm"):
+        if thread.name != "aiocomm-control":
             raise RuntimeError("can't start new thread")
         start(thread)
 

@@ -1,8 +1,10 @@
-"""A name server that does not answer: it holds up what is asked of it, and never the loop."""
+"""A name server that does not answer holds up what is asked of it, never the loop nor a process's end."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from harness import LIMIT_S, until
 
 import aiocomm
 from aiocomm import communicator
-from aiocomm._control import host
+from aiocomm._control import client, host
 from aiocomm._control.testing import Member
 from aiocomm._process import fresh_address
 from aiocomm.config import Settings
@@ -67,14 +69,46 @@ async def test_the_loop_goes_on_while_what_is_closed_still_looks_up_a_name(
     ("address", "rank", "settings", "told"),
     [
         ("tcp://slow.example:0", 0, Settings(), "the address"),
+        ("tcp://slow.example:1", 1, Settings(), "the address"),
         ("tcp://127.0.0.1:1", 1, Settings(host="slow.example"), "AIOCOMM_HOST"),
     ],
 )
 def test_whose_time_is_over_meanwhile_is_told_of_the_name(
-    address: str, rank: int, settings: Settings, told: str, answered: threading.Event
+    address: str,
+    rank: int,
+    settings: Settings,
+    told: str,
+    answered: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(client, "_QUIET_S", 0.0)
     member = Member(address, rank, 2, settings=settings, token="ours", timeout_s=0.05)
     with pytest.raises(DeadlineExceeded, match=f"the name in {told} is still looked up, and no name server"):
         member.joined()
     answered.set()
     member.close()
+
+
+PROGRAM = """
+import asyncio, os, socket, threading
+import aiocomm
+
+def slow(name, *rest, **options):
+    threading.Event().wait()
+
+async def main():
+    socket.getaddrinfo = slow
+    try:
+        await aiocomm.connect("tcp://slow.example:1", rank=1, size=2, token="ours", deadline=0.05)
+    except aiocomm.DeadlineExceeded:
+        print("given up")
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_ends_while_a_name_is_still_looked_up() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], timeout=LIMIT_S, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")
