@@ -108,8 +108,9 @@ class Operations:
         """Send, but only if the link takes it at once.
 
         Raises:
-            WouldBlock: the peer is not connected yet, its queue is full, or it holds as many unread bytes of
-                small messages as it may (`unexpected_bytes`); nothing was submitted.
+            WouldBlock: the peer is not connected yet, its queue is full, it holds as many unread bytes of
+                small messages as it may (`unexpected_bytes`), or this is a larger one and `queue_depth`
+                operations are under way on its link; nothing was submitted.
         """
         if stream is not None:
             array = on_stream(array, False, stream)

@@ -75,7 +75,11 @@ class Settings:
         high=1 << 40,
     )
     queue_depth: int = _setting(
-        65536, "operations", "Submission queue of a link executor.", low=16, high=1 << 24
+        65536,
+        "operations",
+        "Submission queue of a link executor; with as many under way, `send_nowait` takes no large message.",
+        low=16,
+        high=1 << 24,
     )
     copy_threads: int = field(
         default_factory=_copy_threads,

@@ -70,6 +70,13 @@ void Engine::start_on(Op& op, Peer& peer) {
   op.link = peer.link_index;
   peer.used = true;
   count_submitted(op, executor_of(op));
+  if (op.no_wait && !fits_frame(op, peer)) {  // its receiver bounds what it holds of small ones
+    const LinkCounters& c = counters_[op.counted_by];
+    if (c.submitted - c.completed - c.failed - c.cancelled > queue_depth_) {
+      would_block(op);
+      return;
+    }
+  }
   // Its receiver may have said where it goes.
   if (peer.offers && op.kind == OpKind::send && !fits_frame(op, peer)) {
     peer.link->poll(16);

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING
 
+import anyio.lowlevel
 import numpy as np
 import pytest
 from harness import until, world
@@ -284,6 +286,36 @@ async def test_send_nowait_takes_or_refuses(variant: Variant, monkeypatch: pytes
             await b.recv(got, 0, tag=tag)
             np.testing.assert_array_equal(got, payload)
         for transfer in accepted:
+            await transfer
+
+
+async def test_send_nowait_takes_no_more_large_ones_than_may_be_under_way(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOCOMM_QUEUE_DEPTH", "16")
+    monkeypatch.setenv("AIOCOMM_EAGER_MAX", "1000")
+    payload, got = variant.random(4000), variant.array(4000)
+    async with world(2, links=(variant.link,), warmup=True) as (a, b):
+
+        async def taken(tag: int) -> aiocomm.Transfer[None]:
+            """Links refuse one now and then for reasons of their own."""
+            while True:
+                with contextlib.suppress(aiocomm.WouldBlock):
+                    return a.send_nowait(payload, 1, tag=tag)
+                await anyio.lowlevel.checkpoint()
+
+        accepted = [await taken(tag) for tag in range(16)]
+        for _ in range(2):
+            with pytest.raises(aiocomm.WouldBlock):
+                a.send_nowait(payload, 1, tag=16)
+        await b.recv(got, 0, tag=0)
+        await accepted[0]
+        accepted.append(await taken(16))
+        waiting = a.send(payload, 1, tag=17)  # which `send` is for
+        for tag in range(1, 18):
+            await b.recv(got, 0, tag=tag)
+            np.testing.assert_array_equal(got, payload)
+        for transfer in (*accepted, waiting):
             await transfer
 
 
