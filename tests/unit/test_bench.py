@@ -118,6 +118,19 @@ def test_verdicts(rule: Rule, passed: bool | None) -> None:
     assert verdict.word == {True: "pass", False: "FAIL", None: "not measured"}[passed]
 
 
+@pytest.mark.parametrize(
+    ("relation", "bound", "passed"),
+    [("<=", 1.0, False), ("<=", 2.0, True), (">=", 1.0, False), (">=", 0.5, True)],
+)
+def test_a_rule_is_against_the_best_rival_by_its_own_measure(
+    relation: Any, bound: float, passed: bool
+) -> None:
+    """Of what is to be small that is the smallest, of what is to be large the largest."""
+    taken = samples(ours=[10.0], one=[5.0], other=[20.0])
+    rule = Rule("x", "ours", "us", relation, bound, ("one", "other"))
+    assert checks.judge(rule, taken).passed is passed
+
+
 def test_odd_rounds_go_backwards_and_leave_out_what_is_missing() -> None:
     seen: list[tuple[int, str]] = []
     taken = list(rounds.run(suite(), Options(rounds=2), lambda n, s: seen.append((n, s.name))))
@@ -190,6 +203,12 @@ def test_a_suite_is_judged_by_its_own_samples() -> None:
     verdict = checks.judge_all(suite(), [*samples(ours=[1.0], fast=[1.0]), *others])[0]
     assert verdict.figure is not None
     assert (verdict.figure.median, verdict.passed) == (1.0, True)
+
+
+def test_records_keep_six_digits(tmp_path: Path) -> None:
+    taken = (Sample("canned", "ours", 0, {"us": 1234567.891, "n": 12345678}),)
+    record.save(tmp_path / "x.json", record.Record({}, "today", Options(), taken, {}), ())
+    assert dict(record.load(tmp_path / "x.json").samples[0].metrics) == {"us": 1234570.0, "n": 12345678}
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:

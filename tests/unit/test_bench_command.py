@@ -14,13 +14,30 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def broken_off() -> set[str]:
+    """The suites in whose middle somebody presses Ctrl-C."""
+    return set()
+
+
+@pytest.fixture
+def taken() -> list[Options]:
+    """What the suites were told each time."""
+    return []
+
+
+@pytest.fixture
+def measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken_off: set[str], taken: list[Options]
+) -> list[str]:
     """What the suites `one` and `two` have measured so far; results go to an empty folder."""
     calls: list[str] = []
 
     def suite(name: str) -> Suite:
         def measure(subject: str, options: Options) -> dict[str, float]:
             calls.append(name)
+            taken.append(options)
+            if name in broken_off:
+                raise KeyboardInterrupt
             return {"us": 1.0}
 
         subjects, columns = (Subject("ours", "ours"),), (Column("us", "time", 1),)
@@ -32,10 +49,10 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return calls
 
 
-def bench(*arguments: str) -> int:
+def bench(*arguments: str, rounds: tuple[str, ...] = ("--rounds", "1")) -> int:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    return cli.main(parser.parse_args(["--rounds", "1", *arguments]))
+    return cli.main(parser.parse_args([*rounds, *arguments]))
 
 
 @pytest.mark.parametrize("out", [".", "/proc/no/such.json", "file/x.json"])
@@ -107,3 +124,31 @@ def test_a_check_of_a_suite_that_was_not_measured_fails(
     capsys.readouterr()
     assert bench("two", "--show", "x.json", "--check") == 1
     assert "not measured" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(
+    measured: list[str], broken_off: set[str], tmp_path: Path
+) -> None:
+    broken_off.add("two")
+    assert bench("one", "two", "--out", "x.json") == 130
+    assert [sample.suite for sample in record.load(tmp_path / "x.json").samples] == ["one"]
+
+
+def test_ctrl_c_before_anything_was_measured_writes_nothing(
+    measured: list[str], broken_off: set[str], tmp_path: Path
+) -> None:
+    broken_off.add("one")
+    assert bench("one", "two", "--out", "x.json") == 130
+    assert measured == ["one"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_reach_the_suites(measured: list[str], taken: list[Options]) -> None:
+    assert bench("one", "--timeout", "7", "--peers", "blocking-unix,memcpy-floor", "--sizes", "1KiB,2") == 0
+    assert taken == [
+        Options(rounds=1, peers=("blocking-unix", "memcpy-floor"), sizes=(1024, 2), timeout_s=7.0)
+    ]
+    for arguments, rounds in ((["--quick"], 2), ([], 5)):
+        measured.clear()
+        assert bench("one", *arguments, rounds=()) == 0
+        assert len(measured) == rounds

@@ -241,6 +241,8 @@ def test_exit_status(
     assert run("--json", *argv) == status
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is (status == 0)
+    assert found["required"] == ([] if not argv else argv[1].split(","))
+    assert [link["link"] for link in found["links"]] == ["shm", "tcp", "cuda", "rdma"]
     assert {link["link"]: link["usable"] for link in found["links"]}["cuda"] is False
 
 
@@ -267,6 +269,24 @@ def test_another_host_s_report_is_compared(
     assert run("--against", str(there)) in (0, 1)
     assert "peer of mine" in capsys.readouterr().out
     assert dict(asked)["rdma"] == links.discover("rdma").facts
+    assert run("--against", str(there), "--json") in (0, 1)
+    found = {link["link"]: link["checks"] for link in json.loads(capsys.readouterr().out)["links"]}
+    assert "peer of mine" in {check["name"] for check in found["rdma"]}
+    assert "peer of mine" not in {check["name"] for check in found["shm"]}
+
+
+def test_a_host_that_cannot_be_compared_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (there := tmp_path / "there.json").write_text(json.dumps({"links": [{"link": "rdma", "facts": {}}]}))
+
+    def compare(link: str, theirs: Any) -> list[Check]:
+        raise ValueError(f"of {link} it says [nothing]")
+
+    monkeypatch.setattr(links, "compare", compare)
+    assert run("--against", str(there)) in (0, 1)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "nothing to compare with: of rdma it says [nothing]" in text
 
 
 @pytest.mark.parametrize(
