@@ -104,9 +104,13 @@ class Worker:
             joined.set_exception(error)
             return
         async with comm:
-            exchange = Exchange(
-                comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s
-            )
+            try:
+                exchange = Exchange(
+                    comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s
+                )
+            except BaseException as error:  # or `join` would wait for ever
+                joined.set_exception(error)
+                return
             joined.set_result(exchange)
             await exchange.run()
 

@@ -355,3 +355,11 @@ async def test_an_engine_that_cannot_join_says_so(address: str) -> None:
     with pytest.raises(aiocomm.AuthenticationError):
         await anyio.to_thread.run_sync(stranger.join)
     stranger.close()
+
+
+async def test_caches_that_are_no_pages_say_so(address: str) -> None:
+    decode = Engine(address, "decode", 2)
+    decode.memory = [decode.memory[0][::2, ::2, ::2, ::2, ::2]]
+    with pytest.raises(aiocomm.UsageError):
+        await anyio.to_thread.run_sync(decode.join)
+    decode.close()
