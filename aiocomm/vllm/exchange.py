@@ -66,10 +66,14 @@ class Exchange:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def give_back(self) -> None:
+        """Have the engine take back what it gave, now that nobody reads it: the world was left."""
+        self._lender.give_back()
+
     def begin(self, step: Step) -> None:
         """Begin all that a step asks for."""
         for request, blocks in step.keep.items():
-            self._start(self._lender.keep(request, blocks))
+            self._lender.keep(request, blocks)
         for origin in step.claim:
             self._fetcher.claim(origin)
         for origin in step.release:

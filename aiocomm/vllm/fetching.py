@@ -55,6 +55,7 @@ class Fetcher:
         self._start = start
         self._fetch_s = fetch_s
         self._bulk = comm.channel("vllm.kv")
+        self._broken = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, fetch: Fetch) -> None:
@@ -79,7 +80,8 @@ class Fetcher:
             self._start(self._words.tell(origin, range(origin.ranks), {"kind": "release"}))
 
     async def aclose(self) -> None:
-        """Break all off."""
+        """Break all off: nobody has asked for that, and what did not come is not taken for come."""
+        self._broken = True
         tasks = list(self._under_way.values())
         for task in tasks:
             task.cancel()
@@ -113,7 +115,7 @@ class Fetcher:
         failure = None if task.cancelled() else task.exception()
         if failure is not None:
             _log.warning("request %s did not get its blocks: %s", fetch.request, _why(failure, self._fetch_s))
-        self._outcome.of_received(fetch.request, failed=failure is not None)
+        self._outcome.of_received(fetch.request, failed=failure is not None or self._broken)
         self._start(self._tell(fetch.origin))
 
     async def _tell(self, origin: Origin) -> None:

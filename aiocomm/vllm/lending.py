@@ -70,15 +70,27 @@ class Lender:
         self._start = start
         self._lease_s = lease_s
         self._kept: dict[str, _Kept] = {}
+        self._left = False
         self._gone: deque[str] = deque(maxlen=4096)  # requests whose blocks are not here any more
 
-    async def keep(self, request: str, blocks: tuple[int, ...]) -> None:
+    def keep(self, request: str, blocks: tuple[int, ...]) -> None:
         """Lease a request's blocks."""
-        if request in self._gone:  # whoever was to come has said already that nobody does
+        if self._left or request in self._gone:  # nobody comes, or whoever was to come has said so already
             self._outcome.of_sent(request)
             return
         kept = self._entry(request)
         kept.is_here = True
+        self._start(self._lease(request, kept, blocks))
+
+    def give_back(self) -> None:
+        """Have the engine take all back, and what it gives from now on."""
+        self._left = True
+        for request, kept in self._kept.items():
+            if kept.is_here:
+                self._outcome.of_sent(request)
+        self._kept.clear()
+
+    async def _lease(self, request: str, kept: _Kept, blocks: tuple[int, ...]) -> None:
         try:
             kept.lease = await self._comm.lease_pages(self._caches.pages(), self._caches.of_blocks(blocks))
         except BaseException:
@@ -141,7 +153,11 @@ class Lender:
             return
         kept.settled.set()
         if kept.lease is not None:
-            await kept.lease.aclose()
+            try:
+                await kept.lease.aclose()
+            except BaseException:  # somebody may read them yet
+                self._kept[request] = kept
+                raise
         if kept.is_here:
             self._outcome.of_sent(request)
 

@@ -56,7 +56,7 @@ class Words:
             try:
                 status = await self._channel.recv(buffer, src=ANY_SOURCE, tag=_SAID)
                 said = json.loads(buffer[: status.nbytes])
-            except (ValueError, TruncationError) as error:
+            except (ValueError, RecursionError, TruncationError) as error:
                 _log.warning("what a member of the world said is not understood: %r", error)
                 continue
             yield status.source, said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from aiocomm.vllm.steps import Step
 
 __all__ = ["Options", "Worker"]
+
+_log = logging.getLogger("aiocomm.vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,11 @@ class Worker:
                 joined.set_exception(error)
                 return
             joined.set_result(exchange)
-            await exchange.run()
+            try:
+                await exchange.run()
+            except Exception as error:  # the engine goes on by itself
+                _log.error("KV blocks are not handed over any more: %r", error, exc_info=error)
+        exchange.give_back()  # nobody reaches the caches any more
 
     def begin(self, step: Step) -> None:
         """Begin what a step asks for."""

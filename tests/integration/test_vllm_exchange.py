@@ -357,6 +357,28 @@ async def test_an_engine_that_cannot_join_says_so(address: str) -> None:
     stranger.close()
 
 
+async def test_a_loop_that_has_ended_fails_what_it_is_asked_for_and_keeps_nothing(
+    engine: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine goes on by itself: nothing that did not come is taken for come, and no block is lost."""
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(fetch=fetch("d", prefill.origin("never"), [3], [0]))
+    await until(lambda: set(prefill.workers[0]._exchange._lender._kept) == {"p", "never"})
+    for one in (prefill, decode):
+        lender = one.workers[0]._exchange._lender
+        monkeypatch.setattr(lender, "hear", lambda *_: 1 / 0)
+    decode.begin(release=[prefill.origin("x")])  # which ends the loop there
+    prefill.begin(release=[decode.origin("x")])
+    assert not await decode.has_received("d")
+    await prefill.has_sent("p")
+    prefill.begin(keep={"q": (4,)})
+    decode.begin(fetch=fetch("e", prefill.origin("q"), [4], [0]))
+    await prefill.has_sent("q")
+    assert not await decode.has_received("e")
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_caches_that_are_no_pages_say_so(address: str) -> None:
     decode = Engine(address, "decode", 2)
     decode.memory = [decode.memory[0][::2, ::2, ::2, ::2, ::2]]
