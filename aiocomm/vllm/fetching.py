@@ -116,10 +116,13 @@ class Fetcher:
         if failure is not None:
             _log.warning("request %s did not get its blocks: %s", fetch.request, _why(failure, self._fetch_s))
         self._outcome.of_received(fetch.request, failed=failure is not None or self._broken)
-        self._start(self._tell(fetch.origin))
+        if task.cancelled() or failure is not None:  # nor does anybody else of this engine need them
+            self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
+        else:
+            self._start(self._tell_read(fetch.origin))
 
-    async def _tell(self, origin: Origin) -> None:
-        """That what this worker reads is read; and one worker says it of those that nobody reads."""
+    async def _tell_read(self, origin: Origin) -> None:
+        """Of its shares each worker says it, and one of what nobody reads."""
         place = self._place
         read = {"kind": "read", "rank": place.rank, "ranks": place.ranks}
         await self._words.tell(origin, [share.rank for share in self._shares(origin)], read)

@@ -7,6 +7,7 @@ never reads what another request has put there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import deque
@@ -167,10 +168,11 @@ class Lender:
         if why is None and request not in self._gone:
             kept = self._entry(request)
             kept.claimed_by.add(source)
-            async with asyncio.timeout(asked["within_s"]):  # afterwards nobody takes the answer
-                await kept.settled.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(asked["within_s"]):
+                    await kept.settled.wait()
             if kept.lease is not None and self._kept.get(request) is kept:
                 await self._words.answer(source, asked, kept.lease.handle)
                 return
-        refused = {"refused": why or "its blocks are not here any more"}
+        refused = {"refused": why or "its blocks are not here"}
         await self._words.answer(source, asked, json.dumps(refused).encode())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiocomm.errors import AiocommError, PeerLostError, TruncationError
+from aiocomm.region import look_away
 from aiocomm.types import ANY_SOURCE, Priority
 
 if TYPE_CHECKING:
@@ -62,15 +63,19 @@ class Words:
             yield status.source, said
 
     async def ask(self, rank: int, word: dict[str, Any]) -> bytes:
-        """Say something to a rank of the world, and wait for its answer."""
+        """Say something to a rank of the world, and wait for its answer.
+
+        It answers always, so the answer is taken also when this was given up: unread, it would stay for ever.
+        """
         tag = next(self._tags)
         answering = self._channel.recv_array(rank, tag=tag)
+        answering.add_done_callback(look_away)
         try:
             await self._send(rank, _SAID, {**word, "reply": tag, "within_s": self._within_s})
-            return bytes((await answering).tobytes())
         except BaseException:
             answering.cancel()
             raise
+        return bytes((await asyncio.shield(answering)).tobytes())
 
     async def answer(self, rank: int, asked: dict[str, Any], answer: bytes) -> None:
         """Answer what a rank of the world has asked."""

@@ -209,7 +209,7 @@ async def test_blocks_that_nobody_claims_are_given_back_and_refused(
     decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
     assert not await decode.has_received("d")
     np.testing.assert_array_equal(decode.memory[0], before)
-    assert "not here any more" in caplog.text
+    assert "its blocks are not here" in caplog.text
 
 
 async def test_blocks_that_are_claimed_are_kept_while_the_claimant_lives(engine: Callable[..., Any]) -> None:
@@ -385,3 +385,32 @@ async def test_caches_that_are_no_pages_say_so(address: str) -> None:
     with pytest.raises(aiocomm.UsageError):
         await anyio.to_thread.run_sync(decode.join)
     decode.close()
+
+
+async def test_answers_that_nobody_waits_for_any_more_are_not_kept(engine: Callable[..., Any]) -> None:
+    prefill, decode = await engine("prefill", 1), await engine("decode", 2)
+    kept = prefill.workers[0]._exchange._lender._kept
+    for n in range(8):
+        decode.begin(fetch=fetch(f"d{n}", prefill.origin(f"p{n}"), [3], [0]))
+        await until(lambda n=n: f"p{n}" in kept)
+        decode.begin(cancel=[f"d{n}"])
+        assert await decode.has_received(f"d{n}")
+        prefill.begin(keep={f"p{n}": (3,)})
+        await prefill.has_sent(f"p{n}")
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert await decode.has_received("d")
+    said = decode.workers[0]._exchange._words._comm.statistics()
+    assert said.unexpected_messages == 0
+    assert said.posted_receives == 1, "what others say to it"
+
+
+async def test_engines_of_other_heads_leave_no_blocks_behind(engine: Callable[..., Any]) -> None:
+    """Which of them read what each reckons otherwise."""
+    prefill = await engine("prefill", 1, ranks=4)
+    other = Geometry(**{name: getattr(GEOMETRY, name) for name in GEOMETRY.__slots__} | {"heads": 1})
+    decode = await engine("decode", 2, geometry=other, ranks=2, heads=1)
+    prefill.begin(keep={"p": (3,)})
+    decode.begin(claim=[prefill.origin("p")], fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    assert not await decode.has_received("d")
+    await prefill.has_sent("p")

@@ -92,6 +92,7 @@ def test_a_newcomer_is_not_dropped_for_the_number_of_those_who_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rendezvous_module, "_OUTBOX_BYTES", 400)
+    monkeypatch.setattr(rendezvous_module, "_GATHER_S", 0.0)  # so that no arrivals are told together
 
     async def grow() -> None:
         rendezvous = Rendezvous(16, None, Settings(), None)
