@@ -169,7 +169,7 @@ async def test_prefill_in_one_engine_and_decode_in_another(
     program.write_text(ENGINE)  # a file: engines start processes that import it
     await start(Process, "model", "-c", MODEL, model).wait_for("made")
     await start(Process, "meet", "-m", "aiocomm", "rendezvous", "--listen", address).wait_for("listening")
-    extra = json.dumps({"address": address, "lease_s": 3})
+    extra = json.dumps({"address": address, "lease_s": 20})  # a busy machine takes seconds for a step
     prefill, decode = (
         start(Engine, name, str(program), model, extra, str(ranks), dtype)
         for name, ranks in (("prefill", theirs), ("decode", ours))
