@@ -51,6 +51,10 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
     `kv_transfer_params` as with vLLM's NixlConnector, so the same routers serve.
     """
 
+    _scheduler: Scheduler  # in the scheduler only
+    _worker: Worker  # in a worker only, as `_place`
+    _place: Place
+
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
@@ -60,23 +64,20 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise UsageError("aiocomm.vllm does not move the KV caches of context-parallel engines")
-        self._ranks = parallel.tensor_parallel_size
-        self._scheduler: Scheduler | None = None
-        self._worker: Worker | None = None
+        ranks = parallel.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(engine, self._ranks, vllm_config.cache_config.block_size)
+            self._scheduler = Scheduler(engine, ranks, vllm_config.cache_config.block_size)
         else:
             model = vllm_config.model_config
             heads = 1 if model.use_mla else model.get_total_num_kv_heads()
             stage, rank = get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
-            self._place = Place(engine, stage, rank, self._ranks, heads)
+            self._place = Place(engine, stage, rank, ranks, heads)
             self._worker = Worker(options, self._place)
 
     # In a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Join the other engines, and let them read these."""
-        assert self._worker is not None
         config = self._vllm_config
         caches, layers, content = caches_of(list(kv_caches.values()), config.cache_config.block_size)
         geometry = Geometry(
@@ -93,7 +94,6 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Begin what the scheduler asked for; nothing of it is waited for."""
         metadata = self._get_connector_metadata()
-        assert self._worker is not None
         assert isinstance(metadata, _Metadata)
         self._worker.begin(metadata.step)
 
@@ -110,7 +110,6 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """What has ended since the last step."""
-        assert self._worker is not None
         sent, received, failed = self._worker.ended()
         return KVConnectorTransferResults(
             finished_sending=sent, finished_recving=received, failed_recving=failed
@@ -118,21 +117,19 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Leave the other engines."""
-        if self._worker is not None:
+        if self.role == KVConnectorRole.WORKER:
             self._worker.close()
 
     # In the scheduler
 
     def on_new_request(self, request: Request) -> None:
         """Claim its blocks, if another engine has computed it."""
-        assert self._scheduler is not None
         self._scheduler.added(request.request_id, request.kv_transfer_params)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """All of the prompt that is not here comes from the engine that computed it."""
-        assert self._scheduler is not None
         count = self._scheduler.matched(request.request_id, request.num_prompt_tokens, num_computed_tokens)
         return count, count > 0
 
@@ -140,24 +137,20 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Have the blocks fetched."""
-        assert self._scheduler is not None
         self._scheduler.allocated(
             request.request_id, request.num_prompt_tokens, blocks.get_block_ids()[0], num_external_tokens
         )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What the workers begin in this step."""
-        assert self._scheduler is not None
         return _Metadata(self._scheduler.step())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Fetches that are over."""
-        assert self._scheduler is not None
         self._scheduler.received(connector_output.finished_recving or set())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Keep its blocks for the engine that goes on with it."""
-        assert self._scheduler is not None
         complete = request.status in (
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,

@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.vllm.caches import differing
 from aiocomm.vllm.ranks import readers
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lender"]
 
+_GONE: Final = 4096
 _log = logging.getLogger("aiocomm.vllm")
 
 
@@ -72,7 +72,7 @@ class Lender:
         self._lease_s = lease_s
         self._kept: dict[str, _Kept] = {}
         self._left = False
-        self._gone: deque[str] = deque(maxlen=4096)  # requests whose blocks are not here any more
+        self._gone: dict[str, None] = {}  # the newest requests whose blocks are not here any more
 
     def keep(self, request: str, blocks: tuple[int, ...]) -> None:
         """Lease a request's blocks."""
@@ -148,8 +148,9 @@ class Lender:
     async def _end(self, request: str) -> None:
         """Have the engine take its blocks back, now or when it gives them."""
         kept = self._kept.pop(request, None)
-        if request not in self._gone:
-            self._gone.append(request)
+        self._gone[request] = None
+        if len(self._gone) > _GONE:
+            del self._gone[next(iter(self._gone))]
         if kept is None:
             return
         kept.settled.set()

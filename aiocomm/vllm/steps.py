@@ -40,7 +40,7 @@ class Step:
     release: list[Origin] = field(default_factory=list)  # nobody here comes for them
 
     def __bool__(self) -> bool:
-        return any((self.claim, self.fetch, self.keep, self.cancel, self.release))
+        return self != Step()
 
 
 class Outcome:
