@@ -3,10 +3,12 @@
 GPU to GPU, or to and from arrays of `aiocomm.empty()` on the same host: one operation per pair of arrays,
 whose rows this side's engine moves by itself, or between GPUs with a budget of multiprocessors a kernel where
 they have no common stride. Over RDMA likewise, of GPU and host memory: the
-adapter gathers or scatters several rows of ours in one request, about one stretch of the peer's memory. Else,
-or where these do not reach the peer's memory, one put or get per range that is contiguous at the peer; small
-ranges go many in a message, which the peer's engine, or its GPU's, copies to or from their places. Where the
-local side is scattered, rows are packed into (or unpacked from) host memory, those of a GPU by its engine.
+adapter gathers or scatters several rows of ours in one request, about one stretch of the peer's memory.
+Between processes of one host likewise, of host memory: the copy threads of whoever writes read the rows where
+they are. Else, or where these do not reach the peer's memory, one put or get per range that is contiguous at
+the peer; small ranges go many in a message, which the peer's engine, or its GPU's, copies to or from their
+places. Where the local side is scattered, rows are packed into (or unpacked from) host memory, those of a GPU
+by its engine.
 Several transfers are under way at once, across layers, too; a layer's note follows when all of the layer has
 ended, and the notification when all has.
 """
@@ -56,6 +58,10 @@ if TYPE_CHECKING:
 
 _LEAST_ROW: Final = 512  # bytes of rows of host memory that are better gathered by an adapter than packed
 _LEAST_ROW_OF_GPU: Final = 2048  # between a GPU and shared host memory, that are better copied one by one
+# Between processes' host memory, that are better read where they are than packed: by gets, and by puts, whose
+# packed rows are copied once less.
+_LEAST_ROW_READ: Final = {False: 2048, True: 4096}
+_MOST_GROUPS: Final = 256  # of equal rows, that ride in the frame of a put
 
 __all__ = ["get_pages", "put_layers", "put_pages"]
 
@@ -212,14 +218,22 @@ async def _planned(
         rows = await plan_far_rows(source, give, target, take, at_target)
         if not pages.on_gpu and rows.mean < _LEAST_ROW:
             rows = None
-    elif remote.by_rows and pages.on_gpu and (remote.on_gpu or mover.shares_memory(remote)):
+    elif remote.by_rows and _by_engine(pages, remote, mover):
         rows = await plan_rows(source, give, target, take)
-        if not remote.on_gpu and rows.mean < _LEAST_ROW_OF_GPU:
+        least = _LEAST_ROW_OF_GPU if pages.on_gpu else _LEAST_ROW_READ[at_target]
+        if not remote.on_gpu and rows.mean < least:
             rows = None
     if rows is not None:
         return _Plan(rows, lambda: ranges_of(source, give, target, take, at_target))
     ranges = await plan_ranges(source, give, target, take, at_target)
     return _Plan(None, lambda: ranges)
+
+
+def _by_engine(pages: Pages, remote: RemotePages, mover: Mover) -> bool:
+    """Whether one process's engine or copy threads may reach the memory of both."""
+    if remote.on_gpu:
+        return pages.on_gpu
+    return mover.shares_memory(remote)
 
 
 def _puts(
@@ -238,9 +252,14 @@ def _puts(
         if plan.rows is None:
             yield from one_by_one()
         elif len(plan.rows):
-            begun()
-            instead = partial(_instead, remote, one_by_one, ended)
-            yield mover.put_rows(region, local, plan.rows, _gather(local, remote, sm_budget), ended, instead)
+            gather = _gather(local, remote, sm_budget)
+            told = not isinstance(local, tuple) and mover.shares_memory(remote)
+            others: Iterator[Callable[[], Jobs]] = itertools.repeat(_no_jobs)
+            ways: Iterator[Callable[[], Jobs]] = itertools.chain([one_by_one], others)  # once for all parts
+            for rows in plan.rows.parts(_MOST_GROUPS) if told else [plan.rows]:
+                begun()
+                instead = partial(_instead, remote, partial(_first_of, ways), ended)
+                yield mover.put_rows(region, local, rows, gather, ended, instead)
 
 
 def _gather(local: Bytes, remote: RemotePages, sm_budget: int | None) -> Gather | None:
@@ -384,6 +403,14 @@ def _pieces(
 
 def _nothing() -> None:
     pass
+
+
+def _no_jobs() -> Jobs:
+    return iter(())
+
+
+def _first_of(ways: Iterator[Callable[[], Jobs]]) -> Jobs:
+    return next(ways)()
 
 
 class _Notes:

@@ -26,6 +26,9 @@ class Rows:
     def of_ranges(far: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], near: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], at_target: bool) -> Rows:
         """Rows in the order in which they lie at the peer."""
 
+    def parts(self, most: int) -> list[Rows]:
+        """As many lists of at most so many groups of equal rows."""
+
     @property
     def mean(self) -> int:
         """Bytes of a row, on average."""

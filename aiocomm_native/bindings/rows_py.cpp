@@ -20,21 +20,11 @@ namespace nb = nanobind;
 
 namespace {
 
-using aiocomm::py::Cover;
+using aiocomm::Cover;
 using aiocomm::py::PlacedRows;
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-constexpr int64_t kMost = 1ll << 56;  // of any offset, step or number: no sum overflows
-
-// False: they reach below the memory, or make no sense.
-bool add(Cover& cover, bool first, int64_t at, int64_t step, int64_t count, int64_t nbytes) {
-  const auto last = static_cast<__int128>(at) + static_cast<__int128>(step) * (count - 1);
-  const __int128 low = std::min<__int128>(at, last), high = std::max<__int128>(at, last) + nbytes;
-  if (low < 0 || high > kMost) return false;
-  cover.low = first ? static_cast<uint64_t>(low) : std::min(cover.low, static_cast<uint64_t>(low));
-  cover.high = std::max(cover.high, static_cast<uint64_t>(high));
-  return true;
-}
+constexpr int64_t kMost = 1ll << 56;  // of any number: no sum overflows
 
 // `at(i)` is (from, from_step, to, to_step, nbytes, count).
 template <class At>
@@ -45,9 +35,8 @@ std::shared_ptr<PlacedRows> placed(size_t size, At at) {
     nb::gil_scoped_release release;
     for (size_t i = 0; i < size && good; ++i) {
       const auto [from, from_step, to, to_step, nbytes, count] = at(i);
-      good = nbytes > 0 && nbytes < kMost && count > 0 && count < kMost &&
-             add(made->from, i == 0, from, from_step, count, nbytes) &&
-             add(made->to, i == 0, to, to_step, count, nbytes);
+      const auto times = static_cast<uint64_t>(count), width = static_cast<uint64_t>(nbytes);
+      good = made->from.take_in(from, from_step, times, width) && made->to.take_in(to, to_step, times, width);
     }
     if (good) made->list.reserve(size);
     for (size_t i = 0; i < size && good; ++i) {
@@ -97,6 +86,25 @@ std::shared_ptr<PlacedRows> rows_of_ranges(const Integers& far, const Integers& 
   });
 }
 
+// As many lists of at most so many groups of rows, in their order.
+std::vector<std::shared_ptr<PlacedRows>> parts_of(const std::shared_ptr<PlacedRows>& rows, size_t most) {
+  if (!most) throw nb::value_error("parts of nothing");
+  const auto all = rows->list.rows();
+  if (all.size() <= most) return {rows};
+  std::vector<std::shared_ptr<PlacedRows>> parts;
+  for (size_t first = 0; first < all.size(); first += most) {
+    const auto some = all.subspan(first, std::min(most, all.size() - first));
+    auto& part = *parts.emplace_back(std::make_shared<PlacedRows>());
+    part.from = rows->from, part.to = rows->to;
+    part.list.reserve(some.size());
+    for (const aiocomm::Rows& one : some) {
+      part.list.add(one);
+      part.count += one.count;
+    }
+  }
+  return parts;
+}
+
 using Tuple = std::tuple<uint64_t, uint64_t, int64_t, int64_t, uint64_t, uint64_t>;
 
 aiocomm::RowList list_of(const std::vector<Tuple>& rows, uint64_t offset, uint64_t nbytes) {
@@ -117,6 +125,7 @@ void bind_rows(nb::module_& m, nb::module_& pure) {
            nb::arg("target_stride"), nb::arg("nbytes"), nb::arg("rows"))
       .def_static("of_ranges", &rows_of_ranges, nb::arg("far"), nb::arg("first"), nb::arg("near"),
                   nb::arg("rows"), nb::arg("at_target"), "Rows in the order in which they lie at the peer.")
+      .def("parts", &parts_of, nb::arg("most"), "As many lists of at most so many groups of equal rows.")
       .def_prop_ro(
           "mean", [](const PlacedRows& self) { return self.count ? self.list.nbytes() / self.count : 0; },
           "Bytes of a row, on average.")

@@ -7,11 +7,6 @@
 
 namespace aiocomm::py {
 
-// Bytes [low, high) of an array, or of a region.
-struct Cover {
-  uint64_t low = 0, high = 0;
-};
-
 // Offsets in the list count from `low` on each side.
 struct PlacedRows {
   RowList list;

@@ -29,6 +29,57 @@ int read_process(pid_t from, uint64_t address, std::byte* into, size_t nbytes) {
   return move(process_vm_readv, from, address, into, nbytes);
 }
 
+namespace {
+
+// Places at both ends, which are read by as few calls as the kernel lets them.
+class Places {
+ public:
+  explicit Places(pid_t from) : from_(from) {}
+  // 0 or errno.
+  int add(uint64_t address, std::byte* into, size_t nbytes) {
+    there_[count_] = {reinterpret_cast<void*>(address), nbytes};
+    here_[count_] = {into, nbytes};
+    return ++count_ == here_.size() ? read() : 0;
+  }
+  int read() {
+    for (size_t first = 0; first < count_;) {
+      const ssize_t n =
+          process_vm_readv(from_, &here_[first], count_ - first, &there_[first], count_ - first, 0);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) return n < 0 ? errno : EFAULT;
+      auto done = static_cast<size_t>(n);  // it may end anywhere
+      for (; first < count_ && done >= here_[first].iov_len; ++first) done -= here_[first].iov_len;
+      for (iovec* one : {&here_[first], &there_[first]}) {
+        if (!done) break;
+        one->iov_base = static_cast<std::byte*>(one->iov_base) + done;
+        one->iov_len -= done;
+      }
+    }
+    count_ = 0;
+    return 0;
+  }
+
+ private:
+  const pid_t from_;
+  std::array<iovec, 512> here_, there_;
+  size_t count_ = 0;
+};
+
+}  // namespace
+
+int read_rows(pid_t from, uint64_t address, std::byte* into, const RowList& rows, uint64_t offset,
+              uint64_t nbytes) {
+  Places places(from);
+  int error = 0;
+  rows.cut(offset, nbytes, [&](const Rows& one) {
+    for (uint64_t i = 0; i < one.count && !error; ++i)
+      error = places.add(address + one.from + i * static_cast<uint64_t>(one.from_step),
+                         into + one.to + static_cast<int64_t>(i) * one.to_step, one.nbytes);
+    return !error;
+  });
+  return error ? error : places.read();
+}
+
 int write_process(pid_t to, uint64_t address, const std::byte* from, size_t nbytes) {
   return move(process_vm_writev, to, address, const_cast<std::byte*>(from), nbytes);
 }

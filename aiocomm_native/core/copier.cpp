@@ -66,7 +66,8 @@ bool Copier::run_one() {
 
 void Copier::run(CopyJob& job) {
   try {
-    job.error = job.peer->pull(job.from, job.into, job.nbytes);
+    job.error = job.rows ? job.peer->pull_rows(job.from, job.into, *job.rows, job.offset, job.nbytes)
+                         : job.peer->pull(job.from, job.into, job.nbytes);
   } catch (const std::exception&) {
     job.error = ENOMEM;
   }

@@ -23,6 +23,9 @@ struct CopyJob {
   Location from;
   std::byte* into = nullptr;
   uint64_t nbytes = 0;
+  const RowList* rows =
+      nullptr;  // of the op: its bytes from `offset` on; `from` and `into` are where the rows begin
+  uint64_t offset = 0;
   uint64_t posted_ns = 0;
   uint8_t cls = 0;
   int error = 0;

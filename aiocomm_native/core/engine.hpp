@@ -261,6 +261,8 @@ class Engine final : public Host, public FrameSink {
   void go(Op& op);
   void start_on(Op& op, Peer& peer);
   bool fits_frame(const Op& op, const Peer& peer) const;
+  bool shares_memory(const Peer& peer) const;
+  bool rows_fit(const Op& op, const Peer& peer) const;
   Post send_header(Op& op, Peer& peer);
   Post would_block(Op& op);
   Post send_message(Op& op, Peer& peer);

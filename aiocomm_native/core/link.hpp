@@ -1,10 +1,10 @@
 // The contract of a link: everything that the runtime needs from shared memory, TCP, copy engines or RDMA.
 //
 // Rules
-//  * Every call but `pull` is made under the engine's token, and none of them waits or moves much (see Host::leave_token): `post` either takes a frame whole
+//  * Every call but `pull` and `pull_rows` is made under the engine's token, and none of them waits or moves much (see Host::leave_token): `post` either takes a frame whole
 //    or answers `again` and later calls `FrameSink::on_writable`.
 //  * Frames of a pair arrive in posting order, except that `data` frames may travel on other lanes.
-//  * `pull` is called by copy threads without the token, several at once; it may take as long as its bytes need.
+//  * These are called by copy threads without the token, several at once; it may take as long as its bytes need.
 //  * Errors that end the pair are told through `FrameSink::on_lost`, once; nothing else is called after `close`.
 //  * A link chooses nothing by itself: which thread of the peer to wake is the caller's `Wake`.
 #pragma once
@@ -24,6 +24,7 @@
 #include "core/ids.hpp"
 #include "core/op.hpp"
 #include "core/peer_memory.hpp"
+#include "core/rows.hpp"
 
 namespace aiocomm {
 
@@ -150,6 +151,9 @@ class LinkPeer {
     (void)where, (void)into, (void)nbytes;
     return 95;  // EOPNOTSUPP
   }
+  // The same of bytes [offset, offset + nbytes) of rows, whose offsets count from `where` and `into`.
+  virtual int pull_rows(const Location& where, std::byte* into, const RowList& rows, uint64_t offset,
+                        uint64_t nbytes);
   // Moves a chunk by the device, for paths `read` and `write`; answers `pending` (on_remote follows), `again` or `lost`.
   virtual Post post_remote(const RemoteChunk& chunk) {
     (void)chunk;

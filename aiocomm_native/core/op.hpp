@@ -41,7 +41,7 @@ enum class Code : uint8_t {
   closed,
   would_block,
   read_only,
-  unreachable,  // rows of device memory that this side's engine cannot reach: another way is to be tried
+  unreachable,  // rows that nobody reaches who could move them: another way is to be tried
 };
 constexpr Code kLastCode = Code::unreachable;
 
@@ -106,9 +106,9 @@ struct Op {
   bool has_notify = false;
   void* cookie = nullptr;  // the binding's object; the core never looks at it
   uint64_t ready = ~0ull;  // bytes that may be read by now; less than all: the rest is being staged
-  // put, get: of memory that lies apart on both sides, which this side's device moves; else the op ends as `unreachable`.
-  // Its offsets count from `data`, within `extent` bytes, and from `offset`, within `reach`. Of a list in device memory:
-  // those between it and the bounce.
+  // put, get: of memory that lies apart on both sides, which this side's device moves, or of host memory the copy threads of
+  // whoever writes it; else the op ends as `unreachable`. Its offsets count from `data`, within `extent` bytes, and from
+  // `offset`, within `reach`. Of a list in device memory: those between it and the bounce.
   std::shared_ptr<const RowList> rows;
   uint64_t extent = 0, reach = 0;
   std::unique_ptr<DeviceBuffer> gpu;  // device memory; `data` is its address, which only devices may touch

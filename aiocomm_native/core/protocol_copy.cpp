@@ -27,14 +27,15 @@ void Engine::job_done(CopyJob& job) {
   uint8_t link_index = op->link;
   schedulers_[link_index]->complete(job.nbytes, now() - job.posted_ns, job.cls);
   --op->inflight;
-  const bool unreachable = op->unreachable || (job.error == EFAULT && op->kind == OpKind::recv &&
-                                               op->path == Path::cma && !op->gpu && !op->has_key);
+  const bool hidden = job.error == EFAULT && op->path == Path::cma && !op->gpu && !op->has_key;
+  const bool unreachable = op->unreachable || (hidden && op->kind == OpKind::recv && !has_rows(*op));
   if (unreachable && op->state == OpState::moving && peer) {
     stream_instead(*op, *peer);
   } else if (job.error && op->state != OpState::draining) {
     op->error = job.error;
-    if (peer) send_fin(*peer, op->remote_op, Code::link_failed, op->moved);
-    end_early(*op, job.error == ESRCH ? Code::peer_lost : Code::link_failed);
+    const Code code = hidden && has_rows(*op) ? Code::unreachable : Code::link_failed;
+    if (peer) send_fin(*peer, op->remote_op, code, op->moved);
+    end_early(*op, job.error == ESRCH ? Code::peer_lost : code);
   } else {
     const uint64_t moved = job.error ? 0 : job.nbytes;
     op->moved += moved;

@@ -26,9 +26,17 @@ std::unique_ptr<std::byte[]> room_for_list(Peer& peer, uint64_t nbytes) {
   return std::make_unique_for_overwrite<std::byte[]>(nbytes);
 }
 
-// Whether engines of the peer can move rows of it.
-bool shares(const RegionInfo& region, const Peer& peer, uint64_t offset, uint64_t nbytes) {
-  return region.gpu || peer.link->locate(region.base + offset, nbytes).segment != 0;
+// Whether the peer can move rows of it: by its device's engines (`on_device`), or by copy threads, which `pulls` says.
+bool shares(const RegionInfo& region, const Peer& peer, uint64_t offset, uint64_t nbytes, bool on_device,
+            bool pulls) {
+  if (on_device ? region.gpu != nullptr : !region.gpu && pulls) return true;
+  return !region.gpu && peer.link->locate(region.base + offset, nbytes).segment != 0;
+}
+
+// Whether we can fetch rows of its memory.
+bool reads(LinkPeer& peer, const FrameHeader& header) {
+  const Path path = peer.pull_path({header.address, header.segment});
+  return path != Path::none && path != Path::read;
 }
 
 }  // namespace
@@ -105,10 +113,19 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (listed && (from_device || header.nbytes > kMostListed || offset))
     throw ProtocolViolation("a list that makes no sense");
   if (header.kind == FrameKind::put) counters_[peer.link_index].bytes_received += header.payload_bytes;
-  const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
-  if (by_rows && (!from_device || header.nbytes > reach)) throw ProtocolViolation("rows that make no sense");
+  const bool fetched_rows = by_rows && !from_device;  // by us: they are in the payload
+  const uint64_t reach = listed || fetched_rows ? 0 : by_rows ? header.address : header.nbytes;
+  if (by_rows && (listed || header.kind != FrameKind::put_rts || (from_device && header.nbytes > reach)))
+    throw ProtocolViolation("rows that make no sense");
   Code code = check_region(header.rop, offset, reach, true, &region);
-  if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach)) code = Code::unreachable;
+  std::optional<RowList> rows;
+  if (code == Code::ok && fetched_rows) {
+    rows = RowList::taken({payload, header.payload_bytes}, header.nbytes, region->nbytes - offset);
+    code = !rows ? Code::out_of_range : region->gpu || !reads(*peer.link, header) ? Code::unreachable : code;
+    if (peer.state != Peer::State::up) return;  // looking for the segment found it dead
+  } else if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach, true, false)) {
+    code = Code::unreachable;
+  }
   if (code == Code::ok && listed && header.kind == FrameKind::put && !region->gpu)
     code = spread({payload, header.payload_bytes}, {region->base, region->nbytes});
   if (code != Code::ok) return send_fin(peer, header.sop, code, 0);
@@ -142,6 +159,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   }
   op->has_notify = header.flags & kHasNotify;
   op->notify.assign(reinterpret_cast<const char*>(meta), header.meta_bytes);
+  if (rows) op->rows = std::make_shared<const RowList>(std::move(*rows));
   ++region->active;
   if (region->gpu && op->nbytes) {
     op->gpu = mover()->part(*region->gpu, offset, listed ? region->nbytes : reach);
@@ -161,8 +179,10 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
       (by_rows || header.nbytes > kMostListed || !list || list->nbytes() != header.nbytes || offset))
     throw ProtocolViolation("a list that makes no sense");
   const uint64_t reach = listed ? 0 : by_rows ? header.address : header.nbytes;
+  const bool pulls = header.code != static_cast<uint8_t>(Path::none), on_device = header.flags & kDevice;
   Code code = check_region(header.sop, offset, reach, false, &region);
-  if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach)) code = Code::unreachable;
+  if (code == Code::ok && by_rows && !shares(*region, peer, offset, reach, on_device, pulls))
+    code = Code::unreachable;
   std::unique_ptr<std::byte[]> own;
   std::shared_ptr<const RowList> rows;
   if (code == Code::ok && listed && region->gpu) {
@@ -199,7 +219,6 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   op->region = header.sop;
   op->awaits_fin = true;
   ++region->active;
-  const bool pulls = header.code != static_cast<uint8_t>(Path::none), on_device = header.flags & kDevice;
   if (region->gpu && op->nbytes) {
     op->gpu = mover()->part(*region->gpu, offset, listed ? region->nbytes : reach);
     op->gpu->by_rows = by_rows;
@@ -257,10 +276,14 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
   if (!overtaken && !asked_for(*op, peer)) throw ProtocolViolation("an answer to no question");
   op->remote_op = header.sop;
   if (overtaken) return;  // by its first bytes
-  if (has_rows(*op) && !on_device && !header.segment) throw ProtocolViolation("rows of private host memory");
+  if (has_rows(*op) && op->gpu && !on_device && !header.segment)
+    throw ProtocolViolation("rows of private host memory");
+  if (has_rows(*op) && !op->gpu && (on_device || !header.code))
+    throw ProtocolViolation("rows that nobody reads");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
-  if (header.code) return start_rendezvous(*op, peer, header, false);
+  if (has_rows(*op) && !op->gpu && !reads(*peer.link, header)) return end_early(*op, Code::unreachable);
+  if (header.code) return start_rendezvous(*op, peer, header, true);
   op->path = op->nbytes ? Path::stream : Path::eager;
   op->started_ns = now();
   op->state = OpState::moving;

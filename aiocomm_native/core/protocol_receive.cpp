@@ -373,7 +373,7 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     if (op->gpu) device_.stage_in(*op, *peer, false);
     if (!op->live) return nullptr;
   }
-  if (op->gpu && !op->gpu->bounce) return nullptr;
+  if ((op->gpu && !op->gpu->bounce) || has_rows(*op)) return nullptr;
   return op->state == OpState::moving && op->path == Path::stream ? op : nullptr;
 }
 

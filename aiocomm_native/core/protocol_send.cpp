@@ -183,7 +183,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (has_rows(op) && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (has_rows(op) && (by_adapters || (!op.gpu && !rows_fit(op, peer)))) return not_by_rows(op);
   const Channel& channel = *op.scope;
   FrameHeader h{};
   h.channel = channel.wire;
@@ -196,7 +196,7 @@ Post Engine::send_put(Op& op, Peer& peer) {
   h.sop = op.id;
   h.rop = op.region;
   auto meta = reinterpret_cast<const std::byte*>(op.notify.data());
-  bool inline_bytes = fits_frame(op, peer);
+  bool inline_bytes = fits_frame(op, peer) && !has_rows(op);
   const std::byte* payload = inline_bytes ? host_data(op) : nullptr;
   if (inline_bytes) {
     h.kind = FrameKind::put;
@@ -213,11 +213,17 @@ Post Engine::send_put(Op& op, Peer& peer) {
   } else {
     if (Hold held = hold(op, Access::peer_reads); held != Hold::ready)
       return held == Hold::pending ? Post::again : Post::ok;
-    Location at = peer.link->locate(host_data(op), op.nbytes);
+    Location at = peer.link->locate(host_data(op), extent_of(op));
     h.kind = FrameKind::put_rts;
     h.address = at.address;
     h.segment = op.registration ? op.registration : at.segment;
     op.source_segment = at.segment;
+    if (has_rows(op)) {
+      const auto rows = std::as_bytes(op.rows->rows());
+      h.flags |= kRows;
+      h.payload_bytes = static_cast<uint32_t>(rows.size());
+      payload = rows.data();
+    }
   }
   Post posted = peer.link->post(h, meta, payload, Wake::engine);
   if (posted != Post::ok) return posted;
@@ -236,7 +242,7 @@ Post Engine::send_get(Op& op, Peer& peer) {
   const bool by_adapters = peer.link->takes_offers();
   if (op.gpu && by_adapters && reach(op, peer, Access::local) == Hold::pending) return Post::again;
   if (by_key(op, peer)) return access(op, peer);
-  if (has_rows(op) && (by_adapters || !op.gpu)) return not_by_rows(op);
+  if (has_rows(op) && (by_adapters || (!op.gpu && !shares_memory(peer)))) return not_by_rows(op);
   FrameHeader h{};
   h.kind = FrameKind::get;
   h.flags = op.gpu && op.nbytes ? kDevice : 0;
@@ -265,7 +271,16 @@ Post Engine::send_get(Op& op, Peer& peer) {
   return Post::ok;
 }
 
-// No device of this side moves rows to or from this peer's memory.
+// Whether a peer may read our memory, or we its, by copy threads: if not all of it, what is shared.
+bool Engine::shares_memory(const Peer& peer) const { return peer.rank == rank_ || peer.link->process() > 0; }
+
+// Whether a peer may be asked to fetch these rows, which ride in the frame.
+bool Engine::rows_fit(const Op& op, const Peer& peer) const {
+  const uint64_t nbytes = sizeof(FrameHeader) + kMaxMeta + op.rows->rows().size_bytes();
+  return shares_memory(peer) && nbytes <= peer.link->frame_limit();
+}
+
+// Nobody moves rows to or from this peer's memory.
 Post Engine::not_by_rows(Op& op) {
   finish(op, Code::unreachable);
   return Post::ok;
@@ -370,9 +385,12 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
     CopyJob job;
     job.op = op->id;
     job.peer = peer->link;
-    job.from = {op->source_address + chunk.offset, op->source_segment};
-    job.into = host_data(*op) + chunk.offset;
+    const uint64_t skip = has_rows(*op) ? 0 : chunk.offset;
+    job.from = {op->source_address + skip, op->source_segment};
+    job.into = host_data(*op) + skip;
     job.nbytes = chunk.nbytes;
+    job.rows = has_rows(*op) ? op->rows.get() : nullptr;
+    job.offset = chunk.offset;
     job.posted_ns = now();
     job.cls = chunk.cls;
     ++op->inflight;

@@ -1,9 +1,11 @@
-// Many equal rows at equal distances, as one operation of copy engines and network adapters. Pure.
+// Many equal rows at equal distances, as one operation of copy engines, network adapters and copy threads. Pure.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -14,6 +16,14 @@ struct Rows {
   uint64_t from = 0, to = 0;
   int64_t from_step = 0, to_step = 0;
   uint64_t nbytes = 0, count = 0;
+};
+static_assert(sizeof(Rows) == 48);  // as they travel
+
+// Bytes [low, high) of memory that rows lie in.
+struct Cover {
+  uint64_t low = 0, high = 0;
+  // Takes in `count` rows from `at` on. False: they reach below the memory, or make no sense.
+  bool take_in(int64_t at, int64_t step, uint64_t count, uint64_t nbytes);
 };
 
 // A list of them, whose bytes are counted one after the other, so that schedulers may cut it anywhere.
@@ -28,8 +38,12 @@ class RowList {
     rows_.push_back(rows);
     total_ += rows.nbytes * rows.count;
   }
+  // What a peer asks for, which is copied before it is looked at: `nbytes` in all, written within memory of `room` bytes.
+  // None: it makes no sense, or reaches out of that.
+  static std::optional<RowList> taken(std::span<const std::byte> bytes, uint64_t nbytes, uint64_t room);
   uint64_t nbytes() const { return total_; }
   size_t size() const { return rows_.size(); }
+  std::span<const Rows> rows() const { return rows_; }
 
   // Calls `f(rows)` for what bytes [offset, offset + nbytes) consist of: whole rows together, cut ones by themselves.
   // False from `f` ends that.

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 
 CHANNEL = default_channel()
 META = bytes(24)
-LISTED = 64  # a flag
+ROWS, LISTED = 32, 64  # flags
 # Of a pair, with the tests' own buffers. What a peer may leave here unasked is bounded by the runtime: at
 # four times this side's bound of 16 MiB, and what another sender's may be, the pair is closed.
 MEMORY_BOUND = 64 << 20
@@ -94,7 +94,8 @@ NONSENSE: dict[str, Callable[[], Frame]] = {
     "a message of 2^64 bytes": lambda: Frame(Kind.RTS, channel=CHANNEL, nbytes=2**64 - 1, sop=1, meta=META),
     "put without its bytes": lambda: Frame(Kind.PUT, nbytes=100, rop=1, sop=1),
     "a place that is none": lambda: Frame(Kind.PUT_RTS, flags=2, nbytes=10, rop=1, sop=1, payload=b"short"),
-    "rows of host memory": lambda: Frame(Kind.PUT_RTS, flags=32, nbytes=10, address=10, rop=1, sop=1),
+    "rows in a put": lambda: Frame(Kind.PUT, flags=ROWS, nbytes=10, rop=1, sop=1, payload=bytes(10)),
+    "rows and a list": lambda: Frame(Kind.PUT_RTS, flags=ROWS | LISTED, nbytes=10, rop=1, sop=1),
     "a list in GPU memory": lambda: Frame(
         Kind.PUT_RTS, flags=2 | LISTED, nbytes=10, rop=1, payload=bytes(64)
     ),
@@ -317,6 +318,59 @@ async def test_lists_of_ranges_are_checked_before_a_byte_moves(pair: Pair) -> No
     await reach_each_other(pair)
 
 
+def rows(*wanted: tuple[int, int, int, int, int, int]) -> bytes:
+    """(from, to, step there, step here, bytes of each, number) of each, as in core/rows.hpp."""
+    return b"".join(struct.pack("<QQqqQQ", *one) for one in wanted)
+
+
+@pytest.mark.parametrize("cma", [False, True])
+async def test_rows_are_checked_before_a_byte_moves(pair: Pair, cma: bool) -> None:
+    a, _ = pair
+    memory, theirs = np.zeros(3000, np.uint8), np.arange(1000, dtype=np.uint8)
+    where = theirs.ctypes.data
+    async with a.register(memory[1000:2000]) as region, a.register(b"read only") as fixed:
+        with RawPeer(a, 2, cma=cma) as peer:
+            await peer.meet()
+            number = region._number
+
+            async def put(payload: bytes, nbytes: int, tag: int = 0, into: int = number) -> int:
+                peer.send(
+                    Frame(
+                        Kind.PUT_RTS, flags=ROWS, rop=into, sop=7, tag=tag, nbytes=nbytes, address=where,
+                        payload=payload,
+                    )
+                )  # fmt: skip
+                return (await peer.receive(Kind.FIN)).code
+
+            good = (0, 0, 0, 0, 2, 1)
+            for bad in (
+                (0, 999, 0, 0, 2, 1), (0, 0, 0, -1, 1, 2), (0, 0, 0, 500, 2, 3), (0, 2**64 - 1, 0, 0, 2, 1),
+                (0, 0, 0, 2**62, 1, 3), (0, 0, 0, 0, 2**63, 2), (0, 0, 0, 0, 1, 2**63),
+                (2**63, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 1, 2000),
+            ):  # fmt: skip
+                for nbytes in (2, 4, 2 + bad[4] * bad[5]):
+                    assert await put(rows(good, bad), nbytes % 2**64)
+            for payload in (b"", b"x", rows(good)[:-1], rows(good) + b"x"):
+                assert await put(payload, 2)
+            assert await put(rows(good), 1)
+            assert await put(rows(good), 2, tag=999)
+            assert await put(rows(good), 2, into=number + 99)
+            assert await put(rows(good), 2, into=fixed._number)
+            for reach, nbytes in [(1001, 2), (2**64 - 1, 2), (2**63, 2**63)]:
+                ask = Frame(Kind.GET, flags=ROWS, sop=number, rop=7, nbytes=nbytes, address=reach)
+                ask.code = int(cma)
+                peer.send(ask)
+                assert (await peer.receive(Kind.GET_FAIL)).code
+            assert not memory.any()
+            code = await put(rows((5, 997, 10, -997, 3, 2)), 6)
+            assert bool(code) is not cma  # memory that cannot be read is not asked for
+            model = np.zeros_like(memory)
+            if cma:
+                model[1997:2000], model[1000:1003] = theirs[5:8], theirs[15:18]
+            assert np.array_equal(memory, model)
+    await reach_each_other(pair)
+
+
 @pytest.mark.parametrize("bound", [LISTS_AT_MOST + MEMORY_BOUND], indirect=True, ids=["lists"])
 @pytest.mark.parametrize("kind", [Kind.PUT_RTS, Kind.GET])
 async def test_lists_without_end(pair: Pair, kind: Kind) -> None:
@@ -378,7 +432,7 @@ async def test_random_frames(pair: Pair, seed: int) -> None:
                     number = [*words, region._number, 1 << 32 | dice.randrange(40), dice.getrandbits(64)]
                     frame = Frame(
                         dice.choice([*Kind, 0, 200]),
-                        flags=dice.randrange(4),
+                        flags=dice.randrange(dice.choice([4, 128])),
                         channel=dice.choice([CHANNEL, CHANNEL, 5]),
                         tag=dice.choice([0, 0, 1, -1, 2**62]),
                         nbytes=dice.choice(number),
@@ -388,7 +442,7 @@ async def test_random_frames(pair: Pair, seed: int) -> None:
                         segment=dice.choice([0, 0, 1, 2**32 - 1]),
                         code=dice.randrange(256),
                         meta=dice.randbytes(dice.choice([0, 16, 24, 80, 81])),
-                        payload=dice.randbytes(dice.choice([0, 0, 1, 64, 5000])),
+                        payload=dice.randbytes(dice.choice([0, 0, 1, 48, 64, 5000])),
                     )
                     if dice.random() < 0.5:
                         frame.nbytes = len(frame.payload)

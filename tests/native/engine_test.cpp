@@ -1,6 +1,6 @@
 // needs: core/c[hlm]*.cpp core/copier.cpp core/de*.cpp core/engine.cpp core/f[al][io]*.cpp core/li[ns]*.cpp core/match.cpp
-// needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/sched*.cpp core/spin.cpp
-// needs: core/statistics.cpp
+// needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/rows.cpp core/sched*.cpp
+// needs: core/spin.cpp core/statistics.cpp
 //
 // The engine beside a link that is made by hand: it says what the other end would, when it is polled, and throws where it
 // is told to. What no honest peer says closes the pair before anything is done by it; what a thread of the engine throws

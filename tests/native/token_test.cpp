@@ -1,6 +1,6 @@
 // needs: core/c[hlm]*.cpp core/copier.cpp core/de*.cpp core/engine.cpp core/f[al][io]*.cpp core/li[ns]*.cpp core/match.cpp
-// needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/sched*.cpp core/spin.cpp
-// needs: core/statistics.cpp
+// needs: core/notes.cpp core/offers.cpp core/op.cpp core/pairs.cpp core/protocol_*.cpp core/rows.cpp core/sched*.cpp
+// needs: core/spin.cpp core/statistics.cpp
 //
 // What was submitted while another thread held the token begins with whoever has it next. Where that is the loop's thread in
 // a call that takes no ends over, the loop is told of what has ended by that.

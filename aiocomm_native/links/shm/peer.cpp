@@ -305,6 +305,12 @@ int ShmPeer::pull(const Location& where, std::byte* into, size_t nbytes) {
   return read_process(pid_, where.address, into, nbytes);
 }
 
+int ShmPeer::pull_rows(const Location& where, std::byte* into, const RowList& rows, uint64_t offset,
+                       uint64_t nbytes) {
+  if (where.segment != 0) return LinkPeer::pull_rows(where, into, rows, offset, nbytes);
+  return read_rows(pid_, where.address, into, rows, offset, nbytes);
+}
+
 // ---------------------------------------------------------------- frames
 
 void ShmPeer::wake_peer(Wake wake) {

@@ -51,6 +51,8 @@ class ShmPeer final : public LinkPeer, public Pollable {
   int poll(int budget) override;
   Path pull_path(const Location& where) override;
   int pull(const Location& where, std::byte* into, size_t nbytes) override;
+  int pull_rows(const Location& where, std::byte* into, const RowList& rows, uint64_t offset,
+                uint64_t nbytes) override;
   int process() const override { return pid_; }
   WakePage* page() override { return peer_page_; }
   Location locate(const std::byte* data, uint64_t nbytes) override;
