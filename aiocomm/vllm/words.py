@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from aiocomm.communicator import Communicator
     from aiocomm.vllm.steps import Origin
+    from aiocomm_native import Transfer
 
 __all__ = ["Words", "name_of"]
 
@@ -70,11 +71,9 @@ class Words:
         tag = next(self._tags)
         answering = self._channel.recv_array(rank, tag=tag)
         answering.add_done_callback(look_away)
-        try:
-            await self._send(rank, _SAID, {**word, "reply": tag, "within_s": self._within_s})
-        except BaseException:
-            answering.cancel()
-            raise
+        asking = self._send(rank, {**word, "reply": tag, "within_s": self._within_s})
+        asking.add_done_callback(lambda _: _succeeded(asking) or answering.cancel())
+        await asyncio.shield(asking)  # given up here, it may be there all the same
         return bytes((await asyncio.shield(answering)).tobytes())
 
     async def answer(self, rank: int, asked: dict[str, Any], answer: bytes) -> None:
@@ -86,9 +85,7 @@ class Words:
         for rank in ranks:
             with contextlib.suppress(AiocommError, TimeoutError):
                 async with asyncio.timeout(self._within_s):
-                    await self._send(
-                        await self.find(origin, rank), _SAID, {**word, "request": origin.request}
-                    )
+                    await self._send(await self.find(origin, rank), {**word, "request": origin.request})
 
     async def find(self, origin: Origin, rank: int) -> int:
         """The rank in the world of a worker. Waits for one that has not come yet.
@@ -117,5 +114,9 @@ class Words:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    async def _send(self, rank: int, tag: int, word: dict[str, Any]) -> None:
-        await self._channel.send(np.frombuffer(json.dumps(word).encode(), np.uint8), rank, tag=tag)
+    def _send(self, rank: int, word: dict[str, Any]) -> Transfer[None]:
+        return self._channel.send(np.frombuffer(json.dumps(word).encode(), np.uint8), rank, tag=_SAID)
+
+
+def _succeeded(transfer: Transfer[Any]) -> bool:
+    return not transfer.cancelled() and transfer.exception() is None
