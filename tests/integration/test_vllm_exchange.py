@@ -16,94 +16,24 @@ import anyio
 import numpy as np
 import pytest
 from harness import LIMIT_S, until
+from kv_engines import GEOMETRY, Engine, fetch, hand_over
 
 import aiocomm
-from aiocomm.vllm.caches import Axes, Caches, Geometry
-from aiocomm.vllm.ranks import Place, heads_of
-from aiocomm.vllm.steps import Fetch, Origin, Step
-from aiocomm.vllm.worker import Options, Worker
+from aiocomm.vllm.caches import Geometry
+from aiocomm.vllm.steps import Origin
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from harness import Child
-    from numpy.typing import NDArray
 
 pytestmark = pytest.mark.anyio
-
-LAYERS, PAGES, HEADS, TOKENS, CONTENT = 3, 24, 4, 2, 8
-BLOCK = 2 * TOKENS  # a block is two pages
-GEOMETRY = Geometry("a-model", "bfloat16", LAYERS, BLOCK, HEADS, CONTENT, 1)
-NEVER = 600.0
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     """The workers have loops of their own; this one only looks at them."""
     return "asyncio"
-
-
-def whole(seed: int) -> NDArray[np.uint16]:
-    """An engine's cache, of all heads."""
-    shape = (LAYERS, PAGES, HEADS, TOKENS, CONTENT)
-    return np.random.default_rng(seed).integers(0, 1 << 16, shape, np.uint16)
-
-
-class Engine:
-    """The workers of one engine, and their part of its cache each."""
-
-    def __init__(
-        self, address: str, name: str, seed: int, ranks: int = 1, heads: int = HEADS, **options: Any
-    ) -> None:
-        self.name, self.ranks, self.heads = name, ranks, heads
-        self.options = Options.of({"address": address, "lease_s": NEVER, "fetch_s": NEVER} | options)
-        everything = whole(seed)[:, :, :heads]
-        self.memory = [
-            np.ascontiguousarray(everything[:, :, slice(held.start, held.stop)])
-            for held in (heads_of(rank, ranks, heads) for rank in range(ranks))
-        ]
-        self.workers = [
-            Worker(self.options, Place(name, 0, rank, ranks, heads)) for rank in range(self.ranks)
-        ]
-        self.sent: list[set[str]] = [set() for _ in range(ranks)]
-        self.received: list[set[str]] = [set() for _ in range(ranks)]
-        self.failed: set[str] = set()
-
-    def join(self, geometry: Geometry = GEOMETRY) -> None:
-        for worker, memory in zip(self.workers, self.memory, strict=True):
-            worker.join(Caches([memory], Axes(1, 2, 3), BLOCK), geometry)
-
-    def begin(self, **step: Any) -> None:
-        for worker in self.workers:
-            worker.begin(Step(**step))
-
-    def look(self) -> None:
-        for rank, worker in enumerate(self.workers):
-            sent, received, failed = worker.ended()
-            self.sent[rank] |= sent
-            self.received[rank] |= received
-            self.failed |= failed
-
-    async def has_sent(self, request: str) -> None:
-        await until(lambda: self.look() or all(request in sent for sent in self.sent))
-
-    async def has_received(self, request: str) -> bool:
-        """Whether it was without failure."""
-        await until(lambda: self.look() or all(request in received for received in self.received))
-        return request not in self.failed
-
-    def origin(self, request: str) -> Origin:
-        return Origin(self.name, self.ranks, request)
-
-    def blocks(self, blocks: list[int]) -> NDArray[np.uint16]:
-        """Of all heads, as the ranks have them, where each head is held once."""
-        there = np.concatenate(self.memory[:: max(1, self.ranks // self.heads)], axis=2)
-        pages = [2 * block + half for block in blocks for half in (0, 1)]
-        return there[:, pages]
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.close()
 
 
 @pytest.fixture
@@ -128,10 +58,6 @@ def engine(address: str) -> Iterator[Callable[..., Any]]:
         yield make
 
 
-def fetch(request: str, origin: Origin, there: list[int], here: list[int]) -> list[Fetch]:
-    return [Fetch(request, origin, tuple(there), tuple(here))]
-
-
 @pytest.mark.parametrize(
     ("theirs", "ours", "heads"),
     [
@@ -153,18 +79,14 @@ async def test_blocks_go_over_whatever_the_degrees(
     """Also of latents, of which all ranks hold all (one head)."""
     prefill = await engine("prefill", 1, ranks=theirs, heads=heads)
     decode = await engine("decode", 2, ranks=ours, heads=heads)
-    before = [memory.copy() for memory in decode.memory]
-    prefill.begin(keep={"p": (3, 1, 10)})
-    decode.begin(fetch=fetch("d", prefill.origin("p"), [3, 1, 10], [0, 7, 5]))
-    assert await decode.has_received("d")
-    await prefill.has_sent("p")
-    for rank, memory in enumerate(decode.memory):
-        held = heads_of(rank, ours, heads)
-        expected = before[rank].copy()
-        came = whole(1)[:, :, slice(held.start, held.stop)]
-        for there, here in ((3, 0), (1, 7), (10, 5)):
-            expected[:, 2 * here : 2 * here + 2] = came[:, 2 * there : 2 * there + 2]
-        np.testing.assert_array_equal(memory, expected)
+    await hand_over(prefill, decode)
+
+
+@pytest.mark.parametrize("links", ["shm", "tcp"])
+async def test_blocks_go_over_on_any_link(engine: Callable[..., Any], links: str) -> None:
+    prefill = await engine("prefill", 1, ranks=2, links=links)
+    decode = await engine("decode", 2, links=[links])
+    await hand_over(prefill, decode)
 
 
 async def test_two_requests_share_a_block(engine: Callable[..., Any]) -> None:
@@ -318,8 +240,8 @@ async def test_words_that_make_no_sense_are_passed_over(
 PREFILL = """
 import sys
 tests, address = sys.argv[1:]
-sys.path[:0] = [tests, tests + "/integration"]
-from test_vllm_exchange import Engine
+sys.path.insert(0, tests)
+from kv_engines import Engine
 engine = Engine(address, "prefill", 1)
 engine.join()
 engine.begin(keep={"p": (3, 1)})
