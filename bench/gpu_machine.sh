@@ -5,6 +5,7 @@
 #   mixed      suite `gpu-mixed`                    compute    suite `gpu-compute`
 #   ring       suite `gpu-ring`, of all GPUs        collectives  suite `gpu-collectives`, of all GPUs
 #   moe        suite `gpu-moe`, of all GPUs, and the tests of it
+#   handoff    suite `gpu-handoff`
 #   tests      the GPU tests on the real driver, side by side
 #   real       what only a GPU can show: sizes up to 4 GiB, killed peers, leaks
 #   reductions those of the tests that compute     examples   the examples for GPUs
@@ -50,10 +51,10 @@ tests() {
     done
   done
   # What no loop is named for.
-  timeout 280 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "not asyncio and not uvloop and not trio" \
+  timeout 280 python3 -P -m pytest -v $where -p no:cacheprovider --timeout 120 -k "vllm or (not asyncio and not uvloop and not trio)" \
     tests/links/test_gpu*.py tests/integration/test_gpu_pages.py tests/integration/test_gpu_lists.py tests/integration/test_gpu_collectives.py \
     tests/integration/test_gpu_reductions.py tests/integration/test_gpu_repeats.py tests/integration/test_gpu_pushed.py \
-    tests/integration/test_gpu_words.py tests/integration/test_gpu_moe*.py \
+    tests/integration/test_gpu_words.py tests/integration/test_gpu_moe*.py tests/integration/test_gpu_vllm.py \
     tests/fault/test_cuda_faults.py tests/unit/test_fake_driver.py >"$logs/others" 2>&1 &
   wait
   for log in "$logs"/*; do
@@ -76,6 +77,7 @@ for step in "$@"; do
       >"$out/gpu-moe.log" 2>&1 || true
     tail -n 25 "$out/gpu-moe.log"
     ;;
+  handoff) suite gpu-handoff --rounds 5 ;;
   compute) suite gpu-compute --rounds 2 ;;
   collectives) suite gpu-collectives --rounds 2 ;;
   tests) tests ;;
