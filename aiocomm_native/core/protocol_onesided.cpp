@@ -282,7 +282,8 @@ void Engine::on_get_ready(Peer& peer, const FrameHeader& header, const std::byte
     throw ProtocolViolation("rows that nobody reads");
   if ((op->gpu || on_device) && op->nbytes)
     return device_.deliver(*op, peer, header, on_device ? meta : nullptr, nullptr);
-  if (has_rows(*op) && !op->gpu && !reads(*peer.link, header)) return end_early(*op, Code::unreachable);
+  if (has_rows(*op) && !op->gpu && !reads(*peer.link, header))
+    return op->live && peer.state == Peer::State::up ? end_early(*op, Code::unreachable) : void();
   if (header.code) return start_rendezvous(*op, peer, header, true);
   op->path = op->nbytes ? Path::stream : Path::eager;
   op->started_ns = now();

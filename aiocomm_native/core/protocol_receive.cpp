@@ -361,6 +361,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
 Op* Engine::streaming_to(Rank source, OpId rop) {
   Op* op = find(rop);
   if (!op || op->peer != source || (op->kind != OpKind::recv && op->kind != OpKind::get)) return nullptr;
+  if (has_rows(*op)) return nullptr;  // they are read, never sent
   if (Peer* peer = find_peer(source); peer && !op->gpu && asked_for(*op, *peer)) {
     // Its first bytes have overtaken the answer, on a lane of their own.
     op->path = Path::stream;
@@ -373,7 +374,7 @@ Op* Engine::streaming_to(Rank source, OpId rop) {
     if (op->gpu) device_.stage_in(*op, *peer, false);
     if (!op->live) return nullptr;
   }
-  if ((op->gpu && !op->gpu->bounce) || has_rows(*op)) return nullptr;
+  if (op->gpu && !op->gpu->bounce) return nullptr;
   return op->state == OpState::moving && op->path == Path::stream ? op : nullptr;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 from typing import TYPE_CHECKING, Any
 
@@ -257,6 +258,55 @@ async def test_the_owner_dies_under_a_get(pair: Pair, step: str) -> None:
     buffer.fill(0xAB)
     await others_go_on(pair)
     assert (buffer == 0xAB).all()
+
+
+async def test_what_is_shared_and_cannot_be_mapped_here_is_asked_for(pair: Pair) -> None:
+    """Its owner takes it for read: nobody would send it."""
+    a, _ = pair
+    buffer = np.zeros(1000, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        getting = a.get(aiocomm.RemoteRegion(a, 2, peer.generation, 1, 0, 1000, True), buffer)
+        asked = await peer.receive(Kind.GET)
+        peer.send(Frame(Kind.GET_READY, rop=asked.rop, sop=3, nbytes=1000, segment=77, code=1))
+        assert (await peer.receive(Kind.CTS)).sop == 3
+        peer.send(Frame(Kind.DATA, rop=asked.rop, sop=3, nbytes=1000, payload=b"\1" * 1000))
+        await getting
+        assert (buffer == 1).all()
+    await others_go_on(pair)
+
+
+@pytest.mark.parametrize("answer", ["a segment", "a refusal", "data", "no segment"])
+async def test_rows_that_cannot_be_read_are_got_in_another_way(pair: Pair, answer: str) -> None:
+    a, _ = pair
+    buffer = np.zeros(8192, np.uint8)
+    with RawPeer(a, 2) as peer:
+        await peer.meet()
+        rows = _core.Rows(*(np.array([n]) for n in (0, 5000, 4096, -4096, 4096, 2)))
+        getting = a._engine.get_rows(buffer, 2, 0, 1, 0, rows, -1.0, None)
+        asked = await peer.receive(Kind.GET)
+        assert (asked.flags, asked.nbytes, asked.address) == (32, 8192, 9096)
+        if answer == "a refusal":
+            peer.send(Frame(Kind.GET_FAIL, rop=asked.rop, code=12))
+        elif answer == "data":
+            peer.send(Frame(Kind.DATA, rop=asked.rop, sop=3, nbytes=8192, payload=b"\1" * 8192))
+            peer.send(Frame(Kind.GET_FAIL, rop=asked.rop, code=12))
+        else:
+            segment = 77 if answer == "a segment" else 0
+            peer.send(
+                Frame(Kind.GET_READY, rop=asked.rop, sop=3, nbytes=8192, segment=segment, code=bool(segment))
+            )
+        if answer == "no segment":
+            with pytest.raises(aiocomm.PeerLostError, match="violation"):
+                await getting
+        else:
+            with pytest.raises(aiocomm.LinkError) as told_of:
+                await getting
+            assert told_of.value.code == errno.EXDEV
+        if answer == "a segment":
+            assert (await peer.receive(Kind.FIN)).sop == 3
+        assert not buffer.any()
+    await others_go_on(pair)
 
 
 async def test_data_that_overtakes_the_answer_to_a_get(pair: Pair) -> None:
