@@ -73,6 +73,13 @@ class Caches:
         """Of `pages()`, the axis along which heads lie."""
         return self._axes.head
 
+    @property
+    def block_bytes(self) -> int:
+        """Of a block in all layers."""
+        layout = self.pages().layout
+        nbytes: int = layout.nbytes * len(layout.planes) * self._pages_per_block
+        return nbytes
+
     def pages(self) -> Pages:
         """The whole cache, with leases of its own: blocks that two requests share are leased to both."""
         return Pages(self._arrays, self._axes.page, self._axes.token)

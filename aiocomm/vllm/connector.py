@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -19,15 +19,17 @@ except ImportError as error:
 
 from aiocomm.errors import UsageError
 from aiocomm.vllm.caches import Geometry
+from aiocomm.vllm.metrics import PromMetrics, Stats
 from aiocomm.vllm.ranks import Place
 from aiocomm.vllm.scheduler import Scheduler
-from aiocomm.vllm.steps import Step
+from aiocomm.vllm.steps import Figures, Step
 from aiocomm.vllm.tensors import caches_of
 from aiocomm.vllm.worker import Options, Worker
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -114,6 +116,23 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return KVConnectorTransferResults(
             finished_sending=sent, finished_recving=received, failed_recving=failed
         )
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was handed over since the last step, for vLLM's log and Prometheus."""
+        if self.role != KVConnectorRole.WORKER:
+            return None
+        figures = self._worker.figures()
+        return None if figures == Figures() else Stats(asdict(figures))
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        """Figures of a worker, as they came to another process."""
+        return Stats(data or asdict(Figures()))
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any, **keywords: Any) -> KVConnectorPromMetrics:
+        """What Prometheus is shown."""
+        return PromMetrics(*arguments, **keywords)
 
     def shutdown(self) -> None:
         """Leave the other engines."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class Fetcher:
         """Get a request's blocks; its end goes to the outcome, whatever it is."""
         task = asyncio.get_running_loop().create_task(self._get_all(fetch))
         self._under_way[fetch.request] = task
-        task.add_done_callback(partial(self._ended, fetch))
+        task.add_done_callback(partial(self._ended, fetch, time.monotonic()))
 
     def cancel(self, request: str) -> None:
         """Break a fetch off, unless it has ended."""
@@ -109,7 +110,7 @@ class Fetcher:
             channel=self._bulk,
         )
 
-    def _ended(self, fetch: Fetch, task: asyncio.Task[None]) -> None:
+    def _ended(self, fetch: Fetch, begun_s: float, task: asyncio.Task[None]) -> None:
         """Nothing touches its blocks any more, here or there."""
         del self._under_way[fetch.request]
         failure = None if task.cancelled() else task.exception()
@@ -119,6 +120,7 @@ class Fetcher:
         if task.cancelled() or failure is not None:  # nor does anybody else of this engine need them
             self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
         else:
+            self._outcome.of_fetch(time.monotonic() - begun_s, len(fetch.here) * self._caches.block_bytes)
             self._start(self._tell_read(fetch.origin))
 
     async def _tell_read(self, origin: Origin) -> None:

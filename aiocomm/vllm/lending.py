@@ -143,6 +143,7 @@ class Lender:
             _log.warning(
                 "nobody came for request %s within %g s: its blocks are freed", request, self._lease_s
             )
+            self._outcome.of_unclaimed()
         self._start(self._end(request))
 
     async def _end(self, request: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Fetch", "Origin", "Outcome", "Step"]
+__all__ = ["Fetch", "Figures", "Origin", "Outcome", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,29 @@ class Step:
         return self != Step()
 
 
+@dataclass(slots=True)
+class Figures:
+    """What a worker has done in a while.
+
+    Args:
+        seconds: of each fetch that brought its blocks, from when it was asked for until they were there.
+        nbytes: of each of these.
+        failed: fetches that did not bring them; those that were aborted do not count.
+        unclaimed: requests whose blocks were freed since nobody came for them.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    failed: int = 0
+    unclaimed: int = 0
+
+
 class Outcome:
     """Requests whose blocks were fetched from here, and to here; told by one thread and taken by another."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._figures = Figures()
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
@@ -63,6 +81,18 @@ class Outcome:
             self._received.add(request)
             if failed:
                 self._failed.add(request)
+                self._figures.failed += 1
+
+    def of_fetch(self, seconds: float, nbytes: int) -> None:
+        """A fetch has brought its blocks."""
+        with self._lock:
+            self._figures.seconds.append(seconds)
+            self._figures.nbytes.append(nbytes)
+
+    def of_unclaimed(self) -> None:
+        """A request's blocks are freed since nobody came for them."""
+        with self._lock:
+            self._figures.unclaimed += 1
 
     def taken(self) -> tuple[set[str], set[str], set[str]]:
         """What has ended since the last call: sent, received, and those of the received that failed."""
@@ -70,3 +100,9 @@ class Outcome:
             ended = self._sent, self._received, self._failed
             self._sent, self._received, self._failed = set(), set(), set()
         return ended
+
+    def figures(self) -> Figures:
+        """What has been done since the last call."""
+        with self._lock:
+            figures, self._figures = self._figures, Figures()
+        return figures

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aiocomm.vllm.caches import Caches, Geometry
     from aiocomm.vllm.ranks import Place
-    from aiocomm.vllm.steps import Step
+    from aiocomm.vllm.steps import Figures, Step
 
 __all__ = ["Options", "Worker"]
 
@@ -129,6 +129,10 @@ class Worker:
     def ended(self) -> tuple[set[str], set[str], set[str]]:
         """Requests that were sent, received, and of these failed, since the last call."""
         return self._outcome.taken()
+
+    def figures(self) -> Figures:
+        """What was done since the last call."""
+        return self._outcome.figures()
 
     def close(self) -> None:
         """Leave the world. What is under way is broken off."""

@@ -62,7 +62,7 @@ def main(model, extra, ranks, dtype):
     engine = LLM(
         model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=1024, seed=0, block_size=32,
         kv_cache_memory_bytes=64 << 20, tensor_parallel_size=int(ranks), dtype=dtype,
-        kv_transfer_config=transfer,
+        kv_transfer_config=transfer, disable_log_stats=False,
     )
     print("ready", flush=True)
     for line in sys.stdin:
@@ -75,8 +75,12 @@ def main(model, extra, ranks, dtype):
             for one in params
         ]
         said = engine.generate([{"prompt_token_ids": ids} for ids in prompts(seed)], sampling, use_tqdm=False)
-        print("said", json.dumps([[list(one.outputs[0].token_ids), one.kv_transfer_params] for one in said]),
-              flush=True)
+        said = [[list(one.outputs[0].token_ids), one.kv_transfer_params] for one in said]
+        figures = {
+            one.name.removeprefix("vllm:aiocomm_"): one.count if hasattr(one, "count") else one.value
+            for one in engine.get_metrics() if "aiocomm" in one.name
+        }
+        print("said", json.dumps([said, figures]), flush=True)
 
 
 if __name__ == "__main__":
@@ -129,12 +133,15 @@ class Process:
 class Engine(Process):
     """An engine in processes of its own."""
 
+    figures: dict[str, int]  # as Prometheus is told
+
     async def say(self, seed: int, params: list[dict[str, Any] | None], tokens: int = 12) -> list[Any]:
         """Tokens of each prompt, and what another engine has to know of it."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([seed, params, tokens]) + "\n")
         self.process.stdin.flush()
-        return list(json.loads(await self.wait_for("said")))
+        said, self.figures = json.loads(await self.wait_for("said"))
+        return list(said)
 
     async def tokens(self, seed: int, params: list[dict[str, Any] | None]) -> list[list[int]]:
         return [tokens for tokens, _ in await self.say(seed, params)]
@@ -179,11 +186,16 @@ async def test_prefill_in_one_engine_and_decode_in_another(
     expected = await decode.tokens(1, HERE)
     assert all(one != other for one, other in zip(expected, await decode.tokens(2, HERE), strict=True))
     assert await decode.tokens(3, await prefill.prefill(1)) == expected, "it goes on from what came"
+    fetched = {"fetch_seconds": 5 * ours, "fetch_bytes": 5 * ours, "fetches_failed": 0, "leases_unclaimed": 0}
+    assert decode.figures == fetched
 
     params = await prefill.prefill(4)  # for which nobody comes in time
     await until(lambda: prefill.log.read_text().count("nobody came") == len(params) * theirs)
     assert await decode.tokens(4, params) == await decode.tokens(4, HERE), "it computes what is gone"
     assert decode.log.read_text().count("blocks are not here") == len(params) * ours
+    assert decode.figures == fetched | {"fetches_failed": len(params) * ours}
+    await prefill.tokens(4, HERE)
+    assert prefill.figures["leases_unclaimed"] == len(params) * theirs
 
     params = await prefill.prefill(6)
     prefill.kill()

@@ -20,7 +20,7 @@ from kv_engines import GEOMETRY, Engine, fetch, hand_over
 
 import aiocomm
 from aiocomm.vllm.caches import Geometry
-from aiocomm.vllm.steps import Origin
+from aiocomm.vllm.steps import Figures, Origin
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -87,6 +87,27 @@ async def test_blocks_go_over_on_any_link(engine: Callable[..., Any], links: str
     prefill = await engine("prefill", 1, ranks=2, links=links)
     decode = await engine("decode", 2, links=[links])
     await hand_over(prefill, decode)
+
+
+async def test_what_was_handed_over_is_counted(engine: Callable[..., Any]) -> None:
+    prefill, decode = await engine("prefill", 1, lease_s=0.01), await engine("decode", 2)
+    decode.begin(claim=[prefill.origin("p")])
+    kept = prefill.workers[0]._exchange._lender._kept
+    await until(lambda: "p" in kept and kept["p"].claimed_by)
+    prefill.begin(keep={"p": (3, 1), "nobody's": (5,)})
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3, 1], [0, 1]))
+    assert await decode.has_received("d")
+    await prefill.has_sent("nobody's")
+    decode.begin(fetch=fetch("e", prefill.origin("nobody's"), [5], [2]))
+    assert not await decode.has_received("e")
+    decode.begin(fetch=fetch("f", prefill.origin("never"), [5], [2]), cancel=["f"])
+    assert await decode.has_received("f")
+    figures = decode.workers[0].figures()
+    assert figures.nbytes == [2 * decode.memory[0][:, :2].nbytes]
+    assert [0 < seconds < LIMIT_S for seconds in figures.seconds] == [True]
+    assert (figures.failed, figures.unclaimed) == (1, 0)
+    assert prefill.workers[0].figures().unclaimed == 1
+    assert decode.workers[0].figures() == prefill.workers[0].figures() == Figures()
 
 
 async def test_two_requests_share_a_block(engine: Callable[..., Any]) -> None:

