@@ -56,7 +56,7 @@ def _gpu_spin() -> float:
 
 
 def _copy_threads() -> int:
-    return min(2, _cores())
+    return max(min(2, _cores()), min(4, _cores() // 4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +322,7 @@ class Settings:
             "rdma_urgent_service_level",
             "tcp_splice",
         )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"cores": _cores()}
 
     @classmethod
     def reference(cls) -> list[tuple[str, str, str, str]]:

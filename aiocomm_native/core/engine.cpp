@@ -60,6 +60,7 @@ Engine::Engine(EngineConfig config)
   epoll_ctl(engine_epoll_, EPOLL_CTL_ADD, engine_fd_, &event);
 
   int threads = std::max(1, static_cast<int>(number(config_, "copy_threads", 2)));
+  cores_ = static_cast<uint32_t>(number(config_, "cores", 1));
   copier_ = std::make_unique<Copier>(
       threads, [this](CopyJob& job) { guarded([&] { job_done(job); }); }, [this] { ring_engine(); });
 

@@ -474,6 +474,7 @@ class Engine final : public Host, public FrameSink {
 
   BoundedQueue<Op*> submissions_;
   BoundedQueue<Op*> completed_;
+  uint32_t cores_ = 1;  // that this process may use
   std::unique_ptr<Copier> copier_;
 
   int spin_tries_ = 0;

@@ -340,11 +340,12 @@ void Engine::pump(uint8_t link_index) {
     if (!post_chunk(link_index, *chunk)) break;
 }
 
-// Copies take cores. Where a more urgent channel is open, one copy thread less works for this class, so that the
-// threads that handle the urgent messages need not wait for a core.
+// Copies take cores. Where these are few, and a more urgent channel is open, one copy thread less works for this class,
+// so that the threads that handle the urgent messages need not wait for a core. The peer copies, too.
 uint32_t Engine::copy_limit(uint8_t cls) const {
   auto threads = static_cast<uint32_t>(copier_->threads());
-  return channels_.any_above(cls) && threads > 1 ? threads - 1 : threads;
+  const bool few_cores = 2 * threads >= cores_;
+  return few_cores && channels_.any_above(cls) && threads > 1 ? threads - 1 : threads;
 }
 
 // False: nothing more can be posted on this link now.

@@ -365,6 +365,13 @@ def test_copy_threads_never_exceed_the_cores() -> None:
     assert Settings(copy_threads=64).copy_threads == min(64, len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (3, 2), (8, 2), (12, 3), (16, 4), (128, 4)])
+def test_a_quarter_of_many_cores_copies(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert Settings().copy_threads == threads
+    assert Settings().native()["cores"] == cores
+
+
 def test_what_the_engine_gets() -> None:
     native = Settings(eager_max=1, cma="off").native()
     assert native["eager_max"] == 1
