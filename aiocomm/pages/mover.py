@@ -168,6 +168,10 @@ class Mover:
         """Whether the owner's arrays may be memory that this process has, too."""
         return self.comm._engine.link_of(remote.rank) == "shm"
 
+    def is_far(self, remote: RemotePages) -> bool:
+        """Whether a network is between."""
+        return self.comm._engine.link_of(remote.rank) not in ("self", "shm")
+
     def takes_lists(self, remote: RemotePages) -> bool:
         """Whether the owner moves many ranges of one message."""
         return not self.takes_rows(remote)

@@ -29,9 +29,9 @@ T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
 _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
-# The same where GPU memory goes by way of host memory, where it is copied as often by itself.
-_LISTED_ON_GPU: Final = 256 << 10
-_SMALL_ON_GPU: Final = 128 << 10
+# The same where GPU memory goes by way of host memory, or bytes by a network: copied as often by themselves.
+_LISTED_FAR: Final = 256 << 10
+_SMALL_FAR: Final = 128 << 10
 ENTRY_BYTES: Final = 16  # bytes of a range in a list
 _INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
 
@@ -47,7 +47,7 @@ class Ranges:
         near: where each row begins here, in bytes.
         rows: bytes of each row.
         groups: the first range of each group that may go in one message, and the number of all ranges.
-        groups_on_gpu: the same where an end is GPU memory.
+        groups_far: the same where an end is GPU memory, or a network is between.
     """
 
     far: Integers
@@ -56,7 +56,7 @@ class Ranges:
     near: Integers
     rows: Integers
     groups: list[int]
-    groups_on_gpu: list[int]
+    groups_far: list[int]
 
 
 _kept_rows: Final[PlanCache[_core.Rows]] = PlanCache(64)
@@ -159,9 +159,8 @@ def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at
     starts, nbytes, first, at, rows = _core.far_ranges(*near, *far, copies.nbytes, copies.rows, _STAGED)
     most = None if at_target else _core.MOST_IN_GET
     groups = _groups(nbytes, most, _SMALL, _LISTED)
-    found = Ranges(
-        starts, nbytes, first, at, rows, groups, _groups(nbytes, most, _SMALL_ON_GPU, _LISTED_ON_GPU)
-    )
+    groups_far = _groups(nbytes, most, _SMALL_FAR, _LISTED_FAR)
+    found = Ranges(starts, nbytes, first, at, rows, groups, groups_far)
     kept.keep(source, give, target, take, found)
     return found
 

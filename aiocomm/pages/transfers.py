@@ -286,7 +286,7 @@ def _put_ranges(
     if isinstance(local, tuple):
         yield from _put_from_gpu(mover, remote, region, local, ranges, begun, ended)
         return
-    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu):
+    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu or mover.is_far(remote)):
         begun()
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1:
@@ -312,7 +312,7 @@ def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, pl
     if isinstance(local, tuple):
         yield from _get_into_gpu(mover, remote, region, local, ranges)
         return
-    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu):
+    for start, stop in _messages(ranges, mover.takes_lists(remote), remote.on_gpu or mover.is_far(remote)):
         first, last = ranges.first[start], ranges.first[stop]
         nbytes = int(ranges.nbytes[start:stop].sum())
         if last - first == 1:
@@ -341,7 +341,7 @@ def _put_from_gpu(
 ) -> Jobs:
     """By way of host memory: what is large in pieces; else a list, whose rows the GPU brings there."""
     lists = mover.takes_lists(remote)
-    for start, stop in _messages(ranges, lists, on_gpu=True):
+    for start, stop in _messages(ranges, lists, far=True):
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1 or not lists:
             for far, piece in _pieces(local, ranges, start, first, last):
@@ -359,7 +359,7 @@ def _put_from_gpu(
 def _get_into_gpu(mover: Mover, remote: RemotePages, region: Any, local: Description, ranges: Ranges) -> Jobs:
     """As `_put_from_gpu`."""
     lists = mover.takes_lists(remote)
-    for start, stop in _messages(ranges, lists, on_gpu=True):
+    for start, stop in _messages(ranges, lists, far=True):
         first, last = ranges.first[start], ranges.first[stop]
         if last - first == 1 or not lists:
             for far, piece in _pieces(local, ranges, start, first, last):
@@ -371,9 +371,9 @@ def _get_into_gpu(mover: Mover, remote: RemotePages, region: Any, local: Descrip
         yield mover.get_listed_into(region, local, wanted.reshape(-1), rows, _nothing)
 
 
-def _messages(ranges: Ranges, listed: bool, on_gpu: bool) -> Iterator[tuple[int, int]]:
+def _messages(ranges: Ranges, listed: bool, far: bool) -> Iterator[tuple[int, int]]:
     """The first range of each message, and the first of the next."""
-    together = ranges.groups_on_gpu if on_gpu else ranges.groups
+    together = ranges.groups_far if far else ranges.groups
     return itertools.pairwise(together if listed else range(len(ranges.far) + 1))
 
 
