@@ -202,6 +202,11 @@ class Memory:
         self.driver("cuMemsetD8Async", ctypes.c_uint64(self.address), ctypes.c_ubyte(value), size, None)
         self.driver("cuCtxSynchronize")
 
+    def write(self, offset: int, data: bytes) -> None:
+        """Bytes of host memory into a part of it."""
+        where, size = ctypes.c_uint64(self.address + offset), ctypes.c_size_t(len(data))
+        self.driver("cuMemcpyHtoD_v2", where, data, size)
+
     def read(self, offset: int, nbytes: int) -> bytes:
         """A part of it, in host memory."""
         out = ctypes.create_string_buffer(nbytes)

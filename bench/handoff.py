@@ -17,19 +17,20 @@ Metrics:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from . import figures, pair
+from .gpu_driver import Driver
 from .gpu_driver import missing as missing_gpu
 from .model import Column, Rule, Subject, Suite
 
@@ -106,14 +107,15 @@ class _Nixl:
     """An agent with its blocks, as NixlConnector registers and prepares them."""
 
     def __init__(self, role: int, cache: Any, control: Control, gpu: bool) -> None:
-        nixl = _nixl()
+        from nixl._api import nixl_agent, nixl_agent_config
+
         kind = "VRAM" if gpu else "DRAM"
-        base = cache.data_ptr() if gpu else cache.ctypes.data
+        base = cache.address if gpu else cache.ctypes.data
         device = role if gpu else 0
         blocks = cache.shape[1]
         # Without a progress thread, which is the faster where both ends poll.
-        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent = agent = nixl.nixl_agent(f"agent{role}", config)
+        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent = agent = nixl_agent(f"agent{role}", config)
         self._blocks, self._other = blocks, f"agent{1 - role}"
         agent.register_memory([(base, _LAYERS * blocks * _ROW, device, "")], kind)
         metadata, its_base, its_device = control.swap((agent.get_agent_metadata(), base, device))
@@ -154,14 +156,6 @@ class _Nixl:
         pass
 
 
-def _nixl() -> Any:
-    """Its package takes the build for torch's CUDA, which need not be the one that is installed."""
-    try:
-        return import_module("nixl._api")
-    except ImportError:
-        return import_module("nixl_cu12._api")
-
-
 @contextlib.contextmanager
 def _rendezvous(role: int, control: Control) -> Iterator[str]:
     """Where the workers meet: role 0 has it in a process of its own."""
@@ -179,27 +173,32 @@ def _rendezvous(role: int, control: Control) -> Iterator[str]:
 
 
 def _cache(role: int, memory: str) -> Any:
-    """All of one end's blocks; every element of the prefill engine's tells where it is."""
-    shape = (_LAYERS, _BLOCKS[memory], _HEADS, _TOKENS, _CONTENT)
+    """All of one end's blocks; what each row of the prefill engine's begins with tells where it is."""
+    shape = (_LAYERS, _BLOCKS[memory], _HEADS, _TOKENS, 2 * _CONTENT)
+    rows = np.arange(_LAYERS * _BLOCKS[memory]).reshape(shape[:2])
     if memory == "host":
-        cache = np.full(shape, 7, np.uint16)
+        cache = np.full(shape, 7, np.uint8)
         if role == 0:
-            cache[:] = np.arange(_LAYERS * _BLOCKS[memory]).reshape(*shape[:2], 1, 1, 1)
+            cache.view(np.int64)[:, :, 0, 0, 0] = rows
         return cache
-    import torch
-
-    tensor = torch.zeros(shape, dtype=torch.int16, device=f"cuda:{role}")
+    whole = Driver(role).allocate(rows.size * _ROW)
     if role == 0:
-        tensor[:] = torch.arange(_LAYERS * _BLOCKS[memory], device="cuda:0").view(*shape[:2], 1, 1, 1) % 32768
-    torch.cuda.synchronize(role)
-    return tensor
+        for layer in rows:
+            data = np.full((len(layer), _ROW // 8), 7)
+            data[:, 0] = layer
+            whole.write(int(layer[0]) * _ROW, data.tobytes())
+    return whole.shaped(*shape)
 
 
-def _check(cache: Any, blocks: int, there: tuple[int, ...], here: tuple[int, ...]) -> None:
-    came = cache if isinstance(cache, np.ndarray) else cache.cpu().numpy()
-    rows = np.arange(_LAYERS)[:, None] * blocks + np.array(there)
-    if not (came[:, list(here)] == (rows % 32768)[..., None, None, None]).all():
-        raise RuntimeError("blocks that came are not those that were lent")
+def _check(cache: Any, there: tuple[int, ...], here: tuple[int, ...]) -> None:
+    blocks = cache.shape[1]
+    for layer, (block, into) in itertools.product(range(_LAYERS), zip(there, here, strict=True)):
+        if isinstance(cache, np.ndarray):
+            came = cache[layer, into].tobytes()[:8]
+        else:
+            came = cache.read((layer * blocks + into) * _ROW, 8)
+        if int.from_bytes(came, "little") != layer * blocks + block:
+            raise RuntimeError("blocks that came are not those that were lent")
 
 
 def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
@@ -240,7 +239,7 @@ def _hand_over(
             taken.append(time.perf_counter() - start)
             held.append(of_thread)
         if role == 1:
-            _check(cache, blocks, there, here)
+            _check(cache, there, here)
             taken, held = taken[_WARM:], held[_WARM:]
             found[f"us/{count}"] = statistics.median(taken) * 1e6
             found[f"p90_us/{count}"] = figures.percentile(taken, 0.9) * 1e6
@@ -252,9 +251,7 @@ def _hand_over(
 def _missing(name: str, memory: str) -> str:
     if name in _NIXL.values() and find_spec("nixl") is None:
         return "pip install nixl"
-    if memory == "host":
-        return ""
-    return "pip install torch" if find_spec("torch") is None else missing_gpu()
+    return missing_gpu() if memory == "gpu" else ""
 
 
 def _subjects(memory: str, options: Options) -> list[Subject]:
