@@ -71,6 +71,7 @@ struct Op {
   bool letting_go =
       false;  // all is said and done, but for a device that lets go of its memory: on_released ends it
   bool listed = false;     // put, get: of many ranges; see listed.hpp
+  bool by_rows = false;    // serve: of rows, which only the reader knows
   bool written = false;    // a device of the peer's writes into `data`, until it says that it is done
   bool outlasts = false;   // the peer is gone: that is over at the deadline
   bool owes_word = false;  // the peer is to hear that we have let go of its buffer, once we have

@@ -214,6 +214,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   op->data = op->own ? op->own.get() : region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
   op->reach = reach;
+  op->by_rows = by_rows;
   op->rows = std::move(rows);
   op->remote_op = header.rop;
   op->region = header.sop;

@@ -349,6 +349,7 @@ void Engine::on_cts(Peer& peer, const FrameHeader& header, const std::byte* meta
   if (op->path == Path::eager || !op->nbytes) throw ProtocolViolation("a push of what was in its frame");
   op->remote_op = header.rop;
   if (is_on_device(*op)) return device_.on_cts(*op, peer, header, meta);
+  if (has_rows(*op) || op->by_rows) throw ProtocolViolation("rows are moved by whoever writes them");
   op->path = Path::stream;
   if (peer.link->pull_path({}) == Path::cma &&
       !readable(host_data(*op), op->nbytes)) {  // it has been tried there

@@ -309,6 +309,33 @@ async def test_rows_that_cannot_be_read_are_got_in_another_way(pair: Pair, answe
     await others_go_on(pair)
 
 
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_rows_are_not_sent(pair: Pair, kind: str) -> None:
+    """What they lie in may be more than the peer may see, and be less than they are in all."""
+    a, _ = pair
+    memory = np.zeros(4096, np.uint8)
+    async with a.register(memory) as region:
+        with RawPeer(a, 2, cma=True) as peer:
+            await peer.meet()
+            if kind == "put":
+                rows = _core.Rows(*(np.array([n]) for n in (0, 0, 0, 4096, 4096, 9)))
+                putting = a._engine.put_rows(memory, 2, 0, 1, 0, rows, None, -1.0, None)
+                asked = await peer.receive(Kind.PUT_RTS)
+                assert (asked.flags, asked.nbytes, len(asked.payload)) == (32, 9 * 4096, 48)
+                number = asked.sop
+            else:
+                peer.send(
+                    Frame(Kind.GET, flags=32, sop=region._number, rop=4, nbytes=1 << 40, address=4096, code=1)
+                )
+                number = (await peer.receive(Kind.GET_READY)).sop
+            peer.send(Frame(Kind.CTS, sop=number, rop=4))
+            with pytest.raises(aiocomm.PeerLostError, match="violation"):
+                await a.recv(bytearray(1), 2)
+            if kind == "put":
+                await told(putting)
+    await others_go_on(pair)
+
+
 async def test_data_that_overtakes_the_answer_to_a_get(pair: Pair) -> None:
     """On links with lanes it may come first."""
     a, _ = pair
