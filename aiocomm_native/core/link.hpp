@@ -52,9 +52,10 @@ struct ProtocolViolation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Who may reach registered memory: this side's devices only, or peers as well. A region's registration is its own, and of
-// just its bytes: who has its key reaches nothing else, and nothing at all once it is released.
-enum class Access : uint8_t { local, peer_reads, peer_writes, region_reads, region_writes };
+// Who may reach registered memory: this side's devices only, which write it, or only read it, as may be all that its
+// pages allow; or peers as well. A region's registration is its own, and of just its bytes: who has its key reaches nothing
+// else, and nothing at all once it is released.
+enum class Access : uint8_t { local, local_reads, peer_reads, peer_writes, region_reads, region_writes };
 
 // Where a message's bytes lie at their owner.
 struct Location {

@@ -82,7 +82,7 @@ void Engine::begin_access(Op& op, Peer& peer, RegionKey& key) {
   op.has_key = true;
   ++key.uses;
   op.state = OpState::posted;
-  if (hold(op, Access::local) == Hold::ready) queue_data(op, peer, false);
+  if (hold(op, write ? Access::local_reads : Access::local) == Hold::ready) queue_data(op, peer, false);
 }
 
 void Engine::end_access(Op& op) {

@@ -216,7 +216,7 @@ void Engine::on_offer(Peer& peer, const FrameHeader& header, const std::byte* by
 }
 
 Post Engine::send_into(Op& op, Peer& peer, const Offer& next) {
-  Hold held = hold(op, Access::local);
+  Hold held = hold(op, Access::local_reads);
   if (held == Hold::failed) return Post::ok;
   if (op.nbytes != next.capacity) {
     FrameHeader h{};

@@ -16,10 +16,11 @@ from fakes.adapters import HEADERS, Adapters, build
 from harness import until, world
 
 import aiocomm
-from aiocomm.errors import LinkError, PeerLostError, TransferCancelled
+from aiocomm.errors import LinkError, PeerLostError, TransferCancelled, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from conftest import Pair
 
@@ -51,6 +52,28 @@ async def pair(monkeypatch: pytest.MonkeyPatch, adapters: Adapters) -> AsyncIter
 def frames_of(comm: aiocomm.Communicator) -> int:
     """How many it has sent."""
     return comm.links["rdma"].statistics().frames_sent
+
+
+async def test_memory_that_cannot_be_written_is_sent_and_put(pair: Pair, tmp_path: Path) -> None:
+    """Weights in a file that is mapped for reading: a device only reads them."""
+    a, b = pair
+    np.full(LARGE, 5, np.uint8).tofile(tmp_path / "weights")
+    weights = np.memmap(tmp_path / "weights", np.uint8, "r")
+    got, quiet = np.zeros(LARGE, np.uint8), frames_of(b)
+    receiving = b.recv(got, 0, tag=1)
+    await until(lambda: frames_of(b) > quiet)  # its offer
+    await a.send(weights, 1, tag=1)
+    await receiving
+    assert (got == 5).all()
+    got.fill(0)
+    async with b.register(got) as region:
+        await a.put(weights, a.remote(region.handle))
+        assert (got == 5).all()
+        with pytest.raises(UsageError):
+            await a.get(a.remote(region.handle), into=weights)
+    async with b.register(weights) as region:
+        await a.get(a.remote(region.handle), into=got)
+        assert (got == 5).all()
 
 
 class Case:

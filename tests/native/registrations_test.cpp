@@ -85,6 +85,26 @@ void plain_memory_is_registered_for_one_use() {
   CHECK(cache.acquire(buffer, 8, Access::local).id <= 2);  // ids are used again
 }
 
+// Its pages may be mapped for reading only. Ours that are kept can be written, and one registration does for both.
+void what_is_only_read_is_not_registered_for_writing() {
+  Verbs verbs = counting();
+  ibv_pd domain{};
+  Registrations cache(verbs, {&domain}, 1 << 20);
+  std::byte buffer[64];
+  const uint32_t read = cache.acquire(buffer, 64, Access::local_reads).id;
+  CHECK(g_access == 0);
+  const uint32_t written = cache.acquire(buffer, 64, Access::local).id;
+  CHECK(g_access == IBV_ACCESS_LOCAL_WRITE && read != written);
+  cache.release(read);
+  CHECK(cache.acquire(buffer, 64, Access::local_reads).id == written);
+  CHECK(cache.acquire(buffer, 64, Access::peer_reads).id != written);
+  CHECK(g_access == IBV_ACCESS_REMOTE_READ);
+  auto segment = Segments::of_process().allocate(1 << 16);
+  const uint32_t kept = cache.acquire(segment->base, 64, Access::local_reads).id;
+  CHECK(g_access == IBV_ACCESS_LOCAL_WRITE && cache.acquire(segment->base, 64, Access::local).id == kept);
+  Segments::of_process().release(segment->base);
+}
+
 void segments_stay_within_the_bound_and_as_long_as_they_live() {
   Verbs verbs = counting();
   ibv_pd domain{};
@@ -344,6 +364,8 @@ void it_rings_when_it_is_not_busy_any_more() {
 
 int main() {
   plain_memory_is_registered_for_one_use();
+  CHECK(g_registered.empty());
+  what_is_only_read_is_not_registered_for_writing();
   CHECK(g_registered.empty());
   segments_stay_within_the_bound_and_as_long_as_they_live();
   CHECK(g_registered.empty());

@@ -12,6 +12,8 @@ namespace {
 
 int access_of(Access access) {
   switch (access) {
+    case Access::local_reads:
+      return 0;
     case Access::peer_reads:
       return IBV_ACCESS_REMOTE_READ;
     case Access::region_reads:
@@ -26,6 +28,11 @@ int access_of(Access access) {
 }
 
 bool of_region(Access access) { return access == Access::region_reads || access == Access::region_writes; }
+
+// What this side's devices may write, they may read.
+bool serves(Access found, Access wanted) {
+  return found == wanted || (found == Access::local && wanted == Access::local_reads);
+}
 
 // Who may write is told of the very range, and only for the time of one operation; who has a region's key, of the region.
 bool exact(Access access) { return of_region(access) || access == Access::peer_writes; }
@@ -67,8 +74,11 @@ Registration& Registrations::acquire(const std::byte* data, uint64_t nbytes, Acc
     found->used = ++uses_;
     return *found;
   }
+  std::shared_ptr<Segment> segment = exact(access) ? nullptr : Segments::of_process().find(data, nbytes);
+  // It is kept, and can be written: one registration does for both.
+  if (segment && access == Access::local_reads) access = Access::local;
   Registering job = job_for(const_cast<std::byte*>(data), nbytes, access);
-  job.segment = exact(access) ? nullptr : Segments::of_process().find(data, nbytes);
+  job.segment = std::move(segment);
   auto fresh = std::make_unique<Registration>();
   if (job.segment) {
     job.base = job.segment->base;
@@ -216,7 +226,7 @@ Registration* Registrations::find(const std::byte* data, uint64_t nbytes, Access
   int looks = 16;
   for (auto it = by_base_.upper_bound(begin); it != by_base_.begin() && looks; --looks) {
     Registration* found = get((--it)->second);
-    if (found->access == access && found->buffer_id == buffer_id &&
+    if (serves(found->access, access) && found->buffer_id == buffer_id &&
         it->first + found->nbytes >= begin + nbytes)
       return found;
   }

@@ -13,7 +13,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <new>
+#include <string>
 
 #include "queues.hpp"
 
@@ -214,7 +216,24 @@ ibv_mr* add_region(ibv_pd* domain, void* base, std::byte* bytes, size_t nbytes, 
 
 }  // namespace
 
+// The kernel pins pages for writing where a device may write there. Addresses of which it knows nothing are a GPU's.
+static bool can_be_written(void* base) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    uintptr_t from, to;
+    char rights[5];
+    if (std::sscanf(line.c_str(), "%zx-%zx %4s", &from, &to, rights) != 3) continue;
+    if (auto at = reinterpret_cast<uintptr_t>(base); from <= at && at < to) return rights[1] == 'w';
+  }
+  return true;
+}
+
 EXPORT ibv_mr* ibv_reg_mr(ibv_pd* domain, void* base, size_t nbytes, int access) {
+  if (access & (IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE) && nbytes >= 4096 &&
+      !can_be_written(base)) {
+    errno = EFAULT;
+    return nullptr;
+  }
   return add_region(domain, base, static_cast<std::byte*>(base), nbytes, access);
 }
 
