@@ -23,6 +23,13 @@ __all__ = ["install", "told_of"]
 
 E = TypeVar("E", bound=errors.AiocommError)
 
+# What a driver answers where memory may not be locked, which is what operations over rdma mostly fail of.
+_NOT_LOCKED = (errno.ENOMEM, errno.EPERM)
+_LOCKED = (
+    ": its memory could not be registered, that is locked; allow more (ulimit -l unlimited, "
+    "LimitMEMLOCK=infinity in a unit, --ulimit memlock=-1 for a container)"
+)
+
 
 class _Code(enum.IntEnum):
     """The order of `enum class Code` in core/op.hpp."""
@@ -140,8 +147,9 @@ def _failure(
         case _:
             name = os.strerror(number) if number else "unknown"
             why = reason or f"{name} (errno {number})"
+            advice = _LOCKED if link == "rdma" and number in _NOT_LOCKED else ""
             return errors.LinkError(
-                f"{what}{over}: the link failed: {why}; see `aiocomm doctor`", number, name
+                f"{what}{over}: the link failed: {why}{advice}; see `aiocomm doctor`", number, name
             )
 
 

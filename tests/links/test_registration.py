@@ -220,7 +220,7 @@ async def test_it_is_closed_meanwhile(case: Case, adapters: Adapters) -> None:
 async def test_it_cannot_be(case: Case, adapters: Adapters) -> None:
     with adapters.refusing(LARGE, errno.ENOMEM):
         transfer = case.start()
-        with pytest.raises(LinkError):
+        with pytest.raises(LinkError, match=r"could not be registered.*ulimit -l unlimited.*memlock=-1"):
             await transfer
     if case.other is not None:
         with pytest.raises((LinkError, TransferCancelled)):
