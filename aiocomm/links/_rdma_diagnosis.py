@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
     from aiocomm.links._rdma_devices import Port
 
-__all__ = ["Choice", "Problem", "choose_gid", "pair_problems", "port_problems", "rail_problems"]
+__all__ = [
+    "Choice",
+    "Problem",
+    "choose_gid",
+    "choose_partition",
+    "pair_problems",
+    "port_problems",
+    "rail_problems",
+]
 
 FULL_MEMBER: Final = 0x8000
 _ROCE_HEADERS: Final = 96
@@ -96,6 +104,7 @@ def port_problems(port: Port) -> list[Problem]:
         add(
             f"only a limited member of its partitions ({keys})",
             "limited members do not hear each other: make it a full one (opensm: partitions.conf)",
+            fatal=False,
         )
     if port.is_roce and port.mtu_nbytes is not None and port.mtu_nbytes < _SMALL_MTU:
         add(
@@ -175,11 +184,11 @@ def pair_problems(ours: Port, theirs: Port, prefix_length: int = 24) -> list[Pro
             f"{its.subnet_prefix:016x} at the peer ({theirs.name})",
             "connect both to one subnet manager; subnets are not routed",
         )
-    if not ours.is_roce and not _share_partition(ours.partitions, theirs.partitions):
-        keys = [", ".join(f"{key:#06x}" for key in port.partitions) for port in (ours, theirs)]
+    keys = choose_partition(ours), choose_partition(theirs)
+    if not ours.is_roce and not _meet(*keys):
         add(
-            f"no common partition: {keys[0] or 'none'} here, {keys[1] or 'none'} at the peer ({theirs.name})",
-            "put both ports into one partition, one of them at least as a full member (partitions.conf)",
+            f"no common partition: {keys[0]:#06x} is used here, {keys[1]:#06x} at the peer ({theirs.name})",
+            "let the first partition in which either port is a full member be the same (partitions.conf)",
         )
     return found
 
@@ -200,8 +209,13 @@ def _roce_subnet(ours: Port, theirs: Port, mine: Gid, its: Gid, prefix_length: i
     return [Problem(ours.name, what, remedy, fatal=False)]
 
 
-def _share_partition(ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    """Whether two tables have a key in common, of which one side at least is a full member."""
-    if not ours or not theirs:
+def choose_partition(port: Port) -> int:
+    """Choose a port's partition, as the link does: the first of a full member, else the first; 0 is none."""
+    return next((key for key in port.partitions if key & FULL_MEMBER), next(iter(port.partitions), 0))
+
+
+def _meet(one: int, other: int) -> bool:
+    """Whether it is one partition, of which one side at least is a full member."""
+    if not one or not other:
         return True  # not known is not wrong
-    return any(a & ~FULL_MEMBER == b & ~FULL_MEMBER and (a | b) & FULL_MEMBER for a in ours for b in theirs)
+    return one & ~FULL_MEMBER == other & ~FULL_MEMBER and bool((one | other) & FULL_MEMBER)

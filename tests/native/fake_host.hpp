@@ -95,6 +95,10 @@ class FakeHost final : public Host, public FrameSink {
     ++writable;
     if (writable_hook) writable_hook();
   }
+  void on_remote(LinkPeer&, OpId, uint64_t, int error, uint64_t) override {
+    CHECK(!error);
+    ++moved;
+  }
   void on_lost(LinkPeer&, const std::string& reason) override {
     CHECK(lost.empty());
     lost = reason.empty() ? "?" : reason;
@@ -126,7 +130,7 @@ class FakeHost final : public Host, public FrameSink {
   std::function<void()> left_hook;  // a thread has left the token, and its call comes next
   std::atomic<int> unwatched{0};
   std::string lost;
-  int writable = 0, fallbacks = 0, parts_down = 0;
+  int writable = 0, fallbacks = 0, parts_down = 0, moved = 0;
   uint64_t frozen_now = 0;
 
  private:

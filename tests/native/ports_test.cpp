@@ -28,6 +28,8 @@ struct Machine {
   ibv_port_state state = IBV_PORT_ACTIVE;
   uint8_t layer = IBV_LINK_LAYER_INFINIBAND;
   bool address = true;
+  uint16_t partitions[3] = {0xffff, 0, 0};
+  uint8_t flags = 0;
 } g_machine;
 
 Verbs pretended() {
@@ -49,6 +51,8 @@ Verbs pretended() {
   verbs.close_device = [](ibv_context*) { return 0; };
   verbs.query_device = [](ibv_context*, ibv_device_attr* attributes) {
     attributes->phys_port_cnt = 1;
+    attributes->max_qp_init_rd_atom = 128;
+    attributes->max_qp_rd_atom = 4;
     return 0;
   };
   verbs.query_port = [](ibv_context*, uint8_t, _compat_ibv_port_attr* out) {
@@ -57,6 +61,8 @@ Verbs pretended() {
     attributes->link_layer = g_machine.layer;
     attributes->active_mtu = IBV_MTU_4096;
     attributes->gid_tbl_len = 4;
+    attributes->pkey_tbl_len = 3;
+    attributes->flags = g_machine.flags;
     return 0;
   };
   verbs.query_gid = [](ibv_context*, uint8_t, int, ibv_gid* gid) {
@@ -64,8 +70,8 @@ Verbs pretended() {
     if (g_machine.address) inet_pton(AF_INET6, "fe80::1:2:3:4", gid->raw);
     return 0;
   };
-  verbs.query_pkey = [](ibv_context*, uint8_t, int, __be16* key) {
-    *key = htons(0xffff);
+  verbs.query_pkey = [](ibv_context*, uint8_t, int index, __be16* key) {
+    *key = htons(g_machine.partitions[index]);
     return 0;
   };
   return verbs;
@@ -93,6 +99,10 @@ void one_machine() {
   auto choose = [&](Selection selection = {}) { return choose_ports(verbs, selection); };
   g_machine = {};
   CHECK(choose().size() == 1 && choose()[0].address.pkey == 0xffff);
+  CHECK(choose()[0].reads == 16 && choose()[0].address.reads == 4 && !choose()[0].address.routed);
+  g_machine = {.flags = IBV_QPF_GRH_REQUIRED};
+  CHECK(choose()[0].address.routed);
+  g_machine = {};
   CHECK(choose({{"test_0:1"}}).size() == 1);
   complains(ENODEV, {"AIOCOMM_RDMA_DEVICES names test_0:2, which", "it has test_0"},
             [&] { choose({{"test_0:2"}}); });
@@ -115,6 +125,21 @@ void one_machine() {
   complains(EADDRNOTAVAIL, {"device test_0 port 1", "GID index 0", "aiocomm doctor"}, [&] { choose(); });
 }
 
+// Limited members do not hear each other, and some machines are that of the first partition.
+void partitions() {
+  Verbs verbs = pretended();
+  auto chosen = [&](uint16_t first, uint16_t second, uint16_t third) {
+    g_machine = {.partitions = {first, second, third}};
+    const Port port = choose_ports(verbs, {})[0];
+    return std::pair<int, int>(port.pkey_index, port.address.pkey);
+  };
+  CHECK(chosen(0xffff, 0x8001, 0) == std::pair(0, 0xffff));
+  CHECK(chosen(0x7fff, 0x8001, 0x8002) == std::pair(1, 0x8001));
+  CHECK(chosen(0x7fff, 0x0001, 0x0002) == std::pair(0, 0x7fff));
+  CHECK(chosen(0, 0x0001, 0x8000) == std::pair(1, 0x0001));  // 0 is no partition, for full members neither
+  CHECK(chosen(0, 0, 0) == std::pair(0, 0));
+}
+
 Address at(const char* gid, uint16_t partition = 0xffff, uint8_t layer = IBV_LINK_LAYER_INFINIBAND) {
   Address address;
   inet_pton(AF_INET6, gid, address.gid.raw);
@@ -128,6 +153,10 @@ void two_ports() {
   Port ours{"test_0", 1, 0, -1, at("fe80::1")};
   check_reach(ours, at("fe80::2"));
   check_reach(ours, at("fe80::2", 0x7fff));  // a limited member of the same partition
+  Port limited{"test_0", 1, 0, -1, at("fe80::1", 0x7fff)};
+  check_reach(limited, at("fe80::2"));
+  complains(EACCES, {"device test_0 port 1", "limited members", "subnet manager"},
+            [&] { check_reach(limited, at("fe80::2", 0x7fff)); });
   complains(EACCES, {"device test_0 port 1", "another partition", "partition key"},
             [&] { check_reach(ours, at("fe80::2", 0x8001)); });
   complains(ENETUNREACH,
@@ -141,13 +170,21 @@ void two_ports() {
 
 void cards() {
   std::vector<Port> ports{{"test_0", 1, 0, -1, at("fe80::1")}, {"test_1", 1, 0, -1, at("fe80::2", 0x8001)}};
+  ports[1].address.reads = 16;
+  ports[1].address.routed = true;
   std::string card = encode_card(ports);
   auto addresses = decode_card(card);
+  CHECK(addresses[0].reads == 1 && !addresses[0].routed && addresses[1].reads == 16 && addresses[1].routed);
   CHECK(addresses.size() == 2 && addresses[1].pkey == 0x8001 && addresses[0].mtu == IBV_MTU_4096);
   complains(EPROTO, {"another version", "same release"}, [&] { decode_card("\x09" + card.substr(1)); });
   complains(EPROTO, {"another version"}, [&] { decode_card(""); });
   complains(EPROTO, {"makes no sense"}, [&] { decode_card(card.substr(0, card.size() - 1)); });
   complains(EPROTO, {"makes no sense"}, [&] { decode_card(card.substr(0, 1) + "\x09" + card.substr(2)); });
+  for (uint8_t reads : {0, 17}) {
+    ports[0].address.reads = reads;
+    complains(EPROTO, {"makes no sense"}, [&] { decode_card(encode_card(ports)); });
+  }
+  ports[0].address.reads = 1;
   ports[0].address.mtu = 77;
   complains(EPROTO, {"makes no sense"}, [&] { decode_card(encode_card(ports)); });
 }
@@ -156,6 +193,7 @@ void cards() {
 
 int main() {
   one_machine();
+  partitions();
   two_ports();
   cards();
 }

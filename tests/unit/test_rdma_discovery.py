@@ -212,7 +212,7 @@ def test_what_is_wrong_with_a_port(broken: Port, what: str, remedy: str) -> None
     assert what in problem.what
     assert remedy in problem.remedy
     assert str(problem).startswith("mlx5_0/1: ")
-    assert problem.fatal == (not problem.what.startswith("MTU"))
+    assert problem.fatal == (not problem.what.startswith(("MTU", "only a limited")))
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,11 @@ def test_what_is_wrong_with_a_port(broken: Port, what: str, remedy: str) -> None
         (at("10.0.0.1"), at("10.0.1.1"), "(mlx5_0/1) is on another subnet than 10.0.0.1/24", False),
         (at("10.0.0.1"), at("10.0.0.9"), "", False),
         (infiniband(), infiniband("fec0:0:0:1"), "InfiniBand subnet fe80000000000000 here", True),
-        (infiniband(), infiniband(partitions=(0x8001,)), "no common partition: 0xffff here, 0x8001", True),
+        (infiniband(), infiniband(partitions=(0x8001,)), "no common partition: 0xffff is used here", True),
         (infiniband(partitions=(0x7FFF,)), infiniband(partitions=(0x7FFF,)), "no common partition", True),
         (infiniband(partitions=(0x7FFF,)), infiniband(), "", False),
+        (infiniband(partitions=(0x7FFF, 0x8001)), infiniband(partitions=(0x0001,)), "", False),
+        (infiniband(partitions=(0x7FFF, 0x8001)), infiniband(), "no common partition: 0x8001 is used", True),
         (infiniband(partitions=()), infiniband(), "", False),
         (port(gids=(Gid(0, ipaddress.IPv6Address("2001:db8::1"), GidType.ROCE_V2, "e"),)), port(),
          "IPv4 and IPv6 do not meet", True),

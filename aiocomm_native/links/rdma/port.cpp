@@ -18,14 +18,16 @@ namespace aiocomm::rdma {
 
 namespace {
 
-constexpr uint8_t kCardVersion = 1;
+constexpr uint8_t kCardVersion = 2;
 constexpr uint16_t kFullMember = 0x8000;
 constexpr uint16_t kRocePort = 4791;  // of UDP
+constexpr int kMostReads = 16;  // of a queue pair at a time: enough for any link; few devices answer less
+constexpr int kGids = 256;      // that a queue pair can be told of
 
 struct WireAddress {
   uint8_t gid[16];
   uint16_t lid, pkey;
-  uint8_t mtu, link_layer, reserved[2];
+  uint8_t mtu, link_layer, reads, routed;
 };
 static_assert(sizeof(WireAddress) == 24);
 
@@ -74,8 +76,24 @@ int best_gid(const Verbs& verbs, ibv_context* context, const Port& port, int ent
   return best;
 }
 
-Port examine(const Verbs& verbs, ibv_context* context, const std::string& device, uint8_t number,
-             const Selection& selection) {
+// The first whose full member the port is: two limited members do not hear each other.
+void choose_partition(const Verbs& verbs, ibv_context* context, Port& port, uint16_t entries) {
+  for (uint16_t i = 0; i < entries; ++i) {
+    __be16 entry = 0;
+    if (verbs.query_pkey(context, port.number, i, &entry) != 0) continue;
+    const uint16_t key = ntohs(entry);
+    const bool any = key & ~kFullMember, full = any && key & kFullMember;
+    if (!any || (port.address.pkey && !full)) continue;
+    port.address.pkey = key;
+    port.pkey_index = i;
+    if (full) return;
+  }
+}
+
+uint8_t reads_of(int limit) { return static_cast<uint8_t>(std::clamp(limit, 1, kMostReads)); }
+
+Port examine(const Verbs& verbs, ibv_context* context, const ibv_device_attr& limits,
+             const std::string& device, uint8_t number, const Selection& selection) {
   Port port;
   port.device = device;
   port.number = number;
@@ -97,12 +115,14 @@ Port examine(const Verbs& verbs, ibv_context* context, const std::string& device
   if (selection.gid_index >= 0)
     port.gid_index = selection.gid_index;
   else if (attributes.link_layer == IBV_LINK_LAYER_ETHERNET)
-    port.gid_index = best_gid(verbs, context, port, attributes.gid_tbl_len, name);
+    port.gid_index = best_gid(verbs, context, port, std::min(attributes.gid_tbl_len, kGids), name);
   if (verbs.query_gid(context, number, port.gid_index, &port.address.gid) != 0 || is_zero(port.address.gid))
     refuse(name, "no address at GID index " + std::to_string(port.gid_index) + ": see `aiocomm doctor`",
            EADDRNOTAVAIL);
-  __be16 pkey = 0;
-  if (verbs.query_pkey(context, number, 0, &pkey) == 0) port.address.pkey = ntohs(pkey);
+  choose_partition(verbs, context, port, attributes.pkey_tbl_len);
+  port.reads = reads_of(limits.max_qp_init_rd_atom);
+  port.address.reads = reads_of(limits.max_qp_rd_atom);
+  port.address.routed = attributes.flags & IBV_QPF_GRH_REQUIRED;
   return port;
 }
 
@@ -183,7 +203,7 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
       known.push_back(device + ":" + std::to_string(number));
       if (!wanted(selection, device, number)) continue;
       try {
-        ports.push_back(examine(verbs, context, device, number, selection));
+        ports.push_back(examine(verbs, context, attributes, device, number, selection));
       } catch (const LinkFailure& failure) {
         reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
         error = failure.code;
@@ -226,6 +246,8 @@ std::string encode_card(const std::vector<Port>& ports) {
     wire.pkey = port.address.pkey;
     wire.mtu = port.address.mtu;
     wire.link_layer = port.address.link_layer;
+    wire.reads = port.address.reads;
+    wire.routed = port.address.routed;
     card.append(reinterpret_cast<const char*>(&wire), sizeof wire);
   }
   return card;
@@ -242,7 +264,7 @@ std::vector<Address> decode_card(std::string_view card) {
   for (size_t i = 0; i < count; ++i) {
     WireAddress wire;
     std::memcpy(&wire, card.data() + 2 + i * sizeof wire, sizeof wire);
-    if (wire.mtu < IBV_MTU_256 || wire.mtu > IBV_MTU_4096)
+    if (wire.mtu < IBV_MTU_256 || wire.mtu > IBV_MTU_4096 || wire.reads < 1 || wire.reads > kMostReads)
       throw LinkFailure("rdma: the peer's card makes no sense", EPROTO);
     Address& address = addresses.emplace_back();
     std::memcpy(address.gid.raw, wire.gid, sizeof wire.gid);
@@ -250,6 +272,8 @@ std::vector<Address> decode_card(std::string_view card) {
     address.pkey = wire.pkey;
     address.mtu = wire.mtu;
     address.link_layer = wire.link_layer;
+    address.reads = wire.reads;
+    address.routed = wire.routed;
   }
   return addresses;
 }
@@ -271,6 +295,12 @@ void check_reach(const Port& ours, const Address& theirs) {
     refuse(name,
            "the peer is in another partition: ask for one partition key on both ports at the subnet manager",
            EACCES);
+  if (!((ours.address.pkey | theirs.pkey) & kFullMember))
+    refuse(
+        name,
+        "both ports are limited members of their partition, which do not hear each other: make one of them a "
+        "full member at the subnet manager",
+        EACCES);
 }
 
 void check_route(const Port& ours, const Address& theirs) {

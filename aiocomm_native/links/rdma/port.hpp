@@ -22,6 +22,8 @@ struct Address {
   uint16_t pkey = 0;
   uint8_t mtu = 0;         // ibv_mtu
   uint8_t link_layer = 0;  // IBV_LINK_LAYER_*
+  uint8_t reads = 1;       // that a queue pair of it answers at a time
+  bool routed = false;     // packets to it need its GID: several ports share the LID
 };
 
 struct Port {
@@ -30,6 +32,8 @@ struct Port {
   int gid_index = 0;
   int node = -1;  // of NUMA, where its device is; -1: the machine has one only, or does not tell
   Address address;
+  uint16_t pkey_index = 0;
+  uint8_t reads = 1;  // that a queue pair of it may have under way
 };
 
 struct Selection {

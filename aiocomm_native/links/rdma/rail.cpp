@@ -230,6 +230,7 @@ QueuePairs Rail::open() {
       ibv_qp_attr attributes{};
       attributes.qp_state = IBV_QPS_INIT;
       attributes.port_num = port_.number;
+      attributes.pkey_index = port_.pkey_index;
       // Frames reach no memory but slots, and the ring of a loop that spins.
       attributes.qp_access_flags = i == 0   ? IBV_ACCESS_REMOTE_WRITE
                                    : i == 1 ? 0
@@ -265,9 +266,10 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers
     to.qp_state = IBV_QPS_RTR;
     to.path_mtu = static_cast<ibv_mtu>(std::min(port_.address.mtu, theirs.mtu));
     to.dest_qp_num = numbers[i];
-    to.max_dest_rd_atomic = 16;
+    to.max_dest_rd_atomic = port_.address.reads;
     to.min_rnr_timer = 12;  // 0.64 ms
-    to.ah_attr.is_global = theirs.link_layer == IBV_LINK_LAYER_ETHERNET;
+    to.ah_attr.is_global =
+        theirs.link_layer == IBV_LINK_LAYER_ETHERNET || theirs.routed || port_.address.routed;
     to.ah_attr.grh.dgid = theirs.gid;
     to.ah_attr.grh.sgid_index = static_cast<uint8_t>(port_.gid_index);
     to.ah_attr.grh.hop_limit = 64;
@@ -284,7 +286,7 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers
       send.timeout = transport_.timeout;
       send.retry_cnt = Transport::kRetries;
       send.rnr_retry = 7;
-      send.max_rd_atomic = 16;
+      send.max_rd_atomic = std::min(port_.reads, theirs.reads);  // the peer refuses more
       error = verbs_.modify_qp(pairs.all[i], &send,
                                IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
                                    IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);

@@ -28,10 +28,8 @@ using namespace fake;
 
 namespace {
 
-constexpr int kMost = 8;
-
 ibv_device* devices() {
-  static ibv_device all[kMost];
+  static ibv_device all[kMostDevices];
   return all;
 }
 
@@ -121,7 +119,7 @@ int refused(int error) {
 
 EXPORT ibv_device** ibv_get_device_list(int* count) {
   const char* text = getenv("FAKE_VERBS_DEVICES");
-  int n = text ? std::min(std::atoi(text), kMost) : 2;
+  int n = text ? std::min(std::atoi(text), kMostDevices) : 2;
   auto list = static_cast<ibv_device**>(calloc(static_cast<size_t>(n) + 1, sizeof(ibv_device*)));
   for (int i = 0; i < n; ++i) {
     list[i] = &devices()[i];
@@ -148,8 +146,11 @@ EXPORT int ibv_close_device(ibv_context* context) {
   delete context;
   return 0;
 }
-EXPORT int ibv_query_device(ibv_context*, ibv_device_attr* attributes) {
+EXPORT int ibv_query_device(ibv_context* context, ibv_device_attr* attributes) {
   *attributes = {};
+  std::lock_guard lock(machine().mutex);
+  attributes->max_qp_init_rd_atom = machine().limits[number_of(context)].initiates;
+  attributes->max_qp_rd_atom = machine().limits[number_of(context)].answers;
   attributes->phys_port_cnt = 1;
   attributes->max_srq_wr = 1 << 14;
   attributes->max_cqe = 1 << 16;
@@ -164,6 +165,8 @@ EXPORT int ibv_query_port(ibv_context* context, uint8_t, _compat_ibv_port_attr* 
   attributes->active_mtu = attributes->max_mtu = IBV_MTU_4096;
   attributes->gid_tbl_len = attributes->pkey_tbl_len = 1;
   attributes->lid = static_cast<uint16_t>(number_of(context) + 1);
+  std::lock_guard lock(machine().mutex);
+  if (machine().limits[number_of(context)].routed) attributes->flags |= IBV_QPF_GRH_REQUIRED;
   return 0;
 }
 EXPORT int ibv_query_gid(ibv_context* context, uint8_t, int index, ibv_gid* gid) {
@@ -329,6 +332,7 @@ EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
   auto* pair = new Pair{};
   pair->context = domain->context;
   pair->pd = domain;
+  pair->device = number_of(domain->context);
   pair->send_cq = wanted->send_cq;
   pair->recv_cq = wanted->recv_cq;
   pair->srq = wanted->srq;
@@ -343,6 +347,12 @@ EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
 EXPORT int ibv_modify_qp(ibv_qp* qp, ibv_qp_attr* attributes, int mask) {
   std::lock_guard lock(machine().mutex);
   auto& pair = *static_cast<Pair*>(qp);
+  const Limits& has = machine().limits[pair.device];
+  if (mask & IBV_QP_MAX_QP_RD_ATOMIC && (pair.initiates = attributes->max_rd_atomic) > has.initiates)
+    return EINVAL;
+  if (mask & IBV_QP_MAX_DEST_RD_ATOMIC && (pair.answers = attributes->max_dest_rd_atomic) > has.answers)
+    return EINVAL;
+  if (mask & IBV_QP_AV && !(pair.routed = attributes->ah_attr.is_global) && has.routed) return EINVAL;
   if (mask & IBV_QP_DEST_QPN) pair.other = attributes->dest_qp_num;
   if (!(mask & IBV_QP_STATE)) return 0;
   if (attributes->qp_state == IBV_QPS_ERR) {
@@ -393,6 +403,11 @@ EXPORT void fake_verbs_fail(size_t from, int error) {
 EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
   std::lock_guard lock(machine().mutex);
   machine().dma_buf = takes;
+}
+// How many reads a queue pair of the device may have under way, and answers; whether it needs its GID in packets.
+EXPORT void fake_verbs_limit(int device, int initiates, int answers, int routed) {
+  std::lock_guard lock(machine().mutex);
+  machine().limits[device] = {initiates, answers, routed != 0};
 }
 EXPORT int fake_verbs_waiting() {
   std::lock_guard lock(machine().mutex);

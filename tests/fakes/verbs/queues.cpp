@@ -76,9 +76,13 @@ void tell_receiver(Pair& at, const Send& send, const Receive& receive, ibv_wc_op
 }
 
 // False: the other side has no receive for it, and it waits.
-bool execute(Pair& other, const Send& send, ibv_wc_status& status) {
+bool execute(Pair& other, int initiates, const Send& send, ibv_wc_status& status) {
   status = IBV_WC_SUCCESS;
   bool read = send.opcode == IBV_WR_RDMA_READ;
+  if (read && initiates > other.answers) {  // as many as there may be could be under way
+    status = IBV_WC_REM_INV_REQ_ERR;
+    return true;
+  }
   if (send.opcode == IBV_WR_SEND) {
     Receive receive;
     if (!take_receive(other, receive)) return false;
@@ -123,8 +127,9 @@ void progress(Pair& pair) {
     auto found = machine().pairs.find(pair.other);
     Pair* other = found == machine().pairs.end() ? nullptr : found->second;
     ibv_wc_status status = IBV_WC_RETRY_EXC_ERR;
-    bool reachable = other && (other->state == IBV_QPS_RTS || other->state == IBV_QPS_RTR);
-    if (reachable && !execute(*other, pair.posted.front(), status)) return;
+    bool reachable = other && (other->state == IBV_QPS_RTS || other->state == IBV_QPS_RTR) &&
+                     (pair.routed || !machine().limits[other->device].routed);
+    if (reachable && !execute(*other, pair.initiates, pair.posted.front(), status)) return;
     Send send = std::move(pair.posted.front());
     pair.posted.pop_front();
     end(pair, send, status);

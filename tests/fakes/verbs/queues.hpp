@@ -52,8 +52,18 @@ constexpr size_t kMostReadPieces = 3;  // of one request
 
 struct Pair : ibv_qp {
   uint32_t other = 0;
+  int device = 0, initiates = 0, answers = 0;  // reads at a time
+  bool routed = false;                         // its packets carry GIDs
   size_t most_pieces = 1, depth = 0;
   std::deque<Send> posted;  // what waits for a receive of the other side's, and what is behind it
+};
+
+constexpr int kMostDevices = 8;
+
+// What a device can, or wants.
+struct Limits {
+  int initiates = 16, answers = 16;  // reads of a queue pair
+  bool routed = false;               // only what carries its GID reaches it
 };
 
 // Registrations of `from` bytes and more wait, or fail with `error`.
@@ -75,6 +85,7 @@ struct Machine {
   int waiting = 0;      // registrations
   int leaving = 0;      // deregistrations that wait
   uint64_t registered = 0;
+  Limits limits[kMostDevices];
   uint64_t requests = 0;                     // that were posted
   std::atomic<const char*> broken{nullptr};  // a thread whose calls throw, by its name
 };

@@ -109,8 +109,8 @@ class LinkPeer:
 
     def _card(self) -> bytes:
         gid = socket.inet_pton(socket.AF_INET6, self._address or self.frames.card()["gid"])
-        rest = struct.pack("<HHBB2x", 0, 0xFFFF, enums.IBV_MTU_1024, enums.IBV_LINK_LAYER_ETHERNET)
-        return bytes((1, 1)) + gid + rest
+        rest = struct.pack("<HHBBBB", 0, 0xFFFF, enums.IBV_MTU_1024, enums.IBV_LINK_LAYER_ETHERNET, 16, 0)
+        return bytes((2, 1)) + gid + rest
 
     async def meet(self, hello: bytes | None = None) -> Self:
         """Swap greetings, connect the queue pairs, and swap words of readiness."""
