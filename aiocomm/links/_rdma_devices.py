@@ -89,6 +89,8 @@ class Port:
     gids: tuple[Gid, ...] = ()
     partitions: tuple[int, ...] = ()
     """Partition keys; bit 15 set is a full member."""
+    node_type: str = "CA"
+    """Of the device: CA is InfiniBand or RoCE, RNIC iWARP, "unspecified" EFA and others."""
 
     @property
     def name(self) -> str:
@@ -158,6 +160,7 @@ def _port(device: str, path: Path, limits: DeviceLimits | None) -> Port:
         interface_mtu_nbytes=_interface_mtu(path, gids),
         gids=gids,
         partitions=tuple(_partitions(path)),
+        node_type=_named(read_text(path.parents[1] / "node_type")),
     )
 
 

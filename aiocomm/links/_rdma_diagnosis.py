@@ -88,6 +88,12 @@ def port_problems(port: Port) -> list[Problem]:
         found.append(Problem(port.name, what, remedy, fatal))
 
     interface = next((gid.interface for gid in port.gids if gid.interface), "its network interface")
+    if port.node_type not in ("CA", "unknown"):
+        add(
+            f"neither InfiniBand nor RoCE ({port.node_type}: iWARP, EFA or the like)",
+            "the link rdma cannot use it: let the link tcp have this network",
+        )
+        return found
     if not port.is_active:
         add(f"the port is {port.state} (physically {port.physical_state})", _revive(port, interface))
     if choose_gid(port).gid is None:

@@ -141,9 +141,14 @@ def _device(device: Device, source: str) -> Check:
     inline = "unknown without pyverbs" if has.max_inline is None else f"{has.max_inline} B"
     detail = (
         f"{has.max_qp:,} queue pairs of {has.max_qp_wr:,} requests and {has.max_sge} segments, "
-        f"{has.max_cq:,} completion and {has.max_srq:,} shared receive queues, {has.max_mr:,} regions up to "
-        f"{has.max_mr_nbytes / 2**30:,.0f} GiB, {has.max_rd_atomic} reads open, inline {inline}{where}"
+        f"{has.max_cq:,} completion queues, {has.max_mr:,} regions up to "
+        f"{has.max_mr_nbytes / 2**30:,.0f} GiB, {has.max_rd_atomic} reads open, inline {inline}{where}, "
+        f"{has.max_srq:,} shared receive queues"
     )
+    if not has.max_srq:
+        return Check(
+            f"device {device.name}", State.LIMITED, detail, "without the latter the link cannot use it"
+        )
     return Check(f"device {device.name}", State.INFO, detail)
 
 

@@ -24,7 +24,8 @@ namespace {
 
 // A machine with one device that nothing but this test knows, so the kernel tells nothing of its addresses.
 struct Machine {
-  bool module = true, device = true, opens = true;
+  bool module = true, device = true, opens = true, shares = true;
+  ibv_transport_type transport = IBV_TRANSPORT_IB;
   ibv_port_state state = IBV_PORT_ACTIVE;
   uint8_t layer = IBV_LINK_LAYER_INFINIBAND;
   bool address = true;
@@ -39,6 +40,7 @@ Verbs pretended() {
   Verbs verbs{};
   verbs.get_device_list = [](int* count) {
     *count = g_machine.device;
+    device.transport_type = g_machine.transport;
     errno = ENOSYS;
     return g_machine.module ? list : nullptr;
   };
@@ -51,6 +53,7 @@ Verbs pretended() {
   verbs.close_device = [](ibv_context*) { return 0; };
   verbs.query_device = [](ibv_context*, ibv_device_attr* attributes) {
     attributes->phys_port_cnt = 1;
+    attributes->max_srq = g_machine.shares;
     attributes->max_qp_init_rd_atom = 128;
     attributes->max_qp_rd_atom = 4;
     return 0;
@@ -116,6 +119,15 @@ void one_machine() {
   g_machine = {.opens = false};
   complains(EACCES, {"device test_0", "give this user access to /dev/infiniband"}, [&] { choose(); });
   complains(EACCES, {"give this user access"}, [&] { choose({{"test_0:1"}}); });  // nobody knows its ports
+  complains(EACCES, {"--device /dev/infiniband"}, [&] { choose(); });
+  for (ibv_transport_type other : {IBV_TRANSPORT_IWARP, IBV_TRANSPORT_UNSPECIFIED, IBV_TRANSPORT_UNKNOWN}) {
+    g_machine = {.transport = other};
+    complains(EOPNOTSUPP, {"device test_0", "iWARP, EFA", "link tcp"}, [&] { choose(); });
+    complains(EOPNOTSUPP, {"iWARP, EFA"}, [&] { choose({{"test_0:1"}}); });
+  }
+  g_machine = {.shares = false};
+  complains(EOPNOTSUPP, {"device test_0", "no shared receive queues", "AIOCOMM_RDMA_DEVICES", "link tcp"},
+            [&] { choose(); });
   g_machine = {.state = IBV_PORT_DOWN};
   complains(ENETDOWN, {"device test_0 port 1", "not active", "plug the cable", "subnet manager"},
             [&] { choose(); });

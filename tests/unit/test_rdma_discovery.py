@@ -64,6 +64,7 @@ class Tree:
         for index, key in enumerate(keys):
             self.write(f"{at}/pkeys/{index}", key)
         self.write(f"{name}/fw_ver", "28.39.1002")
+        self.write(f"{name}/node_type", "1: CA")
         self.write(f"{name}/device/numa_node", "1")
         (self.net / "eth7").mkdir(parents=True, exist_ok=True)
         (self.net / "eth7/mtu").write_text(f"{mtu}\n")
@@ -200,6 +201,7 @@ def test_infiniband_has_one_address() -> None:
         (infiniband(state="INIT"), "the port is INIT", "no subnet manager answers"),
         (infiniband(state="DOWN"), "the port is DOWN", "plug the cable in"),
         (port(gids=()), "no RoCE v2 GID (it has none at all)", "IP address"),
+        (port(node_type="RNIC", gids=()), "neither InfiniBand nor RoCE (RNIC", "link tcp"),
         (infiniband(partitions=(0x7FFF, 0x0001)), "only a limited member", "partitions.conf"),
         (port(mtu_nbytes=512, interface_mtu_nbytes=1000), "MTU 512", "ip link set eth7 mtu 1120 or more"),
         (port(mtu_nbytes=1024), "MTU 1024 of 4096 possible", "ip link set eth7 mtu 4192 or more"),
@@ -242,6 +244,20 @@ def test_what_is_wrong_between_two_ports(ours: Port, theirs: Port, what: str, fa
         assert what in problem.what
         assert problem.remedy
         assert problem.fatal == fatal
+
+
+@pytest.mark.parametrize(("has", "state"), [(0, State.LIMITED), (1024, State.INFO)])
+def test_a_device_without_shared_receive_queues(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, has: int, state: State
+) -> None:
+    tree.port("irdma0")
+    names = [field.name for field in dataclasses.fields(verbs.DeviceLimits)][:10]
+    limits = verbs.DeviceLimits(**{**dict.fromkeys(names, 1), "max_srq": has})
+    monkeypatch.setattr(rdma, "_limits", lambda: ({"irdma0": limits}, "ctypes"))
+    check = found()["device irdma0"]
+    assert check.state is state
+    assert f"{has:,} shared receive queues" in check.detail
+    assert check.advice == ("without the latter the link cannot use it" if not has else "")
 
 
 def test_rails_of_unequal_mtu() -> None:

@@ -9,8 +9,10 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
+#include <system_error>
 
 #include "core/link.hpp"
 
@@ -152,7 +154,22 @@ size_t place(const Selection& selection, const Port& port) {
   return selection.names.size();
 }
 
+// Devices that the kernel has and the library does not list. In a container their files are often missing.
+std::string unlisted() {
+  std::string names;
+  std::error_code none;
+  for (const auto& entry : std::filesystem::directory_iterator("/sys/class/infiniband", none))
+    names += (names.empty() ? "" : ", ") + entry.path().filename().string();
+  return names;
+}
+
 [[noreturn]] void refuse_all(const std::string& why) {
+  if (std::string names = unlisted(); why.empty() && !names.empty())
+    throw LinkFailure(
+        "rdma: the kernel has " + names +
+            ", but the verbs library lists none: give this process its files (in a container: "
+            "--device /dev/infiniband) and the library its drivers (apt install ibverbs-providers)",
+        ENODEV);
   throw LinkFailure("rdma: this machine has no verbs device" + (why.empty() ? why : " (" + why + ")") +
                         "; soft-RoCE serves for trying: rdma link add rxe0 type rxe netdev eth0; see "
                         "`aiocomm doctor`",
@@ -185,15 +202,28 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
       if (!context)
         refuse("device " + device,
                "cannot be opened (" + std::string(strerror(errno)) +
-                   "): give this user access to /dev/infiniband",
+                   "): give this user access to /dev/infiniband; in a container: --device /dev/infiniband",
                errno);
     };
     ibv_device_attr attributes{};
     try {
+      if (list[i]->transport_type != IBV_TRANSPORT_IB)
+        refuse("device " + device,
+               "it is neither InfiniBand nor RoCE (but iWARP, EFA or the like), whose queue pairs the link "
+               "cannot "
+               "use: let the link tcp have this network",
+               EOPNOTSUPP);
       open();
       if (int failed = verbs.query_device(context, &attributes))
         refuse("device " + device, "cannot be queried: " + std::string(strerror(failed)), failed);
+      if (attributes.max_srq == 0)
+        refuse("device " + device,
+               "it has no shared receive queues, which the link needs: name others by AIOCOMM_RDMA_DEVICES, "
+               "or let "
+               "the link tcp have this network",
+               EOPNOTSUPP);
     } catch (const LinkFailure& failure) {
+      attributes = {};  // none of its ports is looked at
       reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
       error = failure.code;
       for (const std::string& name : selection.names)

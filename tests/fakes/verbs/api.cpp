@@ -152,6 +152,7 @@ EXPORT int ibv_query_device(ibv_context* context, ibv_device_attr* attributes) {
   attributes->max_qp_init_rd_atom = machine().limits[number_of(context)].initiates;
   attributes->max_qp_rd_atom = machine().limits[number_of(context)].answers;
   attributes->phys_port_cnt = 1;
+  attributes->max_srq = 1 << 10;
   attributes->max_srq_wr = 1 << 14;
   attributes->max_cqe = 1 << 16;
   attributes->max_sge = 5;

@@ -124,6 +124,22 @@ def test_two_hosts_compare() -> None:
     assert "is on another subnet than 10.21.0.1/24" in checks["rxea1/1 and peer"].detail
 
 
+def test_devices_that_the_library_does_not_list() -> None:
+    """In a container without its device files: the kernel's list is there, the library's is empty."""
+    program = (
+        "import aiocomm, anyio\n"
+        "async def main():\n"
+        "    await aiocomm.connect('unix:///tmp/none', rank=0, size=1, links=['rdma'])\n"
+        "anyio.run(main)\n"
+    )
+    hidden = 'mount -t tmpfs none /dev/infiniband; exec "$0" -c "$1"'
+    command = ["unshare", "--mount", "sh", "-c", hidden, sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    for name in (*RAILS, "--device /dev/infiniband", "ibverbs-providers"):
+        assert name in done.stderr, done.stderr
+
+
 def test_locked_memory_limit_of_an_ordinary_user() -> None:
     reader, writer = os.pipe()
     child = os.fork()
