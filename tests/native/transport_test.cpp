@@ -104,6 +104,17 @@ void reaches_the_memory_of_gpus() {
   CHECK(std::string(way(true, true, false, true).lacks).find("refuses") != std::string::npos);
 }
 
+void exports_whole_pages() {
+  auto pages = [](uint64_t address, uint64_t nbytes, uint64_t page, uint64_t from, uint64_t to) {
+    GpuPages found = gpu_pages(address, nbytes, page);
+    return found.from == from && found.to == to;
+  };
+  CHECK(pages(0x5200, 0x100, 0x1000, 0x5000, 0x6000));
+  CHECK(pages(0x5200, 0xe01, 0x1000, 0x5000, 0x7000));
+  CHECK(pages(0x5000, 0x1000, 0x1000, 0x5000, 0x6000));
+  CHECK(pages(0x25200, 0x100, 0x10000, 0x20000, 0x30000));
+}
+
 void acknowledges_in_any_order() {
   Acks acks;
   CHECK(acks.all_before() == 0);
@@ -145,6 +156,7 @@ int main() {
   maps_classes();
   takes_the_rail_that_is_through_first();
   reaches_the_memory_of_gpus();
+  exports_whole_pages();
   acknowledges_in_any_order();
   acknowledges_around_the_end_of_numbers();
 }

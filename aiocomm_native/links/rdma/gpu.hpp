@@ -31,4 +31,13 @@ inline GpuChoice choose_gpu_way(const GpuReach& reach) {
   return {reach.peer_memory ? GpuWay::peer_memory : GpuWay::host, lacks};
 }
 
+// A dma-buf is of whole pages of the host's: 64 KiB on some of those that GPUs are in.
+struct GpuPages {
+  uint64_t from, to;
+};
+
+inline GpuPages gpu_pages(uint64_t address, uint64_t nbytes, uint64_t page) {
+  return {address / page * page, (address + nbytes + page - 1) / page * page};
+}
+
 }  // namespace aiocomm::rdma

@@ -22,7 +22,9 @@ std::string explain(uint64_t nbytes, int error) {
                      std::string(strerror(error)) + ")";
   rlimit limit{};
   getrlimit(RLIMIT_MEMLOCK, &limit);
-  if ((error == ENOMEM || error == EPERM || error == EAGAIN) && limit.rlim_cur != RLIM_INFINITY)
+  if (error == EAGAIN)
+    text += ": this process's control group allows no more; raise its rdma.max";
+  else if ((error == ENOMEM || error == EPERM) && limit.rlim_cur != RLIM_INFINITY)
     text += ": registered memory is locked, and this process may lock " +
             std::to_string(limit.rlim_cur >> 10) +
             " KiB; raise it by `ulimit -l unlimited`, or memlock in /etc/security/limits.conf";

@@ -1,10 +1,13 @@
 #include "links/rdma/registrations.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
 #include "core/link.hpp"
 #include "core/segments.hpp"
+#include "links/rdma/gpu.hpp"
 
 namespace aiocomm::rdma {
 
@@ -106,17 +109,16 @@ Registration& Registrations::acquire_device(const DeviceRange& range, Access acc
     if (at < range.base + range.extent && range.base < at + other->nbytes)
       forget_device(other->of_base, other->buffer_id);
   }
-  constexpr uint64_t kPage = 4096;
+  static const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   bool whole = range.extent <= keep_bytes_ && !exact(access);
-  uint64_t from = (whole ? range.base : range.address) & ~(kPage - 1);
-  uint64_t to = whole ? range.base + range.extent : range.address + range.nbytes;
-  to = (to + kPage - 1) & ~(kPage - 1);
+  auto [from, to] = gpu_pages(whole ? range.base : range.address, whole ? range.extent : range.nbytes, page);
   Registering job = exact(access) ? job_for(data, range.nbytes, access)
                                   : job_for(reinterpret_cast<std::byte*>(from), to - from, access);
   job.offset = reinterpret_cast<uint64_t>(job.base) - from;
   job.by_node = false;
   job.node = range.node;
-  if (range.open) job.open = [open = range.open, from, nbytes = to - from] { return open(from, nbytes); };
+  if (range.open)
+    job.open = [open = range.open, from = from, nbytes = to - from] { return open(from, nbytes); };
   auto fresh = std::make_unique<Registration>();
   fresh->access = access;
   fresh->buffer_id = range.buffer_id;
