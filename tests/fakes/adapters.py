@@ -87,6 +87,10 @@ class Adapters:
         finally:
             self._library.fake_verbs_dma_buf(1)
 
+    def tell(self, device: int, event: int) -> None:
+        """Whoever has the device open hears of that event (IBV_EVENT_*)."""
+        self._library.fake_verbs_tell(device, event)
+
     @property
     def waiting(self) -> int:
         """Registrations that wait."""

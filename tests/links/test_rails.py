@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from fakes.adapters import HEADERS, build
+from fakes.adapters import HEADERS, Adapters, build
 from harness import until, world
 
 import aiocomm
-from aiocomm.errors import UsageError
+from aiocomm.errors import LinkError, PeerLostError, UsageError
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -101,6 +101,28 @@ async def test_it_ends_with_the_last_chunk_of_either(
         assert written == 5
         device = pair[0].links["rdma"].statistics().device
         assert min(device["fake0.writes"], device["fake1.writes"]) > 0
+
+
+async def sending_on(comm: aiocomm.Communicator) -> None:
+    while True:
+        await comm.send(b"?", 1)
+
+
+@pytest.mark.parametrize("event", [0, 14, 8], ids=["overrun queue", "broken receives", "device"])
+async def test_a_broken_queue_takes_its_rail_out(event: int) -> None:
+    """IBV_EVENT_CQ_ERR, _SRQ_ERR and _DEVICE_FATAL: nothing more would be heard of what is under way."""
+    async with world(2, links=("rdma",), warmup=True) as (a, b):
+        events = a.events()
+        Adapters().tell(0, event)
+        async for told in events:
+            if isinstance(told, aiocomm.LinkDown):
+                assert told.link == "rdma/fake0:1"
+                break
+        await exchange((a, b), 1000, 5)
+        await exchange((a, b), 300_000, 5)
+        Adapters().tell(1, event)
+        with pytest.raises((LinkError, PeerLostError)):
+            await sending_on(a)
 
 
 @pytest.mark.parametrize("rails", [1, 2])

@@ -42,7 +42,7 @@ class FakeHost final : public Host, public FrameSink {
     control(EPOLL_CTL_MOD, fd, events, target, loop);
   }
   void unwatch(int fd, bool loop) override {
-    control(EPOLL_CTL_DEL, fd, 0, nullptr, loop);
+    if (watched_[loop].contains(fd)) control(EPOLL_CTL_DEL, fd, 0, nullptr, loop);
     ++unwatched;
   }
   uint64_t now() const override {

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <cstdlib>
 
@@ -97,6 +98,91 @@ void a_peer_that_hears_late_gives_credits_back() {
   CHECK(send(sent) == Post::ok);
 }
 
+// A device whose queue pairs are all taken gets the next pair when it has some again, and that sends as any other.
+void a_device_that_has_no_more_queue_pairs() {
+  auto most = adapters<void(size_t)>("fake_verbs_pairs");
+
+  CHECK(adapters<int()>("fake_verbs_vectors")() >= 3);
+  FakeHost host;
+  host.texts = {{"libibverbs", library()}, {"rdma_devices", "fake0"}};
+  auto link = make_link("rdma", host);
+  int sockets[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
+  std::string said;
+  most(0);
+  try {
+    link->attach(1, 1, {sockets[0]}, link->card(), true);
+  } catch (const LinkFailure& failure) {
+    said = failure.what();
+  }
+  ::close(sockets[1]);
+  CHECK(said.find("device fake0") != std::string::npos &&
+        said.find("has no more of them") != std::string::npos);
+  most(~size_t{0});
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
+  std::shared_ptr<LinkPeer> ends[2];
+  for (int side : {0, 1}) ends[side] = link->attach(1 - side, 1, {sockets[side]}, link->card(), side == 0);
+  for (auto& end : ends) end->start();
+  CHECK(until({&host}, [&] { return ends[0]->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok; }));
+  CHECK(link->counters()["inline_sends"] == link->counters()["sends"]);
+  for (auto& end : ends) end->close();
+}
+
+// A process that does not see the kernel's list of devices (a container's /sys) does not take them for removed.
+void devices_that_the_kernel_never_listed() {
+  Pair pair;
+  pair.connect();
+  {
+    std::lock_guard lock(pair.ha.token);
+    pair.a->tick(pair.ha.now() + 2'000'000'000);
+  }
+  CHECK(pair.a->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok);
+  CHECK(pair.wait([&] { return pair.lost() || pair.hb.frames.size() == 1; }));
+  CHECK(!pair.lost());
+}
+
+constexpr int kDeviceFatal = 8;  // IBV_EVENT_DEVICE_FATAL
+
+// A device that breaks takes its rail with it, of pairs that are made later as well; the others go on.
+void a_pair_that_is_made_without_one_of_the_rails() {
+  Pair pair("fake0,fake1", "fake0,fake1");
+  pair.connect();
+  adapters<void(int, int)>("fake_verbs_tell")(0, kDeviceFatal);
+  CHECK(pair.wait([&] { return pair.ha.parts_down == 1 && pair.hb.parts_down == 1; }));
+  int sockets[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
+  for (auto* end : {pair.a.get(), pair.b.get()}) end->close();
+  pair.a = pair.la->attach(1, 2, {sockets[0]}, pair.lb->card(), true);
+  pair.b = pair.lb->attach(0, 2, {sockets[1]}, pair.la->card(), false);
+  pair.a->start();
+  pair.b->start();
+  CHECK(pair.wait([&] { return pair.a->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok; }));
+  CHECK(pair.wait([&] { return pair.hb.frames.size() == 1; }));
+  CHECK(!pair.lost());
+}
+
+// It may break before the two have greeted each other, or one of them may hear of it before.
+void a_rail_that_breaks_while_the_pair_connects() {
+  for (bool one_greets : {false, true}) {
+    Pair pair("fake0,fake1", "fake0,fake1");
+    if (one_greets) pair.hb.serve(false, 10000);
+    adapters<void(int, int)>("fake_verbs_tell")(0, kDeviceFatal);
+    int heard = 0;
+    CHECK(until({}, [&] {
+      for (auto [host, peer] : {std::pair{&pair.ha, pair.a.get()}, {&pair.hb, pair.b.get()}}) {
+        std::lock_guard lock(host->token);
+        heard += peer->poll(100) > 0;
+      }
+      return heard == 2;
+    }));
+    CHECK(!pair.lost());
+    CHECK(pair.wait(
+        [&] { return pair.lost() || pair.a->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok; }));
+    CHECK(pair.wait([&] { return pair.lost() || pair.hb.frames.size() == 1; }));
+    CHECK(!pair.lost());
+  }
+}
+
 // Adapters differ in how many reads they have under way, or answer; and what shares its LID is found by its GID only.
 void adapters_of_different_make_read_from_each_other() {
   auto limit = adapters<void(int, int, int, int)>("fake_verbs_limit");
@@ -141,5 +227,9 @@ void adapters_of_different_make_read_from_each_other() {
 
 int main() {
   a_peer_that_hears_late_gives_credits_back();
+  a_device_that_has_no_more_queue_pairs();
+  devices_that_the_kernel_never_listed();
+  a_pair_that_is_made_without_one_of_the_rails();
+  a_rail_that_breaks_while_the_pair_connects();
   adapters_of_different_make_read_from_each_other();
 }

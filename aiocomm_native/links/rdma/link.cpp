@@ -73,8 +73,8 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
   if (nodes_ >= 0) host_.watch(nodes_, EPOLLIN, this, false);
   for (auto& rail : rails_) {
     Rail& one = *rail;
-    rail->on_gone = [this, &one] {
-      one.leave();
+    rail->on_gone = [this, &one](const char* why) {
+      one.leave(why);
       ring_fd(news_);
     };
     rail->on_failed = [this](const char* why) { thread_failed(why); };

@@ -47,13 +47,22 @@ void RdmaPeer::open(const std::vector<Address>& theirs) {
   frames_ = {static_cast<std::byte*>(std::aligned_alloc(4096, room)), std::free};
   if (!frames_) throw LinkFailure("rdma: no memory for frames", ENOMEM);
   frames_registration_ = link_.registrations().acquire(frames_.get(), room, Access::local).id;
+  std::string reasons;
+  int error = 0;
   for (uint32_t i = 0; i < theirs.size(); ++i) {
     auto lane = std::make_unique<Lane>(*this, *link_.rails()[i], i);
     lane->theirs = theirs[i];
-    lane->pairs = lane->rail.open();
-    lane->rail.add(lane->pairs, lane.get());
+    try {
+      lane->pairs = lane->rail.open();
+      lane->rail.add(lane->pairs, lane.get());
+    } catch (const LinkFailure& failure) {  // the others will do: the handshake leaves it out
+      reasons += (reasons.empty() ? "" : "; ") + std::string(failure.what());
+      error = failure.code;
+    }
     lanes_.push_back(std::move(lane));
   }
+  if (std::none_of(lanes_.begin(), lanes_.end(), [](auto& lane) { return bool(lane->pairs); }))
+    throw LinkFailure("rdma: " + reasons, error);
 }
 
 void RdmaPeer::start() {

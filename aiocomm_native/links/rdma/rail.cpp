@@ -31,7 +31,8 @@ T* check(T* made, const std::string& rail, const char* what) {
   int error = errno;
   std::string text = rail + ": cannot make " + what + ": " + strerror(error);
   if (error == ENOMEM || error == EPERM)
-    text += "; the locked-memory limit may be too small: ulimit -l unlimited";
+    text += "; the device has no more of them, or the locked-memory limit is too small: ulimit -l unlimited";
+  if (error == EAGAIN) text += "; this process's control group allows no more: raise its rdma.max";
   throw LinkFailure(text, error);
 }
 
@@ -55,6 +56,7 @@ Rail::Rail(const Verbs& verbs, Port port, const Transport& transport)
       if (port_.device == verbs_.get_device_name(list[i])) context_ = verbs_.open_device(list[i]);
     check(context_, name(), "a context");
     node_ = context_->device->dev_name;
+    if (!present()) node_.clear();  // the list is not to be seen from here
     ibv_device_attr limits{};
     verbs_.query_device(context_, &limits);
     auto at_most = [](uint32_t wanted, int limit) {
@@ -72,8 +74,12 @@ Rail::Rail(const Verbs& verbs, Port port, const Transport& transport)
       *channel = check(verbs_.create_comp_channel(context_), name(), "a completion channel");
       non_blocking((*channel)->fd);
     }
+    // Each vector interrupts another processor: what many processes and rails wait for is spread over them.
+    int vector = ::getpid();
     auto queue = [&](ibv_comp_channel* channel) {
-      return check(verbs_.create_cq(context_, depth, nullptr, channel, 0), name(), "a completion queue");
+      return check(verbs_.create_cq(context_, depth, nullptr, channel,
+                                    vector++ % std::max(context_->num_comp_vectors, 1)),
+                   name(), "a completion queue");
     };
     express_queue_ = queue(express_channel_);
     frames_queue_ = queue(channel_);
@@ -132,11 +138,11 @@ bool Rail::present() const {
   return node_.empty() || ::access(("/sys/class/infiniband_verbs/" + node_).c_str(), F_OK) == 0;
 }
 
-void Rail::leave() {
+void Rail::leave(const char* why) {
   up_.store(false, std::memory_order_release);
   if (gone_.exchange(true)) return;
   std::lock_guard lock(polling_);
-  for (Completions* lane : all_lanes_) lane->failed(name() + ": the device was removed");
+  for (Completions* lane : all_lanes_) lane->failed(name() + ": " + why);
 }
 
 bool Rail::idle_without_device() {
@@ -215,12 +221,11 @@ QueuePairs Rail::open() {
       if (++peers_ > slab_count_.load(std::memory_order_relaxed)) add_slots(kCredits);
     }
     // Devices do not tell what they take inline: ask for less until it fits.
-    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, 1, max_inline_)) &&
-           max_inline_) {
-      max_inline_ /= 2;
-      if (max_inline_ < 64) max_inline_ = 0;
-    }
+    uint32_t takes = max_inline_;
+    while (!(pairs.all[0] = make_pair(express_queue_, frames_srq_, kFrameDepth, 1, takes)) && takes)
+      takes = takes < 128 ? 0 : takes / 2;
     check(pairs.all[0], name(), "a queue pair");
+    max_inline_ = takes;  // else it was not that which it lacked
     pairs.all[1] =
         check(make_pair(frames_queue_, frames_srq_, kFrameDepth, 1, max_inline_), name(), "a queue pair");
     for (size_t level = 0; level < transport_.bulk.size(); ++level)
@@ -254,6 +259,9 @@ void Rail::destroy(QueuePairs& pairs) {
 }
 
 void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers) {
+  if (!pairs || !numbers[0])
+    throw LinkFailure(name() + ": " + (pairs ? "the peer's device there" : "the device") + " is out of use",
+                      ENODEV);
   for (size_t i = 0; i < pairs.all.size(); ++i) {
     if (!pairs.all[i] != !numbers[i])
       throw LinkFailure(name() +

@@ -143,13 +143,14 @@ class Rail final : public Pollable {
   bool gone() const { return gone_.load(std::memory_order_acquire); }
   bool present() const;                              // as far as the kernel's list of devices says
   const std::string& node() const { return node_; }  // its file in /dev/infiniband
-  void leave();                // the device is gone: its lanes hear that they have failed
+  // The device is gone, or good for nothing: its lanes hear that they have failed.
+  void leave(const char* why = "the device was removed");
   bool idle_without_device();  // no lane is left
   bool runs_here() const { return std::this_thread::get_id() == poster_.get_id(); }
   void
   retire();  // then, by another thread than its own: closes everything of the device. The rail stays, and is good for nothing.
-  std::function<void()> handle;   // has the engine look at what was handed out; told by the poster
-  std::function<void()> on_gone;  // its device says that it is broken; told by the poller
+  std::function<void()> handle;  // has the engine look at what was handed out; told by the poster
+  std::function<void(const char* why)> on_gone;    // its device says that it is broken; told by the poller
   std::function<void(const char* why)> on_failed;  // one of its threads ends with an exception; told by that
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.

@@ -314,8 +314,10 @@ void Rail::read_events() {
     ibv_event_type type = event.event_type;
     bool ours = event.element.port_num == port_.number;
     verbs_.ack_async_event(&event);
-    if (type == IBV_EVENT_DEVICE_FATAL) {
-      on_gone();
+    // The queues are the rail's, whose own they all are on this context: without one of them nothing would ever be heard
+    // of what is under way.
+    if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR || type == IBV_EVENT_SRQ_ERR) {
+      on_gone(verbs_.event_type_str(type));
       continue;
     }
     bool down = type == IBV_EVENT_PORT_ERR && ours;

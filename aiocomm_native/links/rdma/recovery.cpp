@@ -57,6 +57,10 @@ Lane* RdmaPeer::another_lane(const Lane& but) {
 
 void RdmaPeer::lane_failed(Lane& lane, const std::string& reason, Loss loss) {
   if (lane.state == Lane::State::failed || lane.state == Lane::State::down) return;
+  if (!greeted_) {  // it is left out of the handshake, which tells the peer
+    lane.rail.remove(lane.pairs, lane.posting);
+    return link_.retire_rails();
+  }
   bool was_up = lane.state == Lane::State::up;
   if (!was_up) loss = Loss::path;  // it was tried, and that was in vain
   Lane* next = another_lane(lane);

@@ -124,12 +124,20 @@ EXPORT ibv_device** ibv_get_device_list(int* count) {
   for (int i = 0; i < n; ++i) {
     list[i] = &devices()[i];
     std::snprintf(list[i]->name, sizeof list[i]->name, "fake%d", i);
+    std::snprintf(list[i]->dev_name, sizeof list[i]->dev_name, "uverbs-fake%d", i);  // the kernel lists none
   }
   if (count) *count = n;
   return list;
 }
 EXPORT void ibv_free_device_list(ibv_device** list) { free(list); }
 EXPORT const char* ibv_get_device_name(ibv_device* device) { return device->name; }
+
+EXPORT int ibv_fork_init() {
+  std::lock_guard lock(machine().mutex);
+  if (machine().registered) return EINVAL;
+  machine().fork_safe = true;
+  return 0;
+}
 
 EXPORT ibv_context* ibv_open_device(ibv_device* device) {
   auto* context = new ibv_context{};
@@ -138,10 +146,18 @@ EXPORT ibv_context* ibv_open_device(ibv_device* device) {
   context->ops.post_srq_recv = post_srq_recv;
   context->ops.poll_cq = poll_cq;
   context->ops.req_notify_cq = req_notify_cq;
+  context->num_comp_vectors = 8;
   context->async_fd = eventfd(0, EFD_CLOEXEC);
+  std::lock_guard lock(machine().mutex);
+  machine().contexts.emplace(number_of(context), context);
   return context;
 }
 EXPORT int ibv_close_device(ibv_context* context) {
+  {
+    std::lock_guard lock(machine().mutex);
+    std::erase_if(machine().contexts, [&](const auto& one) { return one.second == context; });
+    machine().events.erase(context);
+  }
   ::close(context->async_fd);
   delete context;
   return 0;
@@ -300,11 +316,18 @@ EXPORT int ibv_get_cq_event(ibv_comp_channel* channel, ibv_cq** cq, void** conte
   return 0;
 }
 EXPORT void ibv_ack_cq_events(ibv_cq*, unsigned) {}
-EXPORT ibv_cq* ibv_create_cq(ibv_context* context, int, void* cq_context, ibv_comp_channel* channel, int) {
+EXPORT ibv_cq* ibv_create_cq(ibv_context* context, int, void* cq_context, ibv_comp_channel* channel,
+                             int vector) {
+  if (vector < 0 || vector >= context->num_comp_vectors) {
+    errno = EINVAL;
+    return nullptr;
+  }
   auto* queue = new Queue{};
   queue->context = context;
   queue->channel = channel;
   queue->cq_context = cq_context;
+  std::lock_guard lock(machine().mutex);
+  machine().vectors.insert(vector);
   return queue;
 }
 EXPORT int ibv_destroy_cq(ibv_cq* cq) {
@@ -341,6 +364,11 @@ EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
   pair->most_pieces = wanted->cap.max_send_sge;
   pair->depth = wanted->cap.max_send_wr;
   std::lock_guard lock(machine().mutex);
+  if (machine().pairs.size() >= machine().most_pairs) {
+    delete pair;
+    errno = ENOMEM;
+    return nullptr;
+  }
   pair->qp_num = machine().next_pair++;
   machine().pairs[pair->qp_num] = pair;
   return pair;
@@ -371,16 +399,29 @@ EXPORT int ibv_destroy_qp(ibv_qp* qp) {
   return 0;
 }
 
-EXPORT int ibv_get_async_event(ibv_context* context, ibv_async_event*) {
+EXPORT int ibv_get_async_event(ibv_context* context, ibv_async_event* event) {
   uint64_t count;
+  {
+    std::lock_guard lock(machine().mutex);
+    auto& events = machine().events[context];
+    if (!events.empty()) {
+      *event = {};
+      event->element.port_num = 1;
+      event->event_type = events.front();
+      events.pop_front();
+      return 0;
+    }
+  }
   if (::read(context->async_fd, &count, sizeof count) < 0) return -1;
-  return refused(EAGAIN);  // nothing ever happens to these adapters
+  return refused(EAGAIN);
 }
 EXPORT void ibv_ack_async_event(ibv_async_event*) {}
 EXPORT const char* ibv_wc_status_str(ibv_wc_status status) {
   return status == IBV_WC_REM_ACCESS_ERR ? "remote access error" : "simulated error";
 }
-EXPORT const char* ibv_event_type_str(ibv_event_type) { return "event"; }
+EXPORT const char* ibv_event_type_str(ibv_event_type type) {
+  return type == IBV_EVENT_CQ_ERR ? "CQ error" : type == IBV_EVENT_SRQ_ERR ? "SRQ error" : "event";
+}
 
 // ---------------------------------------------------------------- what a test does to it
 
@@ -409,6 +450,28 @@ EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
 EXPORT void fake_verbs_limit(int device, int initiates, int answers, int routed) {
   std::lock_guard lock(machine().mutex);
   machine().limits[device] = {initiates, answers, routed != 0};
+}
+// Whoever has the device open in this process is told.
+EXPORT void fake_verbs_tell(int device, int event) {
+  std::lock_guard lock(machine().mutex);
+  auto [first, last] = machine().contexts.equal_range(device);
+  for (auto it = first; it != last; ++it) {
+    machine().events[it->second].push_back(static_cast<ibv_event_type>(event));
+    uint64_t one = 1;
+    if (::write(it->second->async_fd, &one, sizeof one) != sizeof one) std::abort();
+  }
+}
+EXPORT int fake_verbs_fork_safe() {
+  std::lock_guard lock(machine().mutex);
+  return machine().fork_safe;
+}
+EXPORT void fake_verbs_pairs(size_t most) {  // queue pairs that there may be
+  std::lock_guard lock(machine().mutex);
+  machine().most_pairs = most;
+}
+EXPORT int fake_verbs_vectors() {
+  std::lock_guard lock(machine().mutex);
+  return static_cast<int>(machine().vectors.size());
 }
 EXPORT int fake_verbs_waiting() {
   std::lock_guard lock(machine().mutex);

@@ -85,7 +85,12 @@ struct Machine {
   int waiting = 0;      // registrations
   int leaving = 0;      // deregistrations that wait
   uint64_t registered = 0;
+  bool fork_safe = false;
+  size_t most_pairs = ~size_t{0};
+  std::set<int> vectors;  // by which completion queues tell
   Limits limits[kMostDevices];
+  std::multimap<int, ibv_context*> contexts;  // that are open, by device
+  std::map<ibv_context*, std::deque<ibv_event_type>> events;
   uint64_t requests = 0;                     // that were posted
   std::atomic<const char*> broken{nullptr};  // a thread whose calls throw, by its name
 };
