@@ -101,7 +101,7 @@ void a_peer_that_hears_late_gives_credits_back() {
 // A device whose queue pairs are all taken gets the next pair when it has some again, and that sends as any other.
 void a_device_that_has_no_more_queue_pairs() {
   auto most = adapters<void(size_t)>("fake_verbs_pairs");
-
+  CHECK(adapters<int()>("fake_verbs_fork_safe")());  // before anything was registered
   CHECK(adapters<int()>("fake_verbs_vectors")() >= 3);
   FakeHost host;
   host.texts = {{"libibverbs", library()}, {"rdma_devices", "fake0"}};

@@ -56,6 +56,9 @@ std::unique_ptr<Verbs> load(const std::string& path) {
   AIOCOMM_FIND(wc_status_str);
   AIOCOMM_FIND(event_type_str);
 #undef AIOCOMM_FIND
+  // Before Linux 5.12 a fork would leave a device with the pages that its parent writes no more. Where the kernel sees to
+  // it, this does nothing; where others have registered memory before, it is too late (EINVAL).
+  if (auto fork_init = reinterpret_cast<int (*)()>(dlsym(library, "ibv_fork_init"))) fork_init();
   verbs->reg_dmabuf_mr =
       reinterpret_cast<decltype(verbs->reg_dmabuf_mr)>(dlsym(library, "ibv_reg_dmabuf_mr"));
   return verbs;
