@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Iterable
@@ -125,7 +126,7 @@ def _foreign(array: Any) -> NDArray[Any]:
         try:
             return np.from_dlpack(array)
         except (BufferError, RuntimeError, TypeError) as error:
-            foreign = _torch_bytes(array)
+            foreign = _unexported(array)
             if foreign is None:
                 raise UsageError(f"{type(array).__name__} cannot be exported: {error}") from error
             return foreign
@@ -142,10 +143,24 @@ def _dlpack_device(array: Any) -> int | None:
     return int(probe()[0]) if probe is not None else None
 
 
-def _torch_bytes(array: Any) -> NDArray[Any] | None:
-    # torch exports neither tensors that need gradients nor dtypes that NumPy lacks (bfloat16, float8).
+def _unexported(array: Any) -> NDArray[Any] | None:
+    """A tensor of torch that it does not export: one that needs gradients, or has a dtype that NumPy lacks.
+
+    Of such a dtype (bfloat16, float8) these are the bytes. None: it cannot be had.
+    """
     if type(array).__module__.partition(".")[0] != "torch":
         return None
     import torch
 
-    return np.from_dlpack(array.detach().view(torch.uint8))
+    failures = BufferError, RuntimeError, TypeError
+    plain = array.detach()
+    with contextlib.suppress(*failures):
+        return np.from_dlpack(plain)
+    with contextlib.suppress(*failures):
+        if plain.is_contiguous():
+            return np.from_dlpack((plain if plain.dim() else plain.reshape(1)).view(torch.uint8))
+        raise UsageError(
+            f"the array (Tensor, shape {tuple(plain.shape)}, strides {plain.stride()}) is not contiguous in "
+            "C order: pass x.contiguous()"
+        )
+    return None

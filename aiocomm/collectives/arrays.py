@@ -48,7 +48,7 @@ def flat(x: Any, name: str, writable: bool = False) -> Array:
         if x is None:
             raise UsageTypeError(f"{name} is None: pass an array")
         view = np.asarray(as_buffer(x, writable))
-        dtype = _lost_dtype(x)
+        dtype = _lost_dtype(x, view.dtype)
         return view.reshape(-1) if dtype is None else view.reshape(-1).view(dtype)
     _check_unmasked(x, name)
     if x.dtype.hasobject:
@@ -77,15 +77,28 @@ def array_of(x: Any, name: str) -> Array:
     _check_unmasked(x, name)
     try:
         return np.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        if _is_torchs(x):  # which needs gradients, is of a dtype that NumPy lacks, or lies on a GPU
+            return flat(x, name).reshape(tuple(x.shape))
+        if isinstance(error, RuntimeError):
+            raise
         raise UsageError(f"{name} cannot be made an array: pass rows of one length ({error})") from error
 
 
-def _lost_dtype(x: Any) -> Any:
-    """The dtype of a torch tensor that NumPy knows by ml_dtypes only; None: the buffer has it."""
+def _is_torchs(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "torch"
+
+
+def _lost_dtype(x: Any, found: Any) -> Any:
+    """The dtype of a torch tensor of which only the bytes were had; None: the buffer has it.
+
+    Args:
+        found: what the buffer says.
+    """
     name = str(getattr(x, "dtype", "")).removeprefix("torch.")
     if not name.startswith(("bfloat16", "float8")):
-        return None
+        as_bytes = _is_torchs(x) and found == np.uint8 and name != "uint8"
+        return np.dtype(f"V{x.element_size()}") if as_bytes else None  # which is moved, not computed with
     try:
         import ml_dtypes
     except ImportError:
