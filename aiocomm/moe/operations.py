@@ -156,7 +156,7 @@ class ExpertOperations:
             out: receives the result; shape (tokens, hidden), any floating dtype; it may overlap `outputs`.
                 Default: a new array of the dtype of `outputs`; where they are on a GPU, a `DeviceArray`.
             wire: dtype in which the ranks' sums travel, or its name, default that of the sums; a shorter
-                one rounds each once.
+                one rounds each that travels, once.
 
         Returns:
             The result, `out` where it is given: one row per token that this rank dispatched, zeros for those

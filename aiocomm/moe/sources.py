@@ -85,14 +85,21 @@ __device__ unsigned short to_bfloat(float value) {
   const unsigned quiet = (bits >> 16 & 0x8000u) | 0x7fc0u;
   return (unsigned short)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
+__device__ float narrowed(float value) { return value; }
+__device__ float narrowed(double value) {
+  const float nearest = (float)value;
+  const double back = (double)nearest;
+  const int away = value > 0 ? back > value : back < value;
+  return __uint_as_float((__float_as_uint(nearest) - away) | (back != value));
+}
 __device__ float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ float plus(float a, float b) { return __fadd_rn(a, b); }
 __device__ double times(double a, double b) { return __dmul_rn(a, b); }
 __device__ double plus(double a, double b) { return __dadd_rn(a, b); }
 """
 _STORED: Final = {  # how a dtype is stored, read and written
-    "float16": ("unsigned short", "from_half(x)", "to_half((float)x)"),
-    "bfloat16": ("unsigned short", "from_bfloat(x)", "to_bfloat((float)x)"),
+    "float16": ("unsigned short", "from_half(x)", "to_half(narrowed(x))"),
+    "bfloat16": ("unsigned short", "from_bfloat(x)", "to_bfloat(narrowed(x))"),
     "float32": ("float", "x", "(float)x"),
     "float64": ("double", "x", "x"),
 }

@@ -40,6 +40,17 @@ uint16_t to_bfloat(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+float narrowed(float value) { return value; }
+
+// The nearest float may be half way between two shorter ones where the value is not: then the second rounding would go
+// wrong. So where it is not exact, it is the odd one of the two around the value.
+float narrowed(double value) {
+  const auto nearest = static_cast<float>(value);
+  const auto back = static_cast<double>(nearest);
+  const int32_t away = value > 0 ? back > value : back < value;
+  return std::bit_cast<float>((std::bit_cast<int32_t>(nearest) - away) | (back != value));
+}
+
 template <FloatKind K>
 using Stored =
     std::conditional_t<K == FloatKind::f64, double, std::conditional_t<K == FloatKind::f32, float, uint16_t>>;
@@ -53,8 +64,8 @@ Sum load(Stored<K> value) {
 
 template <FloatKind K, class Sum>
 Stored<K> store(Sum value) {
-  if constexpr (K == FloatKind::f16) return to_half(static_cast<float>(value));
-  if constexpr (K == FloatKind::bf16) return to_bfloat(static_cast<float>(value));
+  if constexpr (K == FloatKind::f16) return to_half(narrowed(value));
+  if constexpr (K == FloatKind::bf16) return to_bfloat(narrowed(value));
   if constexpr (K == FloatKind::f32 || K == FloatKind::f64) return static_cast<Stored<K>>(value);
 }
 

@@ -153,6 +153,26 @@ def assert_sums_are_those_of_the_host(
     assert out.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("out", ["float16", "bfloat16"])
+def test_sums_of_doubles_are_rounded_once(tmp_path: Path, out: str) -> None:
+    """As on the host, which the tests of sums hold to plain loops."""
+    run = """
+extern "C" void round(const double* from, unsigned short* to, unsigned count) {
+  for (unsigned i = 0; i < count; ++i) to[i] = Out::save(from[i]);
+}"""
+    source = ROUNDED + sources.sums_source("float64", "float64", out).replace("__device__ static", "static")
+    library = as_library(source, run, tmp_path)
+    bits = np.random.default_rng(0).integers(0, 0x7BFF, 3000).astype(np.uint16)
+    below, above = (one.view(out).astype(np.float64) for one in (bits, bits + np.uint16(1)))
+    middles = (below + above) / 2
+    values = np.concatenate([middles, np.nextafter(middles, 0), np.nextafter(middles, np.inf)])
+    values = np.concatenate([values, -values, [0, np.inf, np.nan, 1e300, 5e-324]])
+    found, expected = np.zeros(len(values), np.uint16), np.zeros((len(values), 1), out)
+    library.round(*(ctypes.c_void_p(one.ctypes.data) for one in (values, found)), len(values))
+    add_up([(np.arange(len(values)), values[:, None])], True, expected)
+    assert np.array_equal(found.view(out)[:, None], expected, equal_nan=True)
+
+
 def test_the_sources_compile() -> None:
     assert_it_compiles(sources.MOVE_SOURCE)
     for terms in sources.KINDS:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from aiocomm.moe.wire import HEAD_BYTES, Head, lists_bytes, pack_lists, unpack_l
 from aiocomm_native import _core
 
 Array = np.ndarray[Any, Any]
+ONE = place(1, None, 1)
 
 
 @st.composite
@@ -149,6 +152,43 @@ def test_sums_are_those_of_plain_loops_bit_by_bit(
                     some = term if some is None else some + term
                 total = total if some is None else total + some
             assert np.array_equal(result[token], total)
+
+
+DTYPES = [np.dtype(ml_dtypes.bfloat16), *map(np.dtype, ("f2", "f4", "f8"))]
+
+
+def nearest(value: float, dtype: np.dtype[Any]) -> Any:
+    """The number of a dtype that is next to a double, that with an even mantissa where there are two."""
+    if not np.isfinite(value) or dtype == np.float64:
+        return np.array(value, dtype)
+    info = ml_dtypes.finfo(dtype)
+    digits, least = info.nmant + 1, int(info.minexp) - info.nmant
+    step = max(math.frexp(value)[1] - digits, least)
+    found = round(math.ldexp(value, -step)) * 2.0**step  # Python rounds to even
+    return np.array(found if abs(found) <= float(info.max) else math.copysign(math.inf, found), dtype)
+
+
+def test_a_sum_is_rounded_once() -> None:
+    """Also one of doubles, to a dtype shorter than floats, half way between two of it but for one bit."""
+    seeded = np.random.default_rng(0)
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e300, -1e300, 5e-324, -5e-324, 3.4028235677973366e38]
+    for exponent in (0, 3, 15, 16, -14, -24, -25, 127, 128, -126, -133, -134, -149, -150):
+        for _ in range(40):
+            bits = int(seeded.integers(7, 25))  # of which the last is half way, for some dtype
+            middle = (1 + int(seeded.integers(1 << bits)) / (1 << bits)) * 2.0**exponent
+            for one in (middle, math.nextafter(middle, 0), math.nextafter(middle, math.inf)):
+                values += [one, -one]
+    terms = np.array(values)[:, None]
+    count = len(terms)
+    found = arrange(route(np.zeros((count, 1), np.int64), np.ones((count, 1), np.float32), ONE), ONE, 0)
+    tokens = np.arange(count)
+    for dtype in DTYPES:
+        sums, added = np.zeros((count, 1), dtype), np.zeros((count, 1), dtype)
+        weigh(terms, found, 0, count, sums)
+        add_up([(tokens, terms)], True, added)
+        expected = np.stack([nearest(value, dtype) for value in values])[:, None]
+        for result in (sums, added):
+            assert np.array_equal(result.astype(np.float64), expected.astype(np.float64), equal_nan=True)
 
 
 @settings(max_examples=50, deadline=None)

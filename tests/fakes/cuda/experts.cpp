@@ -71,26 +71,25 @@ double half_to_double(uint16_t half) {
   return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
 }
 
-// To the nearest, ties to even: found by the distance between two neighbours.
-uint16_t to_half(float value) {
+// To the nearest, ties to even: found by the distance between two neighbours. `digits` of the mantissa, the first of
+// which is not stored; `least` is the exponent of the smallest number, and `inf` the bits of what is too large.
+uint16_t rounded(double value, int digits, int least, uint16_t inf) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const float size = std::fabs(value);
-  if (std::isnan(value)) return sign | 0x7e00;
-  if (size >= 65520) return sign | 0x7c00;
+  const double size = std::fabs(value);
+  if (std::isnan(value)) return sign | inf | static_cast<uint16_t>(1 << (digits - 2));
   if (size == 0) return sign;  // which has no exponent
+  if (std::isinf(value)) return sign | inf;
   int exponent = 0;
   std::frexp(size, &exponent);
-  const int step = std::max(exponent - 11, -24);
-  const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, -step)));
-  return sign |
-         static_cast<uint16_t>(step == -24 && units < 1024 ? units : ((step + 25) << 10) + units - 1024);
+  const int step = std::max(exponent - digits, least), whole = 1 << (digits - 1);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, -step)));
+  const int found =
+      step == least && units < whole ? units : ((step - least + 1) << (digits - 1)) + units - whole;
+  return sign | static_cast<uint16_t>(std::min<int>(found, inf));
 }
 
-uint16_t to_bfloat(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16 & 0x8000) | 0x7fc0);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+uint16_t to_half(double value) { return rounded(value, 11, -24, 0x7c00); }
+uint16_t to_bfloat(double value) { return rounded(value, 8, -133, 0x7f80); }
 
 // One row in the type of sums, and back.
 template <class Sum>
@@ -123,8 +122,8 @@ void save(View& view, uint64_t address, const std::string& dtype, const std::vec
   };
   if (dtype == "float64") return write(double{}, [](Sum x) { return static_cast<double>(x); });
   if (dtype == "float32") return write(float{}, [](Sum x) { return static_cast<float>(x); });
-  if (dtype == "float16") return write(uint16_t{}, [](Sum x) { return to_half(static_cast<float>(x)); });
-  write(uint16_t{}, [](Sum x) { return to_bfloat(static_cast<float>(x)); });
+  if (dtype == "float16") return write(uint16_t{}, [](Sum x) { return to_half(x); });
+  write(uint16_t{}, [](Sum x) { return to_bfloat(x); });
 }
 
 void move_rows(View& view, const std::vector<uint64_t>& all) {
