@@ -23,6 +23,7 @@ __all__ = [
     "check_name",
     "check_operator",
     "dtype_name",
+    "dtype_of",
     "flat",
     "operator",
 ]
@@ -99,11 +100,23 @@ def _lost_dtype(x: Any, found: Any) -> Any:
     if not name.startswith(("bfloat16", "float8")):
         as_bytes = _is_torchs(x) and found == np.uint8 and name != "uint8"
         return np.dtype(f"V{x.element_size()}") if as_bytes else None  # which is moved, not computed with
+    return dtype_of(name)
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of a name, also of those that NumPy knows by ml_dtypes only.
+
+    Raises:
+        UsageError: that package is not there.
+    """
+    if not name.startswith(("bfloat16", "float8")):
+        return np.dtype(name)
     try:
         import ml_dtypes
     except ImportError:
         raise UsageError(f"dtype {name} needs the package ml_dtypes: pip install ml_dtypes") from None
-    return np.dtype(getattr(ml_dtypes, name))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from aiocomm._operations import on_gpu
 from aiocomm._streams import LEGACY
 from aiocomm.collectives.arrays import array_of
 from aiocomm.collectives.kernels import check_budget, device_of
-from aiocomm.errors import LinkError, UsageError, UsageTypeError
+from aiocomm.errors import LinkError, UsageError
 from aiocomm.moe.device_exchange import Matrix, Setting
 from aiocomm.moe.device_quick import QuickCombine, QuickDispatch
 from aiocomm.moe.memory import Pool
-from aiocomm.moe.sources import KINDS
+from aiocomm.moe.weighting import check_kind
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def combine(
             raise UsageError(f"out has shape {(target.rows, target.hidden)}, the result {shape}")
     result = outputs.dtype if target is None else target.dtype
     for name, dtype in (("outputs", outputs.dtype), ("wire", wire), ("out", result)):
-        if dtype not in KINDS:
-            raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
+        check_kind(name, dtype)
     arrays = [outputs.description] + ([] if target is None else [target.description])
     tables = dispatched._tables
     assert tables is not None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from aiocomm._operations import limit_of
-from aiocomm.collectives.arrays import dtype_name, flat
+from aiocomm.collectives.arrays import dtype_name, dtype_of, flat
 from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm.moe import device_calls, repeating
 from aiocomm.moe.device_calls import Options, matrix_of
@@ -17,7 +17,7 @@ from aiocomm.moe.exchange import PATHS
 from aiocomm.moe.moving import Combine, Dispatch, Refused
 from aiocomm.moe.placement import place
 from aiocomm.moe.routing import routed
-from aiocomm.moe.weighting import KINDS
+from aiocomm.moe.weighting import KINDS, check_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,14 +197,14 @@ class ExpertOperations:
             kind = f"{dtype} hidden {hidden} as {travels}"
             text = f"combine of {dispatched._label}: {kind}"
             if isinstance(given, np.ndarray):
-                for name, floating in (("outputs", given.dtype), ("wire", np.dtype(travels))):
-                    _check_floating(name, floating)
+                check_kind("outputs", dtype)
+                check_kind("wire", travels)
                 shape = (dispatched._count, hidden)
                 result = np.empty(shape, given.dtype) if out is None else _matrix(out, "out", writable=True)
                 if result.shape != shape:
                     raise UsageError(f"out has shape {result.shape}, the result {shape}")
-                _check_floating("out", result.dtype)
-                more = given, dispatched, np.dtype(travels), result, path, limit
+                check_kind("out", dtype_name(result.dtype))
+                more = given, dispatched, dtype_of(travels), result, path, limit
                 call = Combine(scope, bulk, text, *more)
             else:
                 call = device_calls.combine(options, text, given, dispatched, travels, out)
@@ -281,11 +281,6 @@ def _wire(wire: Any, dtype: str) -> str:
         return dtype_name(named)
     except (TypeError, ValueError) as error:
         raise UsageTypeError(f"wire={wire!r} is no dtype: {error}") from error
-
-
-def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
-    if dtype.name not in KINDS or not dtype.isnative:
-        raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
 
 
 def _matrix(x: Any, name: str, writable: bool = False) -> Array:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from aiocomm.errors import UsageTypeError
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -21,9 +22,23 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-__all__ = ["KINDS", "accumulator", "add_up", "weigh"]
+__all__ = ["KINDS", "accumulator", "add_up", "check_kind", "weigh"]
 
 KINDS: Final = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}  # as in core/weighting.hpp
+
+
+def check_kind(name: str, dtype: str) -> None:
+    """Refuse what is not summed.
+
+    Args:
+        name: of the argument.
+        dtype: its name.
+
+    Raises:
+        UsageTypeError: there are no sums of it.
+    """
+    if dtype not in KINDS:
+        raise UsageTypeError(f"{name} is of dtype {dtype}: sums are of {', '.join(KINDS)}")
 
 
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:

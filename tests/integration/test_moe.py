@@ -298,6 +298,29 @@ async def test_outputs_that_do_not_fit_are_named_on_all() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_sums_may_travel_in_a_dtype_that_numpy_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not yet: ml_dtypes, which tells it, may not have been imported. Or is not there, which is said."""
+    dtype = np.dtype
+
+    def before_ml_dtypes(of: Any) -> Any:
+        if of == "bfloat16":
+            raise TypeError("data type 'bfloat16' not understood")
+        return dtype(of)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        came = await comm.dispatch(X + 0.5, IDS, experts=6)
+        assert (await comm.combine(came.inputs, came, wire="bfloat16") == 0.5).all()
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        with pytest.raises(aiocomm.UsageError, match="bfloat16 needs the package ml_dtypes"):
+            await comm.combine(came.inputs, came, wire="bfloat16")
+
+    async with world(1) as (comm,):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "dtype", before_ml_dtypes)
+            await rank(comm)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_combines_of_dispatches_on_different_channels_are_told_apart() -> None:
     """Both are the first of their channel."""
 
