@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from aiocomm import _dlpack
 from aiocomm.arrays import as_buffer
 from aiocomm.errors import UsageError, UsageTypeError
 
@@ -77,13 +78,18 @@ def array_of(x: Any, name: str) -> Array:
     """
     _check_unmasked(x, name)
     try:
-        return np.asarray(x)
+        found = np.asarray(x)
+        if not found.dtype.hasobject or found.ndim:
+            return found
     except (TypeError, ValueError, RuntimeError) as error:
-        if _is_torchs(x):  # which needs gradients, is of a dtype that NumPy lacks, or lies on a GPU
-            return flat(x, name).reshape(tuple(x.shape))
-        if isinstance(error, RuntimeError):
-            raise
-        raise UsageError(f"{name} cannot be made an array: pass rows of one length ({error})") from error
+        if not hasattr(x, "__dlpack_device__"):
+            if isinstance(error, RuntimeError):
+                raise
+            raise UsageError(f"{name} cannot be made an array: pass rows of one length ({error})") from error
+    # NumPy makes anything an object; torch gives it no tensors with gradients, or of dtypes that it lacks.
+    if hasattr(x, "__cuda_array_interface__") or _dlpack.device_kind(x) == _dlpack.CUDA:
+        raise UsageError(f"{name} lies on a GPU, and the rest does not: pass {name}.cpu(), or {name}.get()")
+    return flat(x, name).reshape(tuple(x.shape))
 
 
 def _is_torchs(x: Any) -> bool:

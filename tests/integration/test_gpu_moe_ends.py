@@ -66,6 +66,8 @@ async def test_bad_calls_are_named_on_all() -> None:
             await comm.combine(on, came)
             with pytest.raises(aiocomm.UsageError, match=r"belongs to GPU arrays"):
                 await comm.dispatch(x, [0, 3, 4], experts=6, stream=0)
+            with pytest.raises(aiocomm.UsageError, match=r"expert_ids lies on a GPU, .*\.cpu\(\)"):
+                await comm.dispatch(x, on_gpu(comm.rank, np.array([0, 3, 4])), experts=6)
             await layer(comm, 20, 8)
             await until(lambda: comm.statistics().in_flight == 0)  # the words to the others, too
 

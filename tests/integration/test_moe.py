@@ -194,6 +194,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing dispatched": (lambda c: c.combine(X, None), "not what a dispatch"),
     "not contiguous": (lambda c: c.dispatch(X[:, ::2], IDS, experts=6), "contiguous"),
     "ragged numbers": (lambda c: c.dispatch(X, [[0], [1, 2], [3]], experts=6), "expert_ids cannot be made"),
+    "no numbers": (lambda c: c.dispatch(X, None, experts=6), "expert_ids is None: pass an array"),
     "ragged weights": (lambda c: c.dispatch(X, IDS, [[1], [1, 2], [1]], experts=6), "weights cannot be made"),
     "masked numbers": (
         lambda c: c.dispatch(X, np.ma.masked_array(IDS), experts=6),
