@@ -280,6 +280,7 @@ def compiled(source: str, architecture: str) -> bytes:
     return bytes(image)
 
 
+_MOST_SMS: Final = 1 << 16
 _Address = ctypes.c_uint64
 _Handle = ctypes.c_void_p
 _Size = ctypes.c_uint64
@@ -304,8 +305,8 @@ def check_budget(sm_budget: int | None) -> None:
     Raises:
         UsageError: it is not.
     """
-    if sm_budget is not None and (not isinstance(sm_budget, int) or sm_budget < 1):
-        raise UsageError(f"sm_budget={sm_budget!r}: the number of streaming multiprocessors, 1 or more")
+    if sm_budget is not None and not (isinstance(sm_budget, int) and 1 <= sm_budget <= _MOST_SMS):
+        raise UsageError(f"sm_budget={sm_budget!r}: how many streaming multiprocessors, 1 to {_MOST_SMS}")
 
 
 class Scratch:

@@ -121,7 +121,7 @@ async def test_what_fails_or_is_refused(simulator: Simulator, pair: Pair) -> Non
     give = order(100, 100, 1)
     async with await b.lease_pages(aiocomm.Pages(target)) as lease:
         remote = a.remote_pages(lease.handle)
-        for wrong in (0, -1, "8"):
+        for wrong in (0, -1, "8", 1 << 32):
             with pytest.raises(aiocomm.UsageError, match="sm_budget"):
                 await a.put_pages(ours, give, remote, range(100), sm_budget=wrong)  # type: ignore[arg-type]
         simulator.fail("cuLaunchKernel", 2)

@@ -41,6 +41,7 @@ async def test_bad_calls_are_named_on_all() -> None:
                 ({"weights": [[0], [3, 4], [4]]}, "weights cannot be made an array"),
                 ({"deadline": -1}, "rank 1 refused its call: deadline=-1"),
                 ({"sm_budget": 0}, "sm_budget=0"),
+                ({"sm_budget": 1 << 32}, "1 to 65536"),
                 ({"path": "fast"}, "unknown path"),
             ]
             for change, text in cases:

@@ -62,7 +62,7 @@ async def test_what_cannot_be_looked_at(operation: str, kind: type[Lost], pair: 
     await all_call([*pair], rank)
 
 
-@pytest.mark.parametrize("budget", [0, -1, "x", 1.5])
+@pytest.mark.parametrize("budget", [0, -1, "x", 1.5, 1 << 32])
 @pytest.mark.parametrize("operation", ["reduce", "all_reduce", "reduce_scatter"])
 async def test_a_budget_of_host_arrays(operation: str, budget: Any, pair: Pair) -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
