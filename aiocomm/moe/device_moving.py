@@ -20,10 +20,11 @@ from aiocomm.moe.device_exchange import (
     kernels_may_read,
 )
 from aiocomm.moe.exchange import LISTS
-from aiocomm.moe.memory import Lease, Tables
+from aiocomm.moe.memory import Lease
 from aiocomm.moe.reading import host_array, read_back
 from aiocomm.moe.routing import arrange, routed
 from aiocomm.moe.sources import MOVE_SOURCE, sums_source
+from aiocomm.moe.tables import Tables
 from aiocomm.moe.wire import LISTS_RIDE, Head, lists_bytes, pack_lists, unpack_lists, view_lists
 from aiocomm_native import _core
 

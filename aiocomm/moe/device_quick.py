@@ -20,9 +20,9 @@ from aiocomm.errors import LinkError, UsageError
 from aiocomm.moe.arguments import move
 from aiocomm.moe.device_exchange import LINGER_S, DeviceExchange, Where
 from aiocomm.moe.device_moving import ENTRY_BYTES, DeviceCombine, DeviceDispatch
-from aiocomm.moe.memory import Pinned, Pool, Tables
 from aiocomm.moe.reading import host_array
 from aiocomm.moe.routing import MOST_CHOICES, Arrangement, Part, Routed
+from aiocomm.moe.tables import Tables
 from aiocomm.moe.wire import LISTS_RIDE
 from aiocomm_native import _core
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from aiocomm._device import Description
     from aiocomm.moe.device_exchange import Kernel
-    from aiocomm.moe.memory import Block, Lease
+    from aiocomm.moe.memory import Block, Lease, Pinned, Pool
 
 __all__ = [
     "GIVING",

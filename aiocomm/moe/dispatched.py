@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from aiocomm.collectives.scope import Scope
     from aiocomm.group import Group
-    from aiocomm.moe.memory import Tables
     from aiocomm.moe.placement import Placement
     from aiocomm.moe.routing import Arrangement, Part
+    from aiocomm.moe.tables import Tables
 
     Integers = NDArray[np.int64]
 

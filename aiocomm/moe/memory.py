@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 
     from aiocomm._device import Description
     from aiocomm.collectives.kernels import Kernels
-    from aiocomm.moe.routing import Arrangement, Part
     from aiocomm_native._core import Engine
 
     Bytes = NDArray[np.uint8]
 
-__all__ = ["TURN_S", "Block", "Lease", "Pinned", "Pool", "Tables", "size_class"]
+__all__ = ["TURN_S", "Block", "Lease", "Pinned", "Pool", "size_class"]
 
 _NONE: Final[frozenset[int]] = frozenset()
 _LEAST: Final = 64 << 10
@@ -49,6 +48,8 @@ _NOT_READY: Final = 600
 _KEPT_BYTES: Final = 2 << 30  # by a pool, that nobody uses
 TURN_S: Final = 2e-3  # after which calls that never wait let other tasks run
 _KINDS: Final = 64  # of calls, of which something is kept
+_OUT_OF_MEMORY: Final = 2
+_REST_S: Final = 1.0  # in which the GPU may come to rest, where memory is short
 
 
 def size_class(nbytes: int) -> int:
@@ -231,7 +232,26 @@ class Pool:
             if not block.after or block.idle(streams):
                 self._kept -= size
                 return free.pop(place)  # type: ignore[union-attr]
-        return Block(self.kernels, self._engine, size)
+        try:
+            return Block(self.kernels, self._engine, size)
+        except LinkError as error:
+            if error.code != _OUT_OF_MEMORY:
+                raise
+            return self._squeezed_out(size, error)
+
+    def _squeezed_out(self, size: int, error: LinkError) -> Block:
+        """A block where memory is short: all that is kept goes back to the driver, whatever its size."""
+        if self._kept:
+            self._free.clear()
+            self._kept = 0
+            _core.given_back(_REST_S)
+            with contextlib.suppress(LinkError):
+                return Block(self.kernels, self._engine, size)
+        raise LinkError(
+            f"GPU {self.device} has no {size} bytes left for dispatch and combine: have the array library "
+            "leave some (of torch: torch.cuda.empty_cache(), torch.cuda.set_per_process_memory_fraction)",
+            code=error.code,
+        ) from error
 
     def give_back(self, block: Block) -> None:
         """Keep it for the next; of what is too much then, those go that have not been used for longest."""
@@ -385,104 +405,3 @@ class Lease:
 
     def __del__(self) -> None:
         self._pool.returned(self._block.address, self.streams)
-
-
-class Tables:
-    """What the sums of a combine need: written in host memory, and uploaded.
-
-    Args:
-        assignments: that this rank has received.
-        rows: of them.
-        count: of its own tokens.
-        size: of the group.
-    """
-
-    def __init__(self, pool: Pool, assignments: int, rows: int, count: int, size: int) -> None:
-        self._pool = pool
-        self.resize(assignments, rows, count, size)
-        self._pinned, self._block = pool.take_tables(self._places()[-1])
-
-    @classmethod
-    def of_bytes(cls, pool: Pool, nbytes: int) -> Tables:
-        """Of so many bytes, for sizes that are said by `resize`."""
-        made = cls.__new__(cls)
-        made._pool = pool
-        made._pinned, made._block = pool.take_tables(nbytes)
-        return made
-
-    @classmethod
-    def of_size(cls, pool: Pool, size: tuple[int, int, int, int], spare: Tables | None) -> Tables:
-        """Not written; `spare` again where it is large enough."""
-        if spare is None or _core.sum_tables(*size)[-1] > min(spare.bytes.nbytes, spare._block.nbytes):
-            return cls(pool, *size)
-        spare.resize(*size)
-        return spare
-
-    def resize(self, assignments: int, rows: int, count: int, size: int) -> None:
-        """Make them those of other sizes, which are not larger."""
-        self._size = assignments, rows, count, size
-
-    def _places(self) -> tuple[int, ...]:
-        return _core.sum_tables(*self._size)
-
-    @property
-    def of_terms(self) -> tuple[int, ...]:
-        """Addresses of their order, of each row's first, and of the weights."""
-        return tuple(self._block.address + start for start in self._places()[:3])
-
-    @property
-    def parts(self) -> int:
-        """Address of the tokens' rows."""
-        return self._block.address + self._places()[3]
-
-    @property
-    def address(self) -> int:
-        """Where `upload` brings them."""
-        return self._block.address
-
-    @classmethod
-    def made(
-        cls,
-        pool: Pool,
-        found: Arrangement,
-        parts: Sequence[Part],
-        count: int,
-        spare: Tables | None = None,
-    ) -> Tables:
-        """Written and on their way.
-
-        Args:
-            found: what this rank has received.
-            parts: what it has sent to each rank.
-            count: of its tokens.
-            spare: tables that are not used, and may be large enough.
-        """
-        tables = cls.of_size(pool, (len(found.order), len(found.first) - 1, count, len(parts)), spare)
-        tokens = [part.tokens for part in parts]
-        _core.write_sum_tables(found.order, found.first, found.weights, tokens, count, tables.bytes)
-        tables.upload()
-        return tables
-
-    @property
-    def bytes(self) -> Bytes:
-        """Where they are written."""
-        return self._pinned.bytes
-
-    def upload(self) -> None:
-        """Bring what is written to the GPU."""
-        self._pool.upload(self._block, self._pinned, self._places()[-1])
-
-    @property
-    def device(self) -> int:
-        """Ordinal of the GPU."""
-        return self._pool.device
-
-    @property
-    def ready(self) -> Description:
-        """Memory whose stream has brought them."""
-        block, kernels = self._block, self._pool.kernels
-        return block.memory, block.address, 1, kernels.device, kernels.stream, "B", (1,)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_block"):
-            self._pool.give_back_tables(self._block.address)

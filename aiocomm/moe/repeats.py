@@ -37,10 +37,11 @@ from aiocomm.moe.device_quick import (
 )
 from aiocomm.moe.dispatched import Dispatched, named
 from aiocomm.moe.exchange import HEAD_TAG
-from aiocomm.moe.memory import TURN_S, Lease, Tables, size_class
+from aiocomm.moe.memory import TURN_S, Lease, size_class
 from aiocomm.moe.rooms import LONG, Rooms
 from aiocomm.moe.routing import Routed
 from aiocomm.moe.sources import MOST_RANKS
+from aiocomm.moe.tables import Tables
 from aiocomm_native import _core
 
 if TYPE_CHECKING:

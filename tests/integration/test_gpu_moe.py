@@ -217,6 +217,36 @@ async def test_memory_goes_back_to_the_driver(gpu: Driver, simulator: simulated.
     assert kept() == before
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_where_memory_is_short_that_which_is_kept_goes_back(
+    gpu: Driver, simulator: simulated.Simulator
+) -> None:
+    async with world(1, links=LINKS) as (comm,):
+        await layer(comm, 37, 64)
+        (pool,) = comm._members()._expert_scope(None)[0].pools.values()
+        for block in [pool.take(1 << 20, frozenset()) for _ in range(2)]:
+            pool.give_back(block)
+        del block
+        held = simulator.held("allocations")
+        simulator.fail("cuMemAlloc", 2)
+        pool.take(2 << 20, frozenset())
+        assert simulator.held("allocations") < held
+        pool.give_back(pool.take(1 << 20, frozenset()))
+        for _ in range(2):  # where that is not enough, and where nothing is kept
+            simulator.fail("cuMemAlloc", 2, forever=True)
+            with pytest.raises(
+                aiocomm.LinkError, match=r"GPU 0 has no 2097152 bytes left .*empty_cache"
+            ) as caught:
+                pool.take(2 << 20, frozenset())
+            assert caught.value.code == 2
+            assert not pool._kept
+            simulator.heal()
+        simulator.fail("cuMemAlloc", 1)
+        with pytest.raises(aiocomm.LinkError, match="gives CUDA_ERROR_INVALID_VALUE"):
+            pool.take(2 << 20, frozenset())
+        await layer(comm, 37, 64)
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio starts tasks in any order
 async def test_micro_batches_overlap() -> None:
     async with world(3, links=LINKS, warmup=True) as members:

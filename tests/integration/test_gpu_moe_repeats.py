@@ -14,7 +14,8 @@ from harness import all_call, until, world
 import aiocomm
 from aiocomm.collectives.kernels import Scratch
 from aiocomm.moe import device_quick, repeats
-from aiocomm.moe.memory import Lease, Pool, Tables
+from aiocomm.moe.memory import Lease, Pool
+from aiocomm.moe.tables import Tables
 
 if TYPE_CHECKING:
     from fakes import simulated
