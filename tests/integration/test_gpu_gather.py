@@ -180,6 +180,7 @@ static Three gridDim{1, 1, 1}, blockDim{1, 1, 1}, blockIdx{0, 0, 0}, threadIdx{0
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static inline float __uint_as_float(unsigned x) { float f; std::memcpy(&f, &x, 4); return f; }
 static inline unsigned __float_as_uint(float f) { unsigned x; std::memcpy(&x, &f, 4); return x; }
+extern "C" { unsigned misaligned; void __ubsan_handle_type_mismatch_v1(void*, void*) { ++misaligned; } }
 """
 EVERY = """
   gridDim.x = blocks, blockDim.x = threads;
@@ -189,14 +190,20 @@ EVERY = """
 
 
 def as_library(source: str, run: str, folder: Path) -> ctypes.CDLL:
-    """Compile a kernel with a function that runs it by all of its threads."""
+    """Compile a kernel with a function that runs it by all of its threads; see `assert_aligned`."""
     if (compiler := shutil.which("c++")) is None:
         pytest.skip("no C++ compiler")
-    file, library = folder / "kernel.cpp", folder / "kernel.so"
+    file, compiled, library = (folder / f"kernel.{kind}" for kind in ("cpp", "o", "so"))
     file.write_text(HOST + source + run)
-    how = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    subprocess.run([compiler, *how, "-o", library, file], check=True)
+    how = ["-O1", "-std=c++17", "-w", "-fPIC", "-fno-strict-aliasing", "-fsanitize=alignment"]
+    subprocess.run([compiler, *how, "-c", "-o", compiled, file], check=True)
+    subprocess.run([compiler, "-shared", "-o", library, compiled], check=True)  # with no sanitizer's library
     return ctypes.CDLL(str(library))
+
+
+def assert_aligned(library: ctypes.CDLL) -> None:
+    """Nothing was read or written where a GPU could not, as what it is told to be."""
+    assert not ctypes.c_uint.in_dll(library, "misaligned").value
 
 
 def test_the_gather_kernel_copies_every_byte_of_every_row(tmp_path: Path) -> None:
@@ -222,6 +229,7 @@ def test_the_gather_kernel_copies_every_byte_of_every_row(tmp_path: Path) -> Non
         table = np.array(rows, np.uint64)
         library.run(ctypes.c_void_p(table.ctypes.data), ctypes.c_uint64(len(rows)), blocks_, threads)
         assert np.array_equal(target, expected)
+    assert_aligned(library)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,28 @@ async def test_a_lost_rank_is_reported_with_its_experts_and_tokens() -> None:
         await all_call(members, rank)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_tokens_of_a_lost_rank_where_another_has_found_it_lost() -> None:
+    """The call is over before it has begun, and its experts' numbers are still on the GPU."""
+    async with world(3, links=LINKS, warmup=True) as members:
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            group = await comm.group([0, 1, 2])
+            if comm.rank == 2:
+                await comm.aclose()
+                return
+            x = on_gpu(comm.rank, np.ones((4, 8), np.float32))
+            ids = on_gpu(comm.rank, np.array([[0, 4], [1, 5], [2, 3], [4, 5]]))
+            if comm.rank == 0:
+                scope, _ = group._expert_scope(None)
+                await until(lambda: scope.is_given_up(1))
+            with pytest.raises(aiocomm.ExpertsLostError) as caught:
+                await group.dispatch(x, ids, experts=6)
+            assert (caught.value.peer, caught.value.tokens, caught.value.experts) == (2, (0, 1, 3), (4, 5))
+
+        await all_call(members, rank)
+
+
 @pytest.mark.parametrize("how", ["leaves", "closes its group", "gives up"])
 async def test_who_leaves_first(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits until the others have read what it gave, and not for what nobody will read."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fakes import simulated
 from fakes.gpu import Driver, Stream
-from gpu_experts import EXPERTS, LINKS, batch, layer, on_gpu, to_host
+from gpu_experts import EXPERTS, LINKS, Rows, batch, layer, on_gpu, to_host
 from harness import all_call, world
 
 import aiocomm
@@ -87,6 +87,34 @@ async def _alike(comm: aiocomm.Communicator) -> None:
 async def test_calls_that_are_alike(gpu: Driver, size: int) -> None:
     async with aiocomm.spawn(_alike, n=size - 1, links=LINKS) as comm:
         await _alike(comm)
+
+
+async def _over_outputs(comm: aiocomm.Communicator) -> None:
+    """The result of the last call lies over what it is made of, which is read until all of it is written."""
+    stages = _patiently()
+    x, ids, weights = batch(comm.rank, 30, 16)
+    expected = await comm.dispatch(x, ids, weights, experts=EXPERTS)
+    outputs = expected.inputs * np.float32(1.7)
+    wanted = await comm.combine(outputs, expected)
+    whole, out = on_gpu(comm.rank, outputs), on_gpu(comm.rank, np.zeros_like(x))
+    given = [on_gpu(comm.rank, one) for one in (x, ids, weights)]
+    while True:
+        before = stages["combine", 3]
+        came = await comm.dispatch(*given, experts=EXPERTS)
+        await comm.combine(whole, came, out=out)
+        ready = np.array([stages["combine", 3] > before])
+        await comm.all_reduce(ready, "min")
+        if ready[0]:
+            break
+    came = await comm.dispatch(*given, experts=EXPERTS)
+    await comm.combine(whole, came, out=Rows(whole, len(x)))
+    assert whole.numpy()[: len(x)].tobytes() == wanted.tobytes()
+
+
+@in_processes
+async def test_a_result_over_outputs(gpu: Driver) -> None:
+    async with aiocomm.spawn(_over_outputs, n=1, links=LINKS) as comm:
+        await _over_outputs(comm)
 
 
 async def _unlike(comm: aiocomm.Communicator) -> None:

@@ -72,6 +72,45 @@ async def test_of_another_form(monkeypatch: pytest.MonkeyPatch, linger_s: float)
 
 
 @pytest.mark.usefixtures("backends")
+async def test_calls_of_another_budget_are_others() -> None:
+    """Their kernels take no more multiprocessors because those of calls before did."""
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+
+        def budgets(comm: aiocomm.Communicator) -> list[int]:
+            scope, _ = comm._members()._expert_scope(None)
+            (pool,) = scope.pools.values()
+            return sorted(repeat._setting.sm_budget for repeat in pool.repeats.values())
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            await _like(comm, ready, sm_budget=9)
+            assert budgets(comm) == [9, 9]  # of dispatch and of combine
+            await comm.barrier()
+            while not ready.get(2):
+                await layer(comm, 21, 16, sm_budget=2)
+                ready[2] = budgets(comm) == [2, 2, 9, 9]
+                await comm.barrier()
+
+        await all_call(members, rank)
+        assert ready[2]
+
+
+@pytest.mark.usefixtures("backends")
+async def test_a_deadline_that_calls_before_had_not() -> None:
+    async with world(2, links=LINKS, warmup=True) as members:
+        ready: dict[int, bool] = {}
+
+        async def rank(comm: aiocomm.Communicator) -> None:
+            await _like(comm, ready)
+            if comm.rank == 0:
+                x, ids, weights = (on_gpu(0, one) for one in batch(0, 21, 16))
+                with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0\.2 s by rank 1"):
+                    await comm.dispatch(x, ids, weights, experts=EXPERTS, deadline=0.2)
+
+        await all_call(members, rank)
+
+
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 async def test_what_goes_wrong_while_the_own_kernel_runs(
     monkeypatch: pytest.MonkeyPatch, operation: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_experts import EXPERTS
-from integration.test_gpu_gather import EVERY, as_library
+from integration.test_gpu_gather import EVERY, as_library, assert_aligned
 from integration.test_gpu_reductions import assert_it_compiles
 
 from aiocomm.moe import sources
@@ -32,8 +33,15 @@ def test_the_source_that_moves_rows(tmp_path: Path) -> None:
     )
     library = as_library(sources.MOVE_SOURCE, run, tmp_path)
     rng = np.random.default_rng(0)
-    for width, blocks, threads in ((16, 1, 32), (10_000, 3, 64), (7, 2, 512), (4096, 2, 64)):
-        given = [rng.integers(0, 255, (20, width), np.uint8) for _ in range(3)]
+    for width, blocks, threads, off in (
+        (16, 1, 32, 0),
+        (10_000, 3, 64, 0),
+        (7, 2, 512, 0),
+        (4096, 2, 64, 0),
+        (5008, 2, 64, 4),
+        (5008, 2, 64, 1),
+    ):
+        given = [shifted(rng.integers(0, 255, (20, width), np.uint8), off) for _ in range(3)]
         count = 50
         table = np.zeros((count, 4), np.uint32)
         table[:, 0], table[:, 1] = rng.integers(0, 3, count), rng.integers(0, 20, count)
@@ -52,6 +60,7 @@ def test_the_source_that_moves_rows(tmp_path: Path) -> None:
         assert np.array_equal(plain[0], more)
         assert np.array_equal(plain[1][:16], more[:16])
         assert not plain[1][16:].any()
+    assert_aligned(library)
 
 
 ROUNDED = """
@@ -84,6 +93,7 @@ def test_the_sources_of_sums_are_those_of_the_host(tmp_path: Path, names: str, h
         assert_sums_are_those_of_the_host(library, dtypes, hidden, size, me)
     if hidden == 8:  # rows that begin between groups
         assert_sums_are_those_of_the_host(library, dtypes, hidden, 3, 1, 1)
+    assert_aligned(library)
 
 
 def shifted(values: Any, by: int) -> Any:
@@ -151,6 +161,79 @@ def assert_sums_are_those_of_the_host(
         expected,
     )
     assert out.tobytes() == expected.tobytes()
+
+
+# ------------------------------------------------------------ far rows
+
+_NO_RESERVE = 0x4000  # of Linux, to which Python gives no name yet
+FAR = """
+  gridDim.x = blocks, blockDim.x = 32;
+  for (blockIdx.x = first; blockIdx.x < blocks; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < 32; ++threadIdx.x)
+"""
+
+
+def sparse(nbytes: int) -> Any:
+    """Zeros, of which only what is touched takes memory."""
+    how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=how), np.uint8)
+
+
+def test_rows_that_are_moved_from_and_to_far_away(tmp_path: Path) -> None:
+    """Where an offset in bytes takes more than 32 bits."""
+    run = (
+        'extern "C" void run(const void* all, unsigned first, unsigned blocks) {'
+        + FAR
+        + "move_rows(*(const Move*)all); }"
+    )
+    library = as_library(sources.MOVE_SOURCE, run, tmp_path)
+    width, far = 4096, (1 << 20) + 1
+    source, target = sparse((far + 1) * width), sparse((far + 2) * width)
+    source[far * width :] = 7
+    table = np.array([[0, far, far + 1, 0]], np.uint32)
+    base = [source.ctypes.data] + [0] * (sources.MOST_RANKS - 1)
+    rest = [target.ctypes.data, table.ctypes.data, 1, width] + [0] * 12
+    library.run(ctypes.c_char_p(np.array([*base, *rest], np.uint64).tobytes()), 0, 1)
+    assert (target[(far + 1) * width :] == 7).all()
+    assert not target[: 2 * width].any()
+
+
+def test_sums_of_rows_that_are_far_away(tmp_path: Path) -> None:
+    """Where the number of an element takes more than 32 bits: of outputs, of partial sums, and of results."""
+    run = (
+        'extern "C" void weigh(const void* all, unsigned first, unsigned blocks) {'
+        + FAR
+        + "weigh_rows(*(const Weigh*)all); }\n"
+        + 'extern "C" void add(const void* all, unsigned first, unsigned blocks) {'
+        + FAR
+        + "add_rows(*(const Add*)all); }"
+    )
+    source = ROUNDED + sources.sums_source("float16", "float16", "float16").replace(
+        "__device__ static", "static"
+    )
+    library = as_library(source, run, tmp_path)
+    hidden, far = 1 << 16, (1 << 16) + 1
+    row = 2 * hidden  # bytes
+    pieces = hidden // 1024  # of a row, where each group of eight is whole
+    terms, sums, out = (sparse((far + 1) * row) for _ in range(3))
+    terms[far * row :].view(np.float16)[:] = 3
+    order, weights = np.array([far], np.uint32), np.array([0.5], np.float32)
+    first = np.zeros(far + 2, np.uint32)
+    first[-1] = 1  # the last row has the only term
+    terms_at = [one.ctypes.data for one in (terms, order, first, weights)]
+    argument = struct.pack(sources.WEIGH, *terms_at, sums.ctypes.data, 0, 0, far + 1, hidden, 1, 0)
+    library.weigh(ctypes.c_char_p(argument), far * pieces, (far + 1) * pieces)
+    assert (sums[far * row :].view(np.float16) == 1.5).all()
+    assert not sums[: 2 * row].any()
+    table = np.full((far + 1, 2), -1, np.int32)
+    table[far] = far, 0  # the one row of another rank; and of this, the first from `own_first` on
+    base = [sums.ctypes.data] + [0] * (sources.MOST_RANKS - 1)
+    rest = out.ctypes.data, table.ctypes.data, *terms_at, far, 2, 1, far + 1, hidden, 1
+    pieces = hidden // 512
+    argument = struct.pack(sources.ADD, *base, *rest)
+    library.add(ctypes.c_char_p(argument), far * pieces, (far + 1) * pieces)
+    assert (out[far * row :].view(np.float16) == 3).all()
+    assert not out[: 2 * row].any()
 
 
 @pytest.mark.parametrize("out", ["float16", "bfloat16"])

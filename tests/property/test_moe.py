@@ -214,6 +214,14 @@ def test_messages_say_what_the_parts_are(world: tuple[Placement, list[tuple[Arra
                     unpack_lists(head, lists, placement, rank)
 
 
+def test_a_row_without_experts_is_refused() -> None:
+    part = Part(np.arange(2), np.array([2, 0], np.uint16), np.zeros(2, np.int32), np.ones(2, np.float32))
+    lists = np.zeros(lists_bytes(2, 2), np.uint8)
+    pack_lists(part, lists)
+    with pytest.raises(ValueError, match="own counts"):
+        unpack_lists(Head(header("dispatch"), 2, 2, 3), lists, ONE, 0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(world=worlds(), indices=st.booleans(), lists=st.booleans())
 def test_a_message_is_its_head_and_what_rides(
