@@ -89,6 +89,42 @@ async def test_calls_that_are_alike(gpu: Driver, size: int) -> None:
         await _alike(comm)
 
 
+async def _until_at_once(
+    comm: aiocomm.Communicator, stages: Counter[tuple[str, int]], operation: str, call: Any
+) -> None:
+    """Repeat calls until the extension makes them from begin to end, at all ranks."""
+    ready = np.array([False])
+    while not ready[0]:
+        before = stages[operation, 3]
+        await call()
+        ready[0] = stages[operation, 3] > before
+        await comm.all_reduce(ready, "min")
+
+
+async def _more(comm: aiocomm.Communicator, hidden: int, choices: int, few: int) -> None:
+    """Of a call like those before comes so much that what they were given memory for does not hold it."""
+    stages = _patiently()
+    x = on_gpu(comm.rank, np.full((50, hidden), comm.rank + 1, np.float32))
+    ids = np.full((50, choices), -1)
+    ids[:few, :2] = 0, 1
+    await _until_at_once(comm, stages, "dispatch", lambda: comm.dispatch(x, ids, experts=2))
+    before = stages["dispatch", 3]
+    ids[:] = np.resize([0, 1], choices)
+    came = await comm.dispatch(x, ids, experts=2)
+    assert stages["dispatch", 3] == before
+    assert came.starts.tolist() == [0, 50, 100]
+    assert to_host(came.tokens, np.float32)[:, 0].tolist() == [1] * 50 + [2] * 50
+    outputs = on_gpu(comm.rank, np.ones((len(came.rows), hidden), np.float32))
+    assert (to_host(await comm.combine(outputs, came), np.float32) == choices).all()
+
+
+@in_processes
+@pytest.mark.parametrize(("hidden", "choices", "few"), [(1024, 2, 1), (8, 400, 50)], ids=["rows", "choices"])
+async def test_more_comes_than_there_is_memory_for(gpu: Driver, hidden: int, choices: int, few: int) -> None:
+    async with aiocomm.spawn(_more, 1, hidden, choices, few, links=LINKS) as comm:
+        await _more(comm, hidden, choices, few)
+
+
 async def _over_outputs(comm: aiocomm.Communicator) -> None:
     """The result of the last call lies over what it is made of, which is read until all of it is written."""
     stages = _patiently()
@@ -98,16 +134,13 @@ async def _over_outputs(comm: aiocomm.Communicator) -> None:
     wanted = await comm.combine(outputs, expected)
     whole, out = on_gpu(comm.rank, outputs), on_gpu(comm.rank, np.zeros_like(x))
     given = [on_gpu(comm.rank, one) for one in (x, ids, weights)]
-    while True:
-        before = stages["combine", 3]
+
+    async def call(out: Any) -> None:
         came = await comm.dispatch(*given, experts=EXPERTS)
         await comm.combine(whole, came, out=out)
-        ready = np.array([stages["combine", 3] > before])
-        await comm.all_reduce(ready, "min")
-        if ready[0]:
-            break
-    came = await comm.dispatch(*given, experts=EXPERTS)
-    await comm.combine(whole, came, out=Rows(whole, len(x)))
+
+    await _until_at_once(comm, stages, "combine", lambda: call(out))
+    await call(Rows(whole, len(x)))
     assert whole.numpy()[: len(x)].tobytes() == wanted.tobytes()
 
 

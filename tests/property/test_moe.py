@@ -114,6 +114,17 @@ def test_what_comes_is_arranged_by_expert_and_then_by_row(
         assert found.offsets.tolist() == [0, *np.cumsum([[e for e, *_ in triples].count(h) for h in held])]
 
 
+@pytest.mark.parametrize("choices", [16, 17, 40])
+def test_sums_go_by_ascending_expert_however_many_a_row_has(choices: int) -> None:
+    seeded = np.random.default_rng(choices)
+    placement = place(64, None, 1)
+    ids = np.stack([seeded.permutation(64)[:choices] for _ in range(9)])
+    found = arrange(route(ids, np.ones(ids.shape, np.float32), placement), placement, 0)
+    expert = np.repeat(np.arange(64), np.diff(found.offsets))
+    for row, (begin, end) in enumerate(zip(found.first, found.first[1:], strict=False)):
+        assert expert[found.order[begin:end]].tolist() == sorted(ids[row])
+
+
 @settings(max_examples=100, deadline=None)
 @given(world=worlds(), hidden=st.integers(1, 5), dtype=st.sampled_from([np.float16, np.float32, np.float64]))
 def test_sums_are_those_of_plain_loops_bit_by_bit(
