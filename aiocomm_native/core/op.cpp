@@ -33,8 +33,8 @@ Op* OpTable::take() {
   op->path = Path::none;
   op->unreachable = op->allocate = op->synchronous = op->no_wait = op->cancel_requested = op->matched =
       op->in_sched = false;
-  op->listed = op->by_rows = op->awaits_fin = op->written = op->outlasts = op->owes_word = op->has_notify = op->has_key =
-      op->holding = false;
+  op->listed = op->by_rows = op->awaits_fin = op->written = op->outlasts = op->owes_word = op->has_notify =
+      op->has_key = op->holding = false;
   op->error = 0;
   op->counted_by = kNoLink;
   op->rows.reset();
