@@ -316,10 +316,11 @@ async def test_rows_are_not_sent(pair: Pair, kind: str) -> None:
     memory = np.zeros(4096, np.uint8)
     async with a.register(memory) as region:
         with RawPeer(a, 2, cma=True) as peer:
+            rows = _core.Rows(*(np.array([n]) for n in (0, 0, 0, 4096, 4096, 9)))
+            if kind == "put":  # it waits for the greeting
+                putting = a._engine.put_rows(memory, 2, 0, 1, 0, rows, None, -1.0, None)
             await peer.meet()
             if kind == "put":
-                rows = _core.Rows(*(np.array([n]) for n in (0, 0, 0, 4096, 4096, 9)))
-                putting = a._engine.put_rows(memory, 2, 0, 1, 0, rows, None, -1.0, None)
                 asked = await peer.receive(Kind.PUT_RTS)
                 assert (asked.flags, asked.nbytes, len(asked.payload)) == (32, 9 * 4096, 48)
                 number = asked.sop
