@@ -13,7 +13,7 @@ import numpy as np
 
 from aiocomm.errors import AiocommError, PeerLostError, TruncationError
 from aiocomm.region import look_away
-from aiocomm.types import ANY_SOURCE, Priority
+from aiocomm.types import ANY_SOURCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -35,7 +35,10 @@ def name_of(engine: str, stage: int, rank: int) -> str:
 
 
 class Words:
-    """Small messages over a channel that bulk does not hold up.
+    """Small messages over a channel of their own.
+
+    It is as urgent as that of the blocks: what is sent rarely has its turn soon, and where cores are few an
+    urgent channel costs the others one of the threads that copy.
 
     Args:
         comm: a communicator of the world of all engines.
@@ -47,7 +50,7 @@ class Words:
         self._comm = comm
         self._stage = stage
         self._within_s = within_s
-        self._channel = comm.channel("vllm", priority=Priority.HIGH)
+        self._channel = comm.channel("vllm")
         self._tags = itertools.count(_SAID + 1)
         self._changed = asyncio.Event()
 

@@ -248,7 +248,7 @@ async def test_words_that_make_no_sense_are_passed_over(
     prefill, decode = await engine("prefill", 1), await engine("decode", 2)
     async with aiocomm.connect(address, name="stranger") as comm:
         (rank,) = (peer.rank for peer in comm.peers if peer.name == "vllm/prefill/0/0")
-        channel = comm.channel("vllm", priority=aiocomm.Priority.HIGH)
+        channel = comm.channel("vllm")
         for word in (b"\xff", b"[]", b"{}", json.dumps({"kind": "?", "request": "r"}).encode(), bytes(65537)):
             with contextlib.suppress(aiocomm.TruncationError):
                 await channel.send(np.frombuffer(word, np.uint8), rank)
