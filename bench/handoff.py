@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from . import figures, pair
+from . import figures, pair, peers
 from .gpu_driver import Driver
 from .gpu_driver import missing as missing_gpu
 from .model import Column, Rule, Subject, Suite
@@ -152,9 +152,6 @@ class _Nixl:
         self._agent.release_xfer_handle(handle)
         return held + time.perf_counter() - start
 
-    def close(self) -> None:
-        pass
-
 
 @contextlib.contextmanager
 def _rendezvous(role: int, control: Control) -> Iterator[str]:
@@ -268,7 +265,7 @@ def _measure(memory: str, name: str, options: Options) -> Metrics:
     requests = [
         (count, max(10, number // 4) if options.quick else number) for count, number in _REQUESTS[memory]
     ]
-    quiet = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "error", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+    quiet = peers.find("nixl").environment
     arguments = {"memory": memory, "name": name, "requests": requests}
     found: Metrics = pair.run(f"{__name__}:child", arguments, options.timeout_s, environment=quiet)[1]
     return found

@@ -11,6 +11,7 @@ import functools
 import gc
 import inspect
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,11 @@ from fakes import adapters, simulated
 from fakes import gpu as gpus
 from harness import BACKENDS, ENDLESS, LIMIT_S, Child, world
 
+import aiocomm
 from aiocomm.collectives import kernels
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-
-    import aiocomm
 
     Pair = tuple[aiocomm.Communicator, aiocomm.Communicator]
 
@@ -163,6 +163,14 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is under way is held up by the test, for however long: no time limit of the runtime ends it."""
     for name, value in ENDLESS.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    """Of a rendezvous, in this process."""
+    where = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    async with aiocomm.connect(where, rank=0):
+        yield where
 
 
 @pytest.fixture

@@ -254,11 +254,10 @@ def _puts(
         elif len(plan.rows):
             gather = _gather(local, remote, sm_budget)
             told = not isinstance(local, tuple) and mover.shares_memory(remote)
-            others: Iterator[Callable[[], Jobs]] = itertools.repeat(_no_jobs)
-            ways: Iterator[Callable[[], Jobs]] = itertools.chain([one_by_one], others)  # once for all parts
+            once = iter([one_by_one])  # for all parts
             for rows in plan.rows.parts(_MOST_GROUPS) if told else [plan.rows]:
                 begun()
-                instead = partial(_instead, remote, partial(_first_of, ways), ended)
+                instead = partial(_instead, remote, partial(_next_of, once), ended)
                 yield mover.put_rows(region, local, rows, gather, ended, instead)
 
 
@@ -405,12 +404,9 @@ def _nothing() -> None:
     pass
 
 
-def _no_jobs() -> Jobs:
-    return iter(())
-
-
-def _first_of(ways: Iterator[Callable[[], Jobs]]) -> Jobs:
-    return next(ways)()
+def _next_of(ways: Iterator[Callable[[], Jobs]]) -> Jobs:
+    way = next(ways, None)
+    return iter(()) if way is None else way()
 
 
 class _Notes:

@@ -51,6 +51,7 @@ class Fetcher:
         self._place = place
         self._caches = caches
         self._pages = caches.pages()
+        self._block_bytes = caches.block_bytes
         self._geometry = geometry
         self._outcome = outcome
         self._start = start
@@ -120,7 +121,7 @@ class Fetcher:
         if task.cancelled() or failure is not None:  # nor does anybody else of this engine need them
             self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
         else:
-            self._outcome.of_fetch(time.monotonic() - begun_s, len(fetch.here) * self._caches.block_bytes)
+            self._outcome.of_fetch(time.monotonic() - begun_s, len(fetch.here) * self._block_bytes)
             self._start(self._tell_read(fetch.origin))
 
     async def _tell_read(self, origin: Origin) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,10 @@ import pytest
 from fakes.gpu import DeviceArray
 from kv_engines import Engine, fetch, hand_over, whole
 
-import aiocomm
 from aiocomm.vllm.steps import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from harness import Child
     from numpy.typing import NDArray
@@ -40,14 +38,6 @@ class OnGpus(Engine):
 def anyio_backend() -> str:
     """The workers have loops of their own; this one only looks at them."""
     return "asyncio"
-
-
-@pytest.fixture
-async def address() -> AsyncIterator[str]:
-    """Of a rendezvous."""
-    where = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
-    async with aiocomm.connect(where, rank=0):
-        yield where
 
 
 async def joined(engine: Engine) -> Engine:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from aiocomm.vllm.caches import Geometry
 from aiocomm.vllm.steps import Figures, Origin
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from harness import Child
 
@@ -34,14 +33,6 @@ pytestmark = pytest.mark.anyio
 def anyio_backend() -> str:
     """The workers have loops of their own; this one only looks at them."""
     return "asyncio"
-
-
-@pytest.fixture
-async def address() -> AsyncIterator[str]:
-    """Of a rendezvous."""
-    where = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
-    async with aiocomm.connect(where, rank=0):
-        yield where
 
 
 @pytest.fixture
