@@ -187,9 +187,12 @@ async def test_who_is_killed_before_its_word(gpu: Driver, anyio_backend_name: st
         device_shared.STAYS_S = 100.0  # processes come one after another, where many share the GPUs
         device = comm.rank % driver().count
 
-        async def once(on: Any, size: int, keep: list[Any], **how: Any) -> None:
+        def made(size: int) -> tuple[Any, Any]:
             x, out = (DeviceArray(n, np.uint8, device=device) for n in (5000, 5000 * size))
-            keep.extend((weakref.ref(x), weakref.ref(out)))
+            return x, out
+
+        async def once(on: Any, arrays: tuple[Any, Any], **how: Any) -> None:
+            x, out = arrays
             if operation == "all_gather":
                 await on.all_gather(out, x, **how)
             else:
@@ -206,20 +209,23 @@ async def test_who_is_killed_before_its_word(gpu: Driver, anyio_backend_name: st
             await comm.send(b"x", 2)
 
         async def lose() -> None:
+            arrays = made(3)
+            kept.extend(map(weakref.ref, arrays))
             with pytest.raises(aiocomm.PeerLostError, match="rank 2 is gone") as lost:
-                await once(comm, 3, kept)
+                await once(comm, arrays)
             assert lost.value.peer == 2
 
         before = arenas()
-        for _ in range(3):
-            await once(comm, 3, [])
+        earlier = [made(3) for _ in range(3)]  # freed behind the gate, they would hold up who has to go on
+        for arrays in earlier:
+            await once(comm, arrays)
         kept: list[Any] = []
         if comm.rank == 2:
             stream = Stream(device)
             stream.gate()  # so that it never says that its arrays may be written
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(die)
-                await once(comm, 3, kept, stream=stream)
+                await once(comm, made(3), stream=stream)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tell)
             await lose()
@@ -229,7 +235,7 @@ async def test_who_is_killed_before_its_word(gpu: Driver, anyio_backend_name: st
         await until(lambda: arenas() == before)
         rest = await comm.shrink(deadline=LIMIT_S)
         for _ in range(3):
-            await once(rest, 2, [])
+            await once(rest, made(2))
 
     with pytest.raises(aiocomm.AiocommError, match="rank 2"):  # noqa: PT012 - spawn tells of the killed worker
         async with aiocomm.spawn(work, n=2, links=LINKS) as comm:
