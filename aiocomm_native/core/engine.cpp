@@ -19,6 +19,7 @@ namespace aiocomm {
 namespace {
 constexpr uint64_t kNever = ~0ull;
 constexpr int kTurns = 4;
+constexpr uint64_t kLookEvery_ns = 20'000;  // at descriptors, by a thread that is busy otherwise
 
 double number(const EngineConfig& config, const std::string& name, double fallback) {
   auto it = config.numbers.find(name);
@@ -371,7 +372,7 @@ void Engine::run() {
   pthread_setname_np(pthread_self(), "aiocomm-engine");
   take_short_slices();
   const auto heartbeat_ns = static_cast<uint64_t>(setting("heartbeat_s", 1.0) * 1e9);
-  uint64_t next_tick = kNever, spin_until = 0;
+  uint64_t next_tick = kNever, spin_until = 0, look_again = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
     awake(page_->engine);
     engine_fd_.answer();
@@ -406,8 +407,16 @@ void Engine::run() {
         did = 1;
     }
     gone.clear();
-    while (copier_->run_one()) did = 1;
-    if (did) continue;
+    // One chunk at a time: its end may queue the next, for as long as a transfer takes. In between come deadlines, and what
+    // is told by descriptors.
+    if (copier_->run_one()) did = 1;
+    if (did) {
+      if (const uint64_t t = now(); t >= look_again) {
+        dispatch_fds(engine_epoll_, 0, false);
+        look_again = t + kLookEvery_ns;
+      }
+      continue;
+    }
     prepare_sleep(page_->engine);
     uint64_t next;
     {

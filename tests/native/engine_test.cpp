@@ -8,6 +8,10 @@
 
 #include "core/engine.hpp"
 
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -44,9 +48,15 @@ class HandPeer final : public LinkPeer {
     return Post::pending;
   }  // and stays so
   Post post_remote(const RemoteChunk&) override { return Post::pending; }
+  Path pull_path(const Location&) override { return on_pull ? Path::mapped : Path::none; }
+  int pull(const Location&, std::byte*, size_t) override {
+    on_pull();
+    return 0;
+  }
   bool takes_offers() const override { return with_offers; }
   bool reaches_regions() const override { return with_regions; }
   int poll(int budget) override {
+    if (on_poll) on_poll();
     const int took = std::min<int>(budget, backlog);
     backlog -= took;
     std::function<void(HandPeer&)> what;
@@ -64,7 +74,7 @@ class HandPeer final : public LinkPeer {
   std::atomic<int> backlog{0};  // frames that say nothing
   uint32_t immediate = 0;       // what writes into the receive that was offered last bring
   static inline bool with_offers = false, with_regions = false;
-  std::function<void()> at_end;
+  std::function<void()> at_end, on_poll, on_pull;  // the latter two by any thread
   // By the next poll, under the token, of whichever thread.
   void say(std::function<void(HandPeer&)> what) {
     std::lock_guard lock(mutex_);
@@ -560,6 +570,52 @@ void what_a_thread_throws() {
       std::bad_alloc().what());
 }
 
+// A transfer of which each chunk's end queues the next one keeps no thread of the engine from what else it is there for.
+void what_comes_while_chunks_are_copied() {
+  struct Always final : Pollable {  // a descriptor that can always be read
+    std::function<void()> seen;
+    void on_ready(uint32_t) override { seen(); }
+  } always;
+  const auto by_engine = [] {
+    char name[16];
+    pthread_getname_np(pthread_self(), name, sizeof name);
+    return std::string_view(name) == "aiocomm-engine";
+  };
+  std::atomic<int> chunks{0}, since_poll{0}, since_ready{0}, most{0};  // copied by the engine's thread
+  World world(kLong);
+  hand->on_poll = [&] {
+    if (by_engine()) since_poll = 0;
+  };
+  always.seen = [&] { since_ready = 0; };
+  hand->on_pull = [&] {
+    if (!by_engine()) return hand->host.ring_engine();
+    const uint64_t until = world.engine.now() + 30'000;  // as a chunk takes
+    while (world.engine.now() < until) std::this_thread::yield();
+    ++chunks;
+    most = std::max({most.load(), ++since_poll, ++since_ready});
+  };
+  Descriptor ready;
+  ready = eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC);
+  world.say([&](HandPeer& peer) { peer.host.watch(ready, EPOLLIN, &always, false); });
+  std::vector<std::byte> memory(1);
+  Op* op = world.engine.new_op();
+  op->kind = OpKind::get;
+  op->peer = 1;
+  op->channel = world.channel;
+  op->data = memory.data();  // nothing is written there
+  op->nbytes = op->capacity = 1ull << 45;
+  op->region = 1;
+  world.engine.submit(op);
+  FrameHeader answer = frame(FrameKind::get_ready, 7, op->id, op->nbytes);
+  answer.code = 1;
+  world.say(answer);
+  while (chunks < 200) world.look();
+  CHECK(most == 1);
+  world.engine.cancel(op, Code::cancelled);
+  world.await(op);
+  world.say([&](HandPeer& peer) { peer.host.unwatch(ready, false); });
+}
+
 // Memory that a link is giving back when that happens, or is to give back then: nobody is left to tell when that is over.
 void what_is_given_back_as_a_thread_throws() {
   Offering offering;
@@ -598,5 +654,6 @@ int main() {
   a_cancel_that_comes_too_late();
   what_a_spin_leaves_unread();
   what_a_thread_throws();
+  what_comes_while_chunks_are_copied();
   what_is_given_back_as_a_thread_throws();
 }
