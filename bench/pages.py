@@ -38,9 +38,8 @@ _CASES = ("scattered", "lists", "layers", "sizes", "swapped")
 def _forget() -> None:
     from aiocomm.pages import planner, ranges
 
-    planner._kept.clear()
-    for kept in ranges._kept.values():
-        kept.clear()
+    planner._matched.cache_clear()
+    ranges._kept.clear()
 
 
 def _cases() -> dict[str, Callable[[], Any]]:

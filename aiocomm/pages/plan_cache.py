@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PlanCache"]
 
 T = TypeVar("T")
+_LOOKS: Final = 16  # pages of a list, at most, that its key has: of shorter ones all
 _MOST_PAGES: Final = 1 << 20  # in the lists of all plans that are kept: each takes some 100 bytes of a plan
 
 
@@ -37,18 +38,20 @@ class PlanCache(Generic[T]):
         self._plans: OrderedDict[Any, tuple[Integers, Integers, T]] = OrderedDict()
         self._pages = 0  # in the lists of all
         self._lock = threading.Lock()
-        self.hits = 0
 
     def find(self, source: Layout, give: Integers, target: Layout, take: Integers) -> T | None:
         """The plan for these lists, if it is kept."""
         key = _key(source, give, target, take)
         with self._lock:
             found = self._plans.get(key)
-            if found is None or not (np.array_equal(found[0], give) and np.array_equal(found[1], take)):
+            if found is None:
                 return None
+            from_, to, plan = found
+            for one, other in ((from_, give), (to, take)):
+                if len(one) >= _LOOKS and not np.array_equal(one, other):
+                    return None
             self._plans.move_to_end(key)
-            self.hits += 1
-            return found[2]
+            return plan
 
     def keep(self, source: Layout, give: Integers, target: Layout, take: Integers, plan: T) -> None:
         """Keep a plan instead of those that were not used for longest: as many as it takes, but itself."""
@@ -72,5 +75,5 @@ class PlanCache(Generic[T]):
 
 
 def _key(source: Layout, give: Integers, target: Layout, take: Integers) -> tuple[Any, ...]:
-    some = (tuple(one[:: max(1, len(one) // 8)].tolist()) for one in (give, take))
+    some = (tuple(one[:: max(1, 2 * len(one) // _LOOKS)].tolist()) for one in (give, take))
     return source, target, len(give), len(take), *some

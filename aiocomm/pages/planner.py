@@ -9,7 +9,7 @@ was. 2. Where a page's stride is its row, neighbours on both sides merge into on
 spaced rows become one 2-D copy per run of pages, or equally spaced runs one per row: whichever is fewer.
 
 The loops over pages are native, and release the GIL. What is planned is the same for every pair of arrays, so
-it is planned for one; and it is kept, since a cache is handed over layer by layer, by the same lists.
+it is planned for one. What two layouts come to, whatever the pages, is kept: caches are few, requests many.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from aiocomm.errors import UsageError
 from aiocomm.pages.indices import page_list
-from aiocomm.pages.plan_cache import PlanCache
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout
 
     Integers = NDArray[np.int64]
+    Side = tuple[int, int, int, int, int]
 
 __all__ = ["Copies", "alike", "one_pair", "plan"]
 
@@ -69,7 +69,25 @@ class Copies:
         )
 
 
-_kept: Final[PlanCache[Copies]] = PlanCache(64)
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """Two layouts, whatever the pages.
+
+    Args:
+        tokens: of a page, on both sides.
+        sides: all of `_core.merge_pages` but the pages.
+        row: its bytes.
+        rows: where rows begin in a part of a page, on both sides.
+        by_rows: the same in equal steps.
+        has_bytes: whether a page has any.
+    """
+
+    tokens: tuple[int, int]
+    sides: tuple[Side, Side]
+    row: int
+    rows: tuple[Integers, Integers]
+    by_rows: tuple[Integers, ...]
+    has_bytes: bool
 
 
 def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pages: Sequence[int]) -> Copies:
@@ -100,13 +118,8 @@ def one_pair(
     target_pages: Indices,
 ) -> Copies:
     """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
-    give, take = page_list(source_pages), page_list(target_pages)
     source, target = alike(source, target)
-    found = _kept.find(source, give, target, take)
-    if found is None:
-        found = _planned(source, give, target, take)
-        _kept.keep(source, give, target, take, found)
-    return found
+    return _planned(source, page_list(source_pages), target, page_list(target_pages))
 
 
 def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
@@ -135,17 +148,14 @@ def _single(layout: Layout) -> Layout:
 
 
 def _planned(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
-    _fit(source, target)
-    target = _in_order_of(source, target)
-    if len(give) * source.tokens != len(take) * target.tokens:
+    found = _matched(source, target)
+    per_source, per_target = found.tokens
+    if len(give) * per_source != len(take) * per_target:
         raise UsageError(
-            f"{len(give)} source pages of {source.tokens} tokens, {len(take)} target pages of {target.tokens}"
+            f"{len(give)} source pages of {per_source} tokens, {len(take)} target pages of {per_target}"
         )
-    unit = gcd(source.tokens, target.tokens)
-    row_bytes, rows_from, rows_to = _rows(source, target, unit)
-    from_, to, nbytes, equal, error, page = _core.merge_pages(
-        _side(source, give, unit), _side(target, take, unit), row_bytes
-    )
+    sides = (give, *found.sides[0]), (take, *found.sides[1])
+    from_, to, nbytes, equal, error, page = _core.merge_pages(*sides, found.row)
     match error:
         case 1:
             raise UsageError(f"source page {page} is outside 0 to {source.count - 1}")
@@ -153,9 +163,25 @@ def _planned(source: Layout, give: Integers, target: Layout, take: Integers) -> 
             raise UsageError(f"target page {page} is outside 0 to {target.count - 1}")
         case 3:
             raise UsageError(f"target page {page} comes twice")
-    if not len(take) or not source.nbytes:  # engines take no rows of no bytes
+    if not len(take) or not found.has_bytes:  # engines take no rows of no bytes
         return Copies(*(np.empty(0, np.int64) for _ in range(8)))
-    return _lower((from_, to, nbytes), equal, (rows_from, rows_to))
+    return _lower((from_, to, nbytes), equal, found)
+
+
+@functools.lru_cache(256)
+def _matched(source: Layout, target: Layout) -> _Matched:
+    _fit(source, target)
+    target = _in_order_of(source, target)
+    unit = gcd(source.tokens, target.tokens)
+    row, *rows = _rows(source, target, unit)
+    return _Matched(
+        (source.tokens, target.tokens),
+        (_side(source, unit), _side(target, unit)),
+        row,
+        (rows[0], rows[1]),
+        _core.equal_steps(*rows),
+        source.nbytes > 0,
+    )
 
 
 def _fit(source: Layout, target: Layout) -> None:
@@ -187,9 +213,9 @@ def _do_not_fit(source: Layout, target: Layout) -> None:
     )
 
 
-def _side(layout: Layout, pages: Integers, unit: int) -> tuple[Integers, int, int, int, int, int]:
+def _side(layout: Layout, unit: int) -> Side:
     step = 0 if layout.token_axis is None else unit * layout.strides[layout.token_axis]
-    return pages, layout.count, layout.start, layout.page_stride, layout.tokens // unit, step
+    return layout.count, layout.start, layout.page_stride, layout.tokens // unit, step
 
 
 def _rows(source: Layout, target: Layout, unit: int) -> tuple[int, Integers, Integers]:
@@ -217,12 +243,10 @@ def _order(layout: Layout, axes: Sequence[int]) -> list[int]:
     return sorted(axes, key=lambda a: -layout.strides[a])
 
 
-def _lower(
-    merged: tuple[Integers, Integers, Integers], equal: bool, rows: tuple[Integers, Integers]
-) -> Copies:
+def _lower(merged: tuple[Integers, Integers, Integers], equal: bool, matched: _Matched) -> Copies:
     """Either all rows of a run of pages at once, or all equally spaced runs of one length."""
     from_, to, nbytes = merged
-    by_rows = _core.equal_steps(*rows)
+    rows, by_rows = matched.rows, matched.by_rows
     by_pages = _core.equal_steps(from_, to) if equal else None
     if by_pages is None or len(by_rows[0]) * len(to) <= len(by_pages[0]) * len(rows[0]):
         times, outer, found = len(to), (from_, to), by_rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 import numpy as np
@@ -14,18 +15,16 @@ from aiocomm.pages.planner import alike, one_pair
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Layout
+    from aiocomm.pages.planner import Copies
 
     Integers = NDArray[np.int64]
 
-__all__ = ["ENTRY_BYTES", "Ranges", "plan_far_rows", "plan_ranges", "plan_rows", "ranges_of"]
+__all__ = ["ENTRY_BYTES", "Plan", "Ranges", "plan_pages"]
 
-T = TypeVar("T")
 _STAGED: Final = 1 << 20  # bytes of one staging buffer, at most
 _LISTED: Final = 128 << 10  # bytes of ranges that go in one message, about
 _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it is copied twice less
@@ -59,110 +58,91 @@ class Ranges:
     groups_far: list[int]
 
 
-_kept_rows: Final[PlanCache[_core.Rows]] = PlanCache(64)
-_kept_far_rows: Final[dict[bool, PlanCache[_core.Rows]]] = {True: PlanCache(64), False: PlanCache(64)}
-_kept: Final[dict[bool, PlanCache[Ranges]]] = {True: PlanCache(64), False: PlanCache(64)}
+class Plan:
+    """What brings pages from here to there, for every pair of arrays alike. Any thread.
 
-
-async def plan_ranges(
-    source: Layout,
-    give: Indices,
-    target: Layout,
-    take: Indices,
-    at_target: bool,
-) -> Ranges:
-    """Plan on another thread where it takes longer than handing it over.
-
-    Args:
-        at_target: whether the peer has the target pages, or the source pages.
-
-    Raises:
-        UsageError: as for `plan`.
+    Its forms are made when they are first asked for.
     """
-    return await _planned(_kept[at_target], ranges_of, source, give, target, take, at_target)
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+
+    @functools.cached_property
+    def rows(self) -> _core.Rows:
+        """For engines that take rows."""
+        c = self._copies
+        return _core.Rows(c.source, c.source_stride, c.target, c.target_stride, c.nbytes, c.rows)
+
+    @functools.cached_property
+    def at_source(self) -> Ranges:
+        """For a peer that has the source pages."""
+        c = self._copies
+        return _ranges(
+            _core.far_ranges(c.target, c.target_stride, c.source, c.source_stride, c.nbytes, c.rows, _STAGED),
+            _core.MOST_IN_GET,
+        )
+
+    @functools.cached_property
+    def at_target(self) -> Ranges:
+        """For a peer that has the target pages."""
+        c = self._copies
+        return _ranges(
+            _core.far_ranges(c.source, c.source_stride, c.target, c.target_stride, c.nbytes, c.rows, _STAGED),
+            None,
+        )
+
+    @functools.cached_property
+    def rows_at_source(self) -> _core.Rows:
+        """For adapters that take rows, in the order in which these lie at a peer with the source pages."""
+        return _rows_of(self.at_source, False)
+
+    @functools.cached_property
+    def rows_at_target(self) -> _core.Rows:
+        """The same where the peer has the target pages."""
+        return _rows_of(self.at_target, True)
 
 
-async def plan_rows(source: Layout, give: Indices, target: Layout, take: Indices) -> _core.Rows:
-    """Plan for engines that take rows, as `plan_ranges`."""
-    return await _planned(_kept_rows, _rows_of, source, give, target, take)
+_kept: Final[PlanCache[Plan]] = PlanCache(64)
 
 
-async def plan_far_rows(
-    source: Layout,
-    give: Indices,
-    target: Layout,
-    take: Indices,
-    at_target: bool,
-) -> _core.Rows:
-    """Plan for adapters that take rows, in the order in which these lie at the peer, as `plan_ranges`."""
-    return await _planned(_kept_far_rows[at_target], _far_rows_of, source, give, target, take, at_target)
-
-
-async def _planned(
-    kept: PlanCache[T],
-    work: Callable[..., T],
-    source: Layout,
-    give: Indices,
-    target: Layout,
-    take: Indices,
-    *more: bool,
-) -> T:
+async def plan_pages(source: Layout, give: Indices, target: Layout, take: Indices, form: str) -> Plan:
     """A plan that is kept, or is made, on another thread where that takes longer than handing it over.
 
     Nobody may change the lists meanwhile: see `own_list`.
+
+    Args:
+        form: that of the plan which is to be there.
+
+    Raises:
+        UsageError: as for `planner.plan`.
     """
     from_, to = page_list(give), page_list(take)
     source, target = alike(source, target)
-    if (found := kept.find(source, from_, target, to)) is not None:
+    found = _kept.find(source, from_, target, to)
+    if found is not None and form in found.__dict__:
         return found
+
+    def make() -> Plan:
+        plan = found or Plan(one_pair(source, from_, target, to))
+        getattr(plan, form)
+        if found is None:
+            _kept.keep(source, from_, target, to, plan)
+        return plan
+
     if len(from_) + len(to) <= _INLINE:
-        return work(source, from_, target, to, *more)
-    return await anyio.to_thread.run_sync(work, source, from_, target, to, *more)
+        return make()
+    return await anyio.to_thread.run_sync(make)
 
 
-def _rows_of(source: Layout, give: Integers, target: Layout, take: Integers) -> _core.Rows:
-    copies = one_pair(source, give, target, take)
-    found = _core.Rows(
-        copies.source,
-        copies.source_stride,
-        copies.target,
-        copies.target_stride,
-        copies.nbytes,
-        copies.rows,
-    )
-    _kept_rows.keep(source, give, target, take, found)
-    return found
+def _rows_of(ranges: Ranges, at_target: bool) -> _core.Rows:
+    return _core.Rows.of_ranges(ranges.far, ranges.first, ranges.near, ranges.rows, at_target)
 
 
-def _far_rows_of(
-    source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool
-) -> _core.Rows:
-    ranges = ranges_of(source, give, target, take, at_target)
-    found = _core.Rows.of_ranges(ranges.far, ranges.first, ranges.near, ranges.rows, at_target)
-    _kept_far_rows[at_target].keep(source, give, target, take, found)
-    return found
-
-
-def ranges_of(source: Layout, give: Integers, target: Layout, take: Integers, at_target: bool) -> Ranges:
-    """See `plan_ranges`."""
-    source, target = alike(source, target)
-    kept = _kept[at_target]
-    if (found := kept.find(source, give, target, take)) is not None:
-        return found
-    copies = one_pair(source, give, target, take)
-    near, far = (
-        (copies.source, copies.source_stride),
-        (copies.target, copies.target_stride),
-    )
-    if not at_target:
-        near, far = far, near
-    starts, nbytes, first, at, rows = _core.far_ranges(*near, *far, copies.nbytes, copies.rows, _STAGED)
-    most = None if at_target else _core.MOST_IN_GET
-    groups = _groups(nbytes, most, _SMALL, _LISTED)
-    groups_far = _groups(nbytes, most, _SMALL_FAR, _LISTED_FAR)
-    found = Ranges(starts, nbytes, first, at, rows, groups, groups_far)
-    kept.keep(source, give, target, take, found)
-    return found
+def _ranges(found: tuple[Integers, Integers, Integers, Integers, Integers], most: int | None) -> Ranges:
+    """With groups; at most so many ranges in the list of a message."""
+    nbytes = found[1]
+    near, far = _groups(nbytes, most, _SMALL, _LISTED), _groups(nbytes, most, _SMALL_FAR, _LISTED_FAR)
+    return Ranges(*found, near, far)
 
 
 def _groups(nbytes: Integers, most: int | None, least: int, listed: int) -> list[int]:

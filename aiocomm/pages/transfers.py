@@ -34,7 +34,7 @@ from aiocomm.pages.layout import Pages
 from aiocomm.pages.lease import RemotePages
 from aiocomm.pages.memory import bytes_of
 from aiocomm.pages.mover import Mover
-from aiocomm.pages.ranges import ENTRY_BYTES, plan_far_rows, plan_ranges, plan_rows, ranges_of
+from aiocomm.pages.ranges import ENTRY_BYTES, plan_pages
 from aiocomm.pages.streaming import note
 from aiocomm.pages.within import check_apart
 from aiocomm.region import check_notification, look_away
@@ -213,20 +213,23 @@ async def _planned(
     at_target: bool,
 ) -> _Plan:
     """Plan for the way that is to be tried first."""
+    sides = source, give, target, take
     rows = None
     if mover.takes_rows(remote):
-        rows = await plan_far_rows(source, give, target, take, at_target)
+        form = "rows_at_target" if at_target else "rows_at_source"
+        plan = await plan_pages(*sides, form)
+        rows = plan.rows_at_target if at_target else plan.rows_at_source
         if not pages.on_gpu and rows.mean < _LEAST_ROW:
             rows = None
     elif remote.by_rows and _by_engine(pages, remote, mover):
-        rows = await plan_rows(source, give, target, take)
+        plan = await plan_pages(*sides, "rows")
+        rows = plan.rows
         least = _LEAST_ROW_OF_GPU if pages.on_gpu else _LEAST_ROW_READ[at_target]
         if not remote.on_gpu and rows.mean < least:
             rows = None
-    if rows is not None:
-        return _Plan(rows, lambda: ranges_of(source, give, target, take, at_target))
-    ranges = await plan_ranges(source, give, target, take, at_target)
-    return _Plan(None, lambda: ranges)
+    if rows is None:
+        plan = await plan_pages(*sides, "at_target" if at_target else "at_source")
+    return _Plan(rows, lambda: plan.at_target if at_target else plan.at_source)
 
 
 def _by_engine(pages: Pages, remote: RemotePages, mover: Mover) -> bool:

@@ -203,7 +203,7 @@ async def test_a_sender_is_cancelled_before_a_byte_moves(pair: Pair, monkeypatch
             scope.cancel()
             await anyio.sleep_forever()
 
-        monkeypatch.setattr(transfers, "plan_ranges", plans)
+        monkeypatch.setattr(transfers, "plan_pages", plans)
         await a.put_layers(ours.layers(), [0], remote.layers(), [0])
     assert scope.cancelled_caught
     monkeypatch.undo()

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiocomm.errors import UsageError
-from aiocomm.pages import Pages, plan_cache, planner
+from aiocomm.pages import Pages, plan_cache
 from aiocomm.pages.indices import own_list, page_list
-from aiocomm.pages.planner import Copies, plan
-from aiocomm.pages.ranges import plan_ranges, plan_rows, ranges_of
+from aiocomm.pages.planner import Copies, one_pair, plan
+from aiocomm.pages.ranges import Plan, plan_pages
 from aiocomm_native import _core
 
 
@@ -149,21 +149,31 @@ def test_latents_go_between_layouts(data: st.DataObject, sizes: tuple[int, int],
         assert np.array_equal(target.arrays[layer][list(take)].reshape(-1, dim), given_)
 
 
-def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists() -> None:
+@pytest.mark.anyio
+async def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists() -> None:
     kv = pages(4000, 16, arrays=4)
     rng = np.random.default_rng(5)
     give, take = rng.permutation(4000), rng.permutation(4000)
-    hits = planner._kept.hits
-    first = plan(kv.planes([0]).layout, give, kv.planes([1]).layout, take)
-    second = plan(kv.planes([2]).layout, give, kv.planes([3]).layout, take)
-    assert planner._kept.hits == hits + 1
-    assert second.source is first.source
-    assert second.target_array.tolist() == [3] * len(second)
+    layers = [kv.planes([layer]).layout for layer in range(4)]
+    first = await plan_pages(layers[0], give, layers[1], take, "rows")
+    assert await plan_pages(layers[2], give, layers[3], take, "at_target") is first
     other = take.copy()
     other[[1, 2]] = other[[2, 1]]  # differs where no key looks
-    third = plan(kv.planes([0]).layout, give, kv.planes([0]).layout, other)
-    assert planner._kept.hits == hits + 1
-    assert not np.array_equal(third.source, first.source) or not np.array_equal(third.target, first.target)
+    third = await plan_pages(layers[0], give, layers[0], other, "at_target")
+    assert third is not first
+    assert not np.array_equal(third.at_target.near, first.at_target.near)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
+async def test_plans_of_short_lists_are_told_apart(count: int) -> None:
+    layout, first = pages(100, 16).layout, list(range(0, 2 * count, 2))
+    kept = await plan_pages(layout, first, layout, first, "rows")
+    assert await plan_pages(layout, first, layout, first, "rows") is kept
+    for place in range(count):
+        other = [*first[:place], 2 * count + 1, *first[place + 1 :]]
+        assert await plan_pages(layout, other, layout, first, "rows") is not kept
+        assert await plan_pages(layout, first, layout, other, "rows") is not kept
 
 
 def test_plans_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,21 +206,20 @@ async def test_plans_that_are_kept_are_found_on_the_loops_thread(monkeypatch: py
     rng = np.random.default_rng(11)
     lists = rng.permutation(5000).tolist(), rng.permutation(5000).tolist()
     source, target = kv.planes([0]).layout, kv.planes([1]).layout
-    rows = await plan_rows(source, lists[0], target, lists[1])
-    ranges = await plan_ranges(source, lists[0], target, lists[1], True)
+    sides = source, lists[0], target, lists[1]
+    forms = "rows", "at_source", "at_target", "rows_at_source", "rows_at_target"
+    made = {form: getattr(await plan_pages(*sides, form), form) for form in forms}
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("nothing has to be planned")
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
-    assert await plan_rows(source, lists[0], target, lists[1]) is rows
-    assert await plan_ranges(source, lists[0], target, lists[1], True) is ranges
-    other = kv.planes([1]).layout, kv.planes([0]).layout  # planned for one pair of arrays, and so for all
-    assert await plan_rows(other[0], lists[0], other[1], lists[1]) is rows
-    assert await plan_ranges(other[0], lists[0], other[1], lists[1], True) is ranges
-    for call in (plan_rows(source, [1], kv.layout, [1]), plan_ranges(source, [1], kv.layout, [1], True)):
-        with pytest.raises(UsageError, match="do not fit"):
-            await call
+    other = target, lists[0], source, lists[1]  # planned for one pair of arrays, and so for all
+    for form in forms:
+        for found in (await plan_pages(*sides, form), await plan_pages(*other, form)):
+            assert getattr(found, form) is made[form]
+    with pytest.raises(UsageError, match="do not fit"):
+        await plan_pages(source, [1], kv.layout, [1], "rows")
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
@@ -278,7 +287,8 @@ def test_ranges_hold_every_row_once() -> None:
     source.arrays[0][:] = rng.integers(0, 256, source.arrays[0].shape)
     for at_target in (True, False):
         near, far = (source, target) if at_target else (target, source)
-        found = ranges_of(source.layout, page_list(give), target.layout, page_list(take), at_target)
+        plan = Plan(one_pair(source.layout, give, target.layout, take))
+        found = plan.at_target if at_target else plan.at_source
         assert sum(found.nbytes) == int(found.rows.sum()) == 30 * 12
         moved = np.zeros_like(target.arrays[0]).reshape(-1)
         for start, nbytes, first, last in zip(
