@@ -7,6 +7,7 @@ moves.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import secrets
@@ -137,7 +138,7 @@ class PageLease:
         """What a peer needs for `comm.remote_pages`. Send it however you like."""
         if self._closed:
             raise ClosedError("the lease has ended")
-        layout = json.dumps(asdict(self._pages.layout)).encode()
+        layout = _text(self._pages.layout)
         handles = [region.handle for region in self._regions]
         sizes = len(layout), len(self._indices), len(handles[0])
         head = _HEAD.pack(_MAGIC, _VERSION, self._number, *sizes, self._pages.on_gpu)
@@ -257,7 +258,7 @@ class RemotePages:
             if (magic, version) != (_MAGIC, _VERSION):
                 raise ValueError("magic")
             start = _HEAD.size + layout_bytes
-            layout = _layout(json.loads(handle[_HEAD.size : start]))
+            layout = _layout(handle[_HEAD.size : start])
             indices = np.frombuffer(handle, np.int64, count, start)
             start += indices.nbytes
             parts = [handle[at : at + handle_bytes] for at in range(start, len(handle), handle_bytes)]
@@ -315,7 +316,15 @@ class RemotePages:
         )
 
 
-def _layout(fields: dict[str, Any]) -> Layout:
+@functools.lru_cache(256)
+def _text(layout: Layout) -> bytes:
+    return json.dumps(asdict(layout)).encode()
+
+
+@functools.lru_cache(256)
+def _layout(text: bytes) -> Layout:
+    """Of a handle: one owner's leases have the same, request by request."""
+    fields = json.loads(text)
     numbers = {key: int(fields[key]) for key in ("count", "page_stride", "start", "item", "page_axis")}
     lists = {key: tuple(int(n) for n in fields[key]) for key in ("planes", "shape", "strides")}
     token = fields["token_axis"]

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from aiocomm.pages.indices import Indices
     from aiocomm.pages.layout import Layout
 
     Integers = NDArray[np.int64]
@@ -97,7 +96,8 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
         UsageError: the layouts do not fit, an index is out of range, a target page comes twice, or the lists
             do not hold equally many tokens.
     """
-    found = one_pair(source, source_pages, target, target_pages)
+    of, to = alike(source, target)
+    found = one_pair(of, page_list(source_pages), to, page_list(target_pages))
     planes, each = len(source.planes), len(found)
     return Copies(
         np.repeat(np.array(source.planes, np.int64), each),
@@ -109,17 +109,6 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
         _tiled(found.nbytes, planes),
         _tiled(found.rows, planes),
     )
-
-
-def one_pair(
-    source: Layout,
-    source_pages: Indices,
-    target: Layout,
-    target_pages: Indices,
-) -> Copies:
-    """`plan` for one pair of arrays, which is that of all pairs: its array numbers are 0."""
-    source, target = alike(source, target)
-    return _planned(source, page_list(source_pages), target, page_list(target_pages))
 
 
 def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
@@ -147,7 +136,8 @@ def _single(layout: Layout) -> Layout:
     )
 
 
-def _planned(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
+def one_pair(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
+    """`plan` for one pair of arrays, as `alike` gives them: their numbers are 0."""
     found = _matched(source, target)
     per_source, per_target = found.tokens
     if len(give) * per_source != len(take) * per_target:

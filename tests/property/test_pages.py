@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aiocomm.errors import UsageError
 from aiocomm.pages import Pages, plan_cache
 from aiocomm.pages.indices import own_list, page_list
-from aiocomm.pages.planner import Copies, one_pair, plan
+from aiocomm.pages.planner import Copies, alike, one_pair, plan
 from aiocomm.pages.ranges import Plan, plan_pages
 from aiocomm_native import _core
 
@@ -287,8 +287,9 @@ def test_ranges_hold_every_row_once() -> None:
     source.arrays[0][:] = rng.integers(0, 256, source.arrays[0].shape)
     for at_target in (True, False):
         near, far = (source, target) if at_target else (target, source)
-        plan = Plan(one_pair(source.layout, give, target.layout, take))
-        found = plan.at_target if at_target else plan.at_source
+        source_, target_ = alike(source.layout, target.layout)
+        made = Plan(one_pair(source_, page_list(give), target_, page_list(take)))
+        found = made.at_target if at_target else made.at_source
         assert sum(found.nbytes) == int(found.rows.sum()) == 30 * 12
         moved = np.zeros_like(target.arrays[0]).reshape(-1)
         for start, nbytes, first, last in zip(
