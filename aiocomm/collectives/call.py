@@ -317,7 +317,8 @@ def _do(
         views[s.buffer][s.start : s.stop].view(request.dtype) for s in (step.left, step.right, step.target)
     )
     if partials is None:
-        request.ufunc(left, right, out=target)
+        with np.errstate(all="ignore"):  # as the extension does it: this rank's settings are not the others'
+            request.ufunc(left, right, out=target)
         return
     partials.reduce((step.left, left), (step.right, right), (step.target, target), step.target.buffer == OUT)
 

@@ -201,4 +201,5 @@ async def _repeated(
 
 def _divide(sums: np.ndarray[Any, Any], group: Group) -> None:
     """Make means of them, in place."""
-    np.divide(sums, sums.dtype.type(group.size), out=sums)
+    with np.errstate(all="ignore"):
+        np.divide(sums, sums.dtype.type(group.size), out=sums)

@@ -69,7 +69,7 @@ class Partials:
             last: the result is complete, and is rounded into `target`.
         """
         a, b = (self._wide(*one) for one in (left, right))
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             total = self._ufunc(a, b)
             if not last:
                 self._kept[target[0]] = total

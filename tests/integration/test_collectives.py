@@ -249,6 +249,29 @@ async def test_float8_sums_beyond_its_range_are_not_lost_in_a_mean() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "float8_e5m2"])
+async def test_what_overflows_is_infinite_whatever_numpy_is_told_to_raise(dtype: str) -> None:
+    kind = np.dtype(dtype if dtype[1:].isdigit() else getattr(pytest.importorskip("ml_dtypes"), dtype))
+    large = np.array([6e4, 6e4, 6e-5] if kind.itemsize < 4 else [3e38, 3e38, 2e-38]).astype(kind)
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for op in ("sum", "mean", "prod"):
+            for algorithm in ("direct", None, None, None):
+                x = large.copy()
+                await comm.all_reduce(x, op, algorithm=algorithm)
+                if op != "mean" or kind.itemsize > 1:
+                    assert np.isinf(x[:2].astype(np.float64)).all()
+        if kind.itemsize > 1:
+            x = np.array([np.inf if comm.rank else -np.inf], kind)
+            await comm.reduce(x, root=1)
+            assert np.isnan(x[0]) if comm.rank == 1 else np.isinf(x[0])
+
+    with np.errstate(all="raise"):
+        async with world(3) as members:
+            await everyone(members, rank)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_all_ranks_get_the_same_bits() -> None:
     results: dict[tuple[str, int], bytes] = {}
 
