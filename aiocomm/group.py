@@ -218,7 +218,7 @@ class Group(Collectives, ExpertOperations):
             self._indices.remove(agreement.index)
         else:
             self._shrinks += 1
-            name = f"\0group {self._digest} shrink {self._shrinks}"
+            name = f"\0shrink {self._digest} {self._shrinks}"  # unlike that of any scope
             index = comm._engine.open_channel(name, int(Priority.HIGH), 1.0)
             agreement = Agreement(comm, index, self._ranks, alive, self._shrinks)
         self._shrinking.add(agreement)

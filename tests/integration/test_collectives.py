@@ -315,6 +315,18 @@ async def test_calls_overlap_on_one_channel_and_on_several() -> None:
         await everyone(members, rank)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_channel_may_have_any_name_in_a_group_that_shrinks() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        group, channel = await comm.group([0, 1]), comm.channel("shrink 1")
+        for _ in range(2):
+            await group.barrier(channel=channel)
+            assert (await group.shrink()).ranks == (0, 1)
+
+    async with world(2) as members:
+        await everyone(members, rank)
+
+
 async def test_groups_overlap_and_split() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
         me = comm.rank
