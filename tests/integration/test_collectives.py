@@ -667,6 +667,16 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.reduce_scatter(np.zeros(2), np.zeros(6), counts=[2, 2, float("nan")]),
         "one integer per rank",
     ),
+    "a negative count": (
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2]),
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [6, 2, -2]),
+        "counts has a negative entry",
+    ),
+    "more counts than ranks": (
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2]),
+        lambda c: c.all_gatherv(np.zeros(6), np.zeros(2), [2, 2, 2, 0]),
+        "counts has 4 entries for 3 ranks",
+    ),
     "missing counts": (
         lambda c: c.gatherv(None, np.zeros(2), root=1),
         lambda c: c.gatherv(np.zeros(6), np.zeros(2), root=1),
