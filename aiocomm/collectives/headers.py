@@ -36,6 +36,7 @@ __all__ = [
 DIRECT_MEMBERS: Final = 16  # in larger groups headers go by dissemination
 HEADER_BYTES: Final = 160
 _DIGEST_BYTES: Final = 12
+_CUT: Final = HEADER_BYTES - 2 * _DIGEST_BYTES - 1  # a text that is longer: a # is there, and a digest
 REFUSED: Final = "!"  # begins the text of a call that its own rank refused
 
 _REASON_BYTES: Final = 240
@@ -59,7 +60,7 @@ def header(text: str) -> bytes:
     encoded = text.encode(errors="backslashreplace")
     if len(encoded) > HEADER_BYTES:
         digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).hexdigest().encode()
-        encoded = encoded[: HEADER_BYTES - len(digest) - 1] + b"#" + digest
+        encoded = encoded[:_CUT] + b"#" + digest
     return encoded.ljust(HEADER_BYTES, b"\0")
 
 
@@ -70,7 +71,10 @@ def refusal(error: Exception) -> bytes:
 
 
 def _text(one: bytes) -> str:
-    return one.rstrip(b"\0").decode(errors="replace").partition("#")[0]
+    text = one.rstrip(b"\0")
+    if len(text) == HEADER_BYTES and text[_CUT:].startswith(b"#"):
+        return text[:_CUT].decode(errors="ignore") + "…"
+    return text.decode(errors="replace")
 
 
 def judge(headers: Sequence[bytes], names: Sequence[str]) -> str | None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -461,6 +462,25 @@ async def test_repeats_keep_no_array(mode: str, monkeypatch: pytest.MonkeyPatch)
         assert not [ref for ref in kept if ref() is not None]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("count", [3, 30_000])
+async def test_repeats_may_be_in_place_or_not(count: int) -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        me = comm.rank
+        for turn, in_place in enumerate([True, True, False, False, True, False]):
+            every = np.stack([block(turn + r, count) for r in range(3)])
+            for call in (comm.all_gather, partial(comm.gather, root=1)):
+                out = np.full((3, count), -1.0)
+                if in_place:
+                    out[me] = every[me]
+                await call(out, out[me] if in_place else every[me].copy())
+                if call == comm.all_gather or me == 1:
+                    assert np.array_equal(out, every)
+
+    async with world(3) as members:
+        await everyone(members, rank)
+
+
 async def test_repeats_look_at_their_arrays_again() -> None:
     """What was prepared for arrays that are contiguous, apart and writable is not used for others."""
 
@@ -693,6 +713,11 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda c: c.all_reduce(F4.copy(), ["sum"]),
         "op=['sum'] is not a name",
     ),
+    "an op with a hash": (
+        lambda c: c.all_reduce(F4.copy()),
+        lambda c: c.all_reduce(F4.copy(), "#sum"),
+        "unknown reduction '#sum': choose from",
+    ),
     "a list for an algorithm": (
         lambda c: c.all_reduce(F4.copy()),
         lambda c: c.all_reduce(F4.copy(), algorithm=["ring"]),
@@ -736,6 +761,19 @@ async def test_a_rank_that_calls_differently_is_named_on_all(case: str) -> None:
     assert len(set(said)) == 1, said
     assert "rank 1 " in said[0]
     assert text in said[0]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_calls_that_take_many_words_are_compared_to_the_last() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        counts = [10**5 + 1] * 14 + ([0, 1, 0] if comm.rank == 16 else [1, 0, 0])
+        kind = np.dtype([("the name of a field", "u1")])
+        every, own = np.zeros(sum(counts), kind), np.zeros(counts[comm.rank], kind)
+        with pytest.raises(aiocomm.UsageError, match=r"1,…, and the others all_gather .*1,…: all ranks"):
+            await comm.all_gatherv(every, own, counts, algorithm="ring")
+
+    async with world(17) as members:
+        await everyone(members, rank)
 
 
 class Broken:
