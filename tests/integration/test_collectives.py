@@ -1075,6 +1075,26 @@ async def test_a_rank_that_never_calls_is_named() -> None:
     assert aiocomm.DeadlineExceeded in told
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_deadline_of_one_rank_is_none_of_another() -> None:
+    async def rank(comm: aiocomm.Communicator) -> None:
+        async def begun() -> None:
+            await comm.send(b"go", dst=0)
+
+        if comm.rank == 0:
+            await comm.recv(bytearray(2), src=1)
+            with pytest.raises(aiocomm.DeadlineExceeded, match=r"not called within 0 s by .*rank 2"):
+                await comm.barrier(deadline=0)
+        elif comm.rank == 1:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(begun)  # which runs once this rank waits in its call
+                with pytest.raises(aiocomm.TransferCancelled, match=r"rank 0 gave the call up: .*rank 2"):
+                    await comm.barrier()
+
+    async with world(3, warmup=True) as members:
+        await everyone(members, rank)
+
+
 async def test_a_cancelled_rank_ends_the_call_on_all() -> None:
     async def rank(comm: aiocomm.Communicator) -> None:
         x = np.zeros(1 << 20)
