@@ -22,7 +22,7 @@ from aiocomm.vllm.caches import Geometry
 from aiocomm.vllm.metrics import PromMetrics, Stats
 from aiocomm.vllm.ranks import Place
 from aiocomm.vllm.scheduler import Scheduler
-from aiocomm.vllm.steps import Figures, Step
+from aiocomm.vllm.steps import Figures, Step, request_of
 from aiocomm.vllm.tensors import caches_of
 from aiocomm.vllm.worker import Options, Worker
 
@@ -114,7 +114,7 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """What has ended since the last step."""
         sent, received, failed = self._worker.ended()
         return KVConnectorTransferResults(
-            finished_sending=sent, finished_recving=received, failed_recving=failed
+            finished_sending=set(map(request_of, sent)), finished_recving=received, failed_recving=failed
         )
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiocomm.vllm.steps import Fetch, Origin, Step
+from aiocomm.vllm.steps import Fetch, Origin, Step, lent_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,12 +101,13 @@ class Scheduler:
             self._step.cancel.append(request)
         if not params or not params.get("do_remote_decode") or not complete or not blocks:
             return None
-        self._step.keep[request] = tuple(blocks)
+        name = lent_name(request)
+        self._step.keep[name] = tuple(blocks)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_engine_id": self._engine,
-            "remote_request_id": request,
+            "remote_request_id": name,
             "remote_block_ids": list(blocks),
             "remote_num_tokens": tokens,
             "tp_size": self._ranks,

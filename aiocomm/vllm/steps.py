@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Fetch", "Figures", "Origin", "Outcome", "Step"]
+__all__ = ["Fetch", "Figures", "Origin", "Outcome", "Step", "lent_name", "request_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a request's blocks are: the engine that computed them, and its name for the request."""
+    """Where a request's blocks are: the engine that computed them, and the name by which it lends them."""
 
     engine: str
     ranks: int  # of its tensor parallelism
@@ -27,15 +28,27 @@ class Fetch:
     here: tuple[int, ...]
 
 
+def lent_name(request: str) -> str:
+    """A name by which a request's blocks are lent once.
+
+    Requests may have the names of older ones, whose blocks somebody may come for yet; so may those of an
+    engine that was started anew.
+    """
+    return f"{request}/{secrets.token_hex(8)}"
+
+
+def request_of(name: str) -> str:
+    """The request whose blocks have a `lent_name`."""
+    return name.rpartition("/")[0]
+
+
 @dataclass(slots=True)
 class Step:
     """All that the workers have to begin in one step."""
 
     claim: list[Origin] = field(default_factory=list)  # somebody here will come for them
     fetch: list[Fetch] = field(default_factory=list)
-    keep: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # blocks of a request, until they were fetched
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)  # blocks to lend, by a `lent_name` each
     cancel: list[str] = field(default_factory=list)  # fetches that nobody waits for any more
     release: list[Origin] = field(default_factory=list)  # nobody here comes for them
 

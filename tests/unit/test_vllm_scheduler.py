@@ -8,11 +8,17 @@ import pytest
 
 import aiocomm
 from aiocomm.vllm.scheduler import Scheduler
-from aiocomm.vllm.steps import Fetch, Origin, Step
+from aiocomm.vllm.steps import Fetch, Origin, Step, lent_name, request_of
 from aiocomm.vllm.worker import Options
 
 BLOCK = 16
-ORIGIN = Origin("prefill", 2, "p-1")
+ORIGIN = Origin("prefill", 2, "p-1/0")
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That can be told beforehand."""
+    monkeypatch.setattr("aiocomm.vllm.scheduler.lent_name", "{}/0".format)
 
 
 def came(blocks: list[int], tokens: int) -> dict[str, Any]:
@@ -20,7 +26,7 @@ def came(blocks: list[int], tokens: int) -> dict[str, Any]:
     engine = Scheduler("prefill", 2, BLOCK)
     params = engine.finished("p-1", {"do_remote_decode": True}, tokens, blocks, complete=True)
     assert params is not None
-    assert engine.step() == Step(keep={"p-1": tuple(blocks)})
+    assert engine.step() == Step(keep={"p-1/0": tuple(blocks)})
     return params
 
 
@@ -39,6 +45,13 @@ def test_a_prompt_goes_over(decode: Scheduler) -> None:
     assert decode.matched("d-1", 40, 0) == 0, "it comes once"
     decode.allocated("d-1", 40, [1, 2, 4], 0)
     assert not decode.step()
+
+
+def test_a_request_is_lent_by_another_name_than_an_older_one_of_its_name() -> None:
+    """Of which somebody may come late: the blocks hold something else by now."""
+    first, second = lent_name("a/b"), lent_name("a/b")
+    assert first != second
+    assert request_of(first) == request_of(second) == "a/b"
 
 
 def test_what_is_here_already_does_not_come(decode: Scheduler) -> None:
