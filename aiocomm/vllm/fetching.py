@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["Fetcher"]
 
 _log = logging.getLogger("aiocomm.vllm")
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What several requests of this engine may want: such of one prompt that asks for several answers."""
+
+    requests: int = 0  # that were claimed for, and have not ended
+    fetched: bool = False  # for one of them at least
 
 
 class Fetcher:
@@ -59,11 +67,13 @@ class Fetcher:
         self._bulk = comm.channel("vllm.kv")
         self._broken = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._wanted: dict[Origin, _Wanted] = {}
 
     def begin(self, fetch: Fetch) -> None:
         """Get a request's blocks; its end goes to the outcome, whatever it is."""
         task = asyncio.get_running_loop().create_task(self._get_all(fetch))
         self._under_way[fetch.request] = task
+        self._wanted.setdefault(fetch.origin, _Wanted(1)).fetched = True
         task.add_done_callback(partial(self._ended, fetch, time.monotonic()))
 
     def cancel(self, request: str) -> None:
@@ -73,12 +83,16 @@ class Fetcher:
 
     def claim(self, origin: Origin) -> None:
         """Say that somebody here will come. One worker speaks for its engine, to all of the other."""
+        self._wanted.setdefault(origin, _Wanted()).requests += 1
         if self._place.rank == 0:
             self._start(self._words.tell(origin, range(origin.ranks), {"kind": "claim"}))
 
     def release(self, origin: Origin) -> None:
-        """Say that nobody here comes."""
-        if self._place.rank == 0:
+        """One comes no more. The last says that nobody does, or that all who came are done."""
+        wanted = self._last(origin)
+        if wanted is not None and wanted.fetched:  # by another worker perhaps not yet
+            self._start(self._tell_read(origin))
+        elif wanted is not None and self._place.rank == 0:
             self._start(self._words.tell(origin, range(origin.ranks), {"kind": "release"}))
 
     async def aclose(self) -> None:
@@ -117,12 +131,22 @@ class Fetcher:
         failure = None if task.cancelled() else task.exception()
         if failure is not None:
             _log.warning("request %s did not get its blocks: %s", fetch.request, _why(failure, self._fetch_s))
+        came = failure is None and not task.cancelled()
         self._outcome.of_received(fetch.request, failed=failure is not None or self._broken)
-        if task.cancelled() or failure is not None:  # nor does anybody else of this engine need them
-            self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
-        else:
+        if came:
             self._outcome.of_fetch(time.monotonic() - begun_s, len(fetch.here) * self._block_bytes)
+        if self._last(fetch.origin) is None:
+            return
+        if came:
             self._start(self._tell_read(fetch.origin))
+        else:  # nor does anybody else of this engine need them
+            self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
+
+    def _last(self, origin: Origin) -> _Wanted | None:
+        """A request has ended: what was wanted, unless another of this engine wants it yet."""
+        wanted = self._wanted.setdefault(origin, _Wanted(1))
+        wanted.requests -= 1
+        return None if wanted.requests else self._wanted.pop(origin)
 
     async def _tell_read(self, origin: Origin) -> None:
         """Of its shares each worker says it, and one of what nobody reads."""

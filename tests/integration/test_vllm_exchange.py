@@ -113,6 +113,26 @@ async def test_two_requests_share_a_block(engine: Callable[..., Any]) -> None:
     np.testing.assert_array_equal(decode.blocks([0, 1, 2, 3]), prefill.blocks([3, 1, 3, 4]))
 
 
+@pytest.mark.parametrize("last", ["fetched", "released", "cancelled"])
+async def test_blocks_are_kept_for_all_who_want_them(engine: Callable[..., Any], last: str) -> None:
+    """Such as several answers to one prompt, of which one is begun when another has its blocks."""
+    prefill, decode = await engine("prefill", 1, ranks=2), await engine("decode", 2, ranks=2)
+    origin = prefill.origin("p")
+    prefill.begin(keep={"p": (3, 1)})
+    decode.begin(claim=[origin] * 3)
+    decode.begin(fetch=fetch("d1", origin, [3, 1], [0, 1]))
+    assert await decode.has_received("d1")
+    decode.begin(fetch=fetch("d2", origin, [3, 1], [2, 3]))
+    assert await decode.has_received("d2")
+    np.testing.assert_array_equal(decode.blocks([0, 1, 2, 3]), prefill.blocks([3, 1, 3, 1]))
+    if last == "released":
+        decode.begin(release=[origin])
+    else:
+        decode.begin(fetch=fetch("d3", origin, [1], [4]), cancel=["d3"] if last == "cancelled" else [])
+        assert await decode.has_received("d3")
+    await prefill.has_sent("p")
+
+
 async def test_who_asks_before_the_step_that_gives_waits(engine: Callable[..., Any]) -> None:
     prefill, decode = await engine("prefill", 1), await engine("decode", 2)
     decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))

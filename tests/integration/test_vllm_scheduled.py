@@ -123,6 +123,16 @@ async def test_several_answers_to_one_prompt(engine: Callable[..., Any]) -> None
     assert decode.worker.figures().failed == 0
 
 
+async def test_several_answers_to_one_prompt_one_after_the_other(engine: Callable[..., Any]) -> None:
+    prefill, decode = await engine("prefill"), await engine("decode", blocks=16, policy="fail")
+    params = await prefilled(prefill, "p", prompt(37))
+    for n in range(3):
+        decode.add(f"{n}_d", prompt(37), dict(params or {}), tokens=5)
+    await all_is_back(prefill, decode)
+    assert [decode.tokens[f"{n}_d"] for n in range(3)] == [answer(prompt(37), 5)] * 3
+    assert decode.worker.figures().failed == 0
+
+
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 async def test_blocks_that_are_gone(engine: Callable[..., Any], policy: str) -> None:
     prefill = await engine("prefill", lease_s=0.01)
