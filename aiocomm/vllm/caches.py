@@ -29,6 +29,9 @@ class Geometry:
     heads: int
     content: int  # elements of a token and head: keys and values
     stages: int
+    layout: str = "LBHNC"  # `Caches.layout`
+    backend: str = ""  # of attention: how it lays the content out
+    vllm: str = ""  # its version
     protocol: int = 1
 
 
@@ -72,6 +75,14 @@ class Caches:
     def head_axis(self) -> int:
         """Of `pages()`, the axis along which heads lie."""
         return self._axes.head
+
+    @property
+    def layout(self) -> str:
+        """The order of axes in memory, as vLLM has it: layers, blocks, heads, tokens (N), content."""
+        axes = {self._axes.page: "B", self._axes.head: "H", self._axes.token: "N"}
+        count = len(self._arrays[0].shape)
+        order = "".join(axes.get(axis, "L") for axis in range(count - 1)) + "C"
+        return order if "L" in order else f"L{order}"
 
     @property
     def block_bytes(self) -> int:

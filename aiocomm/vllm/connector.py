@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 try:
+    import vllm
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -27,6 +28,8 @@ from aiocomm.vllm.tensors import caches_of
 from aiocomm.vllm.worker import Options, Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -44,6 +47,22 @@ __all__ = ["AiocommConnector"]
 @dataclass
 class _Metadata(KVConnectorMetadata):  # type: ignore[misc]
     step: Step = field(default_factory=Step)
+
+
+def _dtype(stored: str, named: str) -> str:
+    """What is stored in bytes has no dtype of its own, and two kinds of fp8 are stored so."""
+    return named if stored == "torch.uint8" else stored.removeprefix("torch.")
+
+
+def _backend(config: VllmConfig, names: Iterable[str]) -> str:
+    """What computes attention; on CPUs the keys' order also depends on the instructions that it uses."""
+    layers = config.compilation_config.static_forward_context
+    found = {
+        "/".join(filter(None, (layers[name].get_attn_backend().get_name(), getattr(layers[name], "isa", ""))))
+        for name in names
+        if name in layers
+    }
+    return ", ".join(sorted(found))
 
 
 class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -68,7 +87,14 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise UsageError("aiocomm.vllm does not move the KV caches of context-parallel engines")
         ranks = parallel.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(engine, ranks, vllm_config.cache_config.block_size)
+            transfer = self._kv_transfer_config
+            self._scheduler = Scheduler(
+                engine,
+                ranks,
+                vllm_config.cache_config.block_size,
+                fetches=transfer.is_kv_consumer,
+                lends=transfer.is_kv_producer,
+            )
         else:
             model = vllm_config.model_config
             heads = 1 if model.use_mla else model.get_total_num_kv_heads()
@@ -81,15 +107,19 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Join the other engines, and let them read these."""
         config = self._vllm_config
-        caches, layers, content = caches_of(list(kv_caches.values()), config.cache_config.block_size)
+        tensors = list(kv_caches.values())
+        caches, layers, content = caches_of(tensors, config.cache_config.block_size)
         geometry = Geometry(
             model=config.model_config.model,
-            dtype=str(next(iter(kv_caches.values())).dtype),
+            dtype=_dtype(str(tensors[0].dtype), str(config.cache_config.cache_dtype)),
             layers=layers,
             block_size=config.cache_config.block_size,
             heads=self._place.heads,
             content=content,
             stages=config.parallel_config.pipeline_parallel_size,
+            layout=caches.layout,
+            backend=_backend(config, kv_caches),
+            vllm=vllm.__version__,
         )
         self._worker.join(caches, geometry)
 

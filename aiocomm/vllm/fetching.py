@@ -104,8 +104,6 @@ class Fetcher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _get_all(self, fetch: Fetch) -> None:
-        if len(fetch.there) != len(fetch.here):
-            raise UsageError(f"{len(fetch.there)} blocks there for {len(fetch.here)} here")
         async with asyncio.timeout(self._fetch_s), asyncio.TaskGroup() as group:
             for share in self._shares(fetch.origin):
                 group.create_task(self._get(fetch, share))
@@ -116,6 +114,8 @@ class Fetcher:
         answer = await self._words.ask(owner, asked)
         if answer.startswith(b"{"):
             raise UsageError(f"engine {fetch.origin.engine} refuses: {json.loads(answer)['refused']}")
+        if len(fetch.there) != len(fetch.here):
+            raise UsageError(f"{len(fetch.there)} blocks there for {len(fetch.here)} here")
         axis = self._caches.head_axis
         await self._comm.get_pages(
             self._comm.remote_pages(answer).slice(axis, *share.there),

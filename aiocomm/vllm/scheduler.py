@@ -36,12 +36,19 @@ class Scheduler:
         engine: this engine's id.
         ranks: of its tensor parallelism.
         block_size: tokens of a block.
+        fetches: whether `kv_role` lets it go on with what others have computed. vLLM relies on it where it
+            gives blocks to others while a step may yet write them.
+        lends: whether `kv_role` lets others go on with what it has computed.
     """
 
-    def __init__(self, engine: str, ranks: int, block_size: int) -> None:
+    def __init__(
+        self, engine: str, ranks: int, block_size: int, *, fetches: bool = True, lends: bool = True
+    ) -> None:
         self._engine = engine
         self._ranks = ranks
         self._block_size = block_size
+        self._fetches = fetches
+        self._lends = lends
         self._step = Step()
         self._sources: dict[str, _Source] = {}  # of requests that have no blocks here yet
         self._fetching: set[str] = set()
@@ -49,6 +56,9 @@ class Scheduler:
     def added(self, request: str, params: Mapping[str, Any] | None) -> None:
         """Tell the origin that somebody will come: it keeps the blocks, however long the queue is here."""
         if not params or not params.get("do_remote_prefill"):
+            return
+        if not self._fetches:
+            _log.warning("request %s is computed here: by its kv_role this engine only prefills", request)
             return
         source = _source(params)
         if source is None:
@@ -100,6 +110,9 @@ class Scheduler:
         if request in self._fetching:
             self._step.cancel.append(request)
         if not params or not params.get("do_remote_decode") or not complete or not blocks:
+            return None
+        if not self._lends:
+            _log.warning("request %s is not handed over: by its kv_role this engine only decodes", request)
             return None
         name = lent_name(request)
         self._step.keep[name] = tuple(blocks)

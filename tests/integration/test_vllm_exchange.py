@@ -211,7 +211,16 @@ async def test_a_fetch_that_is_broken_off_gives_both_their_blocks_back(engine: C
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("model", "another"), ("dtype", "float16"), ("block_size", 16), ("layers", 4)]
+    ("field", "value"),
+    [
+        ("model", "another"),
+        ("dtype", "float16"),
+        ("block_size", 16),
+        ("layers", 4),
+        ("layout", "LBNHC"),
+        ("backend", "FLASHINFER"),
+        ("vllm", "0.33.0"),
+    ],
 )
 async def test_engines_that_do_not_fit_say_why(
     engine: Callable[..., Any], caplog: pytest.LogCaptureFixture, field: str, value: Any
@@ -219,8 +228,9 @@ async def test_engines_that_do_not_fit_say_why(
     prefill = await engine("prefill", 1)
     other = Geometry(**{name: getattr(GEOMETRY, name) for name in GEOMETRY.__slots__} | {field: value})
     decode = await engine("decode", 2, geometry=other)
-    prefill.begin(keep={"p": (3,)})
-    decode.begin(fetch=fetch("d", prefill.origin("p"), [3], [0]))
+    prefill.begin(keep={"p": (3, 4, 5)})
+    # Of blocks of another size there are more, or fewer.
+    decode.begin(fetch=fetch("d", prefill.origin("p"), [3, 4, 5], [0]))
     assert not await decode.has_received("d")
     assert f"{field} is {value!r} there" in caplog.text
     await prefill.has_sent("p")

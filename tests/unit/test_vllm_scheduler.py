@@ -141,6 +141,21 @@ def test_requests_of_this_engine_alone(decode: Scheduler, params: dict[str, Any]
     assert not decode.step()
 
 
+def test_an_engine_that_only_prefills_fetches_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Scheduler("prefill", 1, BLOCK, fetches=False)
+    engine.added("d-1", came([7, 3], 32))
+    assert engine.matched("d-1", 32, 0) == 0
+    assert not engine.step()
+    assert "d-1 is computed here" in caplog.text
+
+
+def test_an_engine_that_only_decodes_hands_nothing_over(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Scheduler("decode", 1, BLOCK, lends=False)
+    assert engine.finished("p-1", {"do_remote_decode": True}, 20, [1, 2], complete=True) is None
+    assert not engine.step()
+    assert "p-1 is not handed over" in caplog.text
+
+
 def test_a_prefill_that_was_aborted_keeps_nothing() -> None:
     engine = Scheduler("prefill", 1, BLOCK)
     assert engine.finished("p-1", {"do_remote_decode": True}, 20, [1, 2], complete=False) is None

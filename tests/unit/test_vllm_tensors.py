@@ -80,6 +80,20 @@ def test_the_arrays_are_the_tensors_memory(form: Any) -> None:
     assert all((tensor.view(torch.int16) == 7).all() for tensor in tensors)
 
 
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        (heads_first, "LBHNC"),
+        (tokens_first, "LBNHC"),
+        (layers_within_pages, "BLHNC"),
+        (each_by_itself, "LBHNC"),
+        (one_shared_by_two_layers, "LBHNC"),
+    ],
+)
+def test_the_order_of_axes_has_vllms_name(form: Any, layout: str) -> None:
+    assert caches_of(form(), TOKENS)[0].layout == layout
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float32])
 def test_every_dtype_moves_as_bytes(dtype: Any) -> None:
     (array,) = caches_of([torch.zeros(PAGES, HEADS, TOKENS, CONTENT, dtype=dtype)], TOKENS)[0].pages().arrays
