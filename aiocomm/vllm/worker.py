@@ -19,6 +19,7 @@ from aiocomm.vllm.words import name_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiocomm.communicator import Communicator
     from aiocomm.vllm.caches import Caches, Geometry
     from aiocomm.vllm.ranks import Place
     from aiocomm.vllm.steps import Figures, Step
@@ -85,6 +86,7 @@ class Worker:
         """Join the world of all engines, and serve these caches.
 
         Raises:
+            UsageError: another engine there has the same name.
             AiocommError: it cannot be joined.
         """
         joined: concurrent.futures.Future[Exchange] = concurrent.futures.Future()
@@ -108,6 +110,7 @@ class Worker:
             return
         async with comm:
             try:
+                self._check_name(comm)
                 exchange = Exchange(
                     comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s
                 )
@@ -120,6 +123,15 @@ class Worker:
             except Exception as error:  # the engine goes on by itself
                 _log.error("KV blocks are not handed over any more: %r", error, exc_info=error)
         exchange.give_back()  # nobody reaches the caches any more
+
+    def _check_name(self, comm: Communicator) -> None:
+        name = name_of(self._place.engine, self._place.stage, self._place.rank)
+        for peer in comm.peers:
+            if peer.name == name and peer.alive and peer.rank < comm.rank:
+                raise UsageError(
+                    f"an engine of engine_id {self._place.engine!r} is there already (process {peer.pid} on "
+                    f"{peer.host}): leave engine_id out of --kv-transfer-config, or give each its own"
+                )
 
     def begin(self, step: Step) -> None:
         """Begin what a step asks for."""

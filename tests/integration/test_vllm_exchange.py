@@ -321,6 +321,15 @@ async def test_an_engine_that_cannot_join_says_so(address: str) -> None:
     stranger.close()
 
 
+async def test_an_engine_that_has_anothers_name_says_so(engine: Callable[..., Any]) -> None:
+    """As where a configuration was copied: nobody could tell whose blocks are meant."""
+    first = await engine("same", 1)
+    with pytest.raises(aiocomm.UsageError, match=r"'same' is there already.*give each its own"):
+        await engine("same", 2)
+    await anyio.to_thread.run_sync(first.close)
+    await engine("same", 3)
+
+
 async def test_a_loop_that_has_ended_fails_what_it_is_asked_for_and_keeps_nothing(
     engine: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
