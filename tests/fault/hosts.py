@@ -47,13 +47,17 @@ class Hosts:
         text = f"table inet t {{ chain i {{ type filter hook input priority 0; {rule}; }}; }}"
         _run("ip", "netns", "exec", self.names[host], "nft", text)
 
-    def start(self, host: int, *command: str, **env: str) -> subprocess.Popen[str]:
-        """A Python process there."""
+    def at(self, host: int, *command: str) -> list[str]:
+        """A command as it is run there."""
         # Its own /etc/hosts, as `ip netns` gives those in /etc/netns, without touching that folder.
         mount = f'mount --bind {self.table} /etc/hosts && exec "$@"'
-        python = [sys.executable, "-P", *command]
+        inside = ["unshare", "-m", "sh", "-c", mount, "-", *command]
+        return ["ip", "netns", "exec", self.names[host], *inside]
+
+    def start(self, host: int, *command: str, **env: str) -> subprocess.Popen[str]:
+        """A Python process there."""
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.names[host], "unshare", "-m", "sh", "-c", mount, "-", *python],
+            self.at(host, sys.executable, "-P", *command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
