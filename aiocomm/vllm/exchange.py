@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiocomm.errors import PeerError
 from aiocomm.vllm.fetching import Fetcher
 from aiocomm.vllm.lending import Lender
+from aiocomm.vllm.steps import Step
 from aiocomm.vllm.words import Words
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from aiocomm.communicator import Communicator
     from aiocomm.vllm.caches import Caches, Geometry
     from aiocomm.vllm.ranks import Place
-    from aiocomm.vllm.steps import Outcome, Step
+    from aiocomm.vllm.steps import Outcome
 
 __all__ = ["Exchange"]
 
@@ -69,6 +70,10 @@ class Exchange:
     def give_back(self) -> None:
         """Have the engine take back what it gave, now that nobody reads it: the world was left."""
         self._lender.give_back()
+
+    def rest(self) -> Step:
+        """What another exchange begins with in this one's place, now that the world was left."""
+        return Step(keep=self._lender.lent(), claim=self._fetcher.wanted())
 
     def begin(self, step: Step) -> None:
         """Begin all that a step asks for."""

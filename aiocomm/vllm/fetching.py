@@ -95,6 +95,10 @@ class Fetcher:
         elif wanted is not None and self._place.rank == 0:
             self._start(self._words.tell(origin, range(origin.ranks), {"kind": "release"}))
 
+    def wanted(self) -> list[Origin]:
+        """Of which requests here wait, as often as they do."""
+        return [origin for origin, wanted in self._wanted.items() for _ in range(wanted.requests)]
+
     async def aclose(self) -> None:
         """Break all off: nobody has asked for that, and what did not come is not taken for come."""
         self._broken = True

@@ -36,7 +36,7 @@ _log = logging.getLogger("aiocomm.vllm")
 class _Kept:
     """A request's blocks: leased until all who read them have said so, or nobody living will."""
 
-    is_here: bool = False  # the engine gave them
+    blocks: tuple[int, ...] | None = None  # once the engine gave them
     lease: PageLease | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # it is leased, or will not be
     claimed_by: set[int] = field(default_factory=set)  # ranks of the world
@@ -80,15 +80,18 @@ class Lender:
             self._outcome.of_sent(request)
             return
         kept = self._entry(request)
-        kept.is_here = True
+        kept.blocks = blocks
         self._start(self._lease(request, kept, blocks))
+
+    def lent(self) -> dict[str, tuple[int, ...]]:
+        """Blocks that the engine gave, and does not have back."""
+        return {request: kept.blocks for request, kept in self._kept.items() if kept.blocks is not None}
 
     def give_back(self) -> None:
         """Have the engine take all back, and what it gives from now on."""
         self._left = True
-        for request, kept in self._kept.items():
-            if kept.is_here:
-                self._outcome.of_sent(request)
+        for request in self.lent():
+            self._outcome.of_sent(request)
         self._kept.clear()
 
     async def _lease(self, request: str, kept: _Kept, blocks: tuple[int, ...]) -> None:
@@ -139,7 +142,7 @@ class Lender:
         if any(self._words.is_there(rank) for rank in kept.claimed_by):
             self._watch(request)
             return
-        if kept.is_here:
+        if kept.blocks is not None:
             _log.warning(
                 "nobody came for request %s within %g s: its blocks are freed", request, self._lease_s
             )
@@ -161,7 +164,7 @@ class Lender:
             except BaseException:  # somebody may read them yet
                 self._kept[request] = kept
                 raise
-        if kept.is_here:
+        if kept.blocks is not None:
             self._outcome.of_sent(request)
 
     async def _answer(self, source: int, request: str, asked: dict[str, Any]) -> None:

@@ -58,11 +58,16 @@ class Words:
         """What the others say, and their ranks in the world."""
         buffer = bytearray(_LONGEST)
         while True:
+            changed = self._changed
             try:
                 status = await self._channel.recv(buffer, src=ANY_SOURCE, tag=_SAID)
                 said = json.loads(buffer[: status.nbytes])
             except (ValueError, RecursionError, TruncationError) as error:
                 _log.warning("what a member of the world said is not understood: %r", error)
+                continue
+            except PeerLostError:  # who was about to say something; or all, and the rendezvous is gone, too
+                if not any(peer.alive for peer in self._comm.peers):
+                    await changed.wait()
                 continue
             yield status.source, said
 
@@ -100,7 +105,7 @@ class Words:
         while True:
             changed = self._changed
             known = [peer for peer in self._comm.peers if peer.name == name]
-            for peer in known:
+            for peer in reversed(known):  # of one that was cut off and is back another may seem to live yet
                 if peer.alive:
                     return peer.rank
             if known:

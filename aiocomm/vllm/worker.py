@@ -10,10 +10,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from aiocomm._control.loopthread import LoopThread
-from aiocomm.connecting import connect
-from aiocomm.errors import UsageError
+from aiocomm.connecting import Connecting, connect
+from aiocomm.errors import DeadlineExceeded, UsageError
+from aiocomm.types import LinkDown
 from aiocomm.vllm.exchange import Exchange
-from aiocomm.vllm.steps import Outcome
+from aiocomm.vllm.steps import Outcome, Step
 from aiocomm.vllm.words import name_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from aiocomm.communicator import Communicator
     from aiocomm.vllm.caches import Caches, Geometry
     from aiocomm.vllm.ranks import Place
-    from aiocomm.vllm.steps import Figures, Step
+    from aiocomm.vllm.steps import Figures
 
 __all__ = ["Options", "Worker"]
 
@@ -89,40 +90,70 @@ class Worker:
             UsageError: another engine there has the same name.
             AiocommError: it cannot be joined.
         """
-        joined: concurrent.futures.Future[Exchange] = concurrent.futures.Future()
+        joined: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._running = self._thread.submit(self._run(caches, geometry, joined))
-        self._exchange = joined.result()
+        joined.result()
 
-    async def _run(
-        self, caches: Caches, geometry: Geometry, joined: concurrent.futures.Future[Exchange]
-    ) -> None:
-        options = self._options
+    async def _run(self, caches: Caches, geometry: Geometry, joined: concurrent.futures.Future[None]) -> None:
         try:
-            comm = await connect(
-                options.address,
-                name=name_of(self._place.engine, self._place.stage, self._place.rank),
-                token=options.token,
-                links=options.links,
-                deadline=options.join_s,
-            )
-        except BaseException as error:
-            joined.set_exception(error)
-            return
-        async with comm:
-            try:
+            async with contextlib.AsyncExitStack() as worlds:
+                comm = await worlds.enter_async_context(self._connect())
                 self._check_name(comm)
-                exchange = Exchange(
-                    comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s
-                )
-            except BaseException as error:  # or `join` would wait for ever
-                joined.set_exception(error)
-                return
-            joined.set_result(exchange)
+                exchange = self._exchange = self._exchange_in(comm, caches, geometry)
+                joined.set_result(None)
+                while (again := await self._serve(comm, exchange)) is not None:
+                    await worlds.enter_async_context(again)
+                    await comm.aclose()  # from here on nobody reads what it has lent
+                    rest, comm = exchange.rest(), again
+                    exchange = self._exchange = self._exchange_in(comm, caches, geometry)
+                    exchange.begin(rest)
+        except BaseException as error:
+            if joined.done():
+                raise
+            joined.set_exception(error)  # or `join` would wait for ever
+        finally:
+            if self._exchange is not None:
+                self._exchange.give_back()  # nobody reaches the caches any more
+
+    def _exchange_in(self, comm: Communicator, caches: Caches, geometry: Geometry) -> Exchange:
+        options = self._options
+        return Exchange(comm, self._place, caches, geometry, self._outcome, options.lease_s, options.fetch_s)
+
+    def _connect(self) -> Connecting:
+        options, place = self._options, self._place
+        return connect(
+            options.address,
+            name=name_of(place.engine, place.stage, place.rank),
+            token=options.token,
+            links=options.links,
+            deadline=options.join_s,
+        )
+
+    async def _serve(self, comm: Communicator, exchange: Exchange) -> Communicator | None:
+        """Hand over until the world was joined anew, whose rendezvous was lost; None: it cannot any more."""
+        loop = asyncio.get_running_loop()
+        serving, joining = loop.create_task(exchange.run()), loop.create_task(self._join_anew(comm))
+        try:
+            await asyncio.wait((serving, joining), return_when=asyncio.FIRST_COMPLETED)
+            return joining.result() if joining.done() else serving.result()
+        except Exception as error:  # the engine goes on by itself
+            _log.error("KV blocks are not handed over any more: %r", error, exc_info=error)
+            return None
+        finally:
+            serving.cancel()
+            joining.cancel()
+            await asyncio.gather(serving, joining, return_exceptions=True)
+
+    async def _join_anew(self, comm: Communicator) -> Communicator:
+        """Once the rendezvous is lost. Who is there is reached without it, but nobody who comes later."""
+        async for event in comm.events():
+            if isinstance(event, LinkDown) and event.link == "rendezvous":
+                break
+        while True:
             try:
-                await exchange.run()
-            except Exception as error:  # the engine goes on by itself
-                _log.error("KV blocks are not handed over any more: %r", error, exc_info=error)
-        exchange.give_back()  # nobody reaches the caches any more
+                return await self._connect()
+            except DeadlineExceeded as error:
+                _log.warning("other engines are not found any more: %s", error)
 
     def _check_name(self, comm: Communicator) -> None:
         name = name_of(self._place.engine, self._place.stage, self._place.rank)
@@ -136,7 +167,11 @@ class Worker:
     def begin(self, step: Step) -> None:
         """Begin what a step asks for."""
         if step and self._exchange is not None:
-            self._thread.call(self._exchange.begin, step)
+            self._thread.call(self._begin, step)
+
+    def _begin(self, step: Step) -> None:
+        assert self._exchange is not None
+        self._exchange.begin(step)
 
     def ended(self) -> tuple[set[str], set[str], set[str]]:
         """Requests that were sent, received, and of these failed, since the last call."""

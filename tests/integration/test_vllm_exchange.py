@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -319,6 +320,69 @@ async def test_an_engine_that_cannot_join_says_so(address: str) -> None:
     with pytest.raises(aiocomm.AuthenticationError):
         await anyio.to_thread.run_sync(stranger.join)
     stranger.close()
+
+
+RENDEZVOUS = """
+import sys
+from aiocomm.cli import main
+sys.exit(main(["rendezvous", "--listen", sys.argv[1]]))
+"""
+
+
+async def test_a_rendezvous_that_is_lost_and_comes_back(
+    child: Callable[..., Child], request: pytest.FixtureRequest
+) -> None:
+    """Meanwhile who is there is reached; then all meet who comes later, and what was lent is lent yet."""
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    made = [Engine(address, name, seed) for name, seed in (("prefill", 1), ("decode", 2), ("later", 3))]
+    for one in made:
+        request.addfinalizer(one.close)
+    prefill, decode, later = made
+    first = child(RENDEZVOUS, address)
+    assert (await first.line()).startswith("listening")
+    for one in (prefill, decode):
+        await anyio.to_thread.run_sync(one.join)
+    await hand_over(prefill, decode)  # those are reached that were before
+    first.process.kill()
+    assert await anyio.to_thread.run_sync(first.process.wait) == -signal.SIGKILL
+    prefill.begin(keep={"a": (3,), "q": (4,)})
+    decode.begin(claim=[prefill.origin("q")], fetch=fetch("b", prefill.origin("a"), [3], [0]))
+    assert await decode.has_received("b")
+    workers = [one.workers[0] for one in (prefill, decode)]
+    before = [worker._exchange for worker in workers]
+    assert (await child(RENDEZVOUS, address).line()).startswith("listening")
+    await anyio.to_thread.run_sync(later.join)
+    await until(lambda: all(worker._exchange not in before for worker in workers))
+    later.begin(keep={"r": (5,)})
+    decode.begin(fetch=fetch("e", prefill.origin("q"), [4], [1]) + fetch("f", later.origin("r"), [5], [2]))
+    assert await decode.has_received("e")
+    assert await decode.has_received("f")
+    await prefill.has_sent("q")
+    np.testing.assert_array_equal(decode.blocks([0, 1]), prefill.blocks([3, 4]))
+    np.testing.assert_array_equal(decode.blocks([2]), later.blocks([5]))
+
+
+async def test_who_was_left_alone_without_a_rendezvous_meets_others_at_the_next(
+    child: Callable[..., Child], request: pytest.FixtureRequest
+) -> None:
+    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    prefill, decode, later = (Engine(address, name, seed) for seed, name in enumerate("pdl", 1))
+    for one in (prefill, decode, later):
+        request.addfinalizer(one.close)
+    first = child(RENDEZVOUS, address)
+    assert (await first.line()).startswith("listening")
+    for one in (prefill, decode):
+        await anyio.to_thread.run_sync(one.join)
+    await hand_over(prefill, decode)
+    first.process.kill()
+    (worker,) = prefill.workers
+    before = worker._exchange
+    await anyio.to_thread.run_sync(decode.close)
+    await until(lambda: before._words._comm.statistics().posted_receives == 0)  # since nobody can come
+    assert (await child(RENDEZVOUS, address).line()).startswith("listening")
+    await anyio.to_thread.run_sync(later.join)
+    await until(lambda: worker._exchange is not before)
+    await hand_over(prefill, later)
 
 
 async def test_an_engine_that_has_anothers_name_says_so(engine: Callable[..., Any]) -> None:
