@@ -84,7 +84,10 @@ class AiocommConnector(KVConnectorBase_V1):  # type: ignore[misc]
         engine = self._kv_transfer_config.engine_id
         parallel = vllm_config.parallel_config
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-            raise UsageError("aiocomm.vllm does not move the KV caches of context-parallel engines")
+            raise UsageError(
+                "aiocomm.vllm does not move the KV caches of context-parallel engines: leave "
+                "decode_context_parallel_size and prefill_context_parallel_size at 1"
+            )
         ranks = parallel.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
             transfer = self._kv_transfer_config

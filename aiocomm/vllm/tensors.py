@@ -28,7 +28,8 @@ def caches_of(tensors: Sequence[Any], block_size: int) -> tuple[Caches, int, int
     shapes = sorted({tuple(tensor.shape) for tensor in layers})
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise UsageError(
-            f"KV caches of shapes {shapes}: only those of one [pages, heads, tokens, content] are handed over"
+            f"KV caches of shapes {shapes}: only those of one [pages, heads, tokens, content] are handed "
+            "over, not those of models whose layers have several"
         )
     # Where one allocation holds all layers a lease is one region, in place of one per layer.
     together = _together(layers)
