@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +35,9 @@ class Geometry:
     protocol: int = 1
 
 
-def differing(ours: Geometry, theirs: dict[str, Any]) -> str | None:
-    """What keeps blocks of one engine from being the other's, in words; None: nothing."""
-    for name, value in asdict(ours).items():
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Which part of their `Geometry` keeps blocks of one engine from being the other's; None: nothing."""
+    for name, value in ours.items():
         if theirs.get(name) != value:
             return f"{name} is {theirs.get(name)!r} there and {value!r} here"
     return None

@@ -60,7 +60,7 @@ class Fetcher:
         self._caches = caches
         self._pages = caches.pages()
         self._block_bytes = caches.block_bytes
-        self._geometry = geometry
+        self._geometry = asdict(geometry)
         self._outcome = outcome
         self._start = start
         self._fetch_s = fetch_s
@@ -114,7 +114,7 @@ class Fetcher:
 
     async def _get(self, fetch: Fetch, share: Share) -> None:
         owner = await self._words.find(fetch.origin, share.rank)
-        asked = {"kind": "ask", "request": fetch.origin.request, "geometry": asdict(self._geometry)}
+        asked = {"kind": "ask", "request": fetch.origin.request, "geometry": self._geometry}
         answer = await self._words.ask(owner, asked)
         if answer.startswith(b"{"):
             raise UsageError(f"engine {fetch.origin.engine} refuses: {json.loads(answer)['refused']}")

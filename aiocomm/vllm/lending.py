@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm.vllm.caches import differing
@@ -66,7 +66,7 @@ class Lender:
         self._words = words
         self._place = place
         self._caches = caches
-        self._geometry = geometry
+        self._geometry = asdict(geometry)
         self._outcome = outcome
         self._start = start
         self._lease_s = lease_s
