@@ -1,5 +1,7 @@
 #include "links/tcp/frame_lane.hpp"
 
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -61,6 +63,8 @@ void FrameLane::part() {
   if (backlog_at_ < backlog_.size()) {
     int room = static_cast<int>(2 * (backlog_.size() - backlog_at_)) + (1 << 20);
     ::setsockopt(stream_->fd(), SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    const int unsent = 0;  // as much as there is room for
+    ::setsockopt(stream_->fd(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
     iovec rest{backlog_.data() + backlog_at_, backlog_.size() - backlog_at_};
     stream_->write(&rest, 1, false);
   }

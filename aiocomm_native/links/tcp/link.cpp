@@ -22,6 +22,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "frames travel in little-endian order");
 
 constexpr int kBulkBuffer = 4 << 20;
+// What the kernel takes and cannot send yet. The rest waits in the scheduler, where what is more urgent goes first.
+constexpr int kUnsentFrames = 128 << 10, kUnsentBulk = 1 << 20;
 
 void set(int fd, int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); }
 
@@ -86,6 +88,7 @@ class TcpLink final : public Link {
     ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK);
     set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
     spare_pacing(fd);
+    if (lane != 1) set(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, lane == 0 ? kUnsentFrames : kUnsentBulk);
     if (lane >= 2) {
       if (allowed("/proc/sys/net/core/wmem_max")) set(fd, SOL_SOCKET, SO_SNDBUF, kBulkBuffer);
       if (allowed("/proc/sys/net/core/rmem_max")) set(fd, SOL_SOCKET, SO_RCVBUF, kBulkBuffer);
