@@ -48,7 +48,8 @@ class LinkStatistics:
     (by the driver), `seen_ns` (until they were seen to have ended), `told_ns` (until their transfers had).
 
     `scheduled_bytes_by_channel` counts what went chunk by chunk, for as long as a channel is open and a while
-    longer: channels that were closed long ago (256 others since) are counted together, as "\\0closed".
+    longer: channels that were closed long ago (256 others since) are counted together, as "\\0closed", and
+    so are accesses of peers on channels that are not open here.
 
     `violations` counts pairs that were closed because what the peer sent made no sense.
 

@@ -38,6 +38,17 @@ Channel* Channels::open_at(ChannelId wire) const {
   return it == open_.end() ? nullptr : it->second;
 }
 
+Channel& Channels::of_access(ChannelId wire, uint8_t cls, double weight) {
+  if (Channel* open = open_at(wire)) return *open;
+  if (auto it = of_peers_.find(wire); it != of_peers_.end()) return *it->second;
+  cls = std::min<uint8_t>(cls, Scheduler::kClasses - 1);  // what a peer says
+  weight = std::clamp(weight, Scheduler::kMinWeight, Scheduler::kMaxWeight);
+  while (all_.find(next_)) ++next_;
+  const std::string name{kOthers, sizeof kOthers - 1};
+  Channel& made = all_.add(std::unique_ptr<Channel>(new Channel{next_++, wire, name, cls, weight, false}));
+  return *(of_peers_[wire] = &made);
+}
+
 void Channels::close(Channel& channel, bool for_good) {
   channel.open = false;
   if (for_good && gone_.insert(channel.wire).second) {
@@ -65,6 +76,8 @@ void Channels::remember(const Channel& channel) {
 }
 
 void Channels::forget(Channel& channel) {
+  if (auto it = of_peers_.find(channel.wire); it != of_peers_.end() && it->second == &channel)
+    of_peers_.erase(it);
   auto it = past_by_wire_.find(channel.wire);
   add(it == past_by_wire_.end() ? others_ : it->second->served, channel.served);
   all_.remove(channel);

@@ -61,6 +61,9 @@ class Channels {
 
   Channel* find(uint32_t id) const noexcept { return all_.find(id); }  // open or closed
   Channel* open_at(ChannelId wire) const;
+  // That of a peer's access to a region: the open one, else one of the peer's class and weight, which is over with the
+  // accesses that hold it.
+  Channel& of_access(ChannelId wire, uint8_t cls, double weight);
   Channel& standard() const { return *all_.find(0); }
   std::string name_of(ChannelId wire) const;  // "?" if it is not known
   bool is_gone(ChannelId wire) const { return !gone_.empty() && gone_.contains(wire); }  // for good
@@ -109,7 +112,7 @@ class Channels {
 
   Registry<Channel> all_;
   uint32_t next_ = 0;
-  std::unordered_map<ChannelId, Channel*> open_;
+  std::unordered_map<ChannelId, Channel*> open_, of_peers_;
   std::array<size_t, Scheduler::kClasses> opened_{};
   bool any_unread_ = false;
   std::list<Past> past_;  // closed last: at the back

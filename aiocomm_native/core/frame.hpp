@@ -71,6 +71,8 @@ enum FrameFlags : uint8_t {
   kListed = 64,    // put, put_rts, get: of many ranges; see listed.hpp
 };
 
+constexpr double kWeightOne = 16;
+
 struct FrameHeader {
   FrameKind kind;
   uint8_t flags;
@@ -85,7 +87,7 @@ struct FrameHeader {
   uint32_t segment;
   uint8_t cls;
   uint8_t code;
-  uint16_t weight;  // in 1/16
+  uint16_t weight;  // in 1 / kWeightOne
 };
 static_assert(sizeof(FrameHeader) == 64);
 

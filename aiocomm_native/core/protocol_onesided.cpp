@@ -146,8 +146,7 @@ void Engine::on_put(Peer& peer, const FrameHeader& header, const std::byte* meta
   op->matched = true;
   op->peer = peer.rank;
   op->link = peer.link_index;
-  Channel* channel = channels_.open_at(header.channel);
-  enter(*op, channel ? *channel : channels_.standard());
+  enter(*op, channels_.of_access(header.channel, header.cls, header.weight / kWeightOne));
   op->data = region->base + offset;
   op->nbytes = op->capacity = header.nbytes;
   op->remote_op = header.sop;
@@ -207,8 +206,7 @@ void Engine::on_get(Peer& peer, const FrameHeader& header, const std::byte* payl
   op->matched = true;
   op->peer = peer.rank;
   op->link = peer.link_index;
-  Channel* channel = channels_.open_at(header.channel);
-  enter(*op, channel ? *channel : channels_.standard());
+  enter(*op, channels_.of_access(header.channel, header.cls, header.weight / kWeightOne));
   op->listed = listed;
   op->own = std::move(own);
   op->data = op->own ? op->own.get() : region->base + offset;

@@ -13,7 +13,7 @@ constexpr uint64_t kSpinCopy = 1 << 20;  // the most that a spinning loop copies
 constexpr uint64_t kHeaderCost = 64;     // what a message without bytes costs its receiver
 
 uint16_t packed_weight(double weight) {
-  double w = weight * 16;
+  const double w = weight * kWeightOne;
   return static_cast<uint16_t>(w < 1 ? 1 : w > 65535 ? 65535 : w);
 }
 }  // namespace

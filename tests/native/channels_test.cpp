@@ -51,6 +51,22 @@ void a_name_is_another_channel_each_time() {
   CHECK(channels.name_of(1) == "?");
 }
 
+void accesses_have_the_channel_of_whoever_asks() {
+  Channels channels;
+  const Channel& open = channels.open("x", 2, 4.0);
+  CHECK(&channels.of_access(open.wire, 3, 1.0) == &open);
+  Channel& lent = channels.of_access(7, 3, 2.0);
+  CHECK(lent.cls == 3 && lent.weight == 2.0 && Channels::is_over(lent) && !channels.any_above(2));
+  ++lent.holders;
+  CHECK(&channels.of_access(7, 1, 1.0) == &lent && !channels.open_at(7) && !Channels::is_over(lent));
+  --lent.holders;
+  channels.forget(lent);
+  Channel& odd = channels.of_access(7, 200, 0);  // from a peer that makes no sense
+  CHECK(odd.cls == 3 && odd.weight == Scheduler::kMinWeight);
+  channels.forget(odd);
+  CHECK(channels.size() == 2);
+}
+
 void what_is_closed_for_good_is_known_for_a_while() {
   Channels channels;
   auto closed = [&](int number, bool for_good) {
@@ -162,6 +178,7 @@ void flows_are_those_of_a_model() {
 
 int main() {
   a_name_is_another_channel_each_time();
+  accesses_have_the_channel_of_whoever_asks();
   what_is_closed_for_good_is_known_for_a_while();
   what_nobody_receives_is_known_by_its_tag();
   what_was_served_stays_counted();
