@@ -87,7 +87,8 @@ Engine::Engine(EngineConfig config)
     SchedConfig own = sched;
     ChunkLimits limits = links_.back()->chunk_limits();
     own.max_chunk = std::min(own.max_chunk, limits.max_chunk);
-    own.min_chunk = limits.min_chunk;
+    own.min_chunk = std::min(own.max_chunk, limits.min_chunk);
+    own.max_window = std::max(own.max_window, 2 * own.max_chunk);
     own.min_window = limits.min_window;
     schedulers_.push_back(std::make_unique<Scheduler>(own));
     for (uint8_t cls = 0; cls < Scheduler::kClasses; ++cls) schedulers_.back()->set_preempt(cls, preempt_ns);

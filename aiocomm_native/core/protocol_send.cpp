@@ -101,9 +101,10 @@ void Engine::queue_header(Op& op, Peer& peer) {
   Flow& flow = flow_of(op, peer);
   ++flow.headers;
   op.in_sched = true;
-  uint64_t cost = fits_frame(op, peer) ? op.nbytes : 0;
-  schedulers_[peer.link_index]->push(flow.id, op.id, cost, true);
-  if (peer.blocked || op.holding) schedulers_[peer.link_index]->set_ready(flow.id, false);
+  Scheduler& sched = *schedulers_[peer.link_index];
+  const uint64_t cost = fits_frame(op, peer) ? std::min(op.nbytes, sched.max_chunk()) : 0;
+  sched.push(flow.id, op.id, cost, true);
+  if (peer.blocked || op.holding) sched.set_ready(flow.id, false);
 }
 
 Post Engine::would_block(Op& op) {

@@ -105,8 +105,9 @@ class Scheduler {
   uint64_t in_flight(uint8_t cls) const;
   uint64_t window(uint8_t cls) const;      // bytes that this and the less urgent classes may have in flight
   uint64_t chunk_size(uint8_t cls) const;  // bytes
-  bool has_urgent() const noexcept;        // flows there are have some class above that bounds them
-  bool has_rivals() const noexcept;        // two groups of one class are backlogged
+  uint64_t max_chunk() const noexcept { return config_.max_chunk; }
+  bool has_urgent() const noexcept;  // flows there are have some class above that bounds them
+  bool has_rivals() const noexcept;  // two groups of one class are backlogged
   double rate() const noexcept { return rate_bytes_ / rate_ns_; }
 
  private:

@@ -319,6 +319,25 @@ async def test_send_nowait_takes_no_more_large_ones_than_may_be_under_way(
             await transfer
 
 
+@pytest.mark.parametrize(
+    ("eager", "chunk"), [("64KiB", "4KiB"), ("2MiB", "256KiB"), ("64KiB", "1GiB")], ids=lambda size: size
+)
+async def test_any_sizes_that_settings_take_go_together(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch, eager: str, chunk: str
+) -> None:
+    monkeypatch.setenv("AIOCOMM_EAGER_MAX", eager)
+    monkeypatch.setenv("AIOCOMM_CHUNK_MAX", chunk)
+    sent = [variant.random(size, size) for size in (100, 60_000, 1_900_000, 3_000_000) * 5]
+    async with world(2, links=(variant.link,)) as (a, b):
+        sending = [a.send(data, 1) for data in sent]
+        for data in sent:
+            got = variant.array(data.nbytes)
+            await b.recv(got, 0)
+            np.testing.assert_array_equal(got, data)
+        for transfer in sending:
+            await transfer
+
+
 async def test_many_messages_leave_nothing_behind(pair: Pair, variant: Variant) -> None:
     a, b = pair
     got = variant.array(64)
