@@ -362,6 +362,61 @@ def test_share_is_not_hoarded_while_idle() -> None:
     assert sched.served(3) - before >= 64 * 18
 
 
+def test_lower_bytes_that_stay_posted_hold_up_nobody_above() -> None:
+    """What lower classes are owed waits while their window is full, and is not saved up meanwhile."""
+    sched = Scheduler(min_share=0.3, **SMALL)
+    for cls in (0, 3):
+        sched.add_flow(cls, cls, 1.0, cls)
+        sched.push(cls, cls, 1 << 20)
+    stuck = []
+    for _ in range(400):
+        chunk = sched.next()
+        assert chunk is not None
+        if chunk.cls:
+            sched.complete(chunk.nbytes, 0, chunk.cls)
+        else:
+            stuck.append(chunk)
+    assert sum(chunk.nbytes for chunk in stuck) == sched.in_flight(0) <= sched.window(0)
+    for chunk in stuck:
+        sched.complete(chunk.nbytes, 0, 0)
+    classes = []
+    for _ in range(20):
+        chunk = sched.next()
+        classes.append(chunk.cls)
+        sched.complete(chunk.nbytes, 0, chunk.cls)
+    assert 3 in classes[:8]
+
+
+def test_small_urgent_chunks_leave_a_gap_for_a_lower_one() -> None:
+    """Where the link is full, the gap that a small one leaves is kept until a larger, which is owed, fits."""
+    sched = Scheduler(min_share=0.3, **SMALL)
+    for cls in (0, 3):
+        sched.add_flow(cls, cls, 1.0, cls)
+    flying: list[Any] = []
+    for turn in range(200):
+        while sched.backlog(3) < 4096:
+            sched.push(3, next(fresh_items), 64)
+        while (chunk := sched.next()) is not None:
+            flying.append(chunk)
+        if turn == 0:
+            assert sched.in_flight() == SMALL["max_window"]
+            sched.push(0, next(fresh_items), 1 << 20)
+        oldest = flying.pop(0)
+        sched.complete(oldest.nbytes, 0, oldest.cls)
+    assert any(chunk.cls == 0 for chunk in flying)
+
+
+def test_a_group_is_over_with_its_last_flow() -> None:
+    sched = Scheduler(**SMALL)
+    sched.add_flow(0, 1, 1.0, 5)
+    sched.add_flow(1, 1, 1.0, 5)
+    sched.remove_flow(0)
+    with pytest.raises(ValueError, match="another class"):
+        sched.add_flow(0, 3, 1.0, 5)
+    sched.remove_flow(1)
+    sched.add_flow(0, 3, 1.0, 5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     flows=st.lists(
@@ -397,6 +452,7 @@ def test_unget_leaves_no_trace(
                 out.append(fields(chunk))
                 if step % 3:
                     sched.complete(chunk.nbytes, 100, chunk.cls)
+        out.append(tuple(sched.served(flow // 2 * 4 + cls) for flow, (cls, _) in enumerate(flows)))
         return out
 
     assert run(undone) == run([0])
