@@ -348,7 +348,7 @@ void Engine::expire(uint64_t now) {
       }
       if (op->gpu && (op->gpu->kernel || op->gpu->packing))
         continue;  // holds up nobody, and ends with its GPU's work
-      if (Peer* peer = find_peer(op->peer))
+      if (Peer* peer = find_peer(op->peer); peer && !let_go_by_link(*op, *peer))
         tear_down(*peer, "a cancelled transfer was not let go of within drain_timeout");
     } else {
       end_early(*op, Code::deadline);

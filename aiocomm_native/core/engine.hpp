@@ -392,6 +392,7 @@ class Engine final : public Host, public FrameSink {
   void finish(Op& op, Code code);     // nothing touches its buffer any more
   void end_early(Op& op, Code code);  // decides the outcome; finishes once nothing can touch the buffer
   void drop_inflight(Op& op);
+  bool let_go_by_link(Op& op, Peer& peer);
   void tell_other(Op& op, Code code);
   void drain(Op& op);
   void outlast(Op& op);

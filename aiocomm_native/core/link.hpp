@@ -131,6 +131,14 @@ class LinkPeer {
   // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane. `cls`: that of its channel, which a link may keep apart
   // from what it has taken of lower ones.
   virtual Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) = 0;
+  // Payload that it has accepted so and not sent yet.
+  virtual uint64_t unsent() const { return 0; }
+  // What it has accepted so of this message is copied, and its buffer is not read any more, by the peer neither. False: it
+  // cannot be helped.
+  virtual bool let_go(OpId sop) {
+    (void)sop;
+    return false;
+  }
   // Hands over what has arrived, at most about `budget` frames; returns how many, and `budget` or more where
   // another look is due.
   virtual int poll(int budget) { return budget * 0; }

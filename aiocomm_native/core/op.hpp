@@ -87,7 +87,7 @@ struct Op {
   uint64_t capacity = 0;
   uint64_t moved = 0;
   uint32_t inflight = 0;        // chunks that some thread or device is working on
-  uint64_t inflight_bytes = 0;  // of those, bytes that the link holds for sending
+  uint64_t inflight_bytes = 0;  // of those, bytes that devices are to move
   uint64_t remote_op = 0;       // the peer's op of the same message
   uint64_t region = 0;          // one-sided: the region at the peer; serve: ours
   uint64_t offset = 0;          // one-sided: bytes into the region

@@ -62,6 +62,15 @@ void Engine::drop_inflight(Op& op) {
   op.inflight_bytes = 0;
 }
 
+// Who is slow to take what was posted, or to answer, is not lost for that, where it does not reach our memory.
+bool Engine::let_go_by_link(Op& op, Peer& peer) {
+  const bool sends = op.kind == OpKind::send || op.kind == OpKind::put || op.kind == OpKind::serve;
+  if (!sends || op.gpu || peer.state != Peer::State::up || !peer.link->let_go(op.id)) return false;
+  op.inflight = 0;
+  op.awaits_fin = false;
+  return settle(op);
+}
+
 bool Engine::settle(Op& op) {
   if (op.inflight || op.awaits_fin || op.letting_go || op.written) return false;
   if (op.gpu) {

@@ -417,8 +417,9 @@ bool Engine::post_chunk(uint8_t link_index, const Scheduler::Chunk& chunk) {
       sched.set_ready(chunk.flow, false);
       return true;
     case Post::pending:
+      // The pair's own room bounds it, not the link's window: a peer that takes nothing would keep others from theirs.
+      sched.complete(chunk.nbytes, 0, chunk.cls);
       ++op->inflight;
-      op->inflight_bytes += chunk.nbytes;
       break;
     case Post::ok:
       sched.complete(chunk.nbytes, 0, chunk.cls);
@@ -440,9 +441,7 @@ void Engine::on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) {
   counters_[peer->link_index].bytes_sent += nbytes;
   Op* op = find(sop);  // a chunk with the link keeps it from ending
   if (!op || op->inflight == 0) return;
-  schedulers_[peer->link_index]->complete(nbytes, 0, op->scope->cls);
   --op->inflight;
-  op->inflight_bytes -= nbytes;
   op->moved = std::min(op->moved + nbytes, op->nbytes);  // a `fin` may be sooner than this word of the link
   if (op->state == OpState::draining) settle(*op);
   pump(peer->link_index);

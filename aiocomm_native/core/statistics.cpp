@@ -94,11 +94,15 @@ std::map<std::string, double> Engine::gauges(const std::string& link) {
   Scheduler none;
   const Scheduler& sched = !device ? *schedulers_[i] : device_.sched_of(Lane::peer, none);
   size_t peers = 0;
-  for (auto& peer : peers_)
-    peers +=
-        peer && peer->state == Peer::State::up && (device ? peer->device_owner != 0 : peer->link_index == i);
+  uint64_t unsent = 0;
+  for (auto& peer : peers_) {
+    if (!peer || peer->state != Peer::State::up) continue;
+    const bool here = peer->link_index == i;
+    peers += device ? peer->device_owner != 0 : here;
+    if (here && peer->link) unsent += peer->link->unsent();
+  }
   return {{"queued", static_cast<double>(sched.items())},
-          {"in_flight_bytes", static_cast<double>(sched.in_flight())},
+          {"in_flight_bytes", static_cast<double>(sched.in_flight() + unsent)},
           {"rate_bytes_per_s", sched.rate() * 1e9},
           {"window_bytes", static_cast<double>(sched.window(1))},
           {"chunk_bytes", static_cast<double>(sched.chunk_size(1))},

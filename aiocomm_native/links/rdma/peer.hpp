@@ -82,6 +82,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   // What neither side's device can reach (it lies in a GPU) comes in frames, as credits allow; one chunk at a time.
   Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
+  uint64_t unsent() const override {
+    return streamed_.payload ? streamed_.header.payload_bytes - streamed_.done : 0;
+  }
   Post post_remote(const RemoteChunk& chunk) override;
   bool takes_offers() const override { return true; }
   bool reaches_regions() const override { return true; }

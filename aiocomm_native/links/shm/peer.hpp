@@ -46,6 +46,7 @@ class ShmPeer final : public LinkPeer, public Pollable {
 
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
+  uint64_t unsent() const override { return data_ ? data_->payload_bytes - data_done_ : 0; }
   // Not known before the greeting, when `post` takes nothing.
   uint64_t frame_limit() const override { return ring_bytes_ ? ring_bytes_ / 4 : ~0ull; }
   void start() override;

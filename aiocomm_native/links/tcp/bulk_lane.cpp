@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "links/tcp/peer.hpp"
 
@@ -17,7 +19,7 @@ BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice)
 
 Post BulkLane::post(const FrameHeader& header, const std::byte* payload) {
   if (full()) return Post::again;
-  out_[count_++] = {header, payload, 0};
+  out_[count_++] = {header, payload};
   queued_ += sizeof header + header.payload_bytes;
   if (!open()) return Post::pending;
   if (count_ == 1 && !busy_.load(std::memory_order_acquire) && out_[0].left() <= kPostTurn) {
@@ -69,10 +71,22 @@ bool BulkLane::wrote(const Io& io) {
 }
 
 BulkLane::Outgoing BulkLane::pop() {
-  Outgoing front = out_[0];
-  out_[0] = out_[1];
+  Outgoing front = std::move(out_[0]);
+  out_[0] = std::move(out_[1]);
   --count_;
   return front;
+}
+
+bool BulkLane::let_go(OpId sop) {
+  if (spliced_ || busy_.load(std::memory_order_acquire)) return false;  // the kernel has the pages themselves
+  for (int i = 0; i < count_; ++i) {
+    Outgoing& frame = out_[i];
+    if (frame.header.sop != sop || frame.own) continue;
+    frame.own = std::make_unique_for_overwrite<std::byte[]>(frame.header.payload_bytes);
+    std::memcpy(frame.own.get(), frame.payload, frame.header.payload_bytes);
+    frame.payload = frame.own.get();
+  }
+  return true;
 }
 
 void BulkLane::writable() {

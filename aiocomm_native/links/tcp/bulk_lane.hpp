@@ -20,7 +20,8 @@ class BulkLane final : public Lane {
   struct Outgoing {
     FrameHeader header;
     const std::byte* payload;
-    uint64_t done;  // of header and payload
+    uint64_t done = 0;                      // of header and payload
+    std::unique_ptr<std::byte[]> own = {};  // the payload, once its owner has given the message up
     uint64_t left() const { return sizeof header + header.payload_bytes - done; }
   };
 
@@ -29,6 +30,7 @@ class BulkLane final : public Lane {
   Post post(const FrameHeader& header, const std::byte* payload);
   bool full() const { return count_ == kFrames; }
   uint64_t queued() const { return queued_; }  // bytes accepted and not yet in the kernel
+  bool let_go(OpId sop);                       // copies what it has of that message
 
  private:
   void readable() override;

@@ -66,6 +66,18 @@ Post TcpPeer::post_data(const FrameHeader& header, const std::byte* payload, uin
   return best->post(header, payload);
 }
 
+uint64_t TcpPeer::unsent() const {
+  uint64_t nbytes = 0;
+  for (const auto& lane : bulk_) nbytes += lane->queued();
+  return nbytes;
+}
+
+bool TcpPeer::let_go(OpId sop) {
+  bool all = true;
+  for (auto& lane : bulk_) all = lane->let_go(sop) && all;
+  return all;
+}
+
 void TcpPeer::poke() {
   poke_owed_ = !engine_.idle();  // one poke tells of everything before it
   if (poke_owed_) return;

@@ -34,6 +34,8 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   uint64_t frame_limit() const override;
   Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
+  uint64_t unsent() const override;
+  bool let_go(OpId sop) override;
   void tick(uint64_t now_ns) override;
   // Within a host the kernel tells of every death, and an idle pair costs nothing.
   bool needs_ticks() const override { return !dead_ && (ending_ || !same_host_); }
