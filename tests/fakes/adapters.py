@@ -87,6 +87,24 @@ class Adapters:
         finally:
             self._library.fake_verbs_dma_buf(1)
 
+    @contextlib.contextmanager
+    def holding(self, device: int) -> Iterator[None]:
+        """Calls that connect queue pairs of that device wait for the end of the block."""
+        self._library.fake_verbs_hold(device)
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_hold(-1)
+
+    @contextlib.contextmanager
+    def unreachable(self, device: int, error: int) -> Iterator[None]:
+        """Queue pairs of that device cannot be connected."""
+        self._library.fake_verbs_unreach(device, error)
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_unreach(device, 0)
+
     def tell(self, device: int, event: int) -> None:
         """Whoever has the device open hears of that event (IBV_EVENT_*)."""
         self._library.fake_verbs_tell(device, event)
@@ -95,6 +113,16 @@ class Adapters:
     def waiting(self) -> int:
         """Registrations that wait."""
         return int(self._library.fake_verbs_waiting())
+
+    @property
+    def connecting(self) -> int:
+        """Queue pairs that wait to be connected."""
+        return int(self._library.fake_verbs_connecting())
+
+    @property
+    def pairs(self) -> int:
+        """Queue pairs that there are."""
+        return int(self._library.fake_verbs_pair_count())
 
     @property
     def leaving(self) -> int:

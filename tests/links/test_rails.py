@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from fakes.adapters import HEADERS, Adapters, build
 from harness import until, world
 
 import aiocomm
-from aiocomm.errors import LinkError, PeerLostError, UsageError
+from aiocomm.errors import LinkError, PeerLostError, TransferCancelled, UsageError
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -140,6 +142,63 @@ async def test_what_is_written_is_delivered_though_its_sender_leaves_at_once(
             assert (await receiving).nbytes == 9_000_000
             assert (got == 7).all()
             leaving.join()
+
+
+async def test_a_peer_that_is_slow_to_be_found_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On RoCE the kernel asks the network for it while the queue pair is connected."""
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "fake0")
+    adapters = Adapters()
+    async with world(3, links=("rdma",)) as (a, b, c):
+        await exchange((a, b), 1000, 1)
+        with adapters.holding(0):
+            sending, into = a.send(b"late", 2), bytearray(4)
+            receiving = c.recv(into, 0)
+            await until(lambda: adapters.connecting == 2)  # of either end's
+            await exchange((a, b), 1000, 5)
+            await exchange((a, b), 300_000, 5)
+        await receiving
+        await sending
+        assert into == b"late"
+    assert adapters.pairs == 0
+
+
+async def test_a_transfer_to_a_peer_that_is_not_found_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "fake0")
+    adapters = Adapters()
+    async with world(2, links=("rdma",)) as (a, b):
+        with adapters.holding(0):
+            sending = a.send(b"never", 1)
+            await until(lambda: adapters.connecting == 2)
+            sending.cancel()
+            with pytest.raises((asyncio.CancelledError, TransferCancelled)):
+                await sending
+        await exchange((a, b), 1000, 1)
+    assert adapters.pairs == 0
+
+
+@pytest.mark.parametrize("rails", [1, 2])
+async def test_a_rail_without_a_way_says_so(rails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end that has found out first; the other one may have that from it."""
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", ",".join(f"fake{rail}" for rail in range(rails)))
+    why = "device fake0 port 1: no way from fe80::1 (GID index 0) to fe80::1 (Connection timed out)"
+    async with world(2, links=("rdma",)) as (a, b):
+        told = [a.events(), b.events()]
+        with Adapters().unreachable(0, errno.ETIMEDOUT):
+            if rails == 1:
+                with pytest.raises(LinkError, match="no rail is left"):
+                    await a.send(b"?", 1)
+            else:
+                await exchange((a, b), 1000, 1)
+                await exchange((a, b), 300_000, 5)
+                assert by_device(a, "writes")[0] == 0
+        reasons = []
+        for events in told:
+            async for event in events:
+                if isinstance(event, aiocomm.LinkDown):
+                    assert event.link == ("rdma" if rails == 1 else "rdma/fake0:1")
+                    reasons.append(event.reason)
+                    break
+        assert any(why in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("wrong", ["fake0", "fake0=", "fake0=x", "fake0=0,", "=1"])

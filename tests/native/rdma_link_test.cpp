@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 
 #include "fake_host.hpp"
@@ -79,7 +80,8 @@ void a_peer_that_hears_late_gives_credits_back() {
   Pair pair;
   auto send = [&](uint64_t tag) { return pair.a->post(message(tag), nullptr, nullptr, Wake::loop); };
   CHECK(send(0) == Post::again);  // no word of the other one yet
-  pair.hb.serve(false, 10000);  // b greets, and is ready; the same word of a waits in its socket from here on
+  // b greets, connects, and is ready; the same word of a waits in its socket from here on.
+  for (int i = 0; i < 2; ++i) pair.hb.serve(false, 10000);
   CHECK(until({&pair.ha}, [&] { return pair.ha.writable > 0; }));
   uint64_t sent = 0;
   while (send(sent) == Post::ok) ++sent;
@@ -223,6 +225,112 @@ void adapters_of_different_make_read_from_each_other() {
   for (int side : {0, 1}) limit(side, 16, 16, 0);
 }
 
+// While the network is asked where a peer is, which it may not answer, no call of a link's waits.
+struct Network {
+  static void answers(bool does) { adapters<void(int)>("fake_verbs_hold")(does ? -1 : 0); }
+  static int asked() { return adapters<int()>("fake_verbs_connecting")(); }
+  static int queue_pairs() { return adapters<int()>("fake_verbs_pair_count")(); }
+};
+
+void a_pair_that_is_closed_while_it_is_connected() {
+  Network::answers(false);
+  {
+    Pair pair;
+    CHECK(pair.wait([] { return Network::asked() == 2; }));
+    pair.a->close();
+    CHECK(pair.wait([&] { return !pair.hb.lost.empty(); }));
+    CHECK(Network::queue_pairs() == 6);  // those are the threads' that connect them
+    Network::answers(true);
+  }
+  CHECK(Network::queue_pairs() == 0);
+}
+
+// Many are given up before a thread has come to them.
+void pairs_that_are_closed_before_they_are_connected() {
+  FakeHost host;
+  host.texts = {{"libibverbs", library()}, {"rdma_devices", "fake0"}};
+  auto link = make_link("rdma", host);
+  std::vector<std::shared_ptr<LinkPeer>> ends;
+  Network::answers(false);
+  for (int i = 0; i < 12; ++i) {
+    int sockets[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
+    for (int side : {0, 1}) {
+      ends.push_back(link->attach(1 - side, 1, {sockets[side]}, link->card(), side == 0));
+      ends.back()->start();
+    }
+  }
+  CHECK(until({&host}, [] { return Network::asked() == 4; }));
+  CHECK(Network::queue_pairs() == 72);
+  for (auto& end : ends) end->close();
+  CHECK(Network::queue_pairs() <= 12);
+  Network::answers(true);
+  CHECK(until({&host}, [] { return Network::queue_pairs() == 0; }));
+}
+
+void a_device_that_breaks_while_its_queue_pairs_are_connected() {
+  Network::answers(false);
+  {
+    Pair pair("fake0,fake1", "fake0,fake1");
+    CHECK(pair.wait([] { return Network::asked() == 2; }));
+    adapters<void(int, int)>("fake_verbs_tell")(0, kDeviceFatal);
+    CHECK(pair.wait(
+        [&] { return pair.lost() || pair.a->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok; }));
+    CHECK(pair.wait([&] { return pair.lost() || pair.hb.frames.size() == 1; }));
+    CHECK(!pair.lost() && Network::queue_pairs() == 12);
+    CHECK(pair.ha.parts_down == 1 && pair.hb.parts_down == 1);
+    Network::answers(true);
+    CHECK(pair.wait([] { return Network::queue_pairs() == 6; }));
+  }
+  CHECK(Network::queue_pairs() == 0);
+}
+
+constexpr int kPortActive = 9, kPortError = 10;  // IBV_EVENT_…
+
+void a_rail_that_comes_back_while_the_network_is_silent() {
+  auto tell = adapters<void(int, int)>("fake_verbs_tell");
+  Pair pair("fake0,fake1", "fake0,fake1");
+  pair.connect();
+  auto tick = [&] {
+    std::lock_guard lock(pair.ha.token);
+    pair.a->tick(pair.ha.now());
+  };
+  tell(0, kPortError);
+  CHECK(pair.wait([&] { return pair.ha.parts_down == 1 && pair.hb.parts_down == 1; }));
+  Network::answers(false);
+  tell(0, kPortActive);
+  CHECK(pair.wait([&] { return tick(), Network::asked() == 1; }));  // of the end that answers
+  CHECK(pair.a->post(message(1), nullptr, nullptr, Wake::loop) == Post::ok);
+  CHECK(pair.wait([&] { return pair.lost() || pair.hb.frames.size() == 1; }));
+  tell(0, kPortError);  // once more: that try is given up
+  Network::answers(true);
+  tell(0, kPortActive);
+  CHECK(
+      pair.wait([&] { return tick(), pair.lost() || (pair.ha.parts_down == 0 && pair.hb.parts_down == 0); }));
+  CHECK(!pair.lost() && Network::queue_pairs() == 12);
+}
+
+// What is told of one rail says from where to where; the other one goes on.
+void a_rail_that_has_no_way() {
+  adapters<void(int, int)>("fake_verbs_unreach")(0, ETIMEDOUT);
+  {
+    Pair pair("fake0,fake1", "fake0,fake1");
+    pair.connect();
+    CHECK(!pair.lost() && pair.ha.parts_down == 1 && pair.hb.parts_down == 1);
+  }
+  {
+    Pair pair;
+    CHECK(pair.wait([&] { return !pair.ha.lost.empty() && !pair.hb.lost.empty(); }));
+    for (const FakeHost* host : {&pair.ha, &pair.hb})
+      CHECK(host->lost.find("no rail is left") != std::string::npos);
+    CHECK((pair.ha.lost + pair.hb.lost)
+              .find("device fake0 port 1: no way from fe80::1 (GID index 0) to fe80::1 (Connection timed") !=
+          std::string::npos);
+  }
+  adapters<void(int, int)>("fake_verbs_unreach")(0, 0);
+  CHECK(Network::queue_pairs() == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -232,4 +340,9 @@ int main() {
   a_pair_that_is_made_without_one_of_the_rails();
   a_rail_that_breaks_while_the_pair_connects();
   adapters_of_different_make_read_from_each_other();
+  a_pair_that_is_closed_while_it_is_connected();
+  pairs_that_are_closed_before_they_are_connected();
+  a_device_that_breaks_while_its_queue_pairs_are_connected();
+  a_rail_that_comes_back_while_the_network_is_silent();
+  a_rail_that_has_no_way();
 }

@@ -66,6 +66,8 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
       std::any_of(ports_.begin(), ports_.end(),
                   [&](const Port& port) { return port.node != ports_[0].node; }),
       [this] { ring_fd(news_); }, [this](const char* why) { thread_failed(why); });
+  connector_ = std::make_unique<Connector>([this] { ring_fd(news_); },
+                                           [this](const char* why) { thread_failed(why); });
   host_.watch(news_, EPOLLIN, this, false);
   nodes_ = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
   if (nodes_ >= 0 && inotify_add_watch(nodes_, "/dev/infiniband", IN_DELETE) < 0)
@@ -93,7 +95,8 @@ void RdmaLink::close() {
     if (rail->express_fd() >= 0) host_.unwatch_polled(rail->express_fd());
     rail->stop();
   }
-  registrations_.reset();  // its thread rings
+  connector_.reset();  // its threads ring, as do those of the other
+  registrations_.reset();
   for (int* fd : {&news_, &nodes_})
     if (int open = std::exchange(*fd, -1); open >= 0) {
       host_.unwatch(open, false);
@@ -127,6 +130,7 @@ void RdmaLink::on_ready(uint32_t) {
       takes_dma_buf_ = false;
     host_.sink().on_held(*this, news.id, news.error, news.reason);
   }
+  while (auto job = connector_->next()) job->lane.peer.connected(*job);
   alignas(inotify_event) char text[4096];
   for (ssize_t n; nodes_ >= 0 && (n = ::read(nodes_, text, sizeof text)) > 0;)
     for (ssize_t at = 0; at < n;) {
@@ -149,7 +153,7 @@ void RdmaLink::look_for_devices(uint64_t now_ns) {
 void RdmaLink::retire_rails() {
   for (size_t i = 0; i < rails_.size(); ++i) {
     if (!rails_[i]->idle_without_device()) continue;
-    if (registrations_->busy()) return;  // with their devices: it rings
+    if (connector_->uses(*rails_[i]) || registrations_->busy()) return;  // with their devices: they ring
     if (rails_[i]->runs_here()) {
       ring_fd(news_);
       continue;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/link.hpp"
+#include "links/rdma/connector.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
 
@@ -39,7 +40,7 @@ class RdmaLink final : public Link, public Pollable {
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 
-  // Memory that was registered aside; and devices that are removed while they are used: their rails are taken out, and
+  // Memory that was registered aside, and queue pairs that were connected so; and devices that are removed while they are used: their rails are taken out, and
   // everything of them is closed.
   void on_ready(uint32_t events) override;
   void look_for_devices(uint64_t now_ns);  // now and then: not everywhere does the kernel tell
@@ -47,6 +48,7 @@ class RdmaLink final : public Link, public Pollable {
 
   Host& host() { return host_; }
   Registrations& registrations() { return *registrations_; }
+  Connector& connector() { return *connector_; }
   std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
 
   uint64_t resent = 0;  // frames and chunks that went out again over another rail
@@ -65,9 +67,10 @@ class RdmaLink final : public Link, public Pollable {
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;
+  std::unique_ptr<Connector> connector_;
   int nodes_ = -1;  // inotify of /dev/infiniband
   int news_ =
-      -1;  // rung by rails whose devices say that they are broken, by the registrar, and by threads that fail
+      -1;  // rung by rails whose devices say that they are broken, by registrar and connector, and by threads that fail
   std::mutex fault_mutex_;
   std::array<char, 128> fault_{};  // why the first thread failed; it needs no memory of its own
   uint64_t looked_ns_ = 0;

@@ -56,7 +56,8 @@ void RdmaPeer::open(const std::vector<Address>& theirs) {
       lane->pairs = lane->rail.open();
       lane->rail.add(lane->pairs, lane.get());
     } catch (const LinkFailure& failure) {  // the others will do: the handshake leaves it out
-      reasons += (reasons.empty() ? "" : "; ") + std::string(failure.what());
+      leave_out(*lane, failure.what());
+      reasons += (reasons.empty() ? "" : "; ") + lane->lacks;
       error = failure.code;
     }
     lanes_.push_back(std::move(lane));
@@ -98,7 +99,7 @@ void RdmaPeer::lose(const std::string& reason) {
 void RdmaPeer::shut() {
   if (dead_) return;
   dead_ = true;
-  for (auto& lane : lanes_) lane->rail.remove(lane->pairs, lane->posting);
+  for (auto& lane : lanes_) close_lane(*lane);
   link_.retire_rails();
   // No poller knows this pair any more.
   for (const Event& event : inbox_)
@@ -232,42 +233,8 @@ void RdmaPeer::read_socket() {
 
 bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
   incoming_.insert(incoming_.end(), data, data + nbytes);
+  if (!greeted_ && !greet()) return !dead_;
   size_t used = 0;
-  if (!greeted_) {
-    std::vector<uint32_t> hello(3 + kQueuePairs * lanes_.size());
-    if (incoming_.size() < hello.size() * sizeof hello[0]) return true;
-    used = hello.size() * sizeof hello[0];
-    std::memcpy(hello.data(), incoming_.data(), used);
-    if (hello[0] != kHello || hello[1] != kVersion || hello[2] != lanes_.size()) {
-      violated("a greeting of another version");
-      return false;
-    }
-    greeted_ = true;
-    std::string reason;
-    for (auto& lane : lanes_) {
-      try {
-        Numbers numbers;
-        std::copy_n(hello.begin() + 3 + kQueuePairs * lane->index, kQueuePairs, numbers.begin());
-        lane->rail.connect(lane->pairs, lane->theirs, numbers);
-        lane->state = Lane::State::up;
-      } catch (const LinkFailure& failure) {
-        lane->state = Lane::State::failed;
-        lane->reachable = false;
-        lane->rail.remove(lane->pairs, lane->posting);
-        reason += (reason.empty() ? "" : "; ") + std::string(failure.what());
-      }
-    }
-    Lane* nearest = nearest_lane();
-    if (!nearest) {
-      no_rail(reason);
-      return false;
-    }
-    active_ = nearest->index;
-    say(&kReady, 1);
-    ready_told_ = true;
-    for (auto& lane : lanes_)
-      if (lane->state == Lane::State::failed) tell_failed(*lane);
-  }
   while (used < incoming_.size() && !dead_) {
     size_t taken = word(incoming_.data() + used, incoming_.size() - used);
     if (!taken) break;
@@ -275,11 +242,59 @@ bool RdmaPeer::handshake(const std::byte* data, size_t nbytes) {
   }
   if (dead_) return false;
   incoming_.erase(incoming_.begin(), incoming_.begin() + static_cast<std::ptrdiff_t>(used));
-  if (ready_told_ && ready_heard_ && !open_) {
-    open_ = true;
-    answer();  // the peer was open before, and may have used up its credits
-  }
+  begin();
   return !dead_;
+}
+
+bool RdmaPeer::greet() {
+  std::vector<uint32_t> hello(3 + kQueuePairs * lanes_.size());
+  const size_t nbytes = hello.size() * sizeof hello[0];
+  if (incoming_.size() < nbytes) return false;
+  std::memcpy(hello.data(), incoming_.data(), nbytes);
+  incoming_.erase(incoming_.begin(), incoming_.begin() + static_cast<std::ptrdiff_t>(nbytes));
+  if (hello[0] != kHello || hello[1] != kVersion || hello[2] != lanes_.size()) {
+    violated("a greeting of another version");
+    return false;
+  }
+  greeted_ = true;
+  for (auto& lane : lanes_) {
+    if (lane->state == Lane::State::failed) continue;
+    Numbers numbers;
+    std::copy_n(hello.begin() + 3 + kQueuePairs * lane->index, kQueuePairs, numbers.begin());
+    if (numbers[0])
+      connect(*lane, numbers, false);
+    else
+      leave_out(*lane, lane->rail.name() + ": the peer's device there is out of use");
+  }
+  get_ready();
+  return !dead_;
+}
+
+// Once no thread connects a lane any more.
+void RdmaPeer::get_ready() {
+  if (std::any_of(lanes_.begin(), lanes_.end(), [](auto& lane) { return lane->connecting != nullptr; }))
+    return;
+  Lane* nearest = nearest_lane();
+  if (!nearest) {
+    std::string reasons;
+    for (auto& lane : lanes_) reasons += (reasons.empty() ? "" : "; ") + lane->lacks;
+    return no_rail(reasons);
+  }
+  active_ = nearest->index;
+  say(&kReady, 1);
+  ready_told_ = true;
+  for (auto& lane : lanes_) {
+    if (lane->state != Lane::State::failed) continue;
+    tell_failed(*lane);
+    host_.part_down(rank, lane->name(), lane->lacks);
+  }
+  begin();
+}
+
+void RdmaPeer::begin() {
+  if (!ready_told_ || !ready_heard_ || open_) return;
+  open_ = true;
+  answer();  // the peer was open before, and may have used up its credits
 }
 
 // A few bytes now and then: a socket that does not take them has not been read for long, and its end is near.

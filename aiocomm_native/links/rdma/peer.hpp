@@ -2,6 +2,7 @@
 //
 // Rules
 //  * The pair's socket carries the handshake (numbers of queue pairs), then signs of life; its end is the pair's end.
+//  * Queue pairs are connected by other threads (connector.hpp).
 //  * Frames carry a sequence number and are kept until the peer's device has acknowledged them: when a lane fails, those
 //    go out again over another, and the receiver drops what it has had.
 //  * A lane that fails is closed on both sides before its chunks go out again: what the wire still carries of them
@@ -24,6 +25,7 @@
 
 #include "core/link.hpp"
 #include "links/rdma/acks.hpp"
+#include "links/rdma/connector.hpp"
 #include "links/rdma/rail.hpp"
 #include "links/rdma/registrations.hpp"
 #include "links/rdma/ring.hpp"
@@ -59,6 +61,8 @@ struct Lane final : Completions {
   const uint32_t index;
   Address theirs;
   QueuePairs pairs;
+  std::shared_ptr<Connecting> connecting;  // those pairs; null: no thread is at them
+  std::string lacks;                       // why it was not there when the pair was made
   std::mutex posting;
   Silence silence;                        // under `posting`
   std::atomic<uint32_t> outstanding{0};   // chunks posted, for the poller
@@ -104,6 +108,7 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void close() override;
 
   void on_ready(uint32_t events) override;
+  void connected(const Connecting& job);  // or not: by the link
 
  private:
   friend struct Lane;
@@ -188,6 +193,9 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   Lane* another_lane(const Lane& but);  // that is up
   // path: nothing comes through, or the device is gone. pairs: the queue pairs broke, and new ones will do.
   enum class Loss : uint8_t { path, pairs };
+  void connect(Lane& lane, const Numbers& numbers, bool answers);
+  void close_lane(Lane& lane);
+  void leave_out(Lane& lane, const std::string& reason);
   void lane_failed(Lane& lane, const std::string& reason, Loss loss = Loss::path);
   void tell_failed(const Lane& lane, Loss loss = Loss::path);
   void no_rail(const std::string& reason);
@@ -202,7 +210,10 @@ class RdmaPeer final : public LinkPeer, public Pollable, public std::enable_shar
   void probed(Lane& lane, int error);
   size_t word(const std::byte* data, size_t nbytes);  // bytes used; 0: not all of it has come
   void read_socket();
-  bool handshake(const std::byte* data, size_t nbytes);
+  bool handshake(const std::byte* data, size_t nbytes);  // false: the pair has ended
+  bool greet();                                          // false: it has ended, or not all has come
+  void get_ready();
+  void begin();
   void say(const void* data, size_t nbytes);
   void lose(const std::string& reason);
   void shut();

@@ -258,11 +258,9 @@ void Rail::destroy(QueuePairs& pairs) {
   --peers_;
 }
 
-void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers) {
-  if (!pairs || !numbers[0])
-    throw LinkFailure(name() + ": " + (pairs ? "the peer's device there" : "the device") + " is out of use",
-                      ENODEV);
-  for (size_t i = 0; i < pairs.all.size(); ++i) {
+void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers,
+                   const std::atomic<bool>& given_up) {
+  for (size_t i = 0; i < pairs.all.size() && !given_up.load(std::memory_order_relaxed); ++i) {
     if (!pairs.all[i] != !numbers[i])
       throw LinkFailure(name() +
                             ": the peer has another number of service levels: set AIOCOMM_RDMA_SERVICE_LEVEL "
@@ -300,7 +298,9 @@ void Rail::connect(const QueuePairs& pairs, const Address& theirs, const Numbers
                                    IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC);
     }
     if (error)
-      throw LinkFailure(name() + ": no way to " + describe(theirs) + " (" + strerror(error) +
+      throw LinkFailure(name() + ": no way from " + describe(port_.address) + " (GID index " +
+                            std::to_string(port_.gid_index) + ") to " + describe(theirs) + " (" +
+                            strerror(error) +
                             "): see that the address can be reached from this port's network interface",
                         error);
   }
@@ -333,12 +333,23 @@ void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
     // What has come before is acknowledged: the peer does not say it again.
     while (poll_queues() > 0) {
     }
-    if (auto lane = lanes_.find(pairs.all[0]->qp_num); lane != lanes_.end())
-      std::erase(all_lanes_, lane->second);
-    for (ibv_qp* qp : pairs.all)
-      if (qp) lanes_.erase(qp->qp_num);
+    forget(pairs);
   }
   destroy(pairs);
+}
+
+void Rail::leave_behind(QueuePairs& pairs) {
+  std::lock_guard lock(polling_);
+  forget(pairs);
+  pairs = {};
+}
+
+// Under `polling_`.
+void Rail::forget(const QueuePairs& pairs) {
+  if (auto lane = lanes_.find(pairs.all[0]->qp_num); lane != lanes_.end())
+    std::erase(all_lanes_, lane->second);
+  for (ibv_qp* qp : pairs.all)
+    if (qp) lanes_.erase(qp->qp_num);
 }
 
 }  // namespace aiocomm::rdma

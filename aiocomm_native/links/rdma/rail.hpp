@@ -155,10 +155,16 @@ class Rail final : public Pollable {
 
   // Makes room for one more peer and its queue pairs. Throws LinkFailure.
   QueuePairs open();
-  void connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers);
+  // Takes as long as the network takes to tell where the peer is: without the token. Between queue pairs it looks whether
+  // it is given up. Throws LinkFailure.
+  void connect(const QueuePairs& pairs, const Address& theirs, const Numbers& numbers,
+               const std::atomic<bool>& given_up);
   void add(const QueuePairs& pairs, Completions* lane);
   // Nothing of these queue pairs is heard or touches memory any more when it returns. `posting`: the lane's.
   void remove(QueuePairs& pairs, std::mutex& posting);
+  // The same where a thread connects them, and nothing has been posted: that thread discards them.
+  void leave_behind(QueuePairs& pairs);
+  void discard(QueuePairs& pairs) { destroy(pairs); }
   void fail(const QueuePairs& pairs);  // what is posted comes back with an error
 
   int post_frame(const QueuePairs& pairs, Wake wake, const FramePiece& frame);
@@ -197,6 +203,7 @@ class Rail final : public Pollable {
   bool wait(bool expecting);
   void add_slots(uint32_t count);
   ibv_qp* make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t pieces, uint32_t inline_bytes);
+  void forget(const QueuePairs& pairs);
   void destroy(QueuePairs& pairs);
   void release_all();
 

@@ -55,18 +55,56 @@ Lane* RdmaPeer::another_lane(const Lane& but) {
   return nullptr;
 }
 
+void RdmaPeer::connect(Lane& lane, const Numbers& numbers, bool answers) {
+  lane.connecting = std::make_shared<Connecting>(lane, lane.rail, lane.pairs, lane.theirs, numbers, answers);
+  link_.connector().submit(lane.connecting);
+}
+
+void RdmaPeer::connected(const Connecting& job) {
+  Lane& lane = job.lane;
+  lane.connecting.reset();
+  if (!ready_told_) {
+    if (job.failure.empty())
+      lane.state = Lane::State::up;
+    else
+      leave_out(lane, job.failure);
+    return get_ready();
+  }
+  if (!job.failure.empty()) return lane_failed(lane, job.failure);
+  std::string word = encode({job.answers ? kThere : kGo, lane.index, lane.pairs.numbers()}, job.answers);
+  say(word.data(), word.size());
+  if (!job.answers) probe(lane);
+}
+
+// Nothing of it is heard or touches memory any more.
+void RdmaPeer::close_lane(Lane& lane) {
+  if (auto job = std::exchange(lane.connecting, nullptr); job && !link_.connector().give_up(job))
+    return lane.rail.leave_behind(lane.pairs);
+  lane.rail.remove(lane.pairs, lane.posting);
+}
+
+// The pair is made without it.
+void RdmaPeer::leave_out(Lane& lane, const std::string& reason) {
+  lane.state = Lane::State::failed;
+  lane.reachable = false;
+  lane.lacks = reason;
+  close_lane(lane);
+}
+
 void RdmaPeer::lane_failed(Lane& lane, const std::string& reason, Loss loss) {
   if (lane.state == Lane::State::failed || lane.state == Lane::State::down) return;
-  if (!greeted_) {  // it is left out of the handshake, which tells the peer
-    lane.rail.remove(lane.pairs, lane.posting);
-    return link_.retire_rails();
+  if (!ready_told_) {  // the handshake tells the peer
+    leave_out(lane, reason);
+    link_.retire_rails();
+    if (greeted_) get_ready();
+    return;
   }
   bool was_up = lane.state == Lane::State::up;
   if (!was_up) loss = Loss::path;  // it was tried, and that was in vain
   Lane* next = another_lane(lane);
   if (!next && loss == Loss::path && (was_up || !dark_ns_)) return no_rail(reason);
   lane.state = Lane::State::failed;
-  lane.rail.remove(lane.pairs, lane.posting);
+  close_lane(lane);
   link_.retire_rails();
   lane.outstanding.store(0);
   lane.requests = 0;
@@ -156,15 +194,12 @@ void RdmaPeer::reopen(Lane& lane, const Numbers& numbers, bool answer) {
       lane.pairs = lane.rail.open();
       lane.rail.add(lane.pairs, &lane);
     }
-    lane.state = Lane::State::connecting;
-    lane.rail.connect(lane.pairs, lane.theirs, numbers);
   } catch (const LinkFailure& failure) {
+    lane.state = Lane::State::connecting;
     return lane_failed(lane, failure.what());
   }
-  LaneWord reply{answer ? kThere : kGo, lane.index, lane.pairs.numbers()};
-  std::string word = encode(reply, answer);
-  say(word.data(), word.size());
-  if (!answer) probe(lane);
+  lane.state = Lane::State::connecting;
+  connect(lane, numbers, answer);
 }
 
 void RdmaPeer::probe(Lane& lane) {
@@ -223,8 +258,10 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
   switch (word.what) {
     case kFailed:
     case kBroken: {
+      const bool reachable = lane.reachable;  // that is what its own try has shown
       lane_failed(lane, lane.rail.name() + ": the peer's end failed",
                   word.what == kFailed ? Loss::path : Loss::pairs);
+      lane.reachable = reachable;
       if (dead_) return length;
       std::string reply = encode({kClosed, lane.index}, false);
       say(reply.data(), reply.size());
@@ -237,10 +274,10 @@ size_t RdmaPeer::word(const std::byte* data, size_t nbytes) {
       if (lane.state == Lane::State::down) reopen(lane, word.numbers, true);
       break;
     case kThere:
-      if (lane.state == Lane::State::connecting) reopen(lane, word.numbers, false);
+      if (lane.state == Lane::State::connecting && !lane.connecting) reopen(lane, word.numbers, false);
       break;
     default:
-      if (lane.state == Lane::State::connecting) probe(lane);
+      if (lane.state == Lane::State::connecting && !lane.connecting) probe(lane);
   }
   return length;
 }

@@ -374,8 +374,16 @@ EXPORT ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
   return pair;
 }
 EXPORT int ibv_modify_qp(ibv_qp* qp, ibv_qp_attr* attributes, int mask) {
-  std::lock_guard lock(machine().mutex);
+  Machine& all = machine();
+  std::unique_lock lock(all.mutex);
   auto& pair = *static_cast<Pair*>(qp);
+  if (mask & IBV_QP_AV) {  // on Ethernet the kernel asks the network who has that address
+    ++all.connecting;
+    all.changed.notify_all();
+    all.changed.wait(lock, [&] { return all.held != pair.device; });
+    --all.connecting;
+    if (auto error = all.unreachable.find(pair.device); error != all.unreachable.end()) return error->second;
+  }
   const Limits& has = machine().limits[pair.device];
   if (mask & IBV_QP_MAX_QP_RD_ATOMIC && (pair.initiates = attributes->max_rd_atomic) > has.initiates)
     return EINVAL;
@@ -460,6 +468,27 @@ EXPORT void fake_verbs_tell(int device, int event) {
     uint64_t one = 1;
     if (::write(it->second->async_fd, &one, sizeof one) != sizeof one) std::abort();
   }
+}
+// Queue pairs of that device are not connected before another call says so; -1: all are.
+EXPORT void fake_verbs_hold(int device) {
+  std::lock_guard lock(machine().mutex);
+  machine().held = device;
+  machine().changed.notify_all();
+}
+EXPORT int fake_verbs_connecting() {  // how many wait
+  std::lock_guard lock(machine().mutex);
+  return machine().connecting;
+}
+EXPORT void fake_verbs_unreach(int device, int error) {  // what connects there fails; 0: no more
+  std::lock_guard lock(machine().mutex);
+  if (error)
+    machine().unreachable[device] = error;
+  else
+    machine().unreachable.erase(device);
+}
+EXPORT int fake_verbs_pair_count() {
+  std::lock_guard lock(machine().mutex);
+  return static_cast<int>(machine().pairs.size());
 }
 EXPORT int fake_verbs_fork_safe() {
   std::lock_guard lock(machine().mutex);

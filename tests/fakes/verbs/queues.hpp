@@ -80,10 +80,13 @@ struct Machine {
   std::set<Channel*> channels;
   uint32_t next_key = 1, next_pair = 16;
   Fault paused, failing;
-  Fault kept;           // deregistrations that wait
-  bool dma_buf = true;  // adapters take dma-bufs
-  int waiting = 0;      // registrations
-  int leaving = 0;      // deregistrations that wait
+  Fault kept;                      // deregistrations that wait
+  int held = -1;                   // the device whose queue pairs are not connected for now
+  int connecting = 0;              // queue pairs that wait for that
+  std::map<int, int> unreachable;  // errno of what connects, by device
+  bool dma_buf = true;             // adapters take dma-bufs
+  int waiting = 0;                 // registrations
+  int leaving = 0;                 // deregistrations that wait
   uint64_t registered = 0;
   bool fork_safe = false;
   size_t most_pairs = ~size_t{0};
