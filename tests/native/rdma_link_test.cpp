@@ -310,6 +310,31 @@ void a_rail_that_comes_back_while_the_network_is_silent() {
   CHECK(!pair.lost() && Network::queue_pairs() == 12);
 }
 
+// A queue pair that fails may be at a receive, of which its device tells late, or never.
+void receives_of_queue_pairs_that_fail_are_not_lost() {
+  for (int last : {1, 2}) {
+    adapters<void(int)>("fake_verbs_last")(last);
+    Pair pair;
+    for (uint64_t generation = 2; generation < (last == 1 ? 40 : 4); ++generation) {
+      pair.connect();
+      for (auto* end : {pair.a.get(), pair.b.get()}) end->close();
+      pair.ha.writable = pair.hb.writable = 0;
+      int sockets[2];
+      CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
+      pair.a = pair.la->attach(1, generation, {sockets[0]}, pair.lb->card(), true);
+      pair.b = pair.lb->attach(0, generation, {sockets[1]}, pair.la->card(), false);
+      pair.a->start();
+      pair.b->start();
+    }
+    pair.connect();
+    for (uint64_t tag = 1; tag <= 8; ++tag)
+      CHECK(pair.a->post(message(tag), nullptr, nullptr, Wake::loop) == Post::ok);
+    CHECK(pair.wait([&] { return pair.lost() || pair.hb.frames.size() == 8; }));
+    CHECK(!pair.lost());
+  }
+  adapters<void(int)>("fake_verbs_last")(0);
+}
+
 // What is told of one rail says from where to where; the other one goes on.
 void a_rail_that_has_no_way() {
   adapters<void(int, int)>("fake_verbs_unreach")(0, ETIMEDOUT);
@@ -345,4 +370,5 @@ int main() {
   a_device_that_breaks_while_its_queue_pairs_are_connected();
   a_rail_that_comes_back_while_the_network_is_silent();
   a_rail_that_has_no_way();
+  receives_of_queue_pairs_that_fail_are_not_lost();
 }

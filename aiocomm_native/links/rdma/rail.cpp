@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 #include "core/doorbell.hpp"
 #include "core/guarded.hpp"
 #include "core/link.hpp"
+#include "links/rdma/clock.hpp"
 #include "links/rdma/work_id.hpp"
 
 namespace aiocomm::rdma {
@@ -252,8 +254,13 @@ QueuePairs Rail::open() {
 }
 
 void Rail::destroy(QueuePairs& pairs) {
+  const Numbers numbers = pairs.numbers();
   for (ibv_qp*& qp : pairs.all)
     if (qp) verbs_.destroy_qp(std::exchange(qp, nullptr));
+  {
+    std::lock_guard lock(ended_mutex_);
+    for (uint32_t number : numbers) ended_.erase(number);
+  }
   std::lock_guard lock(slabs_mutex_);
   --peers_;
 }
@@ -322,12 +329,16 @@ void Rail::fail(const QueuePairs& pairs) {
 
 void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
   if (!pairs) return;
+  std::vector<uint32_t> receive;
+  for (ibv_qp* qp : pairs.all)
+    if (qp && (qp->state == IBV_QPS_RTR || qp->state == IBV_QPS_RTS)) receive.push_back(qp->qp_num);
   fail(pairs);  // a call that is posting ends soon
   {
     std::lock_guard lock(queue_);
     std::erase_if(work_, [&](const Work& work) { return work.posting == &posting; });
   }
   std::lock_guard posted(posting);
+  await_receives(std::move(receive));
   {
     std::lock_guard lock(polling_);
     // What has come before is acknowledged: the peer does not say it again.
@@ -336,6 +347,21 @@ void Rail::remove(QueuePairs& pairs, std::mutex& posting) {
     forget(pairs);
   }
   destroy(pairs);
+}
+
+// Which takes a device microseconds. One that does not tell is not asked again.
+void Rail::await_receives(std::vector<uint32_t> numbers) {
+  const uint64_t until = now_ns() + kEndsNs;
+  while (tells_ended_ && !gone()) {
+    read_events();
+    {
+      std::lock_guard lock(ended_mutex_);
+      std::erase_if(numbers, [this](uint32_t number) { return ended_.contains(number); });
+    }
+    if (numbers.empty()) return;
+    tells_ended_ = now_ns() < until;
+    sched_yield();
+  }
 }
 
 void Rail::leave_behind(QueuePairs& pairs) {

@@ -23,6 +23,10 @@
 //  * Bulk has a queue pair for each service level and traffic class that classes of channels are mapped to, so that one
 //    class does not stand behind another in a send queue.
 //
+//  * A queue pair that fails may be at a receive of the shared queue, and its last ones may not have completed yet. It is
+//    destroyed once its device says that they have (IBV_EVENT_QP_LAST_WQE_REACHED): else those receives would be gone for
+//    good, and with them messages that the peer takes for delivered.
+//
 // Locks: `polling_` is held while completions are handed out and guards `lanes_`; a lane that has been removed under it
 // hears nothing more. `queue_` guards the poster's queue. Neither is held while a thread waits.
 #pragma once
@@ -39,6 +43,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -124,6 +129,7 @@ class Rail final : public Pollable {
   static constexpr uint32_t kFrameDepth = 4 * kCredits, kBulkDepth = 160;
   static constexpr uint32_t kMaxSlots = 4096, kImmediates = 4096;
   static constexpr int kLookMs = 20;
+  static constexpr uint64_t kEndsNs = 20000000;  // in which a queue pair that fails lets go of its receives
 
   Rail(const Verbs& verbs, Port port, const Transport& transport);
   ~Rail();
@@ -204,6 +210,7 @@ class Rail final : public Pollable {
   void add_slots(uint32_t count);
   ibv_qp* make_pair(ibv_cq* queue, ibv_srq* receives, uint32_t depth, uint32_t pieces, uint32_t inline_bytes);
   void forget(const QueuePairs& pairs);
+  void await_receives(std::vector<uint32_t> numbers);
   void destroy(QueuePairs& pairs);
   void release_all();
 
@@ -236,6 +243,10 @@ class Rail final : public Pollable {
   std::vector<Slab> slabs_;
   std::atomic<uint32_t> slab_count_{0};
   uint32_t peers_ = 0;
+
+  std::mutex ended_mutex_;
+  std::unordered_set<uint32_t> ended_;  // queue pairs that take no more receives, by number
+  bool tells_ended_ = true;             // the device has never failed to say so; under the token
 
   std::mutex polling_;
   std::unordered_map<uint32_t, Completions*> lanes_;  // by queue pair number

@@ -313,7 +313,11 @@ void Rail::read_events() {
   while (verbs_.get_async_event(context_, &event) == 0) {
     ibv_event_type type = event.event_type;
     bool ours = event.element.port_num == port_.number;
-    verbs_.ack_async_event(&event);
+    if (type == IBV_EVENT_QP_LAST_WQE_REACHED) {
+      std::lock_guard lock(ended_mutex_);
+      ended_.insert(event.element.qp->qp_num);
+    }
+    verbs_.ack_async_event(&event);  // before that its queue pair is not destroyed
     // The queues are the rail's, whose own they all are on this context: without one of them nothing would ever be heard
     // of what is under way.
     if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR || type == IBV_EVENT_SRQ_ERR) {

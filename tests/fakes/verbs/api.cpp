@@ -392,6 +392,7 @@ EXPORT int ibv_modify_qp(ibv_qp* qp, ibv_qp_attr* attributes, int mask) {
   if (mask & IBV_QP_AV && !(pair.routed = attributes->ah_attr.is_global) && has.routed) return EINVAL;
   if (mask & IBV_QP_DEST_QPN) pair.other = attributes->dest_qp_num;
   if (!(mask & IBV_QP_STATE)) return 0;
+  qp->state = attributes->qp_state;
   if (attributes->qp_state == IBV_QPS_ERR) {
     break_pair(pair);
     return 0;
@@ -401,9 +402,20 @@ EXPORT int ibv_modify_qp(ibv_qp* qp, ibv_qp_attr* attributes, int mask) {
   return 0;
 }
 EXPORT int ibv_destroy_qp(ibv_qp* qp) {
-  std::lock_guard lock(machine().mutex);
-  machine().pairs.erase(qp->qp_num);
-  delete static_cast<Pair*>(qp);
+  Machine& all = machine();
+  std::unique_lock lock(all.mutex);
+  auto* pair = static_cast<Pair*>(qp);
+  std::erase_if(all.events[qp->context], [&](const ibv_async_event& event) {
+    return event.event_type == IBV_EVENT_QP_LAST_WQE_REACHED && event.element.qp == qp;
+  });
+  all.changed.wait(lock, [&] { return !pair->unacknowledged; });
+  std::erase_if(all.ending, [&](const auto& one) { return one.first == pair; });
+  // What has completed and was not looked at is gone, and so is a receive that it was at.
+  for (ibv_cq* queue : {qp->send_cq, qp->recv_cq})
+    std::erase_if(static_cast<Queue*>(queue)->done,
+                  [&](const ibv_wc& wc) { return wc.qp_num == qp->qp_num; });
+  all.pairs.erase(qp->qp_num);
+  delete pair;
   return 0;
 }
 
@@ -411,116 +423,31 @@ EXPORT int ibv_get_async_event(ibv_context* context, ibv_async_event* event) {
   uint64_t count;
   {
     std::lock_guard lock(machine().mutex);
+    auto& ending = machine().ending;
+    for (auto& [pair, asks] : ending)
+      if (pair->context == context && --asks == 0) end_receives(*pair);
+    std::erase_if(ending, [](const auto& one) { return one.second == 0; });
     auto& events = machine().events[context];
     if (!events.empty()) {
-      *event = {};
-      event->element.port_num = 1;
-      event->event_type = events.front();
+      *event = events.front();
       events.pop_front();
+      if (event->event_type == IBV_EVENT_QP_LAST_WQE_REACHED)
+        ++static_cast<Pair*>(event->element.qp)->unacknowledged;
       return 0;
     }
   }
   if (::read(context->async_fd, &count, sizeof count) < 0) return -1;
   return refused(EAGAIN);
 }
-EXPORT void ibv_ack_async_event(ibv_async_event*) {}
+EXPORT void ibv_ack_async_event(ibv_async_event* event) {
+  if (event->event_type != IBV_EVENT_QP_LAST_WQE_REACHED) return;
+  std::lock_guard lock(machine().mutex);
+  --static_cast<Pair*>(event->element.qp)->unacknowledged;
+  machine().changed.notify_all();
+}
 EXPORT const char* ibv_wc_status_str(ibv_wc_status status) {
   return status == IBV_WC_REM_ACCESS_ERR ? "remote access error" : "simulated error";
 }
 EXPORT const char* ibv_event_type_str(ibv_event_type type) {
   return type == IBV_EVENT_CQ_ERR ? "CQ error" : type == IBV_EVENT_SRQ_ERR ? "SRQ error" : "event";
-}
-
-// ---------------------------------------------------------------- what a test does to it
-
-// Registrations of `from` bytes and more wait from now on; ~0: none does.
-EXPORT void fake_verbs_pause(size_t from) {
-  std::lock_guard lock(machine().mutex);
-  machine().paused.from = from;
-  machine().changed.notify_all();
-}
-EXPORT void fake_verbs_keep(size_t from) {  // the same for what is deregistered
-  std::lock_guard lock(machine().mutex);
-  machine().kept.from = from;
-  machine().changed.notify_all();
-}
-// Calls by threads of this name throw from now on; null: none does. The name stays the caller's.
-EXPORT void fake_verbs_break(const char* thread) { machine().broken.store(thread); }
-EXPORT void fake_verbs_fail(size_t from, int error) {
-  std::lock_guard lock(machine().mutex);
-  machine().failing = {from, error};
-}
-EXPORT void fake_verbs_dma_buf(int takes) {  // whether the adapters do
-  std::lock_guard lock(machine().mutex);
-  machine().dma_buf = takes;
-}
-// How many reads a queue pair of the device may have under way, and answers; whether it needs its GID in packets.
-EXPORT void fake_verbs_limit(int device, int initiates, int answers, int routed) {
-  std::lock_guard lock(machine().mutex);
-  machine().limits[device] = {initiates, answers, routed != 0};
-}
-// Whoever has the device open in this process is told.
-EXPORT void fake_verbs_tell(int device, int event) {
-  std::lock_guard lock(machine().mutex);
-  auto [first, last] = machine().contexts.equal_range(device);
-  for (auto it = first; it != last; ++it) {
-    machine().events[it->second].push_back(static_cast<ibv_event_type>(event));
-    uint64_t one = 1;
-    if (::write(it->second->async_fd, &one, sizeof one) != sizeof one) std::abort();
-  }
-}
-// Queue pairs of that device are not connected before another call says so; -1: all are.
-EXPORT void fake_verbs_hold(int device) {
-  std::lock_guard lock(machine().mutex);
-  machine().held = device;
-  machine().changed.notify_all();
-}
-EXPORT int fake_verbs_connecting() {  // how many wait
-  std::lock_guard lock(machine().mutex);
-  return machine().connecting;
-}
-EXPORT void fake_verbs_unreach(int device, int error) {  // what connects there fails; 0: no more
-  std::lock_guard lock(machine().mutex);
-  if (error)
-    machine().unreachable[device] = error;
-  else
-    machine().unreachable.erase(device);
-}
-EXPORT int fake_verbs_pair_count() {
-  std::lock_guard lock(machine().mutex);
-  return static_cast<int>(machine().pairs.size());
-}
-EXPORT int fake_verbs_fork_safe() {
-  std::lock_guard lock(machine().mutex);
-  return machine().fork_safe;
-}
-EXPORT void fake_verbs_pairs(size_t most) {  // queue pairs that there may be
-  std::lock_guard lock(machine().mutex);
-  machine().most_pairs = most;
-}
-EXPORT int fake_verbs_vectors() {
-  std::lock_guard lock(machine().mutex);
-  return static_cast<int>(machine().vectors.size());
-}
-EXPORT int fake_verbs_waiting() {
-  std::lock_guard lock(machine().mutex);
-  return machine().waiting;
-}
-EXPORT int fake_verbs_leaving() {
-  std::lock_guard lock(machine().mutex);
-  return machine().leaving;
-}
-EXPORT int fake_verbs_regions(size_t from) {  // there now, of `from` bytes and more
-  std::lock_guard lock(machine().mutex);
-  int n = 0;
-  for (auto& [key, region] : machine().regions) n += region->length >= from;
-  return n;
-}
-EXPORT uint64_t fake_verbs_requests() {  // posted so far
-  std::lock_guard lock(machine().mutex);
-  return machine().requests;
-}
-EXPORT uint64_t fake_verbs_registered() {
-  std::lock_guard lock(machine().mutex);
-  return machine().registered;
 }

@@ -5,6 +5,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -37,6 +38,8 @@ void complete(Queue& queue, const ibv_wc& wc, bool solicited) {
 }
 
 namespace {
+
+constexpr int kLate = 3;
 
 Queue& sends_of(Pair& pair) { return *static_cast<Queue*>(pair.send_cq); }
 
@@ -147,8 +150,33 @@ void progress_all() {
 }
 
 void break_pair(Pair& pair) {
-  pair.state = IBV_QPS_ERR;
+  const ibv_qp_state before = std::exchange(pair.state, IBV_QPS_ERR);
   for (const Send& send : std::exchange(pair.posted, {})) end(pair, send, IBV_WC_WR_FLUSH_ERR);
+  if (before != IBV_QPS_RTR && before != IBV_QPS_RTS) return;
+  if (machine().last == Machine::Last::told) return end_receives(pair);
+  pair.at_receive = take_receive(pair, pair.receive);
+  if (machine().last == Machine::Last::late) machine().ending.emplace_back(&pair, kLate);
+}
+
+void tell(ibv_context* context, const ibv_async_event& event) {
+  machine().events[context].push_back(event);
+  uint64_t one = 1;
+  if (::write(context->async_fd, &one, sizeof one) != sizeof one) std::abort();
+}
+
+// It takes no more from its shared receives, and what it was at has completed.
+void end_receives(Pair& pair) {
+  if (std::exchange(pair.at_receive, false)) {
+    ibv_wc wc{};
+    wc.wr_id = pair.receive.id;
+    wc.status = IBV_WC_WR_FLUSH_ERR;
+    wc.qp_num = pair.qp_num;
+    complete(*static_cast<Queue*>(pair.recv_cq), wc, false);
+  }
+  ibv_async_event event{};
+  event.event_type = IBV_EVENT_QP_LAST_WQE_REACHED;
+  event.element.qp = &pair;
+  tell(pair.context, event);
 }
 
 }  // namespace fake

@@ -51,10 +51,14 @@ struct Send {
 constexpr size_t kMostReadPieces = 3;  // of one request
 
 struct Pair : ibv_qp {
+  ibv_qp_state state = IBV_QPS_RESET;  // what it is; the library's is what it was last told to be
   uint32_t other = 0;
   int device = 0, initiates = 0, answers = 0;  // reads at a time
   bool routed = false;                         // its packets carry GIDs
   size_t most_pieces = 1, depth = 0;
+  int unacknowledged = 0;   // events of it
+  bool at_receive = false;  // it has failed in the middle of one:
+  Receive receive;
   std::deque<Send> posted;  // what waits for a receive of the other side's, and what is behind it
 };
 
@@ -93,9 +97,11 @@ struct Machine {
   std::set<int> vectors;  // by which completion queues tell
   Limits limits[kMostDevices];
   std::multimap<int, ibv_context*> contexts;  // that are open, by device
-  std::map<ibv_context*, std::deque<ibv_event_type>> events;
-  uint64_t requests = 0;                     // that were posted
-  std::atomic<const char*> broken{nullptr};  // a thread whose calls throw, by its name
+  std::map<ibv_context*, std::deque<ibv_async_event>> events;
+  enum class Last { told, late, silent } last = Last::told;  // of the receives of a queue pair that fails
+  std::vector<std::pair<Pair*, int>> ending;  // late ones, and how often that has yet to be asked
+  uint64_t requests = 0;                      // that were posted
+  std::atomic<const char*> broken{nullptr};   // a thread whose calls throw, by its name
 };
 Machine& machine();
 
@@ -105,5 +111,7 @@ void complete(Queue& queue, const ibv_wc& wc, bool solicited);
 void progress(Pair& pair);
 void progress_all();
 void break_pair(Pair& pair);
+void tell(ibv_context* context, const ibv_async_event& event);
+void end_receives(Pair& pair);
 
 }  // namespace fake
