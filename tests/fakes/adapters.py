@@ -105,6 +105,15 @@ class Adapters:
         finally:
             self._library.fake_verbs_unreach(device, 0)
 
+    @contextlib.contextmanager
+    def lacking(self, device: int, call: str, error: int) -> Iterator[None]:
+        """A call ("create_cq") fails for that device."""
+        self._library.fake_verbs_lack(device, call.encode(), error)
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_lack(device, call.encode(), 0)
+
     def tell(self, device: int, event: int) -> None:
         """Whoever has the device open hears of that event (IBV_EVENT_*)."""
         self._library.fake_verbs_tell(device, event)

@@ -201,6 +201,32 @@ async def test_a_rail_without_a_way_says_so(rails: int, monkeypatch: pytest.Monk
         assert any(why in reason for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    "call", ["open_device", "alloc_pd", "create_comp_channel", "create_cq", "create_srq"]
+)
+async def test_a_device_that_cannot_be_used_is_left_out(call: str) -> None:
+    adapters = Adapters()
+    with adapters.lacking(0, call, errno.ENOMEM):
+        async with world(2, links=("rdma",)) as (a, b):
+            events = a.events()
+            await exchange((a, b), 1000, 1)
+            await exchange((a, b), 300_000, 5)
+            assert "fake0.writes" not in a.links["rdma"].statistics().device
+            assert a.links["rdma"].statistics().fallbacks == 1
+            async for event in events:
+                if isinstance(event, aiocomm.Fallback):
+                    assert event.path in ("without fake0", "without fake0:1")
+                    assert "device fake0" in event.reason
+                    assert "Cannot allocate memory" in event.reason
+                    break
+        with (
+            adapters.lacking(1, call, errno.EPERM),
+            pytest.raises(LinkError, match=r"fake0.*Cannot allocate memory.*fake1.*not permitted"),
+        ):
+            await aiocomm.connect(links=("rdma",))
+    assert adapters.pairs == 0
+
+
 @pytest.mark.parametrize("wrong", ["fake0", "fake0=", "fake0=x", "fake0=0,", "=1"])
 async def test_nodes_that_make_no_sense(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOCOMM_RDMA_NODES", wrong)

@@ -99,7 +99,8 @@ void complains(int code, std::initializer_list<const char*> words, const std::fu
 
 void one_machine() {
   Verbs verbs = pretended();
-  auto choose = [&](Selection selection = {}) { return choose_ports(verbs, selection); };
+  std::vector<LeftOut> left_out;
+  auto choose = [&](Selection selection = {}) { return choose_ports(verbs, selection, left_out); };
   g_machine = {};
   CHECK(choose().size() == 1 && choose()[0].address.pkey == 0xffff);
   CHECK(choose()[0].reads == 16 && choose()[0].address.reads == 4 && !choose()[0].address.routed);
@@ -142,7 +143,8 @@ void partitions() {
   Verbs verbs = pretended();
   auto chosen = [&](uint16_t first, uint16_t second, uint16_t third) {
     g_machine = {.partitions = {first, second, third}};
-    const Port port = choose_ports(verbs, {})[0];
+    std::vector<LeftOut> left_out;
+    const Port port = choose_ports(verbs, {}, left_out)[0];
     return std::pair<int, int>(port.pkey_index, port.address.pkey);
   };
   CHECK(chosen(0xffff, 0x8001, 0) == std::pair(0, 0xffff));

@@ -48,18 +48,7 @@ Selection selection_of(Host& host) {
 }  // namespace
 
 RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_setting("libibverbs"))) {
-  ports_ = choose_ports(verbs_, selection_of(host));
-  Transport transport;
-  auto byte = [&](const char* name) { return static_cast<uint8_t>(host.setting(name, 0)); };
-  transport.frames = {byte("rdma_urgent_service_level"), byte("rdma_urgent_traffic_class")};
-  transport.map_classes(host.text_setting("rdma_service_level"), host.text_setting("rdma_traffic_class"));
-  transport.try_for(host.setting("rdma_retry_s", 2.0),
-                    static_cast<uint64_t>(host.setting("chunk_max", 4 << 20)));
-  std::vector<ibv_pd*> domains;
-  for (const Port& port : ports_) {
-    rails_.push_back(std::make_unique<Rail>(verbs_, port, transport));
-    domains.push_back(rails_.back()->domain());
-  }
+  std::vector<ibv_pd*> domains = open_rails();
   news_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   registrations_ = std::make_unique<Registrations>(
       verbs_, std::move(domains), static_cast<uint64_t>(host.setting("rdma_cache_bytes", 1ull << 30)),
@@ -86,6 +75,33 @@ RdmaLink::RdmaLink(Host& host) : host_(host), verbs_(Verbs::get(host.text_settin
     host.watch_polled(rail->express_fd(), rail.get());
     rail->start();
   }
+}
+
+// One that works is enough: devices run out of what rails take, and not all at once. Throws LinkFailure.
+std::vector<ibv_pd*> RdmaLink::open_rails() {
+  Transport transport;
+  auto byte = [&](const char* name) { return static_cast<uint8_t>(host_.setting(name, 0)); };
+  transport.frames = {byte("rdma_urgent_service_level"), byte("rdma_urgent_traffic_class")};
+  transport.map_classes(host_.text_setting("rdma_service_level"), host_.text_setting("rdma_traffic_class"));
+  transport.try_for(host_.setting("rdma_retry_s", 2.0),
+                    static_cast<uint64_t>(host_.setting("chunk_max", 4 << 20)));
+  std::vector<ibv_pd*> domains;
+  std::string reasons;
+  int error = 0;
+  for (const Port& port : choose_ports(verbs_, selection_of(host_), left_out_)) {
+    try {
+      rails_.push_back(std::make_unique<Rail>(verbs_, port, transport));
+    } catch (const LinkFailure& failure) {
+      reasons += (reasons.empty() ? "" : "; ") + std::string(failure.what());
+      error = failure.code;
+      left_out_.push_back({port.device + ":" + std::to_string(port.number), failure.what()});
+      continue;
+    }
+    ports_.push_back(port);
+    domains.push_back(rails_.back()->domain());
+  }
+  if (rails_.empty()) throw LinkFailure("rdma: " + reasons, error);
+  return domains;
 }
 
 RdmaLink::~RdmaLink() { close(); }

@@ -48,6 +48,7 @@ class RdmaLink final : public Link, public Pollable {
 
   Host& host() { return host_; }
   Registrations& registrations() { return *registrations_; }
+  const std::vector<LeftOut>& left_out() const { return left_out_; }
   Connector& connector() { return *connector_; }
   std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
 
@@ -58,12 +59,14 @@ class RdmaLink final : public Link, public Pollable {
   uint64_t last_done_ns = 0;  // when a chunk was through, of whichever pair
 
  private:
+  std::vector<ibv_pd*> open_rails();
   void see_routes(const std::vector<Address>& theirs);
   void thread_failed(const char* why) noexcept;
   void see_fault();
 
   Host& host_;
   const Verbs& verbs_;
+  std::vector<LeftOut> left_out_;
   std::vector<Port> ports_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::unique_ptr<Registrations> registrations_;

@@ -74,6 +74,7 @@ void RdmaPeer::start() {
   }
   say(hello.data(), hello.size() * sizeof hello[0]);
   host_.watch(socket_, EPOLLIN | EPOLLRDHUP, this, false);
+  for (const auto& [name, reason] : link_.left_out()) host_.fallback(rank, "without " + name, reason);
 }
 
 void RdmaPeer::close() {

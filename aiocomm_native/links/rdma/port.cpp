@@ -178,7 +178,8 @@ std::string unlisted() {
 
 }  // namespace
 
-std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
+std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection,
+                               std::vector<LeftOut>& left_out) {
   int count = 0;
   ibv_device** list = verbs.get_device_list(&count);
   if (!list && errno == ENOSYS) refuse_all("no kernel module of one is loaded");
@@ -226,8 +227,15 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
       attributes = {};  // none of its ports is looked at
       reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
       error = failure.code;
+      bool named = wanted(selection, device, 0) && !selection.names.empty();
       for (const std::string& name : selection.names)
-        if (name.starts_with(device + ":")) known.push_back(name);  // nobody knows
+        if (name.starts_with(device + ":")) {  // nobody knows
+          known.push_back(name);
+          named = true;
+        }
+      // Of what another link serves nobody has asked for this one.
+      if (named || (selection.names.empty() && failure.code != EOPNOTSUPP))
+        left_out.push_back({device, failure.what()});
     }
     for (uint8_t number = 1; number <= attributes.phys_port_cnt; ++number) {
       known.push_back(device + ":" + std::to_string(number));
@@ -237,6 +245,8 @@ std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection) {
       } catch (const LinkFailure& failure) {
         reasons += std::string(reasons.empty() ? "" : "; ") + failure.what();
         error = failure.code;
+        if (!selection.names.empty())
+          left_out.push_back({device + ":" + std::to_string(number), failure.what()});
       }
     }
     if (context) verbs.close_device(context);

@@ -42,9 +42,14 @@ struct Selection {
   std::map<std::string, int> nodes;  // of NUMA, by device, where the machine's word is not taken
 };
 
-// The ports to use, at most kMaxRails. Throws LinkFailure that names the device and the remedy where there is none,
+struct LeftOut {
+  std::string name, reason;  // a device, or device:port
+};
+
+// The ports to use, at most kMaxRails. `left_out`: those that are named, or whose device fails, though others will do. Throws LinkFailure that names the device and the remedy where there is none,
 // or where one is named that this machine does not have.
-std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection);
+std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection,
+                               std::vector<LeftOut>& left_out);
 
 // Packets that the port has received so far, as the kernel tells; 0 where it does not, or knows no such port any more.
 uint64_t heard(const Port& port);

@@ -115,6 +115,14 @@ int refused(int error) {
   return -1;
 }
 
+bool lacks(int device, const char* call) {
+  std::lock_guard lock(machine().mutex);
+  auto found = machine().lacking.find({device, call});
+  if (found == machine().lacking.end()) return false;
+  errno = found->second;
+  return true;
+}
+
 }  // namespace
 
 EXPORT ibv_device** ibv_get_device_list(int* count) {
@@ -140,6 +148,7 @@ EXPORT int ibv_fork_init() {
 }
 
 EXPORT ibv_context* ibv_open_device(ibv_device* device) {
+  if (lacks(static_cast<int>(device - devices()), "open_device")) return nullptr;
   auto* context = new ibv_context{};
   context->device = device;
   context->ops.post_send = post_send;
@@ -198,6 +207,7 @@ EXPORT int ibv_query_pkey(ibv_context*, uint8_t, int, __be16* key) {
   return 0;
 }
 EXPORT ibv_pd* ibv_alloc_pd(ibv_context* context) {
+  if (lacks(number_of(context), "alloc_pd")) return nullptr;
   auto* domain = new ibv_pd{};
   domain->context = context;
   return domain;
@@ -294,6 +304,7 @@ EXPORT int ibv_dereg_mr(ibv_mr* mr) {
 }
 
 EXPORT ibv_comp_channel* ibv_create_comp_channel(ibv_context* context) {
+  if (lacks(number_of(context), "create_comp_channel")) return nullptr;
   auto* channel = new Channel{};
   channel->context = context;
   channel->fd = eventfd(0, EFD_SEMAPHORE | EFD_CLOEXEC);
@@ -318,6 +329,7 @@ EXPORT int ibv_get_cq_event(ibv_comp_channel* channel, ibv_cq** cq, void** conte
 EXPORT void ibv_ack_cq_events(ibv_cq*, unsigned) {}
 EXPORT ibv_cq* ibv_create_cq(ibv_context* context, int, void* cq_context, ibv_comp_channel* channel,
                              int vector) {
+  if (lacks(number_of(context), "create_cq")) return nullptr;
   if (vector < 0 || vector >= context->num_comp_vectors) {
     errno = EINVAL;
     return nullptr;
@@ -337,6 +349,7 @@ EXPORT int ibv_destroy_cq(ibv_cq* cq) {
   return 0;
 }
 EXPORT ibv_srq* ibv_create_srq(ibv_pd* domain, ibv_srq_init_attr*) {
+  if (lacks(number_of(domain->context), "create_srq")) return nullptr;
   auto* receives = new SharedReceives{};
   receives->context = domain->context;
   receives->pd = domain;

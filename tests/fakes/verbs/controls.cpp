@@ -68,6 +68,14 @@ EXPORT void fake_verbs_unreach(int device, int error) {  // what connects there 
   else
     machine().unreachable.erase(device);
 }
+// That call fails for the device from now on; 0: no more.
+EXPORT void fake_verbs_lack(int device, const char* call, int error) {
+  std::lock_guard lock(machine().mutex);
+  if (error)
+    machine().lacking[{device, call}] = error;
+  else
+    machine().lacking.erase({device, call});
+}
 EXPORT int fake_verbs_pair_count() {
   std::lock_guard lock(machine().mutex);
   return static_cast<int>(machine().pairs.size());
