@@ -114,6 +114,15 @@ class Adapters:
         finally:
             self._library.fake_verbs_lack(device, call.encode(), 0)
 
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Reads and writes that are posted are done at the end of the block."""
+        self._library.fake_verbs_stall(1)
+        try:
+            yield
+        finally:
+            self._library.fake_verbs_stall(0)
+
     def tell(self, device: int, event: int) -> None:
         """Whoever has the device open hears of that event (IBV_EVENT_*)."""
         self._library.fake_verbs_tell(device, event)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes.adapters import HEADERS, Adapters, build
 from fakes.gpu import DeviceArray, Stream
-from harness import world
+from harness import until, world
 
 import aiocomm
 
@@ -49,10 +49,12 @@ def some(count: int, of: int, seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).permutation(of)[:count]
 
 
-def work(comm: aiocomm.Communicator) -> tuple[int, int, int]:
+def work(comm: aiocomm.Communicator, rails: int = 2) -> tuple[int, int, int]:
     """Operations, writes and reads."""
     found = comm.links["rdma"].statistics()
-    posted = [sum(found.device[f"fake{rail}.{kind}"] for rail in range(2)) for kind in ("writes", "reads")]
+    posted = [
+        sum(found.device[f"fake{rail}.{kind}"] for rail in range(rails)) for kind in ("writes", "reads")
+    ]
     return found.submitted, posted[0], posted[1]
 
 
@@ -187,6 +189,33 @@ async def test_a_lease_that_has_ended_is_refused(pair: Pair) -> None:
     with pytest.raises(aiocomm.StaleHandleError):
         await a.get_pages(remote, [2, 4], aiocomm.Pages(np.zeros_like(data)), [1, 5])
     assert not target.any()
+
+
+@pytest.mark.parametrize("way", ["put", "get"])
+async def test_no_more_are_posted_than_a_queue_takes(
+    way: str, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "fake0")
+    data = blocks(1010, 512)  # so small that they are posted at once, by whoever holds the token
+    give, take = some(1000, 1010, 1), some(1000, 1010, 2)
+    rows = [(give[:1], take[:1]), (give, take)]
+    async with world(2, links=("rdma",), warmup=True) as (a, b):
+        there = np.zeros_like(data) if way == "put" else data
+        here = data if way == "put" else np.zeros_like(data)
+        async with await b.lease_pages(aiocomm.Pages(there)) as lease:
+            remote, ours = a.remote_pages(lease.handle), aiocomm.Pages(here)
+            if way == "put":  # the first gets the key
+                calls = [(a.put_pages, (ours, here_at, remote, there_at)) for here_at, there_at in rows]
+            else:
+                calls = [(a.get_pages, (remote, there_at, ours, here_at)) for here_at, there_at in rows]
+            await calls[0][0](*calls[0][1])
+            before = sum(work(a, 1)[1:])
+            async with anyio.create_task_group() as tasks:
+                with adapters.stalled():
+                    tasks.start_soon(calls[1][0], *calls[1][1])
+                    await until(lambda: sum(work(a, 1)[1:]) > before)
+                    assert sum(work(a, 1)[1:]) - before <= 64
+            assert np.array_equal(there[take], here[give])
 
 
 async def test_rows_among_other_transfers(pair: Pair) -> None:

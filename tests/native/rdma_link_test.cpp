@@ -225,6 +225,37 @@ void adapters_of_different_make_read_from_each_other() {
   for (int side : {0, 1}) limit(side, 16, 16, 0);
 }
 
+// They are posted in parts, of which the last one tells the peer, who then has them all.
+void rows_tell_of_themselves_once() {
+  Pair pair;
+  pair.connect();
+  std::vector<std::byte> data(100 * 64, std::byte{7}), there(100 * 128);
+  FrameHeader key = message(1);
+  key.segment = pair.lb->hold(there.data(), there.size(), Access::peer_writes);
+  CHECK(pair.b->post(key, nullptr, nullptr, Wake::loop) == Post::ok);
+  CHECK(pair.wait([&] { return !pair.ha.frames.empty(); }));
+  RowList rows;
+  rows.add({0, 0, 64, 128, 32, 100});
+  RemoteChunk chunk{};
+  chunk.rows = &rows;
+  chunk.nbytes = rows.nbytes();
+  chunk.local = data.data();
+  chunk.registration = pair.la->hold(data.data(), data.size(), Access::local);
+  chunk.remote = {reinterpret_cast<uint64_t>(there.data()), key.segment};
+  chunk.has_immediate = true;
+  chunk.immediate = 5;
+  CHECK(pair.a->post_remote(chunk) == Post::pending);
+  CHECK(pair.wait([&] { return pair.ha.moved || pair.lost(); }));
+  {
+    std::lock_guard lock(pair.hb.token);
+    pair.b->poll_last(1);  // by now all have come
+  }
+  CHECK(!pair.lost() && pair.lb->counters()["immediates_received"] == 1);
+  for (size_t at = 0; at < there.size(); ++at) CHECK(there[at] == std::byte(at % 128 < 32 ? 7 : 0));
+  pair.la->release(chunk.registration);
+  pair.lb->release(key.segment);
+}
+
 // While the network is asked where a peer is, which it may not answer, no call of a link's waits.
 struct Network {
   static void answers(bool does) { adapters<void(int)>("fake_verbs_hold")(does ? -1 : 0); }
@@ -365,6 +396,7 @@ int main() {
   a_pair_that_is_made_without_one_of_the_rails();
   a_rail_that_breaks_while_the_pair_connects();
   adapters_of_different_make_read_from_each_other();
+  rows_tell_of_themselves_once();
   a_pair_that_is_closed_while_it_is_connected();
   pairs_that_are_closed_before_they_are_connected();
   a_device_that_breaks_while_its_queue_pairs_are_connected();

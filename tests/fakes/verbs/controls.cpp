@@ -76,6 +76,11 @@ EXPORT void fake_verbs_lack(int device, const char* call, int error) {
   else
     machine().lacking.erase({device, call});
 }
+EXPORT void fake_verbs_stall(int stalls) {  // reads and writes
+  std::lock_guard lock(machine().mutex);
+  machine().stalled = stalls;
+  progress_all();
+}
 EXPORT int fake_verbs_pair_count() {
   std::lock_guard lock(machine().mutex);
   return static_cast<int>(machine().pairs.size());

@@ -127,6 +127,8 @@ bool execute(Pair& other, int initiates, const Send& send, ibv_wc_status& status
 
 void progress(Pair& pair) {
   while (!pair.posted.empty() && pair.state == IBV_QPS_RTS) {
+    const Send& next = pair.posted.front();
+    if (machine().stalled && next.opcode != IBV_WR_SEND && !(next.flags & IBV_SEND_INLINE)) return;
     auto found = machine().pairs.find(pair.other);
     Pair* other = found == machine().pairs.end() ? nullptr : found->second;
     ibv_wc_status status = IBV_WC_RETRY_EXC_ERR;

@@ -86,9 +86,10 @@ struct Machine {
   std::set<Channel*> channels;
   uint32_t next_key = 1, next_pair = 16;
   Fault paused, failing;
-  Fault kept;          // deregistrations that wait
-  int held = -1;       // the device whose queue pairs are not connected for now
-  int connecting = 0;  // queue pairs that wait for that
+  Fault kept;            // deregistrations that wait
+  bool stalled = false;  // reads and writes are not done for now
+  int held = -1;         // the device whose queue pairs are not connected for now
+  int connecting = 0;    // queue pairs that wait for that
   std::map<std::pair<int, std::string>, int>
       lacking;                     // errno of calls that make something, by device and call
   std::map<int, int> unreachable;  // errno of what connects, by device
