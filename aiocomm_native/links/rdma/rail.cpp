@@ -364,10 +364,9 @@ void Rail::await_receives(std::vector<uint32_t> numbers) {
   }
 }
 
-void Rail::leave_behind(QueuePairs& pairs) {
+void Rail::ignore(const QueuePairs& pairs) {
   std::lock_guard lock(polling_);
   forget(pairs);
-  pairs = {};
 }
 
 // Under `polling_`.

@@ -168,8 +168,8 @@ class Rail final : public Pollable {
   void add(const QueuePairs& pairs, Completions* lane);
   // Nothing of these queue pairs is heard or touches memory any more when it returns. `posting`: the lane's.
   void remove(QueuePairs& pairs, std::mutex& posting);
-  // The same where a thread connects them, and nothing has been posted: that thread discards them.
-  void leave_behind(QueuePairs& pairs);
+  // The same where a thread connects them, and nothing has been posted: that thread discards them when it is told to.
+  void ignore(const QueuePairs& pairs);
   void discard(QueuePairs& pairs) { destroy(pairs); }
   void fail(const QueuePairs& pairs);  // what is posted comes back with an error
 

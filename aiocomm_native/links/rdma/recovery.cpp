@@ -78,8 +78,10 @@ void RdmaPeer::connected(const Connecting& job) {
 
 // Nothing of it is heard or touches memory any more.
 void RdmaPeer::close_lane(Lane& lane) {
-  if (auto job = std::exchange(lane.connecting, nullptr); job && !link_.connector().give_up(job))
-    return lane.rail.leave_behind(lane.pairs);
+  if (auto job = std::exchange(lane.connecting, nullptr)) {
+    lane.rail.ignore(lane.pairs);  // afterwards they may be gone
+    if (!link_.connector().give_up(job)) lane.pairs = {};
+  }
   lane.rail.remove(lane.pairs, lane.posting);
 }
 
