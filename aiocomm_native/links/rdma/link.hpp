@@ -40,8 +40,8 @@ class RdmaLink final : public Link, public Pollable {
   std::map<std::string, uint64_t> counters() override;
   void close() override;
 
-  // Memory that was registered aside, and queue pairs that were connected so; and devices that are removed while they are used: their rails are taken out, and
-  // everything of them is closed.
+  // Memory that was registered aside, and queue pairs that were connected so; and devices that are removed while they
+  // are used: their rails are taken out, and everything of them is closed.
   void on_ready(uint32_t events) override;
   void look_for_devices(uint64_t now_ns);  // now and then: not everywhere does the kernel tell
   void retire_rails();                     // those without a device, once no pair uses them

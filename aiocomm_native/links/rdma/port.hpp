@@ -46,8 +46,9 @@ struct LeftOut {
   std::string name, reason;  // a device, or device:port
 };
 
-// The ports to use, at most kMaxRails. `left_out`: those that are named, or whose device fails, though others will do. Throws LinkFailure that names the device and the remedy where there is none,
-// or where one is named that this machine does not have.
+// The ports to use, at most kMaxRails. `left_out`: those that are named, or whose device fails, though others will do.
+// Throws LinkFailure that names the device and the remedy where there is none, or where one is named that this machine
+// does not have.
 std::vector<Port> choose_ports(const Verbs& verbs, const Selection& selection,
                                std::vector<LeftOut>& left_out);
 
