@@ -15,6 +15,8 @@ from aiocomm.pages.planner import alike, one_pair
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from aiocomm.pages.indices import Indices
@@ -68,6 +70,12 @@ class Plan:
         self._copies = copies
 
     @functools.cached_property
+    def mean(self) -> float:
+        """Of all rows, in bytes; 0 where there are none."""
+        count = int(self._copies.rows.sum())
+        return float(self._copies.rows @ self._copies.nbytes) / count if count else 0.0
+
+    @functools.cached_property
     def rows(self) -> _core.Rows:
         """For engines that take rows."""
         c = self._copies
@@ -105,13 +113,15 @@ class Plan:
 _kept: Final[PlanCache[Plan]] = PlanCache(64)
 
 
-async def plan_pages(source: Layout, give: Indices, target: Layout, take: Indices, form: str) -> Plan:
+async def plan_pages(
+    source: Layout, give: Indices, target: Layout, take: Indices, form: Callable[[Plan], str]
+) -> Plan:
     """A plan that is kept, or is made, on another thread where that takes longer than handing it over.
 
     Nobody may change the lists meanwhile: see `own_list`.
 
     Args:
-        form: that of the plan which is to be there.
+        form: names that of the plan which is to be there.
 
     Raises:
         UsageError: as for `planner.plan`.
@@ -119,12 +129,12 @@ async def plan_pages(source: Layout, give: Indices, target: Layout, take: Indice
     from_, to = page_list(give), page_list(take)
     source, target = alike(source, target)
     found = _kept.find(source, from_, target, to)
-    if found is not None and form in found.__dict__:
+    if found is not None and form(found) in found.__dict__:
         return found
 
     def make() -> Plan:
         plan = found or Plan(one_pair(source, from_, target, to))
-        getattr(plan, form)
+        getattr(plan, form(plan))
         if found is None:
             _kept.keep(source, from_, target, to, plan)
         return plan

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout
     from aiocomm.pages.memory import Bytes
     from aiocomm.pages.planner import Integers
-    from aiocomm.pages.ranges import Ranges
+    from aiocomm.pages.ranges import Plan, Ranges
     from aiocomm_native import Transfer
 
     Jobs = Iterator[Transfer[Any]]
@@ -213,23 +213,21 @@ async def _planned(
     at_target: bool,
 ) -> _Plan:
     """Plan for the way that is to be tried first."""
-    sides = source, give, target, take
-    rows = None
+    ranges, rows, least = "at_target" if at_target else "at_source", "", 0
     if mover.takes_rows(remote):
-        form = "rows_at_target" if at_target else "rows_at_source"
-        plan = await plan_pages(*sides, form)
-        rows = plan.rows_at_target if at_target else plan.rows_at_source
-        if not pages.on_gpu and rows.mean < _LEAST_ROW:
-            rows = None
+        rows = f"rows_{ranges}"
+        least = 0 if pages.on_gpu else _LEAST_ROW
     elif remote.by_rows and _by_engine(pages, remote, mover):
-        plan = await plan_pages(*sides, "rows")
-        rows = plan.rows
-        least = _LEAST_ROW_OF_GPU if pages.on_gpu else _LEAST_ROW_READ[at_target]
-        if not remote.on_gpu and rows.mean < least:
-            rows = None
-    if rows is None:
-        plan = await plan_pages(*sides, "at_target" if at_target else "at_source")
-    return _Plan(rows, lambda: plan.at_target if at_target else plan.at_source)
+        rows = "rows"
+        if not remote.on_gpu:
+            least = _LEAST_ROW_OF_GPU if pages.on_gpu else _LEAST_ROW_READ[at_target]
+
+    def form(plan: Plan) -> str:
+        return rows if rows and plan.mean >= least else ranges
+
+    plan = await plan_pages(source, give, target, take, form)
+    chosen = form(plan)
+    return _Plan(None if chosen == ranges else getattr(plan, chosen), lambda: getattr(plan, ranges))
 
 
 def _by_engine(pages: Pages, remote: RemotePages, mover: Mover) -> bool:

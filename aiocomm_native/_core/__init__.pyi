@@ -29,10 +29,6 @@ class Rows:
     def parts(self, most: int) -> list[Rows]:
         """As many lists of at most so many groups of equal rows."""
 
-    @property
-    def mean(self) -> int:
-        """Bytes of a row, on average."""
-
     def __len__(self) -> int: ...
 
 def install_hooks(make_error: object, make_array: object, trio_wait: object, cancelled_error: object, link_error: object, usage_error: object, describe_device: object, make_device_array: object) -> None: ...

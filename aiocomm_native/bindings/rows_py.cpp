@@ -43,7 +43,6 @@ std::shared_ptr<PlacedRows> placed(size_t size, At at) {
       const auto [from, from_step, to, to_step, nbytes, count] = at(i);
       made->list.add({static_cast<uint64_t>(from) - made->from.low, static_cast<uint64_t>(to) - made->to.low,
                       from_step, to_step, static_cast<uint64_t>(nbytes), static_cast<uint64_t>(count)});
-      made->count += static_cast<uint64_t>(count);
     }
   }
   if (!good) throw nb::value_error("rows that reach out of any memory");
@@ -97,10 +96,7 @@ std::vector<std::shared_ptr<PlacedRows>> parts_of(const std::shared_ptr<PlacedRo
     auto& part = *parts.emplace_back(std::make_shared<PlacedRows>());
     part.from = rows->from, part.to = rows->to;
     part.list.reserve(some.size());
-    for (const aiocomm::Rows& one : some) {
-      part.list.add(one);
-      part.count += one.count;
-    }
+    for (const aiocomm::Rows& one : some) part.list.add(one);
   }
   return parts;
 }
@@ -126,9 +122,6 @@ void bind_rows(nb::module_& m, nb::module_& pure) {
       .def_static("of_ranges", &rows_of_ranges, nb::arg("far"), nb::arg("first"), nb::arg("near"),
                   nb::arg("rows"), nb::arg("at_target"), "Rows in the order in which they lie at the peer.")
       .def("parts", &parts_of, nb::arg("most"), "As many lists of at most so many groups of equal rows.")
-      .def_prop_ro(
-          "mean", [](const PlacedRows& self) { return self.count ? self.list.nbytes() / self.count : 0; },
-          "Bytes of a row, on average.")
       .def("__len__", [](const PlacedRows& self) { return self.list.size(); });
   pure.def(
       "cut_rows",

@@ -11,7 +11,6 @@ namespace aiocomm::py {
 struct PlacedRows {
   RowList list;
   Cover from, to;
-  uint64_t count = 0;  // of rows
 };
 
 }  // namespace aiocomm::py

@@ -155,11 +155,11 @@ async def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists
     rng = np.random.default_rng(5)
     give, take = rng.permutation(4000), rng.permutation(4000)
     layers = [kv.planes([layer]).layout for layer in range(4)]
-    first = await plan_pages(layers[0], give, layers[1], take, "rows")
-    assert await plan_pages(layers[2], give, layers[3], take, "at_target") is first
+    first = await plan_pages(layers[0], give, layers[1], take, lambda plan: "rows")
+    assert await plan_pages(layers[2], give, layers[3], take, lambda plan: "at_target") is first
     other = take.copy()
     other[[1, 2]] = other[[2, 1]]  # differs where no key looks
-    third = await plan_pages(layers[0], give, layers[0], other, "at_target")
+    third = await plan_pages(layers[0], give, layers[0], other, lambda plan: "at_target")
     assert third is not first
     assert not np.array_equal(third.at_target.near, first.at_target.near)
 
@@ -168,12 +168,16 @@ async def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
 async def test_plans_of_short_lists_are_told_apart(count: int) -> None:
     layout, first = pages(100, 16).layout, list(range(0, 2 * count, 2))
-    kept = await plan_pages(layout, first, layout, first, "rows")
-    assert await plan_pages(layout, first, layout, first, "rows") is kept
+
+    def rows(plan: Plan) -> str:
+        return "rows"
+
+    kept = await plan_pages(layout, first, layout, first, rows)
+    assert await plan_pages(layout, first, layout, first, rows) is kept
     for place in range(count):
         other = [*first[:place], 2 * count + 1, *first[place + 1 :]]
-        assert await plan_pages(layout, other, layout, first, "rows") is not kept
-        assert await plan_pages(layout, first, layout, other, "rows") is not kept
+        assert await plan_pages(layout, other, layout, first, rows) is not kept
+        assert await plan_pages(layout, first, layout, other, rows) is not kept
 
 
 def test_plans_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +212,7 @@ async def test_plans_that_are_kept_are_found_on_the_loops_thread(monkeypatch: py
     source, target = kv.planes([0]).layout, kv.planes([1]).layout
     sides = source, lists[0], target, lists[1]
     forms = "rows", "at_source", "at_target", "rows_at_source", "rows_at_target"
-    made = {form: getattr(await plan_pages(*sides, form), form) for form in forms}
+    made = {form: getattr(await plan_pages(*sides, lambda _, form=form: form), form) for form in forms}
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("nothing has to be planned")
@@ -216,10 +220,11 @@ async def test_plans_that_are_kept_are_found_on_the_loops_thread(monkeypatch: py
     monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
     other = target, lists[0], source, lists[1]  # planned for one pair of arrays, and so for all
     for form in forms:
-        for found in (await plan_pages(*sides, form), await plan_pages(*other, form)):
+        for lists_ in (sides, other):
+            found = await plan_pages(*lists_, lambda _, form=form: form)
             assert getattr(found, form) is made[form]
     with pytest.raises(UsageError, match="do not fit"):
-        await plan_pages(source, [1], kv.layout, [1], "rows")
+        await plan_pages(source, [1], kv.layout, [1], lambda plan: "rows")
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
