@@ -73,7 +73,6 @@ class _Matched:
     """Two layouts, whatever the pages.
 
     Args:
-        tokens: of a page, on both sides.
         sides: all of `_core.merge_pages` but the pages.
         row: its bytes.
         rows: where rows begin in a part of a page, on both sides.
@@ -81,7 +80,6 @@ class _Matched:
         has_bytes: whether a page has any.
     """
 
-    tokens: tuple[int, int]
     sides: tuple[Side, Side]
     row: int
     rows: tuple[Integers, Integers]
@@ -139,10 +137,9 @@ def _single(layout: Layout) -> Layout:
 def one_pair(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
     """`plan` for one pair of arrays, as `alike` gives them: their numbers are 0."""
     found = _matched(source, target)
-    per_source, per_target = found.tokens
-    if len(give) * per_source != len(take) * per_target:
+    if len(give) * source.tokens != len(take) * target.tokens:
         raise UsageError(
-            f"{len(give)} source pages of {per_source} tokens, {len(take)} target pages of {per_target}"
+            f"{len(give)} source pages of {source.tokens} tokens, {len(take)} target pages of {target.tokens}"
         )
     sides = (give, *found.sides[0]), (take, *found.sides[1])
     from_, to, nbytes, equal, error, page = _core.merge_pages(*sides, found.row)
@@ -163,13 +160,12 @@ def _matched(source: Layout, target: Layout) -> _Matched:
     _fit(source, target)
     target = _in_order_of(source, target)
     unit = gcd(source.tokens, target.tokens)
-    row, *rows = _rows(source, target, unit)
+    row, rows_from, rows_to = _rows(source, target, unit)
     return _Matched(
-        (source.tokens, target.tokens),
         (_side(source, unit), _side(target, unit)),
         row,
-        (rows[0], rows[1]),
-        _core.equal_steps(*rows),
+        (rows_from, rows_to),
+        _core.equal_steps(rows_from, rows_to),
         source.nbytes > 0,
     )
 

@@ -85,7 +85,7 @@ class Fetcher:
         """Say that somebody here will come. One worker speaks for its engine, to all of the other."""
         self._wanted.setdefault(origin, _Wanted()).requests += 1
         if self._place.rank == 0:
-            self._start(self._words.tell(origin, range(origin.ranks), {"kind": "claim"}))
+            self._tell_all(origin, "claim")
 
     def release(self, origin: Origin) -> None:
         """One comes no more. The last says that nobody does, or that all who came are done."""
@@ -93,7 +93,7 @@ class Fetcher:
         if wanted is not None and wanted.fetched:  # by another worker perhaps not yet
             self._start(self._tell_read(origin))
         elif wanted is not None and self._place.rank == 0:
-            self._start(self._words.tell(origin, range(origin.ranks), {"kind": "release"}))
+            self._tell_all(origin, "release")
 
     def wanted(self) -> list[Origin]:
         """Of which requests here wait, as often as they do."""
@@ -144,13 +144,17 @@ class Fetcher:
         if came:
             self._start(self._tell_read(fetch.origin))
         else:  # nor does anybody else of this engine need them
-            self._start(self._words.tell(fetch.origin, range(fetch.origin.ranks), {"kind": "release"}))
+            self._tell_all(fetch.origin, "release")
 
     def _last(self, origin: Origin) -> _Wanted | None:
         """A request has ended: what was wanted, unless another of this engine wants it yet."""
         wanted = self._wanted.setdefault(origin, _Wanted(1))
         wanted.requests -= 1
         return None if wanted.requests else self._wanted.pop(origin)
+
+    def _tell_all(self, origin: Origin, kind: str) -> None:
+        """Say something of a request to all workers of the engine that has it."""
+        self._start(self._words.tell(origin, range(origin.ranks), {"kind": kind}))
 
     async def _tell_read(self, origin: Origin) -> None:
         """Of its shares each worker says it, and one of what nobody reads."""

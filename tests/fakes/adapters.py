@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fakes.compiled import shared_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 __all__ = ["HEADERS", "Adapters", "build"]
 
@@ -35,93 +36,58 @@ class Adapters:
         self._library = _load()
 
     @contextlib.contextmanager
-    def paused(self, nbytes: int) -> Iterator[None]:
-        """Registrations of that many bytes and more wait for the end of the block."""
-        self._library.fake_verbs_pause(ctypes.c_size_t(nbytes))
+    def _meanwhile(self, control: str, during: tuple[Any, ...], after: tuple[Any, ...]) -> Iterator[None]:
+        """Call a control of the library before the block, and after it."""
+        call = getattr(self._library, f"fake_verbs_{control}")
+        call(*during)
         try:
             yield
         finally:
-            self.go_on()
+            call(*after)
+
+    def paused(self, nbytes: int) -> AbstractContextManager[None]:
+        """Registrations of that many bytes and more wait for the end of the block."""
+        return self._meanwhile("pause", (ctypes.c_size_t(nbytes),), (ctypes.c_size_t(-1),))
 
     def go_on(self) -> None:
         """What waits goes on."""
         self._library.fake_verbs_pause(ctypes.c_size_t(-1))
 
-    @contextlib.contextmanager
-    def keeping(self, nbytes: int) -> Iterator[None]:
+    def keeping(self, nbytes: int) -> AbstractContextManager[None]:
         """Deregistrations of that many bytes and more wait for the end of the block."""
-        self._library.fake_verbs_keep(ctypes.c_size_t(nbytes))
-        try:
-            yield
-        finally:
-            self.let_go()
+        return self._meanwhile("keep", (ctypes.c_size_t(nbytes),), (ctypes.c_size_t(-1),))
 
     def let_go(self) -> None:
         """What is kept is deregistered."""
         self._library.fake_verbs_keep(ctypes.c_size_t(-1))
 
-    @contextlib.contextmanager
-    def refusing(self, nbytes: int, error: int) -> Iterator[None]:
+    def refusing(self, nbytes: int, error: int) -> AbstractContextManager[None]:
         """Registrations of that many bytes and more fail with an errno."""
-        self._library.fake_verbs_fail(ctypes.c_size_t(nbytes), error)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_fail(ctypes.c_size_t(-1), 0)
+        return self._meanwhile("fail", (ctypes.c_size_t(nbytes), error), (ctypes.c_size_t(-1), 0))
 
-    @contextlib.contextmanager
-    def breaking(self, thread: bytes) -> Iterator[None]:
+    def breaking(self, thread: bytes) -> AbstractContextManager[None]:
         """Calls by threads of this name throw."""
-        self._library.fake_verbs_break(ctypes.c_char_p(thread))
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_break(None)
+        return self._meanwhile("break", (ctypes.c_char_p(thread),), (None,))
 
-    @contextlib.contextmanager
-    def refusing_dma_bufs(self) -> Iterator[None]:
+    def refusing_dma_bufs(self) -> AbstractContextManager[None]:
         """As soft-RoCE does."""
-        self._library.fake_verbs_dma_buf(0)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_dma_buf(1)
+        return self._meanwhile("dma_buf", (0,), (1,))
 
-    @contextlib.contextmanager
-    def holding(self, device: int) -> Iterator[None]:
+    def holding(self, device: int) -> AbstractContextManager[None]:
         """Calls that connect queue pairs of that device wait for the end of the block."""
-        self._library.fake_verbs_hold(device)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_hold(-1)
+        return self._meanwhile("hold", (device,), (-1,))
 
-    @contextlib.contextmanager
-    def unreachable(self, device: int, error: int) -> Iterator[None]:
+    def unreachable(self, device: int, error: int) -> AbstractContextManager[None]:
         """Queue pairs of that device cannot be connected."""
-        self._library.fake_verbs_unreach(device, error)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_unreach(device, 0)
+        return self._meanwhile("unreach", (device, error), (device, 0))
 
-    @contextlib.contextmanager
-    def lacking(self, device: int, call: str, error: int) -> Iterator[None]:
+    def lacking(self, device: int, call: str, error: int) -> AbstractContextManager[None]:
         """A call ("create_cq") fails for that device."""
-        self._library.fake_verbs_lack(device, call.encode(), error)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_lack(device, call.encode(), 0)
+        return self._meanwhile("lack", (device, call.encode(), error), (device, call.encode(), 0))
 
-    @contextlib.contextmanager
-    def stalled(self) -> Iterator[None]:
+    def stalled(self) -> AbstractContextManager[None]:
         """Reads and writes that are posted are done at the end of the block."""
-        self._library.fake_verbs_stall(1)
-        try:
-            yield
-        finally:
-            self._library.fake_verbs_stall(0)
+        return self._meanwhile("stall", (1,), (0,))
 
     def tell(self, device: int, event: int) -> None:
         """Whoever has the device open hears of that event (IBV_EVENT_*)."""
