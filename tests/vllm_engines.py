@@ -8,6 +8,7 @@ into others' blocks is found by the next step that reads it.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +203,8 @@ class Vllm:
                     self.finished[one.request_id] = one.kv_transfer_params
                     if one.finish_reason is not None and str(one.finish_reason) == "error":
                         self.tokens[one.request_id] = [-1]
+        if not sampled and not self.idle:
+            time.sleep(0.001)  # as that does, too: else it keeps the GIL from the threads that it waits for
 
     def _compute(self, request: Request, count: int) -> list[int]:
         """The scheduler has counted these tokens already."""
