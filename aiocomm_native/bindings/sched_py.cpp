@@ -41,6 +41,7 @@ void bind_scheduler(nb::module_& m) {
       .def("remove_flow", &Scheduler::remove_flow, nb::arg("flow"))
       .def("set_weight", &Scheduler::set_weight, nb::arg("group"), nb::arg("weight"))
       .def("set_ready", &Scheduler::set_ready, nb::arg("flow"), nb::arg("ready"))
+      .def("set_chunk", &Scheduler::set_chunk, nb::arg("flow"), nb::arg("nbytes"))
       .def("set_preempt", &Scheduler::set_preempt, nb::arg("cls"), nb::arg("ns"))
       .def("declare", &Scheduler::declare, nb::arg("cls"), nb::arg("declared"))
       .def("push", &Scheduler::push, nb::arg("flow"), nb::arg("item"), nb::arg("nbytes"),

@@ -131,6 +131,8 @@ class LinkPeer {
   // Takes a chunk of a rendezvous (FrameKind::data) on a bulk lane. `cls`: that of its channel, which a link may keep apart
   // from what it has taken of lower ones.
   virtual Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) = 0;
+  // How much to hand over so at a time: a pair that drains slowly holds up others with less.
+  virtual uint64_t best_chunk() const { return ~0ull; }
   // Payload that it has accepted so and not sent yet.
   virtual uint64_t unsent() const { return 0; }
   // What it has accepted so of this message is copied, and its buffer is not read any more, by the peer neither. False: it

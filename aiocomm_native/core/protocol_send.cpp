@@ -331,7 +331,9 @@ void Engine::queue_data(Op& op, Peer& peer, bool at_once) {
   op.in_sched = true;
   op.state = OpState::moving;
   if (!op.started_ns) op.started_ns = now();
-  schedulers_[peer.link_index]->push(flow_of(op, peer).id, op.id, op.nbytes, false);
+  const FlowId flow = flow_of(op, peer).id;
+  schedulers_[peer.link_index]->set_chunk(flow, peer.link->best_chunk());
+  schedulers_[peer.link_index]->push(flow, op.id, op.nbytes, false);
   if (at_once) pump(peer.link_index);
 }
 
@@ -443,6 +445,7 @@ void Engine::on_sent(LinkPeer& to, OpId sop, uint64_t nbytes) {
   if (!op || op->inflight == 0) return;
   --op->inflight;
   op->moved = std::min(op->moved + nbytes, op->nbytes);  // a `fin` may be sooner than this word of the link
+  if (op->in_sched) schedulers_[peer->link_index]->set_chunk(flow_of(*op, *peer).id, to.best_chunk());
   if (op->state == OpState::draining) settle(*op);
   pump(peer->link_index);
 }

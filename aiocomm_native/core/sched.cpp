@@ -49,6 +49,7 @@ struct Scheduler::Flow : FairNode {
   uint64_t born;  // chunks with a smaller serial are of an earlier flow of this id
   Group& group;
   bool ready = true;
+  uint64_t greatest = kGreatestChunk;
   uint64_t backlog = 0;
   Fifo headers, data;
 };
@@ -109,6 +110,11 @@ void Scheduler::set_ready(FlowId id, bool ready) {
   Flow& flow = flow_at(id);
   flow.ready = ready;
   refresh(flow, Entry::resumes);
+}
+
+void Scheduler::set_chunk(FlowId id, uint64_t nbytes) {
+  require(nbytes > 0, "a chunk has a byte at least");
+  flow_at(id).greatest = nbytes;
 }
 
 void Scheduler::set_preempt(uint8_t cls, uint64_t ns) {
@@ -233,8 +239,8 @@ uint64_t Scheduler::front_bytes(unsigned cls) noexcept {
   const Item& item = front_item(cls);
   const uint64_t remaining = item.nbytes - item.offset;
   // Most items are smaller than the smallest chunk: no need to look at the window.
-  if (item.header || remaining <= config_.min_chunk) return remaining;
-  return std::min(remaining, chunk_size(static_cast<uint8_t>(cls)));
+  if (item.header || remaining <= std::min(config_.min_chunk, item.flow->greatest)) return remaining;
+  return std::min({remaining, item.flow->greatest, chunk_size(static_cast<uint8_t>(cls))});
 }
 
 unsigned Scheduler::backlogged() const noexcept {

@@ -12,7 +12,7 @@
 //   - Window: an urgent chunk waits for the less urgent bytes posted before it. Therefore, where flows of
 //     class u are registered (backlogged or not) or the class is declared, the classes below u keep at most
 //     rate * preempt_ns(u) bytes in flight together, and their chunks are half of that. Where none is, chunks
-//     are max_chunk and the window max_window.
+//     are max_chunk and the window max_window. What a flow's peer drains slowly goes in smaller chunks (set_chunk).
 //   - In flight are at most max_window bytes; but a class with nothing in flight in it or above it may always
 //     post one chunk. So neither a small window nor less urgent bytes can lock anybody out.
 //   - An illegal call throws std::invalid_argument and changes nothing.
@@ -73,6 +73,8 @@ class Scheduler {
   // completed.
   std::vector<uint64_t> remove_flow(FlowId flow);
   void set_weight(uint64_t group, double weight);
+  // The greatest chunk of a flow's data from now on. Illegal: no bytes.
+  void set_chunk(FlowId flow, uint64_t nbytes);
   // A flow whose peer can take no more now is passed over until it is ready again.
   void set_ready(FlowId flow, bool ready);
   void set_preempt(uint8_t cls, uint64_t ns);

@@ -272,6 +272,48 @@ void urgent_payloads_take_all_lanes_while_there_is_nothing_else() {
   }
 }
 
+// What is handed over at a time is what a lane drains in a few milliseconds: here a reader takes turns, `apart_ns` apart.
+void chunks_are_of_the_rate_at_which_a_peer_drains() {
+  Pair p({}, {{"tcp_splice", "off"}});
+  const std::vector<std::byte> from(8 << 20);
+  std::vector<std::byte> into(8 << 20);
+  p.hb.buffers[5] = into.data();
+  p.ha.frozen_now = p.hb.frozen_now = 1;
+  auto drain = [&](uint64_t nbytes, uint64_t apart_ns) {
+    CHECK(p.until(
+        [&] {
+          for (;;) {
+            FrameHeader h = chunk(from);
+            h.sop = 3;
+            h.rop = 5;
+            h.payload_bytes = static_cast<uint32_t>(std::min<uint64_t>(p.a->best_chunk(), from.size()));
+            if (p.a->post_data(h, from.data(), kNormal) == Post::again) break;
+          }
+          p.ha.frozen_now = p.hb.frozen_now += apart_ns;
+          return p.hb.data_bytes[5] >= nbytes;
+        },
+        false));
+    p.hb.data_bytes[5] = 0;
+  };
+  CHECK(p.a->best_chunk() > 64 << 10 && p.a->best_chunk() < 1 << 20);  // nothing is known yet
+  drain(64 << 20, 40'000'000);
+  CHECK(p.a->best_chunk() == 64 << 10);
+  CHECK(p.a->unsent() <= 4 * (sizeof(FrameHeader) + (64 << 10)));
+  drain(128 << 20, 10'000);
+  CHECK(p.a->best_chunk() > 4 << 20);
+  // What the kernel takes at once says nothing of the rate.
+  CHECK(p.until([&] { return p.a->unsent() == 0; }, false));
+  const uint64_t known = p.a->best_chunk();
+  for (int i = 0; i < 50; ++i) {
+    p.ha.frozen_now += 100'000'000;
+    FrameHeader h = chunk(from);
+    h.rop = 5;
+    h.payload_bytes = 1000;
+    CHECK(p.a->post_data(h, from.data(), kNormal) == Post::ok);
+  }
+  CHECK(p.a->best_chunk() == known);
+}
+
 // Engine and loop threads on both sides at once, under the token.
 void two_threads_per_side(Texts texts) {
   Pair p({}, texts);
@@ -571,6 +613,7 @@ int main() {
   RUN(payloads_land_in_place({}, copy, 3 << 20));
   RUN(urgent_payloads_have_a_lane_of_their_own());
   RUN(urgent_payloads_take_all_lanes_while_there_is_nothing_else());
+  RUN(chunks_are_of_the_rate_at_which_a_peer_drains());
   RUN(two_threads_per_side({}));
   RUN(what_was_said_before_the_end_arrives({}));
   for (bool reader : {false, true}) {

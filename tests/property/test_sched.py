@@ -31,6 +31,7 @@ class ModelFlow:
         self.cls = cls
         self.born = born
         self.ready = True
+        self.greatest = 2**32
         self.headers: list[list[int]] = []
         self.data: list[list[int]] = []
 
@@ -110,6 +111,15 @@ class SchedMachine(RuleBasedStateMachine):
             self.sched.set_ready(flow, ready)
             self.flows[flow].ready = ready
 
+    @rule(flow=st.integers(0, FLOWS - 1), nbytes=st.integers(0, SMALL["max_chunk"]))
+    def set_chunk(self, flow: int, nbytes: int) -> None:
+        if flow in self.flows and nbytes:
+            self.sched.set_chunk(flow, nbytes)
+            self.flows[flow].greatest = nbytes
+        else:
+            with pytest.raises(ValueError, match=r"no such flow|a byte at least"):
+                self.sched.set_chunk(flow, nbytes)
+
     @rule(cls=st.integers(0, 3), declared=st.booleans())
     def declare(self, cls: int, declared: bool) -> None:
         self.sched.declare(cls, declared)
@@ -137,7 +147,9 @@ class SchedMachine(RuleBasedStateMachine):
 
     def front(self, flow: ModelFlow) -> int:
         _, offset, nbytes = flow.queue()[0]
-        return nbytes if flow.headers else min(nbytes - offset, self.sched.chunk_size(flow.cls))
+        if flow.headers:
+            return nbytes
+        return min(nbytes - offset, self.sched.chunk_size(flow.cls), flow.greatest)
 
     @rule(times=st.integers(1, 5))
     def next(self, times: int) -> None:

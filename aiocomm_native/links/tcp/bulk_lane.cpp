@@ -1,5 +1,7 @@
 #include "links/tcp/bulk_lane.hpp"
 
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -12,6 +14,11 @@
 
 namespace aiocomm::tcp {
 
+namespace {
+constexpr uint64_t kIdleNs = 1'000'000;
+constexpr uint64_t kAbsorbed = 2 * Pace::kUnsentMost;
+}  // namespace
+
 BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice)
     : Lane(peer, std::move(stream), false), splice_(stream_->plain() ? splice : Splice::never) {}
 
@@ -19,6 +26,10 @@ BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice)
 
 Post BulkLane::post(const FrameHeader& header, const std::byte* payload) {
   if (full()) return Post::again;
+  if (count_ == 0 && peer_.host().now() - sent_ns_ > kIdleNs) {
+    run_ = 0;
+    sent_ns_ = peer_.host().now();
+  }
   out_[count_++] = {header, payload};
   queued_ += sizeof header + header.payload_bytes;
   if (!open()) return Post::pending;
@@ -74,7 +85,19 @@ BulkLane::Outgoing BulkLane::pop() {
   Outgoing front = std::move(out_[0]);
   out_[0] = std::move(out_[1]);
   --count_;
+  measure(sizeof front.header + front.header.payload_bytes);
   return front;
+}
+
+void BulkLane::measure(uint64_t nbytes) {
+  const uint64_t now = peer_.host().now(), since = std::exchange(sent_ns_, now);
+  run_ += nbytes;
+  if (run_ <= kAbsorbed) return;  // the kernel's buffers have taken it, at whatever rate the link sends
+  Pace& pace = peer_.pace();
+  pace.drained(nbytes, now - since);
+  if (std::exchange(unsent_, pace.unsent()) == unsent_) return;
+  const int unsent = static_cast<int>(unsent_);
+  ::setsockopt(stream_->fd(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
 }
 
 bool BulkLane::let_go(OpId sop) {

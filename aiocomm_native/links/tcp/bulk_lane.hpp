@@ -12,6 +12,7 @@
 #include <atomic>
 
 #include "links/tcp/lane.hpp"
+#include "links/tcp/pace.hpp"
 #include "links/tcp/splice.hpp"
 
 namespace aiocomm::tcp {
@@ -43,6 +44,7 @@ class BulkLane final : public Lane {
   void writable() override;
   bool wrote(const Io& io);  // of the front frame; false: no more of it now
   Outgoing pop();
+  void measure(uint64_t nbytes);
   void wait_for_more();
   std::byte* scrap();
 
@@ -50,6 +52,9 @@ class BulkLane final : public Lane {
   Outgoing out_[kFrames];
   int count_ = 0;
   uint64_t queued_ = 0;
+  uint64_t run_ = 0;       // bytes sent since it was last idle
+  uint64_t sent_ns_ = 0;   // when the latest frame was
+  uint64_t unsent_ = Pace::kUnsentMost;
   bool spliced_ = false;
   std::atomic<bool> busy_{false};
   SpliceSender splice_;

@@ -23,7 +23,7 @@ static_assert(std::endian::native == std::endian::little, "frames travel in litt
 
 constexpr int kBulkBuffer = 4 << 20;
 // What the kernel takes and cannot send yet. The rest waits in the scheduler, where what is more urgent goes first.
-constexpr int kUnsentFrames = 128 << 10, kUnsentBulk = 1 << 20;
+constexpr int kUnsentFrames = 128 << 10, kUnsentBulk = Pace::kUnsentMost;
 
 void set(int fd, int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); }
 

@@ -20,6 +20,7 @@
 #include "core/link.hpp"
 #include "links/tcp/bulk_lane.hpp"
 #include "links/tcp/frame_lane.hpp"
+#include "links/tcp/pace.hpp"
 
 namespace aiocomm::tcp {
 
@@ -34,6 +35,7 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   Post post(const FrameHeader& header, const std::byte* meta, const std::byte* payload, Wake wake) override;
   uint64_t frame_limit() const override;
   Post post_data(const FrameHeader& header, const std::byte* payload, uint8_t cls) override;
+  uint64_t best_chunk() const override { return pace_.chunk(); }
   uint64_t unsent() const override;
   bool let_go(OpId sop) override;
   void tick(uint64_t now_ns) override;
@@ -47,6 +49,7 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   bool dead() const { return dead_; }
   void heard() { heard_ns_ = host_.now(); }
   void said() { said_ns_ = host_.now(); }
+  Pace& pace() { return pace_; }
   const char* check(const FrameLane& lane,
                     const FrameHeader& header) const;  // what is wrong with it, or nullptr
   const char* check_data(const FrameHeader& header) const;
@@ -73,6 +76,7 @@ class TcpPeer final : public LinkPeer, public std::enable_shared_from_this<TcpPe
   bool express_blocked_ = false, bulk_blocked_ = false, poke_owed_ = false;
   uint64_t heard_ns_, said_ns_, ticked_ns_, ending_ns_ = 0;
   std::string ending_reason_;
+  Pace pace_;
   FrameLane express_, engine_;
   std::vector<std::unique_ptr<BulkLane>> bulk_;
   size_t shared_;          // of them, by the lower classes
