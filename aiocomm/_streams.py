@@ -11,10 +11,13 @@ from typing import Any, Final
 
 from aiocomm.errors import UsageError, UsageTypeError
 
-__all__ = ["LEGACY", "NO_STREAM", "current_of_torch", "resolve"]
+__all__ = ["LEGACY", "NO_STREAM", "PER_THREAD", "current_of_torch", "resolve"]
 
 LEGACY: Final = 0
 """Handle of the legacy default stream, which waits for all blocking streams of its device."""
+
+PER_THREAD: Final = 2
+"""Handle of the default stream of whichever thread names it."""
 
 NO_STREAM: Final = 2**64 - 1
 """Of memory for which no queued work is waited for."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from aiocomm._device import describe
+from aiocomm._streams import LEGACY, NO_STREAM, PER_THREAD
 from aiocomm.errors import ClosedError, TransferCancelled, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ class ThreadedCommunicator:
     - `ClosedError` also if the loop has ended, or ends meanwhile.
     - `TransferCancelled` also if this side cancels it.
     - `UsageError`: this is the loop's own thread, which the call would block.
+    - A GPU array's stream, unless `stream=` names another, is the one that is current in the calling thread.
     - `deadline=` counts from when the loop submits it, so one that is stuck is waited for.
     - An exception that interrupts the call, such as `KeyboardInterrupt`, cancels the operation, and comes out
       once nothing touches the buffer any more.
@@ -41,10 +46,12 @@ class ThreadedCommunicator:
 
     def send(self, array: Any, dst: int, **options: Any) -> None:
         """`Communicator.send`, blocking. Errors and interrupts: see the class."""
+        options = _of_this_thread(array, False, options)
         self._run(lambda: self._comm.send(array, dst, **options))
 
     def recv(self, out: Any, src: int = -1, **options: Any) -> Status:
         """`Communicator.recv`, blocking. Errors and interrupts: see the class."""
+        options = _of_this_thread(out, True, options)
         status: Status = self._run(lambda: self._comm.recv(out, src, **options))
         return status
 
@@ -54,10 +61,12 @@ class ThreadedCommunicator:
 
     def put(self, array: Any, remote: RemoteRegion, **options: Any) -> None:
         """`Communicator.put`, blocking. Errors and interrupts: see the class."""
+        options = _of_this_thread(array, False, options)
         self._run(lambda: self._comm.put(array, remote, **options))
 
     def get(self, remote: RemoteRegion, into: Any, **options: Any) -> None:
         """`Communicator.get`, blocking. Errors and interrupts: see the class."""
+        options = _of_this_thread(into, True, options)
         self._run(lambda: self._comm.get(remote, into, **options))
 
     def _run(self, submit: Callable[[], Any]) -> Any:
@@ -134,6 +143,18 @@ class _Outcome:
         """Called by the loop's thread."""
         self.error, self.result, self.told = error, result, True
         self.news.release()
+
+
+def _of_this_thread(array: Any, writable: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the stream that they mean here: the loop's thread has current streams of its own."""
+    stream = options.get("stream")
+    if stream is None and isinstance(array, np.ndarray | bytes | bytearray | memoryview):
+        return options
+    described = describe(array, writable, stream)
+    if described is None or (handle := described[4]) == NO_STREAM:
+        return options
+    # No other thread can name the per-thread one, but the legacy one waits for it.
+    return options | {"stream": LEGACY if handle == PER_THREAD else handle}
 
 
 def _cancelled(transfer: Transfer[Any]) -> TransferCancelled:

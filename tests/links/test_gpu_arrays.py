@@ -7,8 +7,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import numpy as np
 import pytest
 from fakes import simulated
@@ -18,7 +20,7 @@ from harness import world
 import aiocomm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from conftest import Pair
 
@@ -142,6 +144,74 @@ async def test_an_interface_may_say_that_nothing_is_queued(pair: Pair, native: b
     await both(later, into_later)
     assert (into.numpy() == 7).all()
     assert (waits.numpy() == 7).all()
+    stream.close()
+
+
+class Current:
+    """An array of a library whose current stream is each thread's own, as torch's and CuPy's are."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self._array, self.streams = array, threading.local()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self._array.__cuda_array_interface__ | {"stream": getattr(self.streams, "current", 1)}
+
+
+@pytest.mark.parametrize(
+    ("current", "named", "submitted"), [(5, None, 5), (5, 7, 7), (2, None, 0), (5, 2, 0), (None, None, None)]
+)
+async def test_the_current_stream_is_that_of_the_calling_thread(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, current: int | None, named: int | None, submitted: int | None
+) -> None:
+    """By from_thread; a thread's own default stream is waited for by the legacy one."""
+    a, b = pair
+    array, options = Current(DeviceArray(16)), [] if named is None else [("stream", named)]
+    region = b.register(DeviceArray(16))
+    remote = a.remote(region.handle)
+    seen: list[Any] = []
+
+    def look(*_: Any, stream: Any = None, **__: Any) -> None:
+        seen.append(stream)
+        raise aiocomm.UsageError("seen")
+
+    def call() -> None:
+        array.streams.current = current
+        comm, more = a.from_thread, dict(options)
+        calls: list[Callable[[], Any]] = [
+            lambda: comm.send(array, 1, **more),
+            lambda: comm.recv(array, 1, **more),
+            lambda: comm.put(array, remote, **more),
+            lambda: comm.get(remote, array, **more),
+        ]
+        for one in calls:
+            with pytest.raises(aiocomm.UsageError, match="seen"):
+                one()
+
+    for method in ("send", "recv", "put", "get"):
+        monkeypatch.setattr(aiocomm.Communicator, method, look)
+    await anyio.to_thread.run_sync(call)
+    assert seen == [submitted] * 4
+    await region.aclose()
+
+
+async def test_gpu_arrays_of_other_threads(pair: Pair) -> None:
+    a, b = pair
+    stream, source, into = Stream(), DeviceArray(4096), DeviceArray(4096, device=1)
+    gate = stream.gate()
+    stream.fill(source, 7)
+    host = np.zeros(4096, np.uint8)
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, lambda: a.from_thread.send(source, 1, stream=stream))
+        group.start_soon(anyio.to_thread.run_sync, lambda: b.from_thread.recv(into, 0))
+        gate.open()
+    assert (into.numpy() == 7).all()
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, lambda: a.from_thread.send(source, 1))
+        group.start_soon(anyio.to_thread.run_sync, lambda: b.from_thread.recv(host, 0))
+    assert (host == 7).all()
+    with pytest.raises(aiocomm.UsageError, match="stream= belongs"):
+        await anyio.to_thread.run_sync(lambda: a.from_thread.send(host, 1, stream=0))
     stream.close()
 
 
