@@ -255,6 +255,24 @@ async def test_a_closed_gate_on_a_lost_device(simulator: Simulator) -> None:
         stream.close()
 
 
+async def test_a_stream_that_fails_while_it_is_waited_for(simulator: Simulator) -> None:
+    """Nothing of the device's is under way that would tell."""
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        stream, source = Stream(0), DeviceArray(NBYTES, device=0)
+        simulator.pause(0, Engine.LOCAL)
+        stream.fill(source, 1)
+        sent, received = a.send(source, 1, stream=stream), b.recv(DeviceArray(NBYTES, device=1), 0)
+        await outcomes(lambda: a.send(b"x", 1, tag=1), lambda: b.recv(bytearray(1), 0, tag=1))
+        simulator.fail("@engine", ILLEGAL_ADDRESS)
+        simulator.resume(0, Engine.LOCAL)
+        ended = await outcomes(lambda: sent, lambda: received)
+        assert isinstance(ended[0], aiocomm.LinkError)
+        assert ended[0].code == ILLEGAL_ADDRESS
+        assert isinstance(ended[1], aiocomm.LinkError | aiocomm.PeerError)
+        simulator.heal()
+        stream.close()
+
+
 # ---------------------------------------------------------------- between processes
 
 

@@ -21,7 +21,6 @@ namespace aiocomm::cuda {
 namespace {
 constexpr size_t kWords = 16384;    // the first are the streams', one per cache line; then gates
 constexpr size_t kFirstGate = 256;  // words
-constexpr size_t kLine = 16;        // words
 constexpr size_t kQueue = 256;      // which stay in a cache; what finds no room waits with the engine
 constexpr size_t kGateQueue = 16384;
 constexpr int kMostUrgent = -1000;  // of streams; the driver takes the nearest that it has
@@ -29,9 +28,7 @@ constexpr size_t kBatch = 16;       // small copies that share one written value
 constexpr uint64_t kTellFrom = 256 << 10;
 // Of copies that follow each other, in order: what is asked of the driver together, and whose end is told by itself.
 constexpr uint64_t kJoined = 1 << 20, kTellInOrder = 4 << 20;
-constexpr size_t kInflight = 256;  // per stream: the driver blocks where about a thousand wait
-constexpr uint64_t kOverdueNs = 20000000;
-constexpr uint64_t kLookNs = 10000000;
+constexpr size_t kInflight = 256;     // per stream: the driver blocks where about a thousand wait
 constexpr uint64_t kEarlyNs = 20000;  // that a copy takes at most whose end is announced at once
 constexpr double kMostRate = 400;     // between devices, in bytes per ns
 constexpr uint32_t kStandBack = 64;   // turns of a thread that does not spin, beside a loop that does
@@ -42,20 +39,6 @@ bool is_small(const MoveJob& job) {
 
 void add(std::atomic<uint64_t>& sum, uint64_t ns) {  // one writer
   sum.store(sum.load(std::memory_order_relaxed) + ns, std::memory_order_relaxed);
-}
-
-// After these nothing on the device works any more, for this process.
-bool is_lost(int code) {
-  switch (code) {
-    case CUDA_ERROR_DEINITIALIZED:
-    case CUDA_ERROR_DEVICE_UNAVAILABLE:
-    case CUDA_ERROR_ECC_UNCORRECTABLE:
-    case CUDA_ERROR_NVLINK_UNCORRECTABLE:
-    case CUDA_ERROR_CONTEXT_IS_DESTROYED:
-      return true;
-    default:
-      return code >= CUDA_ERROR_ILLEGAL_ADDRESS && code <= 719 && code != 704 && code != 708;
-  }
 }
 }  // namespace
 
@@ -259,7 +242,9 @@ bool Device::work(bool by_thread) {
   if (by_thread && looks_.asks.load(std::memory_order_relaxed))
     looks_.asks.store(false, std::memory_order_relaxed);  // set under the lock, as what it is about
   bool did = issue(by_thread);
-  did = collect(now_ns(), by_thread) || did;
+  const uint64_t now = now_ns();
+  did = collect(now, by_thread) || did;
+  if (by_thread && !gates_.empty()) watch_gates(now);
   return open_gates() || did;
 }
 

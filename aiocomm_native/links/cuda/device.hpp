@@ -4,7 +4,8 @@
 //  * The thread works in the device's primary context, the one that torch and CuPy use, and on streams of its own.
 //  * A stream writes a number to pinned host memory behind the copies that it was given, and the thread reads it:
 //    while it waits it calls no driver function, so it takes no lock from a thread that launches kernels. Only a copy
-//    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing.
+//    that is long overdue is asked for by cuStreamQuery, since a stream that has failed writes nothing. So is the context
+//    where a user's stream is waited for: what fails there ends everything in it.
 //  * A loop that spins works in the thread's place (turn()), which stands back: what is handed over, and what has ended,
 //    need not be told from one thread to the other. Standing back, the thread looks at next to nothing: what it reads
 //    the loop's core would have to fetch again. It works all the same when the loop looks no more, or asks it to.
@@ -95,6 +96,8 @@ class Device {
                           kOut = kPeerStreams, kIn = kOut + 1, kLocal = kIn + 1, kKernels = kLocal + 1,
                           kStreams = kKernels + 1;
   static constexpr uint64_t kLong = 32 << 20;  // bytes of a copy whose end is announced
+  static constexpr size_t kLine = 16;          // words, of each stream's number
+  static constexpr uint64_t kOverdueNs = 20000000, kLookNs = 10000000;  // until the driver is asked; and then
   struct Stream {
     CUstream handle = nullptr;
     uint32_t issued = 0;  // numbers given to copies
@@ -121,6 +124,7 @@ class Device {
   uint32_t told_aside(uint32_t done, bool by_thread);
   bool open_gates();
   void watch(Stream& stream, uint64_t now);
+  void watch_gates(uint64_t now);
   void fail(Stream& stream, int error);
   void finish();
   void fail_all() noexcept;
@@ -176,6 +180,7 @@ class Device {
   Stream* joined_ = nullptr;        // that copies were collected for, in this turn
   std::vector<MoveJob> finished_;
   std::vector<GateWait> gates_;
+  uint64_t gates_looked_ns_ = 0;
   std::atomic<bool> waits_{false};  // for some of them, which the thread looks at also where a loop spins
 
   std::mutex gate_mutex_;

@@ -50,6 +50,20 @@ void Device::give_back(const Gate& gate) {
     shut_gates_.push_back(gate);
 }
 
+// The user's stream is not asked: it may be gone by now, or be captured. What has failed there is said of any stream of
+// the context; of one that has something to do, for certain.
+void Device::watch_gates(uint64_t now) {
+  Stream& stream = streams_[kLocal];
+  if (lost_ || !stream.inflight.empty() || now < gates_.front().since_ns + kOverdueNs ||
+      now < gates_looked_ns_ + kLookNs)
+    return;
+  gates_looked_ns_ = now;
+  CUresult code = driver.cuStreamWriteValue32(stream.handle, words_at_ + kLocal * kLine * sizeof(uint32_t),
+                                              stream.issued, CU_STREAM_WRITE_VALUE_DEFAULT);
+  if (code == CUDA_SUCCESS) code = driver.cuStreamQuery(stream.handle);
+  if (is_lost(code)) lost_ = code;
+}
+
 bool Device::open_gates() {
   GateWait wait;
   while (gate_queue_.pop(wait)) {

@@ -86,14 +86,26 @@ constexpr CUresult CUDA_ERROR_ALREADY_MAPPED = 208;
 constexpr CUresult CUDA_ERROR_ECC_UNCORRECTABLE = 214;
 constexpr CUresult CUDA_ERROR_PEER_ACCESS_UNSUPPORTED = 217;
 constexpr CUresult CUDA_ERROR_NVLINK_UNCORRECTABLE = 220;
+constexpr CUresult CUDA_ERROR_CONTAINED = 226;
 constexpr CUresult CUDA_ERROR_INVALID_HANDLE = 400;
 constexpr CUresult CUDA_ERROR_NOT_READY = 600;
 constexpr CUresult CUDA_ERROR_ILLEGAL_ADDRESS = 700;
+constexpr CUresult CUDA_ERROR_LAUNCH_TIMEOUT = 702;
 constexpr CUresult CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED = 704;
 constexpr CUresult CUDA_ERROR_CONTEXT_IS_DESTROYED = 709;
+constexpr CUresult CUDA_ERROR_ASSERT = 710;
+constexpr CUresult CUDA_ERROR_HARDWARE_STACK_ERROR = 714;
+constexpr CUresult CUDA_ERROR_ILLEGAL_INSTRUCTION = 715;
+constexpr CUresult CUDA_ERROR_MISALIGNED_ADDRESS = 716;
+constexpr CUresult CUDA_ERROR_INVALID_ADDRESS_SPACE = 717;
+constexpr CUresult CUDA_ERROR_INVALID_PC = 718;
+constexpr CUresult CUDA_ERROR_LAUNCH_FAILED = 719;
+constexpr CUresult CUDA_ERROR_TENSOR_MEMORY_LEAK = 721;
 constexpr CUresult CUDA_ERROR_NOT_PERMITTED = 800;
 constexpr CUresult CUDA_ERROR_NOT_SUPPORTED = 801;
+constexpr CUresult CUDA_ERROR_MPS_CLIENT_TERMINATED = 810;
 constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906;
+constexpr CUresult CUDA_ERROR_EXTERNAL_DEVICE = 911;
 constexpr CUresult CUDA_ERROR_UNKNOWN = 999;
 
 // Flags and enumerators, by their names in cuda.h.
@@ -201,6 +213,9 @@ constexpr int CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID = 20;
   X(cuMemcpyBatchAsync, 12080,                                                                           \
     CUresult(const CUdeviceptr*, const CUdeviceptr*, const size_t*, size_t, const CUmemcpyAttributes*,   \
              const size_t*, size_t, size_t*, CUstream))
+
+// After these nothing on the device works any more, for this process: the driver gives them for every call.
+bool is_lost(CUresult code);
 
 constexpr int kOldestDriver = 12000;  // CUDA 12: cuGetProcAddress_v2 and cuStreamWriteValue's second form
 
