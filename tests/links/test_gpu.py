@@ -231,6 +231,15 @@ async def test_what_cannot_be_moved_is_refused(pair: Pair) -> None:
     with pytest.raises(aiocomm.UsageError, match="not device memory"):
         a.send(Freed(), 1)
 
+    class Long:
+        memory = DeviceArray(1000)
+        __cuda_array_interface__ = memory.part(900, 200).__cuda_array_interface__
+
+    with pytest.raises(aiocomm.UsageError, match="past the end of its memory"):
+        a.send(Long(), 1)
+    with pytest.raises(aiocomm.UsageError, match="past the end of its memory"):
+        a.register(Long())
+
     class Strided:
         __cuda_array_interface__ = DeviceArray((4, 4)).__cuda_array_interface__ | {"strides": (8, 2)}
 

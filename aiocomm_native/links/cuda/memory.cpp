@@ -47,8 +47,11 @@ Allocation look_up(const Driver& driver, uint64_t address, uint64_t nbytes) {
   found.base = base;
   found.extent = extent;
   found.buffer_id = buffer_id;
-  // A range that spans several mappings (VMM) has no one handle.
-  found.ipc = ipc && base <= address && address + nbytes <= base + extent;
+  found.ipc = ipc != 0;  // a range that spans several mappings (VMM) has no one handle
+  if (ipc && nbytes > base + extent - address)
+    throw DeviceUsage("the array reaches " + std::to_string(nbytes - (base + extent - address)) +
+                      " bytes past the end of its memory, which has " + std::to_string(extent) +
+                      " (was it freed, and allocated anew?)");
   return found;
 }
 
