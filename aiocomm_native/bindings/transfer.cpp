@@ -43,6 +43,8 @@ PyObject* raise_outcome(Transfer* t) {
     return nullptr;
   }
   t->retrieved = true;
+  // Each raise would add its frames to those of the last, and keep them.
+  if (PyException_SetTraceback(t->exception, Py_None) < 0) return nullptr;
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(t->exception)), t->exception);
   return nullptr;
 }

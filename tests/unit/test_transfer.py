@@ -101,6 +101,19 @@ async def test_an_error_is_raised_each_time(pair: Pair) -> None:
     assert not transfer.cancelled()
 
 
+async def test_an_error_that_is_raised_often_keeps_the_last_frames_only(pair: Pair) -> None:
+    _, b = pair
+    transfer = b.recv(bytearray(1), 0, deadline=0)
+    depths = []
+    for _ in range(3):
+        with pytest.raises(aiocomm.DeadlineExceeded) as caught:
+            await transfer
+        depths.append(len(caught.traceback))
+        with pytest.raises(aiocomm.DeadlineExceeded):
+            transfer.result()
+    assert depths[1:] == [1, 1]  # the first may have waited in frames of its own
+
+
 async def test_callbacks_run_once_on_the_loop(pair: Pair) -> None:
     a, b = pair
     transfer = b.recv(bytearray(1), 0)
