@@ -347,3 +347,34 @@ def test_the_gil_stays_off() -> None:
     code = "import sys, aiocomm; print(sys._is_gil_enabled())"
     told = subprocess.check_output([sys.executable, "-W", "error", "-c", code], text=True)
     assert told == "False\n"
+
+
+SUB_INTERPRETER = """
+import asyncio, importlib, os, sys
+import aiocomm
+for name in ("_interpreters", "_xxsubinterpreters"):
+    try:
+        interpreters = importlib.import_module(name)
+        break
+    except ImportError:
+        pass
+try:
+    code = f"import sys; sys.path[:] = {sys.path}; import aiocomm_native"
+    print(interpreters.run_string(interpreters.create(), code))
+except Exception as error:
+    print(error)
+
+async def main():
+    address = f"unix://@aiocomm-test-{os.getpid()}"
+    async with await aiocomm.connect(address, rank=0, size=1) as comm:
+        await asyncio.gather(comm.send(b"x", 0), comm.recv(bytearray(1), 0))
+
+asyncio.run(main())
+print("works")
+"""
+
+
+def test_a_sub_interpreter_is_refused_and_the_main_one_works_on() -> None:
+    told = subprocess.check_output([sys.executable, "-c", SUB_INTERPRETER], text=True).splitlines()
+    assert "main interpreter only" in " ".join(told[:-1])
+    assert told[-1] == "works"
