@@ -61,7 +61,8 @@ class TrioBackend:
         self._scopes.clear()
 
     def running_here(self) -> bool:
-        return threading.get_ident() == self._thread and trio.lowlevel.in_trio_run()
+        # Once this run has ended, another one in its thread is no home.
+        return not self._ended and threading.get_ident() == self._thread and trio.lowlevel.in_trio_run()
 
     async def wait(self, future: concurrent.futures.Future[Any]) -> Any:
         done = trio.Event()

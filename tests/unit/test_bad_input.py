@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import struct
 import threading
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import numpy as np
 import pytest
+import trio
 import uvloop
 from harness import all_call, world
 
@@ -719,3 +721,17 @@ def test_more_than_four_gibibytes_arrive(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not out[unmarked].any(), (link, cma)
     step = 1 << 28
     assert sum(np.count_nonzero(out[at : at + step]) for at in range(0, nbytes, step)) == len(marks)
+
+
+def test_another_run_of_trio_is_refused() -> None:
+    async def first() -> aiocomm.Communicator:
+        return await aiocomm.connect(f"unix://@aiocomm-test-{os.getpid()}", rank=0, size=1)
+
+    async def second() -> None:
+        with pytest.raises(aiocomm.UsageError, match="another event loop"):
+            comm.recv(bytearray(1), 0)
+        with pytest.raises(aiocomm.UsageError, match="another event loop"):
+            await comm.aclose()
+
+    comm = trio.run(first)
+    trio.run(second)
