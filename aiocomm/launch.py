@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import io
 import os
@@ -22,10 +23,10 @@ from aiocomm._numbers import integer
 from aiocomm._process import JOINED, fresh_address, fresh_token
 from aiocomm.config import child_environment
 from aiocomm.connecting import connect, joining_s, names_of_links
-from aiocomm.errors import AiocommError, PeerError, PeerLostError, UsageError
+from aiocomm.errors import AiocommError, PeerError, PeerLostError, UsageError, UsageTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from aiocomm.communicator import Communicator
@@ -159,8 +160,7 @@ class Spawn:
     def _start(self, address: str, token: str) -> None:
         payload = os.memfd_create("aiocomm-payload", os.MFD_CLOEXEC)
         try:
-            content = _pickled((sys.path, _pickled((self._worker, self._arguments, _library()))))
-            _write_all(payload, content)
+            _write_all(payload, _pickled((sys.path, self._pickled_work())))
             # Workers start with SIGINT blocked, until they ignore it: a Ctrl-C within their imports is ours.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
             try:
@@ -170,6 +170,21 @@ class Spawn:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         finally:
             os.close(payload)
+
+    def _pickled_work(self) -> bytes:
+        function = inspect.unwrap(self._worker)
+        while isinstance(function, functools.partial):
+            function = function.func
+        try:
+            with _by_value(getattr(function, "__module__", None) or ""):
+                return _pickled((self._worker, self._arguments, _library()))
+        except AiocommError:
+            raise
+        except Exception as error:  # as many kinds as there are classes that refuse
+            raise UsageTypeError(
+                "the worker, its arguments or what it refers to cannot be sent to another process "
+                f"({error}): have the worker make it, or pass what it is made of"
+            ) from error
 
     def _start_one(self, rank: int, payload: int, address: str, token: str) -> None:
         outcome = os.memfd_create("aiocomm-outcome", os.MFD_CLOEXEC)
@@ -312,8 +327,8 @@ def spawn(
         grace_s: seconds that a worker which is asked to end may take before it is killed.
 
     Raises:
-        UsageError: `n` is less than 1, `grace_s` is negative, `worker` is a function without `async`, or an
-            option makes no sense.
+        UsageError: `n` is less than 1, `grace_s` is negative, `worker` is a function without `async`, an
+            option makes no sense, or what is to travel cannot (upon entering).
 
     A partial, a lambda or an object with `__call__` is taken, and fails in the worker if what it returns
     cannot be awaited.
@@ -352,6 +367,34 @@ def _is_plain(worker: Callable[..., Any]) -> bool:
     if not (inspect.isfunction(function) or inspect.ismethod(function)) or function.__name__ == "<lambda>":
         return False
     return not (inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(function))
+
+
+@contextlib.contextmanager
+def _by_value(name: str) -> Iterator[None]:
+    """Have a module's functions and classes travel themselves where a worker could not import them."""
+    module = sys.modules.get(name)
+    known = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
+    if module is None or module.__name__ != name or name in known or _is_found(name):
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_found(name: str) -> bool:
+    """Whether a fresh process with our path can import a module. Some of pytest's (`importlib`) it cannot."""
+    path: Sequence[str] | None = None
+    for end in (*(index for index, letter in enumerate(name) if letter == "."), len(name)):
+        finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        found = (finder.find_spec(name[:end], path) for finder in finders)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
 
 
 def _library() -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
-import importlib
+import importlib.util
 import os
 import pickle
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import trio
@@ -476,3 +479,59 @@ def test_mistakes() -> None:
     for grace_s in (-1.0, float("nan")):
         with pytest.raises(aiocomm.UsageError, match="grace_s must not be negative"):
             aiocomm.spawn(lambda comm: None, 1, grace_s=grace_s)
+
+
+def test_what_cannot_travel_is_told_before_anything_starts(on_loop: Callable[[Any], None]) -> None:
+    lock = threading.Lock()
+
+    async def worker(comm: Any, *_: Any) -> None:
+        lock.acquire()
+
+    async def main() -> None:
+        with pytest.raises(
+            aiocomm.UsageError, match=r"cannot be sent to another process \(cannot pickle '_thr"
+        ):
+            await aiocomm.spawn(worker, 1).__aenter__()
+        with pytest.raises(TypeError, match="what it is made of") as caught:
+            await aiocomm.spawn(functools.partial(print), 1, ctypes.pointer(ctypes.c_int(3))).__aenter__()
+        assert isinstance(caught.value.__cause__, ValueError)
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "the user's own registration is kept"])
+def test_a_worker_of_a_module_that_nobody_else_can_import(kept: bool, tmp_path: Path) -> None:
+    """pytest's import mode `importlib` leaves folders of tests out of the path."""
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    source = (
+        "import numpy as np\n"
+        "SCALE = 3.0\n"
+        "class Work:\n"
+        "    def of(self, x): return x * SCALE\n"
+        "async def worker(comm, work):\n"
+        "    await comm.send(work.of(np.ones(2)), 0)\n"
+    )
+    (folder / "test_mine.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("hidden.test_mine", folder / "test_mine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        if kept:
+            cloudpickle.register_pickle_by_value(module)
+
+        async def main() -> None:
+            for worker in (module.worker, functools.partial(module.worker)):
+                async with aiocomm.spawn(worker, 1, module.Work()) as comm:
+                    assert (await comm.recv_array(1)).tolist() == [3.0, 3.0]
+
+        asyncio.run(main())
+        assert (spec.name in cloudpickle.list_registry_pickle_by_value()) is kept
+        if kept:
+            cloudpickle.unregister_pickle_by_value(module)
+    finally:
+        del sys.modules[spec.name]
