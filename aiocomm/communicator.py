@@ -88,13 +88,8 @@ class Communicator(Operations, Collectives, ExpertOperations, PageOperations):
         self._log = EventLog(settings.log_level)
         self._log.unknown(unknown_variables())
         self._world = world
-        native = settings.native()
-        numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
+        numbers, texts = settings.native_arguments()
         numbers["populates"] = float(world.warmup and (world.size or 0) <= _POPULATED)
-        texts = {key: value for key, value in native.items() if isinstance(value, str)}
-        for key in ("tls_cert", "tls_key", "tls_ca", "rdma_devices", "rdma_nodes", "libibverbs"):
-            if (value := getattr(settings, key)) is not None:
-                texts[key] = value
         wanted = list(world.links or settings.links or ())
         check_links(wanted)
         if wanted and not set(wanted) - {"cuda"}:

@@ -31,6 +31,7 @@ __all__ = [
     "take_worker",
     "unknown_variables",
     "variable",
+    "verbs_library",
 ]
 
 KIB: Final = 1024
@@ -324,6 +325,15 @@ class Settings:
         )
         return {name: getattr(self, name) for name in names} | {"cores": _cores()}
 
+    def native_arguments(self) -> tuple[dict[str, float], dict[str, str]]:
+        """The same, with names and paths where there are any, by kind: numbers, and texts."""
+        native = self.native()
+        texts = {key: value for key, value in native.items() if isinstance(value, str)}
+        for key in ("tls_cert", "tls_key", "tls_ca", "rdma_devices", "rdma_nodes", "libibverbs"):
+            if (value := getattr(self, key)) is not None:
+                texts[key] = value
+        return {key: float(value) for key, value in native.items() if not isinstance(value, str)}, texts
+
     @classmethod
     def reference(cls) -> list[tuple[str, str, str, str]]:
         """One row per setting: variable, default, unit, meaning."""
@@ -355,6 +365,11 @@ def unknown_variables(env: Mapping[str, str] | None = None) -> list[tuple[str, s
 def driver_library() -> str | None:
     """The library in libcuda's place (`AIOCOMM_LIBCUDA`), which tests use; None: the system's."""
     return os.environ.get("AIOCOMM_LIBCUDA") or None
+
+
+def verbs_library() -> str | None:
+    """The verbs library (`AIOCOMM_LIBIBVERBS`); None: the system's."""
+    return os.environ.get("AIOCOMM_LIBIBVERBS") or None
 
 
 def device_nodes() -> dict[str, int]:

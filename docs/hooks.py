@@ -91,9 +91,7 @@ def sockets(link: str) -> str:
         return "-"
     if link in _NEED_DEVICES:
         return _NEED_DEVICES[link]
-    native = Settings().native()
-    numbers = {key: float(value) for key, value in native.items() if not isinstance(value, str)}
-    engine = _core.Engine([link], numbers, {})
+    engine = _core.Engine([link], *Settings().native_arguments())
     try:
         kind, count = engine.link_streams(link)
     finally:

@@ -10,12 +10,14 @@ import ctypes
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from aiocomm.config import verbs_library
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["DeviceLimits", "Mtu", "Unavailable", "read_limits"]
+__all__ = ["DeviceLimits", "Mtu", "Unavailable", "library", "read_limits"]
 
-LIBRARY: Final = "libibverbs.so.1"
+_LIBRARY: Final = "libibverbs.so.1"
 _MTU_CODES: Final = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
 _INLINE_TRIED: Final = (4096, 2048, 1024, 512, 256, 128, 64)
 
@@ -50,6 +52,11 @@ class DeviceLimits:
     max_inline: int | None = None
     mtus: Mapping[int, Mtu] = field(default_factory=dict)
     """By port number."""
+
+
+def library() -> str:
+    """Name or path of the verbs library that the link loads."""
+    return verbs_library() or _LIBRARY
 
 
 def read_limits() -> tuple[dict[str, DeviceLimits], str]:
@@ -153,9 +160,9 @@ class _PortAttributes(ctypes.Structure):
 
 def _by_ctypes() -> dict[str, DeviceLimits]:
     try:
-        verbs = ctypes.CDLL(LIBRARY)
+        verbs = ctypes.CDLL(library())
     except OSError as error:
-        raise Unavailable(f"no pyverbs, and {LIBRARY} does not load ({error})") from error
+        raise Unavailable(f"no pyverbs, and {library()} does not load ({error})") from error
     verbs.ibv_get_device_list.restype = ctypes.POINTER(ctypes.c_void_p)
     verbs.ibv_get_device_name.restype = ctypes.c_char_p
     verbs.ibv_open_device.restype = ctypes.c_void_p

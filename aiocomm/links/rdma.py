@@ -14,6 +14,7 @@ from aiocomm.link import LEFT_OUT
 from aiocomm.links import _rdma_devices as devices
 from aiocomm.links import _rdma_diagnosis as diagnosis
 from aiocomm.links import _rdma_gpu as gpus
+from aiocomm.links import _rdma_probe as probe
 from aiocomm.links import _rdma_verbs as verbs
 from aiocomm.links._capabilities import Capabilities
 from aiocomm.links._cuda_driver import CudaError, NoDriver, device, open_driver
@@ -55,12 +56,15 @@ def discover() -> Report:
         for one in devices.read_devices(_DEVICES, limits)
     ]
     ports = [port for one in found for port in one.ports]
-    checks = [*_build(), _library(), *_no_devices(found)]
+    library = _library()
+    checks = [*_build(), library, *_no_devices(found)]
     for one in found:
         checks += [_device(one, source), *(_port(port) for port in one.ports)]
     checks += [*_rails(ports), *_gpus(found)]
     checks += [_access(), _memlock(), _pyverbs(source)]
     active = sum(_works(port) for port in ports)
+    if active and library.state is State.OK and is_built("rdma"):
+        checks += _opened()
     machine = f"the machine has {active} usable port(s)" if active else "the machine has no usable port"
     facts = {"ports": [devices.port_to_json(port) for port in ports]}
     return Report("rdma", is_built("rdma"), machine, tuple(_one_port_is_enough(checks, active)), facts)
@@ -113,11 +117,11 @@ def _build() -> list[Check]:
 
 def _library() -> Check:
     try:
-        ctypes.CDLL(verbs.LIBRARY)
+        ctypes.CDLL(verbs.library())
     except OSError:
         advice = "install rdma-core (Debian, Ubuntu: apt install libibverbs1 ibverbs-providers)"
-        return Check("verbs library", State.FAILED, f"{verbs.LIBRARY} does not load", advice)
-    return Check("verbs library", State.OK, verbs.LIBRARY)
+        return Check("verbs library", State.FAILED, f"{verbs.library()} does not load", advice)
+    return Check("verbs library", State.OK, verbs.library())
 
 
 def _no_devices(found: Sequence[Device]) -> list[Check]:
@@ -166,6 +170,20 @@ def _port(port: Port) -> Check:
     return Check(f"port {port.name}", _state(problems), detail, _remedies(problems))
 
 
+def _opened() -> list[Check]:
+    """What the link itself says when it opens the devices."""
+    try:
+        left_out = probe.left_out()
+    except OSError as error:
+        return [Check("opening", State.FAILED, str(error))]
+    if not left_out:
+        return [Check("opening", State.OK, "no device is left out")]
+    advice = (
+        "where it stays so, leave it out on other hosts, too (AIOCOMM_RDMA_DEVICES): rails pair up by order"
+    )
+    return [Check(f"without {name}", State.LIMITED, reason, advice) for name, reason in left_out]
+
+
 def _rails(ports: Sequence[Port]) -> list[Check]:
     problems = diagnosis.rail_problems([port for port in ports if _works(port)])
     return [Check("rails", State.LIMITED, str(problem), problem.remedy) for problem in problems]
@@ -209,7 +227,7 @@ def _gpu(gpu: Gpu, exports: bool, places: Mapping[str, gpus.Place]) -> Check:
 
 def _has_dma_buf() -> bool:
     try:
-        return hasattr(ctypes.CDLL(verbs.LIBRARY), "ibv_reg_dmabuf_mr")
+        return hasattr(ctypes.CDLL(verbs.library()), "ibv_reg_dmabuf_mr")
     except OSError:
         return False
 

@@ -154,6 +154,9 @@ class Engine:
 
     def link_names(self) -> list[str]: ...
 
+    def left_out(self, link: str) -> list[tuple[str, str]]:
+        """Devices of this machine that a link does without, each with why."""
+
     def link_streams(self, arg: str, /) -> tuple[str, int]: ...
 
     def link_card(self, arg: str, /) -> bytes: ...

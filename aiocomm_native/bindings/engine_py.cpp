@@ -349,6 +349,15 @@ void bind_engine(nb::module_& m) {
           },
           "GPUs that can be used. `LinkError` says why none can.")
       .def("link_names", [](PyEngine& e) { return e.engine->link_names(); })
+      .def(
+          "left_out",
+          [](PyEngine& e, const std::string& link) {
+            std::vector<std::pair<std::string, std::string>> devices;
+            for (const LeftOut& one : e.engine->link(link).left_out())
+              devices.emplace_back(one.name, one.reason);
+            return devices;
+          },
+          "link"_a, "Devices of this machine that a link does without, each with why.")
       .def("link_streams",
            [](PyEngine& e, const std::string& link) {
              StreamNeed need = e.engine->link(link).streams();

@@ -274,6 +274,11 @@ struct ChunkLimits {
   uint64_t min_window = 256 << 10;
 };
 
+// A device of this machine that a link does without.
+struct LeftOut {
+  std::string name, reason;
+};
+
 class Link {
  public:
   virtual ~Link() = default;
@@ -307,6 +312,8 @@ class Link {
   }
   // Counters of its own, by name.
   virtual std::map<std::string, uint64_t> counters() { return {}; }
+  // Where others will do; where none does there is no link.
+  virtual std::vector<LeftOut> left_out() const { return {}; }
   // Ends its threads and gives back what it holds of the machine; its peers are closed.
   virtual void close() {}
   virtual Mover* mover() {

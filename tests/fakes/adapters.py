@@ -1,7 +1,8 @@
 """Simulated network adapters: the verbs library of tests/fakes/verbs/, and what a test may do to it.
 
 Both ends of a pair live in one process, so worlds of one process talk over them. AIOCOMM_LIBIBVERBS names the
-library; FAKE_VERBS_DEVICES says how many adapters there are (2). They prove logic, never speed.
+library; FAKE_VERBS_DEVICES says how many adapters there are (2), FAKE_VERBS_LACKS what one cannot do
+("0:create_cq:12": device, call, errno). They prove logic, never speed.
 """
 
 from __future__ import annotations

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import ipaddress
+import os
 import resource
+import signal
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fakes.adapters import HEADERS, build
 
 from aiocomm.links import Check, State, rdma
 from aiocomm.links import _rdma_devices as devices
 from aiocomm.links import _rdma_diagnosis as diagnosis
+from aiocomm.links import _rdma_probe as probe
 from aiocomm.links import _rdma_verbs as verbs
 from aiocomm.links._rdma_devices import Gid, GidType, Port
 
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 LOCAL = "fe80:0000:0000:0000:5054:00ff:fe12:3456"
 MAPPED = "0000:0000:0000:0000:0000:ffff:0a14:0001"
+OPENED = rdma._opened
 EMPTY = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 
@@ -76,7 +82,21 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     monkeypatch.setattr(rdma, "_DEVICES", made.root)
     monkeypatch.setattr(rdma, "_NODES", tmp_path / "no-such-folder")
     monkeypatch.setattr(rdma, "_limits", lambda: ({}, ""))
+    monkeypatch.setattr(rdma, "_opened", list)
     return made
+
+
+needs_link = pytest.mark.skipif(not HEADERS, reason="the rdma link is not built (apt install libibverbs-dev)")
+
+
+@pytest.fixture
+def simulated(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """Two ports, which the verbs library has as well."""
+    monkeypatch.setattr(rdma, "_opened", OPENED)
+    monkeypatch.setenv("AIOCOMM_LIBIBVERBS", str(build()))
+    for name in ("fake0", "fake1"):
+        tree.port(name)
+    return tree
 
 
 def found() -> dict[str, Check]:
@@ -416,3 +436,54 @@ def test_device_files_without_access(tree: Tree, monkeypatch: pytest.MonkeyPatch
     assert check.state is State.FAILED
     assert "uverbs0" in check.detail
     assert "--device /dev/infiniband" in check.advice
+
+
+@needs_link
+def test_a_device_that_the_link_does_without_is_told(
+    simulated: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert found()["opening"] == Check("opening", State.OK, "no device is left out")
+    monkeypatch.setenv("FAKE_VERBS_LACKS", f"0:create_cq:{errno.ENOMEM}")
+    told = found()
+    assert "opening" not in told
+    assert told["without fake0:1"].state is State.LIMITED
+    assert "device fake0" in told["without fake0:1"].detail
+    assert os.strerror(errno.ENOMEM) in told["without fake0:1"].detail
+    assert "other hosts" in told["without fake0:1"].advice
+    assert rdma.discover().usable
+    monkeypatch.setenv("AIOCOMM_RDMA_DEVICES", "fake0")  # nothing is left
+    told = found()
+    assert told["opening"].state is State.FAILED
+    assert told["opening"].detail.startswith("rdma: device fake0 port 1: ")
+    assert os.strerror(errno.ENOMEM) in told["opening"].detail
+    assert not rdma.discover().usable
+
+
+@needs_link
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("AIOCOMM_RDMA_DEVICES", "fake0,mlx5_9", "names mlx5_9, which this machine does not have"),
+        ("AIOCOMM_RDMA_GID_INDEX", "200", "no address at GID index 200"),
+        ("AIOCOMM_RDMA_RETRY_S", "soon", "AIOCOMM_RDMA_RETRY_S"),
+    ],
+)
+def test_settings_with_which_the_link_cannot_be_opened_are_told(
+    variable: str, value: str, why: str, simulated: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert found()["opening"].state is State.FAILED
+    assert why in found()["opening"].detail
+
+
+def test_a_probe_that_gives_no_answer_is_told(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(text: str) -> None:
+        monkeypatch.setattr(probe, "_COMMAND", [sys.executable, "-c", text])
+
+    child("import os; os.abort()")
+    with pytest.raises(OSError, match=f"ended by -{signal.SIGABRT:d}"):
+        probe.left_out()
+    child("import signal; signal.pause()")
+    monkeypatch.setattr(probe, "_TIMEOUT_S", 0.1)
+    with pytest.raises(OSError, match="no answer within"):
+        probe.left_out()

@@ -38,6 +38,7 @@ class RdmaLink final : public Link, public Pollable {
   bool held(uint32_t id) override;
   bool release(uint32_t id) override { return !registrations_ || registrations_->release(id); }
   std::map<std::string, uint64_t> counters() override;
+  std::vector<LeftOut> left_out() const override { return left_out_; }  // devices, and "device:port"
   void close() override;
 
   // Memory that was registered aside, and queue pairs that were connected so; and devices that are removed while they
@@ -48,7 +49,6 @@ class RdmaLink final : public Link, public Pollable {
 
   Host& host() { return host_; }
   Registrations& registrations() { return *registrations_; }
-  const std::vector<LeftOut>& left_out() const { return left_out_; }
   Connector& connector() { return *connector_; }
   std::vector<std::unique_ptr<Rail>>& rails() { return rails_; }
 

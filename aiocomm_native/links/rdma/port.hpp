@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/link.hpp"
 #include "links/rdma/verbs.hpp"
 
 namespace aiocomm::rdma {
@@ -40,10 +41,6 @@ struct Selection {
   std::vector<std::string> names;    // device or device:port, in order of use; empty: all that are up
   int gid_index = -1;                // -1: the best for the link layer
   std::map<std::string, int> nodes;  // of NUMA, by device, where the machine's word is not taken
-};
-
-struct LeftOut {
-  std::string name, reason;  // a device, or device:port
 };
 
 // The ports to use, at most kMaxRails. `left_out`: those that are named, or whose device fails, though others will do.

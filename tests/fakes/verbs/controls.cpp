@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 
 #include "queues.hpp"
@@ -76,6 +77,17 @@ EXPORT void fake_verbs_lack(int device, const char* call, int error) {
   else
     machine().lacking.erase({device, call});
 }
+// The same for a process that no test is in: FAKE_VERBS_LACKS=device:call:errno.
+namespace {
+[[maybe_unused]] const bool kAsked = [] {
+  int device = 0, error = 0;
+  char call[32];
+  const char* text = getenv("FAKE_VERBS_LACKS");
+  if (text && std::sscanf(text, "%d:%31[^:]:%d", &device, call, &error) == 3)
+    fake_verbs_lack(device, call, error);
+  return true;
+}();
+}  // namespace
 EXPORT void fake_verbs_stall(int stalls) {  // reads and writes
   std::lock_guard lock(machine().mutex);
   machine().stalled = stalls;
