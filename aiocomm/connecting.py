@@ -117,6 +117,14 @@ class Connecting:
         self._settings = settings
         self._comm: Communicator | None = None
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                f"there is no {name!r} yet: connect() is to be awaited (comm = await aiocomm.connect(…)) or "
+                "entered (async with aiocomm.connect(…) as comm)"
+            )
+
     def __await__(self) -> Generator[Any, Any, Communicator]:
         return self._open().__await__()
 

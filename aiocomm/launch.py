@@ -108,6 +108,13 @@ class Spawn:
         self._workers: list[_Worker] = []
         self._communicator: Communicator | None = None
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                f"there is no {name!r} yet: spawn() is to be entered (async with aiocomm.spawn(…) as comm)"
+            )
+
     async def __aenter__(self) -> Communicator:
         address, token = fresh_address(), fresh_token()
         try:

@@ -735,3 +735,13 @@ def test_another_run_of_trio_is_refused() -> None:
 
     comm = trio.run(first)
     trio.run(second)
+
+
+def test_who_forgets_to_await_is_told() -> None:
+    async def worker(comm: aiocomm.Communicator) -> None:
+        pass
+
+    with pytest.raises(AttributeError, match=r"no 'send' yet: .* await aiocomm\.connect"):
+        aiocomm.connect().send  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'rank' yet: .*async with aiocomm\.spawn"):
+        aiocomm.spawn(worker).rank  # type: ignore[attr-defined]  # noqa: B018
