@@ -1,6 +1,7 @@
 """`aiocomm doctor`: what this machine can do per link, why not, and what to install.
 
-Exit status 0 if the links asked for work (`--require shm,tcp`; by default either of these is enough), else 1.
+Exit status 0 if the links asked for work (`--require shm,tcp`; by default either of these is enough) and the
+`AIOCOMM_` settings of this environment can be used, else 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from aiocomm import links
+from aiocomm.config import Settings, unknown_variables
+from aiocomm.errors import AiocommError
+from aiocomm.link import check_links
 from aiocomm.links import Check, Report, State
 from aiocomm.links._report import package_version
 
@@ -56,7 +60,9 @@ def main(args: argparse.Namespace) -> int:
     """Look, print, and return the exit status."""
     reports = sorted((links.discover(name) for name in links.names()), key=lambda r: (not r.built, r.link))
     usable = {report.link for report in reports if report.usable}
-    ok = usable.issuperset(args.require) if args.require else bool(usable.intersection(_ENOUGH))
+    enough = usable.issuperset(args.require) if args.require else bool(usable.intersection(_ENOUGH))
+    settings = _settings()
+    ok = enough and not settings["error"]
     if args.against is not None:
         reports = [_with_comparison(report, args.against) for report in reports]
     if args.json:
@@ -64,11 +70,15 @@ def main(args: argparse.Namespace) -> int:
             "ok": ok,
             "required": list(args.require or ()),
             "python": _python(),
+            "settings": settings,
             "links": [{**dataclasses.asdict(report), "usable": report.usable} for report in reports],
         }
         print(json.dumps(found, indent=2))
     else:
-        _show(reports, args.require, ok)
+        _show(reports, settings)
+        if not enough:
+            needed = " and ".join(args.require) if args.require else " or ".join(_ENOUGH)
+            Console(highlight=False).print(f"\n[red]not enough:[/] {needed} must work")
     return 0 if ok else 1
 
 
@@ -121,12 +131,28 @@ def _python() -> dict[str, Any]:
     }
 
 
-def _show(reports: list[Report], required: tuple[str, ...] | None, ok: bool) -> None:
+def _settings() -> dict[str, Any]:
+    """What `connect` would make of this environment: its error, and variables that mean nothing."""
+    error = ""
+    try:
+        check_links(Settings.from_environment().links or ())
+    except AiocommError as refused:
+        error = str(refused)
+    unknown = [{"name": name, "meant": meant} for name, meant in unknown_variables()]
+    return {"error": error, "unknown": unknown}
+
+
+def _show(reports: list[Report], settings: dict[str, Any]) -> None:
     console = Console(highlight=False)
     facts = _python()
     versions = [f"{name} {facts[name] or 'missing'}" for name in ("aiocomm", "numpy", "uvloop", "trio")]
     console.print(f"{facts['implementation']} {facts['python']}, {facts['system']}, {facts['cores']} cores")
     console.print(f"{', '.join(versions)}, free threading {facts['free_threading']}")
+    if settings["error"]:
+        console.print(f"[red]settings:[/] {escape(settings['error'])}")
+    for variable in settings["unknown"]:
+        meant = f": {variable['meant']}?" if variable["meant"] else ""
+        console.print(f"[yellow]settings:[/] {escape(variable['name'])} means nothing{meant}")
     for report in reports:
         console.print(f"\n[bold]{report.link}[/] {_state(report)}: {escape(report.summary)}")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -137,9 +163,6 @@ def _show(reports: list[Report], required: tuple[str, ...] | None, ok: bool) -> 
             advice = f"\n[cyan]{escape(check.advice)}[/]" if check.advice else ""
             table.add_row(f"  {escape(check.name)}", _MARKS[check.state], escape(check.detail) + advice)
         console.print(table)
-    if not ok:
-        needed = " and ".join(required) if required else " or ".join(_ENOUGH)
-        console.print(f"\n[red]not enough:[/] {needed} must work")
 
 
 def _state(report: Report) -> str:

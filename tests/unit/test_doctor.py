@@ -246,6 +246,38 @@ def test_exit_status(
     assert {link["link"]: link["usable"] for link in found["links"]}["cuda"] is False
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "error", "told"),
+    [
+        ("AIOCOMM_EAGER_MAX", "oops", True, "AIOCOMM_EAGER_MAX must be"),
+        ("AIOCOMM_LINKS", "shm,pigeon", True, "unknown link 'pigeon'"),
+        ("AIOCOMM_LINKS", "shm", False, ""),
+        ("AIOCOMM_EAGER_MAXX", "1", False, "AIOCOMM_EAGER_MAXX means nothing: AIOCOMM_EAGER_MAX?"),
+        ("AIOCOMM_ZEBRA", "1", False, "AIOCOMM_ZEBRA means nothing\n"),
+    ],
+)
+def test_settings_that_connect_would_refuse_are_told(
+    variable: str,
+    value: str,
+    error: bool,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake(monkeypatch, ["shm"])
+    monkeypatch.setenv(variable, value)
+    assert run() == int(error)
+    text = capsys.readouterr().out
+    assert told in text
+    assert ("settings:" in text) == bool(told)
+    assert "not enough" not in text
+    assert run("--json") == int(error)
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is not error
+    assert bool(found["settings"]["error"]) is error
+    assert bool(found["settings"]["unknown"]) is (bool(told) and not error)
+
+
 @pytest.mark.parametrize("asked", ["pigeon", "shm,pigeon", ","])
 def test_unknown_links_are_a_usage_error(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
