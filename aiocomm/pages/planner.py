@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
     Side = tuple[int, int, int, int, int]
 
-__all__ = ["Copies", "alike", "one_pair", "plan"]
+__all__ = ["Copies", "alike", "one_pair", "pieces", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class _Matched:
         rows: where rows begin in a part of a page, on both sides.
         by_rows: the same in equal steps.
         has_bytes: whether a page has any.
+        parts: of each source page.
     """
 
     sides: tuple[Side, Side]
@@ -85,6 +86,7 @@ class _Matched:
     rows: tuple[Integers, Integers]
     by_rows: tuple[Integers, ...]
     has_bytes: bool
+    parts: int
 
 
 def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pages: Sequence[int]) -> Copies:
@@ -155,6 +157,16 @@ def one_pair(source: Layout, give: Integers, target: Layout, take: Integers) -> 
     return _lower((from_, to, nbytes), equal, found)
 
 
+def pieces(source: Layout, give: Integers, target: Layout) -> int:
+    """Of what `one_pair` looks at, at most: how long it takes.
+
+    Raises:
+        UsageError: the layouts do not fit.
+    """
+    found = _matched(source, target)
+    return len(give) * found.parts * len(found.by_rows[0])
+
+
 @functools.lru_cache(256)
 def _matched(source: Layout, target: Layout) -> _Matched:
     _fit(source, target)
@@ -167,6 +179,7 @@ def _matched(source: Layout, target: Layout) -> _Matched:
         (rows_from, rows_to),
         _core.equal_steps(rows_from, rows_to),
         source.nbytes > 0,
+        source.tokens // unit,
     )
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import anyio.to_thread
 import numpy as np
 
 from aiocomm.pages.indices import page_list
 from aiocomm.pages.plan_cache import PlanCache
-from aiocomm.pages.planner import alike, one_pair
+from aiocomm.pages.planner import alike, one_pair, pieces
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
@@ -33,8 +32,14 @@ _SMALL: Final = 32 << 10  # bytes from which a range is better off by itself: it
 # The same where GPU memory goes by way of host memory, or bytes by a network: copied as often by themselves.
 _LISTED_FAR: Final = 256 << 10
 _SMALL_FAR: Final = 128 << 10
+# What is kept of a plan takes, for each copy, equal rows (core/rows.hpp) and group.
+_COPY_BYTES: Final = 64
+_ROWS_BYTES: Final = 56
+_GROUP_BYTES: Final = 40
 ENTRY_BYTES: Final = 16  # bytes of a range in a list
-_INLINE: Final = 4096  # pages that the loop's thread plans itself: a quarter of a millisecond
+_INLINE: Final = 2048  # rows that the loop's thread plans itself: a quarter of a millisecond
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,20 @@ class Ranges:
     groups_far: list[int]
 
 
+class _Form(Generic[T]):
+    """What is made when it is first asked for; `cached_property` has one lock for all plans."""
+
+    def __init__(self, make: Callable[[Plan], T]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type[Plan], name: str) -> None:
+        self._name = name
+
+    def __get__(self, plan: Plan, owner: type[Plan]) -> T:
+        made = plan.__dict__[self._name] = self._make(plan)
+        return made
+
+
 class Plan:
     """What brings pages from here to there, for every pair of arrays alike. Any thread.
 
@@ -69,19 +88,23 @@ class Plan:
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
 
-    @functools.cached_property
+    @_Form
+    def count(self) -> int:
+        """Of all rows."""
+        return int(self._copies.rows.sum())
+
+    @_Form
     def mean(self) -> float:
         """Of all rows, in bytes; 0 where there are none."""
-        count = int(self._copies.rows.sum())
-        return float(self._copies.rows @ self._copies.nbytes) / count if count else 0.0
+        return float(self._copies.rows @ self._copies.nbytes) / self.count if self.count else 0.0
 
-    @functools.cached_property
+    @_Form
     def rows(self) -> _core.Rows:
         """For engines that take rows."""
         c = self._copies
         return _core.Rows(c.source, c.source_stride, c.target, c.target_stride, c.nbytes, c.rows)
 
-    @functools.cached_property
+    @_Form
     def at_source(self) -> Ranges:
         """For a peer that has the source pages."""
         c = self._copies
@@ -90,7 +113,7 @@ class Plan:
             _core.MOST_IN_GET,
         )
 
-    @functools.cached_property
+    @_Form
     def at_target(self) -> Ranges:
         """For a peer that has the target pages."""
         c = self._copies
@@ -99,15 +122,24 @@ class Plan:
             None,
         )
 
-    @functools.cached_property
+    @_Form
     def rows_at_source(self) -> _core.Rows:
         """For adapters that take rows, in the order in which these lie at a peer with the source pages."""
         return _rows_of(self.at_source, False)
 
-    @functools.cached_property
+    @_Form
     def rows_at_target(self) -> _core.Rows:
         """The same where the peer has the target pages."""
         return _rows_of(self.at_target, True)
+
+    def pieces(self, form: str) -> int:
+        """Of what a form is made of: how long that takes."""
+        return len(self._copies) if form == "rows" else self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, about, with the forms that are made."""
+        return _COPY_BYTES * len(self._copies) + sum(map(_bytes_of, list(self.__dict__.values())))
 
 
 _kept: Final[PlanCache[Plan]] = PlanCache(64)
@@ -132,16 +164,27 @@ async def plan_pages(
     if found is not None and form(found) in found.__dict__:
         return found
 
-    def make() -> Plan:
-        plan = found or Plan(one_pair(source, from_, target, to))
+    def planned() -> Plan:
+        return Plan(one_pair(source, from_, target, to))
+
+    def make(plan: Plan | None) -> Plan:
+        plan = plan or planned()
         getattr(plan, form(plan))
-        if found is None:
-            _kept.keep(source, from_, target, to, plan)
+        _kept.keep(source, from_, target, to, plan, plan.nbytes)
         return plan
 
-    if len(from_) + len(to) <= _INLINE:
-        return make()
-    return await anyio.to_thread.run_sync(make)
+    if found is None and pieces(source, from_, target) <= _INLINE:
+        found = planned()
+    if found is not None and found.pieces(form(found)) <= _INLINE:
+        return make(found)
+    return await anyio.to_thread.run_sync(make, found)
+
+
+def _bytes_of(form: Any) -> int:
+    if isinstance(form, Ranges):
+        arrays = form.far, form.nbytes, form.first, form.near, form.rows
+        return sum(one.nbytes for one in arrays) + _GROUP_BYTES * (len(form.groups) + len(form.groups_far))
+    return _ROWS_BYTES * len(form) if isinstance(form, _core.Rows) else 0
 
 
 def _rows_of(ranges: Ranges, at_target: bool) -> _core.Rows:

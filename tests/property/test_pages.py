@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 from array import array
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio.to_thread
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiocomm.errors import UsageError
-from aiocomm.pages import Pages, plan_cache
+from aiocomm.pages import Pages, plan_cache, ranges
 from aiocomm.pages.indices import own_list, page_list
 from aiocomm.pages.planner import Copies, alike, one_pair, plan
 from aiocomm.pages.ranges import Plan, plan_pages
@@ -181,27 +183,98 @@ async def test_plans_of_short_lists_are_told_apart(count: int) -> None:
 
 
 def test_plans_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For so many plans, and for so many pages in all of them: a longer list takes the room of several."""
-    monkeypatch.setattr(plan_cache, "_MOST_PAGES", 1000)
+    """For so many plans, and for so many bytes in all of them: a larger plan takes the room of several."""
+    monkeypatch.setattr(plan_cache, "_MOST_BYTES", 20_000)
     layout, kept = pages(5000, 16).layout, plan_cache.PlanCache[int](5)
+
+    def keep(n: int, nbytes: int = 0) -> None:
+        kept.keep(layout, np.arange(n), layout, np.arange(n), n, nbytes)
 
     def found() -> list[int | None]:
         return [kept.find(layout, np.arange(n), layout, np.arange(n)) for n in sizes]
 
     sizes = [10, 20, 30, 40, 50, 60]
     for n in sizes:
-        kept.keep(layout, np.arange(n), layout, np.arange(n), n)
-        kept.keep(layout, np.arange(n), layout, np.arange(n), n)  # once more takes no more room
+        keep(n)
+        keep(n)  # once more takes no more room
     assert found() == [None, 20, 30, 40, 50, 60]
-    kept.keep(layout, np.arange(400), layout, np.arange(400), 400)
-    assert found() == [None, None, None, None, None, 60]
-    kept.keep(layout, np.arange(900), layout, np.arange(900), 900)
+    keep(20, 17_500)
+    assert found() == [None, 20, None, None, 50, 60]
+    keep(20, 1000)  # less than before
+    keep(30)
+    assert found() == [None, 20, 30, None, 50, 60]
+    keep(900, 10_000)
     assert found() == [None] * 6
     assert kept.find(layout, np.arange(900), layout, np.arange(900)) == 900
     kept.clear()
-    kept.keep(layout, np.arange(400), layout, np.arange(400), 400)
-    kept.keep(layout, np.arange(50), layout, np.arange(50), 50)
+    keep(400)
+    keep(50)
     assert kept.find(layout, np.arange(400), layout, np.arange(400)) == 400
+
+
+def test_what_a_plan_takes_grows_with_its_rows_and_forms() -> None:
+    kv = pages(500, 64, 4, 8).slice(2, 0, 2)  # 64 rows of each page
+    from_, to = alike(kv.layout, kv.layout)
+    made = Plan(one_pair(from_, np.arange(300), to, np.arange(300)[::-1].copy()))
+    before = made.nbytes
+    arrays = made.at_target.far, made.at_target.nbytes, made.at_target.near, made.at_target.rows
+    assert made.nbytes - before >= sum(one.nbytes for one in arrays) >= 300 * 64 * 32
+    before = made.nbytes
+    assert len(made.rows_at_target) == 300 * 64
+    assert made.nbytes - before >= 300 * 64 * 48
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("shape", "heads", "form", "aside"),
+    [
+        ((1, 64, 256, 4, 8), 2, "at_target", True),  # 256 rows of each page
+        ((1, 64, 256, 4, 8), 2, "rows", False),  # which are one copy
+        ((1, 64, 256, 4, 8), 4, "at_target", False),  # a page is one row
+        ((64, 64, 4, 4, 8), 2, "rows", True),  # rows of a layer are one copy
+    ],
+)
+async def test_rows_of_few_pages_may_be_many(
+    shape: tuple[int, ...], heads: int, form: str, aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes long is planned on another thread, however few pages there are."""
+    threads, here = [], anyio.to_thread.run_sync
+
+    async def run_sync(call: Any, *arguments: Any) -> Any:
+        threads.append(call)
+        return await here(call, *arguments)
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", run_sync)
+    ranges._kept.clear()
+    source, target = (pages(*shape, axis=1).slice(3, 0, heads).layout for _ in range(2))
+    lists = [np.random.default_rng(seed).permutation(64)[:40] for seed in (21, 22)]
+    for _ in range(2):
+        found = await plan_pages(source, lists[0], target, lists[1], lambda plan: form)
+        assert form in found.__dict__
+        assert len(threads) == aside, "once: it is kept"
+
+
+def test_plans_that_are_made_at_one_time_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, _ = alike(pages(64, 8).layout, pages(64, 8).layout)
+    first, second = (Plan(one_pair(layout, np.arange(8), layout, np.arange(8))) for _ in range(2))
+    far_ranges, begun, end = _core.far_ranges, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert end.wait(60)
+        return far_ranges(*arguments)
+
+    def other() -> None:
+        assert second.at_target.nbytes.tolist() == [64]
+        end.set()
+
+    monkeypatch.setattr(_core, "far_ranges", slow)
+    with ThreadPoolExecutor(2) as threads:
+        made = threads.submit(lambda: first.at_target)
+        assert begun.wait(60)
+        monkeypatch.setattr(_core, "far_ranges", far_ranges)
+        threads.submit(other)
+        assert made.result(60).nbytes.tolist() == [64]
 
 
 @pytest.mark.anyio
