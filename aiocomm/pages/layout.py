@@ -117,6 +117,8 @@ class Pages:
     """Memory in pages, as KV caches are: one array, or one per layer, or one each for keys and values.
 
     `planes()` and `slice()` give views of the same memory: some of the arrays, or a range of an axis (heads).
+    Leases belong to a `Pages` and all its views, and end each other. Other `Pages` of the same arrays have
+    leases of their own: so pages can be leased to several holders, who end by themselves.
     Pages are matched axis by axis: two layouts fit if their axes other than the page axis have one order and
     shape. Where `token_axis` is given on both sides, it may lie at different places (tokens before heads, or
     after them), and pages may hold different numbers of tokens.

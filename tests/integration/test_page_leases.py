@@ -92,6 +92,20 @@ async def test_what_an_earlier_holder_has_under_way_ends_before_the_pages_are_an
         assert all((array == POISON).all() for array in theirs.arrays)
 
 
+async def test_leases_are_those_of_one_pages_and_its_views(pair: Pair) -> None:
+    a, b = pair
+    _, theirs = caches()
+    first = await b.lease_pages(theirs, [1])
+    other = await b.lease_pages(aiocomm.Pages(theirs.arrays), [1])
+    for lease in (first, other):
+        await a.put_pages(caches()[0], [0], a.remote_pages(lease.handle), [1])
+    stale = a.remote_pages(first.handle)
+    await b.lease_pages(theirs.planes([1]), [1])
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_pages(caches()[0], [0], stale, [1])
+    assert other.handle
+
+
 async def test_a_lease_whose_end_was_cancelled_is_waited_for(pair: Pair) -> None:
     _, b = pair
     _, theirs = caches()
