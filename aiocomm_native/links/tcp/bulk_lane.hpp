@@ -52,8 +52,8 @@ class BulkLane final : public Lane {
   Outgoing out_[kFrames];
   int count_ = 0;
   uint64_t queued_ = 0;
-  uint64_t run_ = 0;       // bytes sent since it was last idle
-  uint64_t sent_ns_ = 0;   // when the latest frame was
+  uint64_t run_ = 0;      // bytes sent since it was last idle
+  uint64_t sent_ns_ = 0;  // when the latest frame was
   uint64_t unsent_ = Pace::kUnsentMost;
   bool spliced_ = false;
   std::atomic<bool> busy_{false};

@@ -30,7 +30,7 @@ class Pace {
   uint64_t unsent() const { return std::clamp(std::bit_floor(chunk()), kUnsentLeast, kUnsentMost); }
 
  private:
-  static constexpr double kMemory = 4 << 20;  // the latest bytes tell
+  static constexpr double kMemory = 4 << 20;       // the latest bytes tell
   double bytes_ = kMemory, ns_ = kMemory / 0.125;  // until it is known: a lane of 1 Gbit/s
 };
 
