@@ -17,7 +17,6 @@ constexpr uint64_t kHoldNs = 3000000;        // what was seen of the load counts
 // Each copy costs the engine 2.6 us between: chunks of 16 MiB reach 0.93 of its rate, of 128 MiB 0.99.
 constexpr uint64_t kWholeChunk = 1ull << 30, kRoundChunk = 128 << 20, kBusyChunk = 48 << 20,
                    kLeastChunk = 4 << 20, kChunkStep = 2 << 20;
-constexpr double kRateMemory = 256 << 20;
 constexpr uint64_t kOwnNs = 12000;  // of what an urgent message may take, what it needs itself
 constexpr uint64_t kEarlyWake = 256 << 10;
 constexpr uint64_t kDirectChunk = 16 << 20;  // between a device and host memory, where no other step follows
@@ -182,12 +181,10 @@ void DeviceProtocol::moved(MoveJob* jobs, size_t count) {
       uint64_t began = std::max(job.posted_ns, queue.last_done_ns);
       uint64_t elapsed = 0;
       if (job.nbytes >= kRated && job.ended_ns >= began && !job.local) {
-        auto bytes = static_cast<double>(job.nbytes);
-        double keep = kRateMemory / (kRateMemory + bytes);
-        queue.rate_bytes = queue.rate_bytes * keep + bytes;
-        queue.rate_ns = queue.rate_ns * keep + static_cast<double>(job.ended_ns - began);
-        if (queue.rate_bytes > kRateMemory / 4)
-          elapsed = 1 + static_cast<uint64_t>(bytes * queue.rate_ns / queue.rate_bytes);
+        queue.rate.add(job.nbytes, job.ended_ns - began);
+        if (queue.rate.bytes() > DeviceQueue::kRateMemory / 4)
+          elapsed = 1 + static_cast<uint64_t>(static_cast<double>(job.nbytes) * queue.rate.ns() /
+                                              queue.rate.bytes());
       }
       queue.sched.complete(job.nbytes, elapsed, job.cls);
       if (!job.local) queue.last_done_ns = std::max(queue.last_done_ns, job.ended_ns);

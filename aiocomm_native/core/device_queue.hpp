@@ -6,6 +6,7 @@
 
 #include "core/device.hpp"
 #include "core/flows.hpp"
+#include "core/rate.hpp"
 #include "core/sched.hpp"
 
 namespace aiocomm {
@@ -42,8 +43,8 @@ struct DeviceQueue {
   uint64_t busy_until_ns = 0;          // the other end's engine is taken to be at work
   uint64_t shared_until_ns = 0;        // several channels are taken to have a backlog
   uint64_t last_done_ns = 0;
-  double rate_bytes = 0,
-         rate_ns = 0;            // decayed sums: one completion that was seen late must not count for much
+  static constexpr double kRateMemory = 256 << 20;
+  Rate rate{kRateMemory};
   std::deque<MoveJob> overflow;  // chosen, and not yet taken by the mover
 };
 

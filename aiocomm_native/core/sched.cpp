@@ -57,8 +57,7 @@ struct Scheduler::Flow : FairNode {
 Scheduler::Scheduler(const SchedConfig& config)
     : config_(checked(config)),
       share_(std::llround(config.min_share * kShareOne)),
-      rate_bytes_(kRateMemory),
-      rate_ns_(kRateMemory / config.initial_rate) {
+      rate_(kRateMemory, kRateMemory, kRateMemory / config.initial_rate) {
   preempt_ns_.fill(100'000);
 }
 
@@ -239,8 +238,9 @@ uint64_t Scheduler::front_bytes(unsigned cls) noexcept {
   const Item& item = front_item(cls);
   const uint64_t remaining = item.nbytes - item.offset;
   // Most items are smaller than the smallest chunk: no need to look at the window.
-  if (item.header || remaining <= std::min(config_.min_chunk, item.flow->greatest)) return remaining;
-  return std::min({remaining, item.flow->greatest, chunk_size(static_cast<uint8_t>(cls))});
+  if (item.header) return remaining;
+  const uint64_t wanted = std::min(remaining, item.flow->greatest);
+  return wanted <= config_.min_chunk ? wanted : std::min(wanted, chunk_size(static_cast<uint8_t>(cls)));
 }
 
 unsigned Scheduler::backlogged() const noexcept {

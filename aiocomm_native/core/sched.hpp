@@ -26,6 +26,7 @@
 
 #include "core/fair_queue.hpp"
 #include "core/flat_map.hpp"
+#include "core/rate.hpp"
 #include "core/registry.hpp"
 
 namespace aiocomm {
@@ -110,7 +111,7 @@ class Scheduler {
   uint64_t max_chunk() const noexcept { return config_.max_chunk; }
   bool has_urgent() const noexcept;  // flows there are have some class above that bounds them
   bool has_rivals() const noexcept;  // two groups of one class are backlogged
-  double rate() const noexcept { return rate_bytes_ / rate_ns_; }
+  double rate() const noexcept { return rate_.bytes() / rate_.ns(); }
 
  private:
   struct Group;
@@ -170,9 +171,9 @@ class Scheduler {
   std::array<Undo, kUndoDepth> undo_{};  // owed_ before the latest chunks: a stack that forgets its bottom
   unsigned undo_top_ = 0;
   unsigned undo_depth_ = 0;
-  uint64_t serial_ = 0;          // chunks handed out
-  uint64_t order_ = 0;           // items pushed
-  double rate_bytes_, rate_ns_;  // decayed sums
+  uint64_t serial_ = 0;  // chunks handed out
+  uint64_t order_ = 0;   // items pushed
+  Rate rate_;
 
   std::vector<Item> item_pool_;
   uint32_t free_item_ = kNil;

@@ -28,10 +28,7 @@ void Scheduler::complete(uint64_t nbytes, uint64_t elapsed_ns, uint8_t cls) {
   require(nbytes <= in_flight_[cls], "more than is in flight");
   in_flight_[cls] -= nbytes;
   if (elapsed_ns == 0 || nbytes < config_.min_chunk) return;
-  const double sample = static_cast<double>(nbytes);
-  const double keep = kRateMemory / (kRateMemory + sample);
-  rate_bytes_ = rate_bytes_ * keep + sample;
-  rate_ns_ = rate_ns_ * keep + static_cast<double>(elapsed_ns);
+  rate_.add(nbytes, elapsed_ns);
 }
 
 void Scheduler::declare(uint8_t cls, bool declared) {

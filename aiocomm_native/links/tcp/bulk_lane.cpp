@@ -26,9 +26,12 @@ BulkLane::BulkLane(TcpPeer& peer, std::unique_ptr<Stream> stream, Splice splice)
 
 Post BulkLane::post(const FrameHeader& header, const std::byte* payload) {
   if (full()) return Post::again;
-  if (count_ == 0 && peer_.host().now() - sent_ns_ > kIdleNs) {
-    run_ = 0;
-    sent_ns_ = peer_.host().now();
+  if (count_ == 0) {
+    const uint64_t now = peer_.host().now();
+    if (now - sent_ns_ > kIdleNs) {
+      run_ = 0;
+      sent_ns_ = now;
+    }
   }
   out_[count_++] = {header, payload};
   queued_ += sizeof header + header.payload_bytes;

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/rate.hpp"
+
 namespace aiocomm::tcp {
 
 class Pace {
@@ -17,21 +19,18 @@ class Pace {
   static constexpr uint64_t kUnsentLeast = 128 << 10, kUnsentMost = 1 << 20;
 
   // A busy lane took that long to send so many bytes.
-  void drained(uint64_t nbytes, uint64_t ns) {
-    const double keep = kMemory / (kMemory + static_cast<double>(nbytes));
-    bytes_ = bytes_ * keep + static_cast<double>(nbytes);
-    ns_ = ns_ * keep + static_cast<double>(ns);
-  }
+  void drained(uint64_t nbytes, uint64_t ns) { rate_.add(nbytes, ns); }
   uint64_t chunk() const {
     const double most = 1 << 30;  // a frame's limit is no less
-    return std::max(kLeast, static_cast<uint64_t>(std::min(bytes_ / std::max(ns_, 1.0) * kChunkNs, most)));
+    return std::max(
+        kLeast, static_cast<uint64_t>(std::min(rate_.bytes() / std::max(rate_.ns(), 1.0) * kChunkNs, most)));
   }
   // What the kernel may hold of a lane before it can send it, which is what it sleeps on: in coarse steps.
   uint64_t unsent() const { return std::clamp(std::bit_floor(chunk()), kUnsentLeast, kUnsentMost); }
 
  private:
-  static constexpr double kMemory = 4 << 20;       // the latest bytes tell
-  double bytes_ = kMemory, ns_ = kMemory / 0.125;  // until it is known: a lane of 1 Gbit/s
+  static constexpr double kMemory = 4 << 20;
+  Rate rate_{kMemory, kMemory, kMemory / 0.125};  // until it is known: a lane of 1 Gbit/s
 };
 
 }  // namespace aiocomm::tcp
