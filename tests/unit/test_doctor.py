@@ -265,6 +265,8 @@ def test_settings_that_connect_would_refuse_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake(monkeypatch, ["shm"])
+    for name in [name for name in os.environ if name.startswith("AIOCOMM_")]:  # of whoever runs the tests
+        monkeypatch.delenv(name)
     monkeypatch.setenv(variable, value)
     assert run() == int(error)
     text = capsys.readouterr().out
