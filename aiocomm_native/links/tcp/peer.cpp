@@ -19,6 +19,7 @@ TcpPeer::TcpPeer(Host& host, Rank rank, uint64_t generation, std::vector<std::un
       heard_ns_(host.now()),
       said_ns_(heard_ns_),
       ticked_ns_(heard_ns_),
+      pace_(same_host_),
       express_(*this, std::move(streams[0]), true),
       engine_(*this, std::move(streams[1]), false) {
   this->rank = rank;
