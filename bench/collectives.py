@@ -1,7 +1,7 @@
 """Suites `collectives`, `-3` and `-4`: the same calls in host memory through us, Gloo and MPI.
 
-`memcpy-floor` calls nothing: every process copies, within itself, its even share of the bytes that a call has
-to copy once.
+`memcpy-one-thread` calls nothing: every process copies, within itself, its even share of the bytes that a
+call has to copy once.
 
 Metrics:
     us/OPERATION/SIZE: Microseconds per call, median over the calls of the slowest process; SIZE is that of
@@ -20,7 +20,7 @@ import numpy as np
 from . import pair, peers, session, work
 from .model import Column, Rule, Suite
 from .peers import ours
-from .peers.floors import copy
+from .peers.raw_copies import copy
 from .sizes import KIB, MIB, show
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _mpi() -> Calls:
     return {f.__name__: f for f in (all_gather, broadcast, all_reduce, all_to_all)}
 
 
-def _floor(ranks: int) -> Calls:
+def _raw(ranks: int) -> Calls:
     async def all_gather(out: Array, x: Array) -> None:
         for block in out.reshape(ranks, -1):
             copy(block, x)
@@ -157,9 +157,9 @@ def child(role: int, control: Control, arguments: Mapping[str, Any]) -> Metrics:
             await ours.Ours(comm).finish(control)
             return found
         transport = await peer.open(role, control)
-        if peer.kind == "floor":
+        if peer.kind == "raw":
             large = [case for case in cases if case[0] >= MIB]  # of smaller ones the calls decide
-            found = await _measure(_floor(ranks), role, ranks, large, checked=False)
+            found = await _measure(_raw(ranks), role, ranks, large, checked=False)
         else:
             found = await _measure(_gloo() if peer.name == "gloo" else _mpi(), role, ranks, cases)
         await transport.finish(control)
@@ -192,7 +192,7 @@ _COLUMNS = tuple(
 )
 _PEERS = ("gloo", "mpi4py")
 _SLEEPERS = ("gloo",)
-_FLOOR = ("memcpy-floor",)
+_RAW = ("memcpy-one-thread",)
 _OURS = ("aiocomm-shm", "aiocomm-shm-spin", "aiocomm-shm-empty", "aiocomm-shm-empty-spin")
 _WORDS = {2: "two", 3: "three", 4: "four"}
 
@@ -218,7 +218,7 @@ SUITES = tuple(
     Suite(
         "collectives" if ranks == 2 else f"collectives-{ranks}",
         f"{word} processes, host memory: all_gather, broadcast, all_reduce, all_to_all",
-        session.subjects((*_FLOOR, *_PEERS, *_OURS)),
+        session.subjects((*_RAW, *_PEERS, *_OURS)),
         partial(_measure_among, ranks),
         lambda options: _COLUMNS,
         _rules(ranks),

@@ -73,6 +73,13 @@ def ratio(
     return figure(values, winners.most_common(1)[0][0] if winners else "")
 
 
+def lacking(samples: Sequence[Sample], subject: str, against: Sequence[str], metric: str) -> dict[str, int]:
+    """Return who of `against` has no figure in how many of the rounds in which `subject` has one."""
+    rounds = by_round(samples, subject, metric).keys()
+    counts = {name: len(rounds - by_round(samples, name, metric).keys()) for name in against}
+    return {name: count for name, count in counts.items() if count}
+
+
 def holds(value: float, relation: Literal["<=", ">="], bound: float) -> bool:
     """Return whether `value` keeps `bound`."""
     return value <= bound if relation == "<=" else value >= bound

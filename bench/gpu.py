@@ -37,7 +37,7 @@ def _missing(name: str) -> str:
 
 
 def _subjects(options: Options) -> list[Subject]:
-    kinds = {"floor-copies": "floor", "nccl-torch": "peer", "nixl-gpu": "peer"}
+    kinds = {"floor-copies": "raw", "nccl-torch": "peer", "nixl-gpu": "peer"}
     return [
         Subject(name, kinds.get(name, "ours"), "nvlink", _missing(name))  # type: ignore[arg-type]
         for name in _PROGRAMS

@@ -20,7 +20,7 @@ _PROGRAMS = {
     "aiocomm-gpu": "child_ours",
 }
 _KINDS = {
-    "floor-copies": "floor",
+    "floor-copies": "raw",
     "copies-writes": "handmade",
     "copies-words": "handmade",
     "nccl-torch": "peer",

@@ -42,9 +42,11 @@ def checks(record: dict[str, Any]) -> list[str]:
     lines = ["| what | of | measured (lowest to highest round) | must |", "|---|---|--:|--:|"]
     signs = {"<=": "≤", ">=": "≥"}
     for check in record["checks"]:
-        if (figure := check.get("figure")) is None or check["verdict"] == "not measured":
+        if (figure := check.get("figure")) is None:
             continue
         against = f" of {figure['against']}" if figure.get("against") else ""
+        if absent := check.get("without"):
+            against += f", without {', '.join(absent)}"
         measured = f"{figure['median']:.3g} ({figure['low']:.3g} to {figure['high']:.3g}){against}"
         verdict = "" if check["verdict"] == "pass" else ", **missed**"
         bound = f"{signs[check['relation']]} {check['bound']:g}{verdict}"

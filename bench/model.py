@@ -84,7 +84,7 @@ class Subject:
     """One thing measured; `missing` says what to install where it can't run."""
 
     name: str
-    kind: Literal["ours", "peer", "handmade", "floor"] = "ours"
+    kind: Literal["ours", "peer", "handmade", "raw"] = "ours"
     wire: str = ""
     missing: str = ""
     note: str = ""

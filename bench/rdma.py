@@ -213,7 +213,7 @@ def subjects(options: Options) -> list[Subject]:
         else "this build has no rdma link: apt-get install libibverbs-dev"
     )
     listed = [
-        Subject("perftest", "floor", "rdma", here or perftest.missing()),
+        Subject("perftest", "raw", "rdma", here or perftest.missing()),
         Subject("aiocomm-rdma", "ours", "rdma", built or here),
         Subject("aiocomm-rdma-spin", "ours", "rdma", built or here),
         Subject("aiocomm-tcp", "ours", "tcp", here),

@@ -42,7 +42,12 @@ def save(path: Path, record: Record, verdicts: Sequence[Verdict]) -> None:
         "options": options,
         "missing": dict(record.missing),
         "checks": [
-            {**asdict(v.rule), "figure": asdict(v.figure) if v.figure else None, "verdict": v.word}
+            {
+                **asdict(v.rule),
+                "figure": asdict(v.figure) if v.figure else None,
+                "verdict": v.word,
+                "without": dict(v.without),  # peer -> rounds
+            }
             for v in verdicts
         ],
         "samples": [s.to_json() for s in record.samples],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .checks import Verdict
     from .model import Column, Options, Sample, Subject, Suite
 
-_STYLES = {"ours": "bold", "peer": "", "handmade": "", "floor": "dim"}
+_STYLES = {"ours": "bold", "peer": "", "handmade": "", "raw": "dim"}
 _ABSENT = "[yellow]absent[/yellow]"
 _WIDE = 12  # columns beyond which they are rows
 
@@ -110,10 +110,12 @@ def _ratio_cell(
 
 def of_verdicts(verdicts: Sequence[Verdict]) -> Table:
     """Return what must hold, and whether it does."""
-    table = Table(title="what must hold", title_justify="left")
+    table = Table(title="what must hold", title_justify="left", caption_justify="left")
+    if any(verdict.without for verdict in verdicts):
+        table.caption = "without: has no figure here, and may be the best of those that the rule names"
     for title in ("what", "of", "figure", "must", "against", ""):
         table.add_column(title, justify="right" if title == "figure" else "left")
-    colours = {"pass": "green", "FAIL": "red", "not measured": "yellow"}
+    colours = {"pass": "green", "not measured": "yellow", "not judged": "yellow"}
     for verdict in verdicts:
         rule, figure = verdict.rule, verdict.figure
         times = "x " if rule.against else ""
@@ -122,6 +124,9 @@ def of_verdicts(verdicts: Sequence[Verdict]) -> Table:
         if figure and figure.rounds > 1:
             value += f" [dim]{figure.low:.3g}..{figure.high:.3g}[/dim]"
         rival = figure.against if figure and figure.against else ", ".join(rule.against)
-        word = f"[{colours[verdict.word]}]{verdict.word}[/]"
+        if verdict.without:
+            rival = (f"{rival}\n" if figure else "") + f"[yellow]{verdict.absent()}[/]"
+        colour = "red" if verdict.passed is False else "yellow" if verdict.without else colours[verdict.word]
+        word = f"[{colour}]{verdict.word}[/]"
         table.add_row(rule.what, rule.subject, value, f"{sign} {times}{rule.bound:g}", rival, word)
     return table

@@ -11,13 +11,13 @@ __all__ = ["Array", "Peer", "Transport", "find", "registry"]
 
 @cache
 def registry() -> dict[str, Peer]:
-    """Return every peer by name, floors first and ours last. No peer's own library is imported for that."""
+    """Return every peer by name, raw copies first, ours last. No peer's own library is imported for that."""
     modules = [
         importlib.import_module(f"{__name__}.{info.name}")
         for info in pkgutil.iter_modules(__path__)
         if info.name != "base"
     ]
-    kinds = ("floor", "handmade", "peer", "ours")
+    kinds = ("raw", "handmade", "peer", "ours")
     found = sorted((p for m in modules for p in m.PEERS), key=lambda p: kinds.index(p.kind))
     names = [p.name for p in found]
     if len(set(names)) != len(names):

@@ -66,7 +66,7 @@ class Peer:
 
     Args:
         open: Connects; called in each process with its role (0 or 1) and the control channel.
-        kind: "ours", another's library, written by hand for comparison, or a floor that nothing can beat.
+        kind: "ours", another's library, written by hand for comparison, or raw: bytes without a message.
         wire: What carries the bytes; peers over tcp are compared among themselves.
         loop: What runs the coroutines.
         modules: Python modules it needs.
@@ -77,7 +77,7 @@ class Peer:
 
     name: str
     open: Callable[[int, Control], Awaitable[Transport]]
-    kind: Literal["ours", "peer", "handmade", "floor"]
+    kind: Literal["ours", "peer", "handmade", "raw"]
     wire: Literal["memory", "unix", "tcp"]
     loop: Loop = "asyncio"
     modules: tuple[str, ...] = ()

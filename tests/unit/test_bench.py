@@ -16,6 +16,7 @@ from aiocomm_bench import (
     cli,
     figures,
     machine,
+    markdown,
     pair,
     peers,
     perftest,
@@ -115,7 +116,8 @@ def test_ratio_skips_rounds_in_which_either_side_failed() -> None:
 def test_verdicts(rule: Rule, passed: bool | None) -> None:
     verdict = checks.judge(rule, samples(ours=[10.0], fast=[10.0]))
     assert verdict.passed is passed
-    assert verdict.word == {True: "pass", False: "FAIL", None: "not measured"}[passed]
+    word = {True: "pass", False: "FAIL", None: "not judged" if rule.against else "not measured"}[passed]
+    assert verdict.word == word
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,35 @@ def test_verdict_table_names_each_rule() -> None:
     assert "not measured" in text
 
 
+def test_a_verdict_says_whom_it_was_judged_without(tmp_path: Path) -> None:
+    taken = [*samples(ours=[1.0, 1.0], fast=[2.0]), Sample("canned", "fast", 1, {}, "died")]
+    rule = Rule("time", "ours", "us", "<=", 1.0, ("fast", "slow"))
+    verdict = checks.judge(rule, taken)
+    assert (verdict.word, verdict.without) == ("pass", {"fast": 1, "slow": 2})
+    assert "without fast in 1 of 2 rounds, slow" in shown(table.of_verdicts([verdict]))
+    whole = checks.judge(rule, samples(ours=[1.0], fast=[2.0], slow=[3.0]))
+    assert (whole.word, whole.without) == ("pass", {})
+    assert "without" not in shown(table.of_verdicts([whole]))
+    path = tmp_path / "x.json"
+    record.save(path, record.Record({}, "today", Options(), tuple(taken), {}), [verdict])
+    assert json.loads(path.read_text())["checks"][0]["without"] == {"fast": 1, "slow": 2}
+    assert "of fast, without fast, slow" in markdown.checks(json.loads(path.read_text()))[-1]
+
+
+def test_a_rule_none_of_whose_peers_was_measured_is_not_judged(tmp_path: Path) -> None:
+    failed = Sample("canned", "fast", 0, {}, "died")
+    verdict = checks.judge(suite().rules[0], [*samples(ours=[0.1]), failed])
+    assert (verdict.word, verdict.passed, verdict.without) == ("not judged", None, {"fast": 1, "slow": 1})
+    text = shown(table.of_verdicts([verdict]))
+    assert "not judged" in text
+    assert "without fast, slow" in text
+    assert checks.judge(suite().rules[0], [failed]).word == "not measured"
+    path = tmp_path / "x.json"
+    record.save(path, record.Record({}, "today", Options(), (), {}), [verdict])
+    assert json.loads(path.read_text())["checks"][0]["verdict"] == "not judged"
+    assert len(markdown.checks(json.loads(path.read_text()))) == 2, "nothing beneath the head"
+
+
 def test_a_suite_is_judged_by_its_own_samples() -> None:
     others = [replace(sample, suite="canned-3") for sample in samples(ours=[9.0], fast=[1.0])]
     verdict = checks.judge_all(suite(), [*samples(ours=[1.0], fast=[1.0]), *others])[0]
@@ -244,11 +275,16 @@ def test_chosen_sizes_make_the_plan() -> None:
 
 def test_registry_finds_every_peer_and_says_what_is_missing() -> None:
     found = peers.registry()
-    assert {"blocking-unix", "ucxx-best", "mpi4py", "memcpy-floor", "handmade-ring", "aiocomm-shm"} <= set(
-        found
-    )
+    assert {
+        "blocking-unix",
+        "ucxx-best",
+        "mpi4py",
+        "memcpy-one-thread",
+        "handmade-ring",
+        "aiocomm-shm",
+    } <= set(found)
     assert [p.kind for p in found.values()] == sorted(
-        (p.kind for p in found.values()), key=("floor", "handmade", "peer", "ours").index
+        (p.kind for p in found.values()), key=("raw", "handmade", "peer", "ours").index
     )
     with pytest.raises(KeyError, match="no peer 'nobody'"):
         peers.find("nobody")
