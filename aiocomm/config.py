@@ -244,7 +244,7 @@ class Settings:
     handshake_timeout_s: float = _setting(
         5.0,
         "seconds",
-        "How long a connection may take to authenticate and to be put to use.",
+        "How long a connection may take for each step of authenticating and of being put to use.",
         low=0.01,
         high=600.0,
     )

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiocomm._control import messages, wire
+from aiocomm._control.limit import Step
 from aiocomm._control.wire import MAX_ITEMS, ProtocolError
 from aiocomm.errors import AiocommError, LinkError
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from aiocomm._control.engine import Engine
     from aiocomm._control.stream import Stream
 
-__all__ = ["Arrivals", "Dial", "YieldedError", "answer_links", "call_links", "common_links"]
+__all__ = ["Arrivals", "Dial", "Opening", "YieldedError", "answer_links", "call_links", "common_links"]
 
-Dial: TypeAlias = Callable[[messages.PeerCard, str | None], Awaitable["Stream"]]
+Dial: TypeAlias = Callable[[messages.PeerCard, str | None, Step], Awaitable["Stream"]]
 """Opens an authenticated pair connection to a peer by "unix", by "tcp", or (None) by whichever is best."""
 _ENCRYPTED: Final = "tcp"
 Fallback: TypeAlias = Callable[[str, int, str, str], None]
@@ -28,10 +29,61 @@ class YieldedError(Exception):
     """The peer has a call to us under way, and its rank is lower."""
 
 
-class Arrivals:
-    """Streams that have come for a call which is being answered."""
+class Opening:
+    """Opens the streams of a call.
 
-    def __init__(self) -> None:
+    Args:
+        dial: opens one.
+        peer: is called.
+        attempt: names the call.
+        width: streams that may be on their way at a time.
+        step: is told of each step.
+    """
+
+    def __init__(self, dial: Dial, peer: messages.PeerCard, attempt: bytes, width: int, step: Step) -> None:
+        self._dial = dial
+        self._peer = peer
+        self._attempt = attempt
+        self._width = width
+        self.step = step
+
+    async def open(self, link: str, kind: str, count: int, into: list[Stream]) -> list[Stream]:
+        """The streams of a link, side by side.
+
+        Args:
+            link: that needs them.
+            kind: "unix" or "tcp".
+            count: how many.
+            into: gets each as soon as there is one, for the caller to close whatever happens.
+
+        Raises:
+            OSError: one cannot be had; the others are given up.
+            AiocommError: something else listens there.
+        """
+        opened: dict[int, Stream] = {}
+        due = iter(range(count))
+
+        async def open_due() -> None:
+            for index in due:
+                opened[index] = stream = await self._dial(self._peer, kind, self.step)
+                into.append(stream)
+                await stream.send(messages.StreamHello(self._attempt, link, index))
+
+        opening = [asyncio.create_task(open_due()) for _ in range(min(self._width, count))]
+        try:
+            await asyncio.gather(*opening)
+        finally:
+            for task in opening:
+                task.cancel()
+            await asyncio.gather(*opening, return_exceptions=True)
+        return [opened[index] for index in range(count)]
+
+
+class Arrivals:
+    """Streams that have come for a call which is being answered. `step` is told of those still waited for."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
         self._streams: dict[tuple[str, int], Stream] = {}
         self._changed = asyncio.Event()
 
@@ -50,6 +102,7 @@ class Arrivals:
         """The streams of a link, once all have come. Their descriptors are the caller's to take."""
         wanted = [(link, index) for index in range(count)]
         while not all(key in self._streams for key in wanted):
+            self._step(f"waiting for its connections of {link}")
             self._changed.clear()
             await self._changed.wait()
         return [self._streams[key] for key in wanted]
@@ -74,11 +127,10 @@ def common_links(me: messages.PeerCard, peer: messages.PeerCard, engine: Engine)
 
 async def call_links(
     stream: Stream,
-    attempt: bytes,
+    opening: Opening,
     me: messages.PeerCard,
     peer: messages.PeerCard,
     engine: Engine,
-    dial: Dial,
     commit: Callable[[], None],
     on_fallback: Fallback,
     choose: Callable[[list[str]], list[str]],
@@ -100,7 +152,7 @@ async def call_links(
     reasons: list[str] = []
     for link, following in zip(links, [*links[1:], ""], strict=True):
         secured = tls and link == _ENCRYPTED
-        reason = await _call_link(stream, attempt, link, peer, engine, dial, commit, secured)
+        reason = await _call_link(stream, opening, link, peer, engine, commit, secured)
         if reason is None:
             return link
         reasons.append(f"{link}: {reason}")
@@ -111,11 +163,10 @@ async def call_links(
 
 async def _call_link(
     stream: Stream,
-    attempt: bytes,
+    opening: Opening,
     link: str,
     peer: messages.PeerCard,
     engine: Engine,
-    dial: Dial,
     commit: Callable[[], None],
     tls: bool,
 ) -> str | None:
@@ -129,12 +180,11 @@ async def _call_link(
     streams: list[Stream] = []
     try:
         try:
-            for index in range(count):
-                streams.append(await dial(peer, kind))
-                await streams[-1].send(messages.StreamHello(attempt, link, index))
+            inorder = await opening.open(link, kind, count, streams)
         except (OSError, AiocommError) as error:
             await stream.send(messages.Unattached(link, _brief(error)))
             return str(error)
+        opening.step(f"waiting until it is ready for {link}")
         answer = await stream.receive()
         if isinstance(answer, messages.Unattached) and answer.link == link:
             return answer.reason
@@ -143,7 +193,7 @@ async def _call_link(
         commit()
         try:
             engine.attach(
-                peer.rank, peer.generation, link, [opened.detach() for opened in streams], answer.card, True
+                peer.rank, peer.generation, link, [opened.detach() for opened in inorder], answer.card, True
             )
         except Exception as error:
             await stream.send(messages.Unattached(link, _brief(error)))

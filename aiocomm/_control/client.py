@@ -19,6 +19,7 @@ from aiocomm._control.address import Address, FileAddress, TcpAddress, UnixAddre
 from aiocomm._control.auth import Purpose
 from aiocomm._control.dialing import no_answer, reach
 from aiocomm._control.host import STILL_LOOKED_UP, what_to_do
+from aiocomm._control.limit import StepLimit, StepTimeoutError
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm._world import MAX_RANKS
@@ -194,10 +195,10 @@ class Client:
             if not self._was_refused:  # else it is about to say the same again
                 self.trouble = _SILENT
             try:
-                async with asyncio.timeout(limit_s):
-                    await stream.authenticate_caller(self.key, Purpose.CONTROL)
-            except TimeoutError:
-                raise ConnectionError(_SILENT) from None
+                async with StepLimit(limit_s, "connecting") as limit:
+                    await stream.authenticate_caller(self.key, Purpose.CONTROL, limit.step)
+            except StepTimeoutError as error:
+                raise ConnectionError(f"{_SILENT} ({error})") from None
 
         try:
             stream, _ = await reach(addresses, greet, limit_s, looked_up)

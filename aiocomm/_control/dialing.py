@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
 from aiocomm._control.host import resolve, what_to_do
+from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import Stream
 from aiocomm.errors import AuthenticationError
 
@@ -47,7 +48,7 @@ async def reach(
     Args:
         addresses: of one process, the likeliest first. Names may stand for several.
         greet: authenticates; what it raises counts as that address's failure.
-        limit_s: seconds that a connect may be without an answer. The caller bounds the greeting.
+        limit_s: seconds that a connect may be without an answer. The caller bounds the rest.
         looked_up: is called once it is known what all names stand for.
 
     Raises:
@@ -106,9 +107,9 @@ async def _attempt(
     family: int, sockaddr: object, greet: Callable[[Stream], Awaitable[None]], limit_s: float
 ) -> Stream:
     try:
-        async with asyncio.timeout(limit_s):
+        async with StepLimit(limit_s, "connecting"):
             stream = await _connect(family, sockaddr)
-    except TimeoutError:
+    except TimeoutError:  # also the kernel's
         raise UnansweredError("no answer") from None
     try:
         await greet(stream)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from aiocomm._control.address import Address
     from aiocomm._control.engine import Engine
+    from aiocomm._control.limit import Step
     from aiocomm._control.messages import PeerCard
     from aiocomm._control.stream import Stream
     from aiocomm.config import Settings
@@ -120,12 +121,15 @@ class Endpoints:
         if found_at:
             self._rendezvous_at = (host_id, found_at)
 
-    async def dial(self, card: PeerCard, kind: str | None, reach_s: float | None = None) -> Stream:
-        """An authenticated connection to a peer. The caller bounds the handshake.
+    async def dial(
+        self, card: PeerCard, kind: str | None, step: Step, reach_s: float | None = None
+    ) -> Stream:
+        """An authenticated connection to a peer. The caller bounds each step of it.
 
         Args:
             card: of the peer.
             kind: "unix" or "tcp"; None for whichever can be had, Unix first.
+            step: is told of each step.
             reach_s: seconds that an address may be without an answer; None: of a handshake's time, so much
                 that what has no answer can be told before that is over.
 
@@ -135,6 +139,11 @@ class Endpoints:
         """
         if reach_s is None:
             reach_s = _REACH_PART * self._settings.handshake_timeout_s
+        step("connecting with it")
+
+        async def greet(stream: Stream) -> None:
+            await stream.authenticate_caller(self._key, Purpose.PAIR, step)
+
         known = [parse(text) for text in card.addresses]
         near = [address for address in known if isinstance(address, UnixAddress)]
         if kind == "tcp" or card.host_id != self._host_id:
@@ -146,7 +155,7 @@ class Endpoints:
         for addresses in (near, far):
             if addresses:
                 try:
-                    stream, found = await reach(addresses, self._greet, reach_s)
+                    stream, found = await reach(addresses, greet, reach_s)
                 except OSError as error:
                     failure = error
                     continue
@@ -166,9 +175,6 @@ class Endpoints:
                 guess = None
         first = [address for address in (self._worked.get(card.rank), guess) if address in found]
         return [*dict.fromkeys(first), *(address for address in found if address not in first)]
-
-    async def _greet(self, stream: Stream) -> None:
-        await stream.authenticate_caller(self._key, Purpose.PAIR)
 
     async def aclose(self) -> None:
         """Accept nothing more."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
 from aiocomm._control.host import EXHAUSTED, what_to_do
+from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import Stream
 from aiocomm._control.wire import ProtocolError
 from aiocomm._forked import tell_of_fork
@@ -103,7 +104,7 @@ class Listener:
         sock: listening.
         key: of the group, or None to accept only this user's processes by Unix socket.
         purpose: the only kind of connection that is wanted here.
-        timeout_s: seconds within which a connection must have authenticated.
+        timeout_s: seconds that a connection may take for each step of authenticating.
         max_pending: connections that may be authenticating at a time.
         serve: what to do with an authenticated connection; its stream is closed when this returns, unless
             detached.
@@ -200,11 +201,12 @@ class Listener:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream = Stream(sock)
-            async with asyncio.timeout(self._timeout_s):
-                await stream.authenticate_called(self._key, self._purpose)
+            async with StepLimit(self._timeout_s, "waiting for its hello") as limit:
+                await stream.authenticate_called(self._key, self._purpose, limit.step)
             self._pending.pop(task, None)
             await self._serve(stream)
-        except (OSError, ProtocolError, AuthenticationError, UsageError):
+        except (OSError, ProtocolError, AuthenticationError, UsageError) as error:
             self.refused += 1  # whoever it was, it has been told what it may know; nobody here waits for it
+            _log.debug("a connection ended: %s", error)
         except Exception:
             _log.exception("a connection failed unexpectedly")

@@ -20,12 +20,15 @@ Rules:
    nothing, so it is dropped without harm if the other side cannot attach.
 2. When both call at once, the lower rank's call wins: the called side yields to nobody with a higher rank
    while its own call is under way, and gives its own up for one with a lower rank.
-3. Each call has a time limit and a task of its own; a pair that cannot be made is reported, never left
-   pending. The limit ends with an attach: from then on a slow peer is waited for, and a dead one closes the
-   connection, so that the two never disagree about what is attached for longer than one of them lives. Where
-   that link cannot be used after all, nothing is attached, and the next one has a limit again.
+3. Each call has a task and a time limit of its own, which begins anew with each step; a pair that cannot be
+   made is reported, never left pending. The limit ends with an attach: from then on a slow peer is waited
+   for, and a dead one closes the connection, so that the two never disagree about what is attached for longer
+   than one of them lives. Where that link cannot be used after all, nothing is attached, and the next one has
+   a limit again.
 4. A newer offer of a peer replaces its older one: a caller has one call at a time.
-5. A pair whose link fails while its peer lives is made anew when it is next wanted, over another link where
+5. The streams of a link are opened side by side, so many that all peers together, should they call one
+   process at the same time, take half of the places that its listener has.
+6. A pair whose link fails while its peer lives is made anew when it is next wanted, over another link where
    that is allowed. Whichever end calls first waits until the other's engine has let go of the old one.
 """
 
@@ -39,9 +42,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
-from aiocomm._control.calls import Arrivals, YieldedError, answer_links, call_links
+from aiocomm._control.calls import Arrivals, Opening, YieldedError, answer_links, call_links
 from aiocomm._control.dialing import UnansweredError
 from aiocomm._control.engine import NOT_CONNECTED
+from aiocomm._control.limit import StepLimit, StepTimeoutError
+from aiocomm._control.stream import ConnectionClosedError
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AiocommError
 
@@ -57,6 +62,14 @@ __all__ = ["Pairing"]
 _log: Final = logging.getLogger("aiocomm.control")
 _TRIES: Final = 3
 _PAUSE_S: Final = 0.05
+_SLOW: Final = (
+    f", {_TRIES} times: is the process stopped, or busy for longer (raise AIOCOMM_HANDSHAKE_TIMEOUT_S), or "
+    "called by more at a time than it lets wait (raise AIOCOMM_MAX_PENDING)?"
+)
+_HUNG_UP: Final = (
+    f", {_TRIES} times: did the process end, was the time over that it gives a step "
+    "(AIOCOMM_HANDSHAKE_TIMEOUT_S), or do more call at a time than it lets wait (AIOCOMM_MAX_PENDING)?"
+)
 
 
 class _LeftError(ConnectionError):
@@ -83,7 +96,8 @@ class Pairing:
         card: this process's.
         engine: gets the links.
         dial: opens an authenticated connection to a peer, over "unix" or "tcp".
-        timeout_s: of one call.
+        timeout_s: of each step of a call.
+        max_pending: connections that a listener lets wait.
         fall_back: whether a pair whose link has failed may take another one.
         on_fallback: told of (failed link, rank, link tried next, reason).
         on_watch: takes connections that are not for a pair, see `vigil`.
@@ -96,6 +110,7 @@ class Pairing:
         engine: Engine,
         dial: Dial,
         timeout_s: float,
+        max_pending: int,
         on_fallback: Callable[[str, int, str, str], None],
         fall_back: bool = True,
         on_watch: Callable[[Stream, messages.Watch], Awaitable[None]] | None = None,
@@ -108,6 +123,7 @@ class Pairing:
         self._engine = engine
         self._dial = dial
         self._timeout_s = timeout_s
+        self._max_pending = max_pending
         self._on_fallback = on_fallback
         self._pairs: dict[int, _Pair] = {}
         self._wanted: set[int] = set()  # asked for before the peer was known
@@ -195,7 +211,7 @@ class Pairing:
         Raises:
             ProtocolError: it is none of these.
         """
-        async with asyncio.timeout(self._timeout_s) as limit:
+        async with StepLimit(self._timeout_s, "waiting for what it is for") as limit:
             first = await stream.receive()
             match first:
                 case messages.StreamHello(attempt, link, index):
@@ -203,7 +219,7 @@ class Pairing:
                 case messages.Offer():
                     await self._answer(stream, first, limit)
                 case messages.Watch() if self._on_watch is not None:
-                    limit.reschedule(None)
+                    limit.lift()
                     await self._on_watch(stream, first)
                 case _:
                     raise ProtocolError(f"expected an offer, not {type(first).__name__}")
@@ -223,7 +239,7 @@ class Pairing:
         try:
             for last in [False] * (_TRIES - 1) + [True]:
                 try:
-                    async with asyncio.timeout(self._timeout_s) as limit:
+                    async with StepLimit(self._timeout_s, "connecting with it") as limit:
                         link = await self._call_once(pair, limit)
                     self._connect(pair, link)
                     return
@@ -233,12 +249,10 @@ class Pairing:
                 except UnansweredError as error:  # it would be as silent again
                     reason = f"{error} (AIOCOMM_HOST sets what address it tells)"
                     break
-                except TimeoutError:  # a process may be busy for longer, and hold its GIL
-                    patience_s = _TRIES * self._timeout_s
-                    reason = (
-                        f"no answer within {patience_s:g} s, though its host has taken the call: "
-                        "is the process stopped or busy?"
-                    )
+                except StepTimeoutError as error:  # a process may be busy for longer, and hold its GIL
+                    reason = f"{error}{_SLOW}"
+                except (ConnectionClosedError, ConnectionResetError) as error:
+                    reason = f"{error} while this one was {limit.what}{_HUNG_UP}"
                 except (OSError, ProtocolError) as error:
                     reason = str(error) or type(error).__name__
                 except AiocommError as error:
@@ -259,10 +273,12 @@ class Pairing:
             if pair.calling is asyncio.current_task():
                 pair.calling = None
 
-    async def _call_once(self, pair: _Pair, limit: asyncio.Timeout) -> str:
+    async def _call_once(self, pair: _Pair, limit: StepLimit) -> str:
         card = pair.card
         attempt = secrets.token_bytes(16)
-        stream = await self._dial(card, None)
+        width = max(1, self._max_pending // (2 * max(1, len(self._pairs))))
+        stream = await self._dial(card, None, limit.step)
+        limit.step("waiting for its answer to the call")
         with contextlib.closing(stream):
             me = self._card
             await stream.send(messages.Offer(attempt, me.rank, me.generation, card.rank, card.generation))
@@ -275,11 +291,10 @@ class Pairing:
                 raise ProtocolError(f"the peer refused: {answer.reason or answer.verdict}")
             return await call_links(
                 stream,
-                attempt,
+                Opening(self._dial, card, attempt, width, limit.step),
                 me,
                 card,
                 self._engine,
-                self._dial,
                 lambda: self._commit(pair, limit),
                 lambda *what: self._go_on(pair, limit, *what),
                 lambda links: self._choose(pair, links),
@@ -288,7 +303,7 @@ class Pairing:
 
     # Answering
 
-    async def _answer(self, stream: Stream, offer: messages.Offer, limit: asyncio.Timeout) -> None:
+    async def _answer(self, stream: Stream, offer: messages.Offer, limit: StepLimit) -> None:
         if (offer.to_rank, offer.to_generation) != (self._card.rank, self._card.generation):
             await stream.send(messages.OfferAnswer("refuse", "this process is not the one that was called"))
             return
@@ -310,8 +325,9 @@ class Pairing:
         if pair.answering is not None:
             pair.answering.cancel()
         pair.answering = asyncio.current_task()
-        arrivals = self._attempts[offer.attempt] = Arrivals()
+        arrivals = self._attempts[offer.attempt] = Arrivals(limit.step)
         try:
+            limit.step("waiting for it to name a link")
             await stream.send(messages.OfferAnswer("accept", ""))
             link = await answer_links(
                 stream,
@@ -361,22 +377,22 @@ class Pairing:
 
     # Outcomes
 
-    def _wait_for(self, pair: _Pair, limit: asyncio.Timeout) -> None:
+    def _wait_for(self, pair: _Pair, limit: StepLimit) -> None:
         """Called when an end may attach. Raises if the pair may not be attached any more."""
         if self._pairs.get(pair.card.rank) is not pair or pair.connected.done():
             raise ConnectionError("the peer is gone")
-        limit.reschedule(None)
+        limit.lift()
 
-    def _commit(self, pair: _Pair, limit: asyncio.Timeout) -> None:
+    def _commit(self, pair: _Pair, limit: StepLimit) -> None:
         """Called when the next thing is an attach here. Raises as above."""
         self._wait_for(pair, limit)
         pair.committed = True
 
     def _go_on(
-        self, pair: _Pair, limit: asyncio.Timeout, failed: str, rank: int, following: str, reason: str
+        self, pair: _Pair, limit: StepLimit, failed: str, rank: int, following: str, reason: str
     ) -> None:
         """Called when a link has failed, and with it an attach, before the next one is tried."""
-        limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+        limit.step(f"going on to {following}")
         pair.committed = False
         self._on_fallback(failed, rank, following, reason)
 

@@ -213,6 +213,7 @@ class ControlPlane:
             self._engine,
             endpoints.dial,
             self._settings.handshake_timeout_s,
+            self._settings.max_pending,
             self._fell_back,
             self._settings.link_fallback == "on",
             self._vigil.serve,

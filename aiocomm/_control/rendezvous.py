@@ -22,6 +22,7 @@ from aiocomm._control import messages, wire
 from aiocomm._control.address import UnixAddress
 from aiocomm._control.auth import Purpose
 from aiocomm._control.host import what_to_do
+from aiocomm._control.limit import StepLimit
 from aiocomm._control.listener import Listener, bind
 from aiocomm._control.membership import Announcement, Became, Came, JoinRefusedError, Membership, Went
 from aiocomm._control.stream import how_it_broke
@@ -221,7 +222,7 @@ class Rendezvous:
                 self._distant.clear()
 
     async def _serve(self, stream: Stream) -> None:
-        async with asyncio.timeout(self._settings.handshake_timeout_s):
+        async with StepLimit(self._settings.handshake_timeout_s, "waiting for it to ask to join"):
             join = await stream.receive()
         if not isinstance(join, messages.Join):
             raise ProtocolError(f"expected a request to join, not {type(join).__name__}")

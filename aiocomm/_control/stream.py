@@ -22,6 +22,7 @@ from aiocomm.errors import AuthenticationError
 
 if TYPE_CHECKING:
     from aiocomm._control.auth import Purpose, Seal
+    from aiocomm._control.limit import Step
     from aiocomm._control.messages import Message
 
 __all__ = ["ConnectionClosedError", "Stream", "how_it_broke"]
@@ -103,8 +104,8 @@ class Stream:
             for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
                 self._sock.setsockopt(socket.IPPROTO_TCP, option, math.ceil(heartbeat_s))
 
-    async def authenticate_called(self, key: bytes | None, purpose: Purpose) -> None:
-        """Take the accepting side of the handshake.
+    async def authenticate_called(self, key: bytes | None, purpose: Purpose, step: Step) -> None:
+        """Take the accepting side of the handshake. The caller bounds each step of it.
 
         Raises:
             AuthenticationError: the other end is not of this group.
@@ -120,14 +121,15 @@ class Stream:
             await self._write(side.hello())
             raise
         await self._write(side.hello())
+        step("waiting for its proof of the token")
         accepted, verdict = side.verdict(await self._read(PROOF_SIZE))
         await self._write(verdict)
         if not accepted:
             raise AuthenticationError("the other end does not know this group's token")
         self._agree(side.seals())
 
-    async def authenticate_caller(self, key: bytes | None, purpose: Purpose) -> None:
-        """Take the connecting side of the handshake.
+    async def authenticate_caller(self, key: bytes | None, purpose: Purpose, step: Step) -> None:
+        """Take the connecting side of the handshake. The caller bounds each step of it.
 
         Raises:
             AuthenticationError: the other end is not of this group.
@@ -136,8 +138,11 @@ class Stream:
         if key is None:
             self.check_user()
         side = Caller(key, purpose)
+        step("waiting for its hello")
         await self._write(side.hello())
-        await self._write(side.answer(await self._read(HELLO_SIZE)))
+        hello = await self._read(HELLO_SIZE)
+        step("waiting for its verdict on the token")
+        await self._write(side.answer(hello))
         side.finish(await self._read(VERDICT_SIZE))
         self._agree(side.seals())
 

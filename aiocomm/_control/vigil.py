@@ -9,7 +9,7 @@ Rules:
 2. The lower rank calls. The higher one calls too if it has not been called within another heartbeat, since a
    firewall may let only one of them through.
 3. Who has no such connection within three heartbeats is gone. A process that is there but busy is not: its
-   kernel accepts the connection, and it may take the time of three handshakes to answer.
+   kernel accepts the connection, and it may take the time of three steps of a handshake to answer.
 4. A connection that ends without a goodbye is the end of the peer.
 5. What nobody has foreseen counts as the end: of the peer that it is about, or of all.
 6. What fails because this process has no descriptors left says nothing about a peer.
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages
 from aiocomm._control.host import EXHAUSTED, what_to_do
+from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import how_it_broke
 from aiocomm._control.wire import ProtocolError
 from aiocomm.errors import AiocommError, AuthenticationError
@@ -32,6 +33,7 @@ from aiocomm.errors import AiocommError, AuthenticationError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from aiocomm._control.limit import Step
     from aiocomm._control.stream import Stream
     from aiocomm.config import Settings
 
@@ -47,8 +49,8 @@ class Vigil:
 
     Args:
         card: this process's.
-        dial: opens an authenticated connection to a peer, given a kind (None) and the seconds that an address
-            may be silent.
+        dial: opens an authenticated connection to a peer, given a kind (None), whom to tell of its steps, and
+            the seconds that an address may be silent.
         settings: intervals.
         unwatched: the peers of whose end nothing else would tell now.
         find: the card of a rank that is in the world.
@@ -59,7 +61,7 @@ class Vigil:
     def __init__(
         self,
         card: messages.PeerCard,
-        dial: Callable[[messages.PeerCard, str | None, float | None], Awaitable[Stream]],
+        dial: Callable[[messages.PeerCard, str | None, Step, float | None], Awaitable[Stream]],
         settings: Settings,
         unwatched: Callable[[], Iterable[messages.PeerCard]],
         find: Callable[[int], messages.PeerCard | None],
@@ -157,15 +159,13 @@ class Vigil:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                async with asyncio.timeout(self._answer_s):
-                    stream = await self._open(card, max(end - loop.time(), self._heartbeat_s))
+                async with StepLimit(self._answer_s, "connecting with it") as limit:
+                    stream = await self._open(card, max(end - loop.time(), self._heartbeat_s), limit.step)
             except Exception as error:
                 reason = what_to_do(error)
                 if not isinstance(error, (OSError, AiocommError)):
                     _log.exception("the call to rank %d failed unexpectedly", card.rank)
                     break
-                if isinstance(error, TimeoutError) and error.errno is None:  # the limit above
-                    reason = f"no answer for {self._answer_s:g} s"
                 if isinstance(error, OSError) and error.errno in _OWN:
                     end = loop.time() + 3 * self._heartbeat_s
                 elif card in self._held.values():  # it has called meanwhile
@@ -185,11 +185,12 @@ class Vigil:
             f"{whom} cannot be reached, and there is no rendezvous any more ({reason})",
         )
 
-    async def _open(self, card: messages.PeerCard, reach_s: float) -> Stream:
+    async def _open(self, card: messages.PeerCard, reach_s: float, step: Step) -> Stream:
         """A connection that the peer has agreed to hold."""
         me = self._card
-        stream = await self._dial(card, None, reach_s)
+        stream = await self._dial(card, None, step, reach_s)
         try:
+            step("waiting for it to agree to be watched")
             await stream.send(messages.Watch(me.rank, me.generation, card.rank, card.generation))
             await stream.receive()
         except BaseException:

@@ -718,9 +718,9 @@ def test_a_peer_that_does_not_answer_holds_up_nobody(
     here.plane.request_pair(1)
     reach(here, 2)
     connected(here, prompt)
-    assert "no answer within 0.6 s, though its host has taken" in here.engine.wait(
-        lambda engine: engine.failed.pop(1, None)
-    )
+    reason = here.engine.wait(lambda engine: engine.failed.pop(1, None))
+    assert "no answer within 0.2 s while waiting for its hello, 3 times: is the process stopped" in reason
+    assert "raise AIOCOMM_HANDSHAKE_TIMEOUT_S" in reason
     limit_calls(here, PATIENCE_S)
     silent.send_signal(signal.SIGCONT)
     reach(here, 1)
@@ -734,11 +734,36 @@ def test_a_call_that_broke_off_as_its_link_was_ready_is_made_anew(members: Calla
     here.joined(), there.joined()
     limit_calls(here, 0.2)
     here.plane.request_pair(1)
-    assert "no answer within 0.6 s" in here.engine.wait(lambda engine: engine.failed.pop(1, None))
+    reason = here.engine.wait(lambda engine: engine.failed.pop(1, None))
+    assert "no answer within 0.2 s while waiting" in reason
     limit_calls(here, PATIENCE_S)
     late.go_on.set()
     reach(here, 1)
     assert connected(here, there) == "shm"
+
+
+@pytest.mark.parametrize("link", ["shm", "tcp"])
+def test_a_process_that_stands_still_in_the_midst_of_a_call_goes_on_with_it(
+    link: str, members: Callable[..., Member]
+) -> None:
+    """It computes and holds its GIL, say, for longer than any step may take."""
+    address = fresh_address()
+    calls = []
+
+    class StandsStill(RecordingEngine):
+        def link_card(self, name: str) -> bytes:
+            calls.append(name)
+            loop: Any = asyncio.get_running_loop()
+            late_s, time = 2 * Settings().handshake_timeout_s, loop.time
+            loop.time = lambda: time() + late_s
+            return super().link_card(name)
+
+    links = {link: RecordingEngine().links[link]}
+    world = [members(address, rank, 2, engine=StandsStill(links, label=b"%d:" % rank)) for rank in range(2)]
+    world[0].joined(), world[1].joined()
+    world[0].plane.request_pair(1)
+    assert connected(*world) == link
+    assert calls == [link, link]
 
 
 class LateEngine(RecordingEngine):

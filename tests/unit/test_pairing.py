@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from harness import LIMIT_S
 
 from aiocomm._control import messages
+from aiocomm._control.calls import Opening
 from aiocomm._control.dialing import UnansweredError
 from aiocomm._control.messages import PeerCard
 from aiocomm._control.pairing import Pairing
 from aiocomm._control.testing import RecordingEngine
 
 if TYPE_CHECKING:
+    from aiocomm._control.limit import Step
     from aiocomm._control.stream import Stream
 
 
@@ -34,12 +37,12 @@ class Failing(RecordingEngine):
         self.gave_up.set()
 
 
-async def refusing(card: PeerCard, kind: str | None) -> Stream:
+async def refusing(card: PeerCard, kind: str | None, step: Step) -> Stream:
     raise ConnectionRefusedError("nobody listens")
 
 
 def pairing(engine: RecordingEngine, timeout_s: float, links: tuple[str, ...] = ("shm",)) -> Pairing:
-    found = Pairing(card(0, links), engine, refusing, timeout_s, lambda *_: None)
+    found = Pairing(card(0, links), engine, refusing, timeout_s, 128, lambda *_: None)
     found.add(card(1, links))
     return found
 
@@ -64,6 +67,9 @@ class Line:
         if isinstance(message, self._breaks_at or ()):
             raise ConnectionResetError("it broke")
         self.told.append(message)
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 OFFER = messages.Offer(b"a try", 1, 1, 0, 1)
@@ -107,13 +113,13 @@ def test_calls_that_fail_before_there_is_word_that_a_peer_is_gone(how: str) -> N
 def test_who_is_silent_is_called_once() -> None:
     calls = []
 
-    async def silent(card: PeerCard, kind: str | None) -> Stream:
+    async def silent(card: PeerCard, kind: str | None, step: Step) -> Stream:
         calls.append(card.rank)
         raise UnansweredError("no answer from tcp://10.0.0.1:7000")
 
     async def main() -> str:
         engine = Failing()
-        pairs = Pairing(card(0), engine, silent, 30.0, lambda *_: None)
+        pairs = Pairing(card(0), engine, silent, 30.0, 128, lambda *_: None)
         pairs.add(card(1))
         pairs.want(1)
         await engine.gave_up.wait()
@@ -132,11 +138,11 @@ def test_a_call_that_breaks_off_between_attaching_and_starting_leaves_the_pair_t
         engine = RecordingEngine(links={"shm": ("unix", 0)})
         called = asyncio.Event()
 
-        async def dial(card: PeerCard, kind: str | None) -> Stream:
+        async def dial(card: PeerCard, kind: str | None, step: Step) -> Stream:
             called.set()
             raise ConnectionRefusedError("nobody listens")
 
-        pairs = Pairing(card(0), engine, dial, 30.0, lambda *_: None)
+        pairs = Pairing(card(0), engine, dial, 30.0, 128, lambda *_: None)
         pairs.add(card(1))
         tries = (messages.LinkTry("shm", 0, False, b""), messages.Attached("shm"))
         line = Line(OFFER, *tries, breaks_at=messages.Attached)
@@ -185,3 +191,119 @@ def test_two_offers_of_one_name_end_as_others_do() -> None:
         await pairs.aclose()
 
     asyncio.run(main())
+
+
+def test_the_streams_of_a_link_are_opened_side_by_side_and_leave_room_for_other_peers() -> None:
+    """Each of four peers may take an eighth of the places of a listener."""
+
+    async def main() -> tuple[int, list[int]]:
+        engine = RecordingEngine({"tcp": ("tcp", 9)})
+        lines: list[Line] = []
+        opening, most, full, waits = 0, 0, asyncio.Event(), asyncio.Event()
+
+        async def dial(card: PeerCard, kind: str | None, step: Step) -> Stream:
+            nonlocal opening, most
+            if kind is None:
+                lines.append(Line(messages.OfferAnswer("accept", "")))
+                lines[0].silent = waits  # for the link to be ready
+            else:
+                opening += 1
+                most = max(most, opening)
+                if opening == 2:
+                    full.set()
+                await full.wait()  # for ever, one after the other
+                opening -= 1
+                lines.append(Line())
+            return cast("Stream", lines[-1])
+
+        pairs = Pairing(card(0, ("tcp",)), engine, dial, 30.0, 16, lambda *_: None)
+        for rank in range(1, 5):
+            pairs.add(card(rank, ("tcp",)))
+        pairs.want(1)
+        await waits.wait()
+        await pairs.aclose()
+        hellos = [told for line in lines[1:] for told in line.told if isinstance(told, messages.StreamHello)]
+        return most, sorted(hello.index for hello in hellos)
+
+    assert asyncio.run(asyncio.wait_for(main(), LIMIT_S)) == (2, list(range(9)))
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["fails", "is cancelled"])
+def test_a_stream_that_cannot_be_had_leaves_none_of_the_others(cancelled: bool) -> None:
+    async def main() -> list[Line]:
+        opened: list[Line] = []
+        due = asyncio.Event()
+
+        async def dial(card: PeerCard, kind: str | None, step: Step) -> Stream:
+            if len(opened) == 2:
+                due.set()
+                if cancelled:
+                    await asyncio.Event().wait()
+                raise ConnectionRefusedError("nobody listens")
+            opened.append(Line())
+            return cast("Stream", opened[-1])
+
+        streams: list[Stream] = []
+        before = asyncio.all_tasks()
+        opening = Opening(dial, card(1), b"a try", 4, lambda _: None).open("tcp", "tcp", 4, streams)
+        task = asyncio.create_task(opening)
+        await due.wait()
+        if cancelled:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else ConnectionRefusedError):
+            await task
+        assert asyncio.all_tasks() == before
+        assert streams == opened
+        return opened
+
+    assert len(asyncio.run(asyncio.wait_for(main(), LIMIT_S))) == 2
+
+
+def test_each_step_of_a_caller_has_its_own_time() -> None:
+    """Four fifths of the limit pass before each thing that it does."""
+
+    class Talk(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.says: asyncio.Queue[messages.Message] = asyncio.Queue()
+
+        async def receive(self) -> messages.Message:
+            return await self.says.get()
+
+        def take_over(self) -> Talk:
+            return self
+
+        def detach(self) -> int:
+            return os.open(os.devnull, os.O_WRONLY)
+
+    async def main() -> RecordingEngine:
+        loop, passed_s = asyncio.get_running_loop(), 0.0
+        time = loop.time
+        loop.time = lambda: time() + passed_s  # type: ignore[method-assign]
+        engine = RecordingEngine({"tcp": ("tcp", 3)})
+        pairs = pairing(engine, limit_s := 1000.0, ("tcp",))
+
+        async def does(line: Talk, message: messages.Message) -> asyncio.Task[None]:
+            nonlocal passed_s
+            if line not in lines:
+                lines[line] = asyncio.create_task(pairs.serve(cast("Stream", line)))
+            for _ in range(4):  # a process that stands still is not slow
+                passed_s += limit_s / 5
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            line.says.put_nowait(message)
+            return lines[line]
+
+        lines: dict[Talk, asyncio.Task[None]] = {}
+        call = Talk()
+        await does(call, OFFER)
+        await does(call, messages.LinkTry("tcp", 3, False, b""))
+        for index in range(3):
+            await (await does(Talk(), messages.StreamHello(OFFER.attempt, "tcp", index)))
+        await (await does(call, messages.Attached("tcp")))
+        await pairs.aclose()
+        return engine
+
+    engine = asyncio.run(main())
+    assert engine.started == {1: "tcp"}
+    engine.close()

@@ -15,6 +15,7 @@ from aiocomm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiocomm._control.limit import Step
     from aiocomm._control.stream import Stream
 
 HEARTBEAT_S = 0.05
@@ -32,7 +33,7 @@ def told(
 ) -> tuple[object, ...]:
     """What a vigil has to say of a peer, whom nobody reaches within `reach_s`, or of itself."""
 
-    async def dial(card: PeerCard, kind: str | None, within_s: float | None) -> Stream:
+    async def dial(card: PeerCard, kind: str | None, step: Step, within_s: float | None) -> Stream:
         await asyncio.sleep(reach_s)
         raise error
 
@@ -59,7 +60,8 @@ def lost(reason: str) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize(
-    ("ends", "reason"), [(True, "Connection reset by peer"), (False, "no answer for 0.3 s")]
+    ("ends", "reason"),
+    [(True, "Connection reset by peer"), (False, "no answer within 0.3 s while connecting with it")],
 )
 def test_who_has_taken_a_call_and_never_answers_is_lost(ends: bool, reason: str) -> None:
     """Its first failure comes once the time is over within which it had to be reached."""
