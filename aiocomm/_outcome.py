@@ -17,6 +17,8 @@ from aiocomm._device import DeviceArray, describe
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from aiocomm_native import Transfer
 
 __all__ = ["install", "told_of"]
@@ -212,12 +214,28 @@ async def trio_wait(transfer: Transfer[Any]) -> Any:
     return transfer.result()
 
 
+def iterate(transfer: Transfer[Any]) -> Generator[Any, None, Any]:
+    """Drive a transfer by `yield from`, as its `await` does; whoever only forgot to await it is told so.
+
+    Raises:
+        RuntimeError: driven on before the transfer has ended, as by `list` or `for`, which would never end.
+    """
+    try:
+        yield next(transfer)
+    except StopIteration as ended:
+        return ended.value
+    if not transfer.done():
+        raise RuntimeError(f"{transfer!r} was iterated over: await it, and iterate over what that returns")
+    return transfer.result()
+
+
 def install() -> None:
     """Give the hooks to the native module. Idempotent."""
     _core.install_hooks(
         make_error,
         make_array,
         trio_wait,
+        iterate,
         asyncio.CancelledError,
         errors.LinkError,
         errors.UsageError,

@@ -190,20 +190,21 @@ void bind_engine(nb::module_& m) {
 
   m.def(
       "install_hooks",
-      [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object cancelled,
-         nb::object link_error, nb::object usage_error, nb::object describe_device,
+      [](nb::object make_error, nb::object make_array, nb::object trio_wait, nb::object iterate,
+         nb::object cancelled, nb::object link_error, nb::object usage_error, nb::object describe_device,
          nb::object make_device_array) {
         hooks.make_error = make_error.release().ptr();
         hooks.make_array = make_array.release().ptr();
         hooks.trio_wait = trio_wait.release().ptr();
+        hooks.iterate = iterate.release().ptr();
         hooks.cancelled_error = cancelled.release().ptr();
         hooks.link_error = link_error.release().ptr();
         hooks.usage_error = usage_error.release().ptr();
         hooks.make_device_array = make_device_array.release().ptr();
         hooks.describe_device = describe_device.release().ptr();
       },
-      "make_error"_a, "make_array"_a, "trio_wait"_a, "cancelled_error"_a, "link_error"_a, "usage_error"_a,
-      "describe_device"_a, "make_device_array"_a);
+      "make_error"_a, "make_array"_a, "trio_wait"_a, "iterate"_a, "cancelled_error"_a, "link_error"_a,
+      "usage_error"_a, "describe_device"_a, "make_device_array"_a);
   m.def(
       "available_links",
       [] {

@@ -257,6 +257,9 @@ PyObject* transfer_await(PyObject* self) {
   return iterator;
 }
 
+// `await` asks for none; who iterates may have forgotten it, and is told so, as by a Future.
+PyObject* transfer_iter(PyObject* self) { return PyObject_CallOneArg(hooks.iterate, self); }
+
 PyObject* transfer_repr(PyObject* self) {
   Transfer* t = cast(self);
   static const char* outcomes[] = {"pending", "done", "failed", "cancelled"};
@@ -386,7 +389,7 @@ PyType_Slot slots[] = {
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
     {Py_tp_members, members},
-    {Py_tp_iter, reinterpret_cast<void*>(PyObject_SelfIter)},
+    {Py_tp_iter, reinterpret_cast<void*>(transfer_iter)},
     {Py_tp_iternext, reinterpret_cast<void*>(transfer_next)},
     {Py_am_await, reinterpret_cast<void*>(transfer_await)},
     {Py_am_send, reinterpret_cast<void*>(transfer_send)},

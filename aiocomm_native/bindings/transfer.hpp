@@ -23,6 +23,7 @@ struct Hooks {
   PyObject* make_error = nullptr;         // (transfer, code, error, link, capacity, reason) -> exception
   PyObject* make_array = nullptr;         // (memory, format, shape) -> array
   PyObject* trio_wait = nullptr;          // (transfer) -> coroutine
+  PyObject* iterate = nullptr;            // (transfer) -> iterator
   PyObject* cancelled_error = nullptr;    // asyncio.CancelledError
   PyObject* link_error = nullptr;         // aiocomm.LinkError
   PyObject* usage_error = nullptr;        // aiocomm.UsageError

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import weakref
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,6 +18,8 @@ from aiocomm._loop.spin import SpinSelector
 from aiocomm.errors import TransferCancelled
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from conftest import Pair
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +86,48 @@ async def test_a_pending_one_has_no_result(pair: Pair) -> None:
         transfer.exception()
     assert not transfer.done()
     transfer.cancel()
+
+
+async def test_who_iterates_instead_of_awaiting_is_told_so(pair: Pair) -> None:
+    a, b = pair
+    rows = b.recv_array(0)
+    with pytest.raises(RuntimeError, match=r"Transfer recv src=0 .* was iterated over: await it"):
+        list(islice(rows, 9))  # `list(rows)`, if that ends
+    seen: list[Any] = []
+    with pytest.raises(RuntimeError, match="await it"):
+        seen.extend(row for row, _ in zip(rows, range(9), strict=False))
+    assert seen == [rows]
+    await a.send(b"abc", 1)
+    assert (await rows).tobytes() == b"abc"
+
+
+async def test_it_can_be_delegated_to(pair: Pair) -> None:
+    """By objects whose `__await__` goes on to the transfer's."""
+    a, b = pair
+
+    class Delegating:
+        def __init__(self, transfer: aiocomm.Transfer[Any]) -> None:
+            self._transfer = transfer
+
+        def __await__(self) -> Generator[Any, None, Any]:
+            return (yield from self._transfer.__await__())
+
+    async def send() -> None:
+        await Delegating(a.send(b"abc", 1))
+
+    async with anyio.create_task_group() as group:
+        transfer = b.recv(bytearray(3), 0)
+        group.start_soon(send)
+        assert await Delegating(transfer) == (0, 0, 3)
+    assert await Delegating(transfer) == (0, 0, 3)
+    with pytest.raises(aiocomm.DeadlineExceeded):
+        await Delegating(b.recv(bytearray(1), 0, deadline=0.001))
+    transfer = b.recv(bytearray(1), 0)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await Delegating(transfer)
+    assert scope.cancelled_caught
+    assert transfer.cancelled()
 
 
 async def test_it_cannot_be_made_by_hand() -> None:
