@@ -72,7 +72,7 @@ async def main() -> None:
 
 if __name__ == "__main__":
     if DEVICES < 1:
-        found = "cuda-python is not installed" if DEVICES < 0 else "cuda-python sees no GPU"
-        print(f"skipped: {found}, and this example needs one (pip install 'aiocomm[cuda13]')")
+        absent = "cuda-python is not installed (pip install 'aiocomm[cuda13]')"
+        print(f"skipped: {absent if DEVICES < 0 else 'cuda-python sees no GPU'}; this example needs a GPU")
     else:
         asyncio.run(main())

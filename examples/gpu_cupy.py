@@ -43,7 +43,7 @@ async def main() -> None:
 
 if __name__ == "__main__":
     if DEVICES < 1:
-        found = "CuPy is not installed" if DEVICES < 0 else "CuPy sees no GPU"
-        print(f"skipped: {found}, and this example needs one (pip install 'aiocomm[cuda13]')")
+        absent = "CuPy is not installed (pip install 'aiocomm[cuda13]')"
+        print(f"skipped: {absent if DEVICES < 0 else 'CuPy sees no GPU'}; this example needs a GPU")
     else:
         asyncio.run(main())

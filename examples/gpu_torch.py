@@ -59,7 +59,9 @@ async def main() -> None:
 
 if __name__ == "__main__":
     if DEVICES < 2:
-        found = "torch is not installed" if DEVICES < 0 else f"torch sees {DEVICES} GPU(s)"
-        print(f"skipped: {found}, and this example needs two")
+        found = (
+            "torch is not installed (pip install torch)" if DEVICES < 0 else f"torch sees {DEVICES} GPU(s)"
+        )
+        print(f"skipped: {found}; this example needs two GPUs")
     else:
         asyncio.run(main())

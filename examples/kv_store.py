@@ -62,9 +62,9 @@ async def main() -> None:
                 found = await cache.use(request)
             expected = np.random.default_rng(request).integers(0, 256, (LAYERS, BYTES))
             assert (found == expected).all(), request
-        await comm.send(b"done", dst=1)
         moved = comm.statistics().links["shm"]
-        print(f"{len(cache.there)} requests were put out and came back: {moved.bytes_sent:,} bytes")
+        await comm.send(b"done", dst=1)
+        print(f"{len(cache.there)} requests were put out ({moved.bytes_sent:,} bytes) and came back")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ class ControlPlane:
             address = hosting.near
         if key is None and isinstance(address, TcpAddress):
             raise UsageError(
-                f"{address} needs a token: set AIOCOMM_TOKEN (or token=) to the same secret everywhere"
+                f"{address} needs a token: set AIOCOMM_TOKEN_FILE, AIOCOMM_TOKEN or token= "
+                "to the same secret everywhere"
             )
         endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         await endpoints.look_up_host()

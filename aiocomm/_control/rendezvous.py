@@ -159,7 +159,8 @@ class Rendezvous:
         """
         if self._key is None and not isinstance(address, UnixAddress):
             raise UsageError(
-                f"listening at {address} needs a token: set AIOCOMM_TOKEN (or token=), the same everywhere"
+                f"listening at {address} needs a token: set AIOCOMM_TOKEN_FILE, AIOCOMM_TOKEN or token= "
+                "to the same secret everywhere"
             )
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s

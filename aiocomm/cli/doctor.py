@@ -101,7 +101,9 @@ def _other_host(path: str) -> dict[str, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             return {link["link"]: dict(link["facts"]) for link in json.load(file)["links"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ArgumentTypeError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ArgumentTypeError(f"{path} is not what `aiocomm doctor --json` printed: {error}") from error
 
 

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="module", action="store_true", help="the program is a module")
     parser.add_argument("--no-python", action="store_true", help="the program is no Python script")
     parser.add_argument("program", help="script, module or program")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    rest.required = False  # which argparse tells those otherwise who forget the program
 
 
 def main(args: argparse.Namespace) -> int:

@@ -440,6 +440,9 @@ def test_the_command_knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended_with:
         cli.main(["nonsense"])
     assert ended_with.value.code == 2
+    with pytest.raises(SystemExit):
+        cli.main(["run", "-n", "2"])
+    assert "required: program\n" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended_with:
         cli.main(["--version"])
     assert ended_with.value.code == 0
@@ -450,7 +453,7 @@ def test_a_rendezvous_over_tcp_needs_a_token() -> None:
     command = [sys.executable, "-m", "aiocomm", "rendezvous", "--listen", "tcp://127.0.0.1:0"]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=False, env=env)
     assert done.returncode == 2
-    assert b"needs a token" in done.stderr
+    assert b"needs a token: set AIOCOMM_TOKEN_FILE" in done.stderr
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**env, "AIOCOMM_TOKEN": "t"}) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"listening at tcp://127.0.0.1:")

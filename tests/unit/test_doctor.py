@@ -340,3 +340,6 @@ def test_another_host_s_report_must_be_one(
     with pytest.raises(SystemExit):
         run("--against", str(path))
     assert "doctor --json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--against", str(tmp_path / "nowhere.json"))
+    assert "nowhere.json cannot be read: No such file or directory" in capsys.readouterr().err
