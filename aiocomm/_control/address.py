@@ -3,6 +3,7 @@
 | form | meaning |
 |---|---|
 | `tcp://host:port`, `tcp://[v6]:port` | a TCP port; `*` or `0.0.0.0` listens on all interfaces |
+| `tcp://[fe80::1%eth0]:port` | one on a link that has no other addresses, by this host's interface to it |
 | `unix:///path`, `unix://@name` | a Unix socket, in the file system or abstract (nothing is left behind) |
 | `file:///path` | a file on a shared file system, into which rank 0 writes its address |
 | `env://` | what the launcher says: see `aiocomm.config` |
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from aiocomm.errors import UsageError
@@ -24,7 +25,11 @@ _MAX_UNIX: Final = 107  # sun_path less its terminator; one more byte goes to th
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """A host, by name or number, and a port. `host` is empty for all interfaces."""
+    """A host, by name or number, and a port. `host` is empty for all interfaces.
+
+    An IPv6 address of one link (fe80::…) has a meaning only with an interface, `fe80::1%eth0`, and each host
+    has names of its own for those: what is told to others is `bare`, and they add their own.
+    """
 
     host: str
     port: int
@@ -37,6 +42,29 @@ class TcpAddress:
         except ValueError:
             return False
         return True
+
+    @property
+    def is_link_local(self) -> bool:
+        """Whether this is an IPv6 address of one link."""
+        return self.is_literal and ":" in self.host and ipaddress.IPv6Address(self.host).is_link_local
+
+    @property
+    def interface(self) -> str:
+        """The interface of this host whose link is meant, empty if none is given."""
+        return self.host.partition("%")[2]
+
+    @property
+    def bare(self) -> TcpAddress:
+        """Without the interface."""
+        return replace(self, host=self.host.partition("%")[0])
+
+    def on(self, interface: str) -> TcpAddress:
+        """What another host has told, on this host's interface to the link (empty: it is not known)."""
+        return (
+            replace(self.bare, host=f"{self.bare.host}%{interface}")
+            if self.is_link_local and interface
+            else self
+        )
 
     @property
     def is_wildcard(self) -> bool:

@@ -175,7 +175,9 @@ class Client:
     async def _reach(self) -> Stream:
         address = self._address
         if isinstance(address, FileAddress):
-            addresses, token = read_address_file(address.path)
+            told, token = read_address_file(address.path)
+            own = TcpAddress(self._settings.host or "", 0).interface
+            addresses = tuple(one.on(own) if isinstance(one, TcpAddress) else one for one in told)
             self.key = self.key if token is None or self._world.token is not None else token
         else:
             assert isinstance(address, (TcpAddress, UnixAddress))

@@ -13,7 +13,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
-from aiocomm._control.host import resolve, what_to_do
+from aiocomm._control.host import numeric_host, resolve, what_to_do
 from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import Stream
 from aiocomm.errors import AuthenticationError
@@ -141,13 +141,20 @@ async def _resolve(
     """The sockets' addresses that an address stands for, each with what to call it."""
     if isinstance(address, UnixAddress):
         return [(address, socket.AF_UNIX, address.sockaddr)]
+    if address.is_link_local and not address.interface:
+        raise ConnectionError(
+            f"{address.host} is an address of one link, and it is not known by which interface of this host: "
+            f"write [{address.host}%eth0], say, or give this host's own address of that link by AIOCOMM_HOST"
+        )
     if address.is_literal and not address.is_wildcard:
         flags = socket.AI_NUMERICHOST
         numeric = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
         found: list[tuple[int, Any]] = [(family, sockaddr) for family, *_, sockaddr in numeric]
     else:
         found = await resolve(address.host if not address.is_wildcard else "localhost", address.port)
-    return [(TcpAddress(str(sockaddr[0]), address.port), family, sockaddr) for family, sockaddr in found]
+    return [
+        (TcpAddress(numeric_host(sockaddr), address.port), family, sockaddr) for family, sockaddr in found
+    ]
 
 
 async def _connect(family: int, sockaddr: object) -> Stream:

@@ -41,6 +41,7 @@ class Endpoints:
         self._listeners: list[Listener] = []
         self._key = b""
         self._host_id = ""
+        self._interface = ""  # to the link of those whose address is one of a link
         self._rendezvous_at: tuple[str, str] | None = None
         self._worked: dict[int, TcpAddress] = {}
 
@@ -61,6 +62,8 @@ class Endpoints:
             OSError: no socket can be had.
         """
         if not self._sockets:
+            told = (self._settings.host or "", local_host)
+            self._interface = next(filter(None, (TcpAddress(host, 0).interface for host in told)), "")
             try:
                 self._bind_all(local_host, further)
             except BaseException:  # all of them, or none: whoever tries again would miss those that failed
@@ -100,7 +103,7 @@ class Endpoints:
         sock, address = bound
         self._sockets.append(sock)
         if isinstance(address, TcpAddress):
-            self._addresses += [TcpAddress(host, address.port) for host in hosts]
+            self._addresses += [TcpAddress(host, address.port).bare for host in hosts]
         else:
             self._addresses.append(address)
 
@@ -166,7 +169,7 @@ class Endpoints:
 
     def _by_likelihood(self, card: PeerCard, known: Sequence[Address]) -> list[TcpAddress | UnixAddress]:
         """A peer's TCP addresses in the order in which to try them."""
-        found = [address for address in known if isinstance(address, TcpAddress)]
+        found = [address.on(self._interface) for address in known if isinstance(address, TcpAddress)]
         guess: TcpAddress | None = None
         if found and self._rendezvous_at is not None and self._rendezvous_at[0] == card.host_id:
             guess = TcpAddress(self._rendezvous_at[1], found[0].port)

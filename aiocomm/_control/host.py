@@ -20,6 +20,7 @@ __all__ = [
     "host_id",
     "hostname",
     "look_up",
+    "numeric_host",
     "open_pidfd",
     "pid_namespace",
     "resolve",
@@ -118,6 +119,17 @@ def _answer(
         future.set_exception(failure)
 
 
+def numeric_host(sockaddr: tuple[Any, ...]) -> str:
+    """The host of an IP socket's address, with this host's interface where it is one of a link."""
+    host, _, *further = sockaddr
+    if not (further and further[1]):
+        return str(host)
+    try:
+        return f"{host}%{socket.if_indextoname(further[1])}"
+    except OSError:  # it is gone
+        return f"{host}%{further[1]}"
+
+
 async def look_up(name: str, whose: str) -> list[str]:
     """The addresses of a name that others are told. None, and a warning, if it means nothing here: they will
     hardly know more.
@@ -127,7 +139,7 @@ async def look_up(name: str, whose: str) -> list[str]:
     """
     try:
         async with asyncio.timeout(_LOOK_UP_S):
-            return [str(at[0]) for _, at in await resolve(name, None)]
+            return [numeric_host(at) for _, at in await resolve(name, None)]
     except OSError as error:  # also: nobody knows within the time
         _log.warning(
             "the name that %s gives to others, %s, is not known here: %s", whose, name, what_to_do(error)

@@ -97,11 +97,12 @@ class Host:
             self._near = replace(bound, host=await _own_address(bound, own))
         if isinstance(address, FileAddress):
             try:
-                write_address_file(address.path, found, self._fresh)
+                told = [one.bare if isinstance(one, TcpAddress) else one for one in found]
+                write_address_file(address.path, told, self._fresh)
             except OSError as error:
                 who = self.rendezvous.who
                 raise LinkError(f"{who} cannot write {address}: {error}", error.errno) from error
-            self._published = (address.path, found[0])
+            self._published = (address.path, told[0])
         return found[0], self._key
 
     @property

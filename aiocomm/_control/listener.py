@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -66,8 +67,13 @@ def bind(address: TcpAddress | UnixAddress) -> tuple[socket.socket, TcpAddress |
             raise
         return sock, address
     if address.is_literal and not address.is_wildcard:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        sock = socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+        flags = socket.AI_NUMERICHOST
+        try:
+            numeric = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
+        except socket.gaierror as error:  # there is nothing to look up but the interface
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from error
+        family, *_, at = numeric[0]  # with the number of the interface, which a host and a port lack
+        sock = socket.create_server(at, family=family, backlog=_BACKLOG)
     elif address.host == "localhost":
         sock = socket.create_server(("127.0.0.1", address.port), backlog=_BACKLOG)
     elif address.host != "0.0.0.0" and socket.has_dualstack_ipv6():

@@ -46,6 +46,8 @@ _REMEDIES: Final = {
     errno.EADDRNOTAVAIL: "; start it on the host that has that address, or listen on all of its own: tcp://*:port",
     errno.EACCES: "; choose a port from 1024 on, or a folder that this user may write to",
     errno.ENOENT: "; make the folder, or choose another one",
+    errno.EINVAL: "; an address of one link needs this host's interface to it: tcp://[fe80::1%eth0]:port",
+    errno.ENODEV: "; this host has no such interface: `ip link` lists those that it has",
 }
 _GENERATION_SPACE: Final = (
     1 << 30

@@ -16,6 +16,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.auth import HELLO_SIZE, PROOF_SIZE, VERDICT_SIZE, Called, Caller
+from aiocomm._control.host import numeric_host
 from aiocomm._control.wire import FrameParser, ProtocolError, encode
 from aiocomm._forked import tell_of_fork
 from aiocomm.errors import AuthenticationError
@@ -63,12 +64,12 @@ class Stream:
     @property
     def local_host(self) -> str:
         """This side's numeric address; empty for a Unix socket."""
-        return "" if self.is_unix else str(self._sock.getsockname()[0])
+        return "" if self.is_unix else numeric_host(self._sock.getsockname())
 
     @property
     def remote_host(self) -> str:
         """The other side's numeric address; empty for a Unix socket."""
-        return "" if self.is_unix else str(self._sock.getpeername()[0])
+        return "" if self.is_unix else numeric_host(self._sock.getpeername())
 
     def check_user(self) -> None:
         """Let only this process's own user be at the other end.

@@ -35,11 +35,17 @@ def two(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
-def meet(two: Hosts, addresses: list[str], places: list[int], caller: int) -> list[str]:
-    """What members say that meet at the addresses, each on the host given."""
+def meet(
+    two: Hosts, addresses: list[str], places: list[int], caller: int, own: tuple[str, ...] = ()
+) -> list[str]:
+    """What members say that meet at the addresses, each on the host given; `own`: AIOCOMM_HOST of those."""
     size = str(len(places))
     processes = [
-        two.start(place, "-c", MEMBER, address, str(rank), size, str(caller))
+        two.start(
+            place,
+            *("-c", MEMBER, address, str(rank), size, str(caller)),
+            **({"AIOCOMM_HOST": own[place]} if own else {}),
+        )
         for rank, (place, address) in enumerate(zip(places, addresses, strict=True))
     ]
     try:
@@ -80,17 +86,65 @@ def test_a_name_is_got_past_its_address_that_does_not_answer(two: Hosts) -> None
     assert meet(two, addresses, [0, 1], caller=1) == ["ok\n"] * 2
 
 
+@pytest.fixture
+def link(two: Hosts) -> Hosts:
+    """Hosts with no addresses but those of the link between them, whose interfaces differ in their names."""
+    for k, name in enumerate(("eth0", "net1")):
+        two.ip(k, "link", "set", "eth0", "down")
+        two.ip(k, "address", "flush", "dev", "eth0")
+        two.ip(k, "link", "set", "eth0", "name", name, "up")
+        two.ip(k, "address", "add", f"fe80::a{k}/64", "dev", name, "nodad")
+    return two
+
+
+@pytest.mark.parametrize("caller", [0, 2])
+@pytest.mark.parametrize("kind", ["address", "file"])
+def test_hosts_meet_that_have_only_the_addresses_of_a_link(
+    link: Hosts, kind: str, caller: int, tmp_path: Path
+) -> None:
+    """What is told of one is without its interface: that of the other host has another name."""
+    here, there = f"tcp://[fe80::a0%eth0]:{PORT}", f"tcp://[fe80::a0%net1]:{PORT}"
+    own: tuple[str, ...] = ()
+    if kind == "file":  # which holds all addresses but these, unless one is given
+        here = there = f"file://{tmp_path}/address"
+        own = ("fe80::a0%eth0", "fe80::a1%net1")
+    assert meet(link, [here, here, there], [0, 0, 1], caller, own) == ["ok\n"] * 3
+
+
+@pytest.mark.parametrize(
+    ("address", "rank", "says"),
+    [
+        (
+            "tcp://[fe80::a0]:{port}",
+            0,
+            "Invalid argument; an address of one link needs this host's interface",
+        ),
+        ("tcp://[fe80::a0%eth9]:{port}", 0, "No such device; this host has no such interface"),
+        (
+            "tcp://[fe80::a0]:{port}",
+            1,
+            "it is not known by which interface of this host: write [fe80::a0%eth0]",
+        ),
+    ],
+)
+def test_an_address_of_a_link_without_its_interface_is_told(
+    link: Hosts, address: str, rank: int, says: str
+) -> None:
+    asks = link.start(0, "-c", SILENT, address.format(port=PORT), str(rank))
+    assert says in asks.communicate(timeout=60)[0]
+
+
 SILENT = """
 import asyncio, sys
 import aiocomm
 
-async def main(address):
+async def main(address, rank):
     try:
-        await aiocomm.connect(address, rank=1, size=2, deadline=5)
-    except aiocomm.DeadlineExceeded as error:
+        await aiocomm.connect(address, rank=rank, size=2, deadline=5)
+    except (aiocomm.DeadlineExceeded, aiocomm.LinkError) as error:
         print(error, flush=True)
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 LONE_SENDER = """
 import asyncio, sys
@@ -130,6 +184,6 @@ def test_a_peer_behind_a_firewall_is_not_told_to_be_gone(two: Hosts) -> None:
 
 def test_a_rendezvous_behind_a_firewall_is_told_to_be_silent(two: Hosts) -> None:
     two.drop(0, f"tcp dport {PORT}")
-    silent = two.start(1, "-c", SILENT, f"tcp://{two.addresses[0]}:{PORT}")
+    silent = two.start(1, "-c", SILENT, f"tcp://{two.addresses[0]}:{PORT}", "1")
     said, _ = silent.communicate(timeout=60)
     assert f"no answer from tcp://{two.addresses[0]}:{PORT}: is a firewall between" in said

@@ -73,6 +73,21 @@ def test_any_text_is_an_address_or_a_usage_error(rest: str, scheme: str) -> None
     assert parse(str(address)) == address
 
 
+@pytest.mark.parametrize(
+    ("told", "host"),
+    [
+        ("fe80::1", "fe80::1%eth0"),
+        ("fe80::1%ib0", "fe80::1%eth0"),  # the name that another host has for it
+        ("fd00::1", "fd00::1"),
+        ("169.254.0.1", "169.254.0.1"),
+        ("gpu1", "gpu1"),
+    ],
+)
+def test_an_address_of_a_link_is_on_an_interface(told: str, host: str) -> None:
+    assert TcpAddress(told, 1).on("eth0") == TcpAddress(host, 1)
+    assert TcpAddress(told, 1).on("") == TcpAddress(told, 1)
+
+
 def test_the_abstract_name_starts_with_a_zero_byte() -> None:
     assert UnixAddress("@name").sockaddr == "\0name"
     assert UnixAddress("/path").sockaddr == "/path"
