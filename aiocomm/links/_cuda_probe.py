@@ -24,6 +24,7 @@ LEGACY, VMM, POOL = "cudaMalloc", "VMM", "cudaMallocAsync"
 
 _NBYTES: Final = 2 << 20
 _DESCRIPTOR: Final = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_PYTHON: Final = (sys.executable, "-P")  # not what lies in the working folder
 _TIMEOUT_S: Final = 60.0  # contexts on a busy machine take seconds
 
 
@@ -97,7 +98,7 @@ def try_exports() -> dict[str, str]:
     Raises:
         OSError: the child cannot be started, or does not end.
     """
-    command = [sys.executable, "-m", __name__]
+    command = [*_PYTHON, "-m", __name__]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -124,7 +125,7 @@ def _export() -> None:
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with mine, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            [*_PYTHON, "-m", __spec__.name, str(theirs.fileno())], pass_fds=[theirs.fileno()]
         )
         theirs.close()
         for name, handle in handles.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fakes import simulated
 
-from aiocomm.links import _container, cuda
+from aiocomm.links import _container, _cuda_probe, cuda
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +87,16 @@ def test_refused_ipc_says_what_may_refuse_it() -> None:
     assert "cuIpcOpenMemHandle gives CUDA_ERROR_NOT_SUPPORTED (801)" in check["detail"]
     assert check["advice"]
     assert found["VMM memory"]["state"] == "ok"
+
+
+def test_what_lies_in_the_working_folder_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('not of this folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    monkeypatch.setenv("AIOCOMM_LIBCUDA", str(simulated.build()))
+    assert _cuda_probe.try_exports()[_cuda_probe.VMM] == "ok"
 
 
 def test_a_device_that_cannot_be_used() -> None:
