@@ -75,10 +75,11 @@ def main(args: argparse.Namespace) -> int:
         }
         print(json.dumps(found, indent=2))
     else:
-        _show(reports, settings)
+        console = Console(highlight=False)
+        _show(console, reports, settings)
         if not enough:
             needed = " and ".join(args.require) if args.require else " or ".join(_ENOUGH)
-            Console(highlight=False).print(f"\n[red]not enough:[/] {needed} must work")
+            console.print(f"\n[red]not enough:[/] {needed} must work")
     return 0 if ok else 1
 
 
@@ -144,8 +145,7 @@ def _settings() -> dict[str, Any]:
     return {"error": error, "unknown": unknown}
 
 
-def _show(reports: list[Report], settings: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+def _show(console: Console, reports: list[Report], settings: dict[str, Any]) -> None:
     facts = _python()
     versions = [f"{name} {facts[name] or 'missing'}" for name in ("aiocomm", "numpy", "uvloop", "trio")]
     console.print(f"{facts['implementation']} {facts['python']}, {facts['system']}, {facts['cores']} cores")
