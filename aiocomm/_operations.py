@@ -435,12 +435,16 @@ class Operations:
             if rank >= self._ranks:
                 self._catch_up()
             if not low <= rank < self._ranks:
+                if rank == ANY_SOURCE:
+                    hint = "; ANY_SOURCE is for receiving only: pass the receiver's"
                 known = f"0 to {self._ranks - 1}" if self._ranks > 1 else "only 0, this process"
                 raise UsageError(f"no rank {rank} in this world: ranks are {known}{hint}")
         if tag is not _NOT_GIVEN:
             _integers(tag=tag)
             if not (0 if src is _NOT_GIVEN else ANY_TAG) <= tag <= MAX_TAG:
                 wild = "" if src is _NOT_GIVEN else " and ANY_TAG"
+                if tag == ANY_TAG:
+                    wild = "; ANY_TAG is for receiving only: pass one tag, that the receiver asks for"
                 raise UsageError(f"tag {tag} is outside 0 to MAX_TAG = {MAX_TAG}{wild}")
 
 

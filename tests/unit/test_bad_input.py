@@ -133,6 +133,16 @@ SENDS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "no rank 2 in this world: ranks are 0 to 1",
     ),
     "a negative rank": (lambda c: c.send(b"x", -1), UsageError, "no rank -1"),
+    "any rank": (
+        lambda c: c.send(b"x", aiocomm.ANY_SOURCE),
+        UsageError,
+        "ANY_SOURCE is for receiving only: pass the receiver's",
+    ),
+    "any tag": (
+        lambda c: c.send(b"x", 1, tag=aiocomm.ANY_TAG),
+        UsageError,
+        "ANY_TAG is for receiving only: pass one tag",
+    ),
     "a rank that is no number": (
         lambda c: c.send(b"x", "1"),
         UsageTypeError,
