@@ -9,6 +9,7 @@ import numpy as np
 
 from aiocomm._device import describe, is_read_only, part_of
 from aiocomm._exchange import exchange
+from aiocomm._loop.backend import elsewhere
 from aiocomm._numbers import integer
 from aiocomm._queues import Share
 from aiocomm.arrays import as_buffer
@@ -424,10 +425,7 @@ class Operations:
                 "connect() here, in a loop of its own, or start processes by spawn (multiprocessing)"
             )
         if not self._here():
-            raise UsageError(
-                "this communicator belongs to another event loop or thread: use comm.from_thread there, or "
-                "open one communicator per loop"
-            )
+            raise UsageError(elsewhere())
         for rank, low, hint in ((dst, 0, ""), (src, -1, ", or ANY_SOURCE")):
             if rank is _NOT_GIVEN:
                 continue

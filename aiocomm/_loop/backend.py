@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aiocomm_native._core import Engine
 
-__all__ = ["Backend", "current_backend", "import_early"]
+__all__ = ["Backend", "current_backend", "elsewhere", "import_early"]
 
 
 class Backend(Protocol):
@@ -77,3 +77,17 @@ def current_backend() -> Backend:
     from aiocomm._loop.asyncio_backend import AsyncioBackend
 
     return AsyncioBackend(loop)
+
+
+def elsewhere() -> str:
+    """What is told to who calls a communicator where its loop does not run."""
+    trio = sys.modules.get("trio")
+    if asyncio._get_running_loop() is None and not (trio is not None and trio.lowlevel.in_trio_run()):
+        return (
+            "no event loop is running in this thread: call from a coroutine of the loop that opened the "
+            "communicator; while that runs in another thread, comm.from_thread calls it from here"
+        )
+    return (
+        "this communicator belongs to another event loop or thread: use comm.from_thread there, or open one "
+        "communicator per loop"
+    )

@@ -587,7 +587,7 @@ async def test_a_lease_that_is_refused_ends_no_other() -> None:
 
 @pytest.mark.parametrize("opened", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_another_loop_is_refused(opened: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """Also in the same thread, where the communicator's own loop does not run meanwhile."""
+    """Also in the same thread, where its own loop does not run meanwhile, and where none does."""
     with contextlib.closing(opened()) as loop:
         making = world(2, warmup=True)
         a, b = loop.run_until_complete(making.__aenter__())
@@ -618,6 +618,9 @@ def test_another_loop_is_refused(opened: Callable[[], asyncio.AbstractEventLoop]
                 await asyncio.wait_for(posted, 1)
 
         asyncio.run(elsewhere())
+        for call in calls:
+            with pytest.raises(UsageError, match=r"no event loop is running .*: call from a coroutine"):
+                call()
         assert not a.closed
         assert not posted.done()
 
@@ -745,6 +748,8 @@ def test_another_run_of_trio_is_refused() -> None:
 
     comm = trio.run(first)
     trio.run(second)
+    with pytest.raises(aiocomm.UsageError, match="no event loop is running in this thread"):
+        comm.recv(bytearray(1), 0)
 
 
 def test_who_forgets_to_await_is_told() -> None:
