@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from aiocomm._queues import Broadcast
-from aiocomm.errors import UsageError
+from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm.statistics import LinkStatistics
 from aiocomm.types import Completion, Submission
 from aiocomm_native import _core
@@ -80,6 +80,12 @@ class LinkHandle:
     def _close(self) -> None:
         self._submissions.close()
         self._completions.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageTypeError(
+            f"the link {self.name!r} stays in its process: it cannot be pickled or copied. Send its name, or "
+            "what its statistics() returns"
+        )
 
     def __repr__(self) -> str:
         return f"<aiocomm link {self.name}>"

@@ -3,7 +3,7 @@ from asyncio import Future
 from collections.abc import Callable, Generator
 from contextvars import Context
 from types import GenericAlias
-from typing import Any, Literal, TypeVar, final
+from typing import Any, Literal, NoReturn, TypeVar, final
 
 from _typeshed import structseq
 
@@ -43,6 +43,7 @@ class Transfer(Future[T]):  # type: ignore[type-var]
     def __iter__(self) -> Generator[Any, None, T]: ...
     def __next__(self) -> Any: ...
     def __del__(self) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
     @classmethod
     def __class_getitem__(cls, item: Any, /) -> GenericAlias: ...
     def result(self) -> T:

@@ -195,6 +195,13 @@ PyObject* transfer_get_loop(PyObject* self, PyObject*) {
   return Py_NewRef(loop ? loop : Py_None);
 }
 
+PyObject* transfer_reduce(PyObject*, PyObject*) {
+  PyErr_SetString(PyExc_TypeError,
+                  "a transfer stays in its process: it cannot be pickled or copied. Await it, and send what "
+                  "that returns");
+  return nullptr;
+}
+
 PyObject* transfer_make_cancelled_error(PyObject* self, PyObject*) {
   Transfer* t = cast(self);
   return t->cancel_message ? PyObject_CallOneArg(hooks.cancelled_error, t->cancel_message)
@@ -363,6 +370,7 @@ PyMethodDef methods[] = {
     {"remove_done_callback", transfer_remove_done_callback, METH_O, "Removes callbacks; returns how many."},
     {"get_loop", transfer_get_loop, METH_NOARGS, "The event loop that the transfer belongs to."},
     {"_make_cancelled_error", transfer_make_cancelled_error, METH_NOARGS, "For asyncio.gather."},
+    {"__reduce__", transfer_reduce, METH_NOARGS, "Raises TypeError."},
     {"__class_getitem__", Py_GenericAlias, METH_O | METH_CLASS, "Transfer[T]."},
     {nullptr, nullptr, 0, nullptr}};
 

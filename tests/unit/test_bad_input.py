@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
+import pickle
 import struct
 import threading
 from typing import TYPE_CHECKING, Any
@@ -667,6 +669,17 @@ async def test_texts_of_any_length_are_refused(pair: Pair) -> None:
     with pytest.raises(UsageTypeError, match=r"pickle\.dumps"):
         pair[0].send(np.array(["a"], np.dtypes.StringDType()), 1)
     await _goes_on(pair)
+
+
+async def test_what_stays_in_its_process_says_what_to_send(pair: Pair) -> None:
+    a, b = pair
+    for mine, told in (
+        (a.links["shm"], "Send its name"),
+        (b.recv(bytearray(1), 0), "send what that returns"),
+    ):
+        for copying in (pickle.dumps, copy.copy):
+            with pytest.raises(TypeError, match=f"stays in its process: .*{told}"):
+                copying(mine)
 
 
 def test_shapes_may_be_of_numpys_integers() -> None:
