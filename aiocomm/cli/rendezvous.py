@@ -43,7 +43,8 @@ async def _serve(listen: str) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(signum, stop.set)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signum, stop.set)
     token = resolve_world(listen).token
     key = token.encode() if token is not None else None
     settings = Settings.from_environment()

@@ -3,7 +3,8 @@
 One thread and one selector: pipes of the children, their ends (pidfds), our own output, and signals. Rules:
 1. A line of output is written whole, after its rank; stdout and stderr stay apart. What is not read waits, up
    to `_BACKLOG` bytes; then the children wait, as at any full pipe. Signals and the children's ends do not.
-2. Signals are passed on to every child's process group; a third interruption kills.
+2. Signals are passed on to every child's process group; a third interruption kills. Those that are ignored
+   here from the start, as nohup has it, stay so, here and there.
 3. The first child that fails decides the exit status; the others are asked to end, and killed after a while.
 4. What the children have written is written before this process ends, however long its reader takes; but if
    one has failed it is given up after `--grace` without progress, after an interruption after `_DRAIN_S`.
@@ -375,4 +376,6 @@ class _Launcher:
             self._signals.append(signum)
 
         for signum in _FORWARDED:
+            if signal.getsignal(signum) is signal.SIG_IGN:
+                continue
             stack.callback(signal.signal, signum, signal.signal(signum, note))

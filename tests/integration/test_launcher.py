@@ -18,6 +18,7 @@ import pytest
 from harness import held
 
 from aiocomm import cli
+from aiocomm._process import fresh_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,9 +44,17 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
 
 
 @contextlib.contextmanager
-def running(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(*arguments: str, ignored: signal.Signals | None = None) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "aiocomm", "run", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def disposed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else that of whoever runs the tests
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=disposed
+    ) as process:
         try:
             yield process
         finally:
@@ -313,6 +322,42 @@ def test_signals_are_passed_on(signum: signal.Signals, script: Callable[[str], s
         process.send_signal(signum)
         assert lines(process, 2) == [f"[0] got {int(signum)}", f"[1] got {int(signum)}"]
         assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_are_ignored_from_the_start_stay_so(
+    signum: signal.Signals, script: Callable[[str], str]
+) -> None:
+    """As nohup has it, and a shell for what it runs in the background."""
+    program = script("""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # else it may come just before the wait
+        print("ready", flush=True)
+        signal.sigwait([signal.SIGUSR1])
+    """)
+    with running("-n", "1", program, ignored=signum) as process:
+        assert lines(process, 1) == ["[0] ready"]
+        process.send_signal(signum)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_rendezvous_outlives_the_terminal_under_nohup() -> None:
+    command = [sys.executable, "-m", "aiocomm", "rendezvous", "--listen", fresh_address()]
+    for ignored in (False, True):
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda how=ignored: signal.signal(
+                signal.SIGHUP, signal.SIG_IGN if how else signal.SIG_DFL
+            ),
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"listening at ")
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            mask = int(re.search(r"^SigIgn:\s*(\w+)$", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+            assert bool(mask & 1 << signal.SIGHUP - 1) == ignored
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0
 
 
 def test_an_interruption_ends_programs_that_do_not_care(script: Callable[[str], str]) -> None:
