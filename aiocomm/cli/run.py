@@ -348,7 +348,7 @@ class _Launcher:
             return
         self._status = code if code > 0 else 128 - code
         others = [other for other in self._children if other.process.returncode is None]
-        what = f"exited with status {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        what = f"exited with status {code}" if code > 0 else f"was ended by {_name(-code)}"
         also = "; stopping the others" if others else ""
         self._sinks[2].waiting += f"[aiocomm] rank {child.rank} {what}{also}\n".encode()
         for other in others:
@@ -379,3 +379,10 @@ class _Launcher:
             if signal.getsignal(signum) is signal.SIG_IGN:
                 continue
             stack.callback(signal.signal, signum, signal.signal(signum, note))
+
+
+def _name(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # those of real time have none, but for the first and the last
+        return f"signal {signum}"
