@@ -63,11 +63,11 @@ _log: Final = logging.getLogger("aiocomm.control")
 _TRIES: Final = 3
 _PAUSE_S: Final = 0.05
 _SLOW: Final = (
-    f", {_TRIES} times: is the process stopped, or busy for longer (raise AIOCOMM_HANDSHAKE_TIMEOUT_S), or "
-    "called by more at a time than it lets wait (raise AIOCOMM_MAX_PENDING)?"
+    f", in the last of {_TRIES} tries: is the process stopped, or busy for longer (raise "
+    "AIOCOMM_HANDSHAKE_TIMEOUT_S), or called by more at a time than it lets wait (raise AIOCOMM_MAX_PENDING)?"
 )
 _HUNG_UP: Final = (
-    f", {_TRIES} times: did the process end, was the time over that it gives a step "
+    f", in the last of {_TRIES} tries: did the process end, was the time over that it gives a step "
     "(AIOCOMM_HANDSHAKE_TIMEOUT_S), or do more call at a time than it lets wait (AIOCOMM_MAX_PENDING)?"
 )
 
