@@ -105,6 +105,8 @@ def detect(env: Mapping[str, str], *, uid: int, parent: int) -> World:
     Raises:
         UsageError: the environment contradicts itself or leaves out what cannot be derived.
     """
+    # An empty one is as good as none, and blanks around a value mean nothing.
+    env = {name: text.strip() for name, text in env.items() if text.strip()}
     for launcher in (_own, _torchrun, _open_mpi, _hydra, _slurm):
         world = launcher(env, uid, parent)
         if world is not None:

@@ -56,6 +56,12 @@ def found(env: dict[str, str], parent: int = 7) -> World:
             World(address="unix://@x", rank=1, size=2),
         ),
         ({"AIOCOMM_ADDRESS": "unix://@x", "AIOCOMM_RANK": "0"}, World(address="unix://@x", rank=0)),
+        (
+            {"AIOCOMM_ADDRESS": "unix://@x", "AIOCOMM_RANK": "0", "AIOCOMM_SIZE": ""},
+            World(address="unix://@x", rank=0),
+        ),
+        ({"AIOCOMM_ADDRESS": " unix://@x\n", "AIOCOMM_RANK": ""}, World(address="unix://@x")),
+        ({**TORCHRUN, "AIOCOMM_RANK": "", "AIOCOMM_PORT": ""}, World("tcp://node0:29501", 3, 8)),
         (TORCHRUN, World(address="tcp://node0:29501", rank=3, size=8)),
         ({**TORCHRUN, "MASTER_PORT": "65535"}, World(address="tcp://node0:65534", rank=3, size=8)),
         ({**TORCHRUN, "MASTER_ADDR": "fd00::1"}, World(address="tcp://[fd00::1]:29501", rank=3, size=8)),
@@ -156,6 +162,7 @@ def test_environments_that_make_no_sense(env: dict[str, str], complaint: str) ->
         ({"OMPI_COMM_WORLD_RANK": "1"}, "but OMPI_COMM_WORLD_SIZE is not"),
         ({"PMI_RANK": "1"}, "but PMI_SIZE is not"),
         ({"PMI_SIZE": "2"}, "but PMI_RANK is not"),
+        ({"PMI_SIZE": "2", "PMI_RANK": ""}, "but PMI_RANK is not"),
     ],
 )
 def test_half_a_launcher_is_no_world_of_one(env: dict[str, str], complaint: str) -> None:
@@ -171,6 +178,11 @@ def test_half_a_launcher_is_no_world_of_one(env: dict[str, str], complaint: str)
         {"WORLD_SIZE": "2"},
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""},
+        {"OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": ""},
+        {"PMI_RANK": "", "PMI_SIZE": " "},
+        {"AIOCOMM_RANK": "", "AIOCOMM_SIZE": "", "AIOCOMM_ADDRESS": " "},
         {"MASTER_ADDR": "h", "MASTER_PORT": "1"},
         {"AIOCOMM_RANK": "0", "AIOCOMM_SIZE": "1"},
         {"AIOCOMM_RANK": "", "AIOCOMM_SIZE": ""},
