@@ -303,6 +303,11 @@ class RemotePages:
         """The owner."""
         return self._regions[self.layout.planes[0]].rank
 
+    def region(self, plane: int) -> RemoteRegion:
+        """One of its arrays, from where its pages begin."""
+        whole, start = self._regions[plane], self.layout.start
+        return whole[min(start, whole.nbytes) :] if start else whole
+
     def check(self, pages: Any) -> None:
         """Refuse pages that are not part of the lease."""
         wanted = page_list(pages)

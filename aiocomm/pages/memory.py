@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from aiocomm._device import describe, is_read_only, itemsize_of
+from aiocomm._device import describe, is_read_only, itemsize_of, part_of
 from aiocomm.errors import UsageError, UsageTypeError
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def overlap(spans: Sequence[tuple[int, int]]) -> bool:
     return any(begin < end for (_, end), (begin, _) in itertools.pairwise(filled))
 
 
-def bytes_of(array: Any, writable: bool, stream: Any) -> Bytes:
-    """Its bytes as they are to be moved.
+def bytes_of(array: Any, start: int, writable: bool, stream: Any) -> Bytes:
+    """Its bytes as they are to be moved, from one on.
 
     Args:
         stream: of a GPU array, whose work is waited for; None: its library's current one.
@@ -98,7 +98,7 @@ def bytes_of(array: Any, writable: bool, stream: Any) -> Bytes:
             raise UsageError(
                 "stream= belongs to GPU arrays, and these pages are in host memory: leave it out"
             )
-        return array.reshape(-1).view(np.uint8)
+        return array.reshape(-1).view(np.uint8)[start:]
     described = describe(array, writable, stream)
     assert described is not None  # as when the pages were made
-    return described
+    return part_of(described, start, max(0, described[2] - start)) if start else described

@@ -8,8 +8,9 @@ planning works on pages and rows apart, never on their product:
 was. 2. Where a page's stride is its row, neighbours on both sides merge into one longer row. 3. Equally
 spaced rows become one 2-D copy per run of pages, or equally spaced runs one per row: whichever is fewer.
 
-The loops over pages are native, and release the GIL. What is planned is the same for every pair of arrays, so
-it is planned for one. What two layouts come to, whatever the pages, is kept: caches are few, requests many.
+The loops over pages are native, and release the GIL. What is planned is the same for every pair of arrays,
+and wherever in these pages begin, so it is planned once. What two layouts come to, whatever the pages, is
+kept: caches are few, requests many.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout
 
     Integers = NDArray[np.int64]
-    Side = tuple[int, int, int, int, int]
+    Side = tuple[int, int, int, int]
 
 __all__ = ["Copies", "alike", "one_pair", "pieces", "plan"]
 
@@ -101,10 +102,10 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
     planes, each = len(source.planes), len(found)
     return Copies(
         np.repeat(np.array(source.planes, np.int64), each),
-        _tiled(found.source, planes),
+        _tiled(found.source + source.start, planes),
         _tiled(found.source_stride, planes),
         np.repeat(np.array(target.planes, np.int64), each),
-        _tiled(found.target, planes),
+        _tiled(found.target + target.start, planes),
         _tiled(found.target_stride, planes),
         _tiled(found.nbytes, planes),
         _tiled(found.rows, planes),
@@ -112,7 +113,7 @@ def plan(source: Layout, source_pages: Sequence[int], target: Layout, target_pag
 
 
 def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
-    """One pair of arrays of them, which is planned for all pairs.
+    """One pair of arrays of them, from where pages begin, which is planned for all pairs and such views.
 
     Raises:
         UsageError: they do not have equally many.
@@ -124,7 +125,7 @@ def alike(source: Layout, target: Layout) -> tuple[Layout, Layout]:
 
 @functools.lru_cache(1024)
 def _single(layout: Layout) -> Layout:
-    """One array of it, without axes of length 1: they make no difference to what fits."""
+    """One array from its start, without axes of length 1: they make no difference to what fits."""
     token = layout.token_axis
     kept = [axis for axis, n in enumerate(layout.shape) if n != 1 or axis == token]
     return replace(
@@ -132,12 +133,13 @@ def _single(layout: Layout) -> Layout:
         planes=(0,),
         shape=tuple(layout.shape[axis] for axis in kept),
         strides=tuple(layout.strides[axis] for axis in kept),
+        start=0,
         token_axis=None if token is None else kept.index(token),
     )
 
 
 def one_pair(source: Layout, give: Integers, target: Layout, take: Integers) -> Copies:
-    """`plan` for one pair of arrays, as `alike` gives them: their numbers are 0."""
+    """`plan` for one pair of arrays, as `alike` gives them: their numbers and starts are 0."""
     found = _matched(source, target)
     if len(give) * source.tokens != len(take) * target.tokens:
         raise UsageError(
@@ -214,7 +216,7 @@ def _do_not_fit(source: Layout, target: Layout) -> None:
 
 def _side(layout: Layout, unit: int) -> Side:
     step = 0 if layout.token_axis is None else unit * layout.strides[layout.token_axis]
-    return layout.count, layout.start, layout.page_stride, layout.tokens // unit, step
+    return layout.count, layout.page_stride, layout.tokens // unit, step
 
 
 def _rows(source: Layout, target: Layout, unit: int) -> tuple[int, Integers, Integers]:

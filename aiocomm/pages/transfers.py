@@ -191,7 +191,8 @@ async def get_pages(
 
     def jobs() -> Jobs:
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
-            local, region = bytes_of(pages.arrays[array], True, stream), remote._regions[plane]
+            local = bytes_of(pages.arrays[array], pages.layout.start, True, stream)
+            region = remote.region(plane)
             one_by_one = partial(_get_ranges, mover, remote, region, local, plan)
             if plan.rows is None:
                 yield from one_by_one()
@@ -248,7 +249,8 @@ def _puts(
     ended: Callable[[], object],
 ) -> Jobs:
     for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
-        local, region = bytes_of(pages.arrays[array], False, stream), remote._regions[plane]
+        local = bytes_of(pages.arrays[array], pages.layout.start, False, stream)
+        region = remote.region(plane)
         one_by_one = partial(_put_ranges, mover, remote, region, local, plan, begun, ended)
         if plan.rows is None:
             yield from one_by_one()

@@ -46,9 +46,9 @@ def check_apart(comm: Communicator, moves: Sequence[tuple[Pages, RemotePages, Ca
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
             here, there = span_of(pages.arrays[array])[0], _address_of(comm, remote._regions[plane])
             planned = ranges()
-            local.append((here + planned.near, planned.rows))
+            local.append((here + pages.layout.start + planned.near, planned.rows))
             if there is not None:
-                leased.append((there + planned.far, planned.nbytes))
+                leased.append((there + remote.layout.start + planned.far, planned.nbytes))
     if leased and _meet(local, leased):
         raise UsageError(
             "some of these pages would be read and written by one operation, in no order: copy in two steps, "

@@ -19,7 +19,7 @@ using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::devic
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using WritableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Result = nb::ndarray<nb::numpy, int64_t, nb::ndim<1>>;
-using Side = std::tuple<Integers, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Side = std::tuple<Integers, int64_t, int64_t, int64_t, int64_t>;
 
 std::span<const int64_t> span_of(const Integers& array) { return {array.data(), array.size()}; }
 
@@ -33,8 +33,8 @@ Result array_of(std::vector<int64_t>&& values) {
 }
 
 aiocomm::PageSide side_of(const Side& side) {
-  const auto& [pages, count, start, stride, parts, step] = side;
-  return {span_of(pages), count, start, stride, parts, step};
+  const auto& [pages, count, stride, parts, step] = side;
+  return {span_of(pages), count, stride, parts, step};
 }
 
 std::tuple<Result, Result, Result, bool, int, int64_t> merge_pages(const Side& source, const Side& target,

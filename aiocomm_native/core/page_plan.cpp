@@ -64,7 +64,7 @@ std::vector<int64_t> by_page(const PageSide& side, int64_t& repeated) {
 int64_t offset(const PageSide& side, int64_t unit) {
   const int64_t page = side.parts == 1 ? unit : unit / side.parts;
   const int64_t part = unit - page * side.parts;
-  return side.start + side.pages[static_cast<size_t>(page)] * side.stride + part * side.step;
+  return side.pages[static_cast<size_t>(page)] * side.stride + part * side.step;
 }
 
 // Collects parts in their order, and merges neighbours.
@@ -114,9 +114,9 @@ bool merge_by_table(const PageSide& source, const PageSide& target, int64_t nbyt
     there = static_cast<int32_t>(source.pages[i]);
   }
   Runs collected(runs, target.pages.size(), nbytes);
-  int64_t to = target.start;
+  int64_t to = 0;
   for (int32_t page : given) {
-    if (page != kNone) collected.add(source.start + page * source.stride, to);
+    if (page != kNone) collected.add(page * source.stride, to);
     to += target.stride;
   }
   collected.end();

@@ -8,12 +8,11 @@
 
 namespace aiocomm {
 
-// Where the parts of the pages of one side begin: start + page * stride + part * step, in bytes. Pages are
-// divided so that the parts of both sides have one size.
+// Where the parts of the pages of one side begin: page * stride + part * step, in bytes. Pages are divided so
+// that the parts of both sides have one size.
 struct PageSide {
   std::span<const int64_t> pages;
   int64_t count;  // pages that there are
-  int64_t start;
   int64_t stride;
   int64_t parts;  // of each page
   int64_t step;

@@ -72,6 +72,30 @@ async def test_layers_of_one_array_and_of_no_pages(pair: Pair) -> None:
     assert [layer async for layer in lease.layers(0)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("link", ["self", "shm", "tcp"])
+@pytest.mark.parametrize("wide", [3, 5000, 40_000])
+async def test_layers_of_one_array_go_to_their_places_and_come_back(link: str, wide: int) -> None:
+    """In lists, by rows, and one by one."""
+    async with world(2, links=("shm",) if link == "self" else (link,), warmup=True) as (a, b):
+        b = a if link == "self" else b
+        data = np.random.default_rng(wide).integers(1, 255, (LAYERS, 12, 2, wide), np.uint8)
+        ours, theirs = aiocomm.Pages(data, page_axis=1), aiocomm.Pages(np.zeros((12, LAYERS, wide), np.uint8))
+        give, take = np.array([0, 7, 5, 11]), np.array([11, 1, 0, 6])
+        async with await b.lease_pages(theirs) as lease:
+            remote = a.remote_pages(lease.handle)
+            mine = [layer.slice(2, 1, 2) for layer in ours.layers(0)]
+            await a.put_layers(mine, give, remote.layers(1), take)
+            model = np.zeros_like(theirs.arrays[0])
+            model[take] = data[:, give, 1].swapaxes(0, 1)
+            assert np.array_equal(theirs.arrays[0], model)
+            back = aiocomm.Pages(np.zeros_like(data), page_axis=1)
+            for layer, view in zip(remote.layers(1), back.layers(0), strict=True):
+                await a.get_pages(layer, take, view.slice(2, 0, 1), give)
+        model = np.zeros_like(data)
+        model[:, give, 0] = data[:, give, 1]
+        assert np.array_equal(back.arrays[0], model)
+
+
 async def test_a_layer_is_there_when_all_its_sources_have_brought_it() -> None:
     async with world(3, warmup=True) as (a, b, c):
         sources = [aiocomm.Pages(cache(seed, heads=2)) for seed in (1, 2)]

@@ -67,12 +67,21 @@ async def test_pages_are_not_read_and_written(shape: tuple[int, ...], axis: int)
     )
 
 
-@pytest.mark.parametrize("what", ["views", "heads", "layers"])
+@pytest.mark.parametrize("what", ["views", "heads", "layers", "layers of one array"])
 async def test_it_is_the_memory_that_counts(what: str, pair: Pair) -> None:
     """Not the objects, nor the numbers of pages."""
     a, _ = pair
     x = np.arange(2 * 8 * 4 * 2, dtype=np.float32).reshape(2, 8, 4, 2)
     before = x.copy()
+    if what == "layers of one array":
+        both = aiocomm.Pages(x, page_axis=1)
+        remote = a.remote_pages((await a.lease_pages(both)).handle)
+        for give, take in ((0, 0), (1, 1)):  # each is as far from where the array begins as the other
+            with pytest.raises(aiocomm.UsageError, match="read and written"):
+                await a.put_pages(both.layers(0)[give], [3], remote.layers(0)[take], [3])
+        await a.put_pages(both.layers(0)[0], [3], remote.layers(0)[1], [3])
+        assert (x[1, 3] == before[0, 3]).all()
+        return
     kv = aiocomm.Pages([x[0], x[1]])
     remote = a.remote_pages((await a.lease_pages(kv)).handle)
     if what == "views":

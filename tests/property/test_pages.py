@@ -167,6 +167,24 @@ async def test_plans_are_kept_for_the_next_layer_and_found_by_all_of_their_lists
 
 
 @pytest.mark.anyio
+async def test_layers_of_one_array_have_one_plan() -> None:
+    """Views that differ only in where they begin: they are planned as many times as there are lists."""
+    ranges._kept.clear()
+    source, target = pages(3, 2, 200, 4, 16, axis=2), pages(200, 6, 4, 16)
+    rng = np.random.default_rng(6)
+    give, take = (rng.permutation(200)[:50] for _ in range(2))
+    ways = [view.slice(3, 1, 2) for layer in source.layers(0) for view in layer.layers(1)]
+    found = [
+        await plan_pages(one.layout, give, other.slice(2, 2, 3).layout, take, lambda plan: "rows")
+        for one, other in zip(ways, target.layers(1), strict=True)
+    ]
+    assert len(found) == 6
+    assert all(plan is found[0] for plan in found)
+    assert found[0].at_target.near.min() == give.min() * 64
+    assert found[0].at_target.far.min() == take.min() * 384
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
 async def test_plans_of_short_lists_are_told_apart(count: int) -> None:
     layout, first = pages(100, 16).layout, list(range(0, 2 * count, 2))
