@@ -10,7 +10,7 @@ from aiocomm.errors import UsageTypeError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["integer", "integers"]
+__all__ = ["integer", "integers", "number"]
 
 
 def integer(name: str, value: Any) -> int:
@@ -23,6 +23,17 @@ def integer(name: str, value: Any) -> int:
         return int(operator.index(value))  # of True, too, which is 1 to the other ranks
     except TypeError:
         raise UsageTypeError(f"{name}={value!r} is not an integer") from None
+
+
+def number(name: str, value: Any) -> int:
+    """The same of an argument for which a truth value is a mistake: of a mask, or a yes to how many.
+
+    Raises:
+        UsageError: it is one, or as for `integer`.
+    """
+    if isinstance(value, bool):
+        raise UsageTypeError(f"{name}={value!r} is a truth value, and not an integer")
+    return integer(name, value)
 
 
 def integers(name: str, values: Iterable[Any] | None, of_what: str) -> tuple[int, ...]:

@@ -241,7 +241,7 @@ class Operations:
             self._refuse()
         if not isinstance(name, str) or not name or name.startswith("\0"):
             raise UsageError(f"a channel needs a name, not {name!r}")
-        if not isinstance(weight, int | float) or not 1 / 1024 <= weight <= 1024:
+        if not isinstance(weight, _REAL) or not 1 / 1024 <= weight <= 1024:
             raise UsageError(f"weight {weight!r} is outside 1/1024 to 1024")
         if priority not in Priority.__members__.values():
             known = ", ".join(Priority.__members__)

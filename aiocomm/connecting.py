@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from aiocomm._numbers import integer
@@ -82,7 +83,7 @@ def joining_s(deadline: float | None) -> float | None:
     """
     if deadline is None:
         return None
-    if not isinstance(deadline, int | float) or not deadline > 0:  # also NaN
+    if not isinstance(deadline, Real) or not deadline > 0:  # also NaN
         raise UsageError(f"deadline={deadline!r}: seconds that joining may take, more than 0")
     return limit_of(deadline)
 

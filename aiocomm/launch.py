@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import anyio
 import cloudpickle
 
-from aiocomm._numbers import integer
+from aiocomm._numbers import number
 from aiocomm._process import JOINED, fresh_address, fresh_token
 from aiocomm.config import child_environment
 from aiocomm.connecting import connect, joining_s, names_of_links
@@ -342,7 +342,7 @@ def spawn(
 
     Cancellation while entering or leaving terminates the workers and leaves no process behind.
     """
-    n = integer("n", n)
+    n = number("n", n)
     if n < 1:
         raise UsageError(f"cannot spawn {n} workers")
     if not grace_s >= 0:  # also catches NaN

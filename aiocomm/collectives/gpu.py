@@ -242,8 +242,7 @@ def reduction(op: str, arrays: list[GpuArray], sm_budget: int | None) -> Reducti
     """
     dtype = arrays[0].dtype.name
     check_operator(op, dtype, not dtype.startswith(("float", "bfloat")))
-    check_budget(sm_budget)
-    budget = SM_BUDGET if sm_budget is None else sm_budget
+    budget = check_budget(sm_budget) or SM_BUDGET
     try:
         devices = {array.device() for array in arrays if array.nbytes}
         if len(devices) > 1:

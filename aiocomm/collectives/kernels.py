@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from aiocomm._numbers import number
 from aiocomm.collectives.driver import driver
 from aiocomm.errors import UsageError
 from aiocomm_native import _core
@@ -299,14 +300,18 @@ def device_of(described: Description) -> int:
     return _core.device_of(described[1])
 
 
-def check_budget(sm_budget: int | None) -> None:
-    """Refuse what is no number of multiprocessors.
+def check_budget(sm_budget: int | None) -> int | None:
+    """A number of multiprocessors.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is none.
     """
-    if sm_budget is not None and not (isinstance(sm_budget, int) and 1 <= sm_budget <= _MOST_SMS):
-        raise UsageError(f"sm_budget={sm_budget!r}: how many streaming multiprocessors, 1 to {_MOST_SMS}")
+    if sm_budget is None:
+        return None
+    budget = number("sm_budget", sm_budget)
+    if not 1 <= budget <= _MOST_SMS:
+        raise UsageError(f"sm_budget={budget}: how many streaming multiprocessors, 1 to {_MOST_SMS}")
+    return budget
 
 
 class Scratch:

@@ -42,11 +42,10 @@ class Options:
         stream: Any,
         sm_budget: int | None,
     ) -> None:
-        check_budget(sm_budget)
         self.scope = scope
         self.stream = stream
         self._bulk, self._path, self._deadline = bulk, path, deadline
-        self._sm_budget = SM_BUDGET if sm_budget is None else sm_budget
+        self._sm_budget = check_budget(sm_budget) or SM_BUDGET
 
     def setting(self, described: Iterable[Description], otherwise: int | None = None) -> Setting:
         """Where these arrays are.

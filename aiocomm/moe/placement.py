@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiocomm._numbers import integer
+from aiocomm._numbers import number
 from aiocomm.collectives.arrays import array_of
 from aiocomm.errors import UsageError, UsageTypeError
 
@@ -76,7 +76,7 @@ def place(experts: Any, placement: Sequence[int] | None, size: int) -> Placement
     Raises:
         UsageError: the map has another length, or names a rank that the group has not.
     """
-    experts = integer("experts", experts)
+    experts = number("experts", experts)
     if not 1 <= experts <= 1 << 20:
         raise UsageError(f"experts={experts}: 1 to {1 << 20}")
     if placement is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiocomm._numbers import number
 from aiocomm.errors import UsageError, UsageTypeError
 from aiocomm.pages.memory import form_of, is_writable, overlap, span_of
 
@@ -55,7 +55,7 @@ class Layout:
         """
         if not isinstance(planes, Iterable):
             raise UsageTypeError(f"planes={planes!r}: a list of numbers of arrays")
-        places = tuple(_integer("a plane", plane) for plane in planes)
+        places = tuple(number("plane", plane) for plane in planes)
         if not places or any(not 0 <= p < len(self.planes) for p in places):
             raise UsageError(f"planes {list(places)} are not among the {len(self.planes)} there are")
         return replace(self, planes=tuple(self.planes[p] for p in places))
@@ -66,10 +66,7 @@ class Layout:
         Raises:
             UsageError: it is the page axis, the token axis or none, or the range is outside.
         """
-        axis, start, stop = _integer("axis", axis), _integer("start", start), _integer("stop", stop)
-        if axis == self.page_axis or not 0 <= axis <= len(self.shape):
-            raise UsageError(f"axis {axis} is the page axis, or none of {len(self.shape) + 1} axes")
-        at = axis - (axis > self.page_axis)
+        at, start, stop = self._place(axis), number("start", start), number("stop", stop)
         if at == self.token_axis:
             raise UsageError("pages are not cut along the token axis")
         if not 0 <= start < stop <= self.shape[at]:
@@ -84,14 +81,20 @@ class Layout:
             UsageError: planes are left over, or the axis cannot be cut.
         """
         if axis is not None:
-            axis = _integer("axis", axis)
-            at = axis - (axis > self.page_axis)
-            count = self.shape[at] if 0 <= at < len(self.shape) else 1
+            count = self.shape[self._place(axis)]
             return [self.sliced(axis, layer, layer + 1) for layer in range(count)]
-        arrays = _integer("arrays", arrays)
+        arrays = number("arrays", arrays)
         if arrays < 1 or len(self.planes) % arrays:
             raise UsageError(f"{len(self.planes)} arrays do not divide into layers of {arrays}")
         return [self.chosen(range(n, n + arrays)) for n in range(0, len(self.planes), arrays)]
+
+    def _place(self, axis: int) -> int:
+        """Of an axis of the arrays, in `shape`."""
+        found, there_are = number("axis", axis), len(self.shape) + 1
+        if not -there_are <= found < there_are or found % there_are == self.page_axis:
+            raise UsageError(f"axis {found} is the page axis, or none of {there_are} axes")
+        found %= there_are
+        return found - (found > self.page_axis)
 
     def check_target(self) -> None:
         """Refuse to have pages written into, where one would overwrite another.
@@ -166,7 +169,13 @@ class Pages:
         return self._view(self.layout.chosen(planes))
 
     def slice(self, axis: int, start: int, stop: int) -> Pages:
-        """A view of a range along an axis of the arrays, e.g. of some heads. Not along the page axis."""
+        """A view of a range along an axis of the arrays, e.g. of some heads. Not along the page axis.
+
+        Args:
+            axis: negative ones count from the last, as everywhere.
+            start: the first index.
+            stop: the index behind the last.
+        """
         return self._view(self.layout.sliced(axis, start, stop))
 
     def layers(self, axis: int | None = None, *, arrays: int = 1) -> list[Pages]:
@@ -227,15 +236,8 @@ def _common_form(arrays: Sequence[Any]) -> Form:
     return first
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        return index(value)
-    except TypeError:
-        raise UsageTypeError(f"{name}: {value!r} is not an integer") from None
-
-
 def _axis(name: str, axis: int, ndim: int) -> int:
-    axis = _integer(name, axis)
+    axis = number(name, axis)
     if not -ndim <= axis < ndim:
         raise UsageError(f"{name}={axis} for arrays of {ndim} axes")
     return axis % ndim

@@ -94,7 +94,7 @@ async def put_pages(
     """See `Communicator.put_pages`."""
     _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
-    check_budget(sm_budget)
+    sm_budget = check_budget(sm_budget)
     mover = Mover(comm, "put_pages", channel, deadline)
     check_notification(notify)
     remote.layout.check_target()
@@ -131,7 +131,7 @@ async def put_layers(
     give, take = own_list(give), own_list(take)
     if len({remote._number for remote in remotes}) != 1:
         raise UsageError("the peer's layers are of different leases: use remote.layers() of one")
-    check_budget(sm_budget)
+    sm_budget = check_budget(sm_budget)
     mover = Mover(comm, "put_layers", channel, deadline)
     check_notification(notify)
     notes = _Notes(mover, remotes[0], len(layers))
@@ -179,7 +179,7 @@ async def get_pages(
     """See `Communicator.get_pages`."""
     _check_sides(pages, remote)
     give, take = own_list(give), own_list(take)
-    check_budget(sm_budget)
+    sm_budget = check_budget(sm_budget)
     mover = Mover(comm, "get_pages", channel, deadline)
     remote.check(give)
     if len(pages._writable) < len(pages.layout.planes):

@@ -497,8 +497,20 @@ def test_arrays_that_are_no_pages_are_refused() -> None:
             Pages(arrays)
     with pytest.raises(UsageError, match="arrays differ"):
         Pages([np.zeros((2, 2)), np.zeros((2, 3))])
-    with pytest.raises(UsageError, match="page axis, or none"):
-        pages(4, 8).slice(0, 0, 1)
+    for axis in (0, -2, 2, -3):
+        with pytest.raises(UsageError, match="page axis, or none"):
+            pages(4, 8).slice(axis, 0, 1)
+        with pytest.raises(UsageError, match="page axis, or none"):
+            pages(4, 8).layers(axis)
+
+
+@pytest.mark.parametrize("page_axis", [0, 1, 2, 3, -1, -2])
+def test_negative_axes_count_from_the_last(page_axis: int) -> None:
+    kv = pages(3, 4, 5, 6, axis=page_axis)
+    for axis in {0, 1, 2, 3} - {page_axis % 4}:
+        assert kv.slice(axis - 4, 1, 2).layout == kv.slice(axis, 1, 2).layout
+        assert [one.layout for one in kv.layers(axis - 4)] == [one.layout for one in kv.layers(axis)]
+        assert len(kv.layers(axis - 4)) == (3, 4, 5, 6)[axis]
 
 
 def test_planning_does_not_grow_with_the_copies() -> None:

@@ -537,6 +537,66 @@ async def test_numbers_of_a_group_are_the_same_whatever_they_came_in(pair: Pair)
     await all_call([*pair], make)
 
 
+async def test_numbers_may_be_numpys(pair: Pair) -> None:
+    """What comes out of an array: counts, indices, ranks."""
+    a, b = pair
+    one, two = np.int64(1), np.uint8(2)
+    how: Any = {"weight": np.float32(2), "priority": np.int8(2)}
+    urgent = [comm.channel("urgent", **how) for comm in pair]
+    ours, theirs = (aiocomm.Pages([np.full((2, 6, 4), value)] * one, np.int16(1)) for value in (1, 0))
+    lease = await b.lease_pages(theirs, [one, two])
+    remote = a.remote_pages(lease.handle)
+    views = ours.slice(one - 1, one, two), remote.planes([one - 1]).slice(np.int8(-3), one, two)
+    await a.put_pages(views[0], [one], views[1], [two], channel=urgent[0], sm_budget=two)
+    assert theirs.arrays[0][:, :, 0].tolist() == [[0] * 6, [0, 0, 1, 0, 0, 0]]
+    layers = ours.layers(arrays=one), remote.layers(arrays=one)
+    await a.put_layers(layers[0], [one], layers[1], [one], deadline=np.float32(60))
+    assert [layer async for layer in lease.layers(one - 1, deadline=np.int64(60))] == [0]
+
+    async def call(comm: aiocomm.Communicator) -> None:
+        x = np.full(2, comm.rank, np.float32)
+        await comm.all_reduce(x, sm_budget=two)
+        came = await comm.dispatch(x[:, None], np.zeros((2, 1), np.uint64), experts=two, sm_budget=two)
+        assert (await comm.combine(came.inputs, came, sm_budget=two)).tolist() == [[1], [1]]
+
+    await all_call([*pair], call)
+
+
+@pytest.mark.parametrize("truth", [True, np.True_])
+async def test_truth_values_are_not_taken_for_how_many_or_which(pair: Pair, truth: Any) -> None:
+    """A mask of planes, or that there is a budget: as numbers they would be 1."""
+    a, _ = pair
+    kv = aiocomm.Pages([np.zeros((4, 2, 3)), np.zeros((4, 2, 3))])
+    remote = a.remote_pages((await a.lease_pages(kv)).handle)
+    for wrong in (
+        lambda: kv.planes([truth, False]),
+        lambda: kv.slice(truth, 0, 1),
+        lambda: kv.slice(1, 0, truth),
+        lambda: kv.layers(truth),
+        lambda: kv.layers(arrays=truth),
+        lambda: aiocomm.Pages(np.zeros((4, 2)), page_axis=truth),
+        lambda: aiocomm.spawn(print, n=truth),  # type: ignore[arg-type, return-value]
+    ):
+        with pytest.raises(TypeError, match="True"):
+            wrong()
+    x = np.zeros((2, 1), np.float32)
+    for call in (
+        lambda: a.put_pages(kv, [0], remote, [1], sm_budget=truth),
+        lambda: a.get_pages(remote, [1], kv, [0], sm_budget=truth),
+        lambda: a.put_layers([kv], [0], [remote], [1], sm_budget=truth),
+    ):
+        with pytest.raises(TypeError, match=r"sm_budget=.*True"):
+            await call()
+
+    async def refused(comm: aiocomm.Communicator) -> None:
+        with pytest.raises(UsageError, match=r"experts=.*True"):
+            await comm.dispatch(x, np.zeros((2, 1), int), experts=truth)
+        with pytest.raises(UsageError, match=r"sm_budget=.*True"):
+            await comm.all_reduce(x, sm_budget=truth)
+
+    await all_call([*pair], refused)
+
+
 async def test_handles_may_come_in_any_memory(pair: Pair) -> None:
     """`recv_array` gives an array, and `recv` takes a buffer."""
     a, b = pair
