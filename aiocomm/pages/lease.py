@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiocomm.region import Region, RemoteRegion
     from aiocomm.types import Feed
 
-__all__ = ["PageLease", "RemotePages"]
+__all__ = ["PageLease", "RemotePages", "of_handles"]
 
 # magic, version, number of the lease, bytes of the layout, pages, bytes of a region's handle, on a GPU
 _HEAD: Final = struct.Struct("<4sHQIII?")
@@ -270,6 +270,8 @@ class RemotePages:
         except _NO_HANDLE as error:
             raise UsageError("these bytes are no handle of pages: pass lease.handle of the owner") from error
         regions = dict(zip(layout.planes, (comm.remote(part) for part in parts), strict=True))
+        if len({(region.rank, region._generation) for region in regions.values()}) > 1:
+            raise UsageError("these bytes are no handle of pages: their arrays are of several owners")
         return cls(number, layout, leased, regions, on_gpu, _ByRows())
 
     def planes(self, planes: Sequence[int]) -> RemotePages:
@@ -301,7 +303,12 @@ class RemotePages:
     @property
     def rank(self) -> int:
         """The owner."""
-        return self._regions[self.layout.planes[0]].rank
+        return self.of_owner.rank
+
+    @property
+    def of_owner(self) -> RemoteRegion:
+        """Any of its arrays: all are of one owner."""
+        return self._regions[self.layout.planes[0]]
 
     def region(self, plane: int) -> RemoteRegion:
         """One of its arrays, from where its pages begin."""
@@ -319,6 +326,11 @@ class RemotePages:
         return (
             f"<aiocomm.RemotePages rank={self.rank} {int(self._leased.sum())} of {self.layout.count} pages>"
         )
+
+
+def of_handles(views: Sequence[RemotePages]) -> list[RemotePages]:
+    """A view for each handle that they are of: all its views have its pages and its owner in common."""
+    return list({id(view._regions): view for view in views}.values())
 
 
 @functools.lru_cache(256)

@@ -12,9 +12,10 @@ from aiocomm._operations import limit_of, overlapping
 from aiocomm._outcome import told_of
 from aiocomm.collectives.gate import Gate
 from aiocomm.errors import AiocommError, DeadlineExceeded, LinkError
+from aiocomm.pages.lease import of_handles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from aiocomm.pages.gather import Gather
     from aiocomm.pages.lease import RemotePages
     from aiocomm.pages.planner import Integers
+    from aiocomm.region import RemoteRegion
     from aiocomm_native import Transfer
     from aiocomm_native._core import Rows
 
     Bytes = NDArray[np.uint8]
     Rows_ = tuple[Integers, Integers]
+    Instead = Callable[[], Awaitable[Iterator[Transfer[Any]]]]
 
 __all__ = ["Mover"]
 
@@ -90,21 +93,31 @@ class Mover:
         self._operation = operation
         self._channel = channel
         self._index = 0
+        self._of_owners: list[RemoteRegion] = []
         self._gate = Gate(comm._backend)
         limit = limit_of(deadline)
         self._ends = None if deadline is None else time.monotonic() + limit
         self._flying: dict[Transfer[Any], Callable[[], object]] = {}
-        self._instead: dict[Transfer[Any], Callable[[], Iterator[Transfer[Any]]]] = {}
+        self._instead: dict[Transfer[Any], Instead] = {}
+        self._refused: list[Instead] = []
         self._ended: list[Callable[[], object]] = []
         self._later: list[Iterator[Transfer[Any]]] = []
         self._error: BaseException | None = None
         self._staging = Staging(comm)
         self._bounced = 0  # bytes of GPU memory on their way through host memory
 
-    def check(self, remote: RemotePages) -> None:
-        """Refuse what no transfer of these pages could do."""
-        for plane in remote.layout.planes:
-            self._index = self.comm._check_remote(remote._regions[plane], self._channel)
+    def check(self, remotes: Sequence[RemotePages]) -> None:
+        """Refuse what no transfer of these pages could do, now and whenever more is submitted.
+
+        A peer that comes back in the meantime numbers its regions from the beginning: what was planned for
+        the earlier one must not be written into those.
+        """
+        self._of_owners = [remote.of_owner for remote in of_handles(remotes)]
+        self._check_owners()
+
+    def _check_owners(self) -> None:
+        for region in self._of_owners:
+            self._index = self.comm._check_remote(region, self._channel)
 
     def _left(self) -> float:
         if self._ends is None:
@@ -133,7 +146,7 @@ class Mover:
         rows: Rows,
         gather: Gather | None,
         ended: Callable[[], object],
-        instead: Callable[[], Iterator[Transfer[Any]]],
+        instead: Instead,
     ) -> Transfer[Any]:
         """Submit a put of rows, as `put`.
 
@@ -152,7 +165,7 @@ class Mover:
         into: Any,
         rows: Rows,
         gather: Gather | None,
-        instead: Callable[[], Iterator[Transfer[Any]]],
+        instead: Instead,
     ) -> Transfer[Any]:
         """Submit a get of rows, as `put_rows`."""
         where = into, region.rank, self._index, region._number, region._start
@@ -256,8 +269,8 @@ class Mover:
     async def notify(self, remote: RemotePages, text: bytes | None) -> None:
         """Tell the owner that all is in place."""
         if text is not None:
-            region = remote._regions[remote.layout.planes[0]]
-            await self.run(iter([self.put(region, 0, b"", text, _nothing)]))
+            self._check_owners()
+            await self.run(iter([self.put(remote.of_owner, 0, b"", text, _nothing)]))
 
     async def run(self, jobs: Iterator[Transfer[Any]]) -> None:
         """Submit what `jobs` yields, a window at a time.
@@ -268,7 +281,11 @@ class Mover:
         more = True
         breath = time.monotonic() + _BREATH_S
         try:
-            while more or self._flying or self._ended or self._later:
+            while more or self._flying or self._ended or self._later or self._refused:
+                while self._refused and self._error is None:
+                    self._later.append(await self._refused.pop()())
+                if (more or self._later) and self._error is None:
+                    self._check_owners()  # nothing may have been under way meanwhile, to fail with its peer
                 tired = False  # packing takes time, too
                 while (more or self._later) and self._has_room() and self._error is None and not tired:
                     transfer = self._next(jobs)
@@ -317,7 +334,7 @@ class Mover:
             return
         if (error := transfer.exception()) is not None:
             if instead is not None and isinstance(error, LinkError) and error.code == errno.EXDEV:
-                self._later.append(instead())
+                self._refused.append(instead)
                 return
             self._error = self._error or self._told(transfer, error)
         else:

@@ -31,17 +31,17 @@ from aiocomm.errors import AiocommError, UsageError, UsageTypeError
 from aiocomm.pages.gather import gather_of
 from aiocomm.pages.indices import own_list
 from aiocomm.pages.layout import Pages
-from aiocomm.pages.lease import RemotePages
+from aiocomm.pages.lease import RemotePages, of_handles
 from aiocomm.pages.memory import bytes_of
 from aiocomm.pages.mover import Mover
-from aiocomm.pages.ranges import ENTRY_BYTES, plan_pages
+from aiocomm.pages.ranges import ENTRY_BYTES, Ranges, plan_pages
 from aiocomm.pages.streaming import note
 from aiocomm.pages.within import check_apart
 from aiocomm.region import check_notification, look_away
 from aiocomm_native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aiocomm._device import Description
     from aiocomm.channel import Channel
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aiocomm.pages.layout import Layout
     from aiocomm.pages.memory import Bytes
     from aiocomm.pages.planner import Integers
-    from aiocomm.pages.ranges import Plan, Ranges
+    from aiocomm.pages.ranges import Plan
     from aiocomm_native import Transfer
 
     Jobs = Iterator[Transfer[Any]]
@@ -71,12 +71,12 @@ class _Plan:
     """What moves one view of pages.
 
     Args:
-        rows: to be moved as they are; None: ranges are moved.
-        ranges: of the same plan.
+        found: rows that are moved as they are, or ranges.
+        ranges: of the same plan, which are made off the loop where there are many.
     """
 
-    rows: _core.Rows | None
-    ranges: Callable[[], Ranges]
+    found: _core.Rows | Ranges
+    ranges: Callable[[], Awaitable[Ranges]]
 
 
 async def put_pages(
@@ -100,8 +100,8 @@ async def put_pages(
     remote.layout.check_target()
     remote.check(take)
     plan = await _planned(mover, pages, remote, pages.layout, give, remote.layout, take, at_target=True)
-    mover.check(remote)
-    check_apart(comm, [(pages, remote, plan.ranges)])
+    await check_apart(comm, [(pages, remote, plan.ranges)])
+    mover.check([remote])
     await mover.run(_puts(mover, pages, remote, plan, stream, sm_budget, _nothing, _nothing))
     await mover.notify(remote, notify)
 
@@ -137,17 +137,19 @@ async def put_layers(
     notes = _Notes(mover, remotes[0], len(layers))
     planned = []
     try:
-        for pages, remote in zip(layers, remotes, strict=True):  # all are checked before a byte moves
+        for remote in remotes:  # all are checked before a byte moves
             remote.layout.check_target()
+        for remote in of_handles(remotes):
             remote.check(take)
+        for pages, remote in zip(layers, remotes, strict=True):
             sides = pages.layout, give, remote.layout, take
             planned.append(await _planned(mover, pages, remote, *sides, at_target=True))
-            mover.check(remote)
         moves = list(zip(layers, remotes, planned, strict=True))
-        check_apart(comm, [(pages, remote, plan.ranges) for pages, remote, plan in moves])
+        await check_apart(comm, [(pages, remote, plan.ranges) for pages, remote, plan in moves])
+        mover.check(remotes)
     except BaseException:  # the owner may wait already
         with contextlib.suppress(AiocommError):
-            mover.check(remotes[0])
+            mover.check(remotes)
             notes.give_up()
         raise
 
@@ -186,19 +188,19 @@ async def get_pages(
         raise UsageError("an array of the target pages is read-only: pages are got into writable ones")
     pages._check_target()
     plan = await _planned(mover, pages, remote, remote.layout, give, pages.layout, take, at_target=False)
-    mover.check(remote)
-    check_apart(comm, [(pages, remote, plan.ranges)])
+    await check_apart(comm, [(pages, remote, plan.ranges)])
+    mover.check([remote])
 
     def jobs() -> Jobs:
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
             local = bytes_of(pages.arrays[array], pages.layout.start, True, stream)
             region = remote.region(plane)
-            one_by_one = partial(_get_ranges, mover, remote, region, local, plan)
-            if plan.rows is None:
-                yield from one_by_one()
-            elif len(plan.rows):
-                instead = partial(_instead, remote, one_by_one, _nothing)
-                yield mover.get_rows(region, local, plan.rows, _gather(local, remote, sm_budget), instead)
+            one_by_one = partial(_get_ranges, mover, remote, region, local)
+            if isinstance(plan.found, Ranges):
+                yield from one_by_one(plan.found)
+            elif len(plan.found):
+                instead = partial(_instead, remote, plan, one_by_one, _nothing)
+                yield mover.get_rows(region, local, plan.found, _gather(local, remote, sm_budget), instead)
 
     await mover.run(jobs())
 
@@ -227,8 +229,12 @@ async def _planned(
         return rows if rows and plan.mean >= least else ranges
 
     plan = await plan_pages(source, give, target, take, form)
-    chosen = form(plan)
-    return _Plan(None if chosen == ranges else getattr(plan, chosen), lambda: getattr(plan, ranges))
+
+    async def as_ranges() -> Ranges:
+        made = await plan_pages(source, give, target, take, lambda _: ranges)
+        return getattr(made, ranges)  # type: ignore[no-any-return]
+
+    return _Plan(getattr(plan, form(plan)), as_ranges)
 
 
 def _by_engine(pages: Pages, remote: RemotePages, mover: Mover) -> bool:
@@ -251,16 +257,16 @@ def _puts(
     for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
         local = bytes_of(pages.arrays[array], pages.layout.start, False, stream)
         region = remote.region(plane)
-        one_by_one = partial(_put_ranges, mover, remote, region, local, plan, begun, ended)
-        if plan.rows is None:
-            yield from one_by_one()
-        elif len(plan.rows):
+        one_by_one = partial(_put_ranges, mover, remote, region, local, begun=begun, ended=ended)
+        if isinstance(plan.found, Ranges):
+            yield from one_by_one(plan.found)
+        elif len(plan.found):
             gather = _gather(local, remote, sm_budget)
             told = not isinstance(local, tuple) and mover.shares_memory(remote)
             once = iter([one_by_one])  # for all parts
-            for rows in plan.rows.parts(_MOST_GROUPS) if told else [plan.rows]:
+            for rows in plan.found.parts(_MOST_GROUPS) if told else [plan.found]:
                 begun()
-                instead = partial(_instead, remote, partial(_next_of, once), ended)
+                instead = partial(_instead, remote, plan, partial(_next_of, once), ended)
                 yield mover.put_rows(region, local, rows, gather, ended, instead)
 
 
@@ -268,11 +274,18 @@ def _gather(local: Bytes, remote: RemotePages, sm_budget: int | None) -> Gather 
     return gather_of(local, sm_budget) if isinstance(local, tuple) and remote.on_gpu else None
 
 
-def _instead(remote: RemotePages, one_by_one: Callable[[], Jobs], ended: Callable[[], object]) -> Jobs:
+async def _instead(
+    remote: RemotePages, plan: _Plan, one_by_one: Callable[[Ranges], Jobs], ended: Callable[[], object]
+) -> Jobs:
     """What is done where rows could not be moved as one operation, which then has ended, too."""
     remote.refuse_rows()
-    yield from one_by_one()
-    ended()
+    ranges = await plan.ranges()
+
+    def jobs() -> Jobs:
+        yield from one_by_one(ranges)
+        ended()
+
+    return jobs()
 
 
 def _put_ranges(
@@ -280,11 +293,10 @@ def _put_ranges(
     remote: RemotePages,
     region: Any,
     local: Bytes,
-    plan: _Plan,
+    ranges: Ranges,
     begun: Callable[[], object],
     ended: Callable[[], object],
 ) -> Jobs:
-    ranges = plan.ranges()
     if isinstance(local, tuple):
         yield from _put_from_gpu(mover, remote, region, local, ranges, begun, ended)
         return
@@ -309,8 +321,7 @@ def _put_ranges(
             yield mover.put(region, int(ranges.far[start]), data, None, done)
 
 
-def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, plan: _Plan) -> Jobs:
-    ranges = plan.ranges()
+def _get_ranges(mover: Mover, remote: RemotePages, region: Any, local: Bytes, ranges: Ranges) -> Jobs:
     if isinstance(local, tuple):
         yield from _get_into_gpu(mover, remote, region, local, ranges)
         return
@@ -407,9 +418,9 @@ def _nothing() -> None:
     pass
 
 
-def _next_of(ways: Iterator[Callable[[], Jobs]]) -> Jobs:
+def _next_of(ways: Iterator[Callable[[Ranges], Jobs]], ranges: Ranges) -> Jobs:
     way = next(ways, None)
-    return iter(()) if way is None else way()
+    return iter(()) if way is None else way(ranges)
 
 
 class _Notes:

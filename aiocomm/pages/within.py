@@ -14,7 +14,7 @@ from aiocomm.errors import UsageError
 from aiocomm.pages.memory import span_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["check_apart"]
 
 
-def check_apart(comm: Communicator, moves: Sequence[tuple[Pages, RemotePages, Callable[[], Ranges]]]) -> None:
+async def check_apart(
+    comm: Communicator, moves: Sequence[tuple[Pages, RemotePages, Callable[[], Awaitable[Ranges]]]]
+) -> None:
     """Refuse an operation that would write bytes of this process that it reads, too.
 
     Args:
@@ -43,9 +45,9 @@ def check_apart(comm: Communicator, moves: Sequence[tuple[Pages, RemotePages, Ca
     for pages, remote, ranges in moves:
         if remote.rank != comm.rank:
             return  # all are of one lease
+        planned = await ranges()
         for array, plane in zip(pages.layout.planes, remote.layout.planes, strict=True):
             here, there = span_of(pages.arrays[array])[0], _address_of(comm, remote._regions[plane])
-            planned = ranges()
             local.append((here + pages.layout.start + planned.near, planned.rows))
             if there is not None:
                 leased.append((there + remote.layout.start + planned.far, planned.nbytes))

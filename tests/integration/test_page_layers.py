@@ -17,6 +17,7 @@ from harness import LIMIT_S, until, world
 import aiocomm
 from aiocomm.launch import WorkerError
 from aiocomm.pages import mover, transfers
+from aiocomm.pages.lease import RemotePages
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -57,6 +58,33 @@ async def test_layers_come_in_order_and_with_their_data(pair: Pair) -> None:
             async for note in b.notifications():
                 assert note.payload == b"all"
                 break
+
+
+async def test_what_all_layers_have_in_common_is_checked_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    lease = await b.lease_pages(theirs, [1, 2, 9])
+    checked, check = [], RemotePages.check
+
+    def checks(remote: RemotePages, pages: Any) -> None:
+        checked.append(remote)
+        check(remote, pages)
+
+    monkeypatch.setattr(RemotePages, "check", checks)
+    views = [a.remote_pages(lease.handle).layers(arrays=2) for _ in range(2)]
+    await a.put_layers(ours.layers(arrays=2), [5, 0], views[0], [9, 1])
+    assert len(checked) == 1
+    with pytest.raises(aiocomm.UsageError, match="page 3 is not part of the lease"):
+        await a.put_layers(ours.layers(arrays=2), [5, 0], views[0], [9, 3])
+    checked.clear()
+    await a.put_layers(ours.layers(arrays=2), [5, 0], [*views[0][:2], *views[1][2:]], [9, 1])
+    assert len(checked) == 2, "once for each handle"
+    monkeypatch.undo()
+    await lease.aclose()
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_layers(ours.layers(arrays=2), [5, 0], views[0], [9, 1])
 
 
 async def test_layers_of_one_array_and_of_no_pages(pair: Pair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,8 +13,9 @@ from fakes import secret
 from harness import LIMIT_S, world
 
 import aiocomm
-from aiocomm.pages import transfers
+from aiocomm.pages import ranges, transfers
 from aiocomm.pages.mover import Mover
+from aiocomm_native import _core
 
 if TYPE_CHECKING:
     from conftest import Pair
@@ -97,6 +99,34 @@ async def test_what_cannot_be_fetched_is_not_asked_for_at_once_again(monkeypatch
         remote = a.remote_pages((await b.lease_pages(aiocomm.Pages(ours(2), page_axis=1))).handle)
         await a.put_pages(pages, [0, 5], remote, [1, 3])
         assert not remote.by_rows
+
+
+@pytest.mark.parametrize("operation", ["put", "get"])
+async def test_ranges_of_rows_that_are_refused_are_made_off_the_loop(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOCOMM_CMA", "off")
+    monkeypatch.setattr(ranges, "_INLINE", 3)
+    ranges._kept.clear()
+    threads, far_ranges = [], _core.far_ranges
+
+    def made(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return far_ranges(*arguments)
+
+    monkeypatch.setattr(_core, "far_ranges", made)
+    async with world(2, links=("shm",), warmup=True) as (a, b):
+        mine, theirs = (aiocomm.Pages(ours(seed), page_axis=1) for seed in (1, 2))
+        remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+        give, take = np.array([0, 5, 9, 11]), np.array([1, 3, 30, 8])
+        if operation == "put":
+            await a.put_layers(mine.layers(0), give, remote.layers(0), take)
+        else:
+            await a.get_pages(remote, take, mine, give)
+        assert np.array_equal(theirs.arrays[0][:, take], mine.arrays[0][:, give])
+        assert not remote.by_rows
+    assert len(threads) == 1, "once for all layers"
+    assert threads[0] != threading.get_ident()
 
 
 @pytest.mark.skipif(secret.MISSING is not None, reason=str(secret.MISSING))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aiocomm._loop.backend import current_backend
+from aiocomm.errors import StaleHandleError
+from aiocomm.pages import mover
 from aiocomm.pages.mover import Mover
 
 if TYPE_CHECKING:
@@ -41,21 +43,69 @@ class Slow:
         return self.asked.is_set()
 
 
+class Done:
+    """A transfer that has ended well as soon as it is submitted."""
+
+    def add_done_callback(self, call: Callable[[Any], object]) -> None:
+        call(self)
+
+    def cancelled(self) -> bool:
+        return False
+
+    def exception(self) -> None:
+        return None
+
+
+async def test_nothing_is_written_to_a_peer_that_has_come_back_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its regions have the numbers that those of its earlier incarnation had."""
+    monkeypatch.setattr(mover, "_BREATH_S", 0.0)  # others get a turn after each
+    current = 1
+
+    def check_remote(region: Any, channel: Any) -> int:
+        if region.generation != current:
+            raise StaleHandleError("an earlier incarnation", 1)
+        return 0
+
+    async def turn() -> None:
+        nonlocal current
+        current = 2
+
+    backend = SimpleNamespace(name="asyncio", turn=turn)
+    comm: Any = SimpleNamespace(_backend=backend, _staged=0, _check_remote=check_remote)
+    pages: Any = SimpleNamespace(of_owner=SimpleNamespace(generation=1), _regions={})
+    moving = Mover(comm, "put_pages", None, None)
+    moving.check([pages])
+    submitted = []
+
+    def jobs() -> Iterator[Any]:
+        for number in range(3):
+            submitted.append(number)
+            transfer: Any = Done()
+            moving._flying[transfer] = lambda: None
+            yield transfer
+
+    with pytest.raises(StaleHandleError):
+        await moving.run(jobs())
+    assert submitted == [0]
+
+
 @pytest.mark.parametrize("cancels", [1, 2, 3])
 async def test_a_call_that_is_cancelled_again_gives_its_staging_memory_back(cancels: int) -> None:
     """All calls of a communicator share what may be staged: what one keeps would slow the others for ever."""
     comm: Any = SimpleNamespace(_backend=current_backend(), _staged=0)
-    mover = Mover(comm, "put_pages", None, None)
+    moving = Mover(comm, "put_pages", None, None)
     transfer: Any = Slow()
     begun = asyncio.Event()
 
     def jobs() -> Iterator[Any]:
-        mover.staged(1000)
-        mover._flying[transfer] = lambda: None
+        moving.staged(1000)
+        moving._flying[transfer] = lambda: None
         begun.set()
         yield transfer
 
-    task = asyncio.create_task(mover.run(jobs()))
+    task = asyncio.create_task(moving.run(jobs()))
     await begun.wait()
     assert comm._staged
     for _ in range(cancels):
