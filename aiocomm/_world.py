@@ -107,6 +107,8 @@ def detect(env: Mapping[str, str], *, uid: int, parent: int) -> World:
     """
     # An empty one is as good as none, and blanks around a value mean nothing.
     env = {name: text.strip() for name, text in env.items() if text.strip()}
+    if env.get("AIOCOMM_ADDRESS") == "env://":  # what the launcher says, which is the default
+        del env["AIOCOMM_ADDRESS"]
     for launcher in (_own, _torchrun, _open_mpi, _hydra, _slurm):
         world = launcher(env, uid, parent)
         if world is not None:

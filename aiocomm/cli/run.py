@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Final
 
-from aiocomm._control.address import parse
+from aiocomm._control.address import EnvAddress, parse
 from aiocomm._process import die_with_parent, fresh_address, fresh_token
 from aiocomm.cli._streams import OutputLost
 from aiocomm.config import child_environment, resolve_world
@@ -205,7 +205,8 @@ class _Launcher:
             raise UsageError("processes on several hosts need --address tcp://host:port")
         self._size = size
         self._address = args.address or fresh_address()
-        parse(self._address)  # what all ranks would stumble over is told once, here
+        if isinstance(parse(self._address), EnvAddress):  # what all ranks would stumble over is told once
+            raise UsageError("env:// says where others listen, not where to listen")
         links = None if args.links is None else tuple(filter(None, map(str.strip, args.links.split(","))))
         world = resolve_world(self._address, links=links)
         check_links(world.links or ())

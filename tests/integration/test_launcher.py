@@ -267,6 +267,7 @@ def test_modules_and_other_programs(tmp_path: Path) -> None:
         (["-n", "2", "--links", "shm, smh", "x.py"], "unknown link 'smh': this build has "),
         (["-n", "2", "--address", "somewhere", "x.py"], "'somewhere' is no address; write tcp://host:port"),
         (["-n", "2", "--address", "tcp://h", "x.py"], "the address 'tcp://h' lacks a port"),
+        (["-n", "2", "--address", "env://", "x.py"], "env:// says where others listen"),
         (["-n", "1", "--no-python", "/does/not/exist"], "No such file"),
     ],
 )

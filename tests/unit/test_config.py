@@ -63,6 +63,8 @@ def found(env: dict[str, str], parent: int = 7) -> World:
         ({"AIOCOMM_ADDRESS": " unix://@x\n", "AIOCOMM_RANK": ""}, World(address="unix://@x")),
         ({**TORCHRUN, "AIOCOMM_RANK": "", "AIOCOMM_PORT": ""}, World("tcp://node0:29501", 3, 8)),
         (TORCHRUN, World(address="tcp://node0:29501", rank=3, size=8)),
+        ({**TORCHRUN, "AIOCOMM_ADDRESS": "env://"}, World(address="tcp://node0:29501", rank=3, size=8)),
+        ({"AIOCOMM_ADDRESS": "env://"}, World(rank=0, size=1)),
         ({**TORCHRUN, "MASTER_PORT": "65535"}, World(address="tcp://node0:65534", rank=3, size=8)),
         ({**TORCHRUN, "MASTER_ADDR": "fd00::1"}, World(address="tcp://[fd00::1]:29501", rank=3, size=8)),
         ({**TORCHRUN, "AIOCOMM_PORT": "7000"}, World(address="tcp://node0:7000", rank=3, size=8)),
@@ -154,6 +156,10 @@ def test_environments_that_make_no_sense(env: dict[str, str], complaint: str) ->
     ("env", "complaint"),
     [
         ({"AIOCOMM_RANK": "1", "AIOCOMM_SIZE": "2"}, "AIOCOMM_SIZE are set, but AIOCOMM_ADDRESS is not"),
+        (
+            {"AIOCOMM_RANK": "1", "AIOCOMM_SIZE": "2", "AIOCOMM_ADDRESS": "env://"},
+            "AIOCOMM_SIZE are set, but AIOCOMM_ADDRESS is not",
+        ),
         ({"AIOCOMM_RANK": "0"}, "AIOCOMM_RANK is set, but AIOCOMM_SIZE and AIOCOMM_ADDRESS are not"),
         ({"AIOCOMM_RANK": "a"}, "AIOCOMM_RANK must be a whole number"),
         ({"AIOCOMM_SIZE": "2"}, "AIOCOMM_SIZE is set, but AIOCOMM_RANK and AIOCOMM_ADDRESS are not"),
