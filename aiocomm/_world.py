@@ -114,6 +114,10 @@ def detect(env: Mapping[str, str], *, uid: int, parent: int) -> World:
         if world is not None:
             return world
     address = env.get("AIOCOMM_ADDRESS")
+    if address and "AIOCOMM_SIZE" in env:
+        raise UsageError(
+            "AIOCOMM_SIZE is set, but AIOCOMM_RANK is not: without it the world is an elastic one"
+        )
     if address:
         return World(address=address)
     _refuse_half(env)

@@ -145,6 +145,10 @@ def test_our_own_launcher_goes_first_then_torchrun() -> None:
         ({**TORCHRUN, "RANK": "-1"}, "rank -1 is not within"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "no member"),
         ({"AIOCOMM_ADDRESS": "unix://@x", "AIOCOMM_RANK": "1"}, "rank=0 only to host it"),
+        (
+            {"AIOCOMM_ADDRESS": "unix://@x", "AIOCOMM_SIZE": "2"},
+            "AIOCOMM_SIZE is set, but AIOCOMM_RANK is not",
+        ),
     ],
 )
 def test_environments_that_make_no_sense(env: dict[str, str], complaint: str) -> None:
