@@ -162,7 +162,7 @@ def _own(env: Mapping[str, str], uid: int, parent: int) -> World | None:
 def _torchrun(env: Mapping[str, str], uid: int, parent: int) -> World | None:
     if not all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
-    rank, size, port = _integer(env, "RANK"), _integer(env, "WORLD_SIZE"), _integer(env, "MASTER_PORT")
+    rank, size, port = _integer(env, "RANK"), _integer(env, "WORLD_SIZE"), _port(env, "MASTER_PORT")
     host = env["MASTER_ADDR"]
     job = (env.get("TORCHELASTIC_RUN_ID", ""), host, str(port), env.get("TORCHELASTIC_RESTART_COUNT", "0"))
     next_port = port + 1 if port < 65535 else port - 1
@@ -240,7 +240,8 @@ def _place(env: Mapping[str, str], rank: int, size: int, address: str | None, la
 
 
 def _tcp(env: Mapping[str, str], host: str, port: int) -> str:
-    port = _integer(env, "AIOCOMM_PORT") if "AIOCOMM_PORT" in env else port
+    port = _port(env, "AIOCOMM_PORT") if "AIOCOMM_PORT" in env else port
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
@@ -259,6 +260,13 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         raise UsageError(f"{name} is not set, though its launcher's other variables are") from None
     except ValueError:
         raise UsageError(f"{name} must be a whole number, not {env[name]!r}") from None
+
+
+def _port(env: Mapping[str, str], name: str) -> int:
+    port = _integer(env, name)
+    if not 0 < port < 65536:
+        raise UsageError(f"{name} must be a port (1 to 65535), not {port}")
+    return port
 
 
 def own_host(text: str) -> str:

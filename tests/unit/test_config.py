@@ -67,6 +67,7 @@ def found(env: dict[str, str], parent: int = 7) -> World:
         ({"AIOCOMM_ADDRESS": "env://"}, World(rank=0, size=1)),
         ({**TORCHRUN, "MASTER_PORT": "65535"}, World(address="tcp://node0:65534", rank=3, size=8)),
         ({**TORCHRUN, "MASTER_ADDR": "fd00::1"}, World(address="tcp://[fd00::1]:29501", rank=3, size=8)),
+        ({**TORCHRUN, "MASTER_ADDR": "[fd00::1]"}, World(address="tcp://[fd00::1]:29501", rank=3, size=8)),
         ({**TORCHRUN, "AIOCOMM_PORT": "7000"}, World(address="tcp://node0:7000", rank=3, size=8)),
         ({**TORCHRUN, "AIOCOMM_ADDRESS": "file:///x"}, World(address="file:///x", rank=3, size=8)),
         ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, World(rank=0, size=1)),
@@ -143,6 +144,9 @@ def test_our_own_launcher_goes_first_then_torchrun() -> None:
         ({**TORCHRUN, "RANK": "three"}, "RANK must be a whole number, not 'three'"),
         ({**TORCHRUN, "RANK": "8"}, "rank 8 is not within a world of 8"),
         ({**TORCHRUN, "RANK": "-1"}, "rank -1 is not within"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, r"MASTER_PORT must be a port \(1 to 65535\), not 0"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, r"MASTER_PORT must be a port \(1 to 65535\), not 99999"),
+        ({**TORCHRUN, "AIOCOMM_PORT": "-1"}, r"AIOCOMM_PORT must be a port \(1 to 65535\), not -1"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "no member"),
         ({"AIOCOMM_ADDRESS": "unix://@x", "AIOCOMM_RANK": "1"}, "rank=0 only to host it"),
         (
