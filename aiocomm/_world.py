@@ -9,11 +9,12 @@ answer.
 | Hydra (MPICH, Intel MPI) | `PMI_RANK`, `PMI_SIZE` | `AIOCOMM_ADDRESS`, unless on one host |
 | Slurm | `SLURM_PROCID`, `SLURM_STEP_ID` | first host of the step, a port from job and step id |
 
-The first that matches counts. (torchrun's own store holds `MASTER_PORT`.) Where all processes are on one host
-they meet at an abstract Unix socket named after the job, which needs no token. `AIOCOMM_ADDRESS` and
-`AIOCOMM_PORT` override the address and the port in each case. Under no launcher, `AIOCOMM_ADDRESS` names an
-elastic world, and without it the process is a world of its own; unless one of these launchers is there in
-part: that is an error, as each process would otherwise be alone without a word.
+The first that matches counts. (torchrun's own store holds `MASTER_PORT`; `srun --mpi=pmi2` sets Hydra's two
+as well, and is Slurm.) Where all processes are on one host they meet at an abstract Unix socket named after
+the job, which needs no token. `AIOCOMM_ADDRESS` and `AIOCOMM_PORT` override the address and the port in each
+case. Under no launcher, `AIOCOMM_ADDRESS` names an elastic world, and without it the process is a world of
+its own; unless one of these launchers is there in part: that is an error, as each process would otherwise be
+alone without a word.
 """
 
 from __future__ import annotations
@@ -184,16 +185,21 @@ def _open_mpi(env: Mapping[str, str], uid: int, parent: int) -> World | None:
 def _hydra(env: Mapping[str, str], uid: int, parent: int) -> World | None:
     if "PMI_RANK" not in env or "PMI_SIZE" not in env:
         return None
+    if "MPI_LOCALNRANKS" not in env and _slurm_step(env) is not None:
+        return None  # Hydra itself says how many are on this host, whoever has started it
     local = env.get("MPI_LOCALNRANKS") == env["PMI_SIZE"]
     address = _local_name(uid, "hydra", str(parent)) if local else None
     return _place(env, _integer(env, "PMI_RANK"), _integer(env, "PMI_SIZE"), address, launcher="Hydra")
 
 
+def _slurm_step(env: Mapping[str, str]) -> str | None:
+    """The step that this is a task of. A batch script has a SLURM_PROCID, but no step: it runs alone."""
+    return env.get("SLURM_STEP_ID", env.get("SLURM_STEPID")) if "SLURM_PROCID" in env else None
+
+
 def _slurm(env: Mapping[str, str], uid: int, parent: int) -> World | None:
-    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
-    if (
-        step is None or "SLURM_PROCID" not in env
-    ):  # a batch script has a SLURM_PROCID, but no step: it runs alone
+    step = _slurm_step(env)
+    if step is None:
         return None
     count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     rank, size = _integer(env, "SLURM_PROCID"), _integer(env, count)

@@ -75,6 +75,14 @@ def found(env: dict[str, str], parent: int = 7) -> World:
         ({**HYDRA, "AIOCOMM_ADDRESS": "tcp://h:1"}, World(address="tcp://h:1", rank=1, size=2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, World(rank=0, size=1)),
         ({**SLURM, "AIOCOMM_PORT": "7000"}, World(address="tcp://gpu07:7000", rank=5, size=8)),
+        (  # srun --mpi=pmi2
+            {**SLURM, "PMI_RANK": "5", "PMI_SIZE": "8", "AIOCOMM_PORT": "7000"},
+            World(address="tcp://gpu07:7000", rank=5, size=8),
+        ),
+        (  # mpiexec, which has had Slurm start its own processes
+            {**SLURM, **HYDRA, "AIOCOMM_ADDRESS": "tcp://h:1"},
+            World(address="tcp://h:1", rank=1, size=2),
+        ),
     ],
 )
 def test_launchers(env: dict[str, str], world: World) -> None:
