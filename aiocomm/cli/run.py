@@ -376,6 +376,8 @@ class _Launcher:
         def note(signum: int, frame: FrameType | None) -> None:
             self._signals.append(signum)
 
+        # Ignored, as whoever starts this may have it, it would leave no status of a child that has ended.
+        stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for signum in _FORWARDED:
             if signal.getsignal(signum) is signal.SIG_IGN:
                 continue

@@ -292,6 +292,14 @@ def test_the_failing_rank_decides_and_the_others_end(script: Callable[[str], str
     assert b"[aiocomm] rank 1 exited with status 7; stopping the others\n" in done.stderr
 
 
+def test_a_failing_rank_is_noticed_also_where_ends_of_children_are_ignored(
+    script: Callable[[str], str],
+) -> None:
+    program = script("sys.exit(7) if rank == '1' else signal.pause()")
+    with running("-n", "2", program, ignored=signal.SIGCHLD) as process:
+        assert process.wait(PATIENCE_S) == 7
+
+
 def test_those_who_do_not_listen_are_killed(script: Callable[[str], str]) -> None:
     program = script("""
         if rank == "0":
