@@ -153,7 +153,10 @@ def checked(
         found = found[:, None]
     if found.shape != ids.shape:
         raise UsageError(f"weights has shape {found.shape}, expert_ids {ids.shape}")
-    return ids, found.astype(np.float32)
+    try:
+        return ids, found.astype(np.float32)
+    except (TypeError, ValueError):  # bytes of a dtype that NumPy does not know
+        raise UsageTypeError(f"weights holds {found.dtype}, not numbers") from None
 
 
 def routed(count: int, expert_ids: Any, weights: Any, placement: Placement) -> list[Part]:

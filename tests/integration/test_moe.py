@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -173,6 +174,51 @@ async def test_layers_overlap_and_need_no_order_with_other_collectives() -> None
         await everyone(members, rank)
 
 
+def odd(shape: str, rank: int) -> tuple[Any, Any, Any, int]:
+    """What a rank of three dispatches, and the number of experts."""
+    rng = np.random.default_rng(rank)
+    tokens = {"of one rank": [0, 6, 0], "none": [0, 0, 0]}.get(shape, [5, 3, 7])[rank]
+    experts = {"fewer than ranks": 2, "more than choices": 1000}.get(shape, EXPERTS)
+    hidden, choices = 0 if shape == "without width" else 8, 0 if shape == "without choices" else 3
+    x = rng.normal(size=(tokens, hidden)).astype(np.float32)
+    ids = rng.integers(-1, experts, (tokens, choices))
+    weights = rng.random((tokens, choices), np.float32)
+    if shape == "all to one":
+        ids[:] = 7
+    elif shape == "twice to one":
+        ids = rng.integers(0, 2, (tokens, choices))
+    elif shape == "to none" and rank == 1:
+        ids[:] = -1
+    elif shape == "not numbers":
+        weights[::2, 0] = np.nan
+        ids[1, 0], weights[1, 0] = -1, np.nan  # of no expert: it makes no difference
+    return x, ids, weights, experts
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_odd_shapes_are_those_of_one_process() -> None:
+    """In processes of their own."""
+    shapes = ["of one rank", "none", "without width", "without choices", "all to one", "twice to one"]
+    shapes += ["to none", "not numbers", "fewer than ranks", "more than choices"]
+
+    async def rank(comm: aiocomm.Communicator) -> None:
+        for shape, path in itertools.product(shapes, ("auto", "latency", "bandwidth")):
+            x, ids, weights, experts = odd(shape, comm.rank)
+            came = await comm.dispatch(x, ids, weights, experts=experts, path=path, deadline=LIMIT_S)
+            sources = [odd(shape, r) for r in range(3)]
+            mine = [s[0][np.isin(s[1], came.experts).any(1)] for s in sources]
+            assert np.array_equal(came.tokens, np.concatenate(mine)), shape
+            outputs = came.inputs
+            for e in came.experts.tolist():
+                outputs[came.of(e)] = expert(e, outputs[came.of(e)])
+            owner = np.repeat(range(3), [len(part) for part in np.array_split(range(experts), 3)])
+            result = await comm.combine(outputs, came, path=path, deadline=LIMIT_S)
+            assert np.array_equal(result, alone(x, ids, weights, owner, 3), equal_nan=True), shape
+
+    async with aiocomm.spawn(rank, n=2) as comm:
+        await rank(comm)
+
+
 # ---------------------------------------------------------------- bad calls
 
 X, IDS = np.zeros((3, 4), np.float32), np.zeros((3, 1), np.int64)
@@ -195,6 +241,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not contiguous": (lambda c: c.dispatch(X[:, ::2], IDS, experts=6), "contiguous"),
     "ragged numbers": (lambda c: c.dispatch(X, [[0], [1, 2], [3]], experts=6), "expert_ids cannot be made"),
     "no numbers": (lambda c: c.dispatch(X, None, experts=6), "expert_ids is None: pass an array"),
+    "weights of bytes": (
+        lambda c: c.dispatch(X, IDS, np.zeros((3, 1), "V4"), experts=6),
+        "weights holds |V4, not numbers",
+    ),
     "ragged weights": (lambda c: c.dispatch(X, IDS, [[1], [1, 2], [1]], experts=6), "weights cannot be made"),
     "masked numbers": (
         lambda c: c.dispatch(X, np.ma.masked_array(IDS), experts=6),
