@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from aiocomm._loop.backend import current_backend
 from aiocomm.errors import StaleHandleError
-from aiocomm.pages import mover
+from aiocomm.pages import lease, mover
 from aiocomm.pages.mover import Mover
 
 if TYPE_CHECKING:
@@ -41,6 +42,30 @@ class Slow:
 
     def cancelled(self) -> bool:
         return self.asked.is_set()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_rows_that_are_refused_are_tried_again_later_and_later(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of host memory, which is pinned in the meantime; what reaches no memory of a GPU never will."""
+    now = 100.0
+    monkeypatch.setattr(lease.time, "monotonic", lambda: now)
+    layout: Any = None
+    pages = lease.RemotePages(1, layout, None, {}, on_gpu, lease._ByRows())
+    other = pages._view(layout)
+    pauses = []
+    for _ in range(9):
+        pages.refuse_rows()
+        until = other._by_rows.not_before
+        assert not other.by_rows
+        if on_gpu:
+            assert until == math.inf
+            return
+        pauses.append(until - now)
+        now = until
+        assert other.by_rows
+    assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0])
 
 
 class Done:
