@@ -1,11 +1,14 @@
 // The contract of a link: everything that the runtime needs from shared memory, TCP, copy engines or RDMA.
 //
 // Rules
-//  * Every call but `pull` and `pull_rows` is made under the engine's token, and none of them waits or moves much (see Host::leave_token): `post` either takes a frame whole
-//    or answers `again` and later calls `FrameSink::on_writable`.
+//  * Every call but `pull` and `pull_rows` is made under the engine's token, and none of them waits or moves much (see
+//    Host::leave_token): `post` either takes a frame whole or answers `again` and later calls `FrameSink::on_writable`.
 //  * Frames of a pair arrive in posting order, except that `data` frames may travel on other lanes.
-//  * These are called by copy threads without the token, several at once; it may take as long as its bytes need.
-//  * Errors that end the pair are told through `FrameSink::on_lost`, once; nothing else is called after `close`.
+//  * `pull` and `pull_rows` are called by copy threads without the token, several at once; they may take as long as their
+//    bytes need.
+//  * Errors that end the pair are told through `FrameSink::on_lost`, once; nothing else is called after `close`. Whatever a
+//    link tells the sink may close the pair it is about, within the call: it is kept alive until no thread is in it, and
+//    an event that was on its way to it may still reach Pollable::on_ready.
 //  * A link chooses nothing by itself: which thread of the peer to wake is the caller's `Wake`.
 #pragma once
 
@@ -87,7 +90,8 @@ class FrameSink {
   virtual void on_frame(LinkPeer& from, const FrameHeader& header, const std::byte* meta,
                         const std::byte* payload) = 0;
   // Where the payload bytes from `done` on of a data frame go; nullptr: discard them. Ask again for every read. The place
-  // stays the operation's, however it ends, until on_data; that call is owed even where nothing has come.
+  // stays the operation's, however it ends, until on_data: one such call, with `into`, is owed for each place that was
+  // given, also where nothing has come (`nbytes` 0).
   virtual std::byte* data_target(LinkPeer& from, const FrameHeader& header, uint64_t done) = 0;
   // `nbytes` more have come, to the place that was given or, with `into` null, to nowhere.
   virtual void on_data(LinkPeer& from, const FrameHeader& header, uint64_t nbytes, const std::byte* into) = 0;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pkgutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,14 @@ def _peer(
     )  # fmt: skip
 
 
+def _new_links() -> list[str]:
+    """Links without modes of their own here or in suites of their own. Nothing is imported to find them."""
+    package = importlib.util.find_spec("aiocomm")
+    folders = package.submodule_search_locations if package else None
+    found = {info.name for info in pkgutil.iter_modules([f"{folder}/links" for folder in folders or ()])}
+    return sorted(name for name in found - {"cuda", "rdma", "shm", "tcp"} if not name.startswith("_"))
+
+
 PEERS = [
     _peer("aiocomm-shm"),
     _peer("aiocomm-shm-spin", loop="aiocomm", note="aiocomm.run(spin=50e-6)"),
@@ -92,4 +102,5 @@ PEERS = [
     ),
     _peer("aiocomm-shm-bounce", note="cross-memory attach off", AIOCOMM_CMA="off"),
     _peer("aiocomm-tcp", link="tcp"),
+    *(_peer(f"aiocomm-{link}", link=link) for link in _new_links()),
 ]

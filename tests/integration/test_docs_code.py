@@ -20,7 +20,7 @@ import pytest
 from docs_fragments import AROUND, NotRun, program
 from notebooks import execute
 
-from aiocomm import cli
+from aiocomm import cli, links
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "pages"
@@ -88,6 +88,7 @@ def test_every_block_of_python_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_aiocomm_understands(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(links, "__path__", [*links.__path__, str(ROOT / "examples" / "new_link")])
     monkeypatch.chdir(tmp_path)
     Path("here.json").write_text('{"links": []}')  # what `aiocomm doctor --json` has printed
     monkeypatch.setattr(importlib.import_module(cli._COMMANDS[command[0]][0]), "main", lambda args: 0)

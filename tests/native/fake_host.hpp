@@ -82,9 +82,12 @@ class FakeHost final : public Host, public FrameSink {
   }
   std::byte* data_target(LinkPeer&, const FrameHeader& header, uint64_t done) override {
     auto it = buffers.find(header.rop);
-    return it == buffers.end() ? nullptr : it->second + header.address + done;
+    if (it == buffers.end()) return nullptr;
+    ++places;
+    return it->second + header.address + done;
   }
-  void on_data(LinkPeer&, const FrameHeader& header, uint64_t nbytes, const std::byte*) override {
+  void on_data(LinkPeer&, const FrameHeader& header, uint64_t nbytes, const std::byte* into) override {
+    places -= into != nullptr;
     data_bytes[header.rop] += nbytes;
   }
   void on_sent(LinkPeer&, OpId sop, uint64_t nbytes) override {
@@ -131,6 +134,7 @@ class FakeHost final : public Host, public FrameSink {
   std::atomic<int> unwatched{0};
   std::string lost;
   int writable = 0, fallbacks = 0, parts_down = 0, moved = 0;
+  int places = 0;  // that were given, and not given back
   uint64_t frozen_now = 0;
 
  private:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -30,6 +31,7 @@ from aiocomm_bench import (
     work,
 )
 from aiocomm_bench.model import Column, Options, Rule, Sample, Subject, Suite
+from aiocomm_bench.peers import ours
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -292,6 +294,16 @@ def test_registry_finds_every_peer_and_says_what_is_missing() -> None:
         "x", found["gloo"].open, "peer", "tcp", modules=("no_such_module",), install="pip install x"
     )
     assert nowhere.missing() == "not installed: pip install x"
+
+
+def test_a_new_link_is_a_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert ours._new_links() == []
+    (tmp_path / "links").mkdir()
+    for name in ("shm", "uds", "_report"):
+        (tmp_path / "links" / f"{name}.py").touch()
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", {"aiocomm": package}.get)
+    assert ours._new_links() == ["uds"]
 
 
 def test_rules_speak_of_peers_and_metrics_that_exist() -> None:

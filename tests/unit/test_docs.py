@@ -41,6 +41,15 @@ def test_every_link_declares_what_it_can_do() -> None:
         assert tuple(title for title, _ in links.capabilities(name).rows()) == links.CAPABILITY_ROWS
 
 
+def test_a_new_link_is_known_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "__path__", [*links.__path__, str(ROOT / "examples" / "new_link")])
+    assert "uds" in links.names()
+    report = links.discover("uds")
+    assert [check.state for check in report.checks] == [links.State.OK]
+    assert not report.usable, "its C++ is not in this build: tests/native/new_link_test.cpp compiles it"
+    assert links.capabilities("uds").reach == "processes of one host"
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_code_compiles(path: Path) -> None:
     for indent, block in PYTHON.findall(path.read_text()):
