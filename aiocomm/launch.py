@@ -68,14 +68,17 @@ class _Worker:
     def error(self) -> WorkerError | None:
         """What went wrong in it, unless it was stopped from here."""
         code = self.process.returncode
-        if code == 0 or (self.stopped and code is not None and code < 0):
+        if self.stopped and code is not None and code < 0:
             return None
         report = os.pread(self.outcome, os.fstat(self.outcome).st_size, len(JOINED))
+        if not report and code == 0:
+            return None
         if not report:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
             return WorkerError(f"the worker with rank {self.rank} {how}", self.rank, code)
         text, pickled = cloudpickle.loads(report)
-        error = WorkerError(f"the worker with rank {self.rank} failed:\n\n{text}", self.rank, code)
+        # Where this process ignores the ends of children, the kernel keeps no status.
+        error = WorkerError(f"the worker with rank {self.rank} failed:\n\n{text}", self.rank, code or 1)
         if pickled is not None:
             with contextlib.suppress(Exception):  # its class may not exist here; the text says enough
                 error.__cause__ = cloudpickle.loads(pickled)

@@ -142,6 +142,24 @@ def test_the_error_of_a_failed_worker_travels() -> None:
     assert (str(copied), copied.rank, copied.exit_code) == ("it failed", 2, -9)
 
 
+async def _fails(comm: Any) -> None:
+    raise ValueError("it cannot")
+
+
+def test_a_worker_that_fails_is_noticed_also_where_ends_of_children_are_ignored() -> None:
+    async def main() -> None:
+        async with aiocomm.spawn(_fails, n=1):
+            pass
+
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(WorkerError, match="ValueError: it cannot") as caught:
+            asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert caught.value.exit_code == 1
+
+
 async def _refers_to(other: object, comm: Any) -> None:
     pass
 
