@@ -91,6 +91,25 @@ async def test_calls_tried_on_a_closed_channel_end_on_all() -> None:
             assert (x[0] == 2).all()
 
 
+async def test_each_close_of_a_channel_gives_up_a_call() -> None:
+    """Also where nothing was called on it between two of them."""
+    async with world(2) as (a, b):
+        channels = [comm.channel("x") for comm in (a, b)]
+        await all_call([a, b], lambda comm: comm.barrier(channel=channels[comm.rank]))
+        for closes in (1, 2, 3):
+            for _ in range(closes):
+                a.channel("x").close()
+            with anyio.fail_after(LIMIT_S):
+                for _ in range(closes):
+                    await give_up(lambda: b.barrier(channel=channels[1]), aiocomm.TransferCancelled)
+                x = [np.ones(3), np.ones(3)]
+                channels[0] = a.channel("x")
+                await all_call(
+                    [a, b], lambda comm, x=x: comm.all_reduce(x[comm.rank], channel=channels[comm.rank])
+                )
+            assert (x[1] == 2).all()
+
+
 async def test_all_calls_that_another_waits_in_end() -> None:
     """It may wait in several at once; also the rank that closes it, and opens it again, is in step then."""
     async with world(2) as (a, b):
