@@ -613,6 +613,25 @@ def _with_layout(handle: bytes, text: bytes) -> bytes:
     return head.pack(magic, version, number, len(text), *rest) + text
 
 
+async def test_handles_of_pages_that_nobody_has_are_none(pair: Pair) -> None:
+    a, b = pair
+    kv = aiocomm.Pages([np.zeros((4, 2)), np.zeros((4, 2))])
+    ours, theirs = [(await comm.lease_pages(kv, [1, 3])).handle for comm in pair]
+    assert len(ours) == len(theirs)
+    size = struct.Struct("<4sHQIII?").unpack_from(ours)[5]
+    for wrong in (
+        ours.replace(struct.pack("<qq", 1, 3), struct.pack("<qq", 1, -1)),
+        ours.replace(struct.pack("<qq", 1, 3), struct.pack("<qq", 1, 4)),
+        ours[:-size] + theirs[-size:],  # the second array of another rank
+        ours[:-size],
+        ours + theirs[-size:],
+    ):
+        assert wrong != ours
+        with pytest.raises(UsageError, match="no handle of pages"):
+            b.remote_pages(wrong)
+    assert b.remote_pages(ours).rank == a.rank
+
+
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"count": Infinity}'], ids=["deep", "infinite"])
 async def test_layouts_that_are_none_are_no_handles(pair: Pair, text: bytes) -> None:
     a, b = pair
