@@ -27,7 +27,8 @@ def run(main: Coroutine[Any, Any, T], *, spin: float = 0.0, debug: bool | None =
         debug: asyncio's debug mode.
 
     Raises:
-        UsageError: `main` is no coroutine, or `spin` is negative or longer than a second.
+        UsageError: `main` is no coroutine, `spin` is negative or longer than a second, or a loop runs in this
+            thread already, as in a notebook: await the coroutine there.
     """
     given: object = main
     if not asyncio.iscoroutine(given):
@@ -36,6 +37,9 @@ def run(main: Coroutine[Any, Any, T], *, spin: float = 0.0, debug: bool | None =
     if not 0 <= spin <= 1:
         main.close()
         raise UsageError(f"spin={spin!r}: seconds, 0 to 1")
+    if asyncio._get_running_loop() is not None:
+        main.close()
+        raise UsageError("a loop runs in this thread already, as in a notebook: write `await main()`")
     if spin == 0:
         return asyncio.run(main, debug=debug)
 

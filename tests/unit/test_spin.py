@@ -78,6 +78,18 @@ def test_a_bad_spin_is_refused(spin: float) -> None:
         aiocomm.run(main(), spin=spin)
 
 
+@pytest.mark.parametrize("spin", [0, 50e-6])
+def test_where_a_loop_runs_already_it_says_what_to_write(spin: float) -> None:
+    async def inner() -> None:
+        raise AssertionError("it must not run")
+
+    async def main() -> None:
+        with pytest.raises(aiocomm.UsageError, match="write `await main"):
+            aiocomm.run(inner(), spin=spin)
+
+    asyncio.run(main())
+
+
 class Asked:
     """A native spinner in a selector's eyes; notes what it was asked for, and by which thread."""
 
