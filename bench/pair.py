@@ -65,8 +65,8 @@ class Pair:
         self._environment = {**os.environ, **(environment or {})}
         self._cores = cores
         if launcher == "mpirun":
-            # More ranks than cores have to be asked for. Open MPI counts all cores of the machine, where this process
-            # may use but some, and would spin on them.
+            # More ranks than cores have to be asked for. Open MPI counts all cores of the machine, where this
+            # process may use but some, and would spin on them.
             if size > len(os.sched_getaffinity(0)):
                 self._environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
             launch = [_mpirun(), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(size)]
