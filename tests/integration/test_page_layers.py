@@ -124,6 +124,18 @@ async def test_layers_of_one_array_go_to_their_places_and_come_back(link: str, w
         assert np.array_equal(back.arrays[0], model)
 
 
+async def test_layers_of_several_leases_are_refused(pair: Pair) -> None:
+    """Their notes would name one lease, whose owner would never see the other's layers."""
+    a, b = pair
+    ours, arrays = aiocomm.Pages(cache(1)), cache(None)
+    remotes = [
+        a.remote_pages((await b.lease_pages(aiocomm.Pages(arrays))).handle).layers(arrays=2) for _ in range(2)
+    ]
+    with pytest.raises(aiocomm.UsageError, match="of different leases"):
+        await a.put_layers(ours.layers(arrays=2), [5], [*remotes[0][:2], *remotes[1][2:]], [9])
+    assert not any(array.any() for array in arrays)
+
+
 async def test_a_layer_is_there_when_all_its_sources_have_brought_it() -> None:
     async with world(3, warmup=True) as (a, b, c):
         sources = [aiocomm.Pages(cache(seed, heads=2)) for seed in (1, 2)]
