@@ -124,6 +124,20 @@ async def test_layers_of_one_array_go_to_their_places_and_come_back(link: str, w
         assert np.array_equal(back.arrays[0], model)
 
 
+async def test_a_peer_that_has_come_back_is_sent_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even that the layers for its earlier incarnation were given up."""
+    a, b = pair
+    ours, theirs = aiocomm.Pages(cache(1)), aiocomm.Pages(cache(None))
+    remote = a.remote_pages((await b.lease_pages(theirs)).handle)
+    sent: list[Any] = []
+    monkeypatch.setattr(transfers._Notes, "_send", lambda _, layer: sent.append(layer))
+    monkeypatch.setattr(type(a), "_generation_of", lambda comm, rank: 1 << 60)
+    with pytest.raises(aiocomm.StaleHandleError):
+        await a.put_layers(ours.layers(arrays=2), [5], remote.layers(arrays=2), [9])
+    assert not sent
+    assert not any(array.any() for array in theirs.arrays)
+
+
 async def test_layers_of_several_leases_are_refused(pair: Pair) -> None:
     """Their notes would name one lease, whose owner would never see the other's layers."""
     a, b = pair
