@@ -105,6 +105,8 @@ async def test_what_cannot_be_fetched_is_not_asked_for_at_once_again(monkeypatch
 async def test_ranges_of_rows_that_are_refused_are_made_off_the_loop(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And moved once, however many transfers were refused."""
+    monkeypatch.setattr(transfers, "_MOST_GROUPS", 1)
     monkeypatch.setenv("AIOCOMM_CMA", "off")
     monkeypatch.setattr(ranges, "_INLINE", 3)
     ranges._kept.clear()
@@ -119,8 +121,11 @@ async def test_ranges_of_rows_that_are_refused_are_made_off_the_loop(
         mine, theirs = (aiocomm.Pages(ours(seed), page_axis=1) for seed in (1, 2))
         remote = a.remote_pages((await b.lease_pages(theirs)).handle)
         give, take = np.array([0, 5, 9, 11]), np.array([1, 3, 30, 8])
+        before = a.links["shm"].statistics().submitted
         if operation == "put":
             await a.put_layers(mine.layers(0), give, remote.layers(0), take)
+            # of each layer: two of rows, which are refused, one message with all of them, and the note
+            assert a.links["shm"].statistics().submitted - before == LAYERS * 4
         else:
             await a.get_pages(remote, take, mine, give)
         assert np.array_equal(theirs.arrays[0][:, take], mine.arrays[0][:, give])
