@@ -141,6 +141,8 @@ async def test_a_lost_source_ends_what_it_had_begun_also_if_it_is_back_at_once()
         with pytest.raises(aiocomm.PeerLostError, match="rank 0 is gone before layer 1 of 3"):
             await iterated(notes)
     assert await iterated(notes) == [0, 1, 2]
+    with pytest.raises(aiocomm.DeadlineExceeded, match="no layer has come from rank 0"):
+        await anext(notes.layers([0], 0))  # it is there: its next call may come
     notes.lose(0)
     with pytest.raises(aiocomm.PeerLostError, match="rank 0 is gone before the first layer"):
         await iterated(notes, [0])
