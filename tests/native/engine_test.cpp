@@ -583,20 +583,22 @@ void what_comes_while_chunks_are_copied() {
   };
   std::atomic<int> chunks{0}, since_poll{0}, since_ready{0}, most{0};  // copied by the engine's thread
   World world(kLong);
-  hand->on_poll = [&] {
-    if (by_engine()) since_poll = 0;
-  };
   always.seen = [&] { since_ready = 0; };
-  hand->on_pull = [&] {
-    if (!by_engine()) return hand->host.ring_engine();
-    const uint64_t until = world.engine.now() + 30'000;  // as a chunk takes
-    while (world.engine.now() < until) std::this_thread::yield();
-    ++chunks;
-    most = std::max({most.load(), ++since_poll, ++since_ready});
-  };
   Descriptor ready;
   ready = eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC);
-  world.say([&](HandPeer& peer) { peer.host.watch(ready, EPOLLIN, &always, false); });
+  world.say([&](HandPeer& peer) {  // the engine's thread polls it already
+    peer.on_poll = [&] {
+      if (by_engine()) since_poll = 0;
+    };
+    peer.on_pull = [&] {
+      if (!by_engine()) return hand->host.ring_engine();
+      const uint64_t until = world.engine.now() + 30'000;  // as a chunk takes
+      while (world.engine.now() < until) std::this_thread::yield();
+      ++chunks;
+      most = std::max({most.load(), ++since_poll, ++since_ready});
+    };
+    peer.host.watch(ready, EPOLLIN, &always, false);
+  });
   std::vector<std::byte> memory(1);
   Op* op = world.engine.new_op();
   op->kind = OpKind::get;
