@@ -552,6 +552,65 @@ async def test_memory_in_blocks_moves_directly_where_descriptors_may_be_taken(
         await comm.send(b"x", 1)
 
 
+@ONE_LOOP
+async def test_parts_that_share_blocks_are_exported_and_mapped_once(simulator: Simulator) -> None:
+    """Tensors of one expandable segment lie in blocks that they share with their neighbours."""
+    nbytes, turns, mib = 8 << 20, 10, 1 << 20
+    parts = [(0, 3 * mib), (mib, 4 * mib), (3 * mib, 3 * mib), (0, 8 * mib)]  # of four blocks
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        into = DeviceArray(nbytes, device=1, kind=Kind.VMM)
+        for _ in range(turns):
+            for start, size in parts:
+                await comm.recv(into.part(start, size), 0)
+                await comm.send(into.numpy()[start : start + size], 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        data = random(nbytes)
+        source = DeviceArray(nbytes, kind=Kind.VMM).write(data)
+        names = ("cuMemExportToShareableHandle", "cuMemImportFromShareableHandle", "cuMemMap")
+        before = [simulator.calls(name) for name in names]
+        for _ in range(turns):
+            for start, size in parts:
+                await comm.send(source.part(start, size), 1)
+                await comm.recv(back := np.zeros(size, np.uint8), 1)
+                assert np.array_equal(back, data[start : start + size])
+        assert comm.links["cuda"].statistics().fallbacks == 0
+        exported, imported, mapped = (
+            simulator.calls(name) - calls for name, calls in zip(names, before, strict=True)
+        )
+        assert exported == 4
+        assert imported == mapped == 2 + 3 + 4  # the third part's two blocks are of the second's
+
+
+@ONE_LOOP
+async def test_blocks_that_are_exported_no_more_are_mapped_no_more(simulator: Simulator) -> None:
+    """Of 512 descriptors, what is given up for others: peers let go of it as if it were freed."""
+    nbytes, arrays, block = 120 << 20, 3, 2 << 20
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        kept = [DeviceArray(nbytes, device=1, kind=Kind.VMM) for _ in range(arrays)]
+        for array in kept:
+            for start in range(block, nbytes, block):
+                await comm.send(array.part(start, 1), 0)
+                await comm.send(array.part(start - 1, 2), 0)
+        await comm.recv(bytearray(1), 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        into, turns = [DeviceArray(1), DeviceArray(2)], arrays * (nbytes // block - 1)
+        before = simulator.held("mappings")
+        for _ in range(turns):
+            for array in into:
+                await comm.recv(array, 1)
+        assert comm.links["cuda"].statistics().fallbacks == 0
+        await until(lambda: simulator.held("mappings") - before < (1 + 2) * turns)
+        await comm.send(b"x", 1)
+
+
 async def test_memory_freed_behind_the_back_of_a_transfer(simulator: Simulator) -> None:
     """An array keeps its memory as long as it is referred to; who frees by hand gets an error."""
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <utility>
 
 namespace aiocomm::cuda {
@@ -13,11 +14,6 @@ namespace aiocomm::cuda {
 namespace {
 
 constexpr size_t kMostDescriptors = 512;  // of a limit that usually is 1,024, and the program's
-
-uint64_t mixed(uint64_t hash, uint64_t value) {
-  hash = (hash ^ value) * 0x9e3779b97f4a7c15ull;
-  return hash ^ hash >> 29;
-}
 
 }  // namespace
 
@@ -62,95 +58,92 @@ bool Exports::find_blocks(uint64_t address, uint64_t nbytes, std::vector<Block>&
   return !out.empty();
 }
 
-bool Exports::is_there(const Block& block) const {
-  unsigned long long id = 0;
-  return driver_.cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, block.base) ==
-             CUDA_SUCCESS &&
-         id == block.id;
-}
-
 bool Exports::blocks_of(DevicePlace& place, uint64_t nbytes) {
   std::vector<Block> found;
   if (!find_blocks(place.address, nbytes, found)) return false;
-  uint64_t id = found.size();
-  for (const Block& block : found) id = mixed(mixed(id, block.id), block.nbytes);
   std::unique_lock lock(mutex_);
-  auto it = by_base_.find(found.front().base);
-  const bool fresh = it == by_base_.end() || it->second->id != id;
-  if (fresh) {
-    if (it != by_base_.end()) drop(it->first);
-    make_room(found.size() + 1);
-    auto made = make(std::move(found), id);
-    if (!made) return false;
-    const uint64_t base = made->blocks.front().base;
-    made->age = ages_.insert(ages_.end(), base);
-    descriptors_ += made->blocks.size() + 1;
-    it = by_base_.insert_or_assign(base, std::move(made)).first;
+  const auto known = std::find_if(tables_.rbegin(), tables_.rend(), [&](const Table& table) {
+    return std::search(table.blocks.begin(), table.blocks.end(), found.begin(), found.end()) !=
+           table.blocks.end();
+  });
+  const bool fresh = known == tables_.rend();
+  if (!fresh) {
+    tables_.splice(tables_.end(), tables_, std::prev(known.base()));
+  } else if (!fill(tables_.emplace_back(), std::move(found))) {
+    tables_.pop_back();
+    return false;
   }
-  Blocks& blocks = *it->second;
-  ages_.splice(ages_.end(), ages_, blocks.age);
-  place.base = blocks.blocks.front().base;
-  place.extent = blocks.blocks.back().base + blocks.blocks.back().nbytes - place.base;
-  place.buffer_id = mixed(blocks.id, blocks.number);  // exported anew, it is to be mapped anew
-  BlockHandle handle{blocks.number, blocks.table};
+  make_room();
+  const Table& table = tables_.back();
+  place.base = table.blocks.front().base;
+  place.extent = table.blocks.back().base + table.blocks.back().nbytes - place.base;
+  place.buffer_id = table.number;  // exported anew, it is to be mapped anew
+  BlockHandle handle{table.number, table.fd};
   std::memcpy(place.handle.data(), &handle, sizeof handle);
   lock.unlock();
   if (fresh) made_();
   return true;
 }
 
-std::unique_ptr<Exports::Blocks> Exports::make(std::vector<Block> blocks, uint64_t id) {
-  auto made = std::make_unique<Blocks>();
-  made->id = id;
-  made->table = memfd_create("aiocomm-blocks", MFD_CLOEXEC);
-  if (made->table < 0 || ftruncate(made->table, sizeof(BlockTable)) != 0) return nullptr;
-  void* at = mmap(nullptr, sizeof(BlockTable), PROT_READ | PROT_WRITE, MAP_SHARED, made->table, 0);
-  if (at == MAP_FAILED) return nullptr;
-  made->shared = new (at) BlockTable;
-  for (const Block& block : blocks) {
-    CUmemGenericAllocationHandle handle = 0;
-    int descriptor = -1;
-    if (driver_.cuMemRetainAllocationHandle(&handle, reinterpret_cast<void*>(block.base)) != CUDA_SUCCESS)
-      return nullptr;
-    CUresult code = driver_.cuMemExportToShareableHandle(&descriptor, handle,
-                                                         CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-    driver_.cuMemRelease(handle);
-    if (code != CUDA_SUCCESS) return nullptr;
-    made->shared->sizes[made->shared->count] = block.nbytes;
-    made->shared->descriptors[made->shared->count++] = descriptor;
+bool Exports::fill(Table& made, std::vector<Block> blocks) {
+  made.fd = memfd_create("aiocomm-blocks", MFD_CLOEXEC);
+  if (made.fd < 0 || ftruncate(made.fd, sizeof(BlockTable)) != 0) return false;
+  void* at = mmap(nullptr, sizeof(BlockTable), PROT_READ | PROT_WRITE, MAP_SHARED, made.fd, 0);
+  if (at == MAP_FAILED) return false;
+  made.shared = new (at) BlockTable;
+  for (Block& block : blocks) {
+    if (!export_block(block)) return false;
+    made.shared->sizes[made.shared->count] = block.nbytes;
+    made.shared->descriptors[made.shared->count++] = block.descriptor->fd;
   }
-  made->blocks = std::move(blocks);
-  if (getrandom(&made->number, sizeof made->number, 0) != sizeof made->number || !made->number)
-    return nullptr;
-  __atomic_store_n(&made->shared->number, made->number, __ATOMIC_RELEASE);
-  return made;
+  made.blocks = std::move(blocks);
+  if (getrandom(&made.number, sizeof made.number, 0) != sizeof made.number || !made.number) return false;
+  __atomic_store_n(&made.shared->number, made.number, __ATOMIC_RELEASE);
+  return true;
 }
 
-Exports::Blocks::~Blocks() {
+bool Exports::export_block(Block& block) {
+  for (const Table& table : tables_)
+    if (auto known = std::find(table.blocks.begin(), table.blocks.end(), block);
+        known != table.blocks.end()) {
+      block.descriptor = known->descriptor;
+      return true;
+    }
+  auto made = std::make_shared<Descriptor>(descriptors_);
+  CUmemGenericAllocationHandle handle = 0;
+  if (driver_.cuMemRetainAllocationHandle(&handle, reinterpret_cast<void*>(block.base)) != CUDA_SUCCESS)
+    return false;
+  const CUresult code =
+      driver_.cuMemExportToShareableHandle(&made->fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  driver_.cuMemRelease(handle);
+  block.descriptor = std::move(made);
+  return code == CUDA_SUCCESS;
+}
+
+Exports::Descriptor::~Descriptor() {
+  if (fd >= 0) ::close(fd);
+  --live;
+}
+
+Exports::Table::~Table() {
   if (shared) {
     __atomic_store_n(&shared->number, uint64_t{0}, __ATOMIC_SEQ_CST);
-    for (uint32_t i = 0; i < shared->count; ++i) ::close(shared->descriptors[i]);
     munmap(shared, sizeof(BlockTable));
   }
-  if (table >= 0) ::close(table);
-}
-
-void Exports::drop(uint64_t base) {
-  auto it = by_base_.find(base);
-  descriptors_ -= it->second->blocks.size() + 1;
-  ages_.erase(it->second->age);
-  by_base_.erase(it);
+  blocks.clear();  // not before: nobody is to take a descriptor that means something else by now
+  if (fd >= 0) ::close(fd);
 }
 
 bool Exports::empty() {
   std::lock_guard lock(mutex_);
-  return exported_.empty() && by_base_.empty();
+  return exported_.empty() && tables_.empty() && given_up_.empty();
 }
 
 // Asked without the lock, for which messages wait.
 std::vector<Gone> Exports::gone() {
   std::unique_lock lock(mutex_);
-  std::vector<Gone> gone = drop_unmapped(lock);
+  std::vector<Gone> gone = std::exchange(given_up_, {});
+  drop_unmapped(lock, gone);
   std::vector<Gone> all;
   all.reserve(exported_.size());
   for (const auto& [base, exported] : exported_) all.push_back({base, exported.buffer_id});
@@ -170,35 +163,38 @@ std::vector<Gone> Exports::gone() {
   return gone;
 }
 
-std::vector<Gone> Exports::drop_unmapped(std::unique_lock<std::mutex>& lock) {
-  std::vector<std::pair<Gone, std::vector<Block>>> all;
-  for (const auto& [base, blocks] : by_base_)
-    all.push_back({{base, mixed(blocks->id, blocks->number)}, blocks->blocks});
+void Exports::drop_unmapped(std::unique_lock<std::mutex>& lock, std::vector<Gone>& gone) {
+  std::set<std::pair<uint64_t, uint64_t>> missing;  // bases and ids
+  for (const Table& table : tables_)
+    for (const Block& block : table.blocks) missing.emplace(block.base, block.id);
   lock.unlock();
-  std::erase_if(all, [this](const auto& one) {
-    return std::all_of(one.second.begin(), one.second.end(),
-                       [this](const Block& block) { return is_there(block); });
+  std::erase_if(missing, [this](const auto& block) {
+    unsigned long long id = 0;
+    return driver_.cuPointerGetAttribute(&id, CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, block.first) ==
+               CUDA_SUCCESS &&
+           id == block.second;
   });
   lock.lock();
-  std::vector<Gone> gone;
-  for (const auto& [one, blocks] : all) {
-    auto it = by_base_.find(one.base);
-    if (it == by_base_.end() || mixed(it->second->id, it->second->number) != one.buffer_id) continue;
-    gone.push_back(one);
-    drop(one.base);
-  }
-  return gone;
+  std::erase_if(tables_, [&](const Table& table) {
+    const bool dropped = std::any_of(table.blocks.begin(), table.blocks.end(), [&](const Block& block) {
+      return missing.contains({block.base, block.id});
+    });
+    if (dropped) gone.push_back(table.memory());
+    return dropped;
+  });
 }
 
-void Exports::make_room(size_t count) {
-  while (!ages_.empty() && descriptors_ + count > kMostDescriptors) drop(ages_.front());
+void Exports::make_room() {
+  while (tables_.size() > 1 && descriptors_ + tables_.size() > kMostDescriptors) {
+    given_up_.push_back(tables_.front().memory());
+    tables_.pop_front();
+  }
 }
 
 void Exports::clear() {
   std::lock_guard lock(mutex_);
-  by_base_.clear();
-  ages_.clear();
-  descriptors_ = 0;
+  tables_.clear();
+  given_up_.clear();
 }
 
 }  // namespace aiocomm::cuda

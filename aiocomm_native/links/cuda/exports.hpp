@@ -5,9 +5,11 @@
 //    descriptors out of this process (pidfd_getfd), by a table that they read first: the kernel lets those do so that
 //    may read its memory. The table begins with a number that is cleared before its descriptors are closed, and looked
 //    at before and after they are taken: nobody takes a descriptor that means something else by now.
+//  * A block is exported once, whatever tables it is in. Messages whose blocks follow each other in a table share it;
+//    others have one of their own, and peers map some blocks several times.
 //  * A mapping elsewhere keeps freed memory from coming back, and so does a block's descriptor. The driver tells nobody of
 //    a free, so what was exported is looked at from time to time (gone()): peers hear what is no longer there.
-//  * Beyond a bound the blocks that were used longest ago are not exported any more.
+//  * Beyond a bound the tables that were used longest ago are given up; peers then hear of it as if it were freed.
 #pragma once
 
 #include <array>
@@ -57,36 +59,50 @@ class Exports {
   std::vector<Gone> gone();
 
  private:
+  struct Descriptor {
+    explicit Descriptor(size_t& all) : live(all) { ++live; }
+    ~Descriptor();
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    int fd = -1;
+    size_t& live;
+  };
   struct Block {
     uint64_t base = 0, nbytes = 0, id = 0;
+    std::shared_ptr<const Descriptor> descriptor = {};
+    bool operator==(const Block& other) const {
+      return base == other.base && nbytes == other.nbytes && id == other.id;
+    }
   };
   struct Exported {
     uint64_t buffer_id;
     bool possible;
     std::array<std::byte, 64> handle;
   };
-  struct Blocks {
-    ~Blocks();
-    uint64_t number = 0, id = 0;
+  struct Table {
+    Table() = default;
+    ~Table();
+    Table(const Table&) = delete;
+    Table& operator=(const Table&) = delete;
+    Gone memory() const { return {blocks.front().base, number}; }
+    uint64_t number = 0;
     std::vector<Block> blocks;
-    int table = -1;
+    int fd = -1;
     BlockTable* shared = nullptr;
-    std::list<uint64_t>::iterator age;
   };
   bool find_blocks(uint64_t address, uint64_t nbytes, std::vector<Block>& out) const;
-  bool is_there(const Block& block) const;
-  std::unique_ptr<Blocks> make(std::vector<Block> blocks, uint64_t id);
-  void drop(uint64_t base);
-  std::vector<Gone> drop_unmapped(std::unique_lock<std::mutex>& lock);
-  void make_room(size_t count);
+  bool fill(Table& table, std::vector<Block> blocks);
+  bool export_block(Block& block);
+  void drop_unmapped(std::unique_lock<std::mutex>& lock, std::vector<Gone>& gone);
+  void make_room();
 
   const Driver& driver_;
   const std::function<void()> made_;
   std::mutex mutex_;
-  std::unordered_map<uint64_t, Exported> exported_;                // by base
-  std::unordered_map<uint64_t, std::unique_ptr<Blocks>> by_base_;  // of the first block
-  std::list<uint64_t> ages_;                                       // used longest ago first
-  size_t descriptors_ = 0;
+  std::unordered_map<uint64_t, Exported> exported_;  // by base
+  size_t descriptors_ = 0;                           // of blocks
+  std::list<Table> tables_;                          // used longest ago first
+  std::vector<Gone> given_up_;                       // of which peers are to hear
 };
 
 }  // namespace aiocomm::cuda

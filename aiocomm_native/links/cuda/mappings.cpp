@@ -125,7 +125,9 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
     bool same = it->first.owner == key.owner && it->first.device == device;
     bool overlaps =
         it->first.base < theirs.base + theirs.extent && theirs.base < it->first.base + it->second.extent;
-    if (same && overlaps && it->second.state != Reach::State::opening) drop(it);  // freed by its owner
+    bool blocks = it->second.exported == Export::descriptor && theirs.exported == Export::descriptor;
+    if (same && overlaps && !blocks && it->second.state != Reach::State::opening)
+      drop(it);  // freed by its owner
     it = next;
   }
   while (entries_.size() >= limit_) {
@@ -137,6 +139,7 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
   Entry& entry = entries_[key];
   entry.age = ages_.insert(ages_.end(), key);
   entry.extent = theirs.extent;
+  entry.exported = theirs.exported;
   entry.waiters.push_back(waiter);
   helper_.submit([this, context, key, theirs, process] { open(context, key, theirs, process); });
   return {Reach::State::opening, 0, nullptr, {}};
@@ -303,15 +306,18 @@ void Mappings::forget(uint64_t owner) {
     helper_.submit([this, waiters = std::move(waiters)] { host_.go_on(waiters.data(), waiters.size()); });
 }
 
-// One that is being opened is for a transfer under way, whose memory its owner must not have freed.
+// One that is being opened is for a transfer under way, which has it first.
 void Mappings::forget(uint64_t owner, const Gone& memory) {
   std::lock_guard lock(mutex_);
   for (auto it = entries_.begin(); it != entries_.end();) {
     auto next = std::next(it);
     const Key& key = it->first;
-    if (key.owner == owner && key.base == memory.base && key.buffer_id == memory.buffer_id &&
-        it->second.state != Reach::State::opening)
-      drop(it);
+    if (key.owner == owner && key.base == memory.base && key.buffer_id == memory.buffer_id) {
+      if (it->second.state != Reach::State::opening)
+        drop(it);
+      else
+        helper_.submit([this, owner, memory] { forget(owner, memory); });
+    }
     it = next;
   }
 }

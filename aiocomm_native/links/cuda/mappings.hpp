@@ -3,7 +3,8 @@
 // Rules
 //  * A mapping is known by its owner's process, the allocation's base and its buffer id. An address that was freed and
 //    allocated anew has another id, so it is never read through the old mapping; the old one is dropped when its owner
-//    says that it has freed the memory, or when the new one is asked for.
+//    says that it has freed the memory, or when the new one is asked for. Ranges of blocks (exports.hpp) may overlap: of
+//    these only the owner knows which are gone.
 //  * Opening takes up to milliseconds: it is done by the helper's thread, and the transfers that wait for it hear of it.
 //  * At most `limit` mappings are kept; the one that was used longest ago goes first. One in use stays until its last
 //    transfer has ended.
@@ -88,6 +89,7 @@ class Mappings {
     std::vector<OpId> waiters;
     std::list<Key>::iterator age;
     uint64_t extent = 0;
+    Export exported = Export::none;
   };
 
   struct Attempt;
