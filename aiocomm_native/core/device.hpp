@@ -209,8 +209,9 @@ struct Reach {
 // What the engine offers to a mover. None of it is called with the token held.
 class MoverHost {
  public:
-  virtual void moved(MoveJob* jobs, size_t count) = 0;    // by copy threads, in the order of completion
-  virtual void go_on(const OpId* ops, size_t count) = 0;  // what they waited for has come, or will not
+  virtual void moved(MoveJob* jobs, size_t count) = 0;  // by copy threads, in the order of completion
+  // What they waited for has come, or will not. `error`: the driver's, of a device that is lost while its work is waited for.
+  virtual void go_on(const OpId* ops, size_t count, int error = 0) = 0;
   // Progress on behalf of the engine's thread, which sleeps meanwhile: peers need not ring from the first call to the end.
   // True: something was done.
   virtual bool assist() = 0;

@@ -389,18 +389,25 @@ void DeviceProtocol::stage_out(Op& op, Peer& peer) {
   if (!gpu.can_pull && op.live && peer.state == Peer::State::up) engine_.queue_data(op, peer);
 }
 
-void DeviceProtocol::go_on(const OpId* ops, size_t count) {
+void DeviceProtocol::go_on(const OpId* ops, size_t count, int error) {
   Engine::Token token(engine_);
   for (size_t i = 0; i < count; ++i) {
     Op* op = engine_.find(ops[i]);
     if (!op || !op->gpu || !op->gpu->waiting) continue;
     op->gpu->waiting = false;
-    if (op->state == OpState::queued && op->holding) {
+    const bool held = op->state == OpState::queued && op->holding;
+    if (!held && op->state != OpState::moving) continue;
+    // Else another process's engine might move it, and nobody say that what it was to follow has failed. A kernel does, as
+    // it is launched.
+    if (error && !op->gpu->kernel) {
+      fail(*op, error);
+      continue;
+    }
+    if (held) {
       engine_.let_flow_go_on(*op);
       engine_.pump(op->link);
       continue;
     }
-    if (op->state != OpState::moving) continue;
     if (op->gpu->packing) {
       pack(*op);
       continue;

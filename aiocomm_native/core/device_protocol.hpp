@@ -102,7 +102,7 @@ class DeviceProtocol final : public MoverHost {
 
   // --- MoverHost
   void moved(MoveJob* jobs, size_t count) override;
-  void go_on(const OpId* ops, size_t count) override;
+  void go_on(const OpId* ops, size_t count, int error = 0) override;
   bool assist() override;
   bool end_assist() override;
   bool loop_looks() const override;

@@ -273,6 +273,30 @@ async def test_a_stream_that_fails_while_it_is_waited_for(simulator: Simulator) 
         stream.close()
 
 
+@ONE_LOOP
+@pytest.mark.parametrize("end", ["sent", "received"])
+async def test_a_stream_of_either_end_that_fails_is_told_there(simulator: Simulator, end: str) -> None:
+    """Bulk that the sender's engine would write, whose device is well."""
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        device = 0 if end == "sent" else 1
+        stream, source, into = Stream(device), DeviceArray(NBYTES), DeviceArray(NBYTES, device=1)
+        simulator.pause(device, Engine.LOCAL)
+        stream.fill(into if device else source, 1)
+        streams = [None, None]
+        streams[device] = stream
+        received, sent = b.recv(into, 0, stream=streams[1]), a.send(source, 1, stream=streams[0])
+        await outcomes(lambda: a.send(b"x", 1, tag=1), lambda: b.recv(bytearray(1), 0, tag=1))
+        simulator.fail("@engine", ILLEGAL_ADDRESS)
+        simulator.resume(device, Engine.LOCAL)
+        ended = await outcomes(lambda: sent, lambda: received)
+        own, other = ended if end == "sent" else reversed(ended)
+        assert isinstance(own, aiocomm.LinkError)
+        assert own.code == ILLEGAL_ADDRESS
+        assert isinstance(other, aiocomm.LinkError | aiocomm.PeerError)
+        simulator.heal()
+        stream.close()
+
+
 # ---------------------------------------------------------------- between processes
 
 

@@ -209,6 +209,36 @@ async def test_pages_wait_for_their_stream(pair: Pair) -> None:
     stream.close()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("kind", ["put", "get"])
+async def test_a_stream_that_fails_at_the_owner_of_pages(simulator: Simulator, pair: Pair, kind: str) -> None:
+    """Who asks for them moves them, and would not notice."""
+    a, b = pair
+    stream, array, other = Stream(1), DeviceArray((4, 4096), device=1), DeviceArray((4, 4096))
+    simulator.pause(1, Engine.LOCAL)
+    stream.fill(array, 7)
+    lease, ours = await b.lease_pages(aiocomm.Pages(array), stream=stream), aiocomm.Pages(other)
+    remote = a.remote_pages(lease.handle)
+
+    async def access() -> None:
+        calls = {
+            "put": lambda: a.put_pages(ours, [0, 2], remote, [1, 3]),
+            "get": lambda: a.get_pages(remote, [0, 2], ours, [1, 3]),
+        }
+        with pytest.raises((aiocomm.LinkError, aiocomm.PeerError)):
+            await calls[kind]()
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(access)
+            await messages_pass(a, b, times=3)
+            simulator.fail("@engine", 700)
+            simulator.resume(1, Engine.LOCAL)
+    simulator.heal()
+    await lease.aclose()
+    stream.close()
+
+
 async def test_leases_and_refusals(pair: Pair) -> None:
     a, b = pair
     ours, theirs = on("gpu", cache(4)), on("gpu", cache(None), other_device())

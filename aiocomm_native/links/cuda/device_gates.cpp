@@ -71,24 +71,26 @@ bool Device::open_gates() {
     gates_.push_back(std::move(wait));
   }
   if (gates_.empty()) return false;
-  std::vector<OpId> ready;
+  std::vector<OpId> ready, hopeless;
   std::erase_if(gates_, [&](const GateWait& gate) {
     if (gate.company && gate.company->over.load(std::memory_order_acquire)) return true;
     if (!gate.gate.open()) {
       if (!lost_) return false;
-      // Nobody else will write it; the copy then fails, and says why. A word of others is theirs, and others wait for it.
-      if (gate.company)
-        gate.company->hopeless.store(true, std::memory_order_release);
-      else
+      // Nobody else will write it. A word of others is theirs, and others wait for it: the copy then fails, and says why.
+      if (!gate.company) {
         *const_cast<volatile uint32_t*>(gate.gate.word) = gate.gate.value;
+        hopeless.push_back(gate.op);
+        return true;
+      }
+      gate.company->hopeless.store(true, std::memory_order_release);
     }
     ready.push_back(gate.op);
     return true;
   });
   waits_.store(!gates_.empty(), std::memory_order_relaxed);
-  if (ready.empty()) return false;
-  host_.go_on(ready.data(), ready.size());
-  return true;
+  if (!ready.empty()) host_.go_on(ready.data(), ready.size());
+  if (!hopeless.empty()) host_.go_on(hopeless.data(), hopeless.size(), lost_);
+  return !ready.empty() || !hopeless.empty();
 }
 
 }  // namespace aiocomm::cuda
