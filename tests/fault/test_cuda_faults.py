@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("gpu")]
 LINKS = ("shm", "cuda")
 NBYTES = 3 << 20
 DEVICE_UNAVAILABLE, ILLEGAL_ADDRESS, UNKNOWN = 46, 700, 999
-THROWS = -1
+OUT_OF_MEMORY, THROWS = 2, -1
 
 CALLS = [
     "cuCtxEnablePeerAccess",
@@ -297,7 +297,77 @@ async def test_a_stream_of_either_end_that_fails_is_told_there(simulator: Simula
         stream.close()
 
 
+@ONE_LOOP
+async def test_host_memory_that_could_not_be_pinned_is_tried_again(simulator: Simulator) -> None:
+    async with world(2, links=LINKS, warmup=True) as (a, b):
+        source, into = DeviceArray(NBYTES), np.zeros(NBYTES, np.uint8)
+
+        async def again() -> None:
+            assert await outcomes(lambda: a.send(source, 1), lambda: b.recv(into, 0)) == [None, None]
+
+        await one_way(lambda: a.send(source.part(0, 100), 1), lambda: b.recv(into, 0))  # the device has begun
+        before = simulator.held("registered")
+        for call in ("cuMemHostRegister", "cuMemHostAlloc"):
+            simulator.fail(call, OUT_OF_MEMORY, forever=True)
+        await again()
+        assert simulator.held("registered") == before
+        simulator.heal()
+        while simulator.held("registered") == before:
+            await again()
+
+
 # ---------------------------------------------------------------- between processes
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("kind", [Kind.MALLOC, Kind.VMM, Kind.POOL])
+async def test_what_was_refused_once_is_tried_again(simulator: Simulator, kind: Kind) -> None:
+    """Opening the other's memory, and memory of the receiver's that the sender can write."""
+    call = {Kind.MALLOC: "cuIpcOpenMemHandle", Kind.VMM: "cuMemImportFromShareableHandle"}.get(
+        kind, "cuMemAlloc"
+    )
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray, driver
+        from fakes.simulated import Simulator
+
+        array, more = DeviceArray(NBYTES, device=1, kind=kind), bytearray(1)
+        if kind is Kind.POOL:
+            Simulator(driver().library).fail(call, OUT_OF_MEMORY)
+        await comm.recv(more, 0, tag=1)
+        while more[0]:
+            await comm.recv(array, 0)
+            await comm.recv(more, 0, tag=1)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        source, cuda = DeviceArray(NBYTES, kind=kind), comm.links["cuda"]
+        if kind is not Kind.POOL:
+            simulator.fail(call, OUT_OF_MEMORY)
+        while not cuda.statistics().messages_by_path["device"]:
+            await comm.send(b"\1", 1, tag=1)
+            await comm.send(source, 1)
+        await comm.send(b"\0", 1, tag=1)
+
+
+@ONE_LOOP
+async def test_what_is_always_refused_is_rarely_tried(simulator: Simulator) -> None:
+    turns = 50
+
+    async def worker(comm: aiocomm.Communicator) -> None:
+        from fakes.gpu import DeviceArray
+
+        array = DeviceArray(NBYTES, device=1)
+        for _ in range(turns):
+            await comm.recv(array, 0)
+
+    async with aiocomm.spawn(worker, n=1, links=LINKS) as comm:
+        simulator.fail("cuIpcOpenMemHandle", OUT_OF_MEMORY, forever=True)
+        source, before = DeviceArray(NBYTES), simulator.calls("cuIpcOpenMemHandle")
+        for _ in range(turns):
+            await comm.send(source, 1)
+        # After 0.1 s, and then twice as long each time: one more comes after a minute.
+        assert simulator.calls("cuIpcOpenMemHandle") - before <= 10
+        assert comm.links["cuda"].statistics().fallbacks == turns
 
 
 async def test_memory_that_is_still_mapped_as_what_was_there_before(simulator: Simulator) -> None:

@@ -116,6 +116,10 @@ Reach Mappings::reach(CUcontext context, int device, const DevicePlace& theirs, 
   if (auto it = entries_.find(key); it != entries_.end()) {
     Entry& entry = it->second;
     ages_.splice(ages_.end(), ages_, entry.age);
+    if (entry.state == Reach::State::refused && !entry.refusal.holds()) {
+      entry.state = Reach::State::opening;
+      helper_.submit([this, context, key, theirs, process] { open(context, key, theirs, process); });
+    }
     if (entry.state == Reach::State::opening) entry.waiters.push_back(waiter);
     if (entry.state != Reach::State::ready) return {entry.state, 0, nullptr, entry.reason};
     return {entry.state, entry.mapping->base, entry.mapping, {}};
@@ -278,6 +282,7 @@ void Mappings::open(CUcontext context, Key key, DevicePlace theirs, int process)
       entry.mapping = std::move(mapping);
     } else {
       entry.state = Reach::State::refused;
+      entry.refusal.refused();
       entry.reason =
           "the peer's GPU memory cannot be mapped: " + attempt.step + " gives " + driver_.describe(code);
       if (code == CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)

@@ -5,7 +5,8 @@
 //    allocated anew has another id, so it is never read through the old mapping; the old one is dropped when its owner
 //    says that it has freed the memory, or when the new one is asked for. Ranges of blocks (exports.hpp) may overlap: of
 //    these only the owner knows which are gone.
-//  * Opening takes up to milliseconds: it is done by the helper's thread, and the transfers that wait for it hear of it.
+//  * Opening takes up to milliseconds: it is done by the helper's thread, and the transfers that wait for it hear of it. One
+//    that fails is tried again after a while (refusal.hpp), by whoever asks then.
 //  * At most `limit` mappings are kept; the one that was used longest ago goes first. One in use stays until its last
 //    transfer has ended.
 #pragma once
@@ -27,6 +28,7 @@
 
 #include "core/device.hpp"
 #include "links/cuda/driver.hpp"
+#include "links/cuda/refusal.hpp"
 
 namespace aiocomm::cuda {
 
@@ -90,6 +92,7 @@ class Mappings {
     std::list<Key>::iterator age;
     uint64_t extent = 0;
     Export exported = Export::none;
+    Refusal refusal = {};
   };
 
   struct Attempt;

@@ -95,7 +95,7 @@ std::byte* Bounces::plain(uint64_t nbytes) {
 
 bool Bounces::may_pin(uint64_t nbytes) {
   std::lock_guard lock(mutex_);
-  return !refused_ && pinned_ + std::bit_ceil(std::max(nbytes, kSmallest)) <= limit_;
+  return !refusal_.holds() && pinned_ + std::bit_ceil(std::max(nbytes, kSmallest)) <= limit_;
 }
 
 // Huge pages: another process reads large pieces of it (cross-memory attach), which costs a look at every page.
@@ -122,11 +122,12 @@ std::byte* Bounces::make(uint64_t nbytes) {
     kind = Kind::pinned;
   std::lock_guard lock(mutex_);
   if (memory) {
+    refusal_.granted();
     blocks_[static_cast<std::byte*>(memory)] = {size, kind};
     return static_cast<std::byte*>(memory);
   }
   pinned_ -= size;
-  refused_ = size != 0;
+  if (size) refusal_.refused();
   return nullptr;
 }
 
@@ -164,7 +165,7 @@ uint64_t Relays::take(int device, uint64_t nbytes, uint64_t& size) {
 bool Relays::may_make(int device, uint64_t nbytes) {
   std::lock_guard lock(mutex_);
   const Pool& pool = pools_[device];
-  return !pool.refused && pool.made + std::bit_ceil(std::max(nbytes, kSmallestRelay)) <= limit_;
+  return !pool.refusal.holds() && pool.made + std::bit_ceil(std::max(nbytes, kSmallestRelay)) <= limit_;
 }
 
 void Relays::make(int device, uint64_t nbytes) {
@@ -173,8 +174,8 @@ void Relays::make(int device, uint64_t nbytes) {
   bool made = driver_.cuMemAlloc(&memory, size) == CUDA_SUCCESS;
   std::lock_guard lock(mutex_);
   Pool& pool = pools_[device];
-  pool.refused = !made;
-  if (!made) return;
+  if (!made) return pool.refusal.refused();
+  pool.refusal.granted();
   pool.made += size;
   pool.free[size].push_back(memory);
 }

@@ -11,6 +11,7 @@
 
 #include "core/device.hpp"
 #include "links/cuda/driver.hpp"
+#include "links/cuda/refusal.hpp"
 
 namespace aiocomm::cuda {
 
@@ -52,7 +53,7 @@ class Bounces {
   const uint64_t limit_;
   std::mutex mutex_;
   uint64_t pinned_ = 0;
-  bool refused_ = false;                // the system pins no more
+  Refusal refusal_;                     // the system pins no more for now
   std::map<std::byte*, Block> blocks_;  // in use and free
   std::map<uint64_t, std::vector<std::byte*>> free_;
 };
@@ -70,7 +71,7 @@ class Relays {
  private:
   struct Pool {
     uint64_t made = 0;
-    bool refused = false;
+    Refusal refusal;
     std::map<uint64_t, std::vector<uint64_t>> free;
   };
   const Driver& driver_;
