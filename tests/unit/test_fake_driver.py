@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from harness import Child
 
-INVALID_VALUE, INVALID_CONTEXT, INVALID_HANDLE = 1, 201, 400
+INVALID_VALUE, INVALID_CONTEXT, INVALID_HANDLE, NOT_READY = 1, 201, 400, 600
 ILLEGAL_ADDRESS, CAPTURE_UNSUPPORTED, CAPTURE_ISOLATION = 700, 900, 905
 
 
@@ -145,6 +145,20 @@ def test_a_value_is_written_after_the_copy_before_it(gpu: Driver) -> None:
     stream.synchronize()
     assert word[0] == 77
     for one in (stream, flag, a):
+        one.close()
+
+
+def test_the_legacy_stream_is_busy_while_a_blocking_one_is(gpu: Driver) -> None:
+    streams = blocking, apart = Stream(blocking=True), Stream()
+    apart.gate()
+    assert gpu.code("cuStreamQuery", None) == 0
+    gate = blocking.gate()
+    assert gpu.code("cuStreamQuery", None) == NOT_READY
+    assert not blocking.done()
+    gate.open()
+    blocking.synchronize()
+    assert gpu.code("cuStreamQuery", None) == 0
+    for one in streams:
         one.close()
 
 

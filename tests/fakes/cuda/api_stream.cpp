@@ -99,7 +99,7 @@ FAKE_API cuStreamQuery(CUstream handle) {
     capture_broken();
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
-  return stream->completed == stream->submitted ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  return sim().is_done(stream) ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
 
 FAKE_API cuStreamSynchronize(CUstream handle) {

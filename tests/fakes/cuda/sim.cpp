@@ -164,6 +164,13 @@ CUresult Sim::come_to_rest(Lock& lock, Context& context) {
   return code;
 }
 
+bool Sim::is_done(const StreamPtr& stream) const {
+  if (stream->completed != stream->submitted) return false;
+  return stream != stream->context->legacy || std::none_of(active_.begin(), active_.end(), [&](auto& other) {
+           return other->context == stream->context && other->blocking;
+         });
+}
+
 void Sim::heal(Lock& lock) {
   std::set<Context*> broken;
   for (auto& device : devices)

@@ -159,6 +159,7 @@ class Sim {
   CUresult wait(Lock& lock, const StreamPtr& stream, uint64_t until);
   CUresult wait_all(Lock& lock, Context& context);
   CUresult come_to_rest(Lock& lock, Context& context);  // before memory is given back
+  bool is_done(const StreamPtr& stream) const;          // the legacy one waits for all blocking ones
   void heal(Lock& lock);
   // Completes what can be, hands the rest to engines. To be called after every change.
   void pump();
