@@ -71,6 +71,54 @@ anyio.run(main, sys.argv[1], backend=sys.argv[2])
 CALLS = ("send", "recv", "register", "barrier", "group", "aclose", "from_thread")
 
 
+GPUS = """
+import os, signal, sys, warnings
+import anyio
+import aiocomm
+from fakes.gpu import DeviceArray
+
+async def transfer(array):
+    async with await aiocomm.connect(sys.argv[1], rank=0, size=1, token="t") as comm:
+        try:
+            received = comm.recv(array, 0)
+            await comm.send(array, 0)
+            await received
+        except aiocomm.LinkError as error:
+            return f"{error.code}: {error}"
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+array = DeviceArray(16)
+if sys.argv[2] == "transfer":
+    print(anyio.run(transfer, array), flush=True)
+pid = os.fork()
+if not pid:
+    signal.alarm(30)
+    try:
+        print(anyio.run(transfer, array), flush=True)
+    finally:
+        os._exit(0)
+os.waitpid(pid, 0)
+print(anyio.run(transfer, array), flush=True)
+"""
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("started", ["transfer", "elsewhere"])
+@pytest.mark.usefixtures("gpu")
+async def test_a_child_of_a_process_that_uses_gpus_says_how_to_start_it(
+    started: str, child: Callable[..., Child]
+) -> None:
+    """Whether CUDA was started by a transfer or by another library."""
+    program = child(GPUS, f"unix://@aiocomm-test-{secrets.token_hex(8)}", started)
+    if started == "transfer":
+        assert await program.line() == "None"
+    line = await program.line()
+    assert line.startswith("3: ")
+    assert "'spawn' or 'forkserver'" in line
+    assert await program.line() == "None"  # the parent goes on
+    assert program.close() == (0, "")
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 @pytest.mark.parametrize("kind", ["abstract", "path", "tcp"])

@@ -1,6 +1,7 @@
 #include "links/cuda/driver.hpp"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdlib>
 
@@ -10,6 +11,10 @@ namespace {
 
 using GetProcAddress = CUresult(const char*, void**, int, uint64_t, int*);
 constexpr uint64_t kDefaultFlags = 0;  // CU_GET_PROC_ADDRESS_DEFAULT
+constexpr const char* kForked =
+    "this process was forked from one that had started CUDA, which does not work in such a child: start "
+    "processes by "
+    "'spawn' or 'forkserver' (multiprocessing.set_start_method), or fork before anything uses a GPU";
 
 void load(Driver& driver) {
   const char* named = std::getenv("AIOCOMM_LIBCUDA");
@@ -52,6 +57,8 @@ void load(Driver& driver) {
     driver.refusal = "the CUDA driver does not start: " + driver.describe(code);
     if (code == CUDA_ERROR_NO_DEVICE)
       driver.refusal += ". No GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES";
+    else if (code == CUDA_ERROR_NOT_INITIALIZED)  // by another library of the parent's
+      driver.refusal += std::string("; ") + kForked;
     return;
   }
   if (CUresult code = driver.cuDeviceGetCount(&driver.devices); code != CUDA_SUCCESS || driver.devices == 0) {
@@ -105,7 +112,15 @@ const Driver& Driver::of_process() {
     load(*fresh);
     return fresh;
   }();
-  return *driver;
+  static const pid_t loader = ::getpid();
+  if (::getpid() == loader || !driver->usable()) return *driver;
+  static const Driver* forked = [] {
+    auto refusing = new Driver(*driver);
+    refusing->error = CUDA_ERROR_NOT_INITIALIZED;
+    refusing->refusal = kForked;
+    return refusing;
+  }();
+  return *forked;
 }
 
 }  // namespace aiocomm::cuda

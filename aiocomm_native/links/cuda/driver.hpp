@@ -234,7 +234,8 @@ struct Driver {
   bool usable() const { return refusal.empty(); }
   std::string describe(CUresult code) const;  // "CUDA_ERROR_X (n): text"
 
-  // The driver of this process, loaded and initialised by the first call and never unloaded. Any thread.
+  // The driver of this process, loaded and initialised by the first call and never unloaded. A child that was forked after
+  // that has one that refuses. Any thread.
   static const Driver& of_process();
 };
 

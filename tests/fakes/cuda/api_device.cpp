@@ -22,6 +22,11 @@ int& capture_mode() {
 bool is_device(CUdevice device) { return device >= 0 && static_cast<size_t>(device) < sim().devices.size(); }
 
 Call::Call(const char* name, Needs needs, bool unsafe_in_capture) {
+  if (sim().forked()) {  // whoever had a lock when it was forked is not here
+    const bool works = needs == Needs::nothing && std::strcmp(name, "cuInit") != 0;
+    code = works ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
+    return;
+  }
   faults().hold_up(name);
   lock = Lock(sim().mutex);
   code = faults().on_call(name);
@@ -65,7 +70,7 @@ FAKE_API cuInit(unsigned flags) {
   if (call) return call.code;
   if (flags) return CUDA_ERROR_INVALID_VALUE;
   if (sim().devices.empty()) return CUDA_ERROR_NO_DEVICE;
-  sim().initialised = true;
+  sim().initialised = getpid();
   return CUDA_SUCCESS;
 }
 

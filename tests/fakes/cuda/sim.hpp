@@ -11,7 +11,10 @@
 // One lock guards all; engines drop it while they move bytes.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -137,7 +140,9 @@ class Sim {
 
   std::mutex mutex;
   Condition changed;
-  bool initialised = false;
+  std::atomic<pid_t> initialised{
+      0};  // by this process; a child that is forked after that cannot use any of it
+  bool forked() const { return initialised && initialised != getpid(); }
   std::vector<std::unique_ptr<Device>> devices;
   std::unique_ptr<Memory> memory;
   std::map<CUstream, StreamPtr> streams;  // live handles
