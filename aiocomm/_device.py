@@ -182,10 +182,10 @@ def part_of(described: Description, start: int, nbytes: int, stream: int | None 
 
 
 def _from_dlpack(array: Any, stream: Any) -> Description:
-    found = _dlpack.read(array)
+    handle = resolve(stream, array, -1)
+    found = _dlpack.read(array, handle)
     if found.strides is not None and not _is_contiguous(found.shape, found.strides, found.itemsize):
         raise _not_contiguous(array, found.shape, found.strides, "a contiguous copy")
-    handle = resolve(stream, array, found.device)
     form, nbytes = _format_of_numpy(found.typestr), math.prod(found.shape) * found.itemsize
     return (found.owner, found.address, nbytes, found.device, handle, form, found.shape)
 

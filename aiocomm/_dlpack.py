@@ -16,6 +16,7 @@ __all__ = ["CUDA", "Tensor", "device_kind", "read"]
 CUDA: Final = 2
 _KINDS: Final = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 _BFLOAT: Final = 4
+_LEGACY: Final = 1  # the legacy default stream, whose handle may be 0 elsewhere
 
 
 class _Tensor(ctypes.Structure):
@@ -51,17 +52,19 @@ def device_kind(array: Any) -> int | None:
     return int(probe()[0]) if probe is not None else None
 
 
-def read(array: Any) -> Tensor:
+def read(array: Any, stream: int) -> Tensor:
     """Describe an array of `device_kind` CUDA.
+
+    Args:
+        array: of a library that may have queued work on it, on whatever stream.
+        stream: handle of the stream that its library makes wait for that work.
 
     Raises:
         UsageError: its library does not export it.
         UsageTypeError: what it exports is no capsule of DLPack, or has elements that are no whole bytes.
     """
     try:
-        capsule = array.__dlpack__(
-            stream=-1
-        )  # -1: nobody is to wait; the transfer's own stream is named apart
+        capsule = array.__dlpack__(stream=stream or _LEGACY)
     except (BufferError, RuntimeError, TypeError) as error:
         raise UsageError(f"{type(array).__name__} cannot be exported: {error}") from error
     pointer = ctypes.pythonapi.PyCapsule_GetPointer

@@ -14,7 +14,7 @@ import anyio
 import numpy as np
 import pytest
 from fakes import simulated
-from fakes.gpu import DeviceArray, Driver, Stream
+from fakes.gpu import DeviceArray, Driver, Handle, Stream, driver
 from harness import world
 
 import aiocomm
@@ -90,7 +90,7 @@ async def test_dlpack_both_ways(pair: Pair) -> None:
     target = DeviceArray((4, 6), np.float32, device=1)
     await both(a.send(source, 1), b.recv(ByDlpack(target, (24,)), 0))
     assert (target.numpy() == data).all()
-    assert source.streams == [-1]  # its library is not to synchronise: the transfer does
+    assert source.streams == [1]  # its library has that one wait for what it has queued, as the transfer does
     _, made = await both(a.send(source, 1), b.recv_array(0))
     assert made.dtype == np.float32
     assert (np.asarray(made) == data).all()
@@ -104,6 +104,42 @@ async def test_dlpack_strides(pair: Pair) -> None:
     assert host.all()
     with pytest.raises(aiocomm.UsageError, match="not contiguous"):
         a.send(ByDlpack(memory, (6, 4), (1, 6)), 1)
+
+
+class Queued(ByDlpack):
+    """Of a library that has work on a stream of its own, for which no other waits."""
+
+    def __init__(self, memory: DeviceArray, stream: Stream) -> None:
+        super().__init__(memory, memory.shape)
+        self._stream = stream
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        if stream != -1:
+            event = Handle()
+            driver().use(self._memory.device)
+            driver()("cuEventCreate", ctypes.byref(event), 2)
+            driver()("cuEventRecord", event, Handle(self._stream.handle))
+            driver()("cuStreamWaitEvent", Handle(stream), event, 0)
+            driver()("cuEventDestroy", event)
+        return super().__dlpack__(stream=stream)
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_work_of_a_library_with_dlpack_is_waited_for(pair: Pair, named: bool) -> None:
+    a, b = pair
+    stream, other = Stream(), Stream()
+    memory, into = DeviceArray(1024, np.float32), DeviceArray(4096, device=1)
+    gate = stream.gate()
+    stream.fill(memory, 7)
+    received = b.recv(into, 0)
+    sent = a.send(Queued(memory, stream), 1, stream=other if named else None)
+    await both(a.send(b"x", 1, tag=1), b.recv(bytearray(1), 0, tag=1))
+    assert not sent.done()
+    gate.open()
+    await both(sent, received)
+    assert (into.numpy() == 7).all()
+    for one in (stream, other):
+        one.close()
 
 
 async def test_what_cannot_be_exported_says_so(pair: Pair) -> None:
