@@ -342,7 +342,7 @@ async def test_views_take_integers_of_any_kind_and_nothing_else(pair: Pair) -> N
         with pytest.raises(aiocomm.UsageError, match="a list of numbers of arrays"):
             pages.planes(0)  # type: ignore[arg-type]
     for arguments in ((0.0,), (None,), (0, 1.0), (0, "1")):
-        with pytest.raises(aiocomm.UsageError, match=r"_axis: .* is not an integer"):
+        with pytest.raises(aiocomm.UsageError, match=r"_axis=.* is not an integer"):
             aiocomm.Pages(cache(None), *arguments)  # type: ignore[arg-type]
 
 
