@@ -12,7 +12,7 @@ from aiocomm._control.stream import Stream
 
 
 async def _collected_and_dropped(detached: bool) -> None:
-    arrivals = Arrivals()
+    arrivals = Arrivals(lambda what: None)
     ends = [socket.socketpair() for _ in range(3)]
     collecting = asyncio.create_task(arrivals.collect("tcp", 3))
     await asyncio.sleep(0)
