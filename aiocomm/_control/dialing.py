@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
-from aiocomm._control.host import numeric_host, resolve, what_to_do
+from aiocomm._control.host import numeric_host, numeric_sockaddrs, resolve, what_to_do
 from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import Stream
 from aiocomm.errors import AuthenticationError
@@ -147,9 +147,7 @@ async def _resolve(
             f"write [{address.host}%eth0], say, or give this host's own address of that link by AIOCOMM_HOST"
         )
     if address.is_literal and not address.is_wildcard:
-        flags = socket.AI_NUMERICHOST
-        numeric = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
-        found: list[tuple[int, Any]] = [(family, sockaddr) for family, *_, sockaddr in numeric]
+        found = numeric_sockaddrs(address.host, address.port)
     else:
         found = await resolve(address.host if not address.is_wildcard else "localhost", address.port)
     return [

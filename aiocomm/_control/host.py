@@ -21,6 +21,7 @@ __all__ = [
     "hostname",
     "look_up",
     "numeric_host",
+    "numeric_sockaddrs",
     "open_pidfd",
     "pid_namespace",
     "resolve",
@@ -117,6 +118,16 @@ def _answer(
         future.set_result(found)
     else:
         future.set_exception(failure)
+
+
+def numeric_sockaddrs(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    """The same as `resolve`, of a host given by number: at once, since nothing is looked up but an interface.
+
+    Raises:
+        OSError: this host has no such interface.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    return [(family, sockaddr) for family, *_, sockaddr in found]
 
 
 def numeric_host(sockaddr: tuple[Any, ...]) -> str:

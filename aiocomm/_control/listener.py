@@ -19,7 +19,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from aiocomm._control.address import TcpAddress, UnixAddress
-from aiocomm._control.host import EXHAUSTED, what_to_do
+from aiocomm._control.host import EXHAUSTED, numeric_sockaddrs, what_to_do
 from aiocomm._control.limit import StepLimit
 from aiocomm._control.stream import Stream
 from aiocomm._control.wire import ProtocolError
@@ -67,12 +67,10 @@ def bind(address: TcpAddress | UnixAddress) -> tuple[socket.socket, TcpAddress |
             raise
         return sock, address
     if address.is_literal and not address.is_wildcard:
-        flags = socket.AI_NUMERICHOST
-        try:
-            numeric = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
+        try:  # with the number of the interface, which a host and a port lack
+            family, at = numeric_sockaddrs(address.host, address.port)[0]
         except socket.gaierror as error:  # there is nothing to look up but the interface
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from error
-        family, *_, at = numeric[0]  # with the number of the interface, which a host and a port lack
         sock = socket.create_server(at, family=family, backlog=_BACKLOG)
     elif address.host == "localhost":
         sock = socket.create_server(("127.0.0.1", address.port), backlog=_BACKLOG)
