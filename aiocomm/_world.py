@@ -247,7 +247,7 @@ def _place(env: Mapping[str, str], rank: int, size: int, address: str | None, la
 
 def _tcp(env: Mapping[str, str], host: str, port: int) -> str:
     port = _port(env, "AIOCOMM_PORT") if "AIOCOMM_PORT" in env else port
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    host = _unbracketed(host)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
@@ -275,14 +275,17 @@ def _port(env: Mapping[str, str], name: str) -> int:
     return port
 
 
+def _unbracketed(host: str) -> str:
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def own_host(text: str) -> str:
     """A name or number without what other notations put around it, as `AIOCOMM_HOST` gives it.
 
     Raises:
         UsageError: it is neither, or no single address.
     """
-    host = text.strip()
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    host = _unbracketed(text.strip())
     try:
         usable = not ipaddress.ip_address(host).is_unspecified
     except ValueError:
