@@ -31,6 +31,7 @@ from typing import Final
 from aiocomm.errors import AuthenticationError, UsageError
 
 __all__ = [
+    "GIVE_TOKEN",
     "HELLO_SIZE",
     "PROOF_SIZE",
     "TAG_SIZE",
@@ -55,6 +56,9 @@ PROOF_SIZE: Final = 32
 """Bytes of the caller's proof."""
 VERDICT_SIZE: Final = 1 + PROOF_SIZE
 """Bytes of the called side's verdict and proof."""
+
+GIVE_TOKEN: Final = "set AIOCOMM_TOKEN_FILE, AIOCOMM_TOKEN or token= to the same secret everywhere"
+"""What to do where a token is needed and there is none."""
 
 TAG_SIZE: Final = 16
 """Bytes of the tag behind a frame."""

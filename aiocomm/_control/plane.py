@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiocomm._control import host, interfaces
 from aiocomm._control.address import TcpAddress, UnixAddress, parse
-from aiocomm._control.auth import derive_key
+from aiocomm._control.auth import GIVE_TOKEN, derive_key
 from aiocomm._control.client import Client
 from aiocomm._control.endpoints import Endpoints
 from aiocomm._control.hosting import Host
@@ -180,10 +180,7 @@ class ControlPlane:
             _, key = await hosting.start(min(_TAKEN_S, _TAKEN_PART * world.timeout_s))
             address = hosting.near
         if key is None and isinstance(address, TcpAddress):
-            raise UsageError(
-                f"{address} needs a token: set AIOCOMM_TOKEN_FILE, AIOCOMM_TOKEN or token= "
-                "to the same secret everywhere"
-            )
+            raise UsageError(f"{address} needs a token: {GIVE_TOKEN}")
         endpoints = self._endpoints = Endpoints(self._engine, self._settings)
         await endpoints.look_up_host()
         self._client = Client(world, address, key, self._settings, self)

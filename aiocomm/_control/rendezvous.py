@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiocomm._control import messages, wire
 from aiocomm._control.address import UnixAddress
-from aiocomm._control.auth import Purpose
+from aiocomm._control.auth import GIVE_TOKEN, Purpose
 from aiocomm._control.host import what_to_do
 from aiocomm._control.limit import StepLimit
 from aiocomm._control.listener import Listener, bind
@@ -160,10 +160,7 @@ class Rendezvous:
             LinkError: the address cannot be had.
         """
         if self._key is None and not isinstance(address, UnixAddress):
-            raise UsageError(
-                f"listening at {address} needs a token: set AIOCOMM_TOKEN_FILE, AIOCOMM_TOKEN or token= "
-                "to the same secret everywhere"
-            )
+            raise UsageError(f"listening at {address} needs a token: {GIVE_TOKEN}")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while True:
