@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import anyio
 import cloudpickle
 
+from aiocomm._loop.backend import in_trio
 from aiocomm._numbers import number
 from aiocomm._process import JOINED, fresh_address, fresh_token
 from aiocomm.config import child_environment
@@ -409,8 +410,7 @@ def _is_found(name: str) -> bool:
 
 def _library() -> str:
     """The loop that runs here: "trio" or "asyncio"."""
-    trio = sys.modules.get("trio")
-    return "trio" if trio is not None and trio.lowlevel.in_trio_run() else "asyncio"
+    return "trio" if in_trio() else "asyncio"
 
 
 async def _readable(descriptor: int) -> None:

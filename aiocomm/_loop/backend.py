@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aiocomm_native._core import Engine
 
-__all__ = ["Backend", "current_backend", "elsewhere", "import_early"]
+__all__ = ["Backend", "current_backend", "elsewhere", "import_early", "in_trio"]
 
 
 class Backend(Protocol):
@@ -54,19 +54,22 @@ def import_early() -> None:
         getattr(anyio, name)
 
 
+def in_trio() -> bool:
+    """Whether a loop of trio runs in this thread."""
+    trio = sys.modules.get("trio")
+    return trio is not None and bool(trio.lowlevel.in_trio_run())
+
+
 def current_backend() -> Backend:
     """The backend of the running loop.
 
     Raises:
         UsageError: no event loop is running here.
     """
-    if "trio" in sys.modules:
-        import trio
+    if in_trio():
+        from aiocomm._loop.trio_backend import TrioBackend
 
-        if trio.lowlevel.in_trio_run():
-            from aiocomm._loop.trio_backend import TrioBackend
-
-            return TrioBackend()
+        return TrioBackend()
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
@@ -81,8 +84,7 @@ def current_backend() -> Backend:
 
 def elsewhere() -> str:
     """What is told to who calls a communicator where its loop does not run."""
-    trio = sys.modules.get("trio")
-    if asyncio._get_running_loop() is None and not (trio is not None and trio.lowlevel.in_trio_run()):
+    if asyncio._get_running_loop() is None and not in_trio():
         return (
             "no event loop is running in this thread: call from a coroutine of the loop that opened the "
             "communicator; while that runs in another thread, comm.from_thread calls it from here"
